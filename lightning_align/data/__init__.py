@@ -1,0 +1,1 @@
+"""Text and preference pairs on disk, in memory and in batches (knows torch, never Lightning)."""

@@ -1,0 +1,142 @@
+"""The sampler that makes batch n a pure function of (seed, n).
+
+PyTorch's samplers hand out a random order once per epoch and forget where they were, so a run that is
+killed in mid-epoch can neither continue nor say what it has seen. Here the order of pass k over the data
+is drawn from (seed, k) alone, and batch n of a run is looked up, not replayed: whoever knows the
+position of a run knows every batch to come.
+
+It is a ``DistributedSampler`` whose items are lists of indices, used with ``DataLoader(dataset,
+sampler=..., batch_size=None)``. Lightning replaces any other sampler under several processes, and it
+duplicates data or crashes with a custom ``batch_sampler``; a ``DistributedSampler`` it leaves alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import torch
+from torch.utils.data.distributed import DistributedSampler
+
+from lightning_align._errors import argument_error
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch.utils.data import Dataset
+
+
+def padding(index: int) -> int:
+    """The index that means "sample ``index``, with nothing to learn from"; its own inverse."""
+    return -(index + 1)
+
+
+class PositionSampler(DistributedSampler[list[int]]):
+    """Yields this rank's batches of a stream that any position can be looked up in.
+
+    Pass k visits every sample exactly once, in its own order. The last batch of a pass may be smaller and
+    is split over the ranks as evenly as it goes. A rank that would get nothing gets one *padding* index,
+    ``-(i + 1)``: it must take part in the collective operations of the step, with nothing to learn from.
+
+    Args:
+        num_samples: Number of samples in the dataset.
+        batch_size: Samples per batch and rank.
+        seed: Seed of every order.
+        shuffle: Draw an order per pass; otherwise samples come in their own order.
+        num_replicas: Number of ranks that share a batch.
+        rank: This process, counted from 0.
+        position: Called once whenever an iteration starts; returns the number of the first batch to yield.
+
+    Attributes:
+        start: Position at which the latest iteration began; None before the first.
+
+    Raises:
+        ValueError: If a count is below 1 or ``rank`` is outside ``[0, num_replicas)``.
+
+    Example:
+        >>> sampler = PositionSampler(5, 2, shuffle=False, position=lambda: 1)
+        >>> list(sampler)
+        [[2, 3], [4], [0, 1]]
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        num_replicas: int = 1,
+        rank: int = 0,
+        position: Callable[[], int] = lambda: 0,
+    ) -> None:
+        counts = {
+            "num_samples": num_samples,
+            "batch_size": batch_size,
+            "num_replicas": num_replicas,
+        }
+        for argument, count in counts.items():
+            if count < 1:
+                raise argument_error("PositionSampler", argument, count, "must be at least 1")
+        if not 0 <= rank < num_replicas:
+            rule = f"must be in [0, {num_replicas})"
+            raise argument_error("PositionSampler", "rank", rank, rule)
+        # The parent only ever asks a dataset for its length.
+        dataset = cast("Dataset[list[int]]", range(num_samples))
+        super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)
+        self.batch_size = batch_size
+        self.position = position
+        self.start: int | None = None
+        self._order: tuple[int, NDArray[np.integer]] | None = None
+
+    def __len__(self) -> int:
+        """Batches per pass, the same on every rank."""
+        return -(-len(self._samples) // (self.batch_size * self.num_replicas))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """One window of ``len(self)`` batches that begins at the run's position."""
+        # Not a generator itself: the position must be read now, not when the first batch is asked for.
+        self.start = self.position()
+        return map(self.batch, range(self.start, self.start + len(self)))
+
+    def batch(self, n: int) -> list[int]:
+        """This rank's indices of global batch ``n``, a pure function of the seed and ``n``."""
+        pass_number, batch_number = divmod(n, len(self))
+        global_size = self.batch_size * self.num_replicas
+        begin = batch_number * global_size
+        size = min(global_size, len(self._samples) - begin)
+        # The first `extra` ranks take one sample more, as numpy.array_split would have it.
+        share, extra = divmod(size, self.num_replicas)
+        first = begin + self.rank * share + min(self.rank, extra)
+        last = first + share + (self.rank < extra)
+        if first == last:
+            return [padding(index) for index in self._samples_at(pass_number, begin, begin + 1)]
+        return self._samples_at(pass_number, first, last)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Does nothing: the pass follows from the position, and an epoch is only a window of it.
+
+        Lightning calls this before each epoch. If it changed the order, a batch would depend on how the
+        run was cut into epochs, and no longer on (seed, n) alone.
+        """
+
+    @property
+    def _samples(self) -> range:
+        return cast("range", self.dataset)
+
+    def _samples_at(self, pass_number: int, first: int, last: int) -> list[int]:
+        """Samples ``first`` to ``last`` (exclusive) in the order of one pass."""
+        if not self.shuffle:
+            return list(range(first, last))
+        if self._order is None or self._order[0] != pass_number:
+            self._order = (pass_number, self._draw_order(pass_number))
+        return cast("list[int]", self._order[1][first:last].tolist())
+
+    def _draw_order(self, pass_number: int) -> NDArray[np.integer]:
+        digest = hashlib.blake2b(f"{self.seed},{pass_number}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+        # 32 bits where they suffice: 1e8 samples then cost 400 MB and not 800.
+        dtype = torch.int32 if len(self._samples) < 2**31 else torch.int64
+        order = torch.randperm(len(self._samples), generator=generator, dtype=dtype)
+        return cast("NDArray[np.integer]", order.numpy())
