@@ -1,13 +1,13 @@
 """The sampler that makes batch n a pure function of (seed, n).
 
-PyTorch's samplers hand out a random order once per epoch and forget where they were, so a run that is
-killed in mid-epoch can neither continue nor say what it has seen. Here the order of pass k over the data
-is drawn from (seed, k) alone, and batch n of a run is looked up, not replayed: whoever knows the
-position of a run knows every batch to come.
+PyTorch's samplers hand out a random order once per epoch and forget where they were, so a run that
+is killed in mid-epoch can neither continue nor say what it has seen. Here the order of pass k over
+the data is drawn from (seed, k) alone, and batch n of a run is looked up, not replayed: whoever
+knows the position of a run knows every batch to come.
 
 It is a ``DistributedSampler`` whose items are lists of indices, used with ``DataLoader(dataset,
-sampler=..., batch_size=None)``. Lightning replaces any other sampler under several processes, and it
-duplicates data or crashes with a custom ``batch_sampler``; a ``DistributedSampler`` it leaves alone.
+sampler=..., batch_size=None)``. Under several processes Lightning replaces any other sampler, and
+duplicates data or crashes with a custom ``batch_sampler``; this one it leaves alone.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ def padding(index: int) -> int:
 class PositionSampler(DistributedSampler[list[int]]):
     """Yields this rank's batches of a stream that any position can be looked up in.
 
-    Pass k visits every sample exactly once, in its own order. The last batch of a pass may be smaller and
-    is split over the ranks as evenly as it goes. A rank that would get nothing gets one *padding* index,
-    ``-(i + 1)``: it must take part in the collective operations of the step, with nothing to learn from.
+    Pass k visits every sample exactly once, in its own order. The last batch of a pass may be
+    smaller and is split over the ranks as evenly as it goes. A rank that would get nothing gets one
+    *padding* index, ``-(i + 1)``: it must take part in the collective operations of the step, with
+    nothing to learn from.
 
     Args:
         num_samples: Number of samples in the dataset.
@@ -46,7 +47,7 @@ class PositionSampler(DistributedSampler[list[int]]):
         shuffle: Draw an order per pass; otherwise samples come in their own order.
         num_replicas: Number of ranks that share a batch.
         rank: This process, counted from 0.
-        position: Called once whenever an iteration starts; returns the number of the first batch to yield.
+        position: Called once when an iteration starts; returns the number of its first batch.
 
     Attributes:
         start: Position at which the latest iteration began; None before the first.
@@ -71,14 +72,10 @@ class PositionSampler(DistributedSampler[list[int]]):
         rank: int = 0,
         position: Callable[[], int] = lambda: 0,
     ) -> None:
-        counts = {
-            "num_samples": num_samples,
-            "batch_size": batch_size,
-            "num_replicas": num_replicas,
-        }
-        for argument, count in counts.items():
-            if count < 1:
-                raise argument_error("PositionSampler", argument, count, "must be at least 1")
+        sizes = {"num_samples": num_samples, "batch_size": batch_size, "num_replicas": num_replicas}
+        for argument, size in sizes.items():
+            if size < 1:
+                raise argument_error("PositionSampler", argument, size, "must be at least 1")
         if not 0 <= rank < num_replicas:
             rule = f"must be in [0, {num_replicas})"
             raise argument_error("PositionSampler", "rank", rank, rule)
@@ -96,7 +93,7 @@ class PositionSampler(DistributedSampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         """One window of ``len(self)`` batches that begins at the run's position."""
-        # Not a generator itself: the position must be read now, not when the first batch is asked for.
+        # Not a generator: the position must be read now, not when the first batch is asked for.
         self.start = self.position()
         return map(self.batch, range(self.start, self.start + len(self)))
 
@@ -117,8 +114,8 @@ class PositionSampler(DistributedSampler[list[int]]):
     def set_epoch(self, epoch: int) -> None:
         """Does nothing: the pass follows from the position, and an epoch is only a window of it.
 
-        Lightning calls this before each epoch. If it changed the order, a batch would depend on how the
-        run was cut into epochs, and no longer on (seed, n) alone.
+        Lightning calls this before each epoch. If it changed the order, a batch would depend on how
+        the run was cut into epochs, and no longer on (seed, n) alone.
         """
 
     @property

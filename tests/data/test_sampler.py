@@ -32,7 +32,7 @@ def test_every_sample_exactly_once_per_pass(num_samples, batch_size, world, seed
 
 @given(sizes, batch_sizes, worlds, seeds, positions)
 def test_ranks_partition_the_batch_of_one_process(num_samples, batch_size, world, seed, n):
-    """4 samples on each of 2 ranks are the 8 samples of one: the stream doesn't depend on the split."""
+    """4 samples on each of 2 ranks are the 8 of one: the stream doesn't depend on the split."""
     whole = PositionSampler(num_samples, batch_size * world, seed=seed).batch(n)
     parts = [sampler.batch(n) for sampler in ranks(num_samples, batch_size, world, seed=seed)]
     assert [i for part in parts for i in part if i >= 0] == whole
