@@ -1,0 +1,81 @@
+# Every target sets itself up: the first one you call creates .venv from constraints.txt.
+#   make demo    pretrain a small Llama on a novel and align it with DPO (3-5 minutes on 2 cores)
+#   make test    the default test suite (under 8 minutes on 2 cores)
+#   make check   ruff, import-linter, mypy --strict, pydoclint
+# ARGS is passed on: `make test ARGS="-k sampler -x"`, `make demo ARGS=--fast`.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+ARGS ?=
+BENCH ?= *
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+
+TORCH := $(shell grep '^torch==' constraints.txt)
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
+ifeq ($(GPU)$(filter Darwin,$(shell uname -s)),)
+# No CUDA build carries the local version +cpu, so pip can never take one by mistake. (macOS has CPU builds only.)
+TORCH := $(TORCH)+cpu
+endif
+
+.PHONY: setup demo test test-peer test-all check lint format imports types docstrings docs bench clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("development needs Python 3.11 or newer: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) setuptools
+	@echo "Installing $(TORCH) ..."
+ifneq ($(findstring +cpu,$(TORCH)),)
+	@# First from wherever pip is configured to look (a mirror, a folder of wheels), then from PyTorch's own index.
+	@$(PIP_INSTALL) $(TORCH) 2>/dev/null || $(PIP_INSTALL) --extra-index-url $(CPU_INDEX) $(TORCH) \
+	  || { echo "Found no CPU build of torch: $(CPU_INDEX) must be reachable, or pip's find-links must hold $(TORCH)." >&2; exit 1; }
+	@$(BIN)/python -c 'import sys, torch; sys.exit("torch is a CUDA build on a machine without a GPU" if torch.version.cuda else 0)'
+else
+	@$(PIP_INSTALL) $(TORCH)
+endif
+	@echo "Installing lightning-align and its development tools (about 2 minutes) ..."
+	@$(PIP_INSTALL) --no-build-isolation -e '.[test,check,docs,peer]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/lightning-align demo $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/pytest -m "not slow and not peer and not gpu" $(ARGS)
+
+test-peer: $(STAMP)
+	$(BIN)/pytest -m peer $(ARGS)
+
+test-all: $(STAMP)
+	$(BIN)/pytest $(if $(GPU),,-m "not gpu") $(ARGS)
+
+check: lint format imports types docstrings
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+
+format: $(STAMP)
+	$(BIN)/ruff format --check .
+
+imports: $(STAMP)
+	$(BIN)/lint-imports
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+docstrings: $(STAMP)
+	$(BIN)/pydoclint --quiet lightning_align
+
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict $(ARGS)
+
+bench: $(STAMP)
+	@set -e; for script in benchmarks/$(BENCH).py; do echo "== $$script"; $(BIN)/python $$script $(ARGS); done
+
+clean:
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,61 @@
+"""Training and aligning language models with PyTorch Lightning, one extension point at a time.
+
+Public names load on first use: importing the package costs next to nothing, and neither Lightning
+nor transformers is imported before something needs it.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning_align import data, layers, losses, run
+    from lightning_align.callbacks.metric_plot import MetricPlot
+    from lightning_align.layers import ModelLayers, find_layers
+    from lightning_align.modules.datamodules import PreferenceDataModule, TextDataModule
+    from lightning_align.modules.dpo import DPOModule
+    from lightning_align.modules.pretrain import PretrainModule
+    from lightning_align.run.exact_resume import ExactResume
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DPOModule",
+    "ExactResume",
+    "MetricPlot",
+    "ModelLayers",
+    "PreferenceDataModule",
+    "PretrainModule",
+    "TextDataModule",
+    "data",
+    "find_layers",
+    "layers",
+    "losses",
+    "run",
+]
+
+# Public name -> the module that defines it.
+_HOMES = {
+    "DPOModule": "lightning_align.modules.dpo",
+    "ExactResume": "lightning_align.run.exact_resume",
+    "MetricPlot": "lightning_align.callbacks.metric_plot",
+    "ModelLayers": "lightning_align.layers",
+    "PreferenceDataModule": "lightning_align.modules.datamodules",
+    "PretrainModule": "lightning_align.modules.pretrain",
+    "TextDataModule": "lightning_align.modules.datamodules",
+    "find_layers": "lightning_align.layers",
+}
+_ROOMS = ("data", "layers", "losses", "run")
+
+
+def __getattr__(name: str) -> object:
+    if name in _ROOMS:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value  # so that the next access is a plain attribute
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,118 @@
+"""What a user gets from `pip install` and `import`: names, files, pins and no slow imports."""
+
+import ast
+import importlib.metadata
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import lightning_align
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = {"datasets", "matplotlib", "trl", "wandb"}
+
+
+def modules_added(first: str, then: str) -> set[str]:
+    """Top-level modules that a fresh interpreter loads for `then` beyond those `first` loaded."""
+    code = (
+        f"import sys; {first}; seen = set(sys.modules); {then}; print(*(set(sys.modules) - seen))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return {name.partition(".")[0] for name in run.stdout.split()}
+
+
+def test_importing_the_package_loads_nothing_but_itself():
+    added = modules_added("import importlib, typing", "import lightning_align")
+    assert added == {"lightning_align"}
+
+
+def test_public_classes_load_no_heavy_library_that_lightning_does_not():
+    names = "; ".join(f"lightning_align.{name}" for name in lightning_align.__all__)
+    added = modules_added("import lightning", f"import lightning_align; {names}")
+    assert "lightning_align" in added
+    assert not added & HEAVY
+    assert "transformers" not in added
+
+
+def test_public_names_are_sorted_and_resolve():
+    assert lightning_align.__all__ == sorted(lightning_align.__all__)
+    for name in lightning_align.__all__:
+        value = getattr(lightning_align, name)
+        assert value.__name__.rpartition(".")[2] == name
+    assert set(lightning_align.__all__) <= set(dir(lightning_align))
+
+
+def test_type_checkers_see_the_same_names_from_the_same_modules():
+    """The lazy table and the TYPE_CHECKING block are written by hand: they must not drift apart."""
+    tree = ast.parse(Path(lightning_align.__file__).read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    static = {
+        alias.name: node.module
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    lazy = lightning_align._HOMES | dict.fromkeys(lightning_align._ROOMS, "lightning_align")
+    assert static == lazy
+    assert sorted(static) == lightning_align.__all__
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="has no attribute 'PretrainModul'"):
+        lightning_align.PretrainModul  # noqa: B018
+
+
+def test_the_wheel_holds_types_corpus_licence_and_command(tmp_path):
+    source, wheels = tmp_path / "source", tmp_path / "wheels"
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "lightning_align", source / "lightning_align", ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--quiet"]
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(wheels)]
+    subprocess.run([*pip, *options, str(source)], check=True)
+
+    (wheel,) = wheels.glob("lightning_align-*.whl")
+    assert wheel.name.startswith(f"lightning_align-{lightning_align.__version__}-")
+    with zipfile.ZipFile(wheel) as archive:
+        files = set(archive.namelist())
+        commands = next(name for name in files if name.endswith("entry_points.txt"))
+        assert b"lightning-align = lightning_align.cli:main" in archive.read(commands)
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "lightning_align").rglob("*.py")}
+    assert sources <= files
+    assert "lightning_align/py.typed" in files
+    assert "lightning_align/data/corpora/pride_and_prejudice.txt.xz" in files
+    assert any(name.endswith("licenses/LICENSE") for name in files)
+
+
+def test_every_installed_dependency_is_pinned_to_the_version_in_use():
+    """A dependency that constraints.txt does not name would float on the next fresh machine."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    pins = dict(re.findall(r"^([a-z0-9-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
+    extras = ("check", "docs", "peer", "plot", "test")
+    waiting = [Requirement(f"lightning-align[{','.join(extras)}]")]
+    seen, versions = set(), {}
+    while waiting:
+        wanted = waiting.pop()
+        name = canonicalize_name(wanted.name)
+        if (name, *sorted(wanted.extras)) in seen:
+            continue
+        seen.add((name, *sorted(wanted.extras)))
+        distribution = importlib.metadata.distribution(name)
+        versions[name] = distribution.version.partition("+")[0]
+        for line in distribution.requires or []:
+            needed = Requirement(line)
+            environments = [{"extra": extra} for extra in ("", *wanted.extras)]
+            if needed.marker is None or any(needed.marker.evaluate(e) for e in environments):
+                waiting.append(needed)
+    del versions["lightning-align"]
+    if "torch" in versions and "nvidia-cublas" in versions:  # a CUDA build brings its own libraries
+        versions = {name: v for name, v in versions.items() if not name.startswith("nvidia-")}
+    assert {name: pins.get(name) for name in versions} == versions
