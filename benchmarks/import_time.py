@@ -1,7 +1,8 @@
 """Claim: `import lightning_align` costs at most 1.1x `import lightning`.
 
-Fresh interpreters, alternated so that a slow minute of the machine hits every row alike; CPU time of the
-child, since importing is computing and reading warm files. The last row also resolves every public name.
+Fresh interpreters, alternated so that a slow minute of the machine hits every row alike; CPU time of
+the child, since importing is computing and reading warm files. The last row also resolves every
+public name.
 
     python benchmarks/import_time.py [--repeats 7]
 """
