@@ -1,0 +1,67 @@
+"""The ``lightning-align`` command: LightningCLI over our classes and everybody else's, and the demo."""
+
+import sys
+from collections.abc import Sequence
+
+from lightning.pytorch.cli import LightningCLI
+from typing_extensions import override
+
+# Imported so that their short names work in YAML: `class_path: PretrainModule`.
+from lightning_align.callbacks.metric_plot import MetricPlot
+from lightning_align.callbacks.save_pretrained import SavePretrained
+from lightning_align.modules.datamodules import PreferenceDataModule, TextDataModule
+from lightning_align.modules.dpo import DPOModule
+from lightning_align.modules.pretrain import PretrainModule
+from lightning_align.run.exact_resume import ExactResume
+
+__all__ = [
+    "AlignCLI",
+    "DPOModule",
+    "ExactResume",
+    "MetricPlot",
+    "PreferenceDataModule",
+    "PretrainModule",
+    "SavePretrained",
+    "TextDataModule",
+    "main",
+]
+
+DESCRIPTION = """Train and align language models with PyTorch Lightning.
+
+  lightning-align demo                     the whole job on a real novel, in a few minutes
+  lightning-align fit -c pretrain.yaml     train what a YAML file describes
+  lightning-align fit --print_config --model PretrainModule --data TextDataModule > my.yaml
+"""
+
+
+class AlignCLI(LightningCLI):
+    """LightningCLI with a fixed seed by default and checkpoints loaded as plain data only.
+
+    The optimizer belongs to the module (``model.init_args.optimizer``), which hands it named parameter groups.
+    """
+
+    def __init__(self, args: Sequence[str] | None = None) -> None:
+        super().__init__(
+            args=list(args) if args is not None else None,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"description": DESCRIPTION},
+        )
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        options = self.config[self.subcommand]
+        if options.get("weights_only") is None:
+            options["weights_only"] = True  # a checkpoint must not run code
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line; ``args`` defaults to ``sys.argv[1:]``."""
+    arguments = list(sys.argv[1:] if args is None else args)
+    if arguments[:1] == ["demo"]:
+        from lightning_align.demo.run import main as demo  # the demo alone needs matplotlib
+
+        demo(arguments[1:])
+        return
+    AlignCLI(args)

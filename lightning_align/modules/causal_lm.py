@@ -1,0 +1,293 @@
+"""What every objective on a causal language model shares: the model, its layers, exact gradient weighting.
+
+The one idea: ``training_step`` back-propagates a *sum* over tokens (or pairs) and the sum of weights travels
+with the gradients; just before clipping, the gradients are divided by the weight of the whole window (all
+accumulated batches, all ranks). Accumulation with unequal token counts then equals the one big batch, where
+averaging per batch (Lightning's default) does not.
+"""
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from typing_extensions import override
+
+from lightning_align._compat import built_by_cli
+from lightning_align._errors import argument_error
+from lightning_align.layers import ModelLayers, checkpoint_blocks, find_layers
+from lightning_align.pretrained import build_model, plain_model, save_pretrained
+from lightning_align.run.exact_resume import ExactResume
+
+# name -> (sum, weight), whose quotient is the mean to log. "loss" also weighs the gradient; "tokens" counts.
+Sums = dict[str, tuple[Tensor, Tensor]]
+
+
+class CausalLMModule(pl.LightningModule, ABC):
+    """Common base of the objectives; a subclass says what a batch's summed loss is.
+
+    Args:
+        model: A module, a Hugging Face name or folder, or a transformers configuration for random weights.
+        optimizer: Builds the optimizer from named parameter groups; default AdamW(lr=3e-4, betas=(0.9, 0.95)).
+        lr_scheduler: Builds a scheduler from the optimizer; it steps after every optimizer step.
+        activation_checkpointing: Whether blocks recompute their activations in backward.
+        chunk_size: Rows of logits computed at a time; None picks about 32 MB worth.
+        dtype: Data type of the parameters when the model is loaded or built here.
+        attn_implementation: Attention kernel by transformers' name.
+        revision: Branch, tag or commit when the model is a hub name.
+        trust_remote_code: Whether code that comes with the model may run.
+    """
+
+    train_prefix = "train_"
+
+    def __init__(
+        self,
+        model: nn.Module | str | PretrainedConfig,
+        *,
+        optimizer: OptimizerCallable | None,
+        lr_scheduler: LRSchedulerCallable | None,
+        activation_checkpointing: bool,
+        chunk_size: int | None,
+        dtype: str,
+        attn_implementation: str | None,
+        revision: str,
+        trust_remote_code: bool,
+    ) -> None:
+        super().__init__()
+        where = type(self).__name__
+        if chunk_size is not None and chunk_size < 1:
+            raise argument_error(where, "chunk_size", chunk_size, "must be at least 1 row")
+        self.model = build_model(
+            model,
+            where=where,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.chunk_size = chunk_size
+        self.layers: ModelLayers = find_layers(self.model)
+        if activation_checkpointing:
+            checkpoint_blocks(self.layers)
+        self._tokens_seen = torch.zeros((), dtype=torch.float64)
+        # Sums of the open accumulation window; ExactResume saves and restores them with the gradients.
+        self.accumulated: dict[str, Tensor] = {}
+        self._evaluated: dict[str, Tensor] = {}
+        self._window_start: float | None = None
+
+    def _save_plain_hyperparameters(self, model: nn.Module | str | PretrainedConfig) -> None:
+        """Keep plain configuration only: a callable or module there breaks ``load_from_checkpoint``."""
+        if built_by_cli():  # the CLI hands over its configuration, plain already
+            self.save_hyperparameters()
+            return
+        self.save_hyperparameters(ignore=["model", "ref_model", "optimizer", "lr_scheduler"])
+        if (plain := plain_model(model)) is not None:
+            self.save_hyperparameters({"model": plain})
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens learned from so far, over all ranks (for preference pairs: completion tokens)."""
+        return int(self._tokens_seen)
+
+    # The objective
+
+    @abstractmethod
+    def loss_from_hidden(self, hidden_BTD: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Sums]:
+        """The batch's loss as a sum, and (sum, weight) of what to log; ``"loss"`` weighs the gradient."""
+
+    @abstractmethod
+    def model_inputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The part of a batch that ``forward_hidden`` takes."""
+
+    def forward_hidden(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states after the final norm, (B, T, D). The one place where a strategy may run the model its way."""
+        return self.layers.hidden_states(input_ids, position_ids, attention_mask)
+
+    @override
+    def forward(self, input_ids: Tensor, **inputs: Tensor) -> Tensor:
+        """Logits (B, T, V), for inference."""
+        return self.layers.head.logits(self.forward_hidden(input_ids, **inputs))
+
+    # Steps
+
+    @override
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self._step(batch)
+
+    @override
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._step(batch)
+
+    @override
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._step(batch)
+
+    def _step(self, batch: dict[str, Tensor]) -> Tensor:
+        loss, sums = self.loss_from_hidden(self.forward_hidden(**self.model_inputs(batch)), batch)
+        collected = self.accumulated if self.training else self._evaluated
+        for name, pair in sums.items():
+            packed = torch.stack([value.detach().float() for value in pair])
+            collected[name] = collected[name] + packed if name in collected else packed
+        return loss
+
+    def _means(self, collected: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(means, weights) by name of what all ranks collected; empties ``collected``."""
+        names = sorted(collected)
+        sums = self.trainer.strategy.reduce(
+            torch.stack([collected[name] for name in names]), reduce_op="sum"
+        )
+        collected.clear()
+        weights = dict(zip(names, sums[:, 1].clamp(min=1), strict=True))
+        means = {name: total / weights[name] for name, total in zip(names, sums[:, 0], strict=True)}
+        return means, weights
+
+    # Exact weighting of gradients
+
+    @override
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        means, weights = self._means(self.accumulated)
+        # Undo the two means that Lightning and DDP take, then divide by the true weight of the window.
+        averaged_over = self.trainer.world_size * self.trainer.accumulate_grad_batches
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, averaged_over / weights["loss"])
+        self._log_step(means, nn.utils.get_total_norm(gradients), optimizer)
+
+    # Logging
+
+    def derived_metrics(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Metrics that are functions of means, such as perplexity."""
+        return {}
+
+    def _log_step(
+        self, means: dict[str, Tensor], grad_norm: Tensor, optimizer: torch.optim.Optimizer
+    ) -> None:
+        tokens = means.pop("tokens")
+        self._tokens_seen = self._tokens_seen + tokens.double().cpu()
+        means |= self.derived_metrics(means)
+        self.log("train_loss", means.pop("loss"), prog_bar=True)
+        self.log_dict({self.train_prefix + name: value for name, value in means.items()})
+        self.log("grad_norm", grad_norm)
+        self.log("lr", float(optimizer.param_groups[0]["lr"]))
+        self.log("tokens_seen", self._tokens_seen.float())
+        now = time.perf_counter()
+        if self._window_start is not None:
+            self.log("tokens_per_second", tokens / (now - self._window_start), prog_bar=True)
+        self._window_start = now
+
+    @override
+    def on_train_epoch_start(self) -> None:
+        self._window_start = None
+
+    @override
+    def on_validation_epoch_start(self) -> None:
+        self._evaluated.clear()
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluation("val_")
+        self._window_start = None  # a step's throughput does not count the validation before it
+
+    @override
+    def on_test_epoch_start(self) -> None:
+        self._evaluated.clear()
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test_")
+
+    def _log_evaluation(self, prefix: str) -> None:
+        means, _ = self._means(self._evaluated)
+        means.pop("tokens")
+        means |= self.derived_metrics(means)
+        self.log_dict({prefix + name: value for name, value in means.items()}, prog_bar=True)
+
+    # Set-up
+
+    @override
+    def setup(self, stage: str) -> None:
+        self.layers.probe()
+        tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
+        if tokenizer is not None and len(tokenizer) > self.layers.vocab_size:
+            raise argument_error(
+                type(self).__name__,
+                "model",
+                type(self.model).__name__,
+                f"its vocabulary has {self.layers.vocab_size} rows, but the tokenizer makes ids up to"
+                f" {len(tokenizer) - 1}",
+                "Set the model's vocab_size to the tokenizer's, or pass the model's own tokenizer",
+            )
+
+    @override
+    def configure_callbacks(self) -> Sequence[pl.Callback]:
+        present = any(isinstance(callback, ExactResume) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        return [] if present else [ExactResume()]
+
+    @override
+    def configure_optimizers(self) -> Any:
+        groups = self.parameter_groups()
+        if self.optimizer is None:
+            built = torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1)
+        else:
+            built = self.optimizer(groups)  # type: ignore[arg-type]
+        if self.lr_scheduler is None:
+            return built
+        scheduler = {"scheduler": self.lr_scheduler(built), "interval": "step"}
+        return {"optimizer": built, "lr_scheduler": scheduler}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Two groups of (name, parameter): matrices, which decay, and embeddings, norms and biases, which do not."""
+        embedding = self.layers.embedding.weight
+        decay, no_decay = [], []
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                matrix = parameter.ndim >= 2 and parameter is not embedding
+                (decay if matrix else no_decay).append((name, parameter))
+        groups = [{"params": decay}, {"params": no_decay, "weight_decay": 0.0}]
+        return [group for group in groups if group["params"]]
+
+    # Saving
+
+    def save_pretrained(self, folder: str) -> None:
+        """Write the trained model, and the datamodule's tokenizer if there is one, as a Hugging Face folder."""
+        trainer = self._trainer
+        tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+        save_pretrained(self.model, folder, tokenizer)
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["tokens_seen"] = self.tokens_seen
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._tokens_seen.fill_(checkpoint.get("tokens_seen", 0))
+        theirs = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
+        ours = {name: tuple(value.shape) for name, value in self.state_dict().items()}
+        different = sorted(k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k))
+        if different and self.strict_loading:
+            name = different[0]
+            raise argument_error(
+                type(self).__name__,
+                "model",
+                type(self.model).__name__,
+                f"the checkpoint is of another model: {len(different)} parameter(s) differ, first {name!r}"
+                f" with shape {ours.get(name)} here and {theirs.get(name)} there",
+                "Build the module with the model that wrote the checkpoint",
+            )
+
+
+def perplexity(mean_nll: Tensor) -> Tensor:
+    """exp of a mean negative log-likelihood in nats; infinite instead of an overflow error."""
+    return mean_nll.clamp(max=math.log(torch.finfo(torch.float32).max)).exp()

@@ -1,0 +1,111 @@
+"""Next-token prediction: pretraining on packed text, and supervised fine-tuning by masking labels."""
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from typing_extensions import override
+
+from lightning_align._errors import argument_error
+from lightning_align.losses import linear_cross_entropy
+from lightning_align.modules.causal_lm import CausalLMModule, Sums, perplexity
+
+
+class PretrainModule(CausalLMModule):
+    """Next-token loss on packed text; with masked labels (-100) it is supervised fine-tuning.
+
+    A batch is ``input_ids`` and ``labels`` of shape (B, T + 1), labels aligned with the inputs as in Hugging
+    Face (the module shifts), and optionally ``attention_mask`` or ``position_ids``. The head and the
+    cross-entropy run in chunks: no (B, T, V) tensor is ever built. The gradient is the mean over all target
+    tokens of the accumulation window on all ranks, however unequally they are spread over its batches.
+
+    Logs ``train_loss`` (nats per token, without the regularisers), ``train_perplexity``, ``val_loss``,
+    ``val_perplexity``, ``tokens_seen``, ``tokens_per_second``, ``grad_norm`` (before clipping) and ``lr``.
+
+    Args:
+        model: A module, a Hugging Face name or folder, or a transformers configuration for random weights.
+        optimizer: Builds the optimizer from named parameter groups; default AdamW(lr=3e-4, betas=(0.9, 0.95)).
+        lr_scheduler: Builds a scheduler from the optimizer; it steps after every optimizer step.
+        z_loss: Weight of the squared log-partition, 1e-4 in PaLM (arXiv:2204.02311, section 5).
+        label_smoothing: Probability mass spread evenly over the vocabulary, from 0 up to but below 1.
+        chunk_size: Rows of logits computed at a time; None picks about 32 MB worth.
+        activation_checkpointing: Whether blocks recompute their activations in backward.
+        dtype: Data type of the parameters when the model is loaded or built here.
+        attn_implementation: Attention kernel by transformers' name; None leaves the choice to transformers.
+        revision: Branch, tag or commit when the model is a hub name.
+        trust_remote_code: Whether code that comes with the model may run.
+
+    Raises:
+        ValueError: If a value is out of its range, or the model cannot be loaded or read.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> config = LlamaConfig(vocab_size=512, hidden_size=64, num_hidden_layers=2, num_attention_heads=2)
+        >>> module = PretrainModule(config)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | str | PretrainedConfig,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        z_loss: float = 0.0,
+        label_smoothing: float = 0.0,
+        chunk_size: int | None = None,
+        activation_checkpointing: bool = False,
+        dtype: str = "float32",
+        attn_implementation: str | None = None,
+        revision: str = "main",
+        trust_remote_code: bool = False,
+    ) -> None:
+        if z_loss < 0:
+            raise argument_error("PretrainModule", "z_loss", z_loss, "must not be negative")
+        if not 0 <= label_smoothing < 1:
+            rule = "must lie in [0, 1)"
+            raise argument_error("PretrainModule", "label_smoothing", label_smoothing, rule)
+        super().__init__(
+            model,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            activation_checkpointing=activation_checkpointing,
+            chunk_size=chunk_size,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+        self._save_plain_hyperparameters(model)
+        self.z_loss = z_loss
+        self.label_smoothing = label_smoothing
+
+    @override
+    def model_inputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        names = ("input_ids", "position_ids", "attention_mask")
+        return {name: batch[name][:, :-1] for name in names if name in batch}
+
+    @override
+    def loss_from_hidden(self, hidden_BTD: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Sums]:
+        loss, nll, count = linear_cross_entropy(
+            hidden_BTD,
+            self.layers.head,
+            batch["labels"][:, 1:],
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+            chunk_size=self.chunk_size,
+        )
+        sums = {"loss": (nll, count), "tokens": (count, torch.ones_like(count))}
+        if self.z_loss or self.label_smoothing:
+            sums["objective"] = (loss, count)
+        return loss, sums
+
+    @override
+    def derived_metrics(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"perplexity": perplexity(means["loss"])}
+
+    @override
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Mean negative log-likelihood (nats per token) of each row, (B,)."""
+        hidden_BTD = self.forward_hidden(**self.model_inputs(batch))
+        rows = zip(hidden_BTD, batch["labels"][:, 1:], strict=True)
+        results = [linear_cross_entropy(hidden, self.layers.head, y) for hidden, y in rows]
+        return torch.stack([nll / count.clamp(min=1) for _, nll, count in results])

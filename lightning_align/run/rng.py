@@ -1,0 +1,33 @@
+"""Randomness as a function of the position: nothing to save, nothing to restore.
+
+Saving generator states is not enough for an exact resume: whatever draws between the save and the next batch
+(a validation run, the start of a data loader) shifts them. Seeding from (seed, position, rank, stage) before
+every batch makes the draws of batch n the same however the run came to it.
+"""
+
+import hashlib
+import random
+
+import numpy as np
+import torch
+
+
+def derive_seed(seed: int, position: int, rank: int, stage: str) -> int:
+    """A 64-bit seed from everything that a draw may depend on; close inputs give unrelated seeds."""
+    key = f"{seed}/{position}/{rank}/{stage}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+
+
+def reseed(seed: int, position: int, rank: int, stage: str) -> None:
+    """Seed Python's, NumPy's and torch's generators (all devices) for one batch.
+
+    Args:
+        seed: Seed of the run.
+        position: Batches consumed before this one.
+        rank: Global rank of this process, so that ranks drop different units.
+        stage: ``"train"`` or ``"validate"``, so that validation does not replay training's draws.
+    """
+    derived = derive_seed(seed, position, rank, stage)
+    random.seed(derived)
+    np.random.seed(derived & 0xFFFF_FFFF)  # NumPy's legacy generator takes 32 bits
+    torch.manual_seed(derived)

@@ -1,0 +1,83 @@
+"""What decides the next step besides what Lightning saves: gradients in mid-accumulation; and when to save.
+
+Lightning's checkpoint holds parameters, optimizer, schedulers, scaler, loops and callbacks. Randomness is a
+function of the position (rng.py). What is left is the open accumulation window: gradients that wait for their
+optimizer step and, for modules that weight by tokens, the sums collected so far.
+"""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lightning_align._compat import is_accumulating
+
+
+def is_safe_point(trainer: pl.Trainer) -> bool:
+    """Whether a checkpoint written now resumes without skipping anything.
+
+    False at the last batch of an epoch until its validation and epoch-end hooks have run: Lightning resumes
+    such a checkpoint at the next epoch, so they would never run. The weights stay exact either way.
+    """
+    progress = trainer.fit_loop.epoch_progress.current
+    at_last_batch = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+    epoch_closed = progress.processed == progress.started
+    return not at_last_batch or epoch_closed
+
+
+def capture_accumulation(
+    trainer: pl.Trainer, pl_module: pl.LightningModule
+) -> list[dict[str, dict[str, Tensor]]]:
+    """The open accumulation window of every rank, or an empty list when no gradient is waiting.
+
+    Collective: every rank must call it. Ranks hold different gradients until the window closes, and the
+    checkpoint is written by rank 0 alone, so they are gathered.
+    """
+    if not is_accumulating(trainer):
+        return []
+    window = {
+        "gradients": {
+            name: parameter.grad.detach().cpu()
+            for name, parameter in pl_module.named_parameters()
+            if parameter.grad is not None
+        },
+        "sums": {name: value.cpu() for name, value in _sums(pl_module).items()},
+    }
+    if trainer.world_size == 1:
+        return [window]
+    windows: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(windows, window)
+    return windows
+
+
+def restore_accumulation(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    windows: list[dict[str, dict[str, Tensor]]],
+) -> None:
+    """Put this rank's open accumulation window back into the module's gradients.
+
+    Raises:
+        ValueError: If the checkpoint was written in mid-accumulation by another number of ranks.
+    """
+    if not windows:
+        return
+    if len(windows) != trainer.world_size:
+        raise ValueError(
+            f"ExactResume(world_size={trainer.world_size}): the checkpoint was written in mid-accumulation by"
+            f" {len(windows)} rank(s), whose gradients cannot be redistributed. Resume with as many ranks, or"
+            " from a checkpoint written at an optimizer step."
+        )
+    window = windows[trainer.global_rank]
+    parameters = dict(pl_module.named_parameters())
+    for name, gradient in window["gradients"].items():
+        parameters[name].grad = gradient.to(parameters[name])
+    sums = _sums(pl_module)
+    sums.update({name: value.to(pl_module.device) for name, value in window["sums"].items()})
+
+
+def _sums(pl_module: pl.LightningModule) -> dict[str, Tensor]:
+    """Sums a module collects over an accumulation window; a module that has none need not know of this."""
+    sums = getattr(pl_module, "accumulated", None)
+    return sums if isinstance(sums, dict) else {}
