@@ -34,7 +34,7 @@ ifneq ($(findstring +cpu,$(TORCH)),)
 	@# First from wherever pip is configured to look (a mirror, a folder of wheels), then from PyTorch's own index.
 	@$(PIP_INSTALL) $(TORCH) 2>/dev/null || $(PIP_INSTALL) --extra-index-url $(CPU_INDEX) $(TORCH) \
 	  || { echo "Found no CPU build of torch: $(CPU_INDEX) must be reachable, or pip's find-links must hold $(TORCH)." >&2; exit 1; }
-	@$(BIN)/python -c 'import sys, torch; sys.exit("torch is a CUDA build on a machine without a GPU" if torch.version.cuda else 0)'
+	@$(BIN)/python -W ignore -c 'import sys, torch; sys.exit("torch is a CUDA build on a machine without a GPU" if torch.version.cuda else 0)'
 else
 	@$(PIP_INSTALL) $(TORCH)
 endif

@@ -1,7 +1,7 @@
 """Claim: `import lightning_align` costs at most 1.1x `import lightning`.
 
-Fresh interpreters, alternated so that a slow minute of the machine hits every row alike; CPU time of
-the child, since importing is computing and reading warm files. The last row also resolves every
+Fresh interpreters, alternated so that a slow minute of the machine hits every row alike; CPU time
+of the child, since importing is computing and reading warm files. The last row also resolves every
 public name.
 
     python benchmarks/import_time.py [--repeats 7]
@@ -44,7 +44,7 @@ def main() -> None:
 
     base = statistics.median(times["import lightning"])
     print(
-        f"{'CPU time of a fresh interpreter':<40} {'median_s':>9} {'min_s':>7} {'max_s':>7} {'ratio':>6}"
+        f"{'fresh interpreter, CPU time':<40} {'median_s':>9} {'min_s':>7} {'max_s':>7} {'ratio':>6}"
     )
     for name, row in times.items():
         median = statistics.median(row)
