@@ -1,0 +1,1 @@
+"""Callbacks: WHEN something happens during a run."""
