@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lightning_align import data, layers, losses, run
     from lightning_align.callbacks.metric_plot import MetricPlot
+    from lightning_align.callbacks.save_pretrained import SavePretrained
     from lightning_align.layers import ModelLayers, find_layers
     from lightning_align.modules.datamodules import PreferenceDataModule, TextDataModule
     from lightning_align.modules.dpo import DPOModule
@@ -25,6 +26,7 @@ __all__ = [
     "ModelLayers",
     "PreferenceDataModule",
     "PretrainModule",
+    "SavePretrained",
     "TextDataModule",
     "data",
     "find_layers",
@@ -41,6 +43,7 @@ _HOMES = {
     "ModelLayers": "lightning_align.layers",
     "PreferenceDataModule": "lightning_align.modules.datamodules",
     "PretrainModule": "lightning_align.modules.pretrain",
+    "SavePretrained": "lightning_align.callbacks.save_pretrained",
     "TextDataModule": "lightning_align.modules.datamodules",
     "find_layers": "lightning_align.layers",
 }
