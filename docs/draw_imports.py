@@ -1,8 +1,8 @@
 """Draw docs/imports.svg: the rooms of the package and which room really imports which.
 
-Rows are the layers of the import-linter contract in pyproject.toml, arrows come from the code;
-those that other arrows imply are left out, and so are those to _errors. `mkdocs build` runs this as a
-hook, so the picture cannot go stale; by hand: `python docs/draw_imports.py`.
+Rows are the layers of the import-linter contract in pyproject.toml, arrows come from the code.
+Those that other arrows imply are left out, and so are those to _errors. `mkdocs build` runs this
+as a hook, so the picture cannot go stale; by hand: `python docs/draw_imports.py`.
 """
 
 import io
