@@ -1,6 +1,6 @@
 # Every target sets itself up: the first one you call creates .venv from constraints.txt.
 #   make demo    pretrain a small Llama on a novel and align it with DPO (3-5 minutes on 2 cores)
-#   make test    the default test suite (under 8 minutes on 2 cores)
+#   make test    the default test suite and the snippets in the docs (under 8 minutes on 2 cores)
 #   make check   ruff, import-linter, mypy --strict, pydoclint
 # ARGS is passed on: `make test ARGS="-k sampler -x"`, `make demo ARGS=--fast`.
 
@@ -47,6 +47,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/pytest -m "not slow and not peer and not gpu" $(ARGS)
+ifeq ($(ARGS),)
+	$(BIN)/pytest --markdown-docs README.md docs/*.md
+endif
 
 test-peer: $(STAMP)
 	$(BIN)/pytest -m peer $(ARGS)
