@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -163,12 +163,13 @@ class ModelLayers:
         base: Any = _base_model(self.model)
         called = self.model if base is None else base
         given = {"position_ids": position_ids, "attention_mask": attention_mask}
-        extra = {name: value for name, value in given.items() if value is not None}
-        for name in extra.keys() - _argument_names(type(called)):
+        extra: dict[str, Any] = {n: value for n, value in given.items() if value is not None}
+        for name in extra.keys() - _argument_names(type(called).forward):
             rule = f"{type(called).__name__}.forward has no argument of that name"
             raise argument_error("ModelLayers.hidden_states", name, "...", rule, "Leave it out")
+        extra.update(_no_cache(self.model))
         if base is not None:
-            return base(input_ids_BT, use_cache=False, **extra)[0]  # type: ignore[no-any-return]
+            return base(input_ids_BT, **extra)[0]  # type: ignore[no-any-return]
 
         with _identity(self.head_module) as inputs:
             self.model(input_ids_BT, **extra)
@@ -207,7 +208,7 @@ class ModelLayers:
                 raise self._error("probe", rule, "Use a causal decoder")
             for factor in (1.0, self._saturating_factor(hidden_BTD)):
                 with _scaled_input(self.head_module, factor):
-                    theirs_BTV = _logits(self.model(tokens_BT))
+                    theirs_BTV = _logits(self.model(tokens_BT, **_no_cache(self.model)))
                 self._compare(self.head.logits(hidden_BTD * factor), theirs_BTV, tolerance)
 
     def _compare(self, ours_BTV: Tensor, theirs_BTV: Tensor, tolerance: float) -> None:
@@ -333,6 +334,10 @@ def _is_hugging_face(model: nn.Module) -> bool:
     return module is not None and isinstance(model, module.PreTrainedModel)
 
 
+def _no_cache(model: nn.Module) -> dict[str, bool]:
+    return {"use_cache": False} if _is_hugging_face(model) else {}
+
+
 def _base_model(model: Any) -> nn.Module | None:
     """The decoder below the head of a Hugging Face model, None where we must find out."""
     if not _is_hugging_face(model) or model.base_model is model:
@@ -341,9 +346,9 @@ def _base_model(model: Any) -> nn.Module | None:
 
 
 @cache
-def _argument_names(model_class: Hashable) -> frozenset[str]:
-    """Named arguments of forward. ``**kwargs`` does not count: it would be ignored in silence."""
-    return frozenset(inspect.signature(model_class.forward).parameters)  # type: ignore[attr-defined]
+def _argument_names(forward: Callable[..., Any]) -> frozenset[str]:
+    """Its named arguments. ``**kwargs`` does not count: it would be ignored in silence."""
+    return frozenset(inspect.signature(forward).parameters)
 
 
 def _refuse_wrappers(model: nn.Module) -> None:
@@ -372,7 +377,7 @@ def _refuse_headless(model: Any) -> None:
 
 def _blocks_name(model: nn.Module, layers_attribute: str | None) -> str:
     """Name of the list of blocks, as given or as found."""
-    lists = {name: len(m) for name, m in model.named_modules() if name and _is_block_list(m)}  # type: ignore[arg-type]
+    lists = {name: len(m) for name, m in model.named_modules() if name and _is_block_list(m)}
     candidates = ", ".join(f"'{name}' ({lists[name]})" for name in _outermost(lists)) or "none"
     where = type(model).__name__
     if layers_attribute is not None:
@@ -411,7 +416,8 @@ def _dominant(model: nn.Module, names: list[str]) -> list[str]:
     Below that the blocks may well be spread over parallel lists (attentions here, MLPs there).
     """
     sizes = [sum(p.numel() for p in model.get_submodule(name).parameters()) for name in names]
-    return [name for name, size in zip(names, sizes) if size and 4 * size >= 3 * sum(sizes)]
+    total = sum(sizes)
+    return [name for name, size in zip(names, sizes, strict=True) if 0 < 3 * total <= 4 * size]
 
 
 def _embedding_and_head_names(model: nn.Module, outside: dict[str, nn.Module]) -> tuple[str, str]:
@@ -544,7 +550,8 @@ def _probe_tokens(vocab_size: int) -> Tensor:
 
 
 def _logits(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else getattr(output, "logits", output)
+    logits: Tensor = output[0] if isinstance(output, tuple) else getattr(output, "logits", output)
+    return logits
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:
