@@ -38,11 +38,11 @@ def capture_accumulation(
         return []
     window = {
         "gradients": {
-            name: parameter.grad.detach().cpu()
+            name: parameter.grad.detach().to("cpu", copy=True)
             for name, parameter in pl_module.named_parameters()
             if parameter.grad is not None
         },
-        "sums": {name: value.cpu() for name, value in _sums(pl_module).items()},
+        "sums": {name: value.to("cpu", copy=True) for name, value in _sums(pl_module).items()},
     }
     if trainer.world_size == 1:
         return [window]
@@ -72,7 +72,7 @@ def restore_accumulation(
     window = windows[trainer.global_rank]
     parameters = dict(pl_module.named_parameters())
     for name, gradient in window["gradients"].items():
-        parameters[name].grad = gradient.to(parameters[name])
+        parameters[name].grad = gradient.to(parameters[name], copy=True)
     sums = _sums(pl_module)
     sums.update({name: value.to(pl_module.device) for name, value in window["sums"].items()})
 

@@ -1,0 +1,66 @@
+"""One test for each private API we touch: what we rely on, on the pinned versions."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from lightning_align import _compat
+from tests.helpers.resume import HandWritten, SequenceData
+
+
+class Watch(pl.Callback):
+    """Notes what the private APIs say after every batch."""
+
+    def __init__(self) -> None:
+        self.accumulating: list[bool] = []
+        self.checkpoint: dict[str, Any] = {}
+        self.starts: list[int | None] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.accumulating.append(_compat.is_accumulating(trainer))
+        self.checkpoint = _compat.dump_checkpoint(trainer)
+        self.starts.append(trainer.datamodule.train_sampler.start)
+        if len(self.starts) == 2:
+            _compat.restart_train_iteration(trainer)
+            self.starts.append(trainer.datamodule.train_sampler.start)
+
+
+def watched() -> Watch:
+    watch = Watch()
+    trainer = pl.Trainer(
+        max_epochs=1,
+        limit_train_batches=5,
+        limit_val_batches=0,
+        accumulate_grad_batches=3,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[watch],
+    )
+    trainer.fit(HandWritten(), SequenceData())
+    return watch
+
+
+def test_is_accumulating_is_false_exactly_after_an_optimizer_step() -> None:
+    assert watched().accumulating == [True, True, False, True, False]
+
+
+def test_dump_checkpoint_holds_all_that_a_file_would() -> None:
+    checkpoint = watched().checkpoint
+    assert {"state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks"} <= set(checkpoint)
+    assert all(isinstance(value, torch.Tensor) for value in checkpoint["state_dict"].values())
+
+
+def test_restart_train_iteration_makes_the_sampler_read_the_position_again() -> None:
+    assert watched().starts[:3] == [0, 0, 2]
+
+
+def test_built_by_cli_sees_the_context_of_lightning_cli() -> None:
+    from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters_context
+
+    assert not _compat.built_by_cli()
+    with _given_hyperparameters_context({"lr": 1.0}, "instantiator"):
+        assert _compat.built_by_cli()
