@@ -202,6 +202,11 @@ class ModelLayers:
             if not any(torch.equal(tokens_BT, ids) for ids in embedded):
                 rule = f"the tokens must go through its embedding '{self.embedding_name}'"
                 raise self._error("probe", rule, "Define get_input_embeddings() on the model")
+            if hidden_BTD.shape[-1] != self.hidden_size:
+                rule = (
+                    f"its base model gives {hidden_BTD.shape[-1]} features, not {self.hidden_size}"
+                )
+                raise self._error("probe", rule)
             past_BTD = hidden_BTD[:, : _PROBE_TOKENS // 2]  # The same in both rows, if causal.
             if _difference(past_BTD[0], past_BTD[1]) > tolerance:
                 rule = "the hidden state of a token must not depend on later tokens"
@@ -225,8 +230,10 @@ class ModelLayers:
                 f"{self.logit_scale:g} and softcap={self.softcap}: they differ by up to "
                 f"{difference * largest:.3g}, the largest is {largest:.3g}"
             )
-            way_out = "After the head may only come what config.logit_scale and "
-            way_out += "config.final_logit_softcapping say"
+            way_out = (
+                "Between its hidden states and its logits may only be that head and what "
+                "config.logit_scale and config.final_logit_softcapping say"
+            )
             if entries := _logit_entries(getattr(self.model, "config", None)):
                 way_out += f"; the config has {entries}"
             raise self._error("probe", rule, way_out)
