@@ -1,0 +1,206 @@
+"""Preference pairs: a prompt, the completion that was chosen and the one that was rejected.
+
+A batch has the chosen completions in its first half of rows and the rejected ones, in the same
+order, in its second: one forward pass serves both (as in TRL's DataCollatorForPreference).
+
+Shapes: P pairs in a batch, R = 2 P rows, T tokens in the longest row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lightning_align.data.files import InputFile
+from lightning_align.data.held_out import draw_held_out
+from lightning_align.data.sampler import padding
+from lightning_align.data.tokenizer import encode, pad_token_id
+
+COLUMNS = ("prompt", "chosen", "rejected")
+BATCH_PAIRS = 1000  # pairs tokenised at once
+
+Ids = NDArray[np.int32]
+
+
+class Pair(NamedTuple):
+    """The tokens of one pair; a row of a batch is the prompt and one of the completions."""
+
+    prompt: Ids
+    chosen: Ids
+    rejected: Ids
+
+
+class PreferenceDataset(Dataset[dict[str, Tensor]]):
+    """Pairs in memory; indexed with a *list* of indices, it returns a batch.
+
+    A padding index of the sampler gives the pair that it names with an empty completion mask: no
+    token counts, so the pair must not either. A real pair has completion tokens in both rows.
+
+    Args:
+        pairs: What ``read_pairs`` returned.
+        pad_token_id: Token that fills up shorter rows, on the right.
+    """
+
+    def __init__(self, pairs: Sequence[Pair], pad_token_id: int) -> None:
+        self.pairs = pairs
+        self.pad_token_id = pad_token_id
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return len(self.pairs)
+
+    def __getitem__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """The batch of the pairs ``indices``."""
+        pairs = [self.pairs[index if index >= 0 else padding(index)] for index in indices]
+        batch = collate_pairs(pairs, self.pad_token_id)
+        empty_P = torch.tensor([index < 0 for index in indices])
+        batch["completion_mask"][empty_P.repeat(2)] = 0
+        return batch
+
+    @property
+    def content(self) -> str:
+        """Hash of all tokens, in order."""
+        digest = hashlib.blake2b(digest_size=16)
+        for pair in self.pairs:
+            digest.update(np.array([len(ids) for ids in pair]).tobytes())
+            digest.update(b"".join(ids.tobytes() for ids in pair))
+        return digest.hexdigest()
+
+
+def collate_pairs(pairs: Sequence[Pair], pad_token_id: int) -> dict[str, Tensor]:
+    """Rows [chosen; rejected], filled up on the right.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` (1 on tokens) and ``completion_mask`` (1 on the tokens of
+        the completion), each (2 P, T).
+    """
+    rows = [(pair.prompt, pair.chosen) for pair in pairs]
+    rows += [(pair.prompt, pair.rejected) for pair in pairs]
+    prompt_R = np.array([len(prompt) for prompt, _ in rows])
+    length_R = np.array([len(prompt) + len(completion) for prompt, completion in rows])
+    position_T = np.arange(length_R.max())
+    attention_RT = position_T < length_R[:, None]
+    completion_RT = attention_RT & (position_T >= prompt_R[:, None])
+    ids_RT = np.full(attention_RT.shape, pad_token_id, dtype=np.int64)
+    ids_RT[attention_RT] = np.concatenate([ids for row in rows for ids in row])
+    return {
+        "input_ids": torch.from_numpy(ids_RT),
+        "attention_mask": torch.from_numpy(attention_RT.astype(np.int64)),
+        "completion_mask": torch.from_numpy(completion_RT.astype(np.int64)),
+    }
+
+
+def read_pairs(
+    files: Sequence[InputFile], tokenizer: Any, *, max_length: int, append_eos: bool
+) -> list[Pair]:
+    """All usable pairs of JSONL files, tokenised and cut to ``max_length``.
+
+    Pairs that can teach nothing are dropped: a prompt that fills ``max_length`` or is empty, an
+    empty completion, two completions that are the same. One warning counts them.
+
+    Args:
+        files: JSONL files with the text columns prompt, chosen and rejected.
+        tokenizer: A transformers tokenizer.
+        max_length: Tokens that prompt and completion may have together; the completion is cut.
+        append_eos: Whether to close each completion with the end-of-text token.
+
+    Raises:
+        ValueError: If a file is no such JSONL file, or no pair is left.
+    """
+    pairs: list[Pair] = []
+    dropped: Counter[str] = Counter()
+    for file in files:
+        if file.suffix != ".jsonl":
+            way_out = "A compression may follow, as in .jsonl.gz"
+            raise file.error("the name of a file must end in .jsonl", way_out)
+        number = len(pairs) + dropped.total()
+        for pair in _tokenise(file, tokenizer):
+            usable = _fit(pair, max_length, tokenizer.eos_token_id if append_eos else None)
+            if isinstance(usable, str):
+                dropped[usable] += 1
+            else:
+                pairs.append(usable)
+        if number == len(pairs) + dropped.total():
+            raise file.error("is empty, and must hold pairs")
+    if dropped:
+        reasons = "; ".join(f"{count} because {reason}" for reason, count in dropped.items())
+        total = len(pairs) + dropped.total()
+        summary = f"{dropped.total()} of {total} pairs dropped: {reasons}"
+        if not pairs:
+            raise files[0].error(f"no pair is left ({summary})")
+        first = files[0]
+        warnings.warn(f"{first.where}({first.argument}={first.url!r}): {summary}", stacklevel=2)
+    return pairs
+
+
+def hold_out_prompts(
+    where: str, pairs: Sequence[Pair], val_fraction: float, seed: int
+) -> tuple[list[Pair], list[Pair]]:
+    """Pairs to learn from, and pairs held out; those with the same prompt stay together.
+
+    Args:
+        where: Class the user called.
+        pairs: Pairs to divide.
+        val_fraction: Part of the prompts to hold out, in [0, 1).
+        seed: Seed of the draw.
+    """
+    numbers: dict[bytes, int] = {}
+    group = [numbers.setdefault(pair.prompt.tobytes(), len(numbers)) for pair in pairs]
+    held_out = draw_held_out(
+        where, len(numbers), val_fraction, seed, what="prompts", way_out="Set val_paths instead"
+    )
+    train = [pair for pair, number in zip(pairs, group, strict=True) if not held_out[number]]
+    val = [pair for pair, number in zip(pairs, group, strict=True) if held_out[number]]
+    return train, val
+
+
+def pair_dataset(pairs: Sequence[Pair], tokenizer: Any) -> PreferenceDataset:
+    """The dataset of ``pairs``, filled up with the tokenizer's own token."""
+    return PreferenceDataset(pairs, pad_token_id(tokenizer))
+
+
+def _tokenise(file: InputFile, tokenizer: Any) -> Iterator[Pair]:
+    """Prompt and completions on their own: a token never reaches across the boundary."""
+    begin = [tokenizer.bos_token_id]
+    if encode(tokenizer, [""], add_special_tokens=True)[0][:1] != begin:
+        begin = []  # this tokenizer does not begin a text with a token of its own
+    records = (record for _, record in file.records(COLUMNS))
+    while batch := list(islice(records, BATCH_PAIRS)):
+        columns = [encode(tokenizer, [record[column] for record in batch]) for column in COLUMNS]
+        for prompt, chosen, rejected in zip(*columns, strict=True):
+            yield Pair(_ids(begin + prompt), _ids(chosen), _ids(rejected))
+
+
+def _fit(pair: Pair, max_length: int, eos_token_id: int | None) -> Pair | str:
+    """The pair as it is trained on, or why it cannot be."""
+    if len(pair.prompt) == 0:
+        return "the prompt is empty"
+    room = max_length - len(pair.prompt)
+    if room <= 0:
+        return f"the prompt has max_length={max_length} tokens or more"
+    if len(pair.chosen) == 0 or len(pair.rejected) == 0:
+        return "chosen or rejected is empty"
+    chosen, rejected = (_close(ids, eos_token_id)[:room] for ids in (pair.chosen, pair.rejected))
+    if np.array_equal(chosen, rejected):
+        return "chosen and rejected are the same (up to max_length)"
+    return Pair(pair.prompt, chosen, rejected)
+
+
+def _close(ids: Ids, eos_token_id: int | None) -> Ids:
+    if eos_token_id is None or ids[-1] == eos_token_id:
+        return ids
+    return np.append(ids, np.int32(eos_token_id))
+
+
+def _ids(ids: Iterable[int]) -> Ids:
+    return np.array(list(ids), dtype=np.int32)

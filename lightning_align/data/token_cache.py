@@ -1,0 +1,220 @@
+"""Tokens on disk: made once, memory-mapped ever after, never half.
+
+A cache is a folder named after a hash of everything that decides its content. It is written under
+another name, file by file forced to the disk, its manifest last, and then renamed: a folder of the
+final name is complete. What a killed process leaves behind has the other name and is swept by the
+next build. A cache whose files do not fit its manifest (cut short, edited) is built anew.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_align._errors import argument_error
+from lightning_align.data.tokenize_corpus import Corpus, FileWriter, write_corpus
+
+MANIFEST = "manifest.json"
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True)
+class TokenSplit:
+    """The tokens of one split, one document after the other, opened where they are first used.
+
+    It travels to other processes as a path, not as tokens.
+    """
+
+    folder: Path
+    split: str
+    dtype: str
+    num_tokens: int
+    num_documents: int
+    content: str  # hash of the tokens
+
+    @cached_property
+    def tokens(self) -> NDArray[np.unsignedinteger[Any]]:
+        """All tokens, memory-mapped."""
+        return np.memmap(self.folder / f"{self.split}.tokens", dtype=self.dtype, mode="r")
+
+    @cached_property
+    def offsets(self) -> NDArray[np.int64]:
+        """Document i is ``tokens[offsets[i]:offsets[i + 1]]``, its end-of-text token included."""
+        return np.memmap(self.folder / f"{self.split}.offsets", dtype=np.int64, mode="r")
+
+    def __getstate__(self) -> dict[str, Any]:
+        opened = ("tokens", "offsets")
+        return {name: value for name, value in self.__dict__.items() if name not in opened}
+
+
+@dataclass(frozen=True)
+class TokenCache:
+    """The splits of a corpus, and the tokenizer if it was trained on it."""
+
+    train: TokenSplit
+    val: TokenSplit | None
+    tokenizer_rules: str | None
+
+
+def default_cache_dir() -> Path:
+    """``$LIGHTNING_ALIGN_CACHE``, or else ``~/.cache/lightning_align``."""
+    folder = os.environ.get("LIGHTNING_ALIGN_CACHE") or "~/.cache/lightning_align"
+    return Path(folder).expanduser()
+
+
+def prepare_token_cache(corpus: Corpus, cache_dir: Path) -> str:
+    """Build the cache of ``corpus`` unless it is there; returns its key.
+
+    Args:
+        corpus: What to tokenise.
+        cache_dir: Folder of all caches.
+
+    Raises:
+        ValueError: If a file is no text, nothing can be held out, or ``cache_dir`` is no folder.
+        OSError: If the disk is full. Nothing of the new cache is left, the others are as they were.
+    """
+    key = corpus.key()
+    folder = cache_dir / key
+    if _problem(folder, key) is None:
+        return key
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        rule = f"must be a folder that can be made ({error.strerror})"
+        raise argument_error(corpus.where, "cache_dir", str(cache_dir), rule) from None
+    # One process builds; another that wants the same waits and finds it done. The system gives the
+    # lock back when its holder dies.
+    with filelock.FileLock(cache_dir / f"{key}.lock"):
+        problem = _problem(folder, key)
+        if problem is None:
+            return key
+        if folder.exists():
+            warnings.warn(f"token cache {folder}: {problem}; building it anew", stacklevel=2)
+            shutil.rmtree(folder)
+        _sweep(cache_dir, key)
+        _build(corpus, key, folder)
+    return key
+
+
+def open_token_cache(where: str, cache_dir: Path, key: str) -> TokenCache:
+    """Open what ``prepare_token_cache`` made.
+
+    Args:
+        where: Class the user called.
+        cache_dir: Folder of all caches.
+        key: What ``prepare_token_cache`` returned.
+
+    Raises:
+        ValueError: If this machine has no such cache.
+    """
+    folder = cache_dir / key
+    problem = _problem(folder, key, read_all=False)
+    if problem is not None:
+        rule = f"has no usable token cache {key} ({problem})"
+        way_out = "Every node needs it: use a shared folder, or leave prepare_data_per_node=True"
+        raise argument_error(where, "cache_dir", str(cache_dir), rule, way_out)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    splits = {
+        split: TokenSplit(
+            folder=folder,
+            split=split,
+            dtype=manifest["dtype"],
+            content=manifest["files"][f"{split}.tokens"]["hash"],
+            **counts,
+        )
+        for split, counts in manifest["splits"].items()
+    }
+    trained = folder / "tokenizer.json"
+    rules = trained.read_text(encoding="utf-8") if "tokenizer.json" in manifest["files"] else None
+    return TokenCache(splits["train"], splits.get("val"), rules)
+
+
+def _problem(folder: Path, key: str, *, read_all: bool = True) -> str | None:
+    """Why the cache cannot be used, or None. Hashes are compared only with ``read_all``."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        if manifest["key"] != key:
+            return "it is another cache's manifest"
+        for name, expected in manifest["files"].items():
+            size = (folder / name).stat().st_size
+            if size != expected["size"]:
+                return f"{name} has {size} bytes and not {expected['size']}"
+            if read_all and _hash(folder / name) != expected["hash"]:
+                return f"the content of {name} has changed"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"its manifest cannot be read ({type(error).__name__})"
+    return None
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _build(corpus: Corpus, key: str, folder: Path) -> None:
+    temporary = folder.with_suffix(".tmp")
+    with _nothing_left_behind(corpus, temporary):
+        temporary.mkdir()
+        manifest = write_corpus(corpus, temporary)
+        writer = FileWriter(temporary / MANIFEST)
+        writer.write(json.dumps({"key": key, **manifest}, indent=1).encode())
+        writer.close()
+        _sync_folder(temporary)
+        temporary.rename(folder)
+        _sync_folder(folder.parent)
+
+
+@contextmanager
+def _nothing_left_behind(corpus: Corpus, temporary: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            message = (
+                f"{corpus.where}: the disk is full ({error.strerror}). No part of this token cache"
+                " was kept; the others are intact. Free some space, or set cache_dir elsewhere"
+            )
+            raise OSError(error.errno, message, str(temporary.parent)) from error
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sweep(cache_dir: Path, key: str) -> None:
+    """Remove what builds that died have left. The caller holds the lock of ``key``."""
+    for temporary in cache_dir.glob("*.tmp"):
+        if temporary.stem == key:
+            shutil.rmtree(temporary)
+            continue
+        lock = filelock.FileLock(temporary.with_suffix(".lock"), blocking=False)
+        try:
+            with lock:
+                shutil.rmtree(temporary, ignore_errors=True)
+        except filelock.Timeout:
+            pass  # its build is alive

@@ -1,0 +1,208 @@
+"""A corpus of text files becomes files of tokens: split, tokenizer, tokens, one pass each.
+
+No pass holds more than some megabytes of text, so a corpus may be larger than the memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from lightning_align.data.files import CHUNK
+from lightning_align.data.held_out import draw_held_out
+from lightning_align.data.text import Piece, TextSource
+from lightning_align.data.tokenizer import encode, tokenizer_fingerprint, train_tokenizer
+
+SCHEMA = 1  # raise it when what a cache holds, or how text becomes tokens, changes
+BATCH_PIECES = 4096  # pieces tokenised at once, if they are short
+BAR_DELAY_S = 2.0  # what takes less needs no progress bar
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What is to be tokenised, with what, and what of it is held out.
+
+    Args:
+        where: Class the user called.
+        train: Files to learn from.
+        val: Files held out; if there are none, a part of the documents of ``train`` is.
+        val_fraction: That part, in [0, 1).
+        seed: Draws the held-out documents.
+        tokenizer: A transformers tokenizer, or None to train one on what is not held out.
+        vocab_size: Largest number of tokens of a trained tokenizer.
+    """
+
+    where: str
+    train: tuple[TextSource, ...]
+    val: tuple[TextSource, ...]
+    val_fraction: float
+    seed: int
+    tokenizer: Any
+    vocab_size: int
+
+    def key(self) -> str:
+        """Hash of all that decides the tokens: the bytes of the files, the tokenizer, the split."""
+        contents = [
+            [(source.file.content_hash(), *source.settings) for source in sources]
+            for sources in (self.train, self.val)
+        ]
+        trained = f"byte-level BPE {self.vocab_size}"
+        rules = trained if self.tokenizer is None else tokenizer_fingerprint(self.tokenizer)
+        split = None if self.val else (self.val_fraction, self.seed)
+        content = json.dumps([SCHEMA, contents, rules, split])
+        return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+
+class FileWriter:
+    """Writes one file, keeping its size and hash, and forces it to the disk in the end."""
+
+    def __init__(self, path: Path) -> None:
+        self._stream = path.open("wb")
+        self._digest = hashlib.blake2b(digest_size=16)
+        self._size = 0
+
+    def write(self, data: bytes) -> None:
+        """Append ``data``."""
+        self._stream.write(data)
+        self._digest.update(data)
+        self._size += len(data)
+
+    def close(self) -> dict[str, Any]:
+        """Force the file to the disk; returns what a manifest says about it."""
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._stream.close()
+        return {"size": self._size, "hash": self._digest.hexdigest()}
+
+
+class SplitWriter:
+    """Writes the tokens of a split and where each of its documents ends."""
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype[Any]) -> None:
+        self.split = split
+        self.num_tokens = 0
+        self.num_documents = 0
+        self._dtype = dtype
+        self._tokens = FileWriter(folder / f"{split}.tokens")
+        self._offsets = FileWriter(folder / f"{split}.offsets")
+        self._offsets.write(np.int64(0).tobytes())
+
+    def add(self, ids: list[int], ends_document: bool) -> None:
+        """Append the tokens of a piece."""
+        self._tokens.write(np.array(ids, self._dtype).tobytes())
+        self.num_tokens += len(ids)
+        if ends_document:
+            self.num_documents += 1
+            self._offsets.write(np.int64(self.num_tokens).tobytes())
+
+    def close(self) -> dict[str, dict[str, Any]]:
+        """Force the files to the disk; returns what a manifest says about each."""
+        return {
+            f"{self.split}.tokens": self._tokens.close(),
+            f"{self.split}.offsets": self._offsets.close(),
+        }
+
+
+def write_corpus(corpus: Corpus, folder: Path) -> dict[str, Any]:
+    """Tokenise ``corpus`` into files under ``folder``; returns the manifest, still to be written.
+
+    Raises:
+        ValueError: If a file is no text, or nothing can be held out.
+    """
+    held_out, num_characters = _plan(corpus)
+    files = {}
+    tokenizer = corpus.tokenizer
+    if tokenizer is None:
+        tokenizer = _train(corpus, held_out, num_characters)
+        rules = FileWriter(folder / "tokenizer.json")
+        rules.write(tokenizer.backend_tokenizer.to_str().encode())
+        files["tokenizer.json"] = rules.close()
+    dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
+    splits = ["train", "val"] if corpus.val or held_out.any() else ["train"]
+    writers = {split: SplitWriter(folder, split, dtype) for split in splits}
+    with _progress("Tokenising", num_characters) as bar:
+        for batch in _batches(_labelled_pieces(corpus, held_out)):
+            texts = [piece.text for _, piece in batch]
+            for (split, piece), ids in zip(batch, encode(tokenizer, texts), strict=True):
+                end = [tokenizer.eos_token_id] if piece.ends_document else []
+                writers[split].add(ids + end, piece.ends_document)
+            bar.update(sum(map(len, texts)))
+    for writer in writers.values():
+        files |= writer.close()
+    counts = {
+        split: {"num_tokens": writer.num_tokens, "num_documents": writer.num_documents}
+        for split, writer in writers.items()
+    }
+    return {"dtype": dtype.name, "splits": counts, "files": files}
+
+
+def _plan(corpus: Corpus) -> tuple[NDArray[np.bool_], int]:
+    """Which documents are held out, and how much text there is in all.
+
+    Reads everything once: what is wrong with a file is found before anything expensive begins.
+    """
+    num_documents = num_characters = 0
+    for source in corpus.train:
+        for piece in source.pieces():
+            num_documents += piece.ends_document
+            num_characters += len(piece.text)
+    for source in corpus.val:
+        num_characters += sum(len(piece.text) for piece in source.pieces())
+    held_out = draw_held_out(
+        corpus.where,
+        num_documents,
+        0.0 if corpus.val else corpus.val_fraction,
+        corpus.seed,
+        what="documents",
+        way_out="Set document_pattern to split it, or val_paths, or val_fraction=0",
+    )
+    return held_out, num_characters
+
+
+def _train(corpus: Corpus, held_out: NDArray[np.bool_], num_characters: int) -> Any:
+    with _progress("Reading text to train a tokenizer", num_characters) as bar:
+
+        def texts() -> Iterator[str]:
+            for split, piece in _labelled_pieces(corpus, held_out):
+                if split == "train":
+                    yield piece.text
+                bar.update(len(piece.text))
+
+        return train_tokenizer(texts(), corpus.vocab_size)
+
+
+def _labelled_pieces(corpus: Corpus, held_out: NDArray[np.bool_]) -> Iterator[tuple[str, Piece]]:
+    document = 0
+    for source in corpus.train:
+        for piece in source.pieces():
+            yield ("val" if held_out[document] else "train"), piece
+            document += piece.ends_document
+    for source in corpus.val:
+        for piece in source.pieces():
+            yield "val", piece
+
+
+def _batches(pieces: Iterable[tuple[str, Piece]]) -> Iterator[list[tuple[str, Piece]]]:
+    batch: list[tuple[str, Piece]] = []
+    num_characters = 0
+    for split, piece in pieces:
+        batch.append((split, piece))
+        num_characters += len(piece.text)
+        if num_characters >= CHUNK or len(batch) >= BATCH_PIECES:
+            yield batch
+            batch, num_characters = [], 0
+    if batch:
+        yield batch
+
+
+def _progress(what: str, num_characters: int) -> Any:
+    return tqdm(desc=what, total=num_characters, unit="char", unit_scale=True, delay=BAR_DELAY_S)

@@ -1,0 +1,256 @@
+"""Text to pretrain on and preference pairs to align with, as Lightning datamodules."""
+
+from pathlib import Path
+from typing import Any
+
+from typing_extensions import override
+
+from lightning_align._errors import argument_error
+from lightning_align.data.files import find_files
+from lightning_align.data.packing import PackedDataset
+from lightning_align.data.preference import (
+    Pair,
+    hold_out_prompts,
+    pair_dataset,
+    read_pairs,
+)
+from lightning_align.data.text import check_pattern, find_sources
+from lightning_align.data.token_cache import (
+    TokenSplit,
+    default_cache_dir,
+    open_token_cache,
+    prepare_token_cache,
+)
+from lightning_align.data.tokenize_corpus import Corpus
+from lightning_align.data.tokenizer import (
+    MIN_VOCAB_SIZE,
+    load_tokenizer,
+    pad_token_id,
+    trained_tokenizer,
+)
+from lightning_align.modules.positioned import PositionedDataModule
+
+Paths = str | Path | list[str]
+
+
+class TextDataModule(PositionedDataModule):
+    """Packed blocks of text for next-token prediction.
+
+    Documents (a line of a .jsonl file, a .txt file or its parts, a chapter of an embedded novel)
+    are closed by an end-of-text token, tokenised once into a memory-mapped cache, and cut into
+    blocks. The corpus may be larger than the memory.
+
+    Args:
+        paths: Embedded corpus ("pride_and_prejudice"), file, glob or list of them; .txt or .jsonl,
+            also compressed (.gz, .xz, .bz2), local or at any fsspec URL.
+        tokenizer: Folder or hub name of a tokenizer, or a transformers tokenizer; None trains a
+            byte-level BPE on the training documents.
+        vocab_size: Largest number of tokens of a trained tokenizer; unused if one is given.
+        block_size: Tokens predicted per sample.
+        batch_size: Samples per batch and rank.
+        val_paths: Files to validate on, named as in paths; None holds out part of the documents.
+        val_fraction: Part of the documents held out if there are no val_paths; 0 for no validation.
+        document_pattern: Regular expression before whose matches a .txt file is split into
+            documents, with ^ and $ matching at lines.
+        text_column: Column of a .jsonl file that holds the text.
+        seed: Seed of the order of the samples and of the choice of held-out documents.
+        num_workers: Processes that load batches; 0 loads them in the training process.
+        cache_dir: Local folder of token caches; None takes $LIGHTNING_ALIGN_CACHE, or else
+            ~/.cache/lightning_align.
+
+    Attributes:
+        tokenizer: The transformers tokenizer, after ``setup``.
+
+    Raises:
+        ValueError: If a number is out of its range or ``document_pattern`` is no regular
+            expression.
+
+    Example:
+        >>> data = TextDataModule("pride_and_prejudice", block_size=256)
+    """
+
+    def __init__(
+        self,
+        paths: Paths = "pride_and_prejudice",
+        tokenizer: str | Any | None = None,
+        *,
+        vocab_size: int = 4096,
+        block_size: int = 512,
+        batch_size: int = 8,
+        val_paths: Paths | None = None,
+        val_fraction: float = 0.1,
+        document_pattern: str | None = None,
+        text_column: str = "text",
+        seed: int = 0,
+        num_workers: int = 0,
+        cache_dir: str | Path | None = None,
+    ) -> None:
+        super().__init__(batch_size, seed, num_workers)
+        self._check_val_fraction(val_fraction)
+        check_pattern(self._name, document_pattern)
+        if block_size < 1:
+            raise argument_error(self._name, "block_size", block_size, "must be at least 1")
+        if tokenizer is None and vocab_size < MIN_VOCAB_SIZE:
+            rule = f"must be at least {MIN_VOCAB_SIZE}: every byte, and the end-of-text token"
+            raise argument_error(self._name, "vocab_size", vocab_size, rule)
+        if "://" in str(cache_dir):
+            rule = "must be a local folder, because the tokens are memory-mapped"
+            raise argument_error(self._name, "cache_dir", cache_dir, rule)
+        # Plain text and numbers only: a checkpoint loads with weights_only=True.
+        paths, val_paths = _plain(paths), _plain(val_paths or [])
+        cache_dir = cache_dir and str(cache_dir)
+        given = not isinstance(tokenizer, (str, Path)) and tokenizer is not None
+        self.save_hyperparameters(ignore=["tokenizer"] if given else [], logger=False)
+        self.paths: list[str] = paths
+        self.val_paths: list[str] = val_paths
+        self.vocab_size = vocab_size
+        self.block_size = block_size
+        self.val_fraction = val_fraction
+        self.document_pattern = document_pattern
+        self.text_column = text_column
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+        self.tokenizer: Any = tokenizer if given else None
+        self._tokenizer_argument = tokenizer
+        self._key: str | None = None
+
+    @override
+    def prepare_data(self) -> None:
+        """Read, check and tokenise the files (one process of each node)."""
+        if self._tokenizer_argument is not None:
+            self.tokenizer = load_tokenizer(self._name, self._tokenizer_argument)
+        options = (self.document_pattern, self.text_column)
+        train = find_sources(self._name, "paths", self.paths, *options)
+        val = []
+        if self.val_paths:
+            val = find_sources(self._name, "val_paths", self.val_paths, *options)
+        corpus = Corpus(
+            where=self._name,
+            train=tuple(train),
+            val=tuple(val),
+            val_fraction=self.val_fraction,
+            seed=self.seed,
+            tokenizer=self.tokenizer if self._tokenizer_argument is not None else None,
+            vocab_size=self.vocab_size,
+        )
+        self._key = prepare_token_cache(corpus, self.cache_dir)
+
+    @override
+    def setup(self, stage: str | None = None) -> None:
+        """Open the token cache (every process).
+
+        Raises:
+            ValueError: If ``block_size`` does not fit into the training or the validation tokens.
+        """
+        if self.trainer is not None:  # only the process that read the files knows the key
+            self._key = self.trainer.strategy.broadcast(self._key)
+        if self._key is None:
+            self.prepare_data()
+        assert self._key is not None
+        cache = open_token_cache(self._name, self.cache_dir, self._key)
+        if cache.tokenizer_rules is not None:
+            self.tokenizer = trained_tokenizer(cache.tokenizer_rules)
+        elif self.tokenizer is None:
+            self.tokenizer = load_tokenizer(self._name, self._tokenizer_argument)
+        self.train_dataset = self._packed(cache.train)
+        self.val_dataset = self._packed(cache.val) if cache.val is not None else None
+        self.fingerprint = f"tokens {cache.train.content}, block_size {self.block_size}"
+
+    def _packed(self, split: TokenSplit) -> PackedDataset:
+        if split.num_tokens <= self.block_size:
+            rule = (
+                f"the {split.split} split has {split.num_tokens} tokens, and a block needs one more"
+            )
+            way_out = "Lower block_size, or give more text"
+            raise argument_error(self._name, "block_size", self.block_size, rule, way_out)
+        return PackedDataset(split, self.block_size, pad_token_id(self.tokenizer))
+
+
+class PreferenceDataModule(PositionedDataModule):
+    """Preference pairs from JSONL files with the text columns prompt, chosen and rejected.
+
+    A batch is {input_ids, attention_mask, completion_mask}, the chosen completions in its first
+    half of rows and the rejected ones in its second. Pairs that can teach nothing are dropped with
+    a warning.
+
+    Args:
+        paths: File, glob or list of them; .jsonl, also compressed (.gz, .xz, .bz2), local or at any
+            fsspec URL.
+        tokenizer: Folder or hub name of a tokenizer, or a transformers tokenizer.
+        batch_size: Pairs per batch and rank.
+        max_length: Tokens that a prompt and a completion may have together; longer completions are
+            cut.
+        val_paths: Files to validate on, named as in paths; None holds out part of the prompts.
+        val_fraction: Part of the prompts held out if there are no val_paths; 0 for no validation.
+        append_eos: Whether to close each completion with the end-of-text token.
+        seed: Seed of the order of the pairs and of the choice of held-out prompts.
+        num_workers: Processes that load batches; 0 loads them in the training process.
+
+    Attributes:
+        tokenizer: The transformers tokenizer, after ``setup``.
+
+    Raises:
+        ValueError: If a number is out of its range.
+
+    Example:
+        >>> data = PreferenceDataModule("pairs.jsonl", "path/of/a/tokenizer", max_length=512)
+    """
+
+    def __init__(
+        self,
+        paths: Paths,
+        tokenizer: str | Any,
+        *,
+        batch_size: int = 8,
+        max_length: int = 1024,
+        val_paths: Paths | None = None,
+        val_fraction: float = 0.0,
+        append_eos: bool = True,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(batch_size, seed, num_workers)
+        self._check_val_fraction(val_fraction)
+        if max_length < 2:
+            rule = "must be at least 2: a token of the prompt and one of a completion"
+            raise argument_error(self._name, "max_length", max_length, rule)
+        # Plain text and numbers only: a checkpoint loads with weights_only=True.
+        paths, val_paths = _plain(paths), _plain(val_paths or [])
+        given = not isinstance(tokenizer, (str, Path))
+        self.save_hyperparameters(ignore=["tokenizer"] if given else [], logger=False)
+        self.paths: list[str] = paths
+        self.val_paths: list[str] = val_paths
+        self.max_length = max_length
+        self.val_fraction = val_fraction
+        self.append_eos = append_eos
+        self.tokenizer: Any = tokenizer if given else None
+        self._tokenizer_argument = tokenizer
+
+    @override
+    def prepare_data(self) -> None:
+        """Load the tokenizer (one process of each node), so that it is in the cache for all."""
+        self.tokenizer = load_tokenizer(self._name, self._tokenizer_argument)
+
+    @override
+    def setup(self, stage: str | None = None) -> None:
+        """Read and tokenise the pairs (every process, once)."""
+        if self.train_dataset is not None:
+            return
+        self.tokenizer = load_tokenizer(self._name, self._tokenizer_argument)
+        train, val = self._read("paths", self.paths), []
+        if self.val_paths:
+            val = self._read("val_paths", self.val_paths)
+        else:
+            train, val = hold_out_prompts(self._name, train, self.val_fraction, self.seed)
+        self.train_dataset = pair_dataset(train, self.tokenizer)
+        self.val_dataset = pair_dataset(val, self.tokenizer) if val else None
+        self.fingerprint = f"pairs {self.train_dataset.content}"
+
+    def _read(self, argument: str, paths: list[str]) -> list[Pair]:
+        files = find_files(self._name, argument, paths)
+        return read_pairs(
+            files, self.tokenizer, max_length=self.max_length, append_eos=self.append_eos
+        )
+
+
+def _plain(paths: Paths) -> list[str]:
+    return [str(path) for path in (paths if isinstance(paths, list) else [paths])]

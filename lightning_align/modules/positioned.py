@@ -1,0 +1,155 @@
+"""The data of a run has a position: batch n of training is a pure function of (seed, n).
+
+The datamodule owns the position n: it hands it to the sampler, saves it with every checkpoint, and
+refuses a checkpoint of a run whose batches were others.
+"""
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from lightning_align._errors import argument_error
+from lightning_align.data.packing import PackedDataset
+from lightning_align.data.preference import PreferenceDataset
+from lightning_align.data.sampler import PositionSampler
+from lightning_align.run.position import batches_consumed
+
+
+class PositionedDataModule(pl.LightningDataModule):
+    """What our datamodules have in common: loaders whose order follows the position of the run.
+
+    A subclass sets ``train_dataset``, ``val_dataset`` and ``fingerprint`` in ``setup``.
+
+    Args:
+        batch_size: Samples per batch and rank.
+        seed: Seed of the order of the training samples.
+        num_workers: Processes that load batches; 0 loads them in the training process.
+
+    Attributes:
+        skipped: Training batches passed over without a step; whoever skips some adds to it.
+        fingerprint: Tells the training samples of one run from those of another.
+        train_sampler: Sampler of the latest training loader.
+
+    Raises:
+        ValueError: If ``batch_size`` is below 1, or ``seed`` or ``num_workers`` is negative.
+    """
+
+    def __init__(self, batch_size: int, seed: int, num_workers: int) -> None:
+        super().__init__()
+        limits = {"batch_size": (batch_size, 1), "seed": (seed, 0), "num_workers": (num_workers, 0)}
+        for argument, (value, least) in limits.items():
+            if value < least:
+                raise argument_error(self._name, argument, value, f"must be at least {least}")
+        self.batch_size = batch_size
+        self.seed = seed
+        self.num_workers = num_workers
+        self.skipped = 0
+        self.fingerprint = ""
+        self.train_dataset: PackedDataset | PreferenceDataset | None = None
+        self.val_dataset: PackedDataset | PreferenceDataset | None = None
+        self.train_sampler: PositionSampler | None = None
+
+    @property
+    def position(self) -> int:
+        """Number of the training batch that comes next: those consumed, and those skipped."""
+        consumed = batches_consumed(self.trainer) if self.trainer is not None else 0
+        return consumed + self.skipped
+
+    @override
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Batches of the training stream, from the position onwards."""
+        overfit = getattr(self.trainer, "overfit_batches", 0)
+        if overfit:
+            rule = f"replaces the sampler, and {self._name} needs its own"
+            way_out = "Set limit_train_batches, or give a small file"
+            raise argument_error("Trainer", "overfit_batches", overfit, rule, way_out)
+        assert self.train_dataset is not None, "setup() comes first"
+        num_replicas, rank = self._replicas
+        self.train_sampler = PositionSampler(
+            len(self.train_dataset),
+            self.batch_size,
+            seed=self.seed,
+            num_replicas=num_replicas,
+            rank=rank,
+            position=lambda: self.position,
+        )
+        return self._loader(self.train_dataset, self.train_sampler)
+
+    @override
+    def val_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[Any]:
+        """The held-out samples in their order, each once over all ranks; [] if there are none."""
+        if self.val_dataset is None:
+            return []
+        num_replicas, rank = self._replicas
+        sampler = PositionSampler(
+            len(self.val_dataset),
+            self.batch_size,
+            shuffle=False,
+            num_replicas=num_replicas,
+            rank=rank,
+        )
+        return self._loader(self.val_dataset, sampler)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run stands in which stream of batches."""
+        return {"position": self.position, "skipped": self.skipped, **self._stream}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the stream of a checkpoint.
+
+        Lightning restores the number of consumed batches by itself.
+
+        Raises:
+            ValueError: If training would go on with other batches than those of the checkpoint.
+        """
+        if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
+            return  # a checkpoint may be evaluated on any data
+        way_out = "Resume with the same data and settings, or start a new run from the weights"
+        for argument, value in self._stream.items():
+            saved = state_dict[argument]
+            if saved != value:
+                rule = f"the checkpoint's run has {saved!r}"
+                raise argument_error(self._name, argument, value, rule, way_out)
+        self.skipped = state_dict["skipped"]
+
+    @property
+    def _stream(self) -> dict[str, Any]:
+        """All that decides which samples batch n holds, over all ranks."""
+        batch = self.batch_size * self._replicas[0]
+        return {"seed": self.seed, "batch": batch, "fingerprint": self.fingerprint}
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
+    @property
+    def _replicas(self) -> tuple[int, int]:
+        """Number of ranks that share a batch, and this one's number among them."""
+        # The strategy's own word, not the world size: ranks that hold parts of one model see the
+        # same samples.
+        ranks = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        return (ranks["num_replicas"], ranks["rank"]) if ranks else (1, 0)
+
+    def _loader(
+        self, dataset: PackedDataset | PreferenceDataset, sampler: PositionSampler
+    ) -> DataLoader[dict[str, Tensor]]:
+        trainer = self.trainer
+        on_cuda = trainer is not None and trainer.strategy.root_device.type == "cuda"
+        return DataLoader(
+            dataset,
+            sampler=sampler,
+            batch_size=None,  # the sampler's items are batches
+            num_workers=self.num_workers,
+            pin_memory=on_cuda,
+        )
+
+    def _check_val_fraction(self, val_fraction: float) -> None:
+        if not 0 <= val_fraction < 1:
+            rule = "must be in [0, 1)"
+            raise argument_error(self._name, "val_fraction", val_fraction, rule)
