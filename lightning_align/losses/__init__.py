@@ -1,0 +1,38 @@
+"""Losses from hidden states and log-probabilities, none of which builds B x T x V logits.
+
+``linear_cross_entropy`` for pretraining and supervised fine-tuning; ``linear_logprobs`` and
+``completion_logps`` for everything that needs the log-probability of given tokens; one function for
+each preference loss in ``LOSSES``.
+"""
+
+from lightning_align.losses.dpo import Mean, dpo_loss_from_batch, preference_step
+from lightning_align.losses.linear_cross_entropy import CrossEntropy, linear_cross_entropy
+from lightning_align.losses.linear_logprobs import TokenLogprobs, linear_logprobs
+from lightning_align.losses.preference import (
+    LOSSES,
+    check_preference_arguments,
+    preference_loss,
+)
+from lightning_align.losses.sequence_logps import (
+    CompletionLogps,
+    completion_logps,
+    padding_arguments,
+    sequence_logps,
+)
+
+__all__ = [
+    "LOSSES",
+    "CompletionLogps",
+    "CrossEntropy",
+    "Mean",
+    "TokenLogprobs",
+    "check_preference_arguments",
+    "completion_logps",
+    "dpo_loss_from_batch",
+    "linear_cross_entropy",
+    "linear_logprobs",
+    "padding_arguments",
+    "preference_loss",
+    "preference_step",
+    "sequence_logps",
+]

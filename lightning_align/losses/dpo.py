@@ -1,0 +1,184 @@
+"""One batch of preference pairs: losses, and the metrics under TRL's names.
+
+``preference_step`` is the part that a LightningModule shares with ``dpo_loss_from_batch``: it takes
+completions that were scored already, wherever their hidden states came from.
+
+Shapes: P pairs, B = 2 P sequences, [chosen; rejected]; T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_align._errors import argument_error
+from lightning_align.losses.preference import (
+    check_preference_arguments,
+    preference_loss,
+    uses,
+)
+from lightning_align.losses.sequence_logps import CompletionLogps, model_completion_logps
+
+
+@dataclass(frozen=True, eq=False)
+class Mean:
+    """A mean that can still be merged: over batches and ranks, add totals and add counts.
+
+    Attributes:
+        total: Sum of the values, in fp32.
+        count: Number of values: pairs or tokens.
+    """
+
+    total: Tensor
+    count: Tensor
+
+    @property
+    def value(self) -> Tensor:
+        """The mean; 0 of nothing."""
+        return self.total / self.count.clamp(min=1)
+
+
+def preference_step(
+    policy: CompletionLogps,
+    reference: CompletionLogps,
+    *,
+    loss_type: str = "sigmoid",
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, dict[str, Mean]]:
+    """Losses and metrics of scored pairs.
+
+    The metrics, detached, means over pairs unless said otherwise:
+
+    - ``rewards/chosen``, ``rewards/rejected``: beta times the log-ratio to the reference;
+      ``rewards/margins`` is their difference, ``rewards/accuracies`` how often it is positive;
+    - ``logps/chosen``, ``logps/rejected``: log-probabilities of the completions;
+    - ``logits/chosen``, ``logits/rejected``: mean logit, over completion tokens and vocabulary;
+    - ``entropy``: over completion tokens, in nats;
+    - ``mean_token_accuracy``: share of the chosen tokens that were the likeliest;
+    - ``kl/k2``: half the squared log-ratio of a token, over completion tokens. That is Schulman's
+      estimator k2 of KL(policy || reference) (http://joschu.net/blog/kl-approx.html), never
+      negative and zero while the models agree. It estimates the KL only for completions that the
+      policy sampled; on given pairs read it as the distance moved on these texts.
+
+    Args:
+        policy: Scored by the model in training, rows [chosen; rejected].
+        reference: The same rows scored by the frozen reference.
+        loss_type: A name in ``LOSSES``. ``ipo`` gets the lengths, as in TRL.
+        beta: Strength of the pull to the reference.
+        label_smoothing: Probability that a preference is the wrong way round, for cdpo.
+
+    Returns:
+        Loss of each pair, (P,), and the metrics.
+
+    Raises:
+        ValueError: If a log-probability of the reference is not finite, the number of rows is odd,
+            or an option is outside its range.
+    """
+    where = "preference_step"
+    check_preference_arguments(where, loss_type, beta, label_smoothing)
+    _check_pairs(where, "policy.logps_B.shape", policy.logps_B)
+    if not torch.isfinite(reference.logps_B).all():
+        rule = "must be finite; the reference gives some completion no probability, or is broken"
+        raise argument_error(where, "reference.logps_B", reference.logps_B.tolist(), rule)
+    lengths = {}
+    if uses(loss_type, "chosen_lengths"):
+        chosen_lengths, rejected_lengths = policy.lengths_B.chunk(2)
+        lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
+    losses_P = preference_loss(
+        *policy.logps_B.chunk(2),
+        *reference.logps_B.detach().chunk(2),
+        loss_type=loss_type,
+        beta=beta,
+        label_smoothing=label_smoothing,
+        **lengths,
+    )
+    return losses_P, _metrics(policy, reference, beta)
+
+
+@torch.no_grad()
+def _metrics(policy: CompletionLogps, reference: CompletionLogps, beta: float) -> dict[str, Mean]:
+    chosen_rewards_P, rejected_rewards_P = (beta * (policy.logps_B - reference.logps_B)).chunk(2)
+    chosen_logps_P, rejected_logps_P = policy.logps_B.chunk(2)
+    chosen_logits_P, rejected_logits_P = policy.mean_logit_B.chunk(2)
+    chosen_lengths_P, rejected_lengths_P = policy.lengths_B.chunk(2)
+    token_logratios_BT = policy.token_logps_BT - reference.token_logps_BT
+    num_tokens = policy.lengths_B.sum()
+
+    def over_pairs(values_P: Tensor) -> Mean:
+        return Mean(values_P.float().sum(), num_tokens.new_tensor(len(values_P)))
+
+    return {
+        "rewards/chosen": over_pairs(chosen_rewards_P),
+        "rewards/rejected": over_pairs(rejected_rewards_P),
+        "rewards/accuracies": over_pairs(chosen_rewards_P > rejected_rewards_P),
+        "rewards/margins": over_pairs(chosen_rewards_P - rejected_rewards_P),
+        "logps/chosen": over_pairs(chosen_logps_P),
+        "logps/rejected": over_pairs(rejected_logps_P),
+        "logits/chosen": Mean(chosen_logits_P.sum(), chosen_lengths_P.sum()),
+        "logits/rejected": Mean(rejected_logits_P.sum(), rejected_lengths_P.sum()),
+        "entropy": Mean(policy.entropy_B.sum(), num_tokens),
+        "mean_token_accuracy": Mean(policy.top1_B.chunk(2)[0].sum(), chosen_lengths_P.sum()),
+        "kl/k2": Mean(token_logratios_BT.square().sum() / 2, num_tokens),
+    }
+
+
+def dpo_loss_from_batch(
+    model: nn.Module,
+    ref_model: nn.Module,
+    batch: Mapping[str, Tensor],
+    *,
+    loss_type: str = "sigmoid",
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean preference loss of one batch, and its metrics.
+
+    Both models run in the mode they are in. With dropout on in either, the losses of untrained
+    pairs are not log 2: call ``eval()``, or set the dropout to 0.
+
+    Args:
+        model: The policy, a decoder that ``find_layers`` can read.
+        ref_model: The frozen reference, which runs without gradients.
+        batch: ``input_ids``, ``attention_mask`` and ``completion_mask``, each (2 P, T) with rows
+            [chosen; rejected], as TRL's ``DataCollatorForPreference`` makes it.
+        loss_type: A name in ``LOSSES``: cdpo, hinge, ipo or sigmoid.
+        beta: Strength of the pull to the reference; IPO's tau.
+        label_smoothing: Probability that a preference is the wrong way round, for cdpo.
+        chunk_size: Rows whose logits exist at a time, see ``linear_logprobs``.
+
+    Returns:
+        Mean loss over pairs, and the means that ``preference_step`` lists.
+
+    Raises:
+        ValueError: If the batch lacks a key or has an odd number of rows, the models are one
+            object, the reference is not finite, or an option is outside its range.
+    """
+    where = "dpo_loss_from_batch"
+    check_preference_arguments(where, loss_type, beta, label_smoothing)
+    if ref_model is model:
+        rule = "must be another object than model: it stays what it is while model learns"
+        raise argument_error(where, "ref_model", "model", rule, "Use copy.deepcopy(model)")
+    keys = ("input_ids", "attention_mask", "completion_mask")
+    missing = [key for key in keys if key not in batch]
+    if missing:
+        raise argument_error(where, "batch", sorted(batch), f"must have the keys {missing}, too")
+    rows = tuple(batch[key] for key in keys)
+    _check_pairs(where, "batch['input_ids'].shape", rows[0])
+    with torch.no_grad():
+        reference = model_completion_logps(ref_model, *rows, chunk_size=chunk_size)
+    policy = model_completion_logps(model, *rows, chunk_size=chunk_size)
+    losses_P, metrics = preference_step(
+        policy, reference, loss_type=loss_type, beta=beta, label_smoothing=label_smoothing
+    )
+    return losses_P.mean(), {name: mean.value for name, mean in metrics.items()}
+
+
+def _check_pairs(where: str, name: str, rows: Tensor) -> None:
+    if len(rows) == 0 or len(rows) % 2:
+        rule = "the number of rows must be even and not 0: [chosen; rejected]"
+        raise argument_error(where, name, tuple(rows.shape), rule)

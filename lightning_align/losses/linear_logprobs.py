@@ -1,0 +1,201 @@
+"""Log-probabilities of given tokens under a linear head without the B x T x V logits.
+
+Here each row gets its own gradient from above, so unlike a summed cross-entropy the backward pass
+needs the probabilities again. Three ways, from cheap to frugal:
+
+- weight and bias frozen (adapters): the gradient of each hidden state is computed in the forward
+  pass for a unit gradient from above, and backward only scales it;
+- few rows: the probabilities are kept;
+- many rows: the logits are computed a second time in backward, chunk by chunk.
+
+Shapes: N rows, R rows of a chunk, D hidden size, V vocabulary (``logits_RV``).
+"""
+# ruff: noqa: N815 (fields carry the shape suffix, as every tensor here does)
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from lightning_align.layers import Head
+from lightning_align.losses._head_chunks import (
+    ChunkedHead,
+    HeadArithmetic,
+    check_rows,
+    check_vocabulary,
+    chunks,
+    head_arithmetic,
+    refuse_second_backward,
+    refuse_second_derivative,
+    rows_per_chunk,
+    softcap_slope,
+    softmax_,
+)
+
+_WHERE = "linear_logprobs"
+
+# Probabilities up to this size are kept for backward: the completions of a few pairs. The fourth
+# matrix product would cost about a third of the time of the head.
+_KEPT_BYTES = 64 * 2**20
+
+
+class TokenLogprobs(NamedTuple):
+    """What the head says about each given token. All but ``logps_N`` is detached.
+
+    Attributes:
+        logps_N: Log-probability of the token, in nats. Differentiable.
+        entropy_N: Entropy of the whole distribution, in nats.
+        mean_logit_N: Mean logit over the vocabulary.
+        is_top1_N: Whether no other token is likelier.
+    """
+
+    logps_N: Tensor
+    entropy_N: Tensor
+    mean_logit_N: Tensor
+    is_top1_N: Tensor
+
+
+def linear_logprobs(
+    hidden_ND: Tensor, head: Head, targets_N: Tensor, *, chunk_size: int | None = None
+) -> TokenLogprobs:
+    """Log-probability of ``targets_N`` under ``head.logits(hidden_ND)``, and its company.
+
+    Give it only the rows that matter: it has no notion of padding. Precision is as in
+    ``linear_cross_entropy``: everything in fp32 from the logits on.
+
+    Args:
+        hidden_ND: Hidden states after the final norm, (N, D).
+        head: The output projection.
+        targets_N: Token id whose log-probability is wanted, (N,).
+        chunk_size: Rows whose logits exist at a time; their probabilities are kept for backward
+            only if all rows are one chunk. Default: chunks of 24 MiB (CPU), and probabilities of up
+            to 64 MiB are kept.
+
+    Returns:
+        Log-probabilities and statistics, each (N,).
+
+    Raises:
+        ValueError: If shapes do not match or a target is outside the vocabulary.
+
+    Note: Backward runs once for each forward, and not with ``create_graph=True``.
+    """
+    check_rows(_WHERE, hidden_ND, head, targets_N, "targets")
+    check_vocabulary(_WHERE, targets_N, head, "targets", "Leave rows without a target out")
+    arithmetic = head_arithmetic(hidden_ND, head)
+    num_rows, vocab_size = len(targets_N), head.weight.shape[0]
+    chunk_rows = rows_per_chunk(_WHERE, num_rows, head, chunk_size, arithmetic.dtype)
+    if chunk_size is None:
+        keep = num_rows * vocab_size * arithmetic.dtype.itemsize <= _KEPT_BYTES
+    else:
+        keep = num_rows <= chunk_rows
+    options = _Options(arithmetic, chunk_rows, keep, torch.is_grad_enabled())
+    return TokenLogprobs(
+        *_LinearLogprobs.apply(  # type: ignore[no-untyped-call]
+            hidden_ND, head.weight, head.bias, targets_N, options
+        )
+    )
+
+
+class _Options(NamedTuple):
+    arithmetic: HeadArithmetic
+    chunk_rows: int
+    keep_gradient: bool
+    grad_enabled: bool  # Inside a Function it is always off.
+
+
+class _LinearLogprobs(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_N: Tensor,
+        options: _Options,
+    ) -> tuple[Tensor, ...]:
+        head = ChunkedHead(hidden_ND, weight_VD, bias_V, options.arithmetic, options.chunk_rows)
+        wanted = tuple(options.grad_enabled and needed for needed in ctx.needs_input_grad[:3])
+        frozen_head = wanted == (True, False, False)
+        keep = options.keep_gradient and any(wanted) and not frozen_head
+        if frozen_head:
+            head.want_gradients(*wanted)
+        num_rows = len(targets_N)
+        probs_NV = head.new_empty(num_rows if keep else options.chunk_rows, len(weight_VD))
+        outputs = (*head.new_empty(3, num_rows), torch.empty_like(targets_N, dtype=torch.bool))
+        for rows in chunks(num_rows, options.chunk_rows):
+            logits_RV, targets_R1 = head.logits(rows), targets_N[rows, None]
+            probs_RV = probs_NV[rows] if keep else probs_NV[: len(logits_RV)]
+            values = _logps_and_statistics(logits_RV, probs_RV, targets_R1)
+            for output_N, value_R in zip(outputs, values, strict=True):
+                output_N[rows] = value_R
+            if keep or frozen_head:
+                _nll_gradient_(probs_RV, logits_RV, targets_R1, options.arithmetic.softcap)
+            if frozen_head:
+                head.add_gradients(rows, probs_RV)
+
+        ctx.options, ctx.unit_hidden_ND, ctx.spent = options, head.gradients[0], False
+        if any(wanted):
+            kept_NV = probs_NV if keep else None
+            ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N, kept_NV)
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, grad_N: Tensor, *_grad_statistics: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative(_WHERE)
+        refuse_second_backward(_WHERE, ctx.spent)
+        ctx.spent = True
+        # What is at hand is the gradient of the negative log-probability of each row.
+        factor_N1 = -ctx.options.arithmetic.logit_scale * grad_N[:, None]
+        if ctx.unit_hidden_ND is not None:
+            return (ctx.unit_hidden_ND.mul_(factor_N1), *[None] * 4)
+
+        hidden_ND, weight_VD, bias_V, targets_N, kept_NV = ctx.saved_tensors
+        options = ctx.options
+        head = ChunkedHead(hidden_ND, weight_VD, bias_V, options.arithmetic, options.chunk_rows)
+        head.want_gradients(*ctx.needs_input_grad[:3])
+        for rows in chunks(len(targets_N), options.chunk_rows):
+            if kept_NV is None:
+                dlogits_RV = _recomputed_nll_gradient(head, rows, targets_N[rows, None])
+            else:
+                dlogits_RV = kept_NV[rows]
+            head.add_gradients(rows, dlogits_RV.mul_(factor_N1[rows]))
+        return (*head.gradients, None, None)  # Autograd casts to the dtypes of the parameters.
+
+
+def _logps_and_statistics(
+    logits_RV: Tensor, probs_RV: Tensor, targets_R1: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four outputs for a chunk; its probabilities are written into ``probs_RV``."""
+    target_logit_R1 = logits_RV.gather(1, targets_R1)
+    mean_logit_R = logits_RV.mean(1)
+    largest_R1, log_sum_R1 = softmax_(logits_RV, out_RV=probs_RV)
+    logps_R1 = (target_logit_R1 - largest_R1) - log_sum_R1
+    # Entropy = -sum(p log p) = log sum(exp(x)) - sum(p x).
+    expected_logit_R = torch.linalg.vecdot(probs_RV, logits_RV)
+    entropy_R = (largest_R1 + log_sum_R1).squeeze(1) - expected_logit_R
+    is_top1_R = (target_logit_R1 == largest_R1).squeeze(1)
+    return logps_R1.squeeze(1), entropy_R, mean_logit_R, is_top1_R
+
+
+def _nll_gradient_(
+    probs_RV: Tensor, logits_RV: Tensor, targets_R1: Tensor, softcap: float | None
+) -> Tensor:
+    """Turn probabilities into d(-log p(target)) / d(logits before the softcap), in place.
+
+    softmax(x) - onehot(target), times the slope of the softcap.
+    """
+    probs_RV.scatter_(1, targets_R1, probs_RV.gather(1, targets_R1) - 1)
+    return probs_RV if softcap is None else probs_RV.mul_(softcap_slope(logits_RV, softcap))
+
+
+def _recomputed_nll_gradient(head: ChunkedHead, rows: slice, targets_R1: Tensor) -> Tensor:
+    """The same from the hidden states."""
+    logits_RV = head.logits(rows)
+    softcap = head.arithmetic.softcap
+    probs_RV = logits_RV if softcap is None else torch.empty_like(logits_RV)
+    torch.softmax(logits_RV, -1, out=probs_RV)
+    return _nll_gradient_(probs_RV, logits_RV, targets_R1, softcap)
