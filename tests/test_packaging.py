@@ -90,6 +90,27 @@ def test_the_wheel_holds_types_corpus_licence_and_command(tmp_path):
     assert any(name.endswith("licenses/LICENSE") for name in files)
 
 
+def test_what_the_package_imports_is_declared():
+    """Directly imported libraries must not merely happen to come with another one."""
+    from packaging.requirements import Requirement
+
+    declared = {
+        Requirement(line).name.lower().replace("_", "-")
+        for line in importlib.metadata.requires("lightning-align") or []
+    }
+    providers = importlib.metadata.packages_distributions()
+    undeclared = {}
+    for path in (ROOT / "lightning_align").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            for library in {name.partition(".")[0] for name in names} - sys.stdlib_module_names:
+                found = {name.lower().replace("_", "-") for name in providers.get(library, [])}
+                if not found & (declared | {"lightning-align"}):
+                    undeclared[library] = path.name
+    assert undeclared == {}
+
+
 def test_every_installed_dependency_is_pinned_to_the_version_in_use():
     """A dependency that constraints.txt does not name would float on the next fresh machine."""
     from packaging.requirements import Requirement
