@@ -48,7 +48,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/pytest -m "not slow and not peer and not gpu" $(ARGS)
 ifeq ($(ARGS),)
-	$(BIN)/pytest --markdown-docs README.md docs/*.md
+	$(BIN)/pytest --markdown-docs --markdown-docs-syntax=superfences README.md docs/*.md
 endif
 
 test-peer: $(STAMP)

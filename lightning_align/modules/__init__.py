@@ -1,0 +1,1 @@
+"""Modules: WHAT is learned, and from which data (knows Lightning)."""
