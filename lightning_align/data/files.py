@@ -74,7 +74,7 @@ class InputFile:
 
     def _record(self, number: int, line: str, columns: Sequence[str]) -> dict[str, str]:
         try:
-            record = json.loads(line)
+            record = json.loads(line.rstrip("\n"))
         except json.JSONDecodeError as error:
             rule = f"line {number} must be JSON, but {error.msg} at column {error.colno}"
             raise self.error(rule) from None

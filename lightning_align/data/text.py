@@ -139,21 +139,27 @@ def split_before(chunks: Iterable[str], pattern: re.Pattern[str]) -> Iterator[st
 
 
 def cut_into_pieces(document: Iterable[str], size: int = CHUNK) -> Iterator[Piece]:
-    """The text of one document in pieces of some ``size`` characters; nothing if it is blank."""
-    held = ""  # one piece is held back: only when the next one comes is it known not to be the last
+    """The text of one document in pieces of at most ``size`` characters; nothing if it is blank."""
+    held: str | None = None  # only when the next piece comes is this one known not to be the last
+    for text in _cut(document, size):
+        if held is not None:
+            yield Piece(held, ends_document=False)
+        if held is not None or not text.isspace():
+            held = text
+    if held is not None:
+        yield Piece(held, ends_document=True)
+
+
+def _cut(document: Iterable[str], size: int) -> Iterator[str]:
     rest = ""
     for chunk in document:
         rest += chunk
         while len(rest) > size:
             cut = _last_safe_cut(rest, size)
-            if held:
-                yield Piece(held, ends_document=False)
-            held, rest = rest[:cut], rest[cut:]
-    if held and rest and not rest.isspace():
-        yield Piece(held, ends_document=False)
-        yield Piece(rest, ends_document=True)
-    elif held + rest and not (held + rest).isspace():
-        yield Piece(held + rest, ends_document=True)
+            yield rest[:cut]
+            rest = rest[cut:]
+    if rest:
+        yield rest
 
 
 def _last_safe_cut(text: str, size: int) -> int:
