@@ -75,7 +75,7 @@ docstrings: $(STAMP)
 	$(BIN)/pydoclint --quiet lightning_align
 
 docs: $(STAMP)
-	$(BIN)/mkdocs build --strict $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 bench: $(STAMP)
 	@set -e; for script in benchmarks/$(BENCH).py; do echo "== $$script"; $(BIN)/python $$script $(ARGS); done
