@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_align.data.held_out import draw_held_out
@@ -9,6 +9,7 @@ def draw(number, fraction, seed=0):
     return draw_held_out("X", number, fraction, seed, what="documents", way_out="Set val_paths")
 
 
+@settings(deadline=None)
 @given(st.integers(2, 500), st.floats(0.001, 0.999), st.integers(0, 2**40))
 def test_some_but_never_all_and_the_same_for_the_same_seed(number, fraction, seed):
     held_out = draw(number, fraction, seed)

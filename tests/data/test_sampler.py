@@ -2,7 +2,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
@@ -22,6 +22,7 @@ def ranks(num_samples, batch_size, world, **options):
     ]
 
 
+@settings(deadline=None)
 @given(sizes, batch_sizes, worlds, seeds, st.booleans(), st.integers(0, 3))
 def test_every_sample_exactly_once_per_pass(num_samples, batch_size, world, seed, shuffle, k):
     samplers = ranks(num_samples, batch_size, world, seed=seed, shuffle=shuffle)
@@ -30,6 +31,7 @@ def test_every_sample_exactly_once_per_pass(num_samples, batch_size, world, seed
     assert sorted(seen) == list(range(num_samples))
 
 
+@settings(deadline=None)
 @given(sizes, batch_sizes, worlds, seeds, positions)
 def test_ranks_partition_the_batch_of_one_process(num_samples, batch_size, world, seed, n):
     """4 samples on each of 2 ranks are the 8 of one: the stream doesn't depend on the split."""
@@ -44,6 +46,7 @@ def test_ranks_partition_the_batch_of_one_process(num_samples, batch_size, world
         assert all(padding(i) in whole for i in part if i < 0)
 
 
+@settings(deadline=None)
 @given(sizes, batch_sizes, worlds, seeds, st.lists(positions, min_size=1, max_size=8))
 def test_a_batch_depends_on_seed_and_number_alone(num_samples, batch_size, world, seed, order):
     """Whatever was asked before, in whatever order, on a fresh or a used sampler: same answer."""
@@ -55,6 +58,7 @@ def test_a_batch_depends_on_seed_and_number_alone(num_samples, batch_size, world
         assert used.batch(n) == fresh.batch(n)
 
 
+@settings(deadline=None)
 @given(sizes, batch_sizes, worlds, seeds, st.integers(0, 60))
 def test_resume_is_the_tail_of_the_uninterrupted_stream(num_samples, batch_size, world, seed, p):
     def stream(start):

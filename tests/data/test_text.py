@@ -2,7 +2,7 @@ import json
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_align.data.text import (
@@ -33,6 +33,7 @@ def documents(paths, document_pattern=None):
     return joined
 
 
+@settings(deadline=None)
 @given(st.lists(lines, max_size=400), st.lists(st.integers(1, 9000), min_size=1))
 def test_splitting_does_not_depend_on_how_the_text_arrives(text_lines, sizes):
     text = "\n".join(text_lines)
@@ -56,6 +57,7 @@ def test_a_match_across_two_chunks_is_found():
         assert list(split_before([text[:cut], text[cut:]], CHAPTER)) == [text[:begin], text[begin:]]
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="ab \n", min_size=1, max_size=300), st.integers(1, 50), st.integers(1, 70))
 def test_pieces_are_the_document(text, size, chunk):
     chunks = [text[i : i + chunk] for i in range(0, len(text), chunk)]

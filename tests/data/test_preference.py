@@ -1,0 +1,222 @@
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_align.data.files import find_files
+from lightning_align.data.preference import (
+    Pair,
+    PreferenceDataset,
+    collate_pairs,
+    hold_out_prompts,
+    read_pairs,
+)
+from lightning_align.data.sampler import padding
+from tests.helpers.byte_tokenizer import ByteTokenizer
+
+tokens = st.lists(st.integers(2, 50), min_size=1, max_size=12)
+PROMPT = {"prompt": "p", "chosen": "yes", "rejected": "no"}
+
+
+def ids(values):
+    return np.array(values, dtype=np.int32)
+
+
+def read(tmp_path, rows, tokenizer=None, *, max_length=100, append_eos=True, name="a.jsonl"):
+    (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = find_files("PreferenceDataModule", "paths", str(tmp_path / name))
+    tokenizer = tokenizer or ByteTokenizer()
+    return read_pairs(files, tokenizer, max_length=max_length, append_eos=append_eos)
+
+
+def texts(pair, tokenizer=None):
+    tokenizer = tokenizer or ByteTokenizer()
+    return tuple(
+        tokenizer.decode([i for i in part if i > 1]) + "$" * int(part[-1] == 0) for part in pair
+    )
+
+
+def test_worked_batch():
+    pairs = [Pair(ids([5, 6, 7]), ids([8, 9]), ids([10])), Pair(ids([11]), ids([12]), ids([13, 0]))]
+    batch = collate_pairs(pairs, pad_token_id=1)
+    assert batch["input_ids"].tolist() == [
+        [5, 6, 7, 8, 9],
+        [11, 12, 1, 1, 1],
+        [5, 6, 7, 10, 1],
+        [11, 13, 0, 1, 1],
+    ]
+    assert batch["attention_mask"].tolist() == [
+        [1, 1, 1, 1, 1],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 1, 0, 0],
+    ]
+    assert batch["completion_mask"].tolist() == [
+        [0, 0, 0, 1, 1],
+        [0, 1, 0, 0, 0],
+        [0, 0, 0, 1, 0],
+        [0, 1, 1, 0, 0],
+    ]
+
+
+@pytest.mark.peer
+@settings(deadline=None)
+@given(st.lists(st.tuples(tokens, tokens, tokens), min_size=1, max_size=6))
+def test_collate_pairs_matches_trl(examples):
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    theirs = DataCollatorForPreference(pad_token_id=1)(
+        [dict(zip(names, example, strict=True)) for example in examples]
+    )
+    ours = collate_pairs([Pair(*map(ids, example)) for example in examples], pad_token_id=1)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=0)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(tokens, tokens, tokens), min_size=1, max_size=6))
+def test_every_token_of_every_pair_is_in_the_batch(examples):
+    batch = collate_pairs([Pair(*map(ids, example)) for example in examples], pad_token_id=1)
+    rows = [p + c for p, c, _ in examples] + [p + r for p, _, r in examples]
+    completions = [c for _, c, _ in examples] + [r for _, _, r in examples]
+    for i, (row, completion) in enumerate(zip(rows, completions, strict=True)):
+        assert batch["input_ids"][i][batch["attention_mask"][i].bool()].tolist() == row
+        assert batch["input_ids"][i][batch["completion_mask"][i].bool()].tolist() == completion
+        assert batch["attention_mask"][i].tolist() == sorted(
+            batch["attention_mask"][i].tolist(), reverse=True
+        )
+
+
+def test_a_padding_index_has_no_completion_tokens():
+    dataset = PreferenceDataset([Pair(ids([5]), ids([6, 7]), ids([8]))] * 2, pad_token_id=1)
+    real, empty = dataset[[1]], dataset[[padding(1)]]
+    assert torch.equal(real["input_ids"], empty["input_ids"])
+    assert torch.equal(real["attention_mask"], empty["attention_mask"])
+    assert not empty["completion_mask"].any()
+    assert real["completion_mask"].any(1).all()
+
+
+def test_completions_are_closed_once(tmp_path):
+    [pair] = read(tmp_path, [PROMPT])
+    assert texts(pair) == ("p", "yes$", "no$")
+    [pair] = read(tmp_path, [PROMPT], append_eos=False)
+    assert texts(pair) == ("p", "yes", "no")
+
+
+def test_an_end_of_text_token_that_is_there_is_not_doubled(tmp_path):
+    from lightning_align.data.tokenizer import END_OF_TEXT, train_tokenizer
+
+    tokenizer = train_tokenizer(["abc"], 257)
+    [pair] = read(tmp_path, [{**PROMPT, "chosen": f"yes{END_OF_TEXT}"}], tokenizer)
+    assert tokenizer.decode(pair.chosen) == f"yes{END_OF_TEXT}"
+    assert tokenizer.decode(pair.rejected) == f"no{END_OF_TEXT}"
+
+
+def test_a_prompt_begins_with_the_token_that_the_tokenizer_begins_texts_with(tmp_path):
+    class WithBegin(ByteTokenizer):
+        bos_token_id = 1
+
+        def __call__(self, texts, *, add_special_tokens, **options):
+            begin = [1] * add_special_tokens
+            plain = super().__call__(texts)["input_ids"]
+            return {"input_ids": [begin + text for text in plain]}
+
+    [pair] = read(tmp_path, [PROMPT], WithBegin())
+    assert pair.prompt[0] == 1
+    assert 1 not in [*pair.prompt[1:], *pair.chosen, *pair.rejected]
+
+
+def test_long_completions_are_cut_and_long_prompts_dropped(tmp_path):
+    rows = [
+        {"prompt": "1234", "chosen": "abcdef", "rejected": "uv"},
+        {"prompt": "12345678", "chosen": "a", "rejected": "b"},
+    ]
+    message = re.escape("1 of 2 pairs dropped: 1 because the prompt has max_length=8 tokens")
+    with pytest.warns(UserWarning, match=message) as warned:
+        [pair] = read(tmp_path, rows, max_length=8)
+    assert texts(pair) == ("1234", "abcd", "uv$")
+    assert len(warned) == 1
+
+
+def test_useless_pairs_are_dropped_with_one_warning_that_counts_them(tmp_path):
+    rows = [
+        PROMPT,
+        {**PROMPT, "chosen": ""},
+        {**PROMPT, "rejected": ""},
+        {**PROMPT, "chosen": "same", "rejected": "same"},
+        {**PROMPT, "chosen": "x" * 100 + "a", "rejected": "x" * 100 + "b"},
+        {**PROMPT, "prompt": ""},
+        {**PROMPT, "prompt": "x" * 100},
+    ]
+    with pytest.warns(UserWarning, match="6 of 7 pairs dropped") as warned:
+        assert len(read(tmp_path, rows)) == 1
+    assert len(warned) == 1
+    message = str(warned[0].message)
+    assert re.search(r"PreferenceDataModule\(paths='.*a\.jsonl'\)", message)
+    for reason in (
+        "2 because chosen or rejected is empty",
+        "2 because chosen and rejected are the same",
+        "1 because the prompt is empty",
+        "1 because the prompt has max_length=100",
+    ):
+        assert reason in message
+
+
+def test_no_pair_left(tmp_path):
+    with pytest.raises(ValueError, match=r"no pair is left \(1 of 1 pairs dropped: 1 because"):
+        read(tmp_path, [{**PROMPT, "chosen": "no"}])
+
+
+def test_an_empty_file(tmp_path):
+    with pytest.raises(ValueError, match=r"a\.jsonl'\): is empty, and must hold pairs"):
+        read(tmp_path, [])
+
+
+def test_another_kind_of_file(tmp_path):
+    with pytest.raises(ValueError, match=r"a\.json'\): the name of a file must end in \.jsonl"):
+        read(tmp_path, [PROMPT], name="a.json")
+
+
+def test_a_missing_column_is_named(tmp_path):
+    rows = [PROMPT, {"prompt": "p", "response": "yes"}]
+    message = "line 2 has no column 'chosen'; columns found: 'prompt', 'response'"
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, rows)
+
+
+def numbered(number, prompts):
+    return [Pair(ids([10 + i % prompts]), ids([i + 100]), ids([i + 200])) for i in range(number)]
+
+
+def test_pairs_of_one_prompt_are_held_out_together():
+    train, val = hold_out_prompts("X", numbered(60, 10), 0.3, seed=0)
+    prompts = [{int(pair.prompt[0]) for pair in part} for part in (train, val)]
+    assert len(prompts[1]) == 3
+    assert not prompts[0] & prompts[1]
+    assert len(train) + len(val) == 60
+
+
+def test_no_prompt_is_held_out_without_a_fraction():
+    train, val = hold_out_prompts("X", numbered(6, 1), 0.0, seed=0)
+    assert (len(train), len(val)) == (6, 0)
+
+
+def test_a_single_prompt_cannot_be_held_out():
+    with pytest.raises(ValueError, match=r"X\(val_fraction=0\.5\): holds out whole prompts"):
+        hold_out_prompts("X", numbered(6, 1), 0.5, seed=0)
+
+
+def test_the_content_follows_every_token():
+    pairs = [Pair(ids([5, 6]), ids([7]), ids([8])), Pair(ids([5]), ids([7]), ids([8]))]
+    moved = [Pair(ids([5]), ids([6, 7]), ids([8])), pairs[1]]
+    contents = {
+        PreferenceDataset(variant, 1).content for variant in (pairs, pairs[::-1], moved, pairs[:1])
+    }
+    assert len(contents) == 4
+    assert PreferenceDataset(pairs, 1).content == PreferenceDataset(list(pairs), 0).content
