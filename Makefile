@@ -72,7 +72,7 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 docstrings: $(STAMP)
-	$(BIN)/pydoclint --quiet lightning_align
+	$(BIN)/python .ci/docstrings.py lightning_align
 
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
