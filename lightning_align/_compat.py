@@ -1,4 +1,4 @@
-"""Every private API of torch, Lightning and transformers that we touch, each with a test of its own.
+"""Every private API of torch, Lightning and transformers that we touch, with a test each.
 
 When one of them changes, ``tests/test_compat.py`` names it before a user meets it.
 """
@@ -27,5 +27,5 @@ def restart_train_iteration(trainer: pl.Trainer) -> None:
 
 
 def built_by_cli() -> bool:
-    """Whether a module's ``__init__`` runs inside LightningCLI, which knows the arguments as plain data."""
+    """Whether a module's ``__init__`` runs in LightningCLI, which knows its arguments as data."""
     return _given_hyperparameters.get() is not None

@@ -1,4 +1,4 @@
-"""The ``lightning-align`` command: LightningCLI over our classes and everybody else's, and the demo."""
+"""The ``lightning-align`` command: LightningCLI over our classes and everybody else's."""
 
 import sys
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from typing_extensions import override
 # Imported so that their short names work in YAML: `class_path: PretrainModule`.
 from lightning_align.callbacks.metric_plot import MetricPlot
 from lightning_align.callbacks.save_pretrained import SavePretrained
+from lightning_align.demo.run import main as demo
 from lightning_align.modules.datamodules import PreferenceDataModule, TextDataModule
 from lightning_align.modules.dpo import DPOModule
 from lightning_align.modules.pretrain import PretrainModule
@@ -37,7 +38,8 @@ DESCRIPTION = """Train and align language models with PyTorch Lightning.
 class AlignCLI(LightningCLI):
     """LightningCLI with a fixed seed by default and checkpoints loaded as plain data only.
 
-    The optimizer belongs to the module (``model.init_args.optimizer``), which hands it named parameter groups.
+    The optimizer belongs to the module (``model.init_args.optimizer``), which hands it named
+    parameter groups.
     """
 
     def __init__(self, args: Sequence[str] | None = None) -> None:
@@ -60,8 +62,6 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; ``args`` defaults to ``sys.argv[1:]``."""
     arguments = list(sys.argv[1:] if args is None else args)
     if arguments[:1] == ["demo"]:
-        from lightning_align.demo.run import main as demo  # the demo alone needs matplotlib
-
-        demo(arguments[1:])
-        return
-    AlignCLI(args)
+        demo(arguments[1:], fit=AlignCLI)
+    else:
+        AlignCLI(args)

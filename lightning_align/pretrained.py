@@ -15,7 +15,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def build_model(
-    model: nn.Module | str | PretrainedConfig,
+    model: nn.Module | str | Path | PretrainedConfig,
     *,
     where: str,
     argument: str = "model",
@@ -27,17 +27,20 @@ def build_model(
     """Build or load a causal language model.
 
     Args:
-        model: A module (used as it is, in its own dtype), a Hugging Face name or folder, a configuration to
-            build random weights from, or such a configuration as JSON text (as our checkpoints keep it).
+        model: A module (used as it is, in its own dtype), a Hugging Face name or folder, a
+            configuration to build random weights from, or such a configuration as JSON text (as our
+            checkpoints keep it).
         where: Class the user called, for error messages.
         argument: Argument the user passed, for error messages.
         dtype: Data type of the parameters; ``from_pretrained`` alone would take the folder's.
-        attn_implementation: ``"sdpa"``, ``"eager"``, ``"flash_attention_2"`` ...; None leaves the choice to transformers.
+        attn_implementation: ``"sdpa"``, ``"eager"``, ``"flash_attention_2"`` ...; None leaves the
+            choice to transformers.
         revision: Branch, tag or commit of a hub name.
         trust_remote_code: Whether code that comes with the model may run.
 
     Raises:
-        ValueError: If the dtype or model name is unknown, or the folder holds no causal language model.
+        ValueError: If the dtype or model name is unknown, or the folder holds no causal language
+            model.
     """
     if dtype not in DTYPES:
         raise argument_error(where, "dtype", dtype, f"must be one of {sorted(DTYPES)}")
@@ -50,10 +53,10 @@ def build_model(
         model = AutoConfig.for_model(**json.loads(model))
     if isinstance(model, PretrainedConfig):
         return _from_config(model, options, where, argument)
-    if not isinstance(model, str):
+    if not isinstance(model, (str, Path)):
         rule = "must be a module, a Hugging Face name or folder, or a transformers configuration"
         raise argument_error(where, argument, model, rule)
-    resolve_pretrained(where, argument, model)
+    resolve_pretrained(where, argument, str(model))
     try:
         loaded = AutoModelForCausalLM.from_pretrained(model, revision=revision, **options)
     except (OSError, ValueError) as error:
@@ -62,8 +65,8 @@ def build_model(
     return _module(loaded).train()  # from_pretrained returns eval mode
 
 
-def plain_model(model: nn.Module | str | PretrainedConfig) -> str | None:
-    """``model`` as text that a checkpoint's hyperparameters can keep, or None for a module object."""
+def plain_model(model: nn.Module | str | PretrainedConfig | None) -> str | None:
+    """``model`` as text that hyperparameters can keep, or None for a module object."""
     if isinstance(model, PretrainedConfig):
         return json.dumps(model.to_dict(), default=str)
     return model if isinstance(model, str) else None
@@ -88,8 +91,9 @@ def save_pretrained(model: nn.Module, folder: str | Path, tokenizer: Any = None)
 def _from_config(
     config: PretrainedConfig, options: dict[str, Any], where: str, argument: str
 ) -> nn.Module:
+    auto: Any = AutoModelForCausalLM
     try:
-        return _module(AutoModelForCausalLM.from_config(config, **options)).train()
+        return _module(auto.from_config(config, **options)).train()
     except ValueError as error:
         rule = "transformers has no causal language model for this configuration"
         raise argument_error(where, argument, type(config).__name__, rule) from error

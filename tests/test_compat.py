@@ -50,7 +50,9 @@ def test_is_accumulating_is_false_exactly_after_an_optimizer_step() -> None:
 
 def test_dump_checkpoint_holds_all_that_a_file_would() -> None:
     checkpoint = watched().checkpoint
-    assert {"state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks"} <= set(checkpoint)
+    assert {"state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks"} <= set(
+        checkpoint
+    )
     assert all(isinstance(value, torch.Tensor) for value in checkpoint["state_dict"].values())
 
 

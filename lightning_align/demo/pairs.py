@@ -1,8 +1,8 @@
-"""Preference pairs from plain text: the author's continuation over the model's own sample (SPIN, arXiv:2401.01335).
+"""Preference pairs from plain text: the author's continuation over the model's own sample.
 
-Honest by construction: both continuations have the same number of tokens in the tokenizer's canonical
-spelling, neither contains an end-of-text token, and every text tokenises back to exactly these tokens, so
-that neither length nor spelling gives the answer away.
+That is SPIN's construction (arXiv:2401.01335). Honest: both continuations have the same number of
+tokens in the tokenizer's canonical spelling, neither contains an end-of-text token, and every text
+tokenises back to exactly these tokens, so that neither length nor spelling gives the answer away.
 """
 
 import json
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from lightning_align._errors import argument_error
 
@@ -60,7 +60,7 @@ def make_pairs(
         for _ in range(20 * max(1, num_pairs // batch_size)):
             batch = [next(passages) for _ in range(batch_size)]
             prompts = torch.as_tensor(np.stack([prompt for prompt, _ in batch]), dtype=torch.long)
-            samples = _continue(model, tokenizer, prompts, completion_tokens + SPARE_TOKENS)
+            samples = continue_prompts(model, tokenizer, prompts, completion_tokens + SPARE_TOKENS)
             for (prompt, chosen), sample in zip(batch, samples.tolist(), strict=True):
                 rejected = _canonical(tokenizer, sample, completion_tokens)
                 if rejected is not None and len(pairs) < num_pairs:
@@ -82,7 +82,11 @@ def write_jsonl(rows: Sequence[dict[str, str]], path: Path) -> None:
 
 
 def _passages(
-    tokenizer: Any, documents: Sequence[Tokens], prompt_tokens: int, completion_tokens: int, seed: int
+    tokenizer: Any,
+    documents: Sequence[Tokens],
+    prompt_tokens: int,
+    completion_tokens: int,
+    seed: int,
 ) -> Iterator[tuple[Tokens, Tokens]]:
     """Random passages whose two parts both tokenise back to themselves, without end."""
     length = prompt_tokens + completion_tokens
@@ -105,14 +109,14 @@ def _passages(
 
 
 def _canonical(tokenizer: Any, ids: list[int], length: int) -> list[int] | None:
-    """The first ``length`` tokens as the tokenizer itself would write them, or None if they are not stable."""
+    """The first tokens as the tokenizer itself would write them; None if they are not stable."""
     spelled = tokenizer.encode(tokenizer.decode(ids), add_special_tokens=False)[:length]
     again = tokenizer.encode(tokenizer.decode(spelled), add_special_tokens=False)
     return spelled if len(spelled) == length and again == spelled else None
 
 
 @torch.no_grad()
-def _continue(model: nn.Module, tokenizer: Any, prompts_BT: Tensor, new_tokens: int) -> Tensor:
+def continue_prompts(model: nn.Module, tokenizer: Any, prompts_BT: Tensor, new_tokens: int) -> Tensor:
     """Plain samples at temperature 1, end of text excluded; only the new tokens."""
     output = model.generate(  # type: ignore[operator]
         prompts_BT,

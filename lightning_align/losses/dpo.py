@@ -107,9 +107,11 @@ def _metrics(policy: CompletionLogps, reference: CompletionLogps, beta: float) -
     chosen_lengths_P, rejected_lengths_P = policy.lengths_B.chunk(2)
     token_logratios_BT = policy.token_logps_BT - reference.token_logps_BT
     num_tokens = policy.lengths_B.sum()
+    # A pair without completions (a sampler's padding) adds zeros to the totals, and does not count.
+    num_pairs = (policy.lengths_B.chunk(2)[0] > 0).sum()
 
     def over_pairs(values_P: Tensor) -> Mean:
-        return Mean(values_P.float().sum(), num_tokens.new_tensor(len(values_P)))
+        return Mean(values_P.float().sum(), num_pairs)
 
     return {
         "rewards/chosen": over_pairs(chosen_rewards_P),

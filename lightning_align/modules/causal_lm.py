@@ -1,15 +1,16 @@
-"""What every objective on a causal language model shares: the model, its layers, exact gradient weighting.
+"""What objectives on a causal language model share: model, layers, exact gradient weights.
 
-The one idea: ``training_step`` back-propagates a *sum* over tokens (or pairs) and the sum of weights travels
-with the gradients; just before clipping, the gradients are divided by the weight of the whole window (all
-accumulated batches, all ranks). Accumulation with unequal token counts then equals the one big batch, where
-averaging per batch (Lightning's default) does not.
+The one idea: ``training_step`` back-propagates a *sum* over tokens (or pairs) and the sum of
+weights travels with the gradients; just before clipping, the gradients are divided by the weight of
+the whole window (all accumulated batches, all ranks). Accumulation with unequal token counts then
+equals the one big batch, where averaging per batch (Lightning's default) does not.
 """
 
 import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -25,7 +26,8 @@ from lightning_align.layers import ModelLayers, checkpoint_blocks, find_layers
 from lightning_align.pretrained import build_model, plain_model, save_pretrained
 from lightning_align.run.exact_resume import ExactResume
 
-# name -> (sum, weight), whose quotient is the mean to log. "loss" also weighs the gradient; "tokens" counts.
+# name -> (sum, weight), whose quotient is the mean to log. "loss" also weighs the gradient;
+# "tokens" counts.
 Sums = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -33,8 +35,10 @@ class CausalLMModule(pl.LightningModule, ABC):
     """Common base of the objectives; a subclass says what a batch's summed loss is.
 
     Args:
-        model: A module, a Hugging Face name or folder, or a transformers configuration for random weights.
-        optimizer: Builds the optimizer from named parameter groups; default AdamW(lr=3e-4, betas=(0.9, 0.95)).
+        model: A module, a Hugging Face name or folder, or a transformers configuration for random
+            weights.
+        optimizer: Builds the optimizer from named parameter groups; default AdamW(lr=3e-4,
+            betas=(0.9, 0.95)).
         lr_scheduler: Builds a scheduler from the optimizer; it steps after every optimizer step.
         activation_checkpointing: Whether blocks recompute their activations in backward.
         chunk_size: Rows of logits computed at a time; None picks about 32 MB worth.
@@ -78,19 +82,23 @@ class CausalLMModule(pl.LightningModule, ABC):
         if activation_checkpointing:
             checkpoint_blocks(self.layers)
         self._tokens_seen = torch.zeros((), dtype=torch.float64)
-        # Sums of the open accumulation window; ExactResume saves and restores them with the gradients.
+        # Sums of the open accumulation window; ExactResume saves and restores them with the
+        # gradients.
         self.accumulated: dict[str, Tensor] = {}
         self._evaluated: dict[str, Tensor] = {}
         self._window_start: float | None = None
 
-    def _save_plain_hyperparameters(self, model: nn.Module | str | PretrainedConfig) -> None:
-        """Keep plain configuration only: a callable or module there breaks ``load_from_checkpoint``."""
+    def _save_plain_hyperparameters(
+        self, **models: nn.Module | str | PretrainedConfig | None
+    ) -> None:
+        """Keep plain data only: a callable there breaks ``load_from_checkpoint``."""
         if built_by_cli():  # the CLI hands over its configuration, plain already
             self.save_hyperparameters()
             return
-        self.save_hyperparameters(ignore=["model", "ref_model", "optimizer", "lr_scheduler"])
-        if (plain := plain_model(model)) is not None:
-            self.save_hyperparameters({"model": plain})
+        self.save_hyperparameters(ignore=[*models, "optimizer", "lr_scheduler"])
+        for name, model in models.items():
+            if (plain := plain_model(model)) is not None:
+                self.save_hyperparameters({name: plain})
 
     @property
     def tokens_seen(self) -> int:
@@ -101,7 +109,7 @@ class CausalLMModule(pl.LightningModule, ABC):
 
     @abstractmethod
     def loss_from_hidden(self, hidden_BTD: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Sums]:
-        """The batch's loss as a sum, and (sum, weight) of what to log; ``"loss"`` weighs the gradient."""
+        """The summed loss of a batch, and what to log (see ``Sums``)."""
 
     @abstractmethod
     def model_inputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -113,7 +121,10 @@ class CausalLMModule(pl.LightningModule, ABC):
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states after the final norm, (B, T, D). The one place where a strategy may run the model its way."""
+        """Hidden states after the final norm, (B, T, D).
+
+        The one place where a strategy may run the model its own way.
+        """
         return self.layers.hidden_states(input_ids, position_ids, attention_mask)
 
     @override
@@ -159,7 +170,8 @@ class CausalLMModule(pl.LightningModule, ABC):
     @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         means, weights = self._means(self.accumulated)
-        # Undo the two means that Lightning and DDP take, then divide by the true weight of the window.
+        # Undo the two means that Lightning and DDP take, then divide by the true weight of the
+        # window.
         averaged_over = self.trainer.world_size * self.trainer.accumulate_grad_batches
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         torch._foreach_mul_(gradients, averaged_over / weights["loss"])
@@ -167,7 +179,7 @@ class CausalLMModule(pl.LightningModule, ABC):
 
     # Logging
 
-    def derived_metrics(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
+    def derived_metrics(self, means: dict[str, Tensor]) -> dict[str, Tensor]:  # noqa: ARG002
         """Metrics that are functions of means, such as perplexity."""
         return {}
 
@@ -232,36 +244,41 @@ class CausalLMModule(pl.LightningModule, ABC):
 
     @override
     def configure_callbacks(self) -> Sequence[pl.Callback]:
-        present = any(isinstance(callback, ExactResume) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        present = any(isinstance(callback, ExactResume) for callback in callbacks)
         return [] if present else [ExactResume()]
 
     @override
     def configure_optimizers(self) -> Any:
         groups = self.parameter_groups()
-        if self.optimizer is None:
-            built = torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1)
-        else:
-            built = self.optimizer(groups)  # type: ignore[arg-type]
+        build: Any = self.optimizer or partial(
+            torch.optim.AdamW, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1
+        )
+        optimizer = build(groups)
         if self.lr_scheduler is None:
-            return built
-        scheduler = {"scheduler": self.lr_scheduler(built), "interval": "step"}
-        return {"optimizer": built, "lr_scheduler": scheduler}
+            return optimizer
+        scheduler = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Two groups of (name, parameter): matrices, which decay, and embeddings, norms and biases, which do not."""
+        """Groups of (name, parameter): matrices, which decay; embeddings, norms and biases."""
         embedding = self.layers.embedding.weight
-        decay, no_decay = [], []
+        decay: list[tuple[str, nn.Parameter]] = []
+        no_decay: list[tuple[str, nn.Parameter]] = []
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 matrix = parameter.ndim >= 2 and parameter is not embedding
                 (decay if matrix else no_decay).append((name, parameter))
-        groups = [{"params": decay}, {"params": no_decay, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [
+            {"params": decay},
+            {"params": no_decay, "weight_decay": 0.0},
+        ]
         return [group for group in groups if group["params"]]
 
     # Saving
 
     def save_pretrained(self, folder: str) -> None:
-        """Write the trained model, and the datamodule's tokenizer if there is one, as a Hugging Face folder."""
+        """Write the model, and the datamodule's tokenizer if any, as a Hugging Face folder."""
         trainer = self._trainer
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
         save_pretrained(self.model, folder, tokenizer)
@@ -289,5 +306,5 @@ class CausalLMModule(pl.LightningModule, ABC):
 
 
 def perplexity(mean_nll: Tensor) -> Tensor:
-    """exp of a mean negative log-likelihood in nats; infinite instead of an overflow error."""
+    """Exponential of a mean negative log-likelihood in nats; infinite where it overflows."""
     return mean_nll.clamp(max=math.log(torch.finfo(torch.float32).max)).exp()

@@ -1,4 +1,4 @@
-"""Next-token prediction: pretraining on packed text, and supervised fine-tuning by masking labels."""
+"""Next-token prediction: pretraining, and supervised fine-tuning by masking labels."""
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -14,24 +14,30 @@ from lightning_align.modules.causal_lm import CausalLMModule, Sums, perplexity
 class PretrainModule(CausalLMModule):
     """Next-token loss on packed text; with masked labels (-100) it is supervised fine-tuning.
 
-    A batch is ``input_ids`` and ``labels`` of shape (B, T + 1), labels aligned with the inputs as in Hugging
-    Face (the module shifts), and optionally ``attention_mask`` or ``position_ids``. The head and the
-    cross-entropy run in chunks: no (B, T, V) tensor is ever built. The gradient is the mean over all target
-    tokens of the accumulation window on all ranks, however unequally they are spread over its batches.
+    A batch is ``input_ids`` and ``labels`` of shape (B, T + 1), labels aligned with the inputs as
+    in Hugging Face (the module shifts), and optionally ``attention_mask`` or ``position_ids``. The
+    head and the cross-entropy run in chunks: no (B, T, V) tensor is ever built. The gradient is the
+    mean over all target tokens of the accumulation window on all ranks, however unequally they are
+    spread over its batches.
 
-    Logs ``train_loss`` (nats per token, without the regularisers), ``train_perplexity``, ``val_loss``,
-    ``val_perplexity``, ``tokens_seen``, ``tokens_per_second``, ``grad_norm`` (before clipping) and ``lr``.
+    Logs ``train_loss`` (nats per token, without the regularisers), ``train_perplexity``,
+    ``val_loss``, ``val_perplexity``, ``tokens_seen``, ``tokens_per_second``, ``grad_norm`` (before
+    clipping) and ``lr``.
 
     Args:
-        model: A module, a Hugging Face name or folder, or a transformers configuration for random weights.
-        optimizer: Builds the optimizer from named parameter groups; default AdamW(lr=3e-4, betas=(0.9, 0.95)).
+        model: A module, a Hugging Face name or folder, or a transformers configuration for random
+            weights.
+        optimizer: Builds the optimizer from named parameter groups; default AdamW(lr=3e-4,
+            betas=(0.9, 0.95)).
         lr_scheduler: Builds a scheduler from the optimizer; it steps after every optimizer step.
         z_loss: Weight of the squared log-partition, 1e-4 in PaLM (arXiv:2204.02311, section 5).
-        label_smoothing: Probability mass spread evenly over the vocabulary, from 0 up to but below 1.
+        label_smoothing: Probability mass spread evenly over the vocabulary, from 0 up to but below
+            1.
         chunk_size: Rows of logits computed at a time; None picks about 32 MB worth.
         activation_checkpointing: Whether blocks recompute their activations in backward.
         dtype: Data type of the parameters when the model is loaded or built here.
-        attn_implementation: Attention kernel by transformers' name; None leaves the choice to transformers.
+        attn_implementation: Attention kernel by transformers' name; None leaves the choice to
+            transformers.
         revision: Branch, tag or commit when the model is a hub name.
         trust_remote_code: Whether code that comes with the model may run.
 
@@ -40,7 +46,8 @@ class PretrainModule(CausalLMModule):
 
     Example:
         >>> from transformers import LlamaConfig
-        >>> config = LlamaConfig(vocab_size=512, hidden_size=64, num_hidden_layers=2, num_attention_heads=2)
+        >>> config = LlamaConfig(vocab_size=512, hidden_size=64, num_hidden_layers=2,
+        num_attention_heads=2)
         >>> module = PretrainModule(config)
     """
 
@@ -74,7 +81,7 @@ class PretrainModule(CausalLMModule):
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
-        self._save_plain_hyperparameters(model)
+        self._save_plain_hyperparameters(model=model)
         self.z_loss = z_loss
         self.label_smoothing = label_smoothing
 

@@ -18,13 +18,15 @@ _WINDOW_KEY = "lightning_align.accumulation"
 class ExactResume(pl.Callback):
     """Tie randomness to the position of the run and keep gradients of an open accumulation window.
 
-    Before every training batch Python's, NumPy's and torch's generators are seeded from (seed, batches
-    consumed, rank), so dropout and every other draw are the same after a kill and ``fit(ckpt_path=...)``. Our
-    modules bring this callback themselves; add it to the Trainer of a LightningModule of your own. Costs
-    microseconds a step and nothing in the checkpoint but the seed.
+    Before every training batch Python's, NumPy's and torch's generators are seeded from (seed,
+    batches consumed, rank), so dropout and every other draw are the same after a kill and
+    ``fit(ckpt_path=...)``. Our modules bring this callback themselves; add it to the Trainer of a
+    LightningModule of your own. Costs microseconds a step and nothing in the checkpoint but the
+    seed.
 
     Args:
-        seed: Seed of the run; by default the datamodule's ``seed``, else the one of ``seed_everything``, else 0.
+        seed: Seed of the run; by default the datamodule's ``seed``, else the one of
+            ``seed_everything``, else 0.
 
     Raises:
         ValueError: If ``seed`` is negative, or a checkpoint was written with another explicit seed.
@@ -32,7 +34,8 @@ class ExactResume(pl.Callback):
     Example:
         >>> callback = ExactResume(seed=1)
 
-    Note: the order of the data must follow the position too: use our datamodules, or a DataLoader with
+    Note: the order of the data must follow the position too: use our datamodules, or a DataLoader
+        with
     ``lightning_align.data.PositionSampler``. Epoch means of logged values are outside the contract.
     """
 
@@ -57,13 +60,11 @@ class ExactResume(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         restore_accumulation(trainer, pl_module, self._windows)
         self._windows = []
-        # Reading trainer.estimated_stepping_batches in configure_optimizers starts the loader before Lightning
-        # has restored the position: workers would already hold the wrong batches.
-        sampler = getattr(trainer.datamodule, "train_sampler", None)  # type: ignore[attr-defined]
-        if sampler is not None and getattr(sampler, "start", None) not in (
-            None,
-            batches_consumed(trainer),
-        ):
+        # Reading trainer.estimated_stepping_batches in configure_optimizers starts the loader
+        # before Lightning has restored the position: workers would already hold the wrong batches.
+        data = getattr(trainer, "datamodule", None)
+        start = getattr(getattr(data, "train_sampler", None), "start", None)
+        if start is not None and start != getattr(data, "position", start):
             restart_train_iteration(trainer)
 
     @override

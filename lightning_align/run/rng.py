@@ -1,8 +1,8 @@
 """Randomness as a function of the position: nothing to save, nothing to restore.
 
-Saving generator states is not enough for an exact resume: whatever draws between the save and the next batch
-(a validation run, the start of a data loader) shifts them. Seeding from (seed, position, rank, stage) before
-every batch makes the draws of batch n the same however the run came to it.
+Saving generator states is not enough for an exact resume: whatever draws between the save and the
+next batch (a validation run, the start of a data loader) shifts them. Seeding from (seed, position,
+rank, stage) before every batch makes the draws of batch n the same however the run came to it.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import torch
 
 
 def derive_seed(seed: int, position: int, rank: int, stage: str) -> int:
-    """A 64-bit seed from everything that a draw may depend on; close inputs give unrelated seeds."""
+    """A 64-bit seed from all that a draw may depend on; close inputs, unrelated seeds."""
     key = f"{seed}/{position}/{rank}/{stage}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
 

@@ -1,8 +1,9 @@
-"""What decides the next step besides what Lightning saves: gradients in mid-accumulation; and when to save.
+"""What decides the next step besides what Lightning saves, and when it is safe to save.
 
-Lightning's checkpoint holds parameters, optimizer, schedulers, scaler, loops and callbacks. Randomness is a
-function of the position (rng.py). What is left is the open accumulation window: gradients that wait for their
-optimizer step and, for modules that weight by tokens, the sums collected so far.
+Lightning's checkpoint holds parameters, optimizer, schedulers, scaler, loops and callbacks.
+Randomness is a function of the position (rng.py). What is left is the open accumulation window:
+gradients that wait for their optimizer step and, for modules that weight by tokens, the sums
+collected so far.
 """
 
 from typing import Any
@@ -17,13 +18,14 @@ from lightning_align._compat import is_accumulating
 def is_safe_point(trainer: pl.Trainer) -> bool:
     """Whether a checkpoint written now resumes without skipping anything.
 
-    False at the last batch of an epoch until its validation and epoch-end hooks have run: Lightning resumes
-    such a checkpoint at the next epoch, so they would never run. The weights stay exact either way.
+    False at the last batch of an epoch until its validation and epoch-end hooks have run: Lightning
+    resumes such a checkpoint at the next epoch, so they would never run. The weights stay exact
+    either way.
     """
-    progress = trainer.fit_loop.epoch_progress.current
+    progress: Any = trainer.fit_loop.epoch_progress.current
     at_last_batch = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
     epoch_closed = progress.processed == progress.started
-    return not at_last_batch or epoch_closed
+    return bool(not at_last_batch or epoch_closed)
 
 
 def capture_accumulation(
@@ -31,7 +33,8 @@ def capture_accumulation(
 ) -> list[dict[str, dict[str, Tensor]]]:
     """The open accumulation window of every rank, or an empty list when no gradient is waiting.
 
-    Collective: every rank must call it. Ranks hold different gradients until the window closes, and the
+    Collective: every rank must call it. Ranks hold different gradients until the window closes, and
+        the
     checkpoint is written by rank 0 alone, so they are gathered.
     """
     if not is_accumulating(trainer):
@@ -78,6 +81,6 @@ def restore_accumulation(
 
 
 def _sums(pl_module: pl.LightningModule) -> dict[str, Tensor]:
-    """Sums a module collects over an accumulation window; a module that has none need not know of this."""
+    """Sums that a module collects over a window; one without them need not know of this."""
     sums = getattr(pl_module, "accumulated", None)
     return sums if isinstance(sums, dict) else {}

@@ -112,7 +112,10 @@ class HandWritten(pl.LightningModule):
         if self.reads_stepping_batches:
             assert self.trainer.estimated_stepping_batches > 0
         scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.97)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
 
 def gpt2_module() -> pl.LightningModule:

@@ -1,4 +1,5 @@
-"""PretrainModule: the loss, exact weighting under accumulation and over ranks, logging, bad input."""
+"""PretrainModule: the loss, exact weighting under accumulation and over ranks, logging, bad
+input."""
 
 import math
 from functools import partial
@@ -74,9 +75,7 @@ def weights(module: torch.nn.Module) -> torch.Tensor:
 def test_loss_is_cross_entropy_of_the_models_own_logits(config: Any) -> None:
     module = sgd_module(config)
     batch = rows(0, 1, 2)
-    loss, sums = module.loss_from_hidden(
-        module.forward_hidden(**module.model_inputs(batch)), batch
-    )
+    loss, sums = module.loss_from_hidden(module.forward_hidden(**module.model_inputs(batch)), batch)
     logits = module.model(batch["input_ids"]).logits[:, :-1]
     theirs = F.cross_entropy(
         logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum"
@@ -90,7 +89,8 @@ def test_loss_is_cross_entropy_of_the_models_own_logits(config: Any) -> None:
 def test_accumulation_with_unequal_token_counts_equals_the_one_big_batch(
     clip: float | None,
 ) -> None:
-    """Eight rows with 2 to 12 targets each: in one batch, and in four windows parts of unequal size."""
+    """Eight rows with 2 to 12 targets each: in one batch, and in four windows parts of unequal
+    size."""
     one, many = sgd_module(), sgd_module()
     fit(one, [rows(*range(8))], gradient_clip_val=clip)
     parts = [rows(0), rows(1, 2, 3), rows(4, 5), rows(6, 7)]
@@ -102,7 +102,8 @@ def test_accumulation_with_unequal_token_counts_equals_the_one_big_batch(
 
 
 def test_short_last_window_is_weighted_by_its_own_tokens() -> None:
-    """Three batches at accumulate 2: the second window has one batch, which Lightning still halves."""
+    """Three batches at accumulate 2: the second window has one batch, which Lightning still
+    halves."""
     ours, theirs = sgd_module(), sgd_module()
     fit(ours, [rows(0, 1), rows(2), rows(3, 4)], accumulate_grad_batches=2)
     fit(theirs, [rows(0, 1, 2), rows(3, 4)])
@@ -111,7 +112,8 @@ def test_short_last_window_is_weighted_by_its_own_tokens() -> None:
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_two_ranks_with_unequal_token_counts_equal_the_one_big_batch(accumulate: int) -> None:
-    """Two forked gloo ranks, clipped: DDP's own mean of means would weigh the short rank's tokens more."""
+    """Two forked gloo ranks, clipped: DDP's own mean of means would weigh the short rank's tokens
+    more."""
     one, two = sgd_module(), sgd_module()
     parts = [rows(0), rows(1, 2, 3), rows(4, 5), rows(6)][: 2 * accumulate]
     fit(one, [rows(*range(7 if accumulate == 2 else 4))], gradient_clip_val=0.1)
@@ -241,8 +243,8 @@ def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     trainer = fit(sgd_module(), [rows(0, 1)])
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     other = sgd_module(llama(hidden_size=32))
+    fit_again = pl.Trainer(logger=False, enable_progress_bar=False, accelerator="cpu")
     with pytest.raises(ValueError, match=r"the checkpoint is of another model: \d+ parameter"):
-        fit_again = pl.Trainer(logger=False, enable_progress_bar=False, accelerator="cpu")
         fit_again.fit(other, DataLoader([rows(0)], batch_size=None), ckpt_path=tmp_path / "a.ckpt")
 
 
@@ -253,9 +255,7 @@ def test_saved_folder_loads_with_equal_logits(tmp_path: Path) -> None:
     module.save_pretrained(str(tmp_path))
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
     tokens = rows(0, 1)["input_ids"]
-    torch.testing.assert_close(
-        theirs(tokens).logits, module.eval()(tokens), rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(theirs(tokens).logits, module.eval()(tokens), rtol=1e-5, atol=1e-5)
 
 
 # Bad input

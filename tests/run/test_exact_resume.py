@@ -98,7 +98,8 @@ def test_resume_in_mid_accumulation_keeps_the_gradients(tmp_path: Path, module: 
 
 
 def test_loader_started_before_the_restore_is_started_again(tmp_path: Path) -> None:
-    """configure_optimizers may read trainer.estimated_stepping_batches, which starts the workers."""
+    """configure_optimizers may read trainer.estimated_stepping_batches, which starts the
+    workers."""
     run = Run(
         str(tmp_path), module="stepping-batches", num_workers=2, checkpoint=EVERY_STEP, max_epochs=2
     )
@@ -156,7 +157,8 @@ def test_the_comparison_notices_what_is_left_out(
 
 
 def kill_when(run: Run, lines: int) -> None:
-    """Start ``run`` as a process and send SIGKILL to all of it once it has recorded ``lines`` batches."""
+    """Start ``run`` as a process and send SIGKILL to all of it once it has recorded ``lines``
+    batches."""
     process = subprocess.Popen(run.command(), start_new_session=True, stderr=subprocess.PIPE)
     record = Path(run.folder, f"{run.name}.0")
     deadline = time.monotonic() + 120
@@ -164,7 +166,9 @@ def kill_when(run: Run, lines: int) -> None:
         while not record.exists() or len(record.read_text().splitlines()) < lines:
             if process.poll() is not None or time.monotonic() > deadline:
                 assert process.stderr is not None
-                pytest.fail(f"the run ended before it was killed:\n{process.stderr.read().decode()}")
+                pytest.fail(
+                    f"the run ended before it was killed:\n{process.stderr.read().decode()}"
+                )
             time.sleep(0.002)
     finally:
         os.killpg(process.pid, signal.SIGKILL)

@@ -34,7 +34,9 @@ def test_seed_position_rank_and_stage_each_change_the_draws(
 
 
 @given(st.integers(0, 2**40), st.integers(0, 2**40), st.integers(0, 4096))
-def test_any_seed_and_position_fit_all_three_generators(seed: int, position: int, rank: int) -> None:
+def test_any_seed_and_position_fit_all_three_generators(
+    seed: int, position: int, rank: int
+) -> None:
     assert 0 <= derive_seed(seed, position, rank, "train") < 2**64
     reseed(seed, position, rank, "train")
     assert torch.initial_seed() == derive_seed(seed, position, rank, "train")

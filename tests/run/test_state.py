@@ -63,7 +63,8 @@ def test_window_is_captured_only_while_gradients_wait_and_restores_them() -> Non
 
 
 def test_captured_gradients_do_not_change_when_training_goes_on() -> None:
-    """Later batches add into the same gradient tensors; a view of them would change with the run."""
+    """Later batches add into the same gradient tensors; a view of them would change with the
+    run."""
     notes, _, _ = noted(accumulate_grad_batches=3)
     (window,) = notes.windows[0]
     for name, gradient in window["gradients"].items():

@@ -1,0 +1,259 @@
+"""The whole job on one novel: pretrain, make preference pairs, align, compare before and after.
+
+Both training stages are ordinary YAML files, run by the same command line that a user has.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from jsonargparse import auto_cli
+from lightning.pytorch.cli import LightningCLI
+from torch import nn
+
+from lightning_align.data.token_cache import TokenSplit
+from lightning_align.demo.ngram import (
+    interpolated_trigram_perplexity,
+    kneser_ney_perplexity,
+    unigram_perplexity,
+)
+from lightning_align.demo.pairs import Tokens, continue_prompts, make_pairs, write_jsonl
+from lightning_align.demo.report import before_after_table, samples
+from lightning_align.losses import sequence_logps
+from lightning_align.modules.datamodules import PreferenceDataModule, TextDataModule
+from lightning_align.modules.dpo import DPOModule
+from lightning_align.modules.pretrain import PretrainModule
+from lightning_align.pretrained import build_model
+
+Fit = Callable[[Sequence[str]], LightningCLI]  # the command line as a function of its arguments
+
+PROMPT_TOKENS, COMPLETION_TOKENS = 64, 48
+SAMPLED_PROMPTS = 64  # held-out prompts that the KL divergence is estimated on
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything; the full demo takes minutes, the fast one seconds."""
+
+    train_pairs: int
+    val_pairs: int
+    overrides: dict[str, list[str]]  # stage -> arguments of ``lightning-align fit``
+
+
+FULL = Size(train_pairs=1024, val_pairs=256, overrides={"pretrain": [], "dpo": []})
+FAST = Size(
+    train_pairs=64,
+    val_pairs=32,
+    overrides={
+        "pretrain": [
+            "--trainer.max_steps=30",
+            "--model.init_args.lr_scheduler.init_args.total_steps=30",
+            "--trainer.limit_val_batches=4",
+        ],
+        "dpo": ["--trainer.max_epochs=1"],
+    },
+)
+
+
+def main(arguments: Sequence[str], fit: Fit) -> dict[str, tuple[float, float]]:
+    """``lightning-align demo``: parse ``arguments`` and run.
+
+    Args:
+        arguments: What follows ``demo`` on the command line.
+        fit: The command line itself, which runs the two training stages.
+
+    Returns:
+        Metric -> (before, after), as the table shows them.
+    """
+
+    def demo(fast: bool = False, output: str = "outputs", seed: int = 0) -> Any:
+        """Pretrain a small Llama on Pride and Prejudice and align it with DPO.
+
+        Args:
+            fast: Whether to train for seconds instead of minutes; the numbers then mean little.
+            output: Folder for everything that is written.
+            seed: Seed of weights, order, dropout and samples.
+        """
+        return run_demo(fit, fast=fast, output=Path(output), seed=seed)
+
+    result: dict[str, tuple[float, float]] = auto_cli(demo, args=list(arguments))
+    return result
+
+
+def run_demo(fit: Fit, *, fast: bool, output: Path, seed: int) -> dict[str, tuple[float, float]]:
+    """Run the three stages, print the report, and return its table as numbers."""
+    size = FAST if fast else FULL
+    _say("1/3  Pretraining on whole chapters; others are held out")
+    pretrained = _stage("pretrain", fit, size, output, seed)
+    text = pretrained.datamodule
+    assert isinstance(text, TextDataModule)
+    assert text.train_dataset is not None
+    assert text.val_dataset is not None
+    before = build_model(str(output / "pretrain/model"), where="demo")
+
+    _say("2/3  Preference pairs: the author's continuation over the model's own sample")
+    splits = {"train": text.train_dataset.split, "val": text.val_dataset.split}
+    wanted = {"train": size.train_pairs, "val": size.val_pairs}
+    pairs = {}
+    for offset, (name, split) in enumerate(splits.items()):
+        pairs[name] = make_pairs(
+            before,
+            text.tokenizer,
+            documents(split),
+            num_pairs=wanted[name],
+            prompt_tokens=PROMPT_TOKENS,
+            completion_tokens=COMPLETION_TOKENS,
+            seed=2 * seed + offset,
+        )
+        write_jsonl(pairs[name], output / f"pairs/{name}.jsonl")
+
+    _say("3/3  Aligning with DPO")
+    _stage("dpo", fit, size, output, seed)
+    after = build_model(str(output / "dpo/model"), where="demo")
+
+    _say("Report")
+    table = _compare(before, after, text, output, seed)
+    print(before_after_table([(name, *values) for name, values in table.items()]))  # noqa: T201
+    print(_yardsticks(before, text, pairs["val"], seed))  # noqa: T201
+    prompt = text.tokenizer.encode(pairs["val"][0]["prompt"])
+    print(_samples(before, after, text.tokenizer, prompt, seed))  # noqa: T201
+    print(_whereabouts(output))  # noqa: T201
+    return table
+
+
+def documents(split: TokenSplit) -> list[Tokens]:
+    """The documents of a split as arrays of token ids."""
+    bounds = zip(split.offsets[:-1], split.offsets[1:], strict=True)
+    return [split.tokens[begin:end] for begin, end in bounds]
+
+
+def _stage(name: str, fit: Fit, size: Size, output: Path, seed: int) -> LightningCLI:
+    """Run one YAML with the command line, its outputs moved to ``output``."""
+    recipe = files("lightning_align.demo").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    config = output / f"{name}.yaml"
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text(recipe.replace("outputs/", f"{output.as_posix()}/"), encoding="utf-8")
+    seeds = [f"--seed_everything={seed}", f"--data.init_args.seed={seed}"]
+    return fit(["fit", "--config", str(config), *seeds, *size.overrides[name]])
+
+
+def _compare(
+    before: nn.Module, after: nn.Module, text: TextDataModule, output: Path, seed: int
+) -> dict[str, tuple[float, float]]:
+    preferences = PreferenceDataModule(
+        [str(output / "pairs/train.jsonl")],
+        text.tokenizer,
+        val_paths=[str(output / "pairs/val.jsonl")],
+        batch_size=32,
+        max_length=PROMPT_TOKENS + COMPLETION_TOKENS,
+        append_eos=False,
+    )
+    aligned = _validate(DPOModule(after, ref_model=before), preferences)
+    perplexities = [
+        _validate(PretrainModule(model), text)["val_perplexity"] for model in (before, after)
+    ]
+    prompts = [pair.prompt for pair in preferences.val_dataset.pairs[:SAMPLED_PROMPTS]]
+    kl = kl_divergence(after, before, text.tokenizer, torch.tensor(np.stack(prompts)), seed)
+    return {
+        "validation perplexity": (perplexities[0], perplexities[1]),
+        "preference accuracy, held-out pairs": (0.0, aligned["val_rewards/accuracies"]),
+        "reward margin, held-out pairs": (0.0, aligned["val_rewards/margins"]),
+        "KL to the reference, nats per token": (0.0, kl),
+    }
+
+
+def _validate(module: pl.LightningModule, data: pl.LightningDataModule) -> dict[str, float]:
+    trainer = pl.Trainer(logger=False, enable_model_summary=False, enable_checkpointing=False)
+    return dict(trainer.validate(module, data, verbose=False)[0])
+
+
+def kl_divergence(
+    policy: nn.Module, reference: nn.Module, tokenizer: Any, prompts_BT: torch.Tensor, seed: int
+) -> float:
+    """KL(policy || reference) in nats per token, estimated on the policy's own samples."""
+    torch.manual_seed(seed)
+    new_BT = continue_prompts(policy.eval(), tokenizer, prompts_BT, COMPLETION_TOKENS)
+    rows = torch.cat([prompts_BT, new_BT], dim=1)
+    completion = torch.zeros_like(rows)
+    completion[:, prompts_BT.shape[1] :] = 1
+    with torch.no_grad():
+        ours, theirs = (
+            sequence_logps(model.eval(), rows, torch.ones_like(rows), completion)
+            for model in (policy, reference)
+        )
+    return float((ours - theirs).mean() / COMPLETION_TOKENS)
+
+
+def _yardsticks(
+    before: nn.Module, text: TextDataModule, pairs: list[dict[str, str]], seed: int
+) -> str:
+    """What counting, the length of a text, and models without DPO achieve on the same data."""
+    assert text.train_dataset is not None
+    assert text.val_dataset is not None
+    tokens = text.train_dataset.split.tokens, text.val_dataset.split.tokens
+    size = len(text.tokenizer)
+    torch.manual_seed(seed)
+    untrained = build_model(before.config, where="demo")  # type: ignore[arg-type]
+    lines = [
+        ("unigram perplexity", unigram_perplexity(*tokens, size)),
+        ("interpolated trigram perplexity", interpolated_trigram_perplexity(*tokens, size)),
+        ("Kneser-Ney trigram perplexity", kneser_ney_perplexity(*tokens, size)),
+        ("accuracy of the longer text", longer_text_accuracy(pairs)),
+        ("accuracy of an untrained model", likelihood_accuracy(untrained, text.tokenizer, pairs)),
+        ("accuracy of the pretrained model", likelihood_accuracy(before, text.tokenizer, pairs)),
+    ]
+    return "\n".join(["On the same held-out data:", *(f"  {n:34}{v:9.3f}" for n, v in lines), ""])
+
+
+def longer_text_accuracy(pairs: Sequence[dict[str, str]]) -> float:
+    """How often the longer text (in characters) is the chosen one; a tie counts one half."""
+    differences = np.array([len(pair["chosen"]) - len(pair["rejected"]) for pair in pairs])
+    return float(((np.sign(differences) + 1) / 2).mean())
+
+
+def likelihood_accuracy(
+    model: nn.Module, tokenizer: Any, pairs: Sequence[dict[str, str]]
+) -> float:
+    """How often a model finds the chosen continuation more likely than the rejected one."""
+    logps = []
+    for side in ("chosen", "rejected"):
+        prompts = torch.tensor([tokenizer.encode(pair["prompt"]) for pair in pairs])
+        rows = torch.cat([prompts, torch.tensor([tokenizer.encode(p[side]) for p in pairs])], 1)
+        completion = torch.zeros_like(rows)
+        completion[:, prompts.shape[1] :] = 1
+        with torch.no_grad():
+            logps.append(sequence_logps(model.eval(), rows, torch.ones_like(rows), completion))
+    return float((logps[0] > logps[1]).float().mean())
+
+
+def _samples(
+    before: nn.Module, after: nn.Module, tokenizer: Any, prompt: list[int], seed: int
+) -> str:
+    texts = []
+    for model in (before, after):
+        torch.manual_seed(seed)
+        new = continue_prompts(model.eval(), tokenizer, torch.tensor([prompt]), COMPLETION_TOKENS)
+        texts.append(tokenizer.decode(new[0]))
+    return samples(tokenizer.decode(prompt), texts[0], texts[1])
+
+
+def _whereabouts(output: Path) -> str:
+    places = {
+        "pretrained model": "pretrain/model",
+        "aligned model": "dpo/model",
+        "preference pairs": "pairs",
+        "curves": "pretrain/pretrain.png, dpo/dpo.png",
+        "metrics (CSV)": "pretrain/csv, dpo/csv",
+        "Weights & Biases": "pretrain/wandb, dpo/wandb (offline; `wandb sync` uploads them)",
+        "configurations": "pretrain.yaml, dpo.yaml",
+    }
+    return "\n".join([f"Everything is in {output}/:", *(f"  {n:18}{p}" for n, p in places.items())])
+
+
+def _say(headline: str) -> None:
+    print(f"\n== {headline}", flush=True)  # noqa: T201
