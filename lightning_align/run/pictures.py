@@ -1,0 +1,112 @@
+"""Pictures go where the run's scalars go: one matplotlib figure to every logger that takes images.
+
+Lightning has no word for "log a picture": each logger has its own, and many have none. A logger
+takes images if it has W&B's ``log_image(key, images, step)``, or if its ``experiment`` has
+TensorBoard's ``add_image(tag, image, step, dataformats)``; asking for the method instead of the
+class serves loggers we have never seen and imports none. Where no logger takes images, the picture
+is a PNG in ``trainer.default_root_dir``. matplotlib (extra ``plot``) loads on first use, and only
+its object-oriented half with the Agg canvas: no display, no state shared with the user's pyplot.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import numpy as np
+from fsspec.core import url_to_fs
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities import rank_zero_warn
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def new_figure(width_in: float, height_in: float) -> Figure:
+    """An empty figure that belongs to no window and no pyplot state.
+
+    Args:
+        width_in: Width in inches.
+        height_in: Height in inches.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        message = "Drawing needs matplotlib. Run: pip install lightning-align[plot]"
+        raise ImportError(message) from error
+    return Figure(figsize=(width_in, height_in), dpi=150, layout="constrained")
+
+
+def log_figure(
+    trainer: pl.Trainer, key: str, figure: Figure, *, filename: str | None = None
+) -> list[str]:
+    """Send a figure to every logger that takes images; returns where it went, in words.
+
+    Call it on every rank: only rank zero draws and writes. A picture is never worth a run, so a
+    folder that cannot be written is a warning.
+
+    Args:
+        trainer: Its loggers, global step and ``default_root_dir`` are used.
+        key: Name of the picture in the loggers, for instance ``"curves"``.
+        figure: A matplotlib figure; it is not changed.
+        filename: PNG to write under ``trainer.default_root_dir`` besides; by default ``<key>.png``,
+            and only if no logger takes images.
+    """
+    if not trainer.is_global_zero:
+        return []
+    png = _draw_png(figure)
+    image_HWC = _pixels(png)
+    places = [
+        place
+        for logger in trainer.loggers
+        if (place := _send(logger, key, image_HWC, trainer.global_step)) is not None
+    ]
+    if filename is None and not places:
+        filename = f"{key.replace('/', '_')}.png"
+    if filename is not None:
+        path = os.path.join(trainer.default_root_dir, filename)
+        try:
+            filesystem, inner_path = url_to_fs(path)
+            filesystem.makedirs(os.path.dirname(inner_path), exist_ok=True)
+            with filesystem.open(inner_path, "wb") as file:
+                file.write(png)
+            places.append(path)
+        except OSError as error:
+            rank_zero_warn(f"The picture {key!r} was not written to {path}: {error}")
+    return places
+
+
+def _send(logger: Logger, key: str, image_HWC: NDArray[np.uint8], step: int) -> str | None:
+    if isinstance(logger, DummyLogger):  # fast_dev_run: it answers to every name and keeps nothing
+        return None
+    where = f"{type(logger).__name__} as {key!r}"
+    log_image: Any = getattr(logger, "log_image", None)
+    if callable(log_image):
+        log_image(key=key, images=[image_HWC], step=step)
+        return where
+    add_image: Any = getattr(getattr(logger, "experiment", None), "add_image", None)
+    if callable(add_image):
+        add_image(key, image_HWC, step, dataformats="HWC")
+        return where
+    return None
+
+
+def _draw_png(figure: Figure) -> bytes:
+    # savefig puts the figure's own canvas back afterwards, so a pyplot figure stays usable.
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    return drawn.getvalue()
+
+
+def _pixels(png: bytes) -> NDArray[np.uint8]:
+    """The picture as (height, width, 3) bytes."""
+    from PIL import Image  # matplotlib brings it
+
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
