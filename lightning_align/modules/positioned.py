@@ -62,11 +62,6 @@ class PositionedDataModule(pl.LightningDataModule):
     @override
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Batches of the training stream, from the position onwards."""
-        overfit = getattr(self.trainer, "overfit_batches", 0)
-        if overfit:
-            rule = f"replaces the sampler, and {self._name} needs its own"
-            way_out = "Set limit_train_batches, or give a small file"
-            raise argument_error("Trainer", "overfit_batches", overfit, rule, way_out)
         assert self.train_dataset is not None, "setup() comes first"
         num_replicas, rank = self._replicas
         self.train_sampler = PositionSampler(
@@ -113,7 +108,8 @@ class PositionedDataModule(pl.LightningDataModule):
         way_out = "Resume with the same data and settings, or start a new run from the weights"
         for argument, value in self._stream.items():
             saved = state_dict[argument]
-            if saved != value:
+            # Before setup (load_from_checkpoint) the fingerprint isn't known yet. Fitting asks again.
+            if saved != value and value != "":
                 rule = f"the checkpoint's run has {saved!r}"
                 raise argument_error(self._name, argument, value, rule, way_out)
         self.skipped = state_dict["skipped"]
@@ -140,6 +136,11 @@ class PositionedDataModule(pl.LightningDataModule):
         self, dataset: PackedDataset | PreferenceDataset, sampler: PositionSampler
     ) -> DataLoader[dict[str, Tensor]]:
         trainer = self.trainer
+        overfit = getattr(trainer, "overfit_batches", 0)
+        if overfit:
+            rule = f"replaces the sampler, and {self._name} needs its own"
+            way_out = "Set limit_train_batches, or give a small file"
+            raise argument_error("Trainer", "overfit_batches", overfit, rule, way_out)
         on_cuda = trainer is not None and trainer.strategy.root_device.type == "cuda"
         return DataLoader(
             dataset,

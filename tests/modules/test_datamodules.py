@@ -1,0 +1,365 @@
+import json
+import re
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+
+from lightning_align.data.tokenizer import train_tokenizer
+from lightning_align.modules.datamodules import PreferenceDataModule, TextDataModule
+from tests.helpers.byte_tokenizer import ByteTokenizer
+from tests.helpers.recorder import Recorder, recorded, samples, trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning")
+TEXTS = [f"Text number {i} says {'very ' * (i % 7)}little." for i in range(40)]
+
+
+@pytest.fixture(autouse=True)
+def cache_dir(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIGHTNING_ALIGN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return path
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    rows = [
+        {"prompt": chr(65 + i), "chosen": "good" * (1 + i % 3), "rejected": "bad"}
+        for i in range(20)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def text_of(data, split):
+    return data.tokenizer.decode(getattr(data, f"{split}_dataset").split.tokens)
+
+
+def test_the_embedded_novel_out_of_the_box():
+    data = TextDataModule(vocab_size=1024, block_size=64)
+    data.prepare_data()
+    data.setup()
+    assert data.train_dataset.split.num_documents == 55
+    assert data.val_dataset.split.num_documents == 6
+    assert len(data.tokenizer) == 1024
+    assert "truth universally acknowledged" in text_of(data, "train") + text_of(data, "val")
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        batch = next(iter(loader))
+        assert {name: tuple(value.shape) for name, value in batch.items()} == {
+            "input_ids": (8, 65),
+            "labels": (8, 65),
+        }
+
+
+def test_training_and_validation_cover_every_block_once(tmp_path, jsonl):
+    data = TextDataModule(jsonl, ByteTokenizer(), block_size=16, batch_size=3)
+    steps = -(-sum(map(len, TEXTS)) // 16)
+    fitter = trainer(tmp_path, max_epochs=1, max_steps=steps, num_sanity_val_steps=0)
+    fitter.fit(Recorder(tmp_path), data)
+    for split in ("train", "val"):
+        dataset = getattr(data, f"{split}_dataset")
+        firsts = dataset.split.tokens[: -1 : dataset.block_size]
+        seen = [first for batch in samples(tmp_path, split) for first in batch]
+        assert sorted(seen) == sorted(firsts.tolist())
+        if split == "val":
+            assert seen == firsts.tolist(), "validation keeps the order"
+
+
+def test_setup_alone_builds_too(jsonl):
+    data = TextDataModule(str(jsonl), ByteTokenizer(), block_size=8)
+    data.setup()
+    assert sum(map(len, (data.train_dataset, data.val_dataset))) > 100
+
+
+def test_two_ranks_open_what_one_has_built(tmp_path, jsonl):
+    """The tokenizer is trained on rank 0; the other learns the key of the cache from it."""
+    data = TextDataModule(jsonl, vocab_size=300, block_size=8, batch_size=2)
+    fitter = trainer(tmp_path, strategy="ddp_fork", devices=2, max_steps=4, num_sanity_val_steps=0)
+    fitter.fit(Recorder(tmp_path), data)
+    alone = TextDataModule(jsonl, vocab_size=300, block_size=8, batch_size=4)
+    alone.setup()
+    ranks = [samples(tmp_path, "train", rank) for rank in (0, 1)]
+    together = [first + second for first, second in zip(*ranks, strict=True)]
+    expected = [batch["input_ids"][:, 0].tolist() for batch in alone.train_dataloader()]
+    assert together == expected[:4]
+
+
+def test_files_of_all_kinds_give_the_same_tokens(tmp_path, jsonl):
+    with fsspec.open("memory://kinds/texts.jsonl.gz", "wt", compression="infer") as stream:
+        stream.write(jsonl.read_text())
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
+    options = {"tokenizer": ByteTokenizer(), "block_size": 8, "val_fraction": 0}
+    contents = set()
+    for paths in (jsonl, str(jsonl), f"{tmp_path}/*.jsonl", "memory://kinds/texts.jsonl.gz"):
+        data = TextDataModule(paths, **options)
+        data.setup()
+        contents.add(data.train_dataset.split.content)
+    assert len(contents) == 1
+
+
+def test_a_pattern_makes_documents_of_a_text_file(tmp_path):
+    (tmp_path / "a.txt").write_text("".join(f"Text {i}\nbody\n" for i in range(10)))
+    data = TextDataModule(
+        tmp_path / "a.txt", ByteTokenizer(), document_pattern=r"^Text \d$", block_size=4
+    )
+    data.setup()
+    assert data.train_dataset.split.num_documents == 9
+    assert data.val_dataset.split.num_documents == 1
+
+
+def test_another_column(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "one"}\n{"body": "two"}\n')
+    data = TextDataModule(
+        tmp_path / "a.jsonl", ByteTokenizer(), text_column="body", block_size=2, val_fraction=0
+    )
+    data.setup()
+    assert data.train_dataset.split.num_documents == 2
+    assert data.val_dataset is None
+
+
+def test_a_trained_tokenizer_can_be_saved_and_gives_the_same_tokens(tmp_path, jsonl):
+    trained = TextDataModule(jsonl, vocab_size=300, block_size=8)
+    trained.setup()
+    trained.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    loaded = TextDataModule(jsonl, str(tmp_path / "tokenizer"), block_size=8)
+    loaded.setup()
+    assert loaded.fingerprint == trained.fingerprint
+
+
+def test_changed_files_are_tokenised_anew(jsonl):
+    data = TextDataModule(jsonl, ByteTokenizer(), block_size=8)
+    data.setup()
+    before = data.fingerprint
+    jsonl.write_text(jsonl.read_text() + '{"text": "more"}\n')
+    data.prepare_data()
+    data.setup()
+    assert data.fingerprint != before
+
+
+def test_workers_yield_the_same_batches(jsonl):
+    batches = []
+    for num_workers in (0, 2):
+        data = TextDataModule(jsonl, ByteTokenizer(), block_size=8, num_workers=num_workers)
+        data.setup()
+        batches.append([batch["input_ids"] for batch in data.train_dataloader()])
+    torch.testing.assert_close(*batches, rtol=0, atol=0)
+
+
+def test_hyperparameters_are_plain(tmp_path, jsonl):
+    for tokenizer in (ByteTokenizer(), None):
+        data = TextDataModule(jsonl, tokenizer, vocab_size=300, block_size=8, cache_dir=tmp_path)
+        fitter = trainer(tmp_path)
+        fitter.fit(Recorder(tmp_path), data)
+        fitter.save_checkpoint(tmp_path / "a.ckpt")
+        saved = torch.load(tmp_path / "a.ckpt", weights_only=True)["datamodule_hyper_parameters"]
+        assert saved["paths"] == [str(jsonl)]
+        assert ("tokenizer" in saved) == (tokenizer is None)
+    again = TextDataModule.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    again.setup()
+    assert again.fingerprint == data.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "sentences"),
+    [
+        (TextDataModule, [], ["Tokens predicted per sample", "Samples per batch and rank"]),
+        (
+            PreferenceDataModule,
+            ["--paths=a.jsonl", "--tokenizer=folder"],
+            ["Pairs per batch and rank", "longer completions are cut"],
+        ),
+    ],
+)
+def test_the_command_line_knows_every_argument(module, arguments, sentences):
+    parser = ArgumentParser()
+    parser.add_class_arguments(module)
+    options = parser.parse_args([*arguments, "--batch_size=3", '--val_paths=["b.jsonl"]'])
+    data = module(**options.as_dict())
+    assert data.batch_size == 3
+    assert data.val_paths == ["b.jsonl"]
+    help_text = " ".join(parser.format_help().split())
+    for sentence in sentences:
+        assert sentence in help_text
+
+
+BAD_TEXT = {
+    "batch_size": ({"batch_size": 0}, r"TextDataModule\(batch_size=0\): must be at least 1"),
+    "block_size": ({"block_size": 0}, r"TextDataModule\(block_size=0\): must be at least 1"),
+    "val_fraction above": ({"val_fraction": 1.0}, r"\(val_fraction=1\.0\): must be in \[0, 1\)"),
+    "val_fraction below": ({"val_fraction": -0.1}, r"\(val_fraction=-0\.1\): must be in \[0, 1\)"),
+    "val_fraction nan": ({"val_fraction": float("nan")}, r"must be in \[0, 1\)"),
+    "vocab_size": ({"vocab_size": 256}, r"TextDataModule\(vocab_size=256\): must be at least 257"),
+    "pattern": ({"document_pattern": "("}, r"\(document_pattern='\('\): must be a regular"),
+    "cache_dir": ({"cache_dir": "s3://bucket"}, r"\(cache_dir='s3://bucket'\): must be a local"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_TEXT.values(), ids=BAD_TEXT)
+def test_bad_numbers_are_refused_at_construction(options, message):
+    with pytest.raises(ValueError, match=message):
+        TextDataModule(**options)
+
+
+def test_bad_files_are_refused_before_training(tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "binary.txt").write_bytes(b"\x00\x01\x02")
+    (tmp_path / "columns.jsonl").write_text('{"body": "x"}\n')
+    (tmp_path / "broken.jsonl").write_text('{"text": "x"}\n{"text"\n')
+    (tmp_path / "one.txt").write_text("a single document")
+    cases = {
+        "missing.txt": "is neither a file nor an embedded corpus",
+        "*.nothing": "no file matches",
+        "empty.txt": "is empty, and must hold text",
+        "binary.txt": "must be text, but it holds NUL bytes",
+        "columns.jsonl": "line 1 has no column 'text'; columns found: 'body'",
+        "broken.jsonl": "line 2 must be JSON",
+        "one.txt": "holds out whole documents, and there is only one",
+    }
+    for name, rule in cases.items():
+        data = TextDataModule(f"{tmp_path}/{name}", ByteTokenizer())
+        with pytest.raises(ValueError, match=re.escape(rule)) as failure:
+            trainer(tmp_path).fit(Recorder(tmp_path), data)
+        assert str(failure.value).startswith("TextDataModule(")
+    assert not list(tmp_path.glob("train*"))
+    assert not [path for path in (tmp_path / "cache").glob("*") if path.is_dir()]
+
+
+def test_bad_validation_files_are_named_by_their_argument(tmp_path, jsonl):
+    data = TextDataModule(jsonl, ByteTokenizer(), val_paths="missing.txt")
+    with pytest.raises(ValueError, match=r"TextDataModule\(val_paths='missing\.txt'\): is neither"):
+        data.setup()
+
+
+@pytest.mark.parametrize(
+    ("options", "split"), [({"val_fraction": 0}, "train"), ({"block_size": 300}, "val")]
+)
+def test_a_block_larger_than_the_corpus(jsonl, options, split):
+    data = TextDataModule(jsonl, ByteTokenizer(), **{"block_size": 10_000, **options})
+    message = rf"TextDataModule\(block_size=\d+\): the {split} split has \d+ tokens.*Lower block_s"
+    with pytest.raises(ValueError, match=message):
+        data.setup()
+
+
+def test_a_block_may_be_exactly_the_corpus(tmp_path):
+    (tmp_path / "a.txt").write_text("12345678")
+    for block_size in (8, 9):
+        data = TextDataModule(
+            tmp_path / "a.txt", ByteTokenizer(), block_size=block_size, val_fraction=0
+        )
+        if block_size == 8:  # eight characters and the end-of-text token
+            data.setup()
+            assert data.train_dataset[[0]]["labels"].min() >= 0
+        else:
+            with pytest.raises(ValueError, match="9 tokens"):
+                data.setup()
+
+
+def test_a_tokenizer_without_an_end_of_text_token(jsonl):
+    tokenizer = ByteTokenizer()
+    tokenizer.eos_token_id = None
+    with pytest.raises(ValueError, match="has no end-of-text token"):
+        TextDataModule(jsonl, tokenizer).setup()
+
+
+def test_a_hub_name_without_a_network(jsonl, pairs, offline):
+    for data in (TextDataModule(jsonl, "acme/tok"), PreferenceDataModule(pairs, "acme/tok")):
+        with pytest.raises(ValueError, match=r"\(tokenizer='acme/tok'\).*HF_HUB_OFFLINE.*folder"):
+            data.prepare_data()
+
+
+def preference(paths, **options):
+    return PreferenceDataModule(paths, ByteTokenizer(), **{"batch_size": 3, **options})
+
+
+def test_training_covers_every_pair_once(tmp_path, pairs):
+    data = preference(pairs, val_fraction=0.2)
+    fitter = trainer(tmp_path, max_steps=6, num_sanity_val_steps=0)
+    fitter.fit(Recorder(tmp_path), data)
+    train, val = samples(tmp_path, "train"), samples(tmp_path, "val")
+    assert [len(batch) // 2 for batch in train] == [3, 3, 3, 3, 3, 1]
+    assert all(batch[: len(batch) // 2] == batch[len(batch) // 2 :] for batch in train + val)
+    seen = [[prompt for batch in part for prompt in batch[::2]] for part in (train, val)]
+    prompts = [
+        {prompt for batch in part for prompt in batch[: len(batch) // 2]} for part in (train, val)
+    ]
+    assert (len(prompts[0]), len(prompts[1])) == (16, 4)
+    assert prompts[0] | prompts[1] == {2 + 65 + i for i in range(20)}
+    assert sum(map(len, seen)) == 20
+
+
+def test_pairs_of_val_paths(tmp_path, pairs):
+    other = tmp_path / "val.jsonl"
+    other.write_text('{"prompt": "?", "chosen": "a", "rejected": "b"}\n')
+    data = preference(str(pairs), val_paths=other)
+    data.setup()
+    assert (len(data.train_dataset), len(data.val_dataset)) == (20, 1)
+    assert np.array_equal(data.val_dataset.pairs[0].prompt, [2 + ord("?")])
+
+
+def test_max_length_and_append_eos_reach_the_batch(pairs):
+    data = preference(pairs, max_length=4, append_eos=False)
+    data.setup()
+    batch = data.train_dataset[[2]]
+    assert batch["input_ids"].shape == (2, 4)
+    assert not (batch["input_ids"] == ByteTokenizer.eos_token_id).any()
+
+
+def test_a_resumed_preference_run_sees_the_tail(tmp_path, pairs):
+    for stop, ckpt_path in ((4, None), (9, tmp_path / "a.ckpt")):
+        fitter = trainer(tmp_path, max_steps=stop)
+        fitter.fit(Recorder(tmp_path), preference(pairs), ckpt_path=ckpt_path, weights_only=True)
+        fitter.save_checkpoint(tmp_path / "a.ckpt")
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    trainer(whole, max_steps=9).fit(Recorder(whole), preference(pairs))
+    assert recorded(tmp_path, "train") == recorded(whole, "train")
+
+
+def test_other_pairs_are_refused_on_resume(tmp_path, pairs):
+    fitter = trainer(tmp_path)
+    fitter.fit(Recorder(tmp_path), preference(pairs))
+    fitter.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=r"PreferenceDataModule\(fingerprint='pairs .*'\): the ch"):
+        trainer(tmp_path, max_steps=2).fit(
+            Recorder(tmp_path), preference(pairs, max_length=5), ckpt_path=tmp_path / "a.ckpt"
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, r"PreferenceDataModule\(batch_size=0\): must be at least 1"),
+        ({"max_length": 1}, r"PreferenceDataModule\(max_length=1\): must be at least 2"),
+        ({"val_fraction": 1.5}, r"PreferenceDataModule\(val_fraction=1\.5\): must be in \[0, 1\)"),
+    ],
+)
+def test_bad_preference_numbers(options, message):
+    with pytest.raises(ValueError, match=message):
+        preference("pairs.jsonl", **options)
+
+
+def test_missing_pairs(tmp_path):
+    with pytest.raises(ValueError, match=r"PreferenceDataModule\(paths='.*pairs\.jsonl'\): is nei"):
+        preference(tmp_path / "pairs.jsonl").setup()
+
+
+def test_a_trained_tokenizer_prepares_pairs(pairs):
+    data = PreferenceDataModule(pairs, train_tokenizer(TEXTS, 300))
+    data.setup()
+    pair = data.train_dataset.pairs[0]
+    assert data.tokenizer.decode(np.concatenate([pair.prompt, pair.chosen])) == "Agood<|endoftext|>"
