@@ -330,7 +330,7 @@ def _checkpointed_forward(
 ) -> Any:
     """Forward of a checkpointed block: its class's, unless the block itself had an override."""
     forward = override or partial(type(block).forward, block)
-    if block.training and torch.is_grad_enabled():
+    if block.training:  # Without gradients, checkpoint just calls.
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
     return forward(*args, **kwargs)
 

@@ -249,6 +249,9 @@ def test_the_head_is_itself_again_after_an_error() -> None:
         layers.hidden_states(tokens() + VOCAB_SIZE)
     assert "forward" not in vars(model.to_logits)
     assert model(tokens()).shape == (2, 12, VOCAB_SIZE)
+    override = vars(model.to_logits)["forward"] = lambda hidden: hidden[..., :1]
+    assert layers.hidden_states(tokens()).shape == (2, 12, HIDDEN_SIZE)
+    assert vars(model.to_logits)["forward"] is override
 
 
 class LastTokenOnly(PlainDecoder):
@@ -301,6 +304,28 @@ def test_probe_sees_a_softcap_far_above_the_logits() -> None:
     layers.probe()
     with pytest.raises(ValueError, match="final_logit_softcapping=30"):
         ignoring.probe()
+
+
+def test_probe_sees_a_small_bias_that_is_not_the_heads() -> None:
+    model = PlainDecoder()
+    model.to_logits.register_forward_hook(lambda head, args, logits: logits + 1e-3)
+    with pytest.raises(ValueError, match=r"differ by up to 0\.001"):
+        find_layers(model).probe()
+
+
+class Drawing(PlainDecoder):
+    def forward(self, input_ids: Tensor) -> Tensor:
+        torch.rand(1)
+        return super().forward(input_ids)
+
+
+def test_probe_leaves_the_generator_alone_though_the_model_draws() -> None:
+    layers = find_layers(Drawing())
+    state = torch.get_rng_state()
+    layers.probe()
+    assert torch.equal(torch.get_rng_state(), state)
+    layers.hidden_states(tokens())
+    assert not torch.equal(torch.get_rng_state(), state)
 
 
 def test_probe_names_what_config_it_does_not_understand() -> None:
@@ -453,6 +478,12 @@ def test_a_small_side_list_is_not_ambiguous() -> None:
     assert find_layers(model).blocks_name == "layers"
 
 
+def test_the_tied_head_is_the_head() -> None:
+    model = TiedDecoder()
+    model.value_head = nn.Linear(HIDDEN_SIZE, VOCAB_SIZE)
+    assert find_layers(model).head_name == "lm_head"
+
+
 def test_a_custom_module_may_declare_its_ends() -> None:
     model = _with(second=nn.Linear(32, 101))
     model.get_input_embeddings = lambda: model.tokens
@@ -495,7 +526,6 @@ def test_checkpointing_saves_less_and_changes_no_bit(name: str) -> None:
     keys = list(model.state_dict())
     loss, gradients, saved = step(model, layers)
     checkpoint_blocks(layers)
-    checkpoint_blocks(layers)  # Twice is once.
     loss_2, gradients_2, saved_2 = step(model, layers)
     assert torch.equal(loss, loss_2)
     assert gradients.keys() == gradients_2.keys()
@@ -505,6 +535,17 @@ def test_checkpointing_saves_less_and_changes_no_bit(name: str) -> None:
     assert saved_2 < 0.15 * saved
     assert list(model.state_dict()) == keys
     layers.probe()
+
+
+@pytest.mark.parametrize(("name", "norm"), [("gpt2", "ln_1"), ("plain", "norm_1")])
+def test_checkpointing_twice_recomputes_once(name: str, norm: str) -> None:
+    layers = find_layers(WITH_DROPOUT[name]())
+    checkpoint_blocks(layers)
+    checkpoint_blocks(layers)
+    calls = []
+    layers.blocks[0].get_submodule(norm).register_forward_hook(lambda *_: calls.append(1))
+    step(layers.model, layers)
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("name", ["gpt2", "plain"])
