@@ -29,6 +29,7 @@ from lightning_align._errors import argument_error
 from lightning_align.data.tokenize_corpus import Corpus, FileWriter, write_corpus
 
 MANIFEST = "manifest.json"
+PATIENCE_S = 5.0  # waiting longer for another process is worth a word
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -98,7 +99,7 @@ def prepare_token_cache(corpus: Corpus, cache_dir: Path) -> str:
         raise argument_error(corpus.where, "cache_dir", str(cache_dir), rule) from None
     # One process builds; another that wants the same waits and finds it done. The system gives the
     # lock back when its holder dies.
-    with filelock.FileLock(cache_dir / f"{key}.lock"):
+    with _lock(cache_dir / f"{key}.lock"):
         problem = _problem(folder, key)
         if problem is None:
             return key
@@ -160,6 +161,20 @@ def _problem(folder: Path, key: str, *, read_all: bool = True) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its manifest cannot be read ({type(error).__name__})"
     return None
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=PATIENCE_S)
+    except filelock.Timeout:
+        warnings.warn(f"another process builds this token cache; waiting for {path}", stacklevel=3)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _hash(path: Path) -> str:

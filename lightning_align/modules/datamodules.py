@@ -99,7 +99,8 @@ class TextDataModule(PositionedDataModule):
         # Plain text and numbers only: a checkpoint loads with weights_only=True.
         paths, val_paths = _plain(paths), _plain(val_paths or [])
         cache_dir = cache_dir and str(cache_dir)
-        given = not isinstance(tokenizer, (str, Path)) and tokenizer is not None
+        tokenizer = str(tokenizer) if isinstance(tokenizer, Path) else tokenizer
+        given = tokenizer is not None and not isinstance(tokenizer, str)
         self.save_hyperparameters(ignore=["tokenizer"] if given else [], logger=False)
         self.paths: list[str] = paths
         self.val_paths: list[str] = val_paths
@@ -215,7 +216,8 @@ class PreferenceDataModule(PositionedDataModule):
             raise argument_error(self._name, "max_length", max_length, rule)
         # Plain text and numbers only: a checkpoint loads with weights_only=True.
         paths, val_paths = _plain(paths), _plain(val_paths or [])
-        given = not isinstance(tokenizer, (str, Path))
+        tokenizer = str(tokenizer) if isinstance(tokenizer, Path) else tokenizer
+        given = not isinstance(tokenizer, str)
         self.save_hyperparameters(ignore=["tokenizer"] if given else [], logger=False)
         self.paths: list[str] = paths
         self.val_paths: list[str] = val_paths

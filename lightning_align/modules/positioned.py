@@ -108,7 +108,7 @@ class PositionedDataModule(pl.LightningDataModule):
         way_out = "Resume with the same data and settings, or start a new run from the weights"
         for argument, value in self._stream.items():
             saved = state_dict[argument]
-            # Before setup (load_from_checkpoint) the fingerprint isn't known yet. Fitting asks again.
+            # Before setup (load_from_checkpoint) the fingerprint is unknown. Fitting asks again.
             if saved != value and value != "":
                 rule = f"the checkpoint's run has {saved!r}"
                 raise argument_error(self._name, argument, value, rule, way_out)

@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import threading
 import time
 import tracemalloc
 import warnings
@@ -284,6 +285,15 @@ def test_what_dead_builds_left_is_swept_and_what_living_ones_write_is_not(
         assert not dead.exists()
     finally:
         kill(process)
+
+
+def test_waiting_for_another_build_is_announced(tmp_path, cache_dir, monkeypatch):
+    monkeypatch.setattr("lightning_align.data.token_cache.PATIENCE_S", 0.05)
+    process = start_stuck(tmp_path, cache_dir)
+    threading.Timer(0.5, kill, [process]).start()
+    with pytest.warns(UserWarning, match="another process builds this token cache"):
+        cache = build(big_corpus(tmp_path, ByteTokenizer()), cache_dir)
+    assert cache.train.num_documents + cache.val.num_documents == 12
 
 
 def test_a_build_that_fails_leaves_nothing(tmp_path, cache_dir):
