@@ -92,6 +92,9 @@ TINY_MODELS: dict[str, Callable[..., Any]] = {
     ]
 }
 
+# An oddity, not a family we promise: no final norm, and no checkpointing of its own.
+tiny_openai_gpt = partial(_build, "openai-gpt", _GPT2)
+
 
 class CausalBlock(nn.Module):
     """Attention and MLP with a norm before each."""
