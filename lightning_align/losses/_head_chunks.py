@@ -9,7 +9,7 @@ Shapes: N rows, R rows of one chunk, D hidden size, V vocabulary (``logits_RV``)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -151,13 +151,13 @@ class ChunkedHead:
             logits_RV.div_(softcap).tanh_().mul_(softcap)
         return logits_RV
 
-    def want_gradients(self, hidden: bool, weight: bool, bias: bool) -> None:
-        """Start the sums of ``add_gradients`` at zero, for what is wanted."""
+    def want_gradients(self, wanted: Sequence[bool]) -> None:
+        """Start the sums of ``add_gradients`` at zero, for hidden states, weight, bias."""
         vocab_size = len(self.weight_VD)
         shapes = (self.hidden_ND.shape, self.weight_VD.shape, (vocab_size,))
         self.gradients = [
-            self.new_empty(*shape).zero_() if wanted else None
-            for shape, wanted in zip(shapes, (hidden, weight, bias), strict=True)
+            self.new_empty(*shape).zero_() if one_wanted else None
+            for shape, one_wanted in zip(shapes, wanted, strict=True)
         ]
 
     def add_gradients(self, rows: Tensor | slice, dlogits_RV: Tensor) -> None:
@@ -207,19 +207,6 @@ def refuse_second_derivative(where: str) -> None:
         raise RuntimeError(
             f"{where}: its gradient cannot be differentiated again, so create_graph must be False. "
             "For second derivatives use head.logits(hidden) and torch.nn.functional.cross_entropy."
-        )
-
-
-def refuse_second_backward(where: str, spent: bool) -> None:
-    """Say so, instead of scaling in place what was scaled before.
-
-    Raises:
-        RuntimeError: If the gradients were handed out already.
-    """
-    if spent:
-        raise RuntimeError(
-            f"{where}: backward must run once for each forward (its buffers are reused in place). "
-            "Call it again, or add the losses up before backward."
         )
 
 

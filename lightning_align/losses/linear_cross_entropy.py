@@ -11,6 +11,7 @@ Shapes: N rows, K rows with a label, R rows of a chunk, D hidden size, V vocabul
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,6 @@ from lightning_align.losses._head_chunks import (
     check_vocabulary,
     chunks,
     head_arithmetic,
-    refuse_second_backward,
     refuse_second_derivative,
     rows_per_chunk,
     softcap_slope,
@@ -83,7 +83,7 @@ def linear_cross_entropy(
         ValueError: If shapes do not match, a label is outside the vocabulary, or an option is
             outside its range.
 
-    Note: Backward runs once for each forward, and not with ``create_graph=True``.
+    Note: It cannot be differentiated twice: backward refuses ``create_graph=True``.
     """
     check_rows(_WHERE, hidden, head, labels, "labels")
     if not 0 <= label_smoothing <= 1:
@@ -129,19 +129,12 @@ class _LinearCrossEntropy(Function):
         rows_K: Tensor,
         options: _Options,
     ) -> tuple[Tensor, Tensor]:
-        head = ChunkedHead(hidden_ND, weight_VD, bias_V, options.arithmetic, options.chunk_rows)
-        with_gradient = options.grad_enabled and any(ctx.needs_input_grad)
-        if with_gradient:
-            head.want_gradients(*ctx.needs_input_grad[:3])
-        losses_K, nlls_K = head.new_empty(2, len(rows_K))
-        for chunk in chunks(len(rows_K), options.chunk_rows):
-            logits_RV = head.logits(rows_K[chunk])
-            losses_K[chunk], nlls_K[chunk] = _losses_and_gradient_(
-                logits_RV, labels_K[chunk, None], options, with_gradient=with_gradient
-            )
-            if with_gradient:
-                head.add_gradients(rows_K[chunk], logits_RV)
-        ctx.gradients, ctx.logit_scale = head.gradients, options.arithmetic.logit_scale
+        wanted = tuple(options.grad_enabled and needed for needed in ctx.needs_input_grad[:3])
+        losses_K, nlls_K, ctx.gradients = _forward(
+            hidden_ND, weight_VD, bias_V, labels_K, rows_K, options, wanted
+        )
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, labels_K, rows_K)
+        ctx.options = options
         loss, nll = losses_K.sum(), nlls_K.sum()
         ctx.mark_non_differentiable(nll)
         return loss, nll
@@ -149,13 +142,40 @@ class _LinearCrossEntropy(Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _grad_nll: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative(_WHERE)
-        refuse_second_backward(_WHERE, ctx.gradients is None)
-        # Taken out of the context: autograd keeps a gradient without copying it only if nothing
-        # else holds it.
+        hidden_ND, weight_VD, bias_V, labels_K, rows_K = ctx.saved_tensors
+        # Taken out of the context: only a gradient that nothing else holds is not copied.
         gradients, ctx.gradients = ctx.gradients, None
-        factor = grad_loss * ctx.logit_scale
+        if gradients is None:  # A second backward, after retain_graph=True.
+            wanted = ctx.needs_input_grad[:3]
+            *_, gradients = _forward(
+                hidden_ND, weight_VD, bias_V, labels_K, rows_K, ctx.options, wanted
+            )
+        factor = grad_loss * ctx.options.arithmetic.logit_scale
         # Autograd casts each to the dtype of its parameter.
         return (*(g if g is None else g.mul_(factor) for g in gradients), None, None, None)
+
+
+def _forward(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    labels_K: Tensor,
+    rows_K: Tensor,
+    options: _Options,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """Loss and plain NLL of each row, and the gradients of the summed losses that are wanted."""
+    head = ChunkedHead(hidden_ND, weight_VD, bias_V, options.arithmetic, options.chunk_rows)
+    head.want_gradients(wanted)
+    losses_K, nlls_K = head.new_empty(2, len(rows_K))
+    for chunk in chunks(len(rows_K), options.chunk_rows):
+        logits_RV = head.logits(rows_K[chunk])
+        losses_K[chunk], nlls_K[chunk] = _losses_and_gradient_(
+            logits_RV, labels_K[chunk, None], options, with_gradient=any(wanted)
+        )
+        if any(wanted):
+            head.add_gradients(rows_K[chunk], logits_RV)
+    return losses_K, nlls_K, head.gradients
 
 
 def _losses_and_gradient_(

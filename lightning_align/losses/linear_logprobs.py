@@ -28,7 +28,6 @@ from lightning_align.losses._head_chunks import (
     check_vocabulary,
     chunks,
     head_arithmetic,
-    refuse_second_backward,
     refuse_second_derivative,
     rows_per_chunk,
     softcap_slope,
@@ -49,7 +48,7 @@ class TokenLogprobs(NamedTuple):
         logps_N: Log-probability of the token, in nats. Differentiable.
         entropy_N: Entropy of the whole distribution, in nats.
         mean_logit_N: Mean logit over the vocabulary.
-        is_top1_N: Whether no other token is likelier.
+        is_top1_N: Whether no other token is likelier; a tie counts, unlike with argmax.
     """
 
     logps_N: Tensor
@@ -80,7 +79,7 @@ def linear_logprobs(
     Raises:
         ValueError: If shapes do not match or a target is outside the vocabulary.
 
-    Note: Backward runs once for each forward, and not with ``create_graph=True``.
+    Note: It cannot be differentiated twice: backward refuses ``create_graph=True``.
     """
     check_rows(_WHERE, hidden_ND, head, targets_N, "targets")
     check_vocabulary(_WHERE, targets_N, head, "targets", "Leave rows without a target out")
@@ -120,8 +119,7 @@ class _LinearLogprobs(Function):
         wanted = tuple(options.grad_enabled and needed for needed in ctx.needs_input_grad[:3])
         frozen_head = wanted == (True, False, False)
         keep = options.keep_gradient and any(wanted) and not frozen_head
-        if frozen_head:
-            head.want_gradients(*wanted)
+        head.want_gradients((frozen_head, False, False))
         num_rows = len(targets_N)
         probs_NV = head.new_empty(num_rows if keep else options.chunk_rows, len(weight_VD))
         outputs = (*head.new_empty(3, num_rows), torch.empty_like(targets_N, dtype=torch.bool))
@@ -136,27 +134,26 @@ class _LinearLogprobs(Function):
             if frozen_head:
                 head.add_gradients(rows, probs_RV)
 
-        ctx.options, ctx.unit_hidden_ND, ctx.spent = options, head.gradients[0], False
-        if any(wanted):
-            kept_NV = probs_NV if keep else None
-            ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N, kept_NV)
+        ctx.options, ctx.unit_hidden_ND = options, head.gradients[0]
+        ctx.kept_NV = probs_NV if keep else None
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N)
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
     @staticmethod
     def backward(ctx: Any, grad_N: Tensor, *_grad_statistics: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative(_WHERE)
-        refuse_second_backward(_WHERE, ctx.spent)
-        ctx.spent = True
+        hidden_ND, weight_VD, bias_V, targets_N = ctx.saved_tensors
         # What is at hand is the gradient of the negative log-probability of each row.
         factor_N1 = -ctx.options.arithmetic.logit_scale * grad_N[:, None]
         if ctx.unit_hidden_ND is not None:
-            return (ctx.unit_hidden_ND.mul_(factor_N1), *[None] * 4)
+            return (ctx.unit_hidden_ND * factor_N1, *[None] * 4)
 
-        hidden_ND, weight_VD, bias_V, targets_N, kept_NV = ctx.saved_tensors
+        # Overwritten below, so a second backward (after retain_graph=True) computes it again.
+        kept_NV, ctx.kept_NV = ctx.kept_NV, None
         options = ctx.options
         head = ChunkedHead(hidden_ND, weight_VD, bias_V, options.arithmetic, options.chunk_rows)
-        head.want_gradients(*ctx.needs_input_grad[:3])
+        head.want_gradients(ctx.needs_input_grad[:3])
         for rows in chunks(len(targets_N), options.chunk_rows):
             if kept_NV is None:
                 dlogits_RV = _recomputed_nll_gradient(head, rows, targets_N[rows, None])

@@ -1,0 +1,238 @@
+import copy
+import math
+
+import pytest
+import torch
+
+from lightning_align.losses import (
+    Mean,
+    completion_logps,
+    dpo_loss_from_batch,
+    preference_step,
+    sequence_logps,
+)
+from lightning_align.losses.sequence_logps import CompletionLogps
+from tests.helpers.largest_tensor import LargestTensor
+from tests.helpers.tiny_models import TINY_MODELS, VOCAB_SIZE
+
+LOSS_OPTIONS = [
+    {"loss_type": "sigmoid"},
+    {"loss_type": "hinge"},
+    {"loss_type": "ipo"},
+    {"loss_type": "cdpo", "label_smoothing": 0.1},
+]
+
+
+def make_batch(pairs=3, length=9, seed=0):
+    """Right-padded [chosen; rejected] with prompts and completions of different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = 2 * pairs
+    lengths = torch.randint(5, length + 1, (rows, 1), generator=generator)
+    prompts = torch.randint(1, 4, (pairs, 1), generator=generator).repeat(2, 1)
+    positions = torch.arange(length).expand(rows, length)
+    attention_mask = (positions < lengths).long()
+    return {
+        "input_ids": torch.randint(1, VOCAB_SIZE, (rows, length), generator=generator)
+        * attention_mask,
+        "attention_mask": attention_mask,
+        "completion_mask": (positions >= prompts).long() * attention_mask,
+    }
+
+
+def make_models():
+    """A policy and a reference that differ a little in every weight."""
+    model = TINY_MODELS["llama"]()
+    reference = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return model, reference.requires_grad_(False)
+
+
+def from_sums(logps, lengths, token_logps=None):
+    """Completions of which only what a test needs is known."""
+    lengths = torch.as_tensor(lengths)
+    zeros = torch.zeros(len(lengths))
+    token_logps = torch.zeros(len(lengths), 1) if token_logps is None else token_logps
+    return CompletionLogps(torch.as_tensor(logps), lengths, zeros, zeros, zeros, token_logps)
+
+
+@pytest.mark.parametrize("options", LOSS_OPTIONS)
+def test_before_the_first_step_no_loss_prefers_anything(options):
+    """Policy = reference: all margins are 0, so the losses are log 2, 1, 1/(4 beta^2), log 2."""
+    model = TINY_MODELS["llama"]()
+    loss, metrics = dpo_loss_from_batch(model, copy.deepcopy(model), make_batch(), **options)
+    expected = {"sigmoid": math.log(2), "hinge": 1.0, "ipo": 25.0, "cdpo": math.log(2)}
+    assert loss.item() == pytest.approx(expected[options["loss_type"]], rel=1e-5)
+    assert metrics["kl/k2"] == metrics["rewards/margins"] == metrics["rewards/accuracies"] == 0
+    assert loss.requires_grad
+    assert not any(value.requires_grad for value in metrics.values())
+
+
+def test_metrics_of_known_numbers():
+    """Two pairs, beta 1/2.
+
+    Log-ratios: chosen 2 and -4, rejected 1 and -1; rewards are half of them, the first pair is
+    right and the second wrong. Lengths 1, 3, 2, 4.
+    """
+    policy = CompletionLogps(
+        logps_B=torch.tensor([-8.0, -14.0, -9.0, -11.0], requires_grad=True),
+        lengths_B=torch.tensor([1, 3, 2, 4]),
+        entropy_B=torch.tensor([1.0, 2.0, 3.0, 4.0]),
+        mean_logit_B=torch.tensor([4.0, 4.0, 3.0, 9.0]),
+        top1_B=torch.tensor([1.0, 2.0, 2.0, 4.0]),
+        token_logps_BT=torch.tensor([[-8.0, 0.0], [-14.0, 0.0], [-9.0, 0.0], [-5.0, -6.0]]),
+    )
+    reference = from_sums(
+        torch.full((4,), -10.0),
+        policy.lengths_B,
+        torch.tensor([[-10.0, 0.0], [-10.0, 0.0], [-10.0, 0.0], [-5.0, -5.0]]),
+    )
+    losses, metrics = preference_step(policy, reference, beta=0.5)
+    expected = [math.log1p(math.exp(-0.5 * margin)) for margin in (2 - 1, -4 - (-1))]
+    assert losses.tolist() == pytest.approx(expected)
+    assert {name: mean.value.item() for name, mean in metrics.items()} == pytest.approx(
+        {
+            "rewards/chosen": -0.5,
+            "rewards/rejected": 0.0,
+            "rewards/accuracies": 0.5,
+            "rewards/margins": -0.5,
+            "logps/chosen": -11.0,
+            "logps/rejected": -10.0,
+            "logits/chosen": 8 / 4,
+            "logits/rejected": 12 / 6,
+            "entropy": 10 / 10,
+            "mean_token_accuracy": 3 / 4,
+            "kl/k2": (4 + 16 + 1 + 1) / 2 / 10,
+        }
+    )
+
+
+def test_metrics_of_unequal_batches_add_up():
+    """Totals and counts of 1 and 3 pairs give the means over all 4; means of means would not."""
+    whole = make_batch(pairs=4)
+    model, reference = make_models()
+
+    def means(pairs):
+        rows = [*pairs, *(pair + 4 for pair in pairs)]
+        ids, mask = whole["input_ids"][rows], whole["completion_mask"][rows]
+        with torch.no_grad():
+            scores = [
+                completion_logps(m.model(ids)[0], _head(m), ids, mask) for m in (model, reference)
+            ]
+        return preference_step(*scores)[1]
+
+    together, first, rest = means([0, 1, 2, 3]), means([0]), means([1, 2, 3])
+    for name, expected in together.items():
+        parts = first[name], rest[name]
+        merged = Mean(sum(part.total for part in parts), sum(part.count for part in parts))
+        torch.testing.assert_close(merged.value, expected.value, rtol=1e-4, atol=1e-5)
+    unweighted = (first["logps/chosen"].value + rest["logps/chosen"].value) / 2
+    assert (unweighted - together["logps/chosen"].value).abs() > 1e-3
+
+
+def _head(model):
+    from lightning_align.layers import find_layers
+
+    return find_layers(model).head
+
+
+def test_a_mean_of_nothing_is_zero():
+    assert Mean(torch.tensor(0.0), torch.tensor(0)).value == 0
+
+
+@pytest.mark.parametrize("chunk_size", [None, 4])
+@pytest.mark.parametrize("options", LOSS_OPTIONS)
+def test_the_batch_function_is_the_step_on_sequence_logps(options, chunk_size):
+    model, reference = make_models()
+    batch = make_batch()
+    loss, metrics = dpo_loss_from_batch(model, reference, batch, chunk_size=chunk_size, **options)
+    lengths = batch["completion_mask"].sum(1)
+    logps = [sequence_logps(m, **batch) for m in (model, reference)]
+    losses, _ = preference_step(*(from_sums(values, lengths) for values in logps), **options)
+    torch.testing.assert_close(loss, losses.mean(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(metrics["logps/chosen"], logps[0].detach()[:3].mean())
+    for ours, theirs in zip(
+        torch.autograd.grad(loss, list(model.parameters())),
+        torch.autograd.grad(losses.mean(), list(model.parameters())),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_the_reference_runs_without_gradients():
+    model, reference = make_models()
+    reference.requires_grad_(True)
+    loss, _ = dpo_loss_from_batch(model, reference, make_batch())
+    loss.backward()
+    assert all(parameter.grad is None for parameter in reference.parameters())
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_swapping_the_pair_turns_rewards_around():
+    model, reference = make_models()
+    batch = make_batch()
+    swapped = {name: torch.cat(rows.chunk(2)[::-1]) for name, rows in batch.items()}
+    _, ours = dpo_loss_from_batch(model, reference, batch)
+    _, turned = dpo_loss_from_batch(model, reference, swapped)
+    torch.testing.assert_close(ours["rewards/margins"], -turned["rewards/margins"])
+    torch.testing.assert_close(ours["logits/chosen"], turned["logits/rejected"])
+    torch.testing.assert_close(ours["kl/k2"], turned["kl/k2"])
+
+
+def test_no_logits_of_prompts_or_padding():
+    """9 of 24 rows are completions: nothing has more than their logits, neither model."""
+    vocab_size = 5000
+    model = TINY_MODELS["llama"](vocab_size=vocab_size, hidden_size=4, num_attention_heads=2)
+    batch = make_batch(pairs=2, length=6)
+    batch["completion_mask"][:, :4] = 0
+    num_completion_tokens = int(batch["completion_mask"].sum())
+    assert num_completion_tokens > 4  # Below the width the weight is the largest tensor.
+    with LargestTensor() as record:
+        dpo_loss_from_batch(model, copy.deepcopy(model), batch)[0].backward()
+    assert record.elements == num_completion_tokens * vocab_size
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_reference_that_is_not_finite_is_refused(value):
+    """-inf on both sides would be nan, and the step would be lost without a word."""
+    policy = from_sums([-1.0, -2.0], [1, 1])
+    with pytest.raises(ValueError, match=r"reference.logps_B=.*must be finite"):
+        preference_step(policy, from_sums([-1.0, value], [1, 1]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"beta": 0.0}, r"beta=0.0\): must be positive"),
+        ({"loss_type": "orpo"}, r"loss_type='orpo'\): must be one of"),
+        ({"label_smoothing": 0.1}, "must be 0 with loss_type='sigmoid'"),
+        ({"batch": {"input_ids": torch.ones(2, 3)}}, r"\['attention_mask', 'completion_mask'\]"),
+        (
+            {"batch": {name: rows[1:] for name, rows in make_batch().items()}},
+            r"'input_ids'\].shape=\(5, 9\)\): the number of rows must be even",
+        ),
+        (
+            {"batch": {name: rows[:0] for name, rows in make_batch().items()}},
+            "must be even and not 0",
+        ),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    model, reference = make_models()
+    arguments = {"model": model, "ref_model": reference, "batch": make_batch()} | change
+    with pytest.raises(ValueError, match=f"dpo_loss_from_batch.*{message}"):
+        dpo_loss_from_batch(**arguments)
+
+
+def test_the_policy_is_no_reference():
+    model, _ = make_models()
+    with pytest.raises(ValueError, match=r"another object than model.*copy.deepcopy"):
+        dpo_loss_from_batch(model, model, make_batch())
+
+
+def test_an_odd_number_of_scored_rows_is_refused():
+    three = from_sums([-1.0, -1.0, -1.0], [1, 1, 1])
+    with pytest.raises(ValueError, match=r"must be even"):
+        preference_step(three, three)
