@@ -54,7 +54,7 @@ def build_model(
     if isinstance(model, PretrainedConfig):
         return _from_config(model, options, where, argument)
     if not isinstance(model, (str, Path)):
-        rule = "must be a module, a Hugging Face name or folder, or a transformers configuration"
+        rule = "must be a module, a Hugging Face name or folder, or a transformers configuration"  # type: ignore[unreachable]
         raise argument_error(where, argument, model, rule)
     resolve_pretrained(where, argument, str(model))
     try:

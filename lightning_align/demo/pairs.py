@@ -116,7 +116,9 @@ def _canonical(tokenizer: Any, ids: list[int], length: int) -> list[int] | None:
 
 
 @torch.no_grad()
-def continue_prompts(model: nn.Module, tokenizer: Any, prompts_BT: Tensor, new_tokens: int) -> Tensor:
+def continue_prompts(
+    model: nn.Module, tokenizer: Any, prompts_BT: Tensor, new_tokens: int
+) -> Tensor:
     """Plain samples at temperature 1, end of text excluded; only the new tokens."""
     output = model.generate(  # type: ignore[operator]
         prompts_BT,

@@ -3,6 +3,8 @@
 Both training stages are ordinary YAML files, run by the same command line that a user has.
 """
 
+import logging
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -12,10 +14,11 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from jsonargparse import auto_cli
+from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningCLI
 from torch import nn
 
+from lightning_align.data import PackedDataset, PreferenceDataset
 from lightning_align.data.token_cache import TokenSplit
 from lightning_align.demo.ngram import (
     interpolated_trigram_perplexity,
@@ -23,13 +26,15 @@ from lightning_align.demo.ngram import (
     unigram_perplexity,
 )
 from lightning_align.demo.pairs import Tokens, continue_prompts, make_pairs, write_jsonl
-from lightning_align.demo.report import before_after_table, samples
-from lightning_align.losses import sequence_logps
+from lightning_align.demo.report import before_after_table, sample_block
+from lightning_align.layers import find_layers
+from lightning_align.losses import completion_logps, sequence_logps
 from lightning_align.modules.datamodules import PreferenceDataModule, TextDataModule
 from lightning_align.modules.dpo import DPOModule
 from lightning_align.modules.pretrain import PretrainModule
 from lightning_align.pretrained import build_model
 
+Table = dict[str, tuple[float | None, float]]  # metric -> (before, after)
 Fit = Callable[[Sequence[str]], LightningCLI]  # the command line as a function of its arguments
 
 PROMPT_TOKENS, COMPLETION_TOKENS = 64, 48
@@ -51,8 +56,8 @@ FAST = Size(
     val_pairs=32,
     overrides={
         "pretrain": [
-            "--trainer.max_steps=30",
-            "--model.init_args.lr_scheduler.init_args.total_steps=30",
+            "--trainer.max_steps=60",
+            "--model.init_args.lr_scheduler.init_args.total_steps=60",
             "--trainer.limit_val_batches=4",
         ],
         "dpo": ["--trainer.max_epochs=1"],
@@ -60,7 +65,7 @@ FAST = Size(
 )
 
 
-def main(arguments: Sequence[str], fit: Fit) -> dict[str, tuple[float, float]]:
+def main(arguments: Sequence[str], fit: Fit) -> Table:
     """``lightning-align demo``: parse ``arguments`` and run.
 
     Args:
@@ -68,36 +73,33 @@ def main(arguments: Sequence[str], fit: Fit) -> dict[str, tuple[float, float]]:
         fit: The command line itself, which runs the two training stages.
 
     Returns:
-        Metric -> (before, after), as the table shows them.
+        What the table shows. Before there is no accuracy: policy and reference are the same.
     """
-
-    def demo(fast: bool = False, output: str = "outputs", seed: int = 0) -> Any:
-        """Pretrain a small Llama on Pride and Prejudice and align it with DPO.
-
-        Args:
-            fast: Whether to train for seconds instead of minutes; the numbers then mean little.
-            output: Folder for everything that is written.
-            seed: Seed of weights, order, dropout and samples.
-        """
-        return run_demo(fit, fast=fast, output=Path(output), seed=seed)
-
-    result: dict[str, tuple[float, float]] = auto_cli(demo, args=list(arguments))
-    return result
+    parser = ArgumentParser(
+        prog="lightning-align demo",
+        description="Pretrain a small Llama on Pride and Prejudice and align it with DPO.",
+    )
+    help_fast = "Train for seconds instead of minutes; the numbers then mean little."
+    parser.add_argument("--fast", action="store_true", help=help_fast)
+    parser.add_argument("--output", default="outputs", help="Folder for all that is written.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of weights, order and samples.")
+    options = parser.parse_args(list(arguments))
+    return run_demo(fit, fast=options.fast, output=Path(options.output), seed=options.seed)
 
 
-def run_demo(fit: Fit, *, fast: bool, output: Path, seed: int) -> dict[str, tuple[float, float]]:
+def run_demo(fit: Fit, *, fast: bool, output: Path, seed: int) -> Table:
     """Run the three stages, print the report, and return its table as numbers."""
     size = FAST if fast else FULL
+    # It means well, but here the command line calls itself.
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
     _say("1/3  Pretraining on whole chapters; others are held out")
     pretrained = _stage("pretrain", fit, size, output, seed)
     text = pretrained.datamodule
     assert isinstance(text, TextDataModule)
-    assert text.train_dataset is not None
-    assert text.val_dataset is not None
     before = build_model(str(output / "pretrain/model"), where="demo")
 
     _say("2/3  Preference pairs: the author's continuation over the model's own sample")
-    splits = {"train": text.train_dataset.split, "val": text.val_dataset.split}
+    splits = {"train": token_split(text.train_dataset), "val": token_split(text.val_dataset)}
     wanted = {"train": size.train_pairs, "val": size.val_pairs}
     pairs = {}
     for offset, (name, split) in enumerate(splits.items()):
@@ -117,6 +119,7 @@ def run_demo(fit: Fit, *, fast: bool, output: Path, seed: int) -> dict[str, tupl
     after = build_model(str(output / "dpo/model"), where="demo")
 
     _say("Report")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     table = _compare(before, after, text, output, seed)
     print(before_after_table([(name, *values) for name, values in table.items()]))  # noqa: T201
     print(_yardsticks(before, text, pairs["val"], seed))  # noqa: T201
@@ -124,6 +127,12 @@ def run_demo(fit: Fit, *, fast: bool, output: Path, seed: int) -> dict[str, tupl
     print(_samples(before, after, text.tokenizer, prompt, seed))  # noqa: T201
     print(_whereabouts(output))  # noqa: T201
     return table
+
+
+def token_split(dataset: object) -> TokenSplit:
+    """The tokens behind a dataset of a ``TextDataModule``."""
+    assert isinstance(dataset, PackedDataset)
+    return dataset.split
 
 
 def documents(split: TokenSplit) -> list[Tokens]:
@@ -139,12 +148,18 @@ def _stage(name: str, fit: Fit, size: Size, output: Path, seed: int) -> Lightnin
     config.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(recipe.replace("outputs/", f"{output.as_posix()}/"), encoding="utf-8")
     seeds = [f"--seed_everything={seed}", f"--data.init_args.seed={seed}"]
-    return fit(["fit", "--config", str(config), *seeds, *size.overrides[name]])
+    cli = fit(["fit", "--config", str(config), *seeds, *size.overrides[name]])
+    for logger in cli.trainer.loggers:
+        # Weights & Biases would write the next stage into the run that is still open.
+        finish = getattr(getattr(logger, "experiment", None), "finish", None)
+        if callable(finish):
+            finish()
+    return cli
 
 
 def _compare(
     before: nn.Module, after: nn.Module, text: TextDataModule, output: Path, seed: int
-) -> dict[str, tuple[float, float]]:
+) -> Table:
     preferences = PreferenceDataModule(
         [str(output / "pairs/train.jsonl")],
         text.tokenizer,
@@ -157,11 +172,12 @@ def _compare(
     perplexities = [
         _validate(PretrainModule(model), text)["val_perplexity"] for model in (before, after)
     ]
+    assert isinstance(preferences.val_dataset, PreferenceDataset)
     prompts = [pair.prompt for pair in preferences.val_dataset.pairs[:SAMPLED_PROMPTS]]
     kl = kl_divergence(after, before, text.tokenizer, torch.tensor(np.stack(prompts)), seed)
     return {
         "validation perplexity": (perplexities[0], perplexities[1]),
-        "preference accuracy, held-out pairs": (0.0, aligned["val_rewards/accuracies"]),
+        "preference accuracy, held-out pairs": (None, aligned["val_rewards/accuracies"]),
         "reward margin, held-out pairs": (0.0, aligned["val_rewards/margins"]),
         "KL to the reference, nats per token": (0.0, kl),
     }
@@ -182,24 +198,25 @@ def kl_divergence(
     completion = torch.zeros_like(rows)
     completion[:, prompts_BT.shape[1] :] = 1
     with torch.no_grad():
+        layers = [find_layers(model.eval()) for model in (policy, reference)]
         ours, theirs = (
-            sequence_logps(model.eval(), rows, torch.ones_like(rows), completion)
-            for model in (policy, reference)
+            completion_logps(of.hidden_states(rows), of.head, rows, completion).token_logps_BT
+            for of in layers
         )
-    return float((ours - theirs).mean() / COMPLETION_TOKENS)
+    logratio = theirs - ours  # of tokens that the policy sampled: then k3 is unbiased and positive
+    k3 = logratio.exp() - 1 - logratio  # http://joschu.net/blog/kl-approx.html
+    return float(k3.sum() / completion.sum())
 
 
 def _yardsticks(
     before: nn.Module, text: TextDataModule, pairs: list[dict[str, str]], seed: int
 ) -> str:
     """What counting, the length of a text, and models without DPO achieve on the same data."""
-    assert text.train_dataset is not None
-    assert text.val_dataset is not None
-    tokens = text.train_dataset.split.tokens, text.val_dataset.split.tokens
+    tokens = token_split(text.train_dataset).tokens, token_split(text.val_dataset).tokens
     size = len(text.tokenizer)
     torch.manual_seed(seed)
     untrained = build_model(before.config, where="demo")  # type: ignore[arg-type]
-    lines = [
+    rows = [
         ("unigram perplexity", unigram_perplexity(*tokens, size)),
         ("interpolated trigram perplexity", interpolated_trigram_perplexity(*tokens, size)),
         ("Kneser-Ney trigram perplexity", kneser_ney_perplexity(*tokens, size)),
@@ -207,7 +224,7 @@ def _yardsticks(
         ("accuracy of an untrained model", likelihood_accuracy(untrained, text.tokenizer, pairs)),
         ("accuracy of the pretrained model", likelihood_accuracy(before, text.tokenizer, pairs)),
     ]
-    return "\n".join(["On the same held-out data:", *(f"  {n:34}{v:9.3f}" for n, v in lines), ""])
+    return before_after_table(rows, headers=("on the same held-out data", ""))
 
 
 def longer_text_accuracy(pairs: Sequence[dict[str, str]]) -> float:
@@ -216,9 +233,7 @@ def longer_text_accuracy(pairs: Sequence[dict[str, str]]) -> float:
     return float(((np.sign(differences) + 1) / 2).mean())
 
 
-def likelihood_accuracy(
-    model: nn.Module, tokenizer: Any, pairs: Sequence[dict[str, str]]
-) -> float:
+def likelihood_accuracy(model: nn.Module, tokenizer: Any, pairs: Sequence[dict[str, str]]) -> float:
     """How often a model finds the chosen continuation more likely than the rejected one."""
     logps = []
     for side in ("chosen", "rejected"):
@@ -235,11 +250,11 @@ def _samples(
     before: nn.Module, after: nn.Module, tokenizer: Any, prompt: list[int], seed: int
 ) -> str:
     texts = []
-    for model in (before, after):
+    for title, model in (("before", before), ("after", after)):
         torch.manual_seed(seed)
         new = continue_prompts(model.eval(), tokenizer, torch.tensor([prompt]), COMPLETION_TOKENS)
-        texts.append(tokenizer.decode(new[0]))
-    return samples(tokenizer.decode(prompt), texts[0], texts[1])
+        texts.append((title, tokenizer.decode(new[0])))
+    return sample_block(tokenizer.decode(prompt), texts)
 
 
 def _whereabouts(output: Path) -> str:

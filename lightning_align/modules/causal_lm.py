@@ -49,6 +49,7 @@ class CausalLMModule(pl.LightningModule, ABC):
     """
 
     train_prefix = "train_"
+    progress_bar_metrics: tuple[str, ...] = ("loss", "perplexity")
 
     def __init__(
         self,
@@ -224,7 +225,8 @@ class CausalLMModule(pl.LightningModule, ABC):
         means, _ = self._means(self._evaluated)
         means.pop("tokens")
         means |= self.derived_metrics(means)
-        self.log_dict({prefix + name: value for name, value in means.items()}, prog_bar=True)
+        for name, value in means.items():
+            self.log(prefix + name, value, prog_bar=name in self.progress_bar_metrics)
 
     # Set-up
 
@@ -237,8 +239,8 @@ class CausalLMModule(pl.LightningModule, ABC):
                 type(self).__name__,
                 "model",
                 type(self.model).__name__,
-                f"its vocabulary has {self.layers.vocab_size} rows, but the tokenizer makes ids up to"
-                f" {len(tokenizer) - 1}",
+                f"its vocabulary has {self.layers.vocab_size} rows, but the tokenizer makes ids up"
+                f" to {len(tokenizer) - 1}",
                 "Set the model's vocab_size to the tokenizer's, or pass the model's own tokenizer",
             )
 
@@ -299,8 +301,8 @@ class CausalLMModule(pl.LightningModule, ABC):
                 type(self).__name__,
                 "model",
                 type(self.model).__name__,
-                f"the checkpoint is of another model: {len(different)} parameter(s) differ, first {name!r}"
-                f" with shape {ours.get(name)} here and {theirs.get(name)} there",
+                f"the checkpoint is of another model: {len(different)} parameter(s) differ, first"
+                f" {name!r} with shape {ours.get(name)} here and {theirs.get(name)} there",
                 "Build the module with the model that wrote the checkpoint",
             )
 

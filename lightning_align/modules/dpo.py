@@ -66,6 +66,7 @@ class DPOModule(CausalLMModule):
     """
 
     train_prefix = ""  # TRL's names have none
+    progress_bar_metrics = ("loss", "rewards/accuracies")
 
     def __init__(
         self,
@@ -127,7 +128,7 @@ class DPOModule(CausalLMModule):
                 f" {self.layers.vocab_size}; they must be the same"
             )
             raise argument_error("DPOModule", "ref_model", type(reference).__name__, rule)
-        # Not as a submodule, which nn.Module.__setattr__ would make of a module: ModelLayers is none.
+        # nn.Module.__setattr__ registers modules; a ModelLayers is none, so this stays outside.
         self.reference_layers: ModelLayers = layers
         # Now, before a strategy casts it: a checkpoint tells whether the reference is the same.
         self._reference_fingerprint = fingerprint(reference)
@@ -138,8 +139,8 @@ class DPOModule(CausalLMModule):
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
-        self.reference_layers.model._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.reference_layers.model._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     @override
