@@ -1,4 +1,4 @@
-"""The one shape of every error message: ``where(argument=value): rule. Way out.``"""
+"""The one shape of every error: where(argument=value), the rule, the way out."""
 
 
 def argument_error(

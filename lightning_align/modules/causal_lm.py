@@ -46,6 +46,9 @@ class CausalLMModule(pl.LightningModule, ABC):
         attn_implementation: Attention kernel by transformers' name.
         revision: Branch, tag or commit when the model is a hub name.
         trust_remote_code: Whether code that comes with the model may run.
+
+    Raises:
+        ValueError: If ``chunk_size`` is below 1, or the model cannot be loaded or read.
     """
 
     train_prefix = "train_"

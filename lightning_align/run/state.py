@@ -68,9 +68,9 @@ def restore_accumulation(
         return
     if len(windows) != trainer.world_size:
         raise ValueError(
-            f"ExactResume(world_size={trainer.world_size}): the checkpoint was written in mid-accumulation by"
-            f" {len(windows)} rank(s), whose gradients cannot be redistributed. Resume with as many ranks, or"
-            " from a checkpoint written at an optimizer step."
+            f"ExactResume(world_size={trainer.world_size}): the checkpoint was written in"
+            f" mid-accumulation by {len(windows)} rank(s), whose gradients cannot be redistributed."
+            " Resume with as many ranks, or from a checkpoint written at an optimizer step."
         )
     window = windows[trainer.global_rank]
     parameters = dict(pl_module.named_parameters())
