@@ -90,6 +90,16 @@ class PositionedDataModule(pl.LightningDataModule):
         return self._loader(self.val_dataset, sampler)
 
     @override
+    def test_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[Any]:
+        """The held-out samples, as for validation."""
+        return self.val_dataloader()
+
+    @override
+    def predict_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[Any]:
+        """The held-out samples, as for validation."""
+        return self.val_dataloader()
+
+    @override
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands in which stream of batches."""
         return {"position": self.position, "skipped": self.skipped, **self._stream}

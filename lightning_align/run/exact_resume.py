@@ -1,6 +1,7 @@
 """Make a resumed run bit-identical to one that never stopped, whatever writes the checkpoint."""
 
 import os
+import warnings
 from typing import Any
 
 import lightning.pytorch as pl
@@ -53,6 +54,9 @@ class ExactResume(pl.Callback):
             self._effective_seed = int(
                 ours if ours is not None else os.environ.get("PL_GLOBAL_SEED", 0)
             )
+        if hasattr(getattr(trainer, "datamodule", None), "position"):
+            # Lightning looks for a stateful loader; ours follows the position instead.
+            warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that")
         # First in line, so that what other callbacks draw for a batch follows the position too.
         trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore[attr-defined]
 

@@ -66,6 +66,7 @@ def test_the_hub_is_asked(hub):
 
 def test_offline_fails_at_once(empty_cache, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("lightning_align.data.hub._ask_hub", None)  # would fail if it was called
     with pytest.raises(ValueError, match=r"DPOModule\(model='acme/m'\).*HF_HUB_OFFLINE") as failure:
         resolve_pretrained("DPOModule", "model", "acme/m")
     assert str(empty_cache) in str(failure.value)
@@ -92,6 +93,16 @@ def test_a_hub_that_never_answers_fails_within_ten_seconds(empty_cache, monkeypa
         with pytest.raises(ValueError, match=r"did not answer|could not be reached"):
             resolve_pretrained("DPOModule", "model", "acme/m")
         assert time.monotonic() - began < 3
+
+
+def test_a_client_that_hangs_beyond_its_own_timeout(empty_cache, monkeypatch):
+    """A name server that never answers, for instance."""
+    monkeypatch.setattr("lightning_align.data.hub.TIMEOUT_S", 0.2)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: time.sleep(3))
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="did not answer within"):
+        resolve_pretrained("DPOModule", "model", "acme/m")
+    assert time.monotonic() - began < 2
 
 
 def test_the_time_limit_is_below_ten_seconds():

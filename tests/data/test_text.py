@@ -57,6 +57,12 @@ def test_a_match_across_two_chunks_is_found():
         assert list(split_before([text[:cut], text[cut:]], CHAPTER)) == [text[:begin], text[begin:]]
 
 
+def test_what_only_looks_like_a_match_at_the_end_of_a_chunk_is_none():
+    text = "x" * 2 * LOOKAHEAD + "\nChapter 12 was long\n" + "y" * 2 * LOOKAHEAD
+    cut = text.index("12") + 2
+    assert list(split_before([text[:cut], text[cut:]], CHAPTER)) == [text]
+
+
 @settings(deadline=None)
 @given(st.text(alphabet="ab \n", min_size=1, max_size=300), st.integers(1, 50), st.integers(1, 70))
 def test_pieces_are_the_document(text, size, chunk):

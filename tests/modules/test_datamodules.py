@@ -88,9 +88,16 @@ def test_setup_alone_builds_too(jsonl):
 
 def test_two_ranks_open_what_one_has_built(tmp_path, jsonl):
     """The tokenizer is trained on rank 0; the other learns the key of the cache from it."""
-    data = TextDataModule(jsonl, vocab_size=300, block_size=8, batch_size=2)
+
+    class Noting(TextDataModule):
+        def prepare_data(self):
+            super().prepare_data()
+            (tmp_path / f"prepared-{self.trainer.global_rank}").touch()
+
+    data = Noting(jsonl, vocab_size=300, block_size=8, batch_size=2)
     fitter = trainer(tmp_path, strategy="ddp_fork", devices=2, max_steps=4, num_sanity_val_steps=0)
     fitter.fit(Recorder(tmp_path), data)
+    assert [path.name for path in tmp_path.glob("prepared-*")] == ["prepared-0"]
     alone = TextDataModule(jsonl, vocab_size=300, block_size=8, batch_size=4)
     alone.setup()
     ranks = [samples(tmp_path, "train", rank) for rank in (0, 1)]
@@ -149,6 +156,15 @@ def test_changed_files_are_tokenised_anew(jsonl):
     data.prepare_data()
     data.setup()
     assert data.fingerprint != before
+
+
+def test_the_fingerprint_follows_the_block_size(jsonl):
+    prints = set()
+    for block_size in (8, 9):
+        data = TextDataModule(jsonl, ByteTokenizer(), block_size=block_size)
+        data.setup()
+        prints.add(data.fingerprint)
+    assert len(prints) == 2
 
 
 def test_workers_yield_the_same_batches(jsonl):

@@ -1,0 +1,235 @@
+"""The command line on tiny models: fit, resume, evaluate, and the mistakes that users make."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from lightning_align.cli import AlignCLI, main
+
+NOVEL = "It is a truth universally acknowledged, that a single man must be in want of a wife.\n"
+
+MODEL = {
+    "class_path": "transformers.LlamaConfig",
+    "init_args": {
+        "vocab_size": 300,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 32,
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def _quiet_argv(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["lightning-align"])
+
+
+def config(folder: Path, **trainer: Any) -> dict[str, Any]:
+    corpus = folder / "corpus.txt"
+    corpus.write_text("".join(f"Chapter {i}\n{NOVEL * 12}" for i in range(6)))
+    optimizer = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
+    return {
+        "seed_everything": 1,
+        "model": {
+            "class_path": "PretrainModule",
+            "init_args": {"model": MODEL, "optimizer": optimizer},
+        },
+        "data": {
+            "class_path": "TextDataModule",
+            "init_args": {
+                "paths": str(corpus),
+                "document_pattern": r"^Chapter \d+$",
+                "vocab_size": 300,
+                "block_size": 16,
+                "batch_size": 4,
+                "cache_dir": str(folder / "cache"),
+            },
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": 4,
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "default_root_dir": str(folder),
+            "callbacks": [
+                {
+                    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                    "init_args": {
+                        "dirpath": str(folder / "checkpoints"),
+                        "every_n_train_steps": 2,
+                        "save_top_k": -1,
+                        "filename": "{step}",
+                    },
+                }
+            ],
+            **trainer,
+        },
+    }
+
+
+def write(folder: Path, content: dict[str, Any], name: str = "run.yaml") -> str:
+    path = folder / name
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+def run(*arguments: str, folder: Path) -> AlignCLI:
+    # With logger=False the configuration is saved to the working folder.
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        return AlignCLI(list(arguments))
+    finally:
+        os.chdir(before)
+
+
+def weights(cli: AlignCLI) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in cli.model.parameters()])
+
+
+def test_fit_saves_and_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    recipe = write(tmp_path, config(tmp_path))
+    whole = run("fit", "-c", recipe, folder=tmp_path)
+    checkpoint = tmp_path / "checkpoints/step=2.ckpt"
+    torch.load(checkpoint, weights_only=True)
+    resumed = run("fit", "-c", recipe, f"--ckpt_path={checkpoint}", folder=tmp_path)
+    assert resumed.trainer.global_step == 4
+    assert torch.equal(weights(resumed), weights(whole))
+
+
+def test_yaml_and_plain_trainer_give_the_same_run(tmp_path: Path) -> None:
+    import lightning.pytorch as pl
+    from transformers import LlamaConfig
+
+    from lightning_align import PretrainModule, TextDataModule
+
+    content = config(tmp_path, callbacks=[])
+    ours = run("fit", "-c", write(tmp_path, content), folder=tmp_path)
+    pl.seed_everything(1, verbose=False)
+    data = TextDataModule(**content["data"]["init_args"])
+    module = PretrainModule(
+        LlamaConfig(**MODEL["init_args"]), optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1)
+    )
+    options = {**content["trainer"], "enable_checkpointing": False}
+    pl.Trainer(**options).fit(module, data)
+    theirs = torch.cat([p.detach().flatten() for p in module.parameters()])
+    assert torch.equal(weights(ours), theirs)
+
+
+@pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
+def test_evaluates_a_checkpoint(tmp_path: Path, subcommand: str) -> None:
+    recipe = write(tmp_path, config(tmp_path))
+    run("fit", "-c", recipe, folder=tmp_path)
+    checkpoint = str(tmp_path / "checkpoints/step=4.ckpt")
+    content = config(tmp_path, callbacks=[])
+    evaluated = run(
+        subcommand, "-c", write(tmp_path, content), f"--ckpt_path={checkpoint}", folder=tmp_path
+    )
+    metrics = evaluated.trainer.callback_metrics
+    if subcommand != "predict":
+        assert float(metrics[f"{subcommand.removesuffix('idate')}_loss"]) < 6.0
+    else:
+        assert len(evaluated.trainer.predict_loop.predictions) > 0
+
+
+def test_checkpoint_rebuilds_the_module_that_the_yaml_described(tmp_path: Path) -> None:
+    from lightning_align import PretrainModule
+
+    cli = run("fit", "-c", write(tmp_path, config(tmp_path)), folder=tmp_path)
+    restored = PretrainModule.load_from_checkpoint(
+        tmp_path / "checkpoints/step=4.ckpt", weights_only=True
+    )
+    ours = torch.cat([p.detach().flatten() for p in restored.parameters()])
+    assert torch.equal(ours, weights(cli))
+
+
+class Payload:
+    """What a crafted pickle would run."""
+
+    def __reduce__(self) -> Any:
+        return (os.mkdir, (os.environ["PAYLOAD_FOLDER"],))
+
+
+def test_crafted_pickle_is_refused_and_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trap = tmp_path / "trap"
+    monkeypatch.setenv("PAYLOAD_FOLDER", str(trap))
+    torch.save({"state_dict": {}, "payload": Payload()}, tmp_path / "evil.ckpt")
+    recipe = write(tmp_path, config(tmp_path))
+    with pytest.raises(Exception, match="Weights only load failed"):
+        run("fit", "-c", recipe, f"--ckpt_path={tmp_path / 'evil.ckpt'}", folder=tmp_path)
+    assert not trap.exists()
+
+
+def test_seed_is_fixed_by_default(tmp_path: Path) -> None:
+    content = config(tmp_path, max_steps=1, callbacks=[])
+    del content["seed_everything"]
+    cli = run("fit", "-c", write(tmp_path, content), folder=tmp_path)
+    assert cli.config["fit"]["seed_everything"] == 0
+
+
+# Mistakes
+
+
+def error_of(arguments: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit):
+        run(*arguments, folder=folder)
+    return capsys.readouterr().err
+
+
+def test_misspelt_argument_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = config(tmp_path)
+    content["data"]["init_args"]["blok_size"] = 8
+    message = error_of(["fit", "-c", write(tmp_path, content)], tmp_path, capsys)
+    assert "blok_size" in message
+
+
+def test_unknown_class_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = config(tmp_path)
+    content["model"]["class_path"] = "PretrainModul"
+    message = error_of(["fit", "-c", write(tmp_path, content)], tmp_path, capsys)
+    assert "PretrainModul" in message
+
+
+def test_missing_corpus_is_named_before_training(tmp_path: Path) -> None:
+    content = config(tmp_path)
+    content["data"]["init_args"]["paths"] = str(tmp_path / "absent.txt")
+    with pytest.raises(ValueError, match=r"TextDataModule\(paths='.*absent.txt'\)"):
+        run("fit", "-c", write(tmp_path, content), folder=tmp_path)
+
+
+def test_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
+    content = config(tmp_path)
+    content["data"]["init_args"]["vocab_size"] = 310
+    with pytest.raises(ValueError, match="vocabulary has 300 rows, but the tokenizer makes ids"):
+        run("fit", "-c", write(tmp_path, content), folder=tmp_path)
+
+
+# As a program
+
+
+def test_help_lists_the_subcommands_and_describes_our_arguments() -> None:
+    command = [sys.executable, "-m", "lightning_align"]
+    overview = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
+    for word in ("demo", "fit", "validate", "test", "predict"):
+        assert word in overview.stdout
+    help_of = ["fit", "--model.help=lightning_align.PretrainModule"]
+    details = subprocess.run([*command, *help_of], capture_output=True, text=True, check=True)
+    assert "--model.z_loss" in details.stdout
+    assert "Weight of the squared log-partition" in details.stdout
+
+
+def test_demo_has_help_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["demo", "--help"])
+    assert "--fast" in capsys.readouterr().out
