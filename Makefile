@@ -40,6 +40,8 @@ else
 endif
 	@echo "Installing lightning-align and its development tools (about 2 minutes) ..."
 	@$(PIP_INSTALL) --no-build-isolation -e '.[test,check,docs,peer]'
+	@# jsonargparse's docstring_parser and pydoclint's fork of it share a folder; the fork serves both, if it comes last.
+	@$(PIP_INSTALL) --no-deps --force-reinstall docstring_parser_fork
 	@touch $@
 
 demo: $(STAMP)
