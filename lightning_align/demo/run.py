@@ -3,10 +3,12 @@
 Both training stages are ordinary YAML files, run by the same command line that a user has.
 """
 
+import json
 import logging
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -35,10 +37,35 @@ from lightning_align.modules.pretrain import PretrainModule
 from lightning_align.pretrained import build_model
 
 Table = dict[str, tuple[float | None, float]]  # metric -> (before, after)
+Rule = Callable[[list[dict[str, str]]], float]  # preference pairs -> accuracy
 Fit = Callable[[Sequence[str]], LightningCLI]  # the command line as a function of its arguments
 
-PROMPT_TOKENS, COMPLETION_TOKENS = 64, 48
+BETA = 0.5  # as in dpo.yaml, for rewards on the same scale
+PROMPT_TOKENS, COMPLETION_TOKENS = 32, 96
 SAMPLED_PROMPTS = 64  # held-out prompts that the KL divergence is estimated on
+
+
+@dataclass(frozen=True)
+class Report:
+    """The numbers of the demo, and the yardsticks on the same data."""
+
+    table: Table
+    perplexities: dict[str, float]
+    accuracies: dict[str, tuple[float, float]]  # rule -> (training pairs, held-out pairs)
+
+    def text(self) -> str:
+        """Three aligned tables."""
+        table = [(name, *values) for name, values in self.table.items()]
+        accuracies = [(name, *values) for name, values in self.accuracies.items()]
+        return "\n".join(
+            [
+                before_after_table(table),
+                before_after_table(
+                    list(self.perplexities.items()), ("held-out chapters", "perplexity")
+                ),
+                before_after_table(accuracies, ("accuracy of a rule", "training", "held-out")),
+            ]
+        )
 
 
 @dataclass(frozen=True)
@@ -65,7 +92,7 @@ FAST = Size(
 )
 
 
-def main(arguments: Sequence[str], fit: Fit) -> Table:
+def main(arguments: Sequence[str], fit: Fit) -> Report:
     """``lightning-align demo``: parse ``arguments`` and run.
 
     Args:
@@ -73,7 +100,7 @@ def main(arguments: Sequence[str], fit: Fit) -> Table:
         fit: The command line itself, which runs the two training stages.
 
     Returns:
-        What the table shows. Before there is no accuracy: policy and reference are the same.
+        What is printed. Before there is no accuracy: policy and reference are the same.
     """
     parser = ArgumentParser(
         prog="lightning-align demo",
@@ -87,8 +114,8 @@ def main(arguments: Sequence[str], fit: Fit) -> Table:
     return run_demo(fit, fast=options.fast, output=Path(options.output), seed=options.seed)
 
 
-def run_demo(fit: Fit, *, fast: bool, output: Path, seed: int) -> Table:
-    """Run the three stages, print the report, and return its table as numbers."""
+def run_demo(fit: Fit, *, fast: bool, output: Path, seed: int) -> Report:
+    """Run the three stages, print the report, and write it to ``report.json``."""
     size = FAST if fast else FULL
     # It means well, but here the command line calls itself.
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
@@ -121,12 +148,14 @@ def run_demo(fit: Fit, *, fast: bool, output: Path, seed: int) -> Table:
     _say("Report")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     table = _compare(before, after, text, output, seed)
-    print(before_after_table([(name, *values) for name, values in table.items()]))  # noqa: T201
-    print(_yardsticks(before, text, pairs["val"], seed))  # noqa: T201
+    perplexities, accuracies = _yardsticks(before, text, pairs, seed)
+    report = Report(table, perplexities, accuracies)
+    (output / "report.json").write_text(json.dumps(asdict(report), indent=2), encoding="utf-8")
+    print(report.text())  # noqa: T201
     prompt = text.tokenizer.encode(pairs["val"][0]["prompt"])
     print(_samples(before, after, text.tokenizer, prompt, seed))  # noqa: T201
     print(_whereabouts(output))  # noqa: T201
-    return table
+    return report
 
 
 def token_split(dataset: object) -> TokenSplit:
@@ -168,7 +197,10 @@ def _compare(
         max_length=PROMPT_TOKENS + COMPLETION_TOKENS,
         append_eos=False,
     )
-    aligned = _validate(DPOModule(after, ref_model=before), preferences)
+    aligned = DPOModule(after, ref_model=before, beta=BETA)
+    held_out = _validate(aligned, preferences)
+    preferences.val_dataset = preferences.train_dataset
+    trained = _validate(aligned, preferences)
     perplexities = [
         _validate(PretrainModule(model), text)["val_perplexity"] for model in (before, after)
     ]
@@ -177,8 +209,10 @@ def _compare(
     kl = kl_divergence(after, before, text.tokenizer, torch.tensor(np.stack(prompts)), seed)
     return {
         "validation perplexity": (perplexities[0], perplexities[1]),
-        "preference accuracy, held-out pairs": (None, aligned["val_rewards/accuracies"]),
-        "reward margin, held-out pairs": (0.0, aligned["val_rewards/margins"]),
+        "preference accuracy, training pairs": (None, trained["val_rewards/accuracies"]),
+        "preference accuracy, held-out chapters": (None, held_out["val_rewards/accuracies"]),
+        "reward margin, training pairs": (0.0, trained["val_rewards/margins"]),
+        "reward margin, held-out chapters": (0.0, held_out["val_rewards/margins"]),
         "KL to the reference, nats per token": (0.0, kl),
     }
 
@@ -209,22 +243,25 @@ def kl_divergence(
 
 
 def _yardsticks(
-    before: nn.Module, text: TextDataModule, pairs: list[dict[str, str]], seed: int
-) -> str:
-    """What counting, the length of a text, and models without DPO achieve on the same data."""
+    before: nn.Module, text: TextDataModule, pairs: dict[str, list[dict[str, str]]], seed: int
+) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """What counting achieves on the same text, and simple rules on the same pairs."""
     tokens = token_split(text.train_dataset).tokens, token_split(text.val_dataset).tokens
     size = len(text.tokenizer)
+    perplexities = {
+        "unigram": unigram_perplexity(*tokens, size),
+        "interpolated trigram, tuned": interpolated_trigram_perplexity(*tokens, size),
+        "Kneser-Ney trigram": kneser_ney_perplexity(*tokens, size),
+    }
     torch.manual_seed(seed)
     untrained = build_model(before.config, where="demo")  # type: ignore[arg-type]
-    rows = [
-        ("unigram perplexity", unigram_perplexity(*tokens, size)),
-        ("interpolated trigram perplexity", interpolated_trigram_perplexity(*tokens, size)),
-        ("Kneser-Ney trigram perplexity", kneser_ney_perplexity(*tokens, size)),
-        ("accuracy of the longer text", longer_text_accuracy(pairs)),
-        ("accuracy of an untrained model", likelihood_accuracy(untrained, text.tokenizer, pairs)),
-        ("accuracy of the pretrained model", likelihood_accuracy(before, text.tokenizer, pairs)),
-    ]
-    return before_after_table(rows, headers=("on the same held-out data", ""))
+    rules: dict[str, Rule] = {
+        "the longer text": longer_text_accuracy,
+        "likelier to an untrained model": partial(likelihood_accuracy, untrained, text.tokenizer),
+        "likelier to the pretrained model": partial(likelihood_accuracy, before, text.tokenizer),
+    }
+    accuracies = {name: (rule(pairs["train"]), rule(pairs["val"])) for name, rule in rules.items()}
+    return perplexities, accuracies
 
 
 def longer_text_accuracy(pairs: Sequence[dict[str, str]]) -> float:
