@@ -41,7 +41,7 @@ def main() -> None:
     print(f"{versions}, transformers {transformers.__version__}, {platform.machine()}")
     reports = {seed: report_of(seed) for seed in seeds}
     ratios: dict[str, list[float]] = {}
-    for seed, report in reports.items():
+    for report in reports.values():
         before, after = report["table"]["validation perplexity"]
         grams = report["perplexities"]
         figures = {

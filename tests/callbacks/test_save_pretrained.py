@@ -1,0 +1,50 @@
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+
+from lightning_align import SavePretrained
+from tests.helpers.resume import HandWritten, SequenceData
+from tests.modules.test_pretrain import fit, gpt2, rows, sgd_module
+
+
+class Plain(pl.LightningModule):
+    """A LightningModule that knows nothing of us, around GPT-2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = GPT2LMHeadModel(gpt2())
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return self.network(**batch).loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("build", [sgd_module, lambda: sgd_module(gpt2()), Plain])
+def test_folder_holds_the_trained_weights(tmp_path: Path, build: Any) -> None:
+    module = build()
+    fit(module, [rows(0, 1)], callbacks=[SavePretrained(str(tmp_path / "model"))])
+    ours = module.network if isinstance(module, Plain) else module.model
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    tokens = rows(0, 1)["input_ids"]
+    # Saved in fp32 and loaded in fp32: the same bits.
+    torch.testing.assert_close(theirs(tokens).logits, ours.eval()(tokens).logits, rtol=0, atol=0)
+
+
+def test_module_without_a_hugging_face_model_is_refused_before_training(tmp_path: Path) -> None:
+    callback = SavePretrained(str(tmp_path / "model"))
+    trainer = pl.Trainer(
+        max_steps=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        callbacks=[callback],
+    )
+    with pytest.raises(ValueError, match="HandWritten holds no module with save_pretrained"):
+        trainer.fit(HandWritten(), SequenceData())
+    assert trainer.global_step == 0
