@@ -110,20 +110,22 @@ def test_short_last_window_is_weighted_by_its_own_tokens() -> None:
     torch.testing.assert_close(weights(ours), weights(theirs), rtol=0, atol=2e-7)
 
 
+@pytest.mark.parametrize("clip", [None, 0.1], ids=["free", "clipped"])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_two_ranks_with_unequal_token_counts_equal_the_one_big_batch(accumulate: int) -> None:
-    """Two forked gloo ranks, clipped: DDP's own mean of means would weigh the short rank's tokens
-    more."""
+def test_two_ranks_with_unequal_token_counts_equal_the_one_big_batch(
+    accumulate: int, clip: float | None
+) -> None:
+    """Two forked gloo ranks: DDP's own mean of means would weigh the short rank's tokens more."""
     one, two = sgd_module(), sgd_module()
     parts = [rows(0), rows(1, 2, 3), rows(4, 5), rows(6)][: 2 * accumulate]
-    fit(one, [rows(*range(7 if accumulate == 2 else 4))], gradient_clip_val=0.1)
+    fit(one, [rows(*range(7 if accumulate == 2 else 4))], gradient_clip_val=clip)
     trainer = fit(
         two,
         parts,
         strategy="ddp_fork",
         devices=2,
         accumulate_grad_batches=accumulate,
-        gradient_clip_val=0.1,
+        gradient_clip_val=clip,
     )
     assert trainer.world_size == 2
     torch.testing.assert_close(weights(two), weights(one), rtol=0, atol=2e-7)
