@@ -51,7 +51,8 @@ def preference_step(
 ) -> tuple[Tensor, dict[str, Mean]]:
     """Losses and metrics of scored pairs.
 
-    The metrics, detached, means over pairs unless said otherwise:
+    The metrics, detached, means over pairs unless said otherwise (a pair without any completion
+    token, which pads a batch, counts in none):
 
     - ``rewards/chosen``, ``rewards/rejected``: beta times the log-ratio to the reference;
       ``rewards/margins`` is their difference, ``rewards/accuracies`` how often it is positive;
@@ -154,7 +155,7 @@ def dpo_loss_from_batch(
         chunk_size: Rows whose logits exist at a time, see ``linear_logprobs``.
 
     Returns:
-        Mean loss over pairs, and the means that ``preference_step`` lists.
+        Mean loss over pairs that have completions, and the means that ``preference_step`` lists.
 
     Raises:
         ValueError: If the batch lacks a key or has an odd number of rows, the models are one
@@ -177,7 +178,14 @@ def dpo_loss_from_batch(
     losses_P, metrics = preference_step(
         policy, reference, loss_type=loss_type, beta=beta, label_smoothing=label_smoothing
     )
-    return losses_P.mean(), {name: mean.value for name, mean in metrics.items()}
+    counted_P = _has_completions(policy)
+    loss = (losses_P * counted_P).sum() / counted_P.sum().clamp(min=1)
+    return loss, {name: mean.value for name, mean in metrics.items()}
+
+
+def _has_completions(policy: CompletionLogps) -> Tensor:
+    chosen_lengths_P, rejected_lengths_P = policy.lengths_B.chunk(2)
+    return (chosen_lengths_P > 0) | (rejected_lengths_P > 0)
 
 
 def _check_pairs(where: str, name: str, rows: Tensor) -> None:

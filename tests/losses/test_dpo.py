@@ -132,6 +132,22 @@ def test_metrics_of_unequal_batches_add_up():
     assert (unweighted - together["logps/chosen"].value).abs() > 1e-3
 
 
+@pytest.mark.parametrize("options", LOSS_OPTIONS)
+def test_a_pair_without_completions_counts_nothing(options):
+    """Such pairs fill up the last batch of a rank."""
+    model, reference = make_models()
+    batch = make_batch(pairs=3)
+    rows = [0, 1, 3, 4]
+    expected_loss, expected = dpo_loss_from_batch(
+        model, reference, {name: values[rows] for name, values in batch.items()}, **options
+    )
+    batch["completion_mask"][[2, 5]] = 0
+    loss, metrics = dpo_loss_from_batch(model, reference, batch, **options)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-5)
+    for name, value in expected.items():
+        torch.testing.assert_close(metrics[name], value, rtol=1e-4, atol=1e-5)
+
+
 def _head(model):
     from lightning_align.layers import find_layers
 
