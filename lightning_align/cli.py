@@ -1,6 +1,7 @@
 """The ``lightning-align`` command: LightningCLI over our classes and everybody else's."""
 
 import sys
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 
 from lightning.pytorch.cli import LightningCLI
@@ -48,7 +49,11 @@ class AlignCLI(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"description": DESCRIPTION},
+            # argparse would fold the lines of the description into one paragraph.
+            parser_kwargs={
+                "description": DESCRIPTION,
+                "formatter_class": RawDescriptionHelpFormatter,
+            },
         )
 
     @override

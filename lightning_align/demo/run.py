@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +116,18 @@ def main(arguments: Sequence[str], fit: Fit) -> Report:
 
 
 def run_demo(fit: Fit, *, fast: bool, output: Path, seed: int) -> Report:
-    """Run the three stages, print the report, and write it to ``report.json``."""
+    """Run the three stages, print the report, and write it to ``report.json``.
+
+    Raises:
+        ImportError: If a library that draws or logs is missing.
+    """
     size = FAST if fast else FULL
+    missing = [name for name in ("matplotlib", "PIL", "wandb") if find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"lightning-align demo: needs {', '.join(missing)}. Run: pip install"
+            " 'lightning-align[demo]'"
+        )
     # It means well, but here the command line calls itself.
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
     _say("1/3  Pretraining on whole chapters; others are held out")
