@@ -397,5 +397,5 @@ def test_a_corpus_may_be_larger_than_the_memory(tmp_path, cache_dir):
 
 def test_locks_are_given_back(texts, cache_dir):
     key = prepare_token_cache(texts, cache_dir)
-    with filelock.FileLock(cache_dir / f"{key}.lock", blocking=False):
-        pass
+    with filelock.FileLock(cache_dir / f"{key}.lock", blocking=False) as lock:
+        assert lock.is_locked

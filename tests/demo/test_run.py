@@ -92,7 +92,10 @@ def test_stages_are_ordinary_yaml_that_runs_alone(output: Path) -> None:
     """dpo.yaml, as the demo wrote it, by `fit -c` from the folder it names its files in."""
     command = [sys.executable, "-m", "lightning_align", "fit", "-c", str(output / "dpo.yaml")]
     options = ["--trainer.max_steps=1", "--trainer.logger=false", "--trainer.limit_val_batches=1"]
-    subprocess.run([*command, *options], cwd=output.parent, check=True)
+    before = (output / "dpo/model/model.safetensors").stat().st_mtime_ns
+    run = subprocess.run([*command, *options], cwd=output.parent, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert (output / "dpo/model/model.safetensors").stat().st_mtime_ns > before
 
 
 def test_divergence_from_itself_is_zero_and_from_another_positive(output: Path) -> None:
