@@ -109,6 +109,16 @@ def test_metrics_of_known_numbers():
     )
 
 
+def test_only_ipo_divides_by_the_lengths():
+    """Log-ratios 12 over 4 tokens and 2 over 2: 3 - 1 per token, 10 in sum; beta 1/4 wants 2."""
+    policy = from_sums([12.0, 2.0], [4, 2])
+    reference = from_sums([0.0, 0.0], [4, 2])
+    losses, _ = preference_step(policy, reference, loss_type="ipo", beta=0.25)
+    assert losses.tolist() == pytest.approx([0.0])
+    losses, _ = preference_step(policy, reference, loss_type="hinge", beta=0.05)
+    assert losses.tolist() == pytest.approx([1 - 0.05 * 10])
+
+
 def test_metrics_of_unequal_batches_add_up():
     """Totals and counts of 1 and 3 pairs give the means over all 4; means of means would not."""
     whole = make_batch(pairs=4)
@@ -180,8 +190,13 @@ def test_the_batch_function_is_the_step_on_sequence_logps(options, chunk_size):
 def test_the_reference_runs_without_gradients():
     model, reference = make_models()
     reference.requires_grad_(True)
+    with_gradients = []
+    reference.model.norm.register_forward_hook(
+        lambda *_: with_gradients.append(torch.is_grad_enabled())
+    )
     loss, _ = dpo_loss_from_batch(model, reference, make_batch())
     loss.backward()
+    assert with_gradients == [False]
     assert all(parameter.grad is None for parameter in reference.parameters())
     assert all(parameter.grad is not None for parameter in model.parameters())
 

@@ -131,19 +131,16 @@ def test_uniform_logits_have_a_closed_form():
     torch.testing.assert_close(gradient, expected)
 
 
-def test_a_certain_token_costs_its_distance_to_the_runner_up():
-    """Two tokens with logits 0 and a: the loss of the first is log(1 + e^a), with the gap kept.
+def test_a_large_common_logit_costs_no_precision():
+    """Two equal logits: the loss is log 2 whatever they are.
 
-    For a = -20, log(1 + e^-20) is 2.06e-9, which log Z - x_y would lose in rounding if the logits
-    were shifted by 1000; here both are, and the loss must still be exactly what softplus gives for
-    the rounded sum: below 1e-7 and not negative.
+    At 10000 the spacing of fp32 is 0.001, which log Z - label logit would be off by; the label's
+    distance to the largest logit is subtracted first.
     """
-    head = Head(torch.tensor([[1000.0], [980.0]]))
-    hidden = torch.ones(1, 1)
-    certain = linear_cross_entropy(hidden, head, torch.tensor([0])).loss.item()
-    wrong = linear_cross_entropy(hidden, head, torch.tensor([1])).loss.item()
-    assert 0 <= certain < 1e-7
-    assert wrong == pytest.approx(20, abs=1e-6)
+    head = Head(torch.full((2, 1), 10_000.0))
+    for label in (0, 1):
+        loss = linear_cross_entropy(torch.ones(1, 1), head, torch.tensor([label])).loss
+        assert loss.item() == pytest.approx(math.log(2), rel=1e-6)
 
 
 def test_logits_far_from_zero_neither_overflow_nor_vanish():
