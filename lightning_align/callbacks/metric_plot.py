@@ -89,9 +89,7 @@ class MetricPlot(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
             new_figure(1, 1)  # a missing matplotlib is reported before the run, not after it
-            if (
-                trainer.global_step == 0
-            ):  # a new run; a resumed one loads its curves after this hook
+            if trainer.global_step == 0:  # a new run; a resumed one loads its curves after setup
                 self._curves = {}
 
     @override

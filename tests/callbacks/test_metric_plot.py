@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -83,9 +84,13 @@ def fit(tmp_path, callback, module=None, *, batches=12, val=False, ckpt_path=Non
 
 
 def curves(callback):
+    """{name: {step: value}}, after checking that no step is recorded twice."""
+    recorded = callback.state_dict()["curves"]
+    for curve in recorded.values():
+        assert curve["steps"] == sorted(set(curve["steps"]))
     return {
         name: dict(zip(curve["steps"], curve["values"], strict=True))
-        for name, curve in callback.state_dict()["curves"].items()
+        for name, curve in recorded.items()
     }
 
 
@@ -128,7 +133,9 @@ def test_sanity_check_and_plain_validation_are_not_part_of_the_curve(tmp_path):
     callback = MetricPlot(metrics=["train_loss", "val_loss"])
     trainer, module = fit(tmp_path, callback, batches=4, val=True, num_sanity_val_steps=2)
     trainer.validate(module, DataLoader(torch.ones(2, 3, 4), batch_size=None), verbose=False)
-    assert list(curves(callback)["val_loss"]) == [4]
+    _sanity, fitted, validated = module.val_means
+    assert fitted != validated
+    assert curves(callback)["val_loss"] == {4: fitted}
 
 
 def test_log_every_0_steps_reads_only_at_the_end(tmp_path):
@@ -168,6 +175,23 @@ def test_a_resumed_run_draws_the_whole_curve(tmp_path, module):
     fit(tmp_path, ours, second, batches=5, val=True, max_epochs=3, ckpt_path=path)
     assert curves(ours) == curves(expected)
     assert list(curves(ours)["train_loss"]) == list(range(1, 16))
+
+
+def test_the_checkpoint_of_an_epoch_holds_the_mean_of_that_epoch(tmp_path):
+    callback = MetricPlot(metrics=["train_loss_epoch"])
+    checkpoint = ModelCheckpoint(tmp_path, filename="epoch", save_on_train_epoch_end=True)
+    _, module = fit(
+        tmp_path,
+        callback,
+        Plain(on_epoch=True),
+        batches=4,
+        callbacks=[callback, checkpoint],
+        enable_checkpointing=True,
+    )
+    states = torch.load(tmp_path / "epoch.ckpt", weights_only=True)["callbacks"]
+    (saved,) = [state["curves"] for state in states.values() if "curves" in state]
+    assert saved["train_loss_epoch"]["steps"] == [4]
+    assert saved["train_loss_epoch"]["values"] == pytest.approx([sum(module.losses) / 4])
 
 
 def test_state_round_trip_does_not_share_lists():

@@ -98,6 +98,13 @@ def test_interpolated_trigram_worked_example():
     assert ours == pytest.approx(10 / 9, abs=1e-4)
 
 
+def test_interpolated_trigram_counts_the_tuning_slice_too():
+    """Token 2 occurs only in the slice that tunes the weights, token 3 nowhere."""
+    train = [0, 1] * 49 + [0, 2]
+    seen, unseen = (interpolated_trigram_perplexity(train, [0, last], 4) for last in (2, 3))
+    assert seen < 0.9 * unseen
+
+
 def test_discounts_worked_example():
     """n1..n4 = 4, 2, 1, 1: Y = 1/2; D1 = 1 - 2Y 2/4 = 1/2, D2 = 2 - 3Y 1/2 = 5/4, D3+ = 1."""
     counts = np.array([1] * 4 + [2] * 2 + [3] + [4] + [9] * 5)
