@@ -194,6 +194,35 @@ def test_the_checkpoint_of_an_epoch_holds_the_mean_of_that_epoch(tmp_path):
     assert saved["train_loss_epoch"]["values"] == pytest.approx([sum(module.losses) / 4])
 
 
+class SyncedMean(Plain):
+    """Rank r logs r + 1, reduced over the ranks only when somebody reads the epoch's mean."""
+
+    def training_step(self, batch, batch_idx):
+        value = torch.tensor(float(self.global_rank + 1))
+        self.log("mean", value, on_step=False, on_epoch=True, sync_dist=True)
+        return self.loss(batch)
+
+
+def test_two_ranks_read_a_synced_mean_and_draw_once(tmp_path):
+    callback = MetricPlot(metrics=["mean"])
+    checkpoint = ModelCheckpoint(tmp_path, filename="epoch", save_on_train_epoch_end=True)
+    fit(
+        tmp_path,
+        callback,
+        SyncedMean(),
+        batches=4,
+        strategy="ddp_fork",
+        devices=2,
+        callbacks=[callback, checkpoint],
+        enable_checkpointing=True,
+    )
+    states = torch.load(tmp_path / "epoch.ckpt", weights_only=True)["callbacks"]
+    (saved,) = [state["curves"] for state in states.values() if "curves" in state]
+    (value,) = saved["mean"]["values"]
+    assert value == pytest.approx(1.5)
+    assert [path.name for path in tmp_path.glob("*.png")] == ["curves.png"]
+
+
 def test_state_round_trip_does_not_share_lists():
     saved = {"curves": {"train_loss": {"steps": [1, 2], "values": [0.5, 0.25]}}}
     callback = MetricPlot()
