@@ -82,7 +82,8 @@ class MetricPlot(pl.Callback):
             )
         self.filename = filename
         self._curves: dict[str, Curve] = {}
-        self._seen: dict[str, Tensor] = {}
+        self._recorded: dict[str, Tensor] = {}  # the tensors behind each curve's last point
+        self._step_values: dict[str, Tensor] = {}  # what was logged when the last batch ended
         self._step_before_batch = 0
 
     @override
@@ -109,33 +110,37 @@ class MetricPlot(pl.Callback):
     ) -> None:
         stepped = trainer.global_step != self._step_before_batch  # not so inside an accumulation
         interval = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        values = self._logged(trainer)
         if stepped and interval and trainer.global_step % interval == 0:
-            self._record(trainer)
+            self._record(trainer, values)
+        self._step_values = values
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._record(trainer)
+            self._record_new(trainer)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._record(trainer)  # before the checkpoint of this epoch is written
+        self._record_new(trainer)  # before the checkpoint of this epoch is written
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._record(trainer)  # what the module logged in its own on_train_epoch_end, after ours
+        self._record_new(trainer)  # what the module logged in on_train_epoch_end, after ours
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._record(trainer)
-        self._seen.clear()
+        self._record_new(trainer)
+        self._recorded, self._step_values = {}, {}
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         missing = [name for name in self.names if name not in self._curves]
         if missing:
+            logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
+            interval = trainer.log_every_n_steps  # type: ignore[attr-defined]
             rank_zero_warn(
-                f"MetricPlot(metrics={missing}): never logged, so not drawn. This run logged:"
-                f" {', '.join(sorted(trainer.callback_metrics)) or 'nothing'}."
+                f"MetricPlot(metrics={missing}): no values, so not drawn. This run logged: {logged}."
+                f" Step metrics are read every log_every_n_steps={interval} optimizer steps."
             )
         if len(missing) < len(self.names):
             figure = draw_curves(self.panels, self._curves, self.units)
@@ -154,17 +159,24 @@ class MetricPlot(pl.Callback):
             for name, curve in state_dict["curves"].items()
         }
 
-    def _record(self, trainer: pl.Trainer) -> None:
+    def _logged(self, trainer: pl.Trainer) -> dict[str, Tensor]:
         # Read on every rank: an epoch mean with sync_dist is a collective operation.
         logged = trainer.callback_metrics
-        for name in self.names:
-            value = logged.get(f"{name}_step", logged.get(name))
-            seen = self._seen.get(name)
-            # callback_metrics keeps old values, and hands out views; while we hold one, its memory
-            # cannot be reused, so the same address means: not logged again since. No device sync.
-            if value is None or (seen is not None and seen.data_ptr() == value.data_ptr()):
+        values = {name: logged.get(f"{name}_step", logged.get(name)) for name in self.names}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def _record_new(self, trainer: pl.Trainer) -> None:
+        # Step values stay in callback_metrics after their batch. Taking them here would sample the
+        # last batch of every epoch, often a short and noisy one, besides every n-th step.
+        values = self._logged(trainer).items()
+        new = {name: x for name, x in values if not _is_same(x, self._step_values.get(name))}
+        self._record(trainer, new)
+
+    def _record(self, trainer: pl.Trainer, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            if _is_same(value, self._recorded.get(name)):
                 continue
-            self._seen[name] = value
+            self._recorded[name] = value
             curve = self._curves.setdefault(name, {"steps": [], "values": []})
             # A run that was rewound has its steps again: the last time counts.
             while curve["steps"] and curve["steps"][-1] >= trainer.global_step:
@@ -172,6 +184,15 @@ class MetricPlot(pl.Callback):
                 curve["values"].pop()
             curve["steps"].append(trainer.global_step)
             curve["values"].append(value.item())
+
+
+def _is_same(value: Tensor, held: Tensor | None) -> bool:
+    """Whether a metric was not logged again, found without waiting for the device.
+
+    callback_metrics keeps old values and hands out views of them. While we hold one, its memory
+    cannot be reused, so the same address means the same value.
+    """
+    return held is not None and held.data_ptr() == value.data_ptr()
 
 
 def arrange(metrics: Sequence[str | list[str]]) -> Panels:

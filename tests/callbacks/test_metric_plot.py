@@ -97,10 +97,22 @@ def curves(callback):
 def test_step_metrics_are_read_when_lightning_logs_them(tmp_path):
     callback = MetricPlot(metrics=["train_loss"])
     _, module = fit(tmp_path, callback, batches=12, log_every_n_steps=5)
-    # 5 and 10, and the last step, which Lightning's own epoch end reads anyway
-    assert curves(callback) == {
-        "train_loss": {step: module.losses[step - 1] for step in (5, 10, 12)}
-    }
+    assert curves(callback) == {"train_loss": {step: module.losses[step - 1] for step in (5, 10)}}
+
+
+def test_the_last_batch_of_an_epoch_is_not_sampled_besides(tmp_path):
+    """Epochs of 12 steps, validation at their ends: an n-th step is every fifth and no other.
+
+    In the curve of a run whose last batches were short, their extra points drew a spike of the
+    gradient norm at every validation and pulled up the running mean.
+    """
+    callback = MetricPlot(metrics=["train_loss", "val_loss"])
+    _, module = fit(
+        tmp_path, callback, batches=12, val=True, max_epochs=3, log_every_n_steps=5, max_steps=33
+    )
+    ours = curves(callback)
+    assert ours["train_loss"] == {step: module.losses[step - 1] for step in range(5, 31, 5)}
+    assert list(ours["val_loss"]) == [12, 24]
 
 
 def test_a_metric_that_was_not_logged_again_is_not_repeated(tmp_path):
@@ -138,10 +150,29 @@ def test_sanity_check_and_plain_validation_are_not_part_of_the_curve(tmp_path):
     assert curves(callback)["val_loss"] == {4: fitted}
 
 
-def test_log_every_0_steps_reads_only_at_the_end(tmp_path):
-    callback = MetricPlot(metrics=["train_loss"])
-    fit(tmp_path, callback, batches=6, log_every_n_steps=0)
-    assert list(curves(callback)["train_loss"]) == [6]
+def test_a_metric_logged_between_two_reads_is_drawn_at_the_next(tmp_path):
+    class Rare(Plain):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 6:
+                self.log("rare", torch.tensor(7.0))
+            return self.loss(batch)
+
+    callback = MetricPlot(metrics=["rare"])
+    fit(tmp_path, callback, Rare(), batches=22, log_every_n_steps=5)
+    assert curves(callback) == {"rare": {10: 7.0}}
+
+
+def test_a_run_too_short_for_a_step_metric_says_so(tmp_path):
+    callback = MetricPlot(metrics=["train_loss", "val_loss"])
+    with pytest.warns(UserWarning, match=r"\['train_loss'\]\): no values.*log_every_n_steps=50"):
+        fit(tmp_path, callback, batches=6, val=True, log_every_n_steps=50)
+    assert list(curves(callback)) == ["val_loss"]
+
+
+def test_log_every_0_steps_reads_no_step_metrics(tmp_path):
+    callback = MetricPlot(metrics=["train_loss", "val_loss"])
+    fit(tmp_path, callback, batches=6, val=True, log_every_n_steps=0)
+    assert list(curves(callback)) == ["val_loss"]
 
 
 @pytest.mark.parametrize("module", [Plain, TinyGPT2])
@@ -258,11 +289,11 @@ def test_a_rewound_run_keeps_the_last_value_of_each_step(tmp_path):
 
 
 def test_names_that_were_never_logged_are_named_with_those_that_were(tmp_path):
-    with pytest.warns(UserWarning, match=r"\['loss'\]\): never logged.*late, train_loss"):
+    with pytest.warns(UserWarning, match=r"\['loss'\]\): no values.*late, train_loss"):
         fit(tmp_path, MetricPlot(metrics=["loss", "train_loss"]))
     assert (tmp_path / "curves.png").exists()
     (tmp_path / "curves.png").unlink()
-    with pytest.warns(UserWarning, match=r"\['loss'\]\): never logged"):
+    with pytest.warns(UserWarning, match=r"\['loss'\]\): no values"):
         fit(tmp_path, MetricPlot(metrics=["loss"]))
     assert not (tmp_path / "curves.png").exists()
 
