@@ -139,7 +139,7 @@ class MetricPlot(pl.Callback):
             logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
             interval = trainer.log_every_n_steps  # type: ignore[attr-defined]
             rank_zero_warn(
-                f"MetricPlot(metrics={missing}): no values, so not drawn. This run logged: {logged}."
+                f"MetricPlot(metrics={missing}): no values, so not drawn. Logged were: {logged}."
                 f" Step metrics are read every log_every_n_steps={interval} optimizer steps."
             )
         if len(missing) < len(self.names):
