@@ -35,6 +35,8 @@ def main() -> None:
         tokenizer,
         documents(token_split(text.train_dataset)),
         num_pairs=options.pairs,
+        prompt_tokens=32,
+        completion_tokens=96,
     )
     path = Path(options.output, "pairs.jsonl")
     write_jsonl(pairs, path)
@@ -42,7 +44,7 @@ def main() -> None:
     module = la.DPOModule(
         options.model,
         beta=0.5,
-        optimizer=partial(torch.optim.AdamW, lr=3e-4, weight_decay=0.0),
+        optimizer=partial(torch.optim.AdamW, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.0),
     )
     data = la.PreferenceDataModule(
         str(path), tokenizer, batch_size=16, max_length=128, val_fraction=0.1, append_eos=False

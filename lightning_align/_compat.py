@@ -3,15 +3,8 @@
 When one of them changes, ``tests/test_compat.py`` names it before a user meets it.
 """
 
-from typing import Any
-
 import lightning.pytorch as pl
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
-
-
-def dump_checkpoint(trainer: pl.Trainer) -> dict[str, Any]:
-    """Everything Lightning would write into a checkpoint file, as a nested dict of live tensors."""
-    return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
 
 
 def is_accumulating(trainer: pl.Trainer) -> bool:

@@ -56,7 +56,7 @@ def build_model(
     if not isinstance(model, (str, Path)):
         rule = "must be a module, a Hugging Face name or folder, or a transformers configuration"  # type: ignore[unreachable]
         raise argument_error(where, argument, model, rule)
-    resolve_pretrained(where, argument, str(model))
+    resolve_pretrained(where, argument, str(model), revision)
     try:
         loaded = AutoModelForCausalLM.from_pretrained(model, revision=revision, **options)
     except (OSError, ValueError) as error:

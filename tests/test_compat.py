@@ -3,7 +3,6 @@
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 
 from lightning_align import _compat
 from tests.helpers.resume import HandWritten, SequenceData
@@ -14,12 +13,10 @@ class Watch(pl.Callback):
 
     def __init__(self) -> None:
         self.accumulating: list[bool] = []
-        self.checkpoint: dict[str, Any] = {}
         self.starts: list[int | None] = []
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         self.accumulating.append(_compat.is_accumulating(trainer))
-        self.checkpoint = _compat.dump_checkpoint(trainer)
         self.starts.append(trainer.datamodule.train_sampler.start)
         if len(self.starts) == 2:
             _compat.restart_train_iteration(trainer)
@@ -46,14 +43,6 @@ def watched() -> Watch:
 
 def test_is_accumulating_is_false_exactly_after_an_optimizer_step() -> None:
     assert watched().accumulating == [True, True, False, True, False]
-
-
-def test_dump_checkpoint_holds_all_that_a_file_would() -> None:
-    checkpoint = watched().checkpoint
-    assert {"state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks"} <= set(
-        checkpoint
-    )
-    assert all(isinstance(value, torch.Tensor) for value in checkpoint["state_dict"].values())
 
 
 def test_restart_train_iteration_makes_the_sampler_read_the_position_again() -> None:

@@ -38,6 +38,19 @@ def test_attention_implementation_is_passed_on() -> None:
     assert model.config._attn_implementation == "eager"
 
 
+def test_revision_reaches_the_check_and_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cached revision must not be looked for under 'main', nor another one be loaded."""
+    seen = []
+    checked = "lightning_align.pretrained.resolve_pretrained"
+    monkeypatch.setattr(checked, lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr(
+        "lightning_align.pretrained.AutoModelForCausalLM.from_pretrained",
+        lambda name, **options: seen.append((name, options["revision"])) or nn.Linear(1, 1),
+    )
+    build_model("acme/m", where="T", revision="v2")
+    assert seen == [("T", "model", "acme/m", "v2"), ("acme/m", "v2")]
+
+
 def test_module_is_used_as_it_is() -> None:
     module = nn.Linear(2, 2).eval()
     assert build_model(module, where="T") is module

@@ -41,7 +41,6 @@ Table = dict[str, tuple[float | None, float]]  # metric -> (before, after)
 Rule = Callable[[list[dict[str, str]]], float]  # preference pairs -> accuracy
 Fit = Callable[[Sequence[str]], LightningCLI]  # the command line as a function of its arguments
 
-BETA = 0.5  # as in dpo.yaml, for rewards on the same scale
 PROMPT_TOKENS, COMPLETION_TOKENS = 32, 96
 SAMPLED_PROMPTS = 64  # held-out prompts that the KL divergence is estimated on
 
@@ -153,12 +152,14 @@ def run_demo(fit: Fit, *, fast: bool, output: Path, seed: int) -> Report:
         write_jsonl(pairs[name], output / f"pairs/{name}.jsonl")
 
     _say("3/3  Aligning with DPO")
-    _stage("dpo", fit, size, output, seed)
-    after = build_model(str(output / "dpo/model"), where="demo")
+    module = _stage("dpo", fit, size, output, seed).model
+    assert isinstance(module, DPOModule)
+    after = build_model(str(output / "dpo/model"), where="demo")  # what a user would load
 
     _say("Report")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    table = _compare(before, after, text, output, seed)
+    aligned = DPOModule(after, ref_model=before, beta=module.beta, loss_type=module.loss_type)
+    table = _compare(before, aligned, text, output)
     perplexities, accuracies = _yardsticks(before, text, pairs, seed)
     report = Report(table, perplexities, accuracies)
     (output / "report.json").write_text(json.dumps(asdict(report), indent=2), encoding="utf-8")
@@ -197,33 +198,34 @@ def _stage(name: str, fit: Fit, size: Size, output: Path, seed: int) -> Lightnin
     return cli
 
 
-def _compare(
-    before: nn.Module, after: nn.Module, text: TextDataModule, output: Path, seed: int
-) -> Table:
-    preferences = PreferenceDataModule(
-        [str(output / "pairs/train.jsonl")],
-        text.tokenizer,
-        val_paths=[str(output / "pairs/val.jsonl")],
-        batch_size=32,
-        max_length=PROMPT_TOKENS + COMPLETION_TOKENS,
-        append_eos=False,
+def _compare(before: nn.Module, aligned: DPOModule, text: TextDataModule, run: Path) -> Table:
+    """Both models on held-out text, and the aligned one on the pairs of both splits."""
+    accuracies, margins = {}, {}
+    for split in ("train", "val"):
+        pairs = PreferenceDataModule(
+            [str(run / "pairs/train.jsonl")],
+            text.tokenizer,
+            val_paths=[str(run / f"pairs/{split}.jsonl")],
+            batch_size=32,
+            max_length=PROMPT_TOKENS + COMPLETION_TOKENS,
+            append_eos=False,
+        )
+        metrics = _validate(aligned, pairs)
+        accuracies[split] = metrics["val_rewards/accuracies"]
+        margins[split] = metrics["val_rewards/margins"]
+    assert isinstance(pairs.val_dataset, PreferenceDataset)  # the held-out pairs: they came last
+    prompts = np.stack([pair.prompt for pair in pairs.val_dataset.pairs[:SAMPLED_PROMPTS]])
+    kl = kl_divergence(aligned.model, before, text.tokenizer, torch.tensor(prompts), text.seed)
+    perplexity_before, perplexity_after = (
+        _validate(PretrainModule(model), text)["val_perplexity"]
+        for model in (before, aligned.model)
     )
-    aligned = DPOModule(after, ref_model=before, beta=BETA)
-    held_out = _validate(aligned, preferences)
-    preferences.val_dataset = preferences.train_dataset
-    trained = _validate(aligned, preferences)
-    perplexities = [
-        _validate(PretrainModule(model), text)["val_perplexity"] for model in (before, after)
-    ]
-    assert isinstance(preferences.val_dataset, PreferenceDataset)
-    prompts = [pair.prompt for pair in preferences.val_dataset.pairs[:SAMPLED_PROMPTS]]
-    kl = kl_divergence(after, before, text.tokenizer, torch.tensor(np.stack(prompts)), seed)
     return {
-        "validation perplexity": (perplexities[0], perplexities[1]),
-        "preference accuracy, training pairs": (None, trained["val_rewards/accuracies"]),
-        "preference accuracy, held-out chapters": (None, held_out["val_rewards/accuracies"]),
-        "reward margin, training pairs": (0.0, trained["val_rewards/margins"]),
-        "reward margin, held-out chapters": (0.0, held_out["val_rewards/margins"]),
+        "validation perplexity": (perplexity_before, perplexity_after),
+        "preference accuracy, training pairs": (None, accuracies["train"]),
+        "preference accuracy, held-out chapters": (None, accuracies["val"]),
+        "reward margin, training pairs": (0.0, margins["train"]),
+        "reward margin, held-out chapters": (0.0, margins["val"]),
         "KL to the reference, nats per token": (0.0, kl),
     }
 
@@ -239,9 +241,7 @@ def kl_divergence(
     """KL(policy || reference) in nats per token, estimated on the policy's own samples."""
     torch.manual_seed(seed)
     new_BT = continue_prompts(policy.eval(), tokenizer, prompts_BT, COMPLETION_TOKENS)
-    rows = torch.cat([prompts_BT, new_BT], dim=1)
-    completion = torch.zeros_like(rows)
-    completion[:, prompts_BT.shape[1] :] = 1
+    rows, completion = _completed(prompts_BT, new_BT)
     with torch.no_grad():
         layers = [find_layers(model.eval()) for model in (policy, reference)]
         ours, theirs = (
@@ -283,15 +283,24 @@ def longer_text_accuracy(pairs: Sequence[dict[str, str]]) -> float:
 
 def likelihood_accuracy(model: nn.Module, tokenizer: Any, pairs: Sequence[dict[str, str]]) -> float:
     """How often a model finds the chosen continuation more likely than the rejected one."""
+    prompts, chosen, rejected = (
+        torch.tensor([tokenizer.encode(pair[column]) for pair in pairs])
+        for column in ("prompt", "chosen", "rejected")
+    )
     logps = []
-    for side in ("chosen", "rejected"):
-        prompts = torch.tensor([tokenizer.encode(pair["prompt"]) for pair in pairs])
-        rows = torch.cat([prompts, torch.tensor([tokenizer.encode(p[side]) for p in pairs])], 1)
-        completion = torch.zeros_like(rows)
-        completion[:, prompts.shape[1] :] = 1
+    for side in (chosen, rejected):
+        rows, completion = _completed(prompts, side)
         with torch.no_grad():
             logps.append(sequence_logps(model.eval(), rows, torch.ones_like(rows), completion))
     return float((logps[0] > logps[1]).float().mean())
+
+
+def _completed(
+    prompts_BT: torch.Tensor, completions_BT: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts with their completions, and the completion mask of the rows."""
+    parts = [torch.zeros_like(prompts_BT), torch.ones_like(completions_BT)]
+    return torch.cat([prompts_BT, completions_BT], dim=1), torch.cat(parts, dim=1)
 
 
 def _samples(

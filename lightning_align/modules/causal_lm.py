@@ -26,8 +26,7 @@ from lightning_align.layers import ModelLayers, checkpoint_blocks, find_layers
 from lightning_align.pretrained import build_model, plain_model, save_pretrained
 from lightning_align.run.exact_resume import ExactResume
 
-# name -> (sum, weight), whose quotient is the mean to log. "loss" also weighs the gradient;
-# "tokens" counts.
+# name -> (sum, weight), whose quotient is the mean to log; "loss" weighs the gradient, too.
 Sums = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -41,7 +40,7 @@ class CausalLMModule(pl.LightningModule, ABC):
             betas=(0.9, 0.95)).
         lr_scheduler: Builds a scheduler from the optimizer; it steps after every optimizer step.
         activation_checkpointing: Whether blocks recompute their activations in backward.
-        chunk_size: Rows of logits computed at a time; None picks about 32 MB worth.
+        chunk_size: Rows of logits computed at a time; None picks about 24 MB worth on a CPU.
         dtype: Data type of the parameters when the model is loaded or built here.
         attn_implementation: Attention kernel by transformers' name.
         revision: Branch, tag or commit when the model is a hub name.
@@ -85,9 +84,8 @@ class CausalLMModule(pl.LightningModule, ABC):
         self.layers: ModelLayers = find_layers(self.model)
         if activation_checkpointing:
             checkpoint_blocks(self.layers)
-        self._tokens_seen = torch.zeros((), dtype=torch.float64)
-        # Sums of the open accumulation window; ExactResume saves and restores them with the
-        # gradients.
+        self._tokens_seen = torch.zeros((), dtype=torch.int64)
+        # Sums of the open accumulation window; ExactResume saves them with the gradients.
         self.accumulated: dict[str, Tensor] = {}
         self._evaluated: dict[str, Tensor] = {}
         self._window_start: float | None = None
@@ -174,8 +172,7 @@ class CausalLMModule(pl.LightningModule, ABC):
     @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         means, weights = self._means(self.accumulated)
-        # Undo the two means that Lightning and DDP take, then divide by the true weight of the
-        # window.
+        # Undo the means that Lightning and DDP take, and divide by the window's true weight.
         averaged_over = self.trainer.world_size * self.trainer.accumulate_grad_batches
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         torch._foreach_mul_(gradients, averaged_over / weights["loss"])
@@ -191,7 +188,7 @@ class CausalLMModule(pl.LightningModule, ABC):
         self, means: dict[str, Tensor], grad_norm: Tensor, optimizer: torch.optim.Optimizer
     ) -> None:
         tokens = means.pop("tokens")
-        self._tokens_seen = self._tokens_seen + tokens.double().cpu()
+        self._tokens_seen = self._tokens_seen + tokens.long()  # stays on the device: no sync
         means |= self.derived_metrics(means)
         self.log("train_loss", means.pop("loss"), prog_bar=True)
         self.log_dict({self.train_prefix + name: value for name, value in means.items()})

@@ -48,7 +48,7 @@ class DPOModule(CausalLMModule):
         optimizer: Builds the optimizer from named parameter groups; default AdamW(lr=3e-4,
             betas=(0.9, 0.95)).
         lr_scheduler: Builds a scheduler from the optimizer; it steps after every optimizer step.
-        chunk_size: Rows of logits computed at a time; None picks about 24 MB worth.
+        chunk_size: Rows of logits computed at a time; None picks about 24 MB worth on a CPU.
         activation_checkpointing: Whether blocks recompute their activations in backward.
         dtype: Data type of the parameters when a model is loaded or built here.
         attn_implementation: Attention kernel by transformers' name; None leaves the choice to

@@ -33,7 +33,7 @@ class PretrainModule(CausalLMModule):
         z_loss: Weight of the squared log-partition, 1e-4 in PaLM (arXiv:2204.02311, section 5).
         label_smoothing: Probability mass spread evenly over the vocabulary, from 0 up to but below
             1.
-        chunk_size: Rows of logits computed at a time; None picks about 32 MB worth.
+        chunk_size: Rows of logits computed at a time; None picks about 24 MB worth on a CPU.
         activation_checkpointing: Whether blocks recompute their activations in backward.
         dtype: Data type of the parameters when the model is loaded or built here.
         attn_implementation: Attention kernel by transformers' name; None leaves the choice to

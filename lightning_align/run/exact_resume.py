@@ -36,8 +36,8 @@ class ExactResume(pl.Callback):
         >>> callback = ExactResume(seed=1)
 
     Note: the order of the data must follow the position too: use our datamodules, or a DataLoader
-        with
-    ``lightning_align.data.PositionSampler``. Epoch means of logged values are outside the contract.
+    with ``lightning_align.data.PositionSampler``. Epoch means of logged values are outside the
+    contract.
     """
 
     def __init__(self, seed: int | None = None) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_align._compat import is_accumulating
+from lightning_align._errors import argument_error
 
 
 def is_safe_point(trainer: pl.Trainer) -> bool:
@@ -33,9 +34,8 @@ def capture_accumulation(
 ) -> list[dict[str, dict[str, Tensor]]]:
     """The open accumulation window of every rank, or an empty list when no gradient is waiting.
 
-    Collective: every rank must call it. Ranks hold different gradients until the window closes, and
-        the
-    checkpoint is written by rank 0 alone, so they are gathered.
+    Collective: every rank must call it. Ranks hold different gradients until the window closes,
+    and the checkpoint is written by rank 0 alone, so they are gathered.
     """
     if not is_accumulating(trainer):
         return []
@@ -67,10 +67,13 @@ def restore_accumulation(
     if not windows:
         return
     if len(windows) != trainer.world_size:
-        raise ValueError(
-            f"ExactResume(world_size={trainer.world_size}): the checkpoint was written in"
-            f" mid-accumulation by {len(windows)} rank(s), whose gradients cannot be redistributed."
-            " Resume with as many ranks, or from a checkpoint written at an optimizer step."
+        raise argument_error(
+            "ExactResume",
+            "world_size",
+            trainer.world_size,
+            f"the checkpoint was written in mid-accumulation by {len(windows)} rank(s), whose"
+            " gradients cannot be redistributed",
+            "Resume with as many ranks, or from a checkpoint written at an optimizer step",
         )
     window = windows[trainer.global_rank]
     parameters = dict(pl_module.named_parameters())

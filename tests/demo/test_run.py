@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_align.demo.run import kl_divergence, likelihood_accuracy
+from lightning_align.demo.run import SAMPLED_PROMPTS, kl_divergence, likelihood_accuracy
 from tests.helpers.wandb_reader import read_wandb_run
+
+KL = "KL to the reference, nats per token"
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,25 @@ def test_folders_load_and_differ(output: Path) -> None:
     saved = AutoModelForCausalLM.from_pretrained(output / "pretrain/model").state_dict()
     for name, value in saved.items():
         torch.testing.assert_close(value, checkpoint["state_dict"][f"model.{name}"])
+
+
+def test_reported_divergence_is_of_held_out_prompts(output: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(output / "dpo/model")
+    after, before = (
+        AutoModelForCausalLM.from_pretrained(output / stage / "model")
+        for stage in ("dpo", "pretrain")
+    )
+    expected = {}
+    for split in ("train", "val"):
+        lines = (output / f"pairs/{split}.jsonl").read_text().splitlines()[:SAMPLED_PROMPTS]
+        prompts = torch.tensor([tokenizer.encode(json.loads(line)["prompt"]) for line in lines])
+        expected[split] = kl_divergence(after, before, tokenizer, prompts, 0)
+    report = json.loads((output / "report.json").read_text())
+    # The number of threads may change the last bits.
+    assert report["table"][KL][1] == pytest.approx(expected["val"], rel=1e-3)
+    assert report["table"][KL][1] != pytest.approx(expected["train"], rel=1e-3)
 
 
 @pytest.mark.parametrize(
