@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from lightning_align.callbacks.metric_plot import MetricPlot
     from lightning_align.callbacks.save_pretrained import SavePretrained
     from lightning_align.layers import ModelLayers, find_layers
-    from lightning_align.modules.datamodules import PreferenceDataModule, TextDataModule
     from lightning_align.modules.dpo import DPOModule
+    from lightning_align.modules.preference_data import PreferenceDataModule
     from lightning_align.modules.pretrain import PretrainModule
+    from lightning_align.modules.text_data import TextDataModule
     from lightning_align.run.exact_resume import ExactResume
 
 __version__ = "0.1.0"
@@ -41,10 +42,10 @@ _HOMES = {
     "ExactResume": "lightning_align.run.exact_resume",
     "MetricPlot": "lightning_align.callbacks.metric_plot",
     "ModelLayers": "lightning_align.layers",
-    "PreferenceDataModule": "lightning_align.modules.datamodules",
+    "PreferenceDataModule": "lightning_align.modules.preference_data",
     "PretrainModule": "lightning_align.modules.pretrain",
     "SavePretrained": "lightning_align.callbacks.save_pretrained",
-    "TextDataModule": "lightning_align.modules.datamodules",
+    "TextDataModule": "lightning_align.modules.text_data",
     "find_layers": "lightning_align.layers",
 }
 _ROOMS = ("data", "layers", "losses", "run")

@@ -11,9 +11,10 @@ from typing_extensions import override
 from lightning_align.callbacks.metric_plot import MetricPlot
 from lightning_align.callbacks.save_pretrained import SavePretrained
 from lightning_align.demo.run import main as demo
-from lightning_align.modules.datamodules import PreferenceDataModule, TextDataModule
 from lightning_align.modules.dpo import DPOModule
+from lightning_align.modules.preference_data import PreferenceDataModule
 from lightning_align.modules.pretrain import PretrainModule
+from lightning_align.modules.text_data import TextDataModule
 from lightning_align.run.exact_resume import ExactResume
 
 __all__ = [

@@ -60,19 +60,39 @@ class InputFile:
                 self._refuse_binary(chunk)
                 yield chunk
 
-    def records(self, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-        """Number (from 1) and columns of each line of a JSONL file; blank lines are passed over.
+    def records(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Place (such as "line 7") and content of each record; blank lines are passed over.
 
         Raises:
-            ValueError: If a line is not a JSON object that holds text in all ``columns``.
+            ValueError: If the file does not hold records, or a line is not a JSON object.
         """
+        if self.suffix != ".jsonl":
+            way_out = "A compression may follow, as in .jsonl.gz"
+            raise self.error("the name of a file must end in .jsonl", way_out)
         with self._open_text() as stream:
             for number, line in enumerate(stream, start=1):
                 self._refuse_binary(line)
                 if not line.isspace():
-                    yield number, self._record(number, line, columns)
+                    yield f"line {number}", self._record(number, line)
 
-    def _record(self, number: int, line: str, columns: Sequence[str]) -> dict[str, str]:
+    def text_columns(
+        self, place: str, record: dict[str, Any], columns: Sequence[str]
+    ) -> dict[str, str]:
+        """The ``columns`` of a record, all of them text.
+
+        Raises:
+            ValueError: If a column is missing or holds anything else.
+        """
+        for column in columns:
+            if column not in record:
+                found = ", ".join(map(repr, record)) or "none"
+                raise self.error(f"{place} has no column {column!r}; columns found: {found}")
+            if not isinstance(record[column], str):
+                found = type(record[column]).__name__
+                raise self.error(f"{place}: column {column!r} must be text, not {found}")
+        return {column: record[column] for column in columns}
+
+    def _record(self, number: int, line: str) -> dict[str, Any]:
         try:
             record = json.loads(line.rstrip("\n"))
         except json.JSONDecodeError as error:
@@ -81,14 +101,7 @@ class InputFile:
         if not isinstance(record, dict):
             found = type(record).__name__
             raise self.error(f"line {number} must be a JSON object, but it is a {found}")
-        for column in columns:
-            if column not in record:
-                found = ", ".join(map(repr, record)) or "none"
-                raise self.error(f"line {number} has no column {column!r}; columns found: {found}")
-            if not isinstance(record[column], str):
-                found = type(record[column]).__name__
-                raise self.error(f"line {number}: column {column!r} must be text, not {found}")
-        return {column: record[column] for column in columns}
+        return record
 
     def _refuse_binary(self, text: str) -> None:
         if "\0" in text:

@@ -120,9 +120,6 @@ def read_pairs(
     pairs: list[Pair] = []
     dropped: Counter[str] = Counter()
     for file in files:
-        if file.suffix != ".jsonl":
-            way_out = "A compression may follow, as in .jsonl.gz"
-            raise file.error("the name of a file must end in .jsonl", way_out)
         number = len(pairs) + dropped.total()
         for pair in _tokenise(file, tokenizer):
             usable = _fit(pair, max_length, tokenizer.eos_token_id if append_eos else None)
@@ -174,7 +171,7 @@ def _tokenise(file: InputFile, tokenizer: Any) -> Iterator[Pair]:
     begin = [tokenizer.bos_token_id]
     if encode(tokenizer, [""], add_special_tokens=True)[0][:1] != begin:
         begin = []  # this tokenizer does not begin a text with a token of its own
-    records = (record for _, record in file.records(COLUMNS))
+    records = (file.text_columns(place, record, COLUMNS) for place, record in file.records())
     while batch := list(islice(records, BATCH_PAIRS)):
         columns = [encode(tokenizer, [record[column] for record in batch]) for column in COLUMNS]
         for prompt, chosen, rejected in zip(*columns, strict=True):

@@ -13,8 +13,8 @@ duplicates data or crashes with a custom ``batch_sampler``; this one it leaves a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 import torch
@@ -24,7 +24,20 @@ from lightning_align._errors import argument_error
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from torch import Tensor
     from torch.utils.data import Dataset
+
+
+class BatchDataset(Protocol):
+    """A dataset that is indexed with the sampler's *lists* of indices and returns batches."""
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        ...
+
+    def __getitem__(self, indices: Sequence[int], /) -> dict[str, Tensor]:
+        """The batch of the samples ``indices``; a negative one is ``padding``."""
+        ...
 
 
 def padding(index: int) -> int:

@@ -63,8 +63,8 @@ class TextSource:
 
     def _documents(self) -> Iterator[Iterable[str]]:
         if self.file.suffix == ".jsonl":
-            for _, record in self.file.records([self.text_column]):
-                yield [record[self.text_column]]
+            for place, record in self.file.records():
+                yield self.file.text_columns(place, record, [self.text_column]).values()
         elif self.document_pattern is None:
             yield self.file.chunks()
         else:

@@ -32,9 +32,10 @@ from lightning_align.demo.pairs import Tokens, continue_prompts, make_pairs, wri
 from lightning_align.demo.report import before_after_table, sample_block
 from lightning_align.layers import find_layers
 from lightning_align.losses import completion_logps, sequence_logps
-from lightning_align.modules.datamodules import PreferenceDataModule, TextDataModule
 from lightning_align.modules.dpo import DPOModule
+from lightning_align.modules.preference_data import PreferenceDataModule
 from lightning_align.modules.pretrain import PretrainModule
+from lightning_align.modules.text_data import TextDataModule
 from lightning_align.pretrained import build_model
 
 Table = dict[str, tuple[float | None, float]]  # metric -> (before, after)

@@ -4,6 +4,7 @@ The datamodule owns the position n: it hands it to the sampler, saves it with ev
 refuses a checkpoint of a run whose batches were others.
 """
 
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,10 +14,10 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_align._errors import argument_error
-from lightning_align.data.packing import PackedDataset
-from lightning_align.data.preference import PreferenceDataset
-from lightning_align.data.sampler import PositionSampler
+from lightning_align.data.sampler import BatchDataset, PositionSampler
 from lightning_align.run.position import batches_consumed
+
+Paths = str | Path | list[str]
 
 
 class PositionedDataModule(pl.LightningDataModule):
@@ -49,8 +50,8 @@ class PositionedDataModule(pl.LightningDataModule):
         self.num_workers = num_workers
         self.skipped = 0
         self.fingerprint = ""
-        self.train_dataset: PackedDataset | PreferenceDataset | None = None
-        self.val_dataset: PackedDataset | PreferenceDataset | None = None
+        self.train_dataset: BatchDataset | None = None
+        self.val_dataset: BatchDataset | None = None
         self.train_sampler: PositionSampler | None = None
 
     @property
@@ -143,7 +144,7 @@ class PositionedDataModule(pl.LightningDataModule):
         return (ranks["num_replicas"], ranks["rank"]) if ranks else (1, 0)
 
     def _loader(
-        self, dataset: PackedDataset | PreferenceDataset, sampler: PositionSampler
+        self, dataset: BatchDataset, sampler: PositionSampler
     ) -> DataLoader[dict[str, Tensor]]:
         trainer = self.trainer
         overfit = getattr(trainer, "overfit_batches", 0)
@@ -153,7 +154,7 @@ class PositionedDataModule(pl.LightningDataModule):
             raise argument_error("Trainer", "overfit_batches", overfit, rule, way_out)
         on_cuda = trainer is not None and trainer.strategy.root_device.type == "cuda"
         return DataLoader(
-            dataset,
+            dataset,  # type: ignore[arg-type]  # torch only ever indexes it
             sampler=sampler,
             batch_size=None,  # the sampler's items are batches
             num_workers=self.num_workers,
@@ -164,3 +165,8 @@ class PositionedDataModule(pl.LightningDataModule):
         if not 0 <= val_fraction < 1:
             rule = "must be in [0, 1)"
             raise argument_error(self._name, "val_fraction", val_fraction, rule)
+
+
+def plain_paths(paths: Paths) -> list[str]:
+    """``paths`` as a list of plain text: a checkpoint loads with ``weights_only=True``."""
+    return [str(path) for path in (paths if isinstance(paths, list) else [paths])]

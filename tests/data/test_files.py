@@ -112,7 +112,7 @@ def test_binary_files(tmp_path, content, message):
         (tmp_path / name).write_bytes(content)
         [file] = find(f"{tmp_path}/{name}")
         with pytest.raises(ValueError, match=message) as failure:
-            read(file) if name == "a.txt" else list(file.records(["text"]))
+            read(file) if name == "a.txt" else list(file.records())
         assert name in str(failure.value)
 
 
@@ -134,12 +134,15 @@ def test_a_text_that_is_not_compressed_as_its_name_says(tmp_path):
 def records(tmp_path, content, columns=("text",)):
     (tmp_path / "a.jsonl").write_text(content)
     [file] = find(f"{tmp_path}/a.jsonl")
-    return list(file.records(columns))
+    return [(place, file.text_columns(place, record, columns)) for place, record in file.records()]
 
 
 def test_records_keep_their_line_numbers_and_the_columns_asked_for(tmp_path):
     lines = [json.dumps({"text": "a\nb", "id": 1}), "", json.dumps({"text": "c"})]
-    assert records(tmp_path, "\n".join(lines)) == [(1, {"text": "a\nb"}), (3, {"text": "c"})]
+    assert records(tmp_path, "\n".join(lines)) == [
+        ("line 1", {"text": "a\nb"}),
+        ("line 3", {"text": "c"}),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import torch
 from jsonargparse import ArgumentParser
 
 from lightning_align.data.tokenizer import train_tokenizer
-from lightning_align.modules.datamodules import PreferenceDataModule, TextDataModule
+from lightning_align.modules.preference_data import PreferenceDataModule
+from lightning_align.modules.text_data import TextDataModule
 from tests.helpers.byte_tokenizer import ByteTokenizer
 from tests.helpers.recorder import Recorder, recorded, samples, trainer
 

@@ -1,0 +1,100 @@
+"""Preference pairs to align with, as a Lightning datamodule."""
+
+from pathlib import Path
+from typing import Any
+
+from typing_extensions import override
+
+from lightning_align._errors import argument_error
+from lightning_align.data.files import find_files
+from lightning_align.data.preference import Pair, hold_out_prompts, pair_dataset, read_pairs
+from lightning_align.data.tokenizer import load_tokenizer
+from lightning_align.modules.positioned import Paths, PositionedDataModule, plain_paths
+
+
+class PreferenceDataModule(PositionedDataModule):
+    """Preference pairs from JSONL files with the text columns prompt, chosen and rejected.
+
+    A batch is {input_ids, attention_mask, completion_mask}, the chosen completions in its first
+    half of rows and the rejected ones in its second. Pairs that can teach nothing are dropped with
+    a warning.
+
+    Args:
+        paths: File, glob or list of them; .jsonl, also compressed (.gz, .xz, .bz2), local or at any
+            fsspec URL.
+        tokenizer: Folder or hub name of a tokenizer, or a transformers tokenizer.
+        batch_size: Pairs per batch and rank.
+        max_length: Tokens that a prompt and a completion may have together; longer completions are
+            cut.
+        val_paths: Files to validate on, named as in paths; None holds out part of the prompts.
+        val_fraction: Part of the prompts held out if there are no val_paths; 0 for no validation.
+        append_eos: Whether to close each completion with the end-of-text token.
+        seed: Seed of the order of the pairs and of the choice of held-out prompts.
+        num_workers: Processes that load batches; 0 loads them in the training process.
+
+    Attributes:
+        tokenizer: The transformers tokenizer, after ``setup``.
+
+    Raises:
+        ValueError: If a number is out of its range.
+
+    Example:
+        >>> data = PreferenceDataModule("pairs.jsonl", "path/of/a/tokenizer", max_length=512)
+    """
+
+    def __init__(
+        self,
+        paths: Paths,
+        tokenizer: str | Any,
+        *,
+        batch_size: int = 8,
+        max_length: int = 1024,
+        val_paths: Paths | None = None,
+        val_fraction: float = 0.0,
+        append_eos: bool = True,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(batch_size, seed, num_workers)
+        self._check_val_fraction(val_fraction)
+        if max_length < 2:
+            rule = "must be at least 2: a token of the prompt and one of a completion"
+            raise argument_error(self._name, "max_length", max_length, rule)
+        # Plain text and numbers only: a checkpoint loads with weights_only=True.
+        paths, val_paths = plain_paths(paths), plain_paths(val_paths or [])
+        tokenizer = str(tokenizer) if isinstance(tokenizer, Path) else tokenizer
+        given = not isinstance(tokenizer, str)
+        self.save_hyperparameters(ignore=["tokenizer"] if given else [], logger=False)
+        self.paths: list[str] = paths
+        self.val_paths: list[str] = val_paths
+        self.max_length = max_length
+        self.val_fraction = val_fraction
+        self.append_eos = append_eos
+        self.tokenizer: Any = tokenizer if given else None
+        self._tokenizer_argument = tokenizer
+
+    @override
+    def prepare_data(self) -> None:
+        """Load the tokenizer (one process of each node), so that it is in the cache for all."""
+        self.tokenizer = load_tokenizer(self._name, self._tokenizer_argument)
+
+    @override
+    def setup(self, stage: str | None = None) -> None:
+        """Read and tokenise the pairs (every process, once)."""
+        if self.train_dataset is not None:
+            return
+        self.tokenizer = load_tokenizer(self._name, self._tokenizer_argument)
+        train, val = self._read("paths", self.paths), []
+        if self.val_paths:
+            val = self._read("val_paths", self.val_paths)
+        else:
+            train, val = hold_out_prompts(self._name, train, self.val_fraction, self.seed)
+        self.train_dataset = pair_dataset(train, self.tokenizer)
+        self.val_dataset = pair_dataset(val, self.tokenizer) if val else None
+        self.fingerprint = f"pairs {self.train_dataset.content}"
+
+    def _read(self, argument: str, paths: list[str]) -> list[Pair]:
+        files = find_files(self._name, argument, paths)
+        return read_pairs(
+            files, self.tokenizer, max_length=self.max_length, append_eos=self.append_eos
+        )
