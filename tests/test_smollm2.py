@@ -1,0 +1,126 @@
+"""A real language model through the whole job: load, generate, one DPO step, export, reload.
+
+SmolLM2-135M-Instruct, dequantised from 4 bits (tests/helpers/smollm2.py). Needs PyPI once.
+"""
+
+import csv
+import lzma
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from lightning_align import DPOModule, PreferenceDataModule, PretrainModule
+from lightning_align.data.corpora import embedded_path
+from lightning_align.demo.pairs import make_pairs, write_jsonl
+from tests.helpers.smollm2 import smollm2_folder
+
+pytestmark = pytest.mark.slow
+
+GENESIS = (
+    "In the beginning God created the heaven and the earth. And the earth was without form, and"
+    " void; and darkness was upon the face of the deep. And the Spirit of God moved upon the face"
+    " of the waters."
+)
+
+
+@pytest.fixture(scope="module")
+def folder() -> str:
+    return str(smollm2_folder())
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: str) -> Any:
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def module(folder: str) -> PretrainModule:
+    """As it was loaded; tests that train load their own."""
+    return PretrainModule(folder)
+
+
+@pytest.fixture
+def scratch(tmp_path: Path) -> Iterator[Path]:
+    """Gigabytes that pytest would keep for three runs."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
+def fit(
+    module: pl.LightningModule, data: pl.LightningDataModule, scratch: Path, steps: int
+) -> tuple[pl.Trainer, list[dict[str, float]]]:
+    """Train; what was logged at each step."""
+    trainer = pl.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=CSVLogger(str(scratch), name="", version="logs"),
+        log_every_n_steps=1,
+        gradient_clip_val=1.0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, data)
+    with (scratch / "logs/metrics.csv").open() as lines:
+        logged = list(csv.DictReader(lines))
+    return trainer, [{name: float(value) for name, value in row.items()} for row in logged]
+
+
+def small_steps(parameters: Any) -> torch.optim.Optimizer:
+    """The default rate is made for random weights, and would undo what these have learned."""
+    return torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.0)
+
+
+def logits(model: Any, tokenizer: Any) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(**tokenizer(GENESIS, return_tensors="pt")).logits
+
+
+def test_generates_what_it_has_learned(module: PretrainModule, tokenizer: Any) -> None:
+    prompt = tokenizer("The capital of Italy is", return_tensors="pt")
+    answer = module.model.generate(**prompt, max_new_tokens=1, do_sample=False)[0, -1]
+    assert tokenizer.decode(answer) == " Rome"
+
+
+def test_knows_the_bible(module: PretrainModule, tokenizer: Any) -> None:
+    """Wrong rotary order or a wrong head makes thousands of it, not ten."""
+    ids = tokenizer(GENESIS, return_tensors="pt").input_ids
+    nll = module.eval().predict_step({"input_ids": ids, "labels": ids}, 0)
+    module.train()
+    assert nll.exp().item() < 20
+    # The chunked head against transformers' own loss, over 49,152 tokens in fp32.
+    theirs = module.model(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(nll[0], theirs, rtol=1e-5, atol=0)
+
+
+def test_dpo_learns_the_author_from_the_models_own_samples(
+    folder: str, tokenizer: Any, scratch: Path
+) -> None:
+    """The step-0 loss is log 2, as policy and reference are the same; one step improves it."""
+    module = DPOModule(folder, optimizer=small_steps)
+    with lzma.open(embedded_path("pride_and_prejudice"), "rt", encoding="utf-8") as text:
+        novel = np.array(tokenizer.encode(text.read(20_000)))
+    sizes = {"prompt_tokens": 24, "completion_tokens": 24}
+    pairs = make_pairs(module.model, tokenizer, [novel], num_pairs=4, batch_size=4, **sizes)
+    write_jsonl(pairs, scratch / "pairs.jsonl")
+    data = PreferenceDataModule(
+        scratch / "pairs.jsonl", folder, batch_size=4, max_length=64, append_eos=False
+    )
+    _, (first, second) = fit(module, data, scratch, steps=2)
+    # fp32 log-probabilities of 24 tokens: the two models differ in the last bits at most.
+    assert first["train_loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert 0 <= first["rewards/accuracies"] <= 1
+    assert second["train_loss"] < first["train_loss"]
+    assert second["rewards/margins"] > 0
+    assert second["rewards/accuracies"] == 1
+    assert first["tokens_seen"] == 4 * 2 * 24
