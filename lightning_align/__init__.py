@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lightning_align import data, layers, losses, run
     from lightning_align.callbacks.metric_plot import MetricPlot
     from lightning_align.callbacks.save_pretrained import SavePretrained
+    from lightning_align.callbacks.token_schedule import TokenSchedule
     from lightning_align.layers import ModelLayers, find_layers
     from lightning_align.modules.dpo import DPOModule
     from lightning_align.modules.preference_data import PreferenceDataModule
@@ -29,6 +30,7 @@ __all__ = [
     "PretrainModule",
     "SavePretrained",
     "TextDataModule",
+    "TokenSchedule",
     "data",
     "find_layers",
     "layers",
@@ -46,6 +48,7 @@ _HOMES = {
     "PretrainModule": "lightning_align.modules.pretrain",
     "SavePretrained": "lightning_align.callbacks.save_pretrained",
     "TextDataModule": "lightning_align.modules.text_data",
+    "TokenSchedule": "lightning_align.callbacks.token_schedule",
     "find_layers": "lightning_align.layers",
 }
 _ROOMS = ("data", "layers", "losses", "run")

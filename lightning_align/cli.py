@@ -10,6 +10,7 @@ from typing_extensions import override
 # Imported so that their short names work in YAML: `class_path: PretrainModule`.
 from lightning_align.callbacks.metric_plot import MetricPlot
 from lightning_align.callbacks.save_pretrained import SavePretrained
+from lightning_align.callbacks.token_schedule import TokenSchedule
 from lightning_align.demo.run import main as demo
 from lightning_align.modules.dpo import DPOModule
 from lightning_align.modules.preference_data import PreferenceDataModule
@@ -26,6 +27,7 @@ __all__ = [
     "PretrainModule",
     "SavePretrained",
     "TextDataModule",
+    "TokenSchedule",
     "main",
 ]
 

@@ -92,8 +92,9 @@ class SequenceData(pl.LightningDataModule):
 class HandWritten(pl.LightningModule):
     """A LightningModule that knows nothing of us."""
 
-    def __init__(self, reads_stepping_batches: bool = False) -> None:
+    def __init__(self, reads_stepping_batches: bool = False, scheduler: bool = True) -> None:
         super().__init__()
+        self.scheduler = scheduler
         self.embedding = nn.Embedding(VOCABULARY, 16)
         self.body = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Dropout(0.3))
         self.head = nn.Linear(32, VOCABULARY)
@@ -111,6 +112,8 @@ class HandWritten(pl.LightningModule):
         optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
         if self.reads_stepping_batches:
             assert self.trainer.estimated_stepping_batches > 0
+        if not self.scheduler:
+            return optimizer
         scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.97)
         return {
             "optimizer": optimizer,
@@ -118,8 +121,8 @@ class HandWritten(pl.LightningModule):
         }
 
 
-def gpt2_module() -> pl.LightningModule:
-    """Our module on GPT-2 with dropout, a clipped gradient and a schedule."""
+def gpt2_module(scheduler: bool = True) -> pl.LightningModule:
+    """Our module on GPT-2 with dropout and a schedule."""
     from transformers import GPT2Config
 
     from lightning_align import PretrainModule
@@ -130,7 +133,9 @@ def gpt2_module() -> pl.LightningModule:
     return PretrainModule(
         config,
         optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-2),
-        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.97),
+        lr_scheduler=(lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.97))
+        if scheduler
+        else None,
     )
 
 
@@ -138,7 +143,16 @@ MODULES = {
     "hand-written": HandWritten,
     "stepping-batches": lambda: HandWritten(reads_stepping_batches=True),
     "gpt2": gpt2_module,
+    "hand-written, no scheduler": lambda: HandWritten(scheduler=False),
+    "gpt2, no scheduler": lambda: gpt2_module(scheduler=False),
 }
+
+
+def callback(name: str, arguments: dict[str, Any]) -> pl.Callback:
+    """One of our callbacks, so that a run can be a program of its own with it."""
+    import lightning_align
+
+    return getattr(lightning_align, name)(**arguments)  # type: ignore[no-any-return]
 
 
 class Recorder(pl.Callback):
@@ -182,6 +196,7 @@ class Run:
     save_every_batch: bool = False
     checkpoint: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
+    callbacks: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> arguments
 
     def fit(self) -> tuple[list[str], str]:
         """Losses as text, one line per batch, and a hash of the final weights."""
@@ -193,6 +208,7 @@ class Run:
         module = MODULES[self.module]()
         path = Path(self.folder, self.name)
         callbacks: list[pl.Callback] = [Recorder(str(path), self.pause_s)]
+        callbacks += [callback(name, options) for name, options in self.callbacks.items()]
         if self.exact_resume:
             callbacks.append(ExactResume())
         if self.checkpoint:
