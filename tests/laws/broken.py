@@ -1,0 +1,201 @@
+"""Members that break a law on purpose: a law that lets them through would be worth nothing."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_align.modules.text_data import TextDataModule
+from tests.laws.members import DATAMODULES, MODULES, HandWritten, Member, spec
+
+HERE = "tests.laws.broken."
+
+
+# Resume
+
+
+class ForgetfulCallback(pl.Callback):
+    """Weakens gradients more and more, by a count that no checkpoint holds."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: nn.Module, optimizer: Any
+    ) -> None:
+        self.count += 1
+        for parameter in pl_module.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= self.count
+
+
+class OwnGenerator(HandWritten):
+    """Draws from a generator that is not reseeded with the position, nor saved."""
+
+    def __init__(self, optimizer: OptimizerCallable, dropout: float = 0.0) -> None:
+        super().__init__(optimizer, dropout)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        return super().loss(batch) * torch.rand((), generator=self.generator)
+
+
+class OrdinaryLoader(TextDataModule):
+    """Shuffles as everybody does: by a generator that goes on from epoch to epoch."""
+
+    def train_dataloader(self) -> Any:
+        dataset = self.train_dataset
+        samples: list[int] = list(range(len(dataset)))  # type: ignore[arg-type]
+        return DataLoader(
+            samples,  # type: ignore[arg-type]
+            batch_size=self.batch_size,
+            shuffle=True,
+            collate_fn=lambda indices: dataset[indices],  # type: ignore[index]
+        )
+
+
+class ForgetfulAdamW(torch.optim.AdamW):
+    """Begins anew with every load."""
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        super().load_state_dict({**state_dict, "state": {}})
+
+
+# Optimizers
+
+
+class NoisyAdamW(torch.optim.AdamW):
+    """Not a function of its gradients."""
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data += 1e-3 * torch.randn_like(parameter)
+        return super().step(closure)
+
+
+class WideningAdamW(torch.optim.AdamW):
+    """Leaves every parameter in double precision."""
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        result = super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data = parameter.data.double()
+        return result
+
+
+class GreedyAdamW(torch.optim.AdamW):
+    """Insists on a gradient for every parameter."""
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        for group in self.param_groups:
+            assert all(parameter.grad is not None for parameter in group["params"])
+        return super().step(closure)
+
+
+class Keepsake:
+    """An object that no safe unpickler knows."""
+
+
+class PicklingAdamW(torch.optim.AdamW):
+    """Keeps something in its state that is neither a tensor nor a number."""
+
+    def state_dict(self) -> Any:
+        return {**super().state_dict(), "keepsake": Keepsake()}
+
+
+class ObligingSGD(torch.optim.SGD):
+    """Takes any state, without a word."""
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        pass
+
+
+# Callbacks, strategies, modules
+
+
+class SecretiveCallback(pl.Callback):
+    """Its state comes back as another one."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"object": id(self)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
+
+
+class Weaken(pl.Callback):
+    """Divides the gradients; not neutral, whatever it says of itself."""
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: nn.Module, optimizer: Any
+    ) -> None:
+        for parameter in pl_module.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= 1000
+
+
+class Sign(pl.Callback):
+    """Keeps the signs of the gradients: before Weaken it is not what it is after it."""
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: nn.Module, optimizer: Any
+    ) -> None:
+        for parameter in pl_module.parameters():
+            if parameter.grad is not None:
+                parameter.grad.sign_()
+
+
+class Louder(SingleDeviceStrategy):
+    """Hands another gradient to the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__(device="cpu")
+
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        closure_loss.register_hook(lambda gradient: 2 * gradient)
+
+
+class Unsynchronised(DDPStrategy):
+    """Every rank learns from its own batches only."""
+
+    def __init__(self) -> None:
+        super().__init__(start_method="fork", find_unused_parameters=False)
+
+    def configure_ddp(self) -> None:
+        pass
+
+
+class OtherUnderYaml(HandWritten):
+    """Learns something else when a command line has built it."""
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        return super().loss(batch) * (2.0 if self.hparams else 1.0)
+
+    def __init__(self, optimizer: OptimizerCallable, dropout: float = 0.0) -> None:
+        super().__init__(optimizer, dropout)
+        from lightning_align._compat import built_by_cli
+
+        if built_by_cli():
+            self.save_hyperparameters("dropout")
+
+
+def callback(name: str, **init_args: Any) -> Member:
+    return Member(name, spec(HERE + name, **init_args))
+
+
+_module = MODULES[-1]  # the hand-written one
+_data = DATAMODULES[0]
+
+OWN_GENERATOR = Member("OwnGenerator", spec(HERE + "OwnGenerator", dropout=0.0), sums=False)
+ORDINARY_LOADER = Member("OrdinaryLoader", spec(HERE + "OrdinaryLoader", **_data.spec["init_args"]))
+FORGETFUL_ADAMW = Member("ForgetfulAdamW", spec(HERE + "ForgetfulAdamW", lr=1e-2))
+OTHER_UNDER_YAML = Member("OtherUnderYaml", spec(HERE + "OtherUnderYaml", dropout=0.0))
+SGD = Member("SGD", spec("torch.optim.SGD", lr=0.1))
+LOUDER = Member("Louder", spec(HERE + "Louder"))
+UNSYNCHRONISED = Member("Unsynchronised", spec(HERE + "Unsynchronised"), ranks=2)

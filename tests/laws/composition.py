@@ -1,0 +1,74 @@
+"""docs/composition.md: what the laws found out about every member and every pair of members.
+
+Write it anew with ``make composition``.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+PAGE = Path(__file__).parents[2] / "docs/composition.md"
+WRITE = "WRITE_COMPOSITION"
+
+# (table, row, column) -> cell; filled by the tests as they pass
+FINDINGS: dict[tuple[str, str, str], str] = {}
+
+TABLES = {
+    "Modules and datamodules": "A cell says what was shown with batches of that kind.",
+    "Callbacks and modules": "",
+    "Callbacks": "Each pair, in both orders, on the hand-written module and on GPT-2.",
+    "Callbacks and strategies": "",
+    "Optimizers and modules": "",
+    "Optimizers and strategies": "",
+    "Optimizers alone": "",
+}
+
+HEAD = """# What works with what
+
+This page is written by the tests in `tests/laws`, which run every law over every member: adding an optimizer, a callback, a
+strategy, a datamodule or a module to their lists tests it, alone and in pairs. `make composition` writes the page anew, and the
+test suite fails where it differs from what the laws found.
+
+The models are a GPT-2 in our modules and a hand-written LightningModule that knows nothing of this package.
+
+| word | what a test has shown |
+|---|---|
+| exact | bit-identical: the same losses and final weights as without it, or as with `strategy="auto"` |
+| resumes | a process killed with SIGKILL in mid-epoch or mid-accumulation, and resumed, ends bit-identical to one never stopped |
+| equal | two ranks give the losses of one process with the same global batch, up to the order of summation (1e-5) |
+| any order | bit-identical whichever of the two callbacks comes first |
+| refuses | raises at `setup`, before training, with the reason and the way out |
+"""
+
+
+def note(table: str, row: str, column: str, cell: str) -> None:
+    """Keep a finding; called at the end of a test, so only by one that passed."""
+    assert table in TABLES
+    known = FINDINGS.get((table, row, column))
+    FINDINGS[table, row, column] = cell if known in (None, cell) else f"{known}, {cell}"
+
+
+def render(findings: Mapping[tuple[str, str, str], str]) -> str:
+    """The page."""
+    parts = [HEAD]
+    for table, sentence in TABLES.items():
+        cells = {key[1:]: cell for key, cell in findings.items() if key[0] == table}
+        rows = list(dict.fromkeys(row for row, _ in cells))
+        columns = list(dict.fromkeys(column for _, column in cells))
+        parts.append(f"## {table}\n" + (f"\n{sentence}\n" if sentence else ""))
+        parts.append("\n".join(_lines(cells, rows, columns)) + "\n")
+    return "\n".join(parts)
+
+
+def _lines(
+    cells: Mapping[tuple[str, str], str], rows: Sequence[str], columns: Sequence[str]
+) -> list[str]:
+    head = ["", *columns]
+    body = [[row, *(cells.get((row, column), "") for column in columns)] for row in rows]
+    lines = ["| " + " | ".join(line) + " |" for line in (head, *body)]
+    return [lines[0], "|" + "---|" * len(head), *lines[1:]]
+
+
+def is_written_now() -> bool:
+    """Whether the page is to be written instead of compared."""
+    return bool(os.environ.get(WRITE))

@@ -1,0 +1,187 @@
+"""Every optimizer, callback, strategy, datamodule and module that must keep the laws.
+
+Adding a member is one line in one of the lists at the end; all laws then run over it, alone and in
+pairs, and docs/composition.md gains its row. A member is written as in YAML: a class path and its
+arguments. In strings, ``{data}`` is the folder of the test material and ``{run}`` that of the run.
+"""
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+VOCABULARY = 300
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One row of the matrix.
+
+    Args:
+        name: As docs/composition.md prints it.
+        spec: ``{"class_path": ..., "init_args": ...}``; for a strategy what Trainer takes.
+        batches: Modules and datamodules: the format of the batches, "text" or "pairs".
+        sums: Modules: whether the loss of a step is a sum over its tokens or pairs; a mean weighs
+            unequal batches wrongly, which is Lightning's default.
+        neutral: Callbacks: whether training with it is bit-identical to training without.
+        ranks: Strategies: how many ranks may share a batch.
+        refuses: Name of a member of another list -> what the error at ``setup`` must say.
+        exempt: Name of a law that does not hold -> why. The tests show that it does not.
+    """
+
+    name: str
+    spec: Any
+    batches: str = "text"
+    sums: bool = True
+    neutral: bool = True
+    ranks: int = 1
+    refuses: Mapping[str, str] = field(default_factory=dict)
+    exempt: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def spec(class_path: str, **init_args: Any) -> dict[str, Any]:
+    """A class and its arguments as in YAML."""
+    return {"class_path": class_path, "init_args": init_args}
+
+
+def filled(value: Any, folders: Mapping[str, str]) -> Any:
+    """``value`` with the names of folders put in."""
+    if isinstance(value, str):
+        for name, folder in folders.items():
+            value = value.replace(f"{{{name}}}", folder)
+    elif isinstance(value, dict):
+        return {key: filled(item, folders) for key, item in value.items()}
+    elif isinstance(value, list):
+        return [filled(item, folders) for item in value]
+    return value
+
+
+def without_dropout(value: Any) -> Any:
+    """The same, without dropout: ranks and micro-batches draw other masks than one big batch."""
+    if not isinstance(value, dict):
+        return value
+    return {key: 0.0 if key in DROPOUT else without_dropout(item) for key, item in value.items()}
+
+
+def class_of(described: Mapping[str, Any]) -> Any:
+    module, _, name = described["class_path"].rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def build(described: Any, folders: Mapping[str, str]) -> Any:
+    """What YAML describes, built by calling classes: no command line takes part."""
+    if isinstance(described, dict) and "class_path" in described:
+        arguments = {
+            name: build(value, folders) for name, value in described.get("init_args", {}).items()
+        }
+        built = class_of(described)
+        is_optimizer = issubclass(built, torch.optim.Optimizer)
+        return partial(built, **arguments) if is_optimizer else built(**arguments)
+    return filled(described, folders)
+
+
+class HandWritten(pl.LightningModule):
+    """A LightningModule that knows nothing of us: its own model, loss and optimizer."""
+
+    def __init__(
+        self, optimizer: OptimizerCallable = torch.optim.AdamW, dropout: float = 0.3
+    ) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, 16)
+        self.body = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Dropout(dropout))
+        self.head = nn.Linear(32, VOCABULARY)
+        self.optimizer = optimizer
+
+    def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        logits = self.head(self.body(self.embedding(batch["input_ids"][:, :-1])))
+        return F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        loss = self.loss(batch)
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
+        self.log("val_loss", self.loss(batch))
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer(self.parameters())
+
+
+DROPOUT = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout")
+GPT2 = spec(
+    "transformers.GPT2Config",
+    vocab_size=VOCABULARY,
+    n_positions=48,
+    n_embd=16,
+    n_layer=2,
+    n_head=2,
+    bos_token_id=0,
+    eos_token_id=0,
+    resid_pdrop=0.1,
+    embd_pdrop=0.1,
+    attn_pdrop=0.1,
+)
+OURS = "lightning_align."
+
+MODULES = [
+    Member("PretrainModule", spec(OURS + "PretrainModule", model=GPT2)),
+    Member("DPOModule", spec(OURS + "DPOModule", model=GPT2), batches="pairs"),
+    Member("hand-written", spec("tests.laws.members.HandWritten", dropout=0.3), sums=False),
+]
+
+DATAMODULES = [
+    Member(
+        "TextDataModule",
+        spec(
+            OURS + "TextDataModule",
+            paths="{data}/text.jsonl",
+            tokenizer="{data}/tokenizer",
+            block_size=16,
+            val_fraction=0.2,
+            cache_dir="{data}/cache",
+        ),
+    ),
+    Member(
+        "PreferenceDataModule",
+        spec(
+            OURS + "PreferenceDataModule",
+            paths="{data}/pairs.jsonl",
+            tokenizer="{data}/tokenizer",
+            max_length=32,
+            val_fraction=0.2,
+        ),
+        batches="pairs",
+    ),
+]
+
+OPTIMIZERS = [
+    Member(
+        f"torch AdamW, fused={fused}",
+        spec("torch.optim.AdamW", lr=3e-3, fused=fused),
+        exempt={"a non-finite gradient is skipped": "torch's AdamW writes it into the weights"},
+    )
+    for fused in (False, True)
+]
+
+CALLBACKS = [
+    Member("ExactResume", spec(OURS + "ExactResume")),
+    Member("MetricPlot", spec(OURS + "MetricPlot", metrics=["train_loss"])),
+    Member(
+        "SavePretrained",
+        spec(OURS + "SavePretrained", dirpath="{run}/model"),
+        refuses={"hand-written": "HandWritten holds no module with save_pretrained"},
+    ),
+]
+
+STRATEGIES = [Member("auto", "auto"), Member("ddp", "ddp_fork", ranks=2)]

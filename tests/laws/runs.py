@@ -1,0 +1,178 @@
+"""One short training run, described by members, that writes down every loss."""
+
+import logging
+import os
+import signal
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+from lightning_align.run.exact_resume import ExactResume
+from lightning_align.run.position import batches_consumed
+from tests.helpers.resume import SaveEveryBatch, weights_hash
+from tests.laws.members import DATAMODULES, OPTIMIZERS, Member, build, without_dropout
+
+SEED = 7
+
+
+@dataclass(frozen=True)
+class Run:
+    """What takes part in a run of two short epochs."""
+
+    module: Member
+    data: Member
+    callbacks: tuple[Member, ...] = ()
+    optimizer: Member = OPTIMIZERS[0]
+    strategy: Member | None = None
+    devices: int = 1
+    batch_size: int = 4  # of each rank
+    accumulate: int = 1
+    max_epochs: int = 2
+    limit_batches: int | None = None
+    dropout: bool = True
+
+    @property
+    def module_spec(self) -> dict[str, Any]:
+        spec = with_arguments(self.module.spec, optimizer=self.optimizer.spec)
+        return spec if self.dropout else without_dropout(spec)
+
+    @property
+    def data_spec(self) -> dict[str, Any]:
+        return with_arguments(self.data.spec, batch_size=self.batch_size)
+
+    def trainer_options(self, folder: Path) -> dict[str, Any]:
+        return {
+            "max_epochs": self.max_epochs,
+            "accelerator": "cpu",
+            "devices": self.devices,
+            "strategy": self.strategy.spec if self.strategy else "auto",
+            "accumulate_grad_batches": self.accumulate,
+            "gradient_clip_val": 1.0,
+            "limit_train_batches": self.limit_batches or 1.0,
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+            "num_sanity_val_steps": 0,
+            "log_every_n_steps": 1,
+            "default_root_dir": str(folder),
+        }
+
+    def fit(
+        self,
+        folder: Path,
+        material: Path,
+        *,
+        ckpt_path: str | None = None,
+        extra: Sequence[pl.Callback] = (),
+    ) -> "Outcome":
+        """Train in ``folder``."""
+        with quiet():
+            pl.seed_everything(SEED, verbose=False)
+            folders = {"data": str(material), "run": str(folder)}
+            module = build(self.module_spec, folders)
+            callbacks = [build(member.spec, folders) for member in self.callbacks]
+            # Our modules bring it themselves; a module of one's own needs it to be named.
+            if not any(isinstance(callback, ExactResume) for callback in callbacks):
+                callbacks.append(ExactResume())
+            options = {name: build(v, folders) for name, v in self.trainer_options(folder).items()}
+            callbacks += [Recorder(str(folder)), *extra]
+            trainer = pl.Trainer(callbacks=callbacks, **options)
+            trainer.fit(module, build(self.data_spec, folders), ckpt_path=ckpt_path)
+        return Outcome.read(folder)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Losses of each rank by position, to the last bit, and a hash of the final weights."""
+
+    losses: tuple[dict[int, float], ...]
+    weights: str
+
+    @staticmethod
+    def read(folder: Path) -> "Outcome":
+        """What a Recorder wrote; where a batch was trained twice, the later one counts."""
+        losses = []
+        for path in sorted(folder.glob("losses.*")):
+            lines = [line.split() for line in path.read_text().splitlines()]
+            losses.append({int(position): float.fromhex(loss) for position, loss in lines})
+        return Outcome(tuple(losses), (folder / "weights").read_text())
+
+
+class Recorder(pl.Callback):
+    """Writes down what an Outcome holds."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        with (self.folder / f"losses.{trainer.global_rank}").open("a") as file:
+            file.write(f"{batches_consumed(trainer)} {float(outputs['loss']).hex()}\n")
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.is_global_zero:
+            (self.folder / "weights").write_text(weights_hash(pl_module))
+
+
+class KillAt(pl.Callback):
+    """Kills its own process, without any chance to clean up, before a batch."""
+
+    def __init__(self, position: int) -> None:
+        self.position = position
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batches_consumed(trainer) == self.position:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fit_and_be_killed(run: Run, folder: Path, material: Path, position: int) -> str:
+    """Run in a process that is killed at ``position``; returns its last checkpoint."""
+    child = os.fork()
+    if child == 0:
+        try:
+            run.fit(folder, material, extra=[SaveEveryBatch(), KillAt(position)])
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status), "the run ended before it was to be killed"
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    return str(folder / f"batch={position}.ckpt")
+
+
+def with_arguments(spec: dict[str, Any], **arguments: Any) -> dict[str, Any]:
+    return {**spec, "init_args": {**spec.get("init_args", {}), **arguments}}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    names = ("lightning.pytorch", "lightning.fabric")
+    before = [logging.getLogger(name).level for name in names]
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    for name, level in zip(names, before, strict=True):
+        logging.getLogger(name).setLevel(level)
+
+
+def on_its_data(module: Member) -> Run:
+    """A run of ``module`` on the first datamodule that makes its kind of batches."""
+    return Run(module, next(data for data in DATAMODULES if data.batches == module.batches))
+
+
+def refusal(*members: Member) -> str | None:
+    """What must be said at ``setup`` if one of ``members`` does not work with another."""
+    found = (one.refuses.get(other.name) for one in members for other in members)
+    return next(filter(None, found), None)
