@@ -1,4 +1,6 @@
-"""The user's input files: any fsspec URL, compressed or not, read as a stream.
+"""The user's input files: any fsspec URL, compressed or not, and tables of ``datasets``.
+
+All are read as a stream, or memory-mapped.
 
 Whatever is wrong with a file is reported with the argument that named it, the file and, where there
 is one, the line.
@@ -13,16 +15,29 @@ import lzma
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import IO, Any, cast
 
 import fsspec
+from typing_extensions import override
 
 from lightning_align._errors import argument_error
 from lightning_align.data.corpora import EMBEDDED_CORPORA, embedded_path
+from lightning_align.data.hub import ask_hub
+from lightning_align.data.hub_datasets import (
+    HUB_NAME,
+    is_saved,
+    load_hub,
+    load_saved,
+    table_hash,
+    table_rows,
+)
+from lightning_align.data.tables import csv_rows, parquet_rows
 
 CHUNK = 1 << 20
 COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
+RECORD_SUFFIXES = (".jsonl", ".csv", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -60,20 +75,43 @@ class InputFile:
                 self._refuse_binary(chunk)
                 yield chunk
 
-    def records(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Place (such as "line 7") and content of each record; blank lines are passed over.
+    @property
+    def holds_records(self) -> bool:
+        """Whether it is a table of records, as its name says, and not a text."""
+        return self.suffix in RECORD_SUFFIXES
+
+    def records(self, columns: Sequence[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Place (such as "line 7" or "row 7", counted from 1) and content of each record.
+
+        Blank lines are passed over. All cells of a .csv file are text; those of the other kinds may
+        hold lists, dicts and None.
+
+        Args:
+            columns: What the caller will look at: other columns may be left out, but need not.
 
         Raises:
-            ValueError: If the file does not hold records, or a line is not a JSON object.
+            ValueError: If the file does not hold records, or one of them cannot be read.
         """
-        if self.suffix != ".jsonl":
-            way_out = "A compression may follow, as in .jsonl.gz"
-            raise self.error("the name of a file must end in .jsonl", way_out)
-        with self._open_text() as stream:
-            for number, line in enumerate(stream, start=1):
-                self._refuse_binary(line)
-                if not line.isspace():
-                    yield f"line {number}", self._record(number, line)
+        if self.suffix == ".jsonl":
+            yield from self._lines()
+            return
+        if self.suffix == ".csv":
+            rows = self._csv()
+        elif self.url.endswith(".parquet"):
+            rows = self._parquet(columns)
+        else:
+            raise self.table_error()
+        for number, row in enumerate(rows, start=1):
+            yield f"row {number}", row
+
+    def table_error(self, *others: str) -> ValueError:
+        """The error for a file that is no table, and no file of the suffixes ``others`` either."""
+        *suffixes, last = (*others, *RECORD_SUFFIXES)
+        way_out = (
+            "A compression may follow, as in .jsonl.gz, but not after .parquet. A folder that"
+            " datasets wrote with save_to_disk and a dataset on the hub will do as well"
+        )
+        return self.error(f"its name must end in {', '.join(suffixes)} or {last}", way_out)
 
     def text_columns(
         self, place: str, record: dict[str, Any], columns: Sequence[str]
@@ -92,6 +130,21 @@ class InputFile:
                 raise self.error(f"{place}: column {column!r} must be text, not {found}")
         return {column: record[column] for column in columns}
 
+    def _lines(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        with self._open_text() as stream:
+            for number, line in enumerate(stream, start=1):
+                self._refuse_binary(line)
+                if not line.isspace():
+                    yield f"line {number}", self._record(number, line)
+
+    def _csv(self) -> Iterator[dict[str, Any]]:
+        with self._open_text(newline="") as stream:  # line breaks inside cells stay as they are
+            yield from csv_rows(map(self._refuse_binary, stream), self.error)
+
+    def _parquet(self, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
+        with self._open("rb", compression=None) as stream:
+            yield from parquet_rows(stream, columns, self.error)
+
     def _record(self, number: int, line: str) -> dict[str, Any]:
         try:
             record = json.loads(line.rstrip("\n"))
@@ -103,13 +156,15 @@ class InputFile:
             raise self.error(f"line {number} must be a JSON object, but it is a {found}")
         return record
 
-    def _refuse_binary(self, text: str) -> None:
+    def _refuse_binary(self, text: str) -> str:
         if "\0" in text:
             raise self.error("must be text, but it holds NUL bytes")
+        return text
 
-    def _open_text(self) -> Any:
+    def _open_text(self, newline: str | None = None) -> Any:
         # utf-8-sig: a byte order mark is not part of the text.
-        return self._open("rt", compression="infer", encoding="utf-8-sig")
+        options = {"compression": "infer", "encoding": "utf-8-sig", "newline": newline}
+        return self._open("rt", **options)
 
     @contextmanager
     def _open(self, mode: str, **options: Any) -> Iterator[IO[Any]]:
@@ -125,39 +180,98 @@ class InputFile:
             raise self.error(f"must be a complete compressed file ({error})") from None
 
 
+@dataclass(frozen=True)
+class InputTable(InputFile):
+    """A folder that ``datasets`` wrote with save_to_disk, or a dataset on the Hugging Face hub."""
+
+    on_hub: bool = False
+
+    @property
+    @override
+    def suffix(self) -> str:
+        return "dataset"
+
+    @property
+    @override
+    def holds_records(self) -> bool:
+        return True
+
+    @override
+    def content_hash(self) -> str:
+        return f"{table_hash(self._table)} {self.url if '[' in self.url else ''}"
+
+    @override
+    def records(self, columns: Sequence[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+        for number, row in enumerate(table_rows(self._table, columns), start=1):
+            yield f"row {number}", row
+
+    @cached_property
+    def _table(self) -> Any:
+        # Loaded once: the hub may have another version a moment later.
+        return load_hub(self.url, self.error) if self.on_hub else load_saved(self.url, self.error)
+
+
 def find_files(where: str, argument: str, paths: str | Sequence[str]) -> list[InputFile]:
-    """The files that ``paths`` names: embedded corpora, files, globs, in the order given.
+    """What ``paths`` names, in the order given: embedded corpora, files, globs, tables.
+
+    A table is a folder that ``datasets`` wrote with save_to_disk, or a dataset on the Hugging Face
+    hub: owner/name, owner/name:split or owner/name/configuration:split. What exists locally is not
+    looked up on the hub.
 
     Args:
         where: Class the user called.
         argument: Name of the argument that holds ``paths``.
-        paths: One or several names of embedded corpora, paths, URLs or globs.
+        paths: One or several of them.
 
     Raises:
-        ValueError: If a path names no file.
+        ValueError: If a path names nothing.
     """
     files: list[InputFile] = []
     for path in [paths] if isinstance(paths, str) else paths:
-        embedded = path in EMBEDDED_CORPORA
-        urls = [str(embedded_path(path))] if embedded else _expand(where, argument, path)
-        files += [InputFile(where, argument, url) for url in urls]
+        if path in EMBEDDED_CORPORA:
+            files.append(InputFile(where, argument, str(embedded_path(path))))
+        else:
+            files += _expand(InputFile(where, argument, path))
     if not files:
         raise argument_error(where, argument, paths, "must name at least one file")
     return files
 
 
-def _expand(where: str, argument: str, path: str) -> list[str]:
-    filesystem, stripped = fsspec.core.url_to_fs(path)
+def _expand(path: InputFile) -> list[InputFile]:
+    url = path.url
+    filesystem, stripped = _filesystem(path)
     if filesystem.isfile(stripped):
         return [path]
     if filesystem.isdir(stripped):
-        way_out = f"Name its files, for instance {path.rstrip('/') + '/*.txt'!r}"
-        raise argument_error(where, argument, path, "is a folder, and must be a file", way_out)
+        if not is_saved(filesystem, stripped):
+            rule = "is a folder, and must be a file, or a folder that datasets' save_to_disk wrote"
+            raise path.error(rule, f"Name its files, for instance {url.rstrip('/') + '/*.txt'!r}")
+        return [InputTable(path.where, path.argument, url)]
+    if HUB_NAME.fullmatch(url) and path.suffix not in (".txt", *RECORD_SUFFIXES):
+        return [InputTable(path.where, path.argument, url, on_hub=True)]
     if any(character in stripped for character in "*?["):
-        found = sorted(name for name in filesystem.glob(stripped) if filesystem.isfile(name))
+        try:
+            found = sorted(name for name in filesystem.glob(stripped) if filesystem.isfile(name))
+        except FileNotFoundError:  # some file systems want the folder to be there
+            found = []
         if not found:
-            raise argument_error(where, argument, path, "no file matches this pattern")
-        return [filesystem.unstrip_protocol(name) for name in found] if "://" in path else found
-    rule = "is neither a file nor an embedded corpus"
-    way_out = f"Embedded corpora: {', '.join(map(repr, EMBEDDED_CORPORA))}"
-    raise argument_error(where, argument, path, rule, way_out)
+            raise path.error("no file matches this pattern")
+        urls = map(filesystem.unstrip_protocol, found) if "://" in url else found
+        return [replace(path, url=url) for url in urls]
+    corpora = ", ".join(map(repr, EMBEDDED_CORPORA))
+    way_out = f"Embedded corpora: {corpora}. A dataset on the hub has the form owner/name:split"
+    raise path.error("is neither a file nor an embedded corpus", way_out)
+
+
+def _filesystem(path: InputFile) -> tuple[Any, str]:
+    """The file system that a path is on, and what the path is called there."""
+    if path.url.startswith("hf://datasets/"):
+        name = "/".join(path.url.removeprefix("hf://datasets/").split("/")[:2]).partition("@")[0]
+        problem = ask_hub("dataset", name)
+        if problem is not None:
+            raise path.error(problem, "Correct the URL, or give a local file")
+    try:
+        filesystem, stripped = fsspec.core.url_to_fs(path.url)
+    except (ImportError, ValueError) as error:
+        raise path.error(f"fsspec cannot open such a URL ({error})") from None
+    return filesystem, stripped

@@ -46,15 +46,21 @@ def resolve_pretrained(where: str, argument: str, name: str, revision: str = "ma
         rule = f"{not_cached}, and HF_HUB_OFFLINE forbids to ask the hub"
         way_out = "Give a local folder, or unset HF_HUB_OFFLINE"
         raise argument_error(where, argument, name, rule, way_out)
-    problem = _ask_hub(name, revision)
+    problem = ask_hub("model", name, revision)
     if problem is not None:
         way_out = "Give a local folder, or fill the cache while online (then set HF_HUB_OFFLINE=1)"
         raise argument_error(where, argument, name, f"{not_cached}, and {problem}", way_out)
     return name
 
 
-def _ask_hub(name: str, revision: str) -> str | None:
-    """What stands against loading ``name`` from the hub, or None."""
+def ask_hub(kind: str, name: str, revision: str = "main") -> str | None:
+    """What stands against loading ``name`` from the hub, or None; answered within ``TIMEOUT_S``.
+
+    Args:
+        kind: ``model`` or ``dataset``.
+        name: Name on the hub.
+        revision: Branch, tag or commit.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
@@ -62,10 +68,11 @@ def _ask_hub(name: str, revision: str) -> str | None:
 
     def ask() -> None:
         try:
-            HfApi().model_info(name, revision=revision, timeout=TIMEOUT_S)
+            info = HfApi().model_info if kind == "model" else HfApi().dataset_info
+            info(name, revision=revision, timeout=TIMEOUT_S)
             answers.append(None)
         except RepositoryNotFoundError:
-            answers.append("the hub has no such model, or none that your token may read")
+            answers.append(f"the hub has no such {kind}, or none that your token may read")
         except HfHubHTTPError as error:
             answers.append(f"the hub refused ({error})")
         except Exception as error:

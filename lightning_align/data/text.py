@@ -1,8 +1,8 @@
 """Text files as documents, and documents as pieces that fit in memory.
 
-A document is what an end-of-text token closes and what is held out as a whole: a line of a JSONL
-file, a text file, or what lies between two matches of a pattern in it. A piece is what is tokenised
-at once.
+A document is what an end-of-text token closes and what is held out as a whole: a record of a
+table, a text file, or what lies between two matches of a pattern in it. A piece is what is
+tokenised at once.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class TextSource:
     @property
     def settings(self) -> tuple[str, ...]:
         """What, beside the content of the file, decides its documents."""
-        if self.file.suffix == ".jsonl":
-            return (".jsonl", self.text_column)
+        if self.file.holds_records:
+            return (self.file.suffix, self.text_column)
         return (".txt", self.document_pattern or "")
 
     def pieces(self) -> Iterator[Piece]:
@@ -62,9 +62,10 @@ class TextSource:
             raise self.file.error("is empty, and must hold text")
 
     def _documents(self) -> Iterator[Iterable[str]]:
-        if self.file.suffix == ".jsonl":
-            for place, record in self.file.records():
-                yield self.file.text_columns(place, record, [self.text_column]).values()
+        if self.file.holds_records:
+            columns = [self.text_column]
+            for place, record in self.file.records(columns):
+                yield self.file.text_columns(place, record, columns).values()
         elif self.document_pattern is None:
             yield self.file.chunks()
         else:
@@ -85,19 +86,18 @@ def find_sources(
     Args:
         where: Class the user called.
         argument: Name of the argument that holds ``paths``.
-        paths: One or several names of embedded corpora, paths, URLs or globs.
+        paths: One or several embedded corpora, paths, URLs, globs or datasets on the hub.
         document_pattern: Regular expression before whose matches a text file is split.
-        text_column: Column of a JSONL file that holds the text.
+        text_column: Column of a table that holds the text.
 
     Raises:
-        ValueError: If a path names no file, or a file that is neither .txt nor .jsonl.
+        ValueError: If a path names nothing, or a file that is neither a text nor a table.
     """
     embedded = {str(embedded_path(name)): pattern for name, pattern in EMBEDDED_CORPORA.items()}
     sources = []
     for file in find_files(where, argument, paths):
-        if file.suffix not in (".txt", ".jsonl"):
-            way_out = "A compression may follow, as in .jsonl.gz"
-            raise file.error("the name of a file must end in .txt or .jsonl", way_out)
+        if file.suffix != ".txt" and not file.holds_records:
+            raise file.table_error(".txt")
         pattern = document_pattern or embedded.get(file.url)
         sources.append(TextSource(file, pattern, text_column))
     return sources

@@ -66,7 +66,7 @@ def test_the_hub_is_asked(hub):
 
 def test_offline_fails_at_once(empty_cache, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("lightning_align.data.hub._ask_hub", None)  # would fail if it was called
+    monkeypatch.setattr("lightning_align.data.hub.ask_hub", None)  # would fail if it was called
     with pytest.raises(ValueError, match=r"DPOModule\(model='acme/m'\).*HF_HUB_OFFLINE") as failure:
         resolve_pretrained("DPOModule", "model", "acme/m")
     assert str(empty_cache) in str(failure.value)

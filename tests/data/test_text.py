@@ -117,7 +117,7 @@ def test_the_documents_of_the_embedded_novel_are_its_61_chapters():
 
 @pytest.mark.parametrize("content", ["", " \n\n", "\n" * 1_100_000])
 def test_an_empty_file(tmp_path, content):
-    for name in ("a.txt", "a.jsonl"):
+    for name in ("a.txt", "a.jsonl", "a.csv"):
         (tmp_path / name).write_text(content)
         with pytest.raises(ValueError, match=rf"{name}'\): is empty, and must hold text"):
             pieces(tmp_path / name)
@@ -125,7 +125,7 @@ def test_an_empty_file(tmp_path, content):
 
 def test_another_kind_of_file(tmp_path):
     (tmp_path / "a.pdf.gz").write_text("x")
-    with pytest.raises(ValueError, match=r"a\.pdf\.gz'\): .* must end in \.txt or \.jsonl"):
+    with pytest.raises(ValueError, match=r"a\.pdf\.gz'\): .* must end in \.txt, \.jsonl, \.csv or"):
         pieces(tmp_path / "a.pdf.gz")
 
 
