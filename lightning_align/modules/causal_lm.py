@@ -157,7 +157,10 @@ class CausalLMModule(pl.LightningModule, ABC):
         return loss
 
     def _means(self, collected: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """(means, weights) by name of what all ranks collected; empties ``collected``."""
+        """(means, weights) by name of what all ranks collected; empties ``collected``.
+
+        "tokens" stands among the means as a sum.
+        """
         names = sorted(collected)
         sums = self.trainer.strategy.reduce(
             torch.stack([collected[name] for name in names]), reduce_op="sum"
@@ -165,6 +168,7 @@ class CausalLMModule(pl.LightningModule, ABC):
         collected.clear()
         weights = dict(zip(names, sums[:, 1].clamp(min=1), strict=True))
         means = {name: total / weights[name] for name, total in zip(names, sums[:, 0], strict=True)}
+        means["tokens"] = sums[names.index("tokens"), 0]  # how many in all, not how many a batch
         return means, weights
 
     # Exact weighting of gradients
