@@ -21,7 +21,7 @@ ifeq ($(GPU)$(filter Darwin,$(shell uname -s)),)
 TORCH := $(TORCH)+cpu
 endif
 
-.PHONY: setup demo test test-peer test-all check lint format imports types docstrings docs bench clean
+.PHONY: setup demo test test-peer test-all composition check lint format imports types docstrings docs bench clean
 
 setup: $(STAMP)
 
@@ -58,6 +58,9 @@ test-peer: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/pytest $(if $(GPU),,-m "not gpu") $(ARGS)
+
+composition: $(STAMP) # writes docs/composition.md from what the laws find
+	WRITE_COMPOSITION=1 $(BIN)/pytest tests/laws $(ARGS)
 
 check: lint format imports types docstrings
 

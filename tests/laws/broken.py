@@ -7,10 +7,11 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from lightning_align.modules.text_data import TextDataModule
-from tests.laws.members import DATAMODULES, MODULES, HandWritten, Member, spec
+from tests.laws.members import DATAMODULES as LAWFUL
+from tests.laws.members import HandWritten, Member, spec
 
 HERE = "tests.laws.broken."
 
@@ -58,6 +59,44 @@ class OrdinaryLoader(TextDataModule):
         )
 
 
+class WorkerDependent(TextDataModule):
+    """Its samples are not the same in a worker process."""
+
+    def setup(self, stage: str | None = None) -> None:
+        super().setup(stage)
+        self.train_dataset = MarkedByWorkers(self.train_dataset)
+
+
+class MarkedByWorkers:
+    """A dataset that a worker process spoils."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, indices: Any) -> dict[str, Tensor]:
+        batch: dict[str, Tensor] = self.dataset[indices]
+        if get_worker_info() is not None:
+            batch["input_ids"] = batch["input_ids"] + 1
+        return batch
+
+
+class DeafToSeed(TextDataModule):
+    """Takes a seed and leaves it at that."""
+
+    def __init__(self, seed: int = 0, **arguments: Any) -> None:
+        super().__init__(seed=0, **arguments)
+
+
+class ObligingData(TextDataModule):
+    """Resumes any run, from the beginning."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
+
+
 class ForgetfulAdamW(torch.optim.AdamW):
     """Begins anew with every load."""
 
@@ -79,13 +118,14 @@ class NoisyAdamW(torch.optim.AdamW):
 
 
 class WideningAdamW(torch.optim.AdamW):
-    """Leaves every parameter in double precision."""
+    """Leaves its parameters in double precision after a while."""
 
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
         result = super().step(closure)
         for group in self.param_groups:
             for parameter in group["params"]:
-                parameter.data = parameter.data.double()
+                if self.state[parameter]["step"] == 2:
+                    parameter.data = parameter.data.double()
         return result
 
 
@@ -189,13 +229,19 @@ def callback(name: str, **init_args: Any) -> Member:
     return Member(name, spec(HERE + name, **init_args))
 
 
-_module = MODULES[-1]  # the hand-written one
-_data = DATAMODULES[0]
-
 OWN_GENERATOR = Member("OwnGenerator", spec(HERE + "OwnGenerator", dropout=0.0), sums=False)
-ORDINARY_LOADER = Member("OrdinaryLoader", spec(HERE + "OrdinaryLoader", **_data.spec["init_args"]))
 FORGETFUL_ADAMW = Member("ForgetfulAdamW", spec(HERE + "ForgetfulAdamW", lr=1e-2))
 OTHER_UNDER_YAML = Member("OtherUnderYaml", spec(HERE + "OtherUnderYaml", dropout=0.0))
 SGD = Member("SGD", spec("torch.optim.SGD", lr=0.1))
 LOUDER = Member("Louder", spec(HERE + "Louder"))
 UNSYNCHRONISED = Member("Unsynchronised", spec(HERE + "Unsynchronised"), ranks=2)
+DATAMODULES = {
+    law: Member(name, spec(HERE + name, **LAWFUL[0].spec["init_args"]))
+    for law, name in {
+        "starts anywhere": "OrdinaryLoader",
+        "any number of workers": "WorkerDependent",
+        "follows its seed": "DeafToSeed",
+        "state round-trips, other runs' is refused": "ObligingData",
+        "every sample once, over the ranks": "OrdinaryLoader",
+    }.items()
+}

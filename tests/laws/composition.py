@@ -13,16 +13,20 @@ WRITE = "WRITE_COMPOSITION"
 # (table, row, column) -> cell; filled by the tests as they pass
 FINDINGS: dict[tuple[str, str, str], str] = {}
 
-TABLES = {
-    "Modules and datamodules": "A cell says what was shown with batches of that kind.",
-    "Callbacks and modules": "",
-    "Callbacks": "Each pair, in both orders, on the hand-written module and on GPT-2.",
-    "Callbacks and strategies": "",
-    "Optimizers and modules": "",
-    "Optimizers and strategies": "",
-    "Optimizers alone": "",
-}
+TABLES = (
+    "Modules and datamodules",
+    "Callbacks and modules",
+    "Callbacks",
+    "Callbacks and strategies",
+    "Optimizers and modules",
+    "Optimizers and strategies",
+    "Modules alone",
+    "Datamodules alone",
+    "Callbacks alone",
+    "Optimizers alone",
+)
 
+# ruff: noqa: E501 (the lines of a page)
 HEAD = """# What works with what
 
 This page is written by the tests in `tests/laws`, which run every law over every member: adding an optimizer, a callback, a
@@ -36,6 +40,7 @@ The models are a GPT-2 in our modules and a hand-written LightningModule that kn
 | exact | bit-identical: the same losses and final weights as without it, or as with `strategy="auto"` |
 | resumes | a process killed with SIGKILL in mid-epoch or mid-accumulation, and resumed, ends bit-identical to one never stopped |
 | equal | two ranks give the losses of one process with the same global batch, up to the order of summation (1e-5) |
+| accumulates | micro-batches with unequal numbers of tokens give the losses of the one big batch (1e-5) |
 | any order | bit-identical whichever of the two callbacks comes first |
 | refuses | raises at `setup`, before training, with the reason and the way out |
 """
@@ -51,13 +56,27 @@ def note(table: str, row: str, column: str, cell: str) -> None:
 def render(findings: Mapping[tuple[str, str, str], str]) -> str:
     """The page."""
     parts = [HEAD]
-    for table, sentence in TABLES.items():
+    for table in TABLES:
         cells = {key[1:]: cell for key, cell in findings.items() if key[0] == table}
         rows = list(dict.fromkeys(row for row, _ in cells))
         columns = list(dict.fromkeys(column for _, column in cells))
-        parts.append(f"## {table}\n" + (f"\n{sentence}\n" if sentence else ""))
-        parts.append("\n".join(_lines(cells, rows, columns)) + "\n")
+        if cells:
+            lines = "\n".join(_lines(cells, rows, columns))
+            parts.append(f"## {table}\n\n{lines}\n")
     return "\n".join(parts)
+
+
+def read(page: str) -> dict[tuple[str, str, str], str]:
+    """The findings that ``render`` made the page of."""
+    findings = {}
+    for section in page.split("\n## ")[1:]:
+        table, *lines = section.splitlines()
+        head, *body = [line[2:-2].split(" | ") for line in lines if line.startswith("| ")]
+        for row, *cells in body:
+            for column, cell in zip(head[1:], cells, strict=True):
+                if cell:
+                    findings[table, row, column] = cell
+    return findings
 
 
 def _lines(

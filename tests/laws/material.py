@@ -4,28 +4,7 @@ import json
 import random
 from pathlib import Path
 
-WORDS = [
-    "the",
-    "of",
-    "a",
-    "to",
-    "in",
-    "it",
-    "was",
-    "her",
-    "his",
-    "that",
-    "she",
-    "not",
-    "and",
-    "be",
-    "for",
-    "as",
-    "he",
-    "but",
-    "at",
-    "is",
-]
+WORDS = ["the", "of", "a", "to", "in", "it", "was", "her", "his", "that", "she", "not", "and", "be"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}"
     "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -45,8 +24,13 @@ def make_material(folder: Path) -> Path:
         (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
 
     texts = [sentence(20) for _ in range(50)]
-    write("text.jsonl", [{"text": text} for text in texts])
     tokenizer = train_tokenizer(texts, 300)
+    # No block of 16 predictions is cut short, so all samples have as many tokens; and their number
+    # is no multiple of 4, so the last batch of a pass is smaller.
+    while (sum(len(tokenizer(text)["input_ids"]) + 1 for text in texts) - 1) % 64 != 48:
+        texts[-1] += draw.choice("xyz")
+    write("text.jsonl", [{"text": text} for text in texts])
+    write("val.jsonl", [{"text": sentence(20)} for _ in range(8)])
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder / "tokenizer")
     write(

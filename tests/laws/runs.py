@@ -73,19 +73,26 @@ class Run:
         extra: Sequence[pl.Callback] = (),
     ) -> "Outcome":
         """Train in ``folder``."""
+        with self.trainer(folder, material, extra=extra) as (trainer, module, data):
+            trainer.fit(module, data, ckpt_path=ckpt_path)
+        return Outcome.read(folder)
+
+    @contextmanager
+    def trainer(
+        self, folder: Path, material: Path, *, extra: Sequence[pl.Callback] = ()
+    ) -> Iterator[tuple[pl.Trainer, pl.LightningModule, pl.LightningDataModule]]:
+        """Everything built, and nothing trained yet."""
         with quiet():
             pl.seed_everything(SEED, verbose=False)
             folders = {"data": str(material), "run": str(folder)}
             module = build(self.module_spec, folders)
             callbacks = [build(member.spec, folders) for member in self.callbacks]
-            # Our modules bring it themselves; a module of one's own needs it to be named.
-            if not any(isinstance(callback, ExactResume) for callback in callbacks):
+            if needs_exact_resume(self):
                 callbacks.append(ExactResume())
             options = {name: build(v, folders) for name, v in self.trainer_options(folder).items()}
             callbacks += [Recorder(str(folder)), *extra]
             trainer = pl.Trainer(callbacks=callbacks, **options)
-            trainer.fit(module, build(self.data_spec, folders), ckpt_path=ckpt_path)
-        return Outcome.read(folder)
+            yield trainer, module, build(self.data_spec, folders)
 
 
 @dataclass(frozen=True)
@@ -176,3 +183,10 @@ def refusal(*members: Member) -> str | None:
     """What must be said at ``setup`` if one of ``members`` does not work with another."""
     found = (one.refuses.get(other.name) for one in members for other in members)
     return next(filter(None, found), None)
+
+
+def needs_exact_resume(run: Run) -> bool:
+    """Whether ExactResume is to be named: our modules bring it themselves."""
+    named = any(member.spec["class_path"].endswith("ExactResume") for member in run.callbacks)
+    ours = run.module.spec["class_path"].startswith("lightning_align.")
+    return not named and not ours
