@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lightning_align import data, layers, losses, run
+    from lightning_align.callbacks.generate_samples import GenerateSamples
     from lightning_align.callbacks.metric_plot import MetricPlot
     from lightning_align.callbacks.save_pretrained import SavePretrained
     from lightning_align.callbacks.token_schedule import TokenSchedule
     from lightning_align.layers import ModelLayers, find_layers
+    from lightning_align.modules.conversation_data import ConversationDataModule
     from lightning_align.modules.dpo import DPOModule
     from lightning_align.modules.preference_data import PreferenceDataModule
     from lightning_align.modules.pretrain import PretrainModule
@@ -22,8 +24,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ConversationDataModule",
     "DPOModule",
     "ExactResume",
+    "GenerateSamples",
     "MetricPlot",
     "ModelLayers",
     "PreferenceDataModule",
@@ -40,8 +44,10 @@ __all__ = [
 
 # Public name -> the module that defines it.
 _HOMES = {
+    "ConversationDataModule": "lightning_align.modules.conversation_data",
     "DPOModule": "lightning_align.modules.dpo",
     "ExactResume": "lightning_align.run.exact_resume",
+    "GenerateSamples": "lightning_align.callbacks.generate_samples",
     "MetricPlot": "lightning_align.callbacks.metric_plot",
     "ModelLayers": "lightning_align.layers",
     "PreferenceDataModule": "lightning_align.modules.preference_data",

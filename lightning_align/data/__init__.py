@@ -1,14 +1,23 @@
-"""Text and preference pairs on disk, in memory and in batches (knows torch, never Lightning)."""
+"""Data on disk, in memory and in batches (knows torch, never Lightning)."""
 
+from lightning_align.data.conversation import (
+    ConversationDataset,
+    collate_conversations,
+    read_conversations,
+)
 from lightning_align.data.packing import PackedDataset
-from lightning_align.data.preference import Pair, PreferenceDataset, collate_pairs, read_pairs
+from lightning_align.data.pair_formats import Pair
+from lightning_align.data.preference import PreferenceDataset, collate_pairs, read_pairs
 from lightning_align.data.sampler import PositionSampler
 
 __all__ = [
+    "ConversationDataset",
     "PackedDataset",
     "Pair",
     "PositionSampler",
     "PreferenceDataset",
+    "collate_conversations",
     "collate_pairs",
+    "read_conversations",
     "read_pairs",
 ]

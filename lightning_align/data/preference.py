@@ -10,34 +10,20 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_align.data.files import InputFile
 from lightning_align.data.held_out import draw_held_out
+from lightning_align.data.pair_formats import Pair, PairReader
 from lightning_align.data.sampler import padding
-from lightning_align.data.tokenizer import encode, pad_token_id
-
-COLUMNS = ("prompt", "chosen", "rejected")
-BATCH_PAIRS = 1000  # pairs tokenised at once
-
-Ids = NDArray[np.int32]
-
-
-class Pair(NamedTuple):
-    """The tokens of one pair; a row of a batch is the prompt and one of the completions."""
-
-    prompt: Ids
-    chosen: Ids
-    rejected: Ids
+from lightning_align.data.samples import read_samples
+from lightning_align.data.tokenizer import pad_token_id
 
 
 class PreferenceDataset(Dataset[dict[str, Tensor]]):
@@ -103,40 +89,37 @@ def collate_pairs(pairs: Sequence[Pair], pad_token_id: int) -> dict[str, Tensor]
 def read_pairs(
     files: Sequence[InputFile], tokenizer: Any, *, max_length: int, append_eos: bool
 ) -> list[Pair]:
-    """All usable pairs of JSONL files, tokenised and cut to ``max_length``.
+    """All usable pairs of files, tokenised and cut to ``max_length``.
 
     Pairs that can teach nothing are dropped: a prompt that fills ``max_length`` or is empty, an
     empty completion, two completions that are the same. One warning counts them.
 
     Args:
-        files: JSONL files with the text columns prompt, chosen and rejected.
+        files: Files of records with the columns prompt, chosen and rejected, in any of the forms
+            of ``pair_formats``.
         tokenizer: A transformers tokenizer.
         max_length: Tokens that prompt and completion may have together; the completion is cut.
-        append_eos: Whether to close each completion with the end-of-text token.
+        append_eos: Whether to close each completion that is text with the end-of-text token.
 
     Raises:
-        ValueError: If a file is no such JSONL file, or no pair is left.
+        ValueError: If a file holds no such records, or no pair is left.
     """
-    pairs: list[Pair] = []
-    dropped: Counter[str] = Counter()
-    for file in files:
-        number = len(pairs) + dropped.total()
-        for pair in _tokenise(file, tokenizer):
-            usable = _fit(pair, max_length, tokenizer.eos_token_id if append_eos else None)
-            if isinstance(usable, str):
-                dropped[usable] += 1
-            else:
-                pairs.append(usable)
-        if number == len(pairs) + dropped.total():
-            raise file.error("is empty, and must hold pairs")
-    if dropped:
-        reasons = "; ".join(f"{count} because {reason}" for reason, count in dropped.items())
-        total = len(pairs) + dropped.total()
-        summary = f"{dropped.total()} of {total} pairs dropped: {reasons}"
-        if not pairs:
-            raise files[0].error(f"no pair is left ({summary})")
+    reader = PairReader(tokenizer, append_eos)
+
+    def usable(file: InputFile) -> Iterator[Pair | str]:
+        for pair in reader.read(file):
+            yield pair if isinstance(pair, str) else _fit(pair, max_length)
+
+    pairs = read_samples(files, usable, "pairs")
+    if reader.torn:
         first = files[0]
-        warnings.warn(f"{first.where}({first.argument}={first.url!r}): {summary}", stacklevel=2)
+        warnings.warn(
+            f"{first.where}({first.argument}={first.url!r}): the tokens of {len(reader.torn)}"
+            f" prompt(s), first {reader.torn[0]}, are no beginning of those of the whole"
+            " conversations: a token reaches across, or the chat template writes a prompt in"
+            " another way when an answer follows. The completions begin where the tokens part.",
+            stacklevel=2,
+        )
     return pairs
 
 
@@ -166,38 +149,16 @@ def pair_dataset(pairs: Sequence[Pair], tokenizer: Any) -> PreferenceDataset:
     return PreferenceDataset(pairs, pad_token_id(tokenizer))
 
 
-def _tokenise(file: InputFile, tokenizer: Any) -> Iterator[Pair]:
-    """Prompt and completions on their own: a token never reaches across the boundary."""
-    begin = [tokenizer.bos_token_id]
-    if encode(tokenizer, [""], add_special_tokens=True)[0][:1] != begin:
-        begin = []  # this tokenizer does not begin a text with a token of its own
-    records = (file.text_columns(place, record, COLUMNS) for place, record in file.records())
-    while batch := list(islice(records, BATCH_PAIRS)):
-        columns = [encode(tokenizer, [record[column] for record in batch]) for column in COLUMNS]
-        for prompt, chosen, rejected in zip(*columns, strict=True):
-            yield Pair(_ids(begin + prompt), _ids(chosen), _ids(rejected))
-
-
-def _fit(pair: Pair, max_length: int, eos_token_id: int | None) -> Pair | str:
+def _fit(pair: Pair, max_length: int) -> Pair | str:
     """The pair as it is trained on, or why it cannot be."""
     if len(pair.prompt) == 0:
         return "the prompt is empty"
     room = max_length - len(pair.prompt)
     if room <= 0:
         return f"the prompt has max_length={max_length} tokens or more"
-    if len(pair.chosen) == 0 or len(pair.rejected) == 0:
-        return "chosen or rejected is empty"
-    chosen, rejected = (_close(ids, eos_token_id)[:room] for ids in (pair.chosen, pair.rejected))
+    chosen, rejected = pair.chosen[:room], pair.rejected[:room]
     if np.array_equal(chosen, rejected):
         return "chosen and rejected are the same (up to max_length)"
+    if len(chosen) == 0 or len(rejected) == 0:
+        return "chosen or rejected is empty"
     return Pair(pair.prompt, chosen, rejected)
-
-
-def _close(ids: Ids, eos_token_id: int | None) -> Ids:
-    if eos_token_id is None or ids[-1] == eos_token_id:
-        return ids
-    return np.append(ids, np.int32(eos_token_id))
-
-
-def _ids(ids: Iterable[int]) -> Ids:
-    return np.array(list(ids), dtype=np.int32)

@@ -6,28 +6,33 @@ need it.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning_align._errors import argument_error
+from lightning_align.data.chat_template import read_chat_template
 from lightning_align.data.hub import resolve_pretrained
 
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # every byte and the end-of-text token
 
 
-def load_tokenizer(where: str, tokenizer: Any) -> Any:
+def load_tokenizer(where: str, tokenizer: Any, chat_template: str | Path | None = None) -> Any:
     """A transformers tokenizer from a folder, a hub name, or itself.
 
     Args:
         where: Class the user called.
         tokenizer: A folder, a name on the Hugging Face hub, or a transformers tokenizer.
+        chat_template: Jinja text or .jinja file that takes the place of the tokenizer's own, so
+            that it is saved with it; a tokenizer that the user passed stays as it is.
 
     Raises:
-        ValueError: If it cannot be loaded or has no end-of-text token.
+        ValueError: If it cannot be loaded or has no end-of-text token, or the template cannot be
+            read.
     """
     name = tokenizer
     if isinstance(tokenizer, (str, Path)):
@@ -41,6 +46,9 @@ def load_tokenizer(where: str, tokenizer: Any) -> Any:
         rule = "has no end-of-text token, and documents are closed by one"
         way_out = "Set its eos_token, for instance tokenizer.eos_token = '</s>', and save it"
         raise argument_error(where, "tokenizer", name, rule, way_out)
+    if chat_template is not None:
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.chat_template = read_chat_template(where, chat_template)
     return tokenizer
 
 
@@ -85,7 +93,10 @@ def trained_tokenizer(rules: str) -> Any:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Hash of all that decides which tokens a text becomes; equal for a copy saved and loaded."""
+    """Hash of all that decides which tokens a text becomes; equal for a copy saved and loaded.
+
+    A chat template is no part of it: it decides which text a conversation becomes.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # a tokenizer in plain Python
         rules: Any = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
@@ -119,3 +130,45 @@ def encode(
     )
     ids: list[list[int]] = encoded["input_ids"]
     return ids
+
+
+class Encoded(NamedTuple):
+    """The tokens of a text, and the characters of it that each stands for."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]  # first character, and the one after the last
+
+
+def encode_with_offsets(tokenizer: Any, texts: list[str]) -> list[Encoded]:
+    """The tokens of each text, of any length, and their places; fast tokenizers only."""
+    if not texts:
+        return []
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return list(map(Encoded, encoded["input_ids"], encoded["offset_mapping"]))
+
+
+def encode_prompts(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Tokens of the beginnings of texts: first the token that the tokenizer begins a text with."""
+    begin = [tokenizer.bos_token_id]
+    if encode(tokenizer, [""], add_special_tokens=True)[0][:1] != begin:
+        begin = []  # this tokenizer does not begin a text with a token of its own
+    return [begin + ids for ids in encode(tokenizer, texts)]
+
+
+def encode_completions(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Tokens of texts that go on after a prompt, so that no token reaches back into it.
+
+    Llama 2's tokenizer and its kin put a space before every text: tokenised on its own, " yes"
+    would come to stand two spaces behind a prompt, and "yes" one. In mid-text they put none, so
+    such texts are tokenised behind a line break, which no other token reaches into.
+    """
+    line_break = encode(tokenizer, ["\n"])[0]
+    alone = encode(tokenizer, texts)
+    if len(line_break) == 1:  # nothing is put before a text
+        return alone
+    behind = encode(tokenizer, ["\n" + text for text in texts])
+    start = len(line_break)
+    return [
+        ids[start:] if ids[:start] == line_break else as_is
+        for ids, as_is in zip(behind, alone, strict=True)
+    ]

@@ -7,17 +7,19 @@ from typing_extensions import override
 
 from lightning_align._errors import argument_error
 from lightning_align.data.files import find_files
-from lightning_align.data.preference import Pair, hold_out_prompts, pair_dataset, read_pairs
+from lightning_align.data.pair_formats import Pair
+from lightning_align.data.preference import hold_out_prompts, pair_dataset, read_pairs
 from lightning_align.data.tokenizer import load_tokenizer
 from lightning_align.modules.positioned import Paths, PositionedDataModule, plain_paths
 
 
 class PreferenceDataModule(PositionedDataModule):
-    """Preference pairs from JSONL files with the text columns prompt, chosen and rejected.
+    """Preference pairs from files with the columns prompt, chosen and rejected.
 
-    A batch is {input_ids, attention_mask, completion_mask}, the chosen completions in its first
-    half of rows and the rejected ones in its second. Pairs that can teach nothing are dropped with
-    a warning.
+    All are text, or all are messages; without a prompt, chosen and rejected begin with it. A batch
+    is {input_ids, attention_mask, completion_mask}, the chosen completions in its first half of
+    rows and the rejected ones in its second. Pairs that can teach nothing are dropped with a
+    warning.
 
     Args:
         paths: File, glob or list of them; .jsonl, also compressed (.gz, .xz, .bz2), local or at any
@@ -28,7 +30,10 @@ class PreferenceDataModule(PositionedDataModule):
             cut.
         val_paths: Files to validate on, named as in paths; None holds out part of the prompts.
         val_fraction: Part of the prompts held out if there are no val_paths; 0 for no validation.
-        append_eos: Whether to close each completion with the end-of-text token.
+        chat_template: Jinja text, or path of a .jinja file, that turns messages into text and is
+            saved with the tokenizer; None takes the tokenizer's own.
+        append_eos: Whether to close each completion that is text with the end-of-text token;
+            messages are closed by the chat template.
         seed: Seed of the order of the pairs and of the choice of held-out prompts.
         num_workers: Processes that load batches; 0 loads them in the training process.
 
@@ -51,6 +56,7 @@ class PreferenceDataModule(PositionedDataModule):
         max_length: int = 1024,
         val_paths: Paths | None = None,
         val_fraction: float = 0.0,
+        chat_template: str | Path | None = None,
         append_eos: bool = True,
         seed: int = 0,
         num_workers: int = 0,
@@ -63,12 +69,14 @@ class PreferenceDataModule(PositionedDataModule):
         # Plain text and numbers only: a checkpoint loads with weights_only=True.
         paths, val_paths = plain_paths(paths), plain_paths(val_paths or [])
         tokenizer = str(tokenizer) if isinstance(tokenizer, Path) else tokenizer
+        chat_template = None if chat_template is None else str(chat_template)
         given = not isinstance(tokenizer, str)
         self.save_hyperparameters(ignore=["tokenizer"] if given else [], logger=False)
         self.paths: list[str] = paths
         self.val_paths: list[str] = val_paths
         self.max_length = max_length
         self.val_fraction = val_fraction
+        self.chat_template = chat_template
         self.append_eos = append_eos
         self.tokenizer: Any = tokenizer if given else None
         self._tokenizer_argument = tokenizer
@@ -76,14 +84,14 @@ class PreferenceDataModule(PositionedDataModule):
     @override
     def prepare_data(self) -> None:
         """Load the tokenizer (one process of each node), so that it is in the cache for all."""
-        self.tokenizer = load_tokenizer(self._name, self._tokenizer_argument)
+        self.tokenizer = load_tokenizer(self._name, self._tokenizer_argument, self.chat_template)
 
     @override
     def setup(self, stage: str | None = None) -> None:
         """Read and tokenise the pairs (every process, once)."""
         if self.train_dataset is not None:
             return
-        self.tokenizer = load_tokenizer(self._name, self._tokenizer_argument)
+        self.tokenizer = load_tokenizer(self._name, self._tokenizer_argument, self.chat_template)
         train, val = self._read("paths", self.paths), []
         if self.val_paths:
             val = self._read("val_paths", self.val_paths)

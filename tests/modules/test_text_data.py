@@ -2,16 +2,13 @@ import json
 import re
 
 import fsspec
-import numpy as np
 import pytest
 import torch
 from jsonargparse import ArgumentParser
 
-from lightning_align.data.tokenizer import train_tokenizer
-from lightning_align.modules.preference_data import PreferenceDataModule
 from lightning_align.modules.text_data import TextDataModule
 from tests.helpers.byte_tokenizer import ByteTokenizer
-from tests.helpers.recorder import Recorder, recorded, samples, trainer
+from tests.helpers.recorder import Recorder, samples, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning")
 TEXTS = [f"Text number {i} says {'very ' * (i % 7)}little." for i in range(40)]
@@ -27,17 +24,6 @@ def cache_dir(tmp_path, monkeypatch):
 def jsonl(tmp_path):
     path = tmp_path / "texts.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    return path
-
-
-@pytest.fixture
-def pairs(tmp_path):
-    path = tmp_path / "pairs.jsonl"
-    rows = [
-        {"prompt": chr(65 + i), "chosen": "good" * (1 + i % 3), "rejected": "bad"}
-        for i in range(20)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
@@ -191,26 +177,15 @@ def test_hyperparameters_are_plain(tmp_path, jsonl):
     assert again.fingerprint == data.fingerprint
 
 
-@pytest.mark.parametrize(
-    ("module", "arguments", "sentences"),
-    [
-        (TextDataModule, [], ["Tokens predicted per sample", "Samples per batch and rank"]),
-        (
-            PreferenceDataModule,
-            ["--paths=a.jsonl", "--tokenizer=folder"],
-            ["Pairs per batch and rank", "longer completions are cut"],
-        ),
-    ],
-)
-def test_the_command_line_knows_every_argument(module, arguments, sentences):
+def test_the_command_line_knows_every_argument():
     parser = ArgumentParser()
-    parser.add_class_arguments(module)
-    options = parser.parse_args([*arguments, "--batch_size=3", '--val_paths=["b.jsonl"]'])
-    data = module(**options.as_dict())
+    parser.add_class_arguments(TextDataModule)
+    options = parser.parse_args(["--batch_size=3", '--val_paths=["b.jsonl"]'])
+    data = TextDataModule(**options.as_dict())
     assert data.batch_size == 3
     assert data.val_paths == ["b.jsonl"]
     help_text = " ".join(parser.format_help().split())
-    for sentence in sentences:
+    for sentence in ("Tokens predicted per sample", "Samples per batch and rank"):
         assert sentence in help_text
 
 
@@ -293,90 +268,6 @@ def test_a_tokenizer_without_an_end_of_text_token(jsonl):
         TextDataModule(jsonl, tokenizer).setup()
 
 
-def test_a_hub_name_without_a_network(jsonl, pairs, offline):
-    for data in (TextDataModule(jsonl, "acme/tok"), PreferenceDataModule(pairs, "acme/tok")):
-        with pytest.raises(ValueError, match=r"\(tokenizer='acme/tok'\).*HF_HUB_OFFLINE.*folder"):
-            data.prepare_data()
-
-
-def preference(paths, **options):
-    return PreferenceDataModule(paths, ByteTokenizer(), **{"batch_size": 3, **options})
-
-
-def test_training_covers_every_pair_once(tmp_path, pairs):
-    data = preference(pairs, val_fraction=0.2)
-    fitter = trainer(tmp_path, max_steps=6, num_sanity_val_steps=0)
-    fitter.fit(Recorder(tmp_path), data)
-    train, val = samples(tmp_path, "train"), samples(tmp_path, "val")
-    assert [len(batch) // 2 for batch in train] == [3, 3, 3, 3, 3, 1]
-    assert all(batch[: len(batch) // 2] == batch[len(batch) // 2 :] for batch in train + val)
-    seen = [[prompt for batch in part for prompt in batch[::2]] for part in (train, val)]
-    prompts = [
-        {prompt for batch in part for prompt in batch[: len(batch) // 2]} for part in (train, val)
-    ]
-    assert (len(prompts[0]), len(prompts[1])) == (16, 4)
-    assert prompts[0] | prompts[1] == {2 + 65 + i for i in range(20)}
-    assert sum(map(len, seen)) == 20
-
-
-def test_pairs_of_val_paths(tmp_path, pairs):
-    other = tmp_path / "val.jsonl"
-    other.write_text('{"prompt": "?", "chosen": "a", "rejected": "b"}\n')
-    data = preference(str(pairs), val_paths=other)
-    data.setup()
-    assert (len(data.train_dataset), len(data.val_dataset)) == (20, 1)
-    assert np.array_equal(data.val_dataset.pairs[0].prompt, [2 + ord("?")])
-
-
-def test_max_length_and_append_eos_reach_the_batch(pairs):
-    data = preference(pairs, max_length=4, append_eos=False)
-    data.setup()
-    batch = data.train_dataset[[2]]
-    assert batch["input_ids"].shape == (2, 4)
-    assert not (batch["input_ids"] == ByteTokenizer.eos_token_id).any()
-
-
-def test_a_resumed_preference_run_sees_the_tail(tmp_path, pairs):
-    for stop, ckpt_path in ((4, None), (9, tmp_path / "a.ckpt")):
-        fitter = trainer(tmp_path, max_steps=stop)
-        fitter.fit(Recorder(tmp_path), preference(pairs), ckpt_path=ckpt_path, weights_only=True)
-        fitter.save_checkpoint(tmp_path / "a.ckpt")
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    trainer(whole, max_steps=9).fit(Recorder(whole), preference(pairs))
-    assert recorded(tmp_path, "train") == recorded(whole, "train")
-
-
-def test_other_pairs_are_refused_on_resume(tmp_path, pairs):
-    fitter = trainer(tmp_path)
-    fitter.fit(Recorder(tmp_path), preference(pairs))
-    fitter.save_checkpoint(tmp_path / "a.ckpt")
-    with pytest.raises(ValueError, match=r"PreferenceDataModule\(fingerprint='pairs .*'\): the ch"):
-        trainer(tmp_path, max_steps=2).fit(
-            Recorder(tmp_path), preference(pairs, max_length=5), ckpt_path=tmp_path / "a.ckpt"
-        )
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"batch_size": 0}, r"PreferenceDataModule\(batch_size=0\): must be at least 1"),
-        ({"max_length": 1}, r"PreferenceDataModule\(max_length=1\): must be at least 2"),
-        ({"val_fraction": 1.5}, r"PreferenceDataModule\(val_fraction=1\.5\): must be in \[0, 1\)"),
-    ],
-)
-def test_bad_preference_numbers(options, message):
-    with pytest.raises(ValueError, match=message):
-        preference("pairs.jsonl", **options)
-
-
-def test_missing_pairs(tmp_path):
-    with pytest.raises(ValueError, match=r"PreferenceDataModule\(paths='.*pairs\.jsonl'\): is nei"):
-        preference(tmp_path / "pairs.jsonl").setup()
-
-
-def test_a_trained_tokenizer_prepares_pairs(pairs):
-    data = PreferenceDataModule(pairs, train_tokenizer(TEXTS, 300))
-    data.setup()
-    pair = data.train_dataset.pairs[0]
-    assert data.tokenizer.decode(np.concatenate([pair.prompt, pair.chosen])) == "Agood<|endoftext|>"
+def test_a_hub_name_without_a_network(jsonl, offline):
+    with pytest.raises(ValueError, match=r"\(tokenizer='acme/tok'\).*HF_HUB_OFFLINE.*folder"):
+        TextDataModule(jsonl, "acme/tok").prepare_data()

@@ -1,0 +1,79 @@
+"""From the records of files to samples: one format per file, and what cannot teach is counted."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_align.data.files import InputFile
+
+BATCH_RECORDS = 1000  # records tokenised at once
+
+Ids = NDArray[np.int32]
+Sample = TypeVar("Sample")
+
+
+def read_samples(
+    files: Sequence[InputFile], read: Callable[[InputFile], Iterable[Sample | str]], what: str
+) -> list[Sample]:
+    """All usable samples of ``files``; one warning counts the others.
+
+    Args:
+        files: Files to read.
+        read: Yields the samples of a file, or in place of one why it cannot be used.
+        what: The samples in a word, for errors and warnings.
+
+    Raises:
+        ValueError: If a file is empty, or no sample is left.
+    """
+    samples: list[Sample] = []
+    dropped: Counter[str] = Counter()
+    for file in files:
+        number = len(samples) + dropped.total()
+        for sample in read(file):
+            if isinstance(sample, str):
+                dropped[sample] += 1
+            else:
+                samples.append(sample)
+        if number == len(samples) + dropped.total():
+            raise file.error(f"is empty, and must hold {what}")
+    if dropped:
+        reasons = "; ".join(f"{count} because {reason}" for reason, count in dropped.items())
+        total = len(samples) + dropped.total()
+        summary = f"{dropped.total()} of {total} {what} dropped: {reasons}"
+        first = files[0]
+        if not samples:
+            raise first.error(f"nothing is left ({summary})")
+        warnings.warn(f"{first.where}({first.argument}={first.url!r}): {summary}", stacklevel=2)
+    return samples
+
+
+def records_of_one_format(
+    file: InputFile, format_of: Callable[[InputFile, str, dict[str, Any]], str]
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Format, place and content of each record.
+
+    Raises:
+        ValueError: If a record has another format than the first.
+    """
+    first = None
+    for place, record in file.records():
+        found = format_of(file, place, record)
+        first = first or (found, place)
+        if found != first[0]:
+            rule = f"{place} holds {found}, but {first[1]} {first[0]}, and a file has one format"
+            raise file.error(rule, "Write them to two files")
+        yield found, place, record
+
+
+def close(ids: Iterable[int], eos_token_id: int | None) -> Ids:
+    """``ids`` with the end-of-text token behind them, once; as they are if it is None."""
+    closed = list(ids)
+    if eos_token_id is not None and closed[-1:] != [eos_token_id]:
+        closed.append(eos_token_id)
+    return np.array(closed, dtype=np.int32)

@@ -1,0 +1,117 @@
+"""Conversations for supervised fine-tuning, as a Lightning datamodule."""
+
+from pathlib import Path
+from typing import Any
+
+from typing_extensions import override
+
+from lightning_align._errors import argument_error
+from lightning_align.data.conversation import (
+    conversation_dataset,
+    hold_out_conversations,
+    read_conversations,
+)
+from lightning_align.data.conversation_formats import Example
+from lightning_align.data.files import find_files
+from lightning_align.data.tokenizer import load_tokenizer
+from lightning_align.modules.positioned import Paths, PositionedDataModule, plain_paths
+
+
+class ConversationDataModule(PositionedDataModule):
+    """Conversations for supervised fine-tuning with PretrainModule.
+
+    A record is a list of messages (multi-turn, also with tools), or a prompt and a completion, both
+    text or both messages. A batch is {input_ids, labels, attention_mask}; labels are -100 where the
+    assistant does not speak. Conversations of which nothing is learned are dropped with a warning.
+
+    Args:
+        paths: File, glob or list of them; .jsonl, also compressed (.gz, .xz, .bz2), local or at any
+            fsspec URL.
+        tokenizer: Folder or hub name of a tokenizer, or a transformers tokenizer.
+        batch_size: Conversations per batch and rank.
+        max_length: Tokens that a conversation may have; the end of longer ones is cut.
+        val_paths: Files to validate on, named as in paths; None holds out part of the prompts.
+        val_fraction: Part of the prompts held out if there are no val_paths; 0 for no validation.
+        assistant_only_loss: Whether to learn the assistant's tokens (or the completion) alone, or
+            all tokens of a conversation.
+        chat_template: Jinja text, or path of a .jinja file, that turns messages into text and is
+            saved with the tokenizer; None takes the tokenizer's own.
+        append_eos: Whether to close each completion that is text with the end-of-text token;
+            messages are closed by the chat template.
+        seed: Seed of the order of the conversations and of the choice of held-out prompts.
+        num_workers: Processes that load batches; 0 loads them in the training process.
+
+    Attributes:
+        tokenizer: The transformers tokenizer, with the chat template, after ``setup``.
+
+    Raises:
+        ValueError: If a number is out of its range.
+
+    Example:
+        >>> data = ConversationDataModule("chats.jsonl", "path/of/a/tokenizer", max_length=2048)
+    """
+
+    def __init__(
+        self,
+        paths: Paths,
+        tokenizer: str | Any,
+        *,
+        batch_size: int = 8,
+        max_length: int = 1024,
+        val_paths: Paths | None = None,
+        val_fraction: float = 0.0,
+        assistant_only_loss: bool = True,
+        chat_template: str | Path | None = None,
+        append_eos: bool = True,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(batch_size, seed, num_workers)
+        self._check_val_fraction(val_fraction)
+        if max_length < 2:
+            rule = "must be at least 2: a token to read and one to predict"
+            raise argument_error(self._name, "max_length", max_length, rule)
+        # Plain text and numbers only: a checkpoint loads with weights_only=True.
+        paths, val_paths = plain_paths(paths), plain_paths(val_paths or [])
+        tokenizer = str(tokenizer) if isinstance(tokenizer, Path) else tokenizer
+        chat_template = None if chat_template is None else str(chat_template)
+        given = not isinstance(tokenizer, str)
+        self.save_hyperparameters(ignore=["tokenizer"] if given else [], logger=False)
+        self.paths: list[str] = paths
+        self.val_paths: list[str] = val_paths
+        self.max_length = max_length
+        self.val_fraction = val_fraction
+        self.assistant_only_loss = assistant_only_loss
+        self.chat_template = chat_template
+        self.append_eos = append_eos
+        self.tokenizer: Any = tokenizer if given else None
+        self._tokenizer_argument = tokenizer
+
+    @override
+    def prepare_data(self) -> None:
+        """Load the tokenizer (one process of each node), so that it is in the cache for all."""
+        self.tokenizer = load_tokenizer(self._name, self._tokenizer_argument, self.chat_template)
+
+    @override
+    def setup(self, stage: str | None = None) -> None:
+        """Read and tokenise the conversations (every process, once)."""
+        if self.train_dataset is not None:
+            return
+        self.tokenizer = load_tokenizer(self._name, self._tokenizer_argument, self.chat_template)
+        train, val = self._read("paths", self.paths), []
+        if self.val_paths:
+            val = self._read("val_paths", self.val_paths)
+        else:
+            train, val = hold_out_conversations(self._name, train, self.val_fraction, self.seed)
+        self.train_dataset = conversation_dataset(train, self.tokenizer)
+        self.val_dataset = conversation_dataset(val, self.tokenizer) if val else None
+        self.fingerprint = f"conversations {self.train_dataset.content}"
+
+    def _read(self, argument: str, paths: list[str]) -> list[Example]:
+        return read_conversations(
+            find_files(self._name, argument, paths),
+            self.tokenizer,
+            max_length=self.max_length,
+            assistant_only_loss=self.assistant_only_loss,
+            append_eos=self.append_eos,
+        )
