@@ -1,0 +1,89 @@
+"""Text goes where the run's scalars go: rows of it to every logger that takes tables or text.
+
+As with pictures (pictures.py), each logger has its own word for it. A logger takes rows if it has
+W&B's ``log_table(key, columns, data, step)``, or if its ``experiment`` has TensorBoard's
+``add_text(tag, text, step)``. Where none does, each row becomes a JSON line of a file in
+``trainer.default_root_dir``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import lightning.pytorch as pl
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities import rank_zero_warn
+
+Row = dict[str, Any]  # column -> plain value; every row of a call has the same columns
+
+
+def log_rows(trainer: pl.Trainer, key: str, rows: list[Row], *, filename: str) -> list[str]:
+    """Send rows to every logger that takes them; returns where they went, in words.
+
+    Text is never worth a run, so a file that cannot be written is a warning.
+
+    Args:
+        trainer: Its loggers, global step and ``default_root_dir`` are used.
+        key: Name of the table in the loggers, for instance ``"samples"``.
+        rows: What to log, at least one row.
+        filename: JSON lines file under ``trainer.default_root_dir`` that rows are appended to if
+            no logger takes them.
+    """
+    if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return []
+    places = [
+        place
+        for logger in trainer.loggers
+        if (place := _send(logger, key, rows, trainer.global_step)) is not None
+    ]
+    if not places:
+        path = os.path.join(trainer.default_root_dir, filename)
+        try:
+            _append(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            places.append(path)
+        except OSError as error:
+            rank_zero_warn(f"{key!r} of step {trainer.global_step} was not written: {error}")
+    return places
+
+
+def _send(logger: Logger, key: str, rows: list[Row], step: int) -> str | None:
+    if isinstance(logger, DummyLogger):
+        return None
+    where = f"{type(logger).__name__} as {key!r}"
+    columns = list(rows[0])
+    log_table: Any = getattr(logger, "log_table", None)
+    if callable(log_table):
+        data = [[row[name] for name in columns] for row in rows]
+        log_table(key=key, columns=columns, data=data, step=step)
+        return where
+    add_text: Any = getattr(getattr(logger, "experiment", None), "add_text", None)
+    if callable(add_text):
+        add_text(key, "\n\n".join(_markdown(row) for row in rows), step)
+        return where
+    return None
+
+
+def _markdown(row: Row) -> str:
+    # Indented, so that what looks like markup in a text stays as it is.
+    parts = []
+    for name, value in row.items():
+        indented = "\n".join(f"    {line}" for line in str(value).split("\n"))
+        parts.append(f"{name}\n\n{indented}")
+    return "\n\n".join(parts)
+
+
+def _append(path: str, text: str) -> None:
+    filesystem, inner_path = url_to_fs(path)
+    filesystem.makedirs(os.path.dirname(inner_path), exist_ok=True)
+    if isinstance(filesystem, LocalFileSystem):
+        with filesystem.open(inner_path, "ab") as file:
+            file.write(text.encode())
+        return
+    # Object stores cannot append.
+    before = filesystem.cat_file(inner_path) if filesystem.exists(inner_path) else b""
+    filesystem.pipe_file(inner_path, before + text.encode())
