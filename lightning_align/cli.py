@@ -8,6 +8,7 @@ from lightning.pytorch.cli import LightningCLI
 from typing_extensions import override
 
 # Imported so that their short names work in YAML: `class_path: PretrainModule`.
+from lightning_align.callbacks.generate_samples import GenerateSamples
 from lightning_align.callbacks.metric_plot import MetricPlot
 from lightning_align.callbacks.save_pretrained import SavePretrained
 from lightning_align.callbacks.token_schedule import TokenSchedule
@@ -22,6 +23,7 @@ __all__ = [
     "AlignCLI",
     "DPOModule",
     "ExactResume",
+    "GenerateSamples",
     "MetricPlot",
     "PreferenceDataModule",
     "PretrainModule",
