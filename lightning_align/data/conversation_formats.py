@@ -30,8 +30,14 @@ from lightning_align.data.chat_template import (
     read_tools,
 )
 from lightning_align.data.files import InputFile
-from lightning_align.data.pair_formats import Record, common_length
-from lightning_align.data.samples import BATCH_RECORDS, Ids, close, records_of_one_format
+from lightning_align.data.samples import (
+    BATCH_RECORDS,
+    Ids,
+    Record,
+    close,
+    common_length,
+    records_of_one_format,
+)
 from lightning_align.data.tokenizer import (
     Encoded,
     encode,

@@ -14,15 +14,20 @@ from typing import Any, NamedTuple
 
 from lightning_align.data.chat_template import ChatTemplate, Messages, check_messages, read_tools
 from lightning_align.data.files import InputFile
-from lightning_align.data.samples import BATCH_RECORDS, Ids, close, records_of_one_format
+from lightning_align.data.samples import (
+    BATCH_RECORDS,
+    Ids,
+    Record,
+    close,
+    common_length,
+    records_of_one_format,
+)
 from lightning_align.data.tokenizer import encode, encode_completions, encode_prompts
 
 TEXTS = "a prompt and two completions as text"
 WHOLE_TEXTS = "two texts that begin with their prompt"
 MESSAGES = "a prompt and two completions as messages"
 WHOLE_MESSAGES = "two conversations that begin with their prompt"
-
-Record = tuple[str, dict[str, Any]]  # place in the file, and columns
 
 
 class Pair(NamedTuple):
@@ -167,9 +172,3 @@ def split_messages(
     if not prompt or {chosen[0]["role"], rejected[0]["role"]} != {"assistant"}:
         return "chosen and rejected are not answers of the assistant to one prompt"
     return prompt, chosen, rejected
-
-
-def common_length(first: list[Any], second: list[Any]) -> int:
-    """How many items two lists have in common at their beginning."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))

@@ -15,6 +15,7 @@ from lightning_align.data.files import InputFile
 BATCH_RECORDS = 1000  # records tokenised at once
 
 Ids = NDArray[np.int32]
+Record = tuple[str, dict[str, Any]]  # place in the file, and columns
 Sample = TypeVar("Sample")
 
 
@@ -77,3 +78,9 @@ def close(ids: Iterable[int], eos_token_id: int | None) -> Ids:
     if eos_token_id is not None and closed[-1:] != [eos_token_id]:
         closed.append(eos_token_id)
     return np.array(closed, dtype=np.int32)
+
+
+def common_length(first: list[Any], second: list[Any]) -> int:
+    """How many items two lists have in common at their beginning."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
