@@ -20,7 +20,7 @@ from lightning_align.losses import (
     padding_arguments,
     preference_step,
 )
-from lightning_align.modules.causal_lm import CausalLMModule, Sums
+from lightning_align.modules.causal_lm import CausalLMModule, Sums, rotary_in_fp32
 from lightning_align.pretrained import build_model
 
 
@@ -139,8 +139,9 @@ class DPOModule(CausalLMModule):
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.reference_layers.model._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
+        with rotary_in_fp32(self.reference_layers.model):
+            self.reference_layers.model._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     @override

@@ -244,7 +244,7 @@ class Run:
 def weights_hash(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in module.state_dict().items():
-        digest.update(name.encode() + value.detach().numpy().tobytes())
+        digest.update(name.encode() + value.detach().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
