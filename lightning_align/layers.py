@@ -216,6 +216,48 @@ class ModelLayers:
                     theirs_BTV = _logits(self.model(tokens_BT, **_no_cache(self.model)))
                 self._compare(self.head.logits(hidden_BTD * factor), theirs_BTV, tolerance)
 
+    def probe_documents(self) -> None:
+        """Check that documents that share a row do not see each other.
+
+        Their ``position_ids`` start again at 0. Other tokens in the first document must not move
+        the hidden states of the second by a bit. In a mixture of experts they may, because an
+        expert multiplies the tokens of all documents at once and rounds by their number: then no
+        gradient may flow from the second document to the first, exactly. Costs up to three forwards
+        of 16 tokens.
+
+        Raises:
+            ValueError: If the model takes no ``position_ids`` or its documents see each other.
+        """
+        base = _base_model(self.model)
+        way_out = (
+            "Set separate_documents=False, or take a model that attends by position_ids, as Llama, "
+            "Qwen, Mistral, Gemma and GPT-2 of transformers do"
+        )
+        if "position_ids" not in _argument_names(type(base or self.model).forward):
+            raise self._error("probe_documents", "its forward takes no position_ids", way_out)
+        half = _PROBE_TOKENS // 2
+        device = self.head.weight.device
+        tokens_BT = _probe_tokens(self.vocab_size).flip(1).to(device)  # the second halves agree
+        positions_BT = (torch.arange(_PROBE_TOKENS, device=device) % half).expand(2, -1)
+        with _undisturbed(self.model):
+            # One row at a time: the same sums in the same order.
+            rows = ((tokens_BT[i : i + 1], positions_BT[i : i + 1]) for i in range(2))
+            one, other = (self.hidden_states(*row)[0, half:] for row in rows)
+            if torch.equal(one, other):
+                return
+            flow_BTD = self._flow(tokens_BT, positions_BT, half)
+        if flow_BTD[:, :half].any():
+            rule = "its documents must not see each other, and tokens of one move those of the next"
+            raise self._error("probe_documents", rule, way_out)
+
+    def _flow(self, tokens_BT: Tensor, positions_BT: Tensor, begin: int) -> Tensor:
+        """Gradient of the hidden states from token ``begin`` on, with respect to the embeddings."""
+        with torch.enable_grad(), _leaf_output(self.embedding) as embedded:
+            hidden_BTD = self.hidden_states(tokens_BT, positions_BT)[:, begin:]
+            # Weighted, because the features of a layer norm always sum to the same.
+            weight_D = torch.linspace(-1, 1, hidden_BTD.shape[-1]).to(hidden_BTD).square()
+            return torch.autograd.grad((hidden_BTD * weight_D).sum(), embedded[0])[0]
+
     def _compare(self, ours_BTV: Tensor, theirs_BTV: Tensor, tolerance: float) -> None:
         if ours_BTV.shape != theirs_BTV.shape:
             rule = (
@@ -535,6 +577,22 @@ def _scaled_input(module: nn.Module, factor: float) -> Iterator[list[Tensor]]:
     handle = module.register_forward_pre_hook(hook)
     try:
         yield inputs
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _leaf_output(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Cut the graph behind ``module`` for a while; yields the list of what it returned."""
+    outputs: list[Tensor] = []
+
+    def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        outputs.append(output.detach().requires_grad_())
+        return outputs[-1]
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield outputs
     finally:
         handle.remove()
 

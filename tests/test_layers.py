@@ -639,3 +639,104 @@ def test_a_model_without_checkpointing_of_its_own_gets_ours() -> None:
     assert torch.equal(loss, loss_2)
     assert all(torch.equal(gradients[key], gradients_2[key]) for key in gradients)
     assert saved_2 < 0.15 * saved
+
+
+# Documents that share a row. OPT's positions come from a mask, and Falcon's mask is a triangle.
+SEEING = ("opt", "falcon")
+SEPARATE = [name for name in TINY_MODELS if name not in SEEING]
+KERNELS = [
+    (name, kernel)
+    for name in SEPARATE
+    for kernel in ("eager", "sdpa")
+    if (name, kernel) != ("gemma2", "sdpa")  # its scores have a softcap, which sdpa does not know
+]
+WINDOWED = ("mistral", "gemma2", "gemma3", "cohere2")
+
+
+def row_of(lengths: list[int], generator: torch.Generator) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Documents of these lengths, a row of them all, and their positions."""
+    documents = [torch.randint(3, VOCAB_SIZE, (n,), generator=generator) for n in lengths]
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    return documents, torch.cat(documents)[None], positions[None]
+
+
+@pytest.mark.parametrize(("name", "kernel"), KERNELS)
+def test_a_document_is_the_same_to_the_bit_whatever_its_neighbours_are(name, kernel) -> None:
+    """The same tokens in the same place of a row of the same length.
+
+    Experts round by the number of tokens they are given, and that depends on the neighbours.
+    """
+    layers = find_layers(TINY_MODELS[name](attn_implementation=kernel).eval())
+    generator = torch.Generator().manual_seed(3)
+    documents, _, _ = row_of([17], generator)
+    found = []
+    for before, behind in ([5, 6], [8, 3]), ([11], [11]), ([1] * 11, [1] * 11):
+        _, ids, positions = row_of([*before, 17, *behind], generator)
+        ids[0, 11:28] = documents[0]
+        with torch.no_grad():
+            found.append(layers.hidden_states(ids, positions)[0, 11:28])
+    for other in found[1:]:
+        if name == "mixtral":
+            torch.testing.assert_close(other, found[0], rtol=0, atol=1e-5)
+        else:
+            assert torch.equal(other, found[0])
+
+
+@pytest.mark.parametrize(("name", "kernel"), KERNELS)
+def test_a_document_is_what_it_is_alone(name, kernel) -> None:
+    """Up to rounding: a shorter row is another shape, and kernels sum in another order.
+
+    Measured: up to 1e-6 of the largest hidden state. Windows are shorter than the documents, where
+    a model has any.
+    """
+    window = {"sliding_window": 6} if name in WINDOWED else {}
+    layers = find_layers(TINY_MODELS[name](attn_implementation=kernel, **window).eval())
+    documents, ids, positions = row_of([11, 1, 17, 9], torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        together = layers.hidden_states(ids, positions)[0].split([11, 1, 17, 9])
+        for document, found in zip(documents, together, strict=True):
+            alone = layers.hidden_states(document[None])[0]
+            difference = (found - alone).abs().max() / alone.abs().max()
+            assert difference < 5e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SEPARATE)
+def test_probe_documents_accepts_who_attends_by_positions(name, dtype) -> None:
+    model = TINY_MODELS[name]().to(dtype)
+    before = copy.deepcopy(model.state_dict())
+    random = torch.random.get_rng_state()
+    find_layers(model).probe_documents()
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert torch.equal(torch.random.get_rng_state(), random)
+
+
+@pytest.mark.parametrize("name", [*SEEING, "plain", "tied"])
+def test_probe_documents_refuses_who_does_not(name) -> None:
+    model = MODELS[name]()
+    rule = "its forward takes no" if name == "tied" else "its documents must not see each other"
+    message = rf"\(model='{type(model).__name__}'\): {rule}.* Set separate_documents=False"
+    with pytest.raises(ValueError, match=message):
+        find_layers(model).probe_documents()
+
+
+def test_probe_documents_accepts_bits_that_move_without_any_flow() -> None:
+    """As in a mixture of experts: what is added to the second document rounds by the first."""
+
+    class Rounding(PlainDecoder):
+        leak = 0.0
+
+        def forward(self, input_ids, position_ids=None, attention_mask=None):
+            half = input_ids.shape[1] // 2
+            x_BTD = self.tokens(input_ids) + self.positions(position_ids)
+            x_BTD[:, half:] += self.leak * x_BTD[:, :half]
+            x_BTD[:, half:] += 1e-7 * input_ids[:, :half, None]
+            return self.to_logits(self.norm(x_BTD))
+
+    model = Rounding()
+    find_layers(model).probe_documents()
+    model.leak = 1e-6
+    with pytest.raises(ValueError, match="its documents must not see each other"):
+        find_layers(model).probe_documents()

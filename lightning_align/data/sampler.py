@@ -12,17 +12,16 @@ duplicates data or crashes with a custom ``batch_sampler``; this one it leaves a
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, cast
 
-import numpy as np
-import torch
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_align._errors import argument_error
+from lightning_align.data.mixture import Mixture, draw_order
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
     from torch.utils.data import Dataset
@@ -61,12 +60,15 @@ class PositionSampler(DistributedSampler[list[int]]):
         num_replicas: Number of ranks that share a batch.
         rank: This process, counted from 0.
         position: Called once when an iteration starts; returns the number of its first batch.
+        mixture: Corpora of unequal weight that the samples belong to; None takes every sample once
+            per pass.
 
     Attributes:
         start: Position at which the latest iteration began; None before the first.
 
     Raises:
-        ValueError: If a count is below 1 or ``rank`` is outside ``[0, num_replicas)``.
+        ValueError: If a count is below 1, ``rank`` is outside ``[0, num_replicas)``, or a mixture
+            is not of these samples or not shuffled.
 
     Example:
         >>> sampler = PositionSampler(5, 2, shuffle=False, position=lambda: 1)
@@ -84,6 +86,7 @@ class PositionSampler(DistributedSampler[list[int]]):
         num_replicas: int = 1,
         rank: int = 0,
         position: Callable[[], int] = lambda: 0,
+        mixture: Mixture | None = None,
     ) -> None:
         sizes = {"num_samples": num_samples, "batch_size": batch_size, "num_replicas": num_replicas}
         for argument, size in sizes.items():
@@ -92,11 +95,18 @@ class PositionSampler(DistributedSampler[list[int]]):
         if not 0 <= rank < num_replicas:
             rule = f"must be in [0, {num_replicas})"
             raise argument_error("PositionSampler", "rank", rank, rule)
+        if mixture is not None and sum(mixture.sizes) != num_samples:
+            rule = f"must be all samples of the mixture's corpora, {sum(mixture.sizes)}"
+            raise argument_error("PositionSampler", "num_samples", num_samples, rule)
+        if mixture is not None and not shuffle:
+            rule = "a mixture must be shuffled: its corpora would come one after the other"
+            raise argument_error("PositionSampler", "shuffle", shuffle, rule)
         # The parent only ever asks a dataset for its length.
         dataset = cast("Dataset[list[int]]", range(num_samples))
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)
         self.batch_size = batch_size
         self.position = position
+        self.mixture = mixture
         self.start: int | None = None
         self._order: tuple[int, NDArray[np.integer]] | None = None
 
@@ -144,9 +154,7 @@ class PositionSampler(DistributedSampler[list[int]]):
         return cast("list[int]", self._order[1][first:last].tolist())
 
     def _draw_order(self, pass_number: int) -> NDArray[np.integer]:
-        digest = hashlib.blake2b(f"{self.seed},{pass_number}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-        # 32 bits where they suffice: 1e8 samples then cost 400 MB and not 800.
-        dtype = torch.int32 if len(self._samples) < 2**31 else torch.int64
-        order = torch.randperm(len(self._samples), generator=generator, dtype=dtype)
-        return cast("NDArray[np.integer]", order.numpy())
+        order = draw_order(len(self._samples), self.seed, pass_number)
+        if self.mixture is None:
+            return order
+        return self.mixture.samples(self.seed, pass_number)[order]

@@ -46,6 +46,7 @@ class TokenSplit:
     num_tokens: int
     num_documents: int
     content: str  # hash of the tokens
+    source_tokens: tuple[int, ...] = ()  # how many of them are from each file, in order
 
     @cached_property
     def tokens(self) -> NDArray[np.unsignedinteger[Any]]:
@@ -135,7 +136,7 @@ def open_token_cache(where: str, cache_dir: Path, key: str) -> TokenCache:
             split=split,
             dtype=manifest["dtype"],
             content=manifest["files"][f"{split}.tokens"]["hash"],
-            **counts,
+            **{**counts, "source_tokens": tuple(counts["source_tokens"])},
         )
         for split, counts in manifest["splits"].items()
     }

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from lightning_align.data.held_out import draw_held_out
 from lightning_align.data.text import Piece, TextSource
 from lightning_align.data.tokenizer import encode, tokenizer_fingerprint, train_tokenizer
 
-SCHEMA = 1  # raise it when what a cache holds, or how text becomes tokens, changes
+SCHEMA = 2  # raise it when what a cache holds, or how text becomes tokens, changes
 BATCH_PIECES = 4096  # pieces tokenised at once, if they are short
 BAR_DELAY_S = 2.0  # what takes less needs no progress bar
 
@@ -62,6 +62,14 @@ class Corpus:
         return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
+class LabelledPiece(NamedTuple):
+    """A piece, the split it belongs to, and the number of its file among those of the split."""
+
+    split: str
+    source: int
+    piece: Piece
+
+
 class FileWriter:
     """Writes one file, keeping its size and hash, and forces it to the disk in the end."""
 
@@ -87,19 +95,24 @@ class FileWriter:
 class SplitWriter:
     """Writes the tokens of a split and where each of its documents ends."""
 
-    def __init__(self, folder: Path, split: str, dtype: np.dtype[Any]) -> None:
+    def __init__(self, folder: Path, split: str, num_sources: int, dtype: np.dtype[Any]) -> None:
         self.split = split
-        self.num_tokens = 0
+        self.source_tokens = [0] * num_sources
         self.num_documents = 0
         self._dtype = dtype
         self._tokens = FileWriter(folder / f"{split}.tokens")
         self._offsets = FileWriter(folder / f"{split}.offsets")
         self._offsets.write(np.int64(0).tobytes())
 
-    def add(self, ids: list[int], ends_document: bool) -> None:
-        """Append the tokens of a piece."""
+    @property
+    def num_tokens(self) -> int:
+        """Tokens written so far."""
+        return sum(self.source_tokens)
+
+    def add(self, source: int, ids: list[int], ends_document: bool) -> None:
+        """Append the tokens of a piece of that file."""
         self._tokens.write(np.array(ids, self._dtype).tobytes())
-        self.num_tokens += len(ids)
+        self.source_tokens[source] += len(ids)
         if ends_document:
             self.num_documents += 1
             self._offsets.write(np.int64(self.num_tokens).tobytes())
@@ -128,18 +141,23 @@ def write_corpus(corpus: Corpus, folder: Path) -> dict[str, Any]:
         files["tokenizer.json"] = rules.close()
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
     splits = ["train", "val"] if corpus.val or held_out.any() else ["train"]
-    writers = {split: SplitWriter(folder, split, dtype) for split in splits}
+    num_sources = {"train": len(corpus.train), "val": len(corpus.val or corpus.train)}
+    writers = {split: SplitWriter(folder, split, num_sources[split], dtype) for split in splits}
     with _progress("Tokenising", num_characters) as bar:
         for batch in _batches(_labelled_pieces(corpus, held_out)):
-            texts = [piece.text for _, piece in batch]
-            for (split, piece), ids in zip(batch, encode(tokenizer, texts), strict=True):
+            texts = [piece.text for _, _, piece in batch]
+            for (split, source, piece), ids in zip(batch, encode(tokenizer, texts), strict=True):
                 end = [tokenizer.eos_token_id] if piece.ends_document else []
-                writers[split].add(ids + end, piece.ends_document)
+                writers[split].add(source, ids + end, piece.ends_document)
             bar.update(sum(map(len, texts)))
     for writer in writers.values():
         files |= writer.close()
     counts = {
-        split: {"num_tokens": writer.num_tokens, "num_documents": writer.num_documents}
+        split: {
+            "num_tokens": writer.num_tokens,
+            "num_documents": writer.num_documents,
+            "source_tokens": writer.source_tokens,
+        }
         for split, writer in writers.items()
     }
     return {"dtype": dtype.name, "splits": counts, "files": files}
@@ -172,7 +190,7 @@ def _train(corpus: Corpus, held_out: NDArray[np.bool_], num_characters: int) -> 
     with _progress("Reading text to train a tokenizer", num_characters) as bar:
 
         def texts() -> Iterator[str]:
-            for split, piece in _labelled_pieces(corpus, held_out):
+            for split, _, piece in _labelled_pieces(corpus, held_out):
                 if split == "train":
                     yield piece.text
                 bar.update(len(piece.text))
@@ -180,22 +198,24 @@ def _train(corpus: Corpus, held_out: NDArray[np.bool_], num_characters: int) -> 
         return train_tokenizer(texts(), corpus.vocab_size)
 
 
-def _labelled_pieces(corpus: Corpus, held_out: NDArray[np.bool_]) -> Iterator[tuple[str, Piece]]:
+def _labelled_pieces(corpus: Corpus, held_out: NDArray[np.bool_]) -> Iterator[LabelledPiece]:
     document = 0
-    for source in corpus.train:
+    for number, source in enumerate(corpus.train):
         for piece in source.pieces():
-            yield ("val" if held_out[document] else "train"), piece
+            split = "val" if held_out[document] else "train"
+            yield LabelledPiece(split, number, piece)
             document += piece.ends_document
-    for source in corpus.val:
+    for number, source in enumerate(corpus.val):
         for piece in source.pieces():
-            yield "val", piece
+            yield LabelledPiece("val", number, piece)
 
 
-def _batches(pieces: Iterable[tuple[str, Piece]]) -> Iterator[list[tuple[str, Piece]]]:
-    batch: list[tuple[str, Piece]] = []
+def _batches(pieces: Iterable[LabelledPiece]) -> Iterator[list[LabelledPiece]]:
+    batch: list[LabelledPiece] = []
     num_characters = 0
-    for split, piece in pieces:
-        batch.append((split, piece))
+    for labelled in pieces:
+        batch.append(labelled)
+        piece = labelled.piece
         num_characters += len(piece.text)
         if num_characters >= CHUNK or len(batch) >= BATCH_PIECES:
             yield batch

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_align._errors import argument_error
+from lightning_align.data.mixture import Mixture
 from lightning_align.data.sampler import BatchDataset, PositionSampler
 from lightning_align.run.position import batches_consumed
 
@@ -23,7 +24,8 @@ Paths = str | Path | list[str]
 class PositionedDataModule(pl.LightningDataModule):
     """What our datamodules have in common: loaders whose order follows the position of the run.
 
-    A subclass sets ``train_dataset``, ``val_dataset`` and ``fingerprint`` in ``setup``.
+    A subclass sets ``train_dataset``, ``val_dataset`` and ``fingerprint`` in ``setup``, and
+    ``train_mixture`` if its training samples are of corpora with weights.
 
     Args:
         batch_size: Samples per batch and rank.
@@ -52,6 +54,7 @@ class PositionedDataModule(pl.LightningDataModule):
         self.fingerprint = ""
         self.train_dataset: BatchDataset | None = None
         self.val_dataset: BatchDataset | None = None
+        self.train_mixture: Mixture | None = None
         self.train_sampler: PositionSampler | None = None
 
     @property
@@ -72,6 +75,7 @@ class PositionedDataModule(pl.LightningDataModule):
             num_replicas=num_replicas,
             rank=rank,
             position=lambda: self.position,
+            mixture=self.train_mixture,
         )
         return self._loader(self.train_dataset, self.train_sampler)
 

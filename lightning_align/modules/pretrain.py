@@ -91,6 +91,12 @@ class PretrainModule(CausalLMModule):
         return {name: batch[name][:, :-1] for name in names if name in batch}
 
     @override
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if getattr(getattr(self.trainer, "datamodule", None), "separate_documents", False):
+            self.layers.probe_documents()
+
+    @override
     def loss_from_hidden(self, hidden_BTD: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Sums]:
         loss, nll, count = linear_cross_entropy(
             hidden_BTD,

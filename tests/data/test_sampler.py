@@ -80,6 +80,12 @@ def test_passes_differ_and_seeds_differ():
     assert len({tuple(batch) for batch in (one.batch(0), one.batch(1), two.batch(0))}) == 3
 
 
+def test_the_stream_of_a_seed_never_changes():
+    """A checkpoint of an older version goes on with the batches that it would have seen."""
+    sampler = PositionSampler(7, 3, seed=5)
+    assert [sampler.batch(n) for n in range(4)] == [[2, 3, 4], [1, 5, 6], [0], [6, 2, 0]]
+
+
 def test_order_is_close_to_uniform():
     """Where sample 0 of 4 lands over 4000 seeds: 1000 each; five standard deviations are 137."""
     places = [PositionSampler(4, 4, seed=seed).batch(0).index(0) for seed in range(4000)]

@@ -97,6 +97,24 @@ def test_no_validation(texts, cache_dir):
     assert cache.val is None
 
 
+def test_the_manifest_says_how_many_tokens_are_from_which_file(tmp_path, cache_dir):
+    counts = (3, 1, 5)
+    paths = [write_jsonl(tmp_path / f"{n}.jsonl", ["x" * n, "y" * n]) for n in counts]
+    val = [write_jsonl(tmp_path / "val.jsonl", ["z"]), paths[0]]
+    cache = build(corpus(paths, ByteTokenizer(), val), cache_dir)
+    assert cache.train.source_tokens == tuple(2 * (n + 1) for n in counts)
+    assert cache.val.source_tokens == (2, 8)
+
+
+def test_what_is_held_out_of_a_file_is_not_counted_as_its_training_tokens(tmp_path, cache_dir):
+    paths = [write_jsonl(tmp_path / f"{n}.jsonl", ["x" * n] * 10) for n in (1, 100)]
+    cache = build(corpus(paths, ByteTokenizer()), cache_dir)
+    for split in (cache.train, cache.val):
+        sizes = np.diff(split.offsets)
+        assert split.source_tokens == (2 * (sizes == 2).sum(), 101 * (sizes == 101).sum())
+        assert sum(split.source_tokens) == split.num_tokens
+
+
 def test_a_long_document_is_tokenised_in_pieces_and_closed_once(tmp_path, cache_dir):
     text = "All work and no play\n" * 60_000  # 1.3 million characters
     (tmp_path / "long.txt").write_text(text)

@@ -1,14 +1,21 @@
+import csv
 import json
+import math
 import re
 
+import datasets
 import fsspec
+import numpy as np
 import pytest
 import torch
 from jsonargparse import ArgumentParser
+from transformers import LlamaConfig
 
+from lightning_align.modules.pretrain import PretrainModule
 from lightning_align.modules.text_data import TextDataModule
 from tests.helpers.byte_tokenizer import ByteTokenizer
 from tests.helpers.recorder import Recorder, samples, trainer
+from tests.helpers.tiny_models import TINY_MODELS, TiedDecoder
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning")
 TEXTS = [f"Text number {i} says {'very ' * (i % 7)}little." for i in range(40)]
@@ -106,6 +113,25 @@ def test_files_of_all_kinds_give_the_same_tokens(tmp_path, jsonl):
     assert len(contents) == 1
 
 
+def test_tables_of_all_kinds_give_the_same_tokens(tmp_path, jsonl):
+    rows = [{"text": text, "number": i} for i, text in enumerate(TEXTS)]
+    with (tmp_path / "texts.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, ["number", "text"])
+        writer.writeheader()
+        writer.writerows(rows)
+    table = datasets.Dataset.from_list(rows)
+    table.to_parquet(tmp_path / "texts.parquet")
+    datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "saved")
+    contents, keys = set(), set()
+    for name in ("texts.jsonl", "texts.csv", "texts.parquet", "saved/train"):
+        data = TextDataModule(tmp_path / name, ByteTokenizer(), block_size=8)
+        data.setup()
+        contents.add((data.train_dataset.split.content, data.val_dataset.split.content))
+        keys.add(data.train_dataset.split.folder)
+    assert len(contents) == 1
+    assert len(keys) == 4
+
+
 def test_a_pattern_makes_documents_of_a_text_file(tmp_path):
     (tmp_path / "a.txt").write_text("".join(f"Text {i}\nbody\n" for i in range(10)))
     data = TextDataModule(
@@ -197,6 +223,22 @@ BAD_TEXT = {
     "val_fraction nan": ({"val_fraction": float("nan")}, r"must be in \[0, 1\)"),
     "vocab_size": ({"vocab_size": 256}, r"TextDataModule\(vocab_size=256\): must be at least 257"),
     "pattern": ({"document_pattern": "("}, r"\(document_pattern='\('\): must be a regular"),
+    "no paths": ({"paths": []}, r"TextDataModule\(paths=\[\]\): must name at least one file"),
+    "no weights": ({"paths": {}}, r"TextDataModule\(paths=\{\}\): must name at least one file"),
+    "weight 0": (
+        {"paths": {"a.txt": 0.0}},
+        r"TextDataModule\(paths\['a\.txt'\]=0\.0\): a weight mu",
+    ),
+    "weight below": (
+        {"paths": {"a.txt": 1, "b.txt": -1}},
+        r"\(paths\['b\.txt'\]=-1\): a weight mus",
+    ),
+    "weight nan": (
+        {"paths": {"a.txt": math.nan}},
+        r"\(paths\['a\.txt'\]=nan\): a weight must be a",
+    ),
+    "weight inf": ({"paths": {"a.txt": math.inf}}, r"a weight must be a positive, finite number"),
+    "weight text": ({"paths": {"a.txt": "1"}}, r"\(paths\['a\.txt'\]='1'\): a weight must be"),
     "cache_dir": ({"cache_dir": "s3://bucket"}, r"\(cache_dir='s3://bucket'\): must be a local"),
 }
 
@@ -213,6 +255,10 @@ def test_bad_files_are_refused_before_training(tmp_path):
     (tmp_path / "columns.jsonl").write_text('{"body": "x"}\n')
     (tmp_path / "broken.jsonl").write_text('{"text": "x"}\n{"text"\n')
     (tmp_path / "one.txt").write_text("a single document")
+    (tmp_path / "ragged.csv").write_text("text,n\na,1\nb\n")
+    (tmp_path / "columns.csv").write_text("body,n\na,1\n")
+    (tmp_path / "header.csv").write_text("text,n\n")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
     cases = {
         "missing.txt": "is neither a file nor an embedded corpus",
         "*.nothing": "no file matches",
@@ -220,6 +266,10 @@ def test_bad_files_are_refused_before_training(tmp_path):
         "binary.txt": "must be text, but it holds NUL bytes",
         "columns.jsonl": "line 1 has no column 'text'; columns found: 'body'",
         "broken.jsonl": "line 2 must be JSON",
+        "ragged.csv": "row 2 has 1 cells, and the header 2 columns",
+        "columns.csv": "row 1 has no column 'text'; columns found: 'body', 'n'",
+        "header.csv": "is empty, and must hold text",
+        "broken.parquet": "must be a complete Parquet file",
         "one.txt": "holds out whole documents, and there is only one",
     }
     for name, rule in cases.items():
@@ -271,3 +321,222 @@ def test_a_tokenizer_without_an_end_of_text_token(jsonl):
 def test_a_hub_name_without_a_network(jsonl, offline):
     with pytest.raises(ValueError, match=r"\(tokenizer='acme/tok'\).*HF_HUB_OFFLINE.*folder"):
         TextDataModule(jsonl, "acme/tok").prepare_data()
+
+
+def small_llama(**options):
+    config = LlamaConfig(
+        vocab_size=258,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        **options,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return PretrainModule(config)
+
+
+def separate(paths, **options):
+    options = {"block_size": 40, "batch_size": 3, "separate_documents": True, **options}
+    return TextDataModule(paths, ByteTokenizer(), **options)
+
+
+def fit(folder, module, data, ckpt_path=None, **options):
+    fitter = trainer(folder, **options)
+    fitter.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
+    return fitter
+
+
+def test_separate_documents_reach_the_batch(jsonl):
+    data = separate(jsonl, val_fraction=0.1, batch_size=50)
+    data.setup()
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        batch = next(iter(loader))
+        after_end = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+        after_end[:, 1:] = batch["input_ids"][:, :-1] == ByteTokenizer.eos_token_id
+        after_end[:, 0] = True
+        real = batch["input_ids"] != ByteTokenizer.pad_token_id
+        assert torch.equal((batch["position_ids"] == 0)[real], after_end[real])
+        assert torch.equal(batch["labels"][real] == -100, after_end[real])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_resumed_run_over_separate_documents_is_bit_identical(tmp_path, jsonl, num_workers):
+    whole, first, again = small_llama(), small_llama(), small_llama()
+    data = {"num_workers": num_workers, "val_fraction": 0}
+    fit(tmp_path, whole, separate(jsonl, **data), max_steps=11, max_epochs=-1)
+    fit(tmp_path, first, separate(jsonl, **data), max_steps=4).save_checkpoint(tmp_path / "a.ckpt")
+    fit(tmp_path, again, separate(jsonl, **data), tmp_path / "a.ckpt", max_steps=11, max_epochs=-1)
+    for one, other in zip(whole.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+    other = small_llama()
+    fit(tmp_path, other, separate(jsonl, separate_documents=False, **data), max_steps=11)
+    assert not torch.equal(next(whole.parameters()), next(other.parameters()))
+
+
+def test_the_loss_of_a_document_does_not_depend_on_its_neighbours(tmp_path):
+    """Summed over a row of two documents, it is the sum of the two alone."""
+    texts = ["A truth universally acknowledged.", "In want of a wife."]
+    losses = []
+    for number, group in enumerate([texts, texts[:1], texts[1:]]):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in group))
+        tokens = sum(len(text) + 1 for text in group)
+        data = separate(path, block_size=tokens - 1, val_fraction=0)
+        data.setup()
+        [batch] = data.train_dataloader()
+        module = small_llama()
+        with torch.no_grad():
+            hidden = module.forward_hidden(**module.model_inputs(batch))
+            loss, sums = module.loss_from_hidden(hidden, batch)
+        losses.append((loss, sums["tokens"][0]))
+    (both, count), *alone = losses
+    assert count == sum(n for _, n in alone) == len(texts[0]) + len(texts[1])
+    torch.testing.assert_close(both, sum(loss for loss, _ in alone))
+
+
+@pytest.mark.parametrize("name", ["opt", "falcon", "tied"])
+def test_a_model_whose_documents_see_each_other_is_refused_before_training(tmp_path, jsonl, name):
+    model = {**TINY_MODELS, "tied": TiedDecoder}[name](vocab_size=258)
+    data = separate(jsonl)
+    message = (
+        rf"{type(model).__name__}'\): .*(must not see each other|takes no position_ids).*Set s"
+    )
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, PretrainModule(model), data)
+
+
+def test_a_checkpoint_without_separate_documents_is_refused(tmp_path, jsonl):
+    fit(tmp_path, Recorder(tmp_path), separate(jsonl, separate_documents=False)).save_checkpoint(
+        tmp_path / "a.ckpt"
+    )
+    with pytest.raises(ValueError, match=r"fingerprint='.*, separate documents'\): the checkpoint"):
+        fit(tmp_path, Recorder(tmp_path), separate(jsonl), tmp_path / "a.ckpt", max_steps=2)
+
+
+@pytest.fixture
+def corpora(tmp_path):
+    """Three corpora of numbered letters, each of its own letter: tokens tell them apart."""
+    for letter, number in {"a": 20, "b": 60, "c": 5}.items():
+        rows = [{"text": letter * 9} for _ in range(number)]
+        path = tmp_path / f"{letter}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def mixture(folder, weights, **options):
+    paths = {f"{folder}/{name}.jsonl": weight for name, weight in weights.items()}
+    options = {"block_size": 5, "batch_size": 4, "val_fraction": 0, **options}
+    return TextDataModule(paths, ByteTokenizer(), **options)
+
+
+def letters(batch):
+    """How many blocks of a batch are of which corpus."""
+    rows = batch["input_ids"].tolist()
+    found = [chr(max(row) - 2) for row in rows]
+    assert all(set(row) <= {0, 1, max(row)} for row in rows), "no block is of two corpora"
+    return found
+
+
+def test_a_mixture_has_its_weights_in_every_pass(corpora):
+    data = mixture(corpora, {"a": 2, "[b]": 1, "c": 0.5})
+    data.setup()
+    sizes = {"a": 40, "b": 120, "c": 10}
+    assert data.train_dataset.sizes == list(sizes.values())
+    loader = data.train_dataloader()
+    shares = {"a": 97, "b": 49, "c": 24}  # 170 times 4/7, 2/7 and 1/7, by largest remainder
+    found = [letter for batch in loader for letter in letters(batch)]
+    assert {letter: found.count(letter) for letter in shares} == shares
+
+
+def test_a_mixture_is_resumed_and_refuses_other_weights(tmp_path, corpora):
+    weights = {"a": 1, "b": 1, "c": 2}
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    options = {"max_epochs": -1}
+    fit(whole, Recorder(whole), mixture(corpora, weights), max_steps=60, **options)
+    fitter = fit(tmp_path, Recorder(tmp_path), mixture(corpora, weights), max_steps=47, **options)
+    fitter.save_checkpoint(tmp_path / "a.ckpt")
+    again = mixture(corpora, weights, num_workers=2)
+    fit(tmp_path, Recorder(tmp_path), again, tmp_path / "a.ckpt", max_steps=60, **options)
+    assert samples(tmp_path, "train") == samples(whole, "train")
+    for other in (mixture(corpora, {**weights, "c": 1}), TextDataModule(again.paths, block_size=5)):
+        other.batch_size = 4
+        with pytest.raises(ValueError, match=r"fingerprint='tokens .*the checkpoint's run has"):
+            fit(tmp_path, Recorder(tmp_path), other, tmp_path / "a.ckpt", max_steps=61)
+
+
+def test_two_ranks_share_a_mixture(tmp_path, corpora):
+    weights = {"a": 1, "b": 2}
+    data = mixture(corpora, weights, batch_size=2, num_workers=1)
+    fit(tmp_path, Recorder(tmp_path), data, strategy="ddp_fork", devices=2, max_steps=4)
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    fit(alone, Recorder(alone), mixture(corpora, weights), max_steps=4)
+    ranks = [samples(tmp_path, "train", rank) for rank in (0, 1)]
+    together = [first + second for first, second in zip(*ranks, strict=True)]
+    assert together == samples(alone, "train")
+
+
+def test_a_mixture_shares_the_cache_of_a_list_and_validates_without_weights(corpora):
+    both = mixture(corpora, {"a": 3, "b": 1}, val_fraction=0.2)
+    listed = TextDataModule(both.paths, ByteTokenizer(), block_size=5, val_fraction=0.2)
+    for data in (both, listed):
+        data.setup()
+    assert both.train_dataset.split.folder == listed.train_dataset.split.folder
+    assert listed.train_mixture is None
+    batches = [data.val_dataset[range(len(data.val_dataset))] for data in (both, listed)]
+    assert torch.equal(batches[0]["input_ids"], batches[1]["input_ids"])
+
+
+def test_a_mixture_of_separate_documents(corpora):
+    data = mixture(corpora, {"a": 3, "b": 1}, separate_documents=True)
+    data.setup()
+    for batch in data.train_dataloader():
+        letters(batch)
+        assert ((batch["labels"] != -100) <= (batch["position_ids"] > 0)).all()
+
+
+def test_a_mixture_travels_through_a_checkpoint(tmp_path, corpora):
+    paths = {f"{corpora}/a.jsonl": np.float64(1.5), corpora / "b.jsonl": 1}
+    data = TextDataModule(paths, vocab_size=300, block_size=5, cache_dir=tmp_path / "cache")
+    fit(tmp_path, Recorder(tmp_path), data).save_checkpoint(tmp_path / "a.ckpt")
+    again = TextDataModule.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    again.setup()
+    assert again.weights == [1.5, 1.0]
+    assert again.fingerprint == data.fingerprint
+
+
+def test_a_corpus_too_small_for_its_weight_or_for_a_block(corpora):
+    cases = {
+        r"paths\['.*c\.jsonl'\]=0\.001\): gives it not one of the \d+ blocks of an": {
+            "a": 1,
+            "c": 1e-3,
+        },
+        r"paths='.*c\.jsonl'\): has 50 training tokens, and a block needs 61": {"a": 1, "c": 1},
+    }
+    for (message, weights), block_size in zip(cases.items(), (5, 60), strict=True):
+        with pytest.raises(ValueError, match=message):
+            mixture(corpora, weights, block_size=block_size).setup()
+    with pytest.raises(ValueError, match=r"paths='.*nope\.jsonl'\): is neither a file nor"):
+        mixture(corpora, {"a": 1, "nope": 1}).setup()
+    with pytest.raises(ValueError, match=r"no file matches this pattern"):
+        mixture(corpora, {"a": 1, "no*": 1}).setup()
+
+
+@pytest.mark.parametrize("form", ["an argument", "a file"])
+def test_the_command_line_takes_a_mapping(tmp_path, form):
+    parser = ArgumentParser()
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(TextDataModule, "data")
+    (tmp_path / "a.yaml").write_text("data:\n  paths:\n    a.jsonl: 0.7\n    s3://x/*.csv: 3\n")
+    argument = '--data.paths={"a.jsonl": 0.7, "s3://x/*.csv": 3}'
+    options = parser.parse_args(
+        [argument if form == "an argument" else f"--config={tmp_path}/a.yaml"]
+    )
+    data = TextDataModule(**options.data.as_dict())
+    assert data.paths == ["a.jsonl", "s3://x/*.csv"]
+    assert data.weights == [0.7, 3.0]
+    printed = parser.parse_string(parser.dump(options))
+    assert printed.data.paths == options.data.paths
