@@ -110,11 +110,12 @@ def read_conversations(
 
     examples = read_samples(files, usable, "conversations")
     if reader.unclosed:
+        first = files[0]
         warnings.warn(
-            f"{files[0].where}({files[0].argument}={files[0].url!r}): in {len(reader.unclosed)}"
-            f" conversation(s), first {reader.unclosed[0]}, the chat template marks what the"
-            " assistant says, but not the token that ends it: the model does not learn to stop."
-            " Move {% endgeneration %} behind that token.",
+            f"{first.where}({first.argument}={first.url!r}): in {len(reader.unclosed)}"
+            f" conversation(s), first {reader.unclosed[0]}, no special token ends what the"
+            " assistant says, so the model does not learn to stop. Let the chat template write one"
+            " after each answer, before {% endgeneration %} if it has that.",
             stacklevel=2,
         )
     return examples

@@ -88,8 +88,7 @@ class ConversationReader:
             a conversation are closed by the chat template.
 
     Attributes:
-        unclosed: Places of the conversations whose answers a template marks without the token that
-            ends them.
+        unclosed: Places of the conversations with an answer that no special token ends.
     """
 
     def __init__(self, tokenizer: Any, assistant_only_loss: bool, append_eos: bool) -> None:
@@ -97,6 +96,7 @@ class ConversationReader:
         self.assistant_only_loss = assistant_only_loss
         self.eos_token_id: int | None = tokenizer.eos_token_id if append_eos else None
         self.unclosed: list[str] = []
+        self._special = list(getattr(tokenizer, "added_tokens_decoder", {}))
 
     def read(self, file: InputFile) -> Iterator[Example | str]:
         """The conversations of a file, or in place of one why it cannot be used."""
@@ -126,8 +126,11 @@ class ConversationReader:
         drawn = [self._draw(template, _conversation(file, *record)) for record in records]
         texts = [one.text for one in drawn if isinstance(one, Rendered)]
         encoded = iter(encode_with_offsets(self.tokenizer, texts))
-        for one in drawn:
-            yield _example(one, next(encoded)) if isinstance(one, Rendered) else one
+        for one, (place, _) in zip(drawn, records, strict=True):
+            example = _example(one, next(encoded)) if isinstance(one, Rendered) else one
+            if isinstance(example, Example):
+                self._check_closed(f"{file.url}, {place}", example)
+            yield example
 
     def _draw(self, template: ChatTemplate, conversation: Conversation) -> Rendered | Example | str:
         """The text of a conversation, or at once its tokens if the template marks answers."""
@@ -146,17 +149,15 @@ class ConversationReader:
         if first:  # what the assistant says in the prompt is marked, too
             opening = template.render(place, messages[:first], tools, prompt=True)
             learned[: common_length(encode(self.tokenizer, [opening])[0], ids)] = False
-        self._check_closed(f"{template.file.url}, {place}", ids, learned)
         return Example(close(ids, None), learned, prompt) if learned.any() else _NOTHING_MARKED
 
-    def _check_closed(self, place: str, ids: list[int], learned: NDArray[np.bool_]) -> None:
-        """Note a template that marks an answer up to, but without, the token that ends it."""
-        added = self.tokenizer.added_tokens_decoder
-        edges = np.flatnonzero(np.diff(learned, prepend=False, append=False))
-        for begin, end in zip(edges[::2], edges[1::2], strict=True):
-            if end < len(ids) and ids[end] in added and added.keys().isdisjoint(ids[begin:end]):
-                self.unclosed.append(place)
-                return
+    def _check_closed(self, place: str, example: Example) -> None:
+        """Note an answer without a token that ends it, where the template has such tokens."""
+        special = np.isin(example.ids, self._special)
+        edges = np.flatnonzero(np.diff(example.learned, prepend=False, append=False))
+        answers = zip(edges[::2], edges[1::2], strict=True)
+        if special.any() and not all(special[begin:end].any() for begin, end in answers):
+            self.unclosed.append(place)
 
 
 _NOTHING_MARKED = "the chat template marks nothing as said by the assistant"

@@ -1,5 +1,6 @@
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -148,6 +149,16 @@ def test_a_token_across_the_boundary_belongs_to_the_prompt(tmp_path):
     assert learned_runs(example, tokenizer) == [" and no\n"]
 
 
+def test_a_token_across_the_end_of_an_answer_is_not_learned(tmp_path):
+    """The space behind each message belongs to " user" or " assistant" once they follow."""
+    template = "{% for m in messages %}{{ m.role }}:{{ m.content }} {% endfor %}"
+    template += "{% if add_generation_prompt %}assistant:{% endif %}"
+    tokenizer = chat_tokenizer(template, size=600)
+    chat = [user("a"), assistant(" yes"), user("b"), assistant(" no")]
+    [example] = read(tmp_path, [{"messages": chat}], tokenizer)
+    assert learned_runs(example, tokenizer) == [" yes", " no "]
+
+
 def test_all_tokens(tmp_path, plain):
     [example] = read(tmp_path, [{"messages": CHAT}], plain, assistant_only_loss=False)
     assert example.learned.all()
@@ -226,15 +237,29 @@ def test_a_prompt_beside_messages_is_a_column_like_any_other(tmp_path, plain):
     assert learned_runs(example, plain)[0] == "2<|im_end|>\n"
 
 
-def test_marks_without_the_end_of_the_turn_are_warned_of(tmp_path):
-    template = MARKED.replace("<|im_end|>\n{% endgeneration %}", "{% endgeneration %}<|im_end|>\n")
+UNCLOSED = {
+    "marks end early": MARKED.replace(
+        "<|im_end|>\n{% endgeneration %}", "{% endgeneration %}<|im_end|>\n"
+    ),
+    # As in GLM-4.5, where the user's turn is what ends the assistant's.
+    "nothing ends a turn": CHATML.replace("<|im_end|>\n", ""),
+}
+
+
+@pytest.mark.parametrize("template", UNCLOSED.values(), ids=UNCLOSED)
+def test_answers_that_no_special_token_ends_are_warned_of(tmp_path, template):
     tokenizer = chat_tokenizer(template)
-    with pytest.warns(
-        UserWarning, match=r"in 2 conversation\(s\), first .*line 1, the chat te"
-    ) as w:
+    with pytest.warns(UserWarning, match=r"in 2 conv.*, first .*line 1, no special token") as w:
         examples = read(tmp_path, [{"messages": CHAT}] * 2, tokenizer)
     assert len(w) == 1
     assert learned_runs(examples[0], tokenizer) == ["2", "4"]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("template", [CHATML, MARKED, CHATML.replace("|", "")])
+def test_no_warning_without_need(tmp_path, template):
+    """The last template has no special tokens at all: its turns end in plain text."""
+    read(tmp_path, [{"messages": CHAT}], chat_tokenizer(template))
 
 
 # What is dropped
@@ -261,6 +286,14 @@ def test_useless_conversations_are_counted(tmp_path, plain):
     rows = [{"prompt": "a", "completion": c} for c in ("", "b")]
     with pytest.warns(UserWarning, match="1 because the completion is empty"):
         assert len(read(tmp_path, rows, plain)) == 1
+
+
+def test_a_single_token_cannot_be_learned(tmp_path, plain):
+    """It is predicted from nothing."""
+    rows = [{"prompt": "", "completion": c} for c in ("a", "ab")]
+    with pytest.warns(UserWarning, match="1 of 2 conversations dropped: 1 because nothing to lea"):
+        [example] = read(tmp_path, rows, plain, append_eos=False)
+    assert text(example, plain) == "ab"
 
 
 def test_nothing_left(tmp_path, plain):
@@ -371,6 +404,9 @@ def test_a_template_without_the_prefix_property(tmp_path):
     chat = [user("a"), assistant("bb"), user("c"), assistant("d")]
     with pytest.raises(ValueError, match=message):
         read(tmp_path, [{"messages": chat}], chat_tokenizer(FORGETFUL))
+    opening = CHATML.replace("assistant\n{% endif %}", "assistant\nHm{% endif %}")
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, [{"messages": chat[:2]}], chat_tokenizer(opening))
     # Marks are the way out that the error names.
     way_out = MARKED.replace("message.content", "(message.content if loop.last else 'x')")
     tokenizer = chat_tokenizer(way_out)
@@ -448,6 +484,46 @@ def test_a_single_prompt_cannot_be_held_out():
 
 
 # Parity
+
+# Templates as their models have them, next to which TRL has a copy with marks.
+BOTH_WAYS = ["cohere", "cohere2", "gemma", "gemma3", "lfm2", "llama3", "qwen3_instruct_2507"]
+
+
+@pytest.mark.peer
+@pytest.mark.filterwarnings("ignore:.*no special token ends")  # ours lacks the tokens they write
+@pytest.mark.parametrize("name", BOTH_WAYS)
+def test_rendering_parts_finds_what_marks_of_trl_mark(tmp_path, name):
+    import trl
+
+    folder = Path(trl.__file__).parent / "chat_templates"
+    chat = [user("1+1?"), assistant("2"), user("Sure?\n"), assistant("Yes, it is 2.")]
+    found = []
+    for file in (f"{name}.jinja", f"{name}_training.jinja"):
+        tokenizer = load_tokenizer("X", chat_tokenizer(size=600, bos=True), folder / file)
+        assert ("generation %}" in tokenizer.chat_template) == file.endswith("_training.jinja")
+        [one] = read(tmp_path, [{"messages": chat}], tokenizer, max_length=3000)
+        found.append((one.ids.tolist(), one.learned.tolist()))
+    assert found[0] == found[1]
+    assert sum(found[0][1]) > 10
+
+
+REFUSED = ["deepseekv3", "phi3", "qwen3"]
+
+
+@pytest.mark.peer
+@pytest.mark.filterwarnings("ignore:.*no special token ends")
+@pytest.mark.parametrize("name", REFUSED)
+def test_templates_that_write_earlier_turns_in_another_way_are_refused(tmp_path, name):
+    import trl
+
+    folder = Path(trl.__file__).parent / "chat_templates"
+    tokenizer = load_tokenizer("X", chat_tokenizer(), folder / f"{name}.jinja")
+    with pytest.raises(ValueError, match="in another way when more follow"):
+        read(tmp_path, [{"messages": CHAT[1:]}], tokenizer)
+    marked = load_tokenizer("X", chat_tokenizer(), folder / f"{name}_training.jinja")
+    [one] = read(tmp_path, [{"messages": CHAT[1:]}], marked)
+    assert len(learned_runs(one, marked)) == 2
+
 
 SPLIT = [
     {"prompt": CHAT[:2], "completion": CHAT[2:3]},
