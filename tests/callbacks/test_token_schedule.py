@@ -327,7 +327,7 @@ def test_state_round_trips() -> None:
 def test_resume_from_every_batch_repeats_the_run(
     tmp_path: Path, module: str, trainer: dict[str, Any]
 ) -> None:
-    """Saved by a callback that comes first in line, also in the middle of a window."""
+    """Saved also in the middle of a window."""
     run = Run(
         str(tmp_path),
         module=module,
@@ -343,6 +343,17 @@ def test_resume_from_every_batch_repeats_the_run(
         resumed, resumed_digest = resume(run, path, tmp_path / "resumed")
         assert resumed == losses[position_of(path) :], path.name
         assert resumed_digest == digest, path.name
+
+
+def test_callbacks_before_it_save_the_tokens_of_the_batch_too(tmp_path: Path) -> None:
+    class First(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            trainer.save_checkpoint(tmp_path / f"{trainer.global_step}.ckpt")
+
+    fit(sgd_module(gpt2()), BATCHES, callbacks=[First(), TokenSchedule(TOTAL)])
+    for step in range(1, 6):
+        state = torch.load(tmp_path / f"{step}.ckpt", weights_only=True)["callbacks"]
+        assert state["TokenSchedule"]["tokens_seen"] == sum(COUNTS[:step])
 
 
 def test_forgotten_tokens_would_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
