@@ -25,8 +25,9 @@ class ConversationDataModule(PositionedDataModule):
     assistant does not speak. Conversations of which nothing is learned are dropped with a warning.
 
     Args:
-        paths: File, glob or list of them; .jsonl, also compressed (.gz, .xz, .bz2), local or at any
-            fsspec URL.
+        paths: File (.jsonl, .csv, also compressed as .gz, .xz or .bz2, or .parquet; local or at any
+            fsspec URL), glob, folder that datasets wrote with save_to_disk, dataset on the hub
+            (owner/name:split), or a list of these.
         tokenizer: Folder or hub name of a tokenizer, or a transformers tokenizer.
         batch_size: Conversations per batch and rank.
         max_length: Tokens that a conversation may have; the end of longer ones is cut.

@@ -22,8 +22,9 @@ class PreferenceDataModule(PositionedDataModule):
     warning.
 
     Args:
-        paths: File, glob or list of them; .jsonl, also compressed (.gz, .xz, .bz2), local or at any
-            fsspec URL.
+        paths: File (.jsonl, .csv, also compressed as .gz, .xz or .bz2, or .parquet; local or at any
+            fsspec URL), glob, folder that datasets wrote with save_to_disk, dataset on the hub
+            (owner/name:split), or a list of these.
         tokenizer: Folder or hub name of a tokenizer, or a transformers tokenizer.
         batch_size: Pairs per batch and rank.
         max_length: Tokens that a prompt and a completion may have together; longer completions are

@@ -85,6 +85,24 @@ def test_options_reach_the_batch(texts):
     assert (batch["labels"] != -100).all()
 
 
+def test_tables_of_all_kinds_give_the_same_conversations(tmp_path, chats):
+    """Tables have every key in every message, empty where a message lacks it."""
+    from datasets import Dataset
+
+    rows = [json.loads(line) for line in chats.read_text().splitlines()]
+    rows[0]["messages"][1]["name"] = "Anne"
+    table = Dataset.from_list(rows)
+    assert table[1]["messages"][0]["name"] is None
+    table.to_parquet(str(tmp_path / "chats.parquet"))
+    table.save_to_disk(str(tmp_path / "folder"))
+    prints = set()
+    for name in ("chats.jsonl", "chats.parquet", "folder"):
+        data = chat(tmp_path / name)
+        data.setup()
+        prints.add(data.fingerprint)
+    assert len(prints) == 1
+
+
 def test_a_resumed_run_sees_the_tail(tmp_path, texts):
     for stop, ckpt_path in ((4, None), (9, tmp_path / "a.ckpt")):
         fitter = trainer(tmp_path, max_steps=stop)
