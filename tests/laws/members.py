@@ -60,7 +60,7 @@ def filled(value: Any, folders: Mapping[str, str]) -> Any:
         for name, folder in folders.items():
             value = value.replace(f"{{{name}}}", folder)
     elif isinstance(value, dict):
-        return {key: filled(item, folders) for key, item in value.items()}
+        return {filled(key, folders): filled(item, folders) for key, item in value.items()}
     elif isinstance(value, list):
         return [filled(item, folders) for item in value]
     return value
@@ -140,16 +140,30 @@ MODULES = [
     Member("hand-written", spec("tests.laws.members.HandWritten", dropout=0.3), sums=False),
 ]
 
+TEXT = {
+    "paths": "{data}/text.jsonl",
+    "val_paths": "{data}/val.jsonl",
+    "tokenizer": "{data}/tokenizer",
+    "block_size": 16,
+    "cache_dir": "{data}/cache",
+}
+MIXTURE = {"{data}/text.jsonl": 0.7, "{data}/val.jsonl": 0.3}
+
 DATAMODULES = [
+    Member("TextDataModule", spec(OURS + "TextDataModule", **TEXT)),
     Member(
-        "TextDataModule",
+        "TextDataModule, separate documents",
+        spec(OURS + "TextDataModule", **TEXT, separate_documents=True),
+    ),
+    Member("TextDataModule, mixture", spec(OURS + "TextDataModule", **{**TEXT, "paths": MIXTURE})),
+    Member(
+        "ConversationDataModule",
         spec(
-            OURS + "TextDataModule",
-            paths="{data}/text.jsonl",
+            OURS + "ConversationDataModule",
+            paths="{data}/conversations.jsonl",
             tokenizer="{data}/tokenizer",
-            val_paths="{data}/val.jsonl",
-            block_size=16,
-            cache_dir="{data}/cache",
+            max_length=40,
+            val_fraction=0.2,
         ),
     ),
     Member(
@@ -189,6 +203,17 @@ CALLBACKS = [
         "SavePretrained",
         spec(OURS + "SavePretrained", dirpath="{run}/model"),
         refuses={"hand-written": "HandWritten holds no module with save_pretrained"},
+    ),
+    Member(
+        "GenerateSamples",
+        spec(
+            OURS + "GenerateSamples",
+            prompts=["the"],
+            every_n_train_steps=3,
+            max_new_tokens=4,
+            tokenizer="{data}/tokenizer",
+        ),
+        refuses={"hand-written": "HandWritten'\\): holds no module with a generate method"},
     ),
 ]
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_align.cli import main
+from lightning_align.__main__ import main
 from tests.laws import broken
 from tests.laws.composition import note
 from tests.laws.members import CALLBACKS, MODULES, Member, filled, spec
