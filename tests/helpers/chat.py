@@ -20,7 +20,10 @@ FORGETFUL = CHATML.replace(
     "{{ message.content }}",
     "{{ message.content if loop.last else message.content[:1] }}",
 )
-WITH_TOOLS = "{% if tools is not none %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}" + CHATML
+WITH_TOOLS = (
+    "{% if tools is not none %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    + CHATML
+)
 TEXTS = [
     "assistant user system tool the answer to the question is yes and no, and so it goes on",
     "What is the capital of France? The capital of France is Paris. And of Spain? Madrid.",
