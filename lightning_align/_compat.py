@@ -1,9 +1,14 @@
-"""Every private API of torch, Lightning and transformers that we touch, with a test each.
+"""Every private API of other libraries that we touch, with a test each.
 
 When one of them changes, ``tests/test_compat.py`` names it before a user meets it.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import lightning.pytorch as pl
+from jsonargparse import _typehints
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 
 
@@ -22,3 +27,31 @@ def restart_train_iteration(trainer: pl.Trainer) -> None:
 def built_by_cli() -> bool:
     """Whether a module's ``__init__`` runs in LightningCLI, which knows its arguments as data."""
     return _given_hyperparameters.get() is not None
+
+
+@contextmanager
+def whole_class_switches(notice: Callable[[str, str, list[str]], None]) -> Iterator[None]:
+    """Let no argument of a class reach another one that a later layer of configuration chose.
+
+    jsonargparse hands on every argument whose name the new class accepts as well: weight_decay
+    of an AdamW to an SGD, the monitor of a ModelCheckpoint to an EarlyStopping.
+
+    Args:
+        notice: Called with the old class path, the new one and the names of the arguments that
+            were dropped; for one switch more than once, because parsing goes in rounds.
+    """
+    inherit = _typehints.discard_init_args_on_class_path_change
+
+    def discard(_: object, previous: Any, value: Any) -> None:
+        if previous and "init_args" in previous and previous["class_path"] != value["class_path"]:
+            names = list(dict(previous["init_args"].items(branches=True, nested=False)))
+            for name in names:
+                previous["init_args"].pop(name)
+            if names:
+                notice(previous["class_path"], value["class_path"], names)
+
+    _typehints.discard_init_args_on_class_path_change = discard
+    try:
+        yield
+    finally:
+        _typehints.discard_init_args_on_class_path_change = inherit

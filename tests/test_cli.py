@@ -1,6 +1,7 @@
 """The command line on tiny models: fit, resume, evaluate, and the mistakes that users make."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ import pytest
 import torch
 import yaml
 
-from lightning_align.cli import AlignCLI, main
+from lightning_align.__main__ import main
+from lightning_align.cli import AlignCLI
+from lightning_align.commands import COMMANDS
 
 NOVEL = "It is a truth universally acknowledged, that a single man must be in want of a wife.\n"
 
@@ -178,27 +181,79 @@ def test_seed_is_fixed_by_default(tmp_path: Path) -> None:
     assert cli.config["fit"]["seed_everything"] == 0
 
 
+# Configurations
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        AlignCLI(["fit", *arguments, "--print_config"])
+    assert stopped.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_a_printed_configuration_reads_back_as_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write(tmp_path, config(tmp_path, strategy={"class_path": "DDPStrategy"}))
+    first = printed(capsys, "-c", recipe, "--data.batch_size=3", "--trainer.max_steps=7")
+    (tmp_path / "my.yaml").write_text(first)
+    assert printed(capsys, "-c", str(tmp_path / "my.yaml")) == first
+    content = yaml.safe_load(first)
+    assert content["data"]["init_args"]["batch_size"] == 3
+    assert content["trainer"]["max_steps"] == 7
+    assert content["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.1
+
+
+def test_a_printed_configuration_without_a_file_is_a_beginning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model=PretrainModule", "--model.model=gpt2", "--data=TextDataModule"]
+    first = printed(capsys, *options)
+    (tmp_path / "my.yaml").write_text(first)
+    assert printed(capsys, "-c", str(tmp_path / "my.yaml")) == first
+    # Without the required ones, too: what is missing stands there as null.
+    assert "model: null" in printed(capsys, options[0], options[2])
+
+
+def test_the_saved_configuration_reruns_to_the_same_weights(tmp_path: Path) -> None:
+    recipe = write(tmp_path, config(tmp_path))
+    first = run("fit", "-c", recipe, "--trainer.max_steps=3", folder=tmp_path)
+    saved = str((tmp_path / "config.yaml").rename(tmp_path / "saved.yaml"))
+    again = run("fit", "-c", saved, folder=tmp_path)
+    assert again.trainer.global_step == 3
+    assert torch.equal(weights(first), weights(again))
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == yaml.safe_load(
+        Path(saved).read_text()
+    )
+
+
+def test_a_checkpoint_changes_no_setting(tmp_path: Path) -> None:
+    """Lightning itself puts the hyperparameters of the checkpoint over what the user wrote."""
+    content = config(tmp_path)
+    run("fit", "-c", write(tmp_path, content), folder=tmp_path)
+    content["model"]["init_args"]["z_loss"] = 0.25
+    checkpoint = f"--ckpt_path={tmp_path / 'checkpoints/step=2.ckpt'}"
+    resumed = run("fit", "-c", write(tmp_path, content), checkpoint, folder=tmp_path)
+    assert resumed.model.z_loss == 0.25
+    assert resumed.config.fit.model.init_args.z_loss == 0.25
+
+
+def test_strategy_of_two_processes_by_class(tmp_path: Path) -> None:
+    strategy = {"class_path": "DDPStrategy", "init_args": {"start_method": "fork"}}
+    content = config(tmp_path, strategy=strategy, devices=2, max_steps=2)
+    run("fit", "-c", write(tmp_path, content), folder=tmp_path)
+    checkpoint = torch.load(tmp_path / "checkpoints/step=2.ckpt", weights_only=True)
+    assert checkpoint["TextDataModule"]["batch"] == 8, "4 samples on each of 2 ranks"
+
+
+def test_a_strategy_by_the_bare_name_of_its_class_runs(tmp_path: Path) -> None:
+    recipe = write(tmp_path, config(tmp_path, callbacks=[], max_steps=1))
+    option = "--trainer.strategy=SingleDeviceStrategy"
+    cli = run("fit", "-c", recipe, option, folder=tmp_path)
+    assert type(cli.trainer.strategy).__name__ == "SingleDeviceStrategy"
+
+
 # Mistakes
-
-
-def error_of(arguments: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit):
-        run(*arguments, folder=folder)
-    return capsys.readouterr().err
-
-
-def test_misspelt_argument_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    content = config(tmp_path)
-    content["data"]["init_args"]["blok_size"] = 8
-    message = error_of(["fit", "-c", write(tmp_path, content)], tmp_path, capsys)
-    assert "blok_size" in message
-
-
-def test_unknown_class_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    content = config(tmp_path)
-    content["model"]["class_path"] = "PretrainModul"
-    message = error_of(["fit", "-c", write(tmp_path, content)], tmp_path, capsys)
-    assert "PretrainModul" in message
 
 
 def test_missing_corpus_is_named_before_training(tmp_path: Path) -> None:
@@ -217,19 +272,49 @@ def test_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
 
 # As a program
 
-
-def test_help_lists_the_subcommands_and_describes_our_arguments() -> None:
-    command = [sys.executable, "-m", "lightning_align"]
-    overview = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
-    for word in ("demo", "fit", "validate", "test", "predict"):
-        assert word in overview.stdout
-    help_of = ["fit", "--model.help=lightning_align.PretrainModule"]
-    details = subprocess.run([*command, *help_of], capture_output=True, text=True, check=True)
-    assert "--model.z_loss" in details.stdout
-    assert "Weight of the squared log-partition" in details.stdout
+PROGRAM = [sys.executable, "-m", "lightning_align"]
 
 
-def test_demo_has_help_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+def output_of(*arguments: str) -> str:
+    done = subprocess.run([*PROGRAM, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def test_help_lists_every_command_with_a_line() -> None:
+    overview = output_of("--help")
+    for name in ("fit", "validate", "test", "predict", *COMMANDS):
+        assert re.search(rf"^    {name} +\w", overview, re.M), name
+
+
+def test_nothing_at_all_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([])
+    assert stopped.value.code == 0
+    assert "recipes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([name, "--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"usage: lightning-align {name}" in shown
+    options = COMMANDS[name].load().parser()._actions
+    assert options
+    assert all(action.help for action in options), "an option without help"
+
+
+def test_help_of_a_class_describes_its_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["demo", "--help"])
-    assert "--fast" in capsys.readouterr().out
+        AlignCLI(["fit", "--model.help=lightning_align.PretrainModule"])
+    details = capsys.readouterr().out
+    assert "--model.z_loss" in details
+    assert "Weight of the squared log-partition" in details
+
+
+def test_a_misspelt_command_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["fitt"])
+    assert stopped.value.code == 2
+    assert "fitt: no such command. Did you mean fit?" in capsys.readouterr().err

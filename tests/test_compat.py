@@ -1,8 +1,11 @@
 """One test for each private API we touch: what we rely on, on the pinned versions."""
 
+import inspect
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 
 from lightning_align import _compat
 from tests.helpers.resume import HandWritten, SequenceData
@@ -55,3 +58,26 @@ def test_built_by_cli_sees_the_context_of_lightning_cli() -> None:
     assert not _compat.built_by_cli()
     with _given_hyperparameters_context({"lr": 1.0}, "instantiator"):
         assert _compat.built_by_cli()
+
+
+def test_whole_class_switches_drop_what_jsonargparse_would_hand_on() -> None:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser()
+    parser.add_argument("--optimizer", type=Callable[[Iterable], torch.optim.Optimizer])
+    options = ["--optimizer=Adam", "--optimizer.lr=3", "--optimizer.eps=2", "--optimizer=SGD"]
+    told = set()
+    with _compat.whole_class_switches(lambda *switch: told.add(repr(switch))):
+        assert parser.parse_args(options).optimizer.init_args.lr == 1e-3
+    assert told == {"('torch.optim.Adam', 'torch.optim.SGD', ['lr', 'eps'])"}
+    assert parser.parse_args(options).optimizer.init_args.lr == 3, "jsonargparse as it was"
+
+
+def test_lightning_puts_the_hyperparameters_of_a_checkpoint_over_the_configuration() -> None:
+    """If that method is gone or renamed, ``AlignCLI`` overrides nothing."""
+    from lightning.pytorch.cli import LightningCLI
+
+    from lightning_align.cli import AlignCLI
+
+    assert "hyper_parameters" in inspect.getsource(LightningCLI._parse_ckpt_path)
+    assert AlignCLI._parse_ckpt_path is not LightningCLI._parse_ckpt_path

@@ -17,10 +17,10 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningCLI
 from torch import nn
 
+from lightning_align.commands import CommandParser
 from lightning_align.data import PackedDataset, PreferenceDataset
 from lightning_align.data.token_cache import TokenSplit
 from lightning_align.demo.ngram import (
@@ -93,6 +93,19 @@ FAST = Size(
 )
 
 
+def parser() -> CommandParser:
+    """Options of ``lightning-align demo``."""
+    parser = CommandParser(
+        "lightning-align demo",
+        "Pretrain a small Llama on Pride and Prejudice and align it with DPO.",
+    )
+    help_fast = "Train for seconds instead of minutes; the numbers then mean little."
+    parser.add_argument("--fast", action="store_true", help=help_fast)
+    parser.add_argument("--output", default="outputs", help="Folder for all that is written.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of weights, order and samples.")
+    return parser
+
+
 def main(arguments: Sequence[str], fit: Fit) -> Report:
     """``lightning-align demo``: parse ``arguments`` and run.
 
@@ -103,15 +116,7 @@ def main(arguments: Sequence[str], fit: Fit) -> Report:
     Returns:
         What is printed. Before there is no accuracy: policy and reference are the same.
     """
-    parser = ArgumentParser(
-        prog="lightning-align demo",
-        description="Pretrain a small Llama on Pride and Prejudice and align it with DPO.",
-    )
-    help_fast = "Train for seconds instead of minutes; the numbers then mean little."
-    parser.add_argument("--fast", action="store_true", help=help_fast)
-    parser.add_argument("--output", default="outputs", help="Folder for all that is written.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of weights, order and samples.")
-    options = parser.parse_args(list(arguments))
+    options = parser().parse_args(list(arguments))
     return run_demo(fit, fast=options.fast, output=Path(options.output), seed=options.seed)
 
 
