@@ -224,6 +224,7 @@ def test_datasets_on_the_hub(tmp_path):
         "acme/known": of("a"),
         "acme/known:test": of("b"),
         "acme/known:train[:2]": of("a")[:2],
+        "acme/known:train[2:4]": [[f"row {i - 1}", row] for i, (_, row) in enumerate(of("a"))][2:4],
         "acme/configured/small:test": of("d"),
         "acme/configured/large:train": of("e"),
         "hf://datasets/acme/known/data/test.jsonl": [

@@ -67,7 +67,8 @@ def test_any_cells_round_trip(tmp_path_factory, cells):
 
 
 def test_a_cell_may_hold_a_book_and_the_limit_of_others_stays(tmp_path):
-    before = csv.field_size_limit()
+    before = 131072  # csv's own
+    csv.field_size_limit(before)
     file = find(write_csv(tmp_path / "a.csv", [{"text": "x" * 300_000}]))
     assert len(texts(file)[0]) == 300_000
     assert csv.field_size_limit() == before
