@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,16 @@ Messages = list[Message]
 Tools = list[dict[str, Any]]
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+# What a template that writes today's date is told: with the real one, a run resumed tomorrow would
+# go on with other tokens. It is the date that Llama 3.1's own template falls back to. Transformers
+# lets nobody replace its clock, but a macro in the template goes before it.
+TODAY = datetime(2024, 7, 26)
+DIRECTIVES = [f"%{letter}" for letter in "aAbBcdHIjmMpSUwWxXyY"] + ["%-d", "%-m", "%e", "%%"]
+CLOCK = "{%- macro strftime_now(format) -%}{{ format }}{%- endmacro -%}".replace(
+    "format }}",
+    "format" + "".join(f" | replace({d!r}, {TODAY.strftime(d)!r})" for d in DIRECTIVES) + " }}",
+)
 
 
 def read_chat_template(where: str, chat_template: str | Path) -> str:
@@ -118,7 +129,9 @@ class ChatTemplate:
         return encoded["input_ids"], encoded["assistant_masks"]
 
     def _apply(self, place: str, messages: Messages, tools: Tools | None, **options: Any) -> Any:
-        self.text(tools)  # so that what fails below is the conversation's fault
+        template = self.text(tools)  # what fails below is the conversation's fault
+        if "strftime_now" in template:
+            options["chat_template"] = CLOCK + template
         try:
             return self.tokenizer.apply_chat_template(messages, tools=tools, **options)
         except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:

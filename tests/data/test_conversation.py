@@ -216,6 +216,14 @@ def test_tools_reach_the_template(tmp_path):
     assert learned_runs(first, tokenizer) == ["2<|im_end|>\n", "4<|im_end|>\n"]
 
 
+@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["plain", "marked"])
+def test_a_template_that_writes_the_date_gives_the_same_tokens_every_day(tmp_path, template):
+    dated = "{{ strftime_now('%d %b %Y') }}" + template
+    tokenizer = chat_tokenizer(dated)
+    [example] = read(tmp_path, [{"messages": CHAT}], tokenizer)
+    assert text(example, tokenizer).startswith("26 Jul 2024<|im_start|>system")
+
+
 def test_a_message_may_be_tool_calls_alone(tmp_path):
     template = CHATML.replace("message.content", "(message.content or message.tool_calls | tojson)")
     tokenizer = chat_tokenizer(template)
