@@ -5,6 +5,7 @@ from lightning_align.data.conversation import (
     collate_conversations,
     read_conversations,
 )
+from lightning_align.data.mixture import Mixture
 from lightning_align.data.packing import PackedDataset
 from lightning_align.data.pair_formats import Pair
 from lightning_align.data.preference import PreferenceDataset, collate_pairs, read_pairs
@@ -12,6 +13,7 @@ from lightning_align.data.sampler import PositionSampler
 
 __all__ = [
     "ConversationDataset",
+    "Mixture",
     "PackedDataset",
     "Pair",
     "PositionSampler",

@@ -72,7 +72,7 @@ def load_hub(url: str, error: Error) -> Any:
     Raises:
         ValueError: If it is neither cached nor found on the hub, or has no such split.
     """
-    datasets = _datasets(error)
+    datasets = _datasets(error, "is neither a local file nor folder; on the hub, ")
     parts = HUB_NAME.fullmatch(url)
     assert parts is not None, url
     name, config, split = parts["name"], parts["config"], parts["split"] or "train"
@@ -114,11 +114,11 @@ def table_hash(table: Any) -> str:
     return digest.hexdigest()
 
 
-def _datasets(error: Error) -> Any:
+def _datasets(error: Error, otherwise: str = "") -> Any:
     try:
         import datasets
     except ImportError:
-        raise extra_error("datasets", error) from None
+        raise extra_error("datasets", error, otherwise) from None
     return datasets
 
 

@@ -83,7 +83,7 @@ def parquet_rows(stream: IO[bytes], columns: Sequence[str] | None, error: Error)
         raise error(f"must be a complete Parquet file ({problem})", "") from None
 
 
-def extra_error(package: str, error: Error) -> ValueError:
-    """The error for a package that only some kinds of files need."""
+def extra_error(package: str, error: Error, otherwise: str = "") -> ValueError:
+    """The error for a package that only some files need; ``otherwise`` is what else is wrong."""
     way_out = "Run pip install 'lightning-align[datasets]'"
-    return error(f"reading it needs {package}, which is not installed", way_out)
+    return error(f"{otherwise}reading it needs {package}, which is not installed", way_out)

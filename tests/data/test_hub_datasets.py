@@ -129,8 +129,9 @@ def test_without_datasets(tmp_path, monkeypatch):
     file = find(save(tmp_path / "saved"))
     monkeypatch.setitem(sys.modules, "datasets", None)
     message = r"reading it needs datasets.*pip install 'lightning-align\[datasets\]'"
-    for path in (file, find("owner/name")):
-        with pytest.raises(ValueError, match=message):
+    mistyped = r"owner/name'\): is neither a local file nor folder; on the hub, " + message
+    for path, expected in ((file, message), (find("owner/name"), mistyped)):
+        with pytest.raises(ValueError, match=expected):
             list(path.records())
 
 
