@@ -195,14 +195,16 @@ class CausalLMModule(pl.LightningModule, ABC):
         tokens = means.pop("tokens")
         self._tokens_seen = self._tokens_seen + tokens.long()  # stays on the device: no sync
         means |= self.derived_metrics(means)
-        self.log("train_loss", means.pop("loss"), prog_bar=True)
-        self.log_dict({self.train_prefix + name: value for name, value in means.items()})
-        self.log("grad_norm", grad_norm)
-        self.log("lr", float(optimizer.param_groups[0]["lr"]))
-        self.log("tokens_seen", self._tokens_seen.float())
+        values = {"train_loss": means.pop("loss")}
+        values |= {self.train_prefix + name: value for name, value in means.items()}
+        values["grad_norm"] = grad_norm
+        values["lr"] = torch.tensor(float(optimizer.param_groups[0]["lr"]), device=self.device)
+        values["tokens_seen"] = self._tokens_seen.float()
         now = time.perf_counter()
         if self._window_start is not None:
-            self.log("tokens_per_second", tokens / (now - self._window_start), prog_bar=True)
+            values["tokens_per_second"] = tokens / (now - self._window_start)
+        for name, value in values.items():
+            log_step_value(self, name, value, prog_bar=name in ("train_loss", "tokens_per_second"))
         self._window_start = now
 
     @override
@@ -315,6 +317,25 @@ class CausalLMModule(pl.LightningModule, ABC):
                 f" {name!r} with shape {ours.get(name)} here and {theirs.get(name)} there",
                 "Build the module with the model that wrote the checkpoint",
             )
+
+
+def log_step_value(
+    module: pl.LightningModule, name: str, value: Tensor, *, prog_bar: bool = False
+) -> None:
+    """``module.log`` of a detached scalar of this step, at a thirtieth of its time.
+
+    Each call of ``log`` copies the record of what is logged, field by field, which takes 0.5 ms of
+    CPU time, and a step logs six values or more. After the first step only the value is new.
+    """
+    hook = module._current_fx_name
+    results = module.trainer._results
+    key = f"{hook}.{name}"
+    # A new epoch forgets what the hook has logged; only ``log`` knows when.
+    forgets = hook is None or module.trainer._logger_connector.should_reset_tensors(hook)
+    if results is None or key not in results or forgets:
+        module.log(name, value, prog_bar=prog_bar)
+    else:
+        results.update_metrics(key, value, batch_size=1)
 
 
 @contextmanager
