@@ -87,20 +87,24 @@ class LogsMore(PretrainModule):
         self.log("mine", float(self.trainer.global_step))
 
 
-def metrics_of_two_epochs() -> list[dict[str, float]]:
+def metrics_of_two_epochs(accumulate_grad_batches: int) -> list[dict[str, float]]:
     pl.seed_everything(1, verbose=False)
     module = LogsMore(llama(), optimizer=partial(torch.optim.SGD, lr=0.5))
     watch = Everything()
     batches = [rows(0, 1), rows(2), rows(3, 4), rows(5)]
-    fit(module, batches, max_epochs=2, accumulate_grad_batches=2, callbacks=[watch])
+    options = {"accumulate_grad_batches": accumulate_grad_batches, "callbacks": [watch]}
+    fit(module, batches, max_epochs=2, **options)
     return watch.seen
 
 
-def test_quick_logging_leaves_what_lightnings_own_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = metrics_of_two_epochs()
+@pytest.mark.parametrize("accumulate_grad_batches", [1, 2])
+def test_quick_logging_leaves_what_lightnings_own_leaves(
+    monkeypatch: pytest.MonkeyPatch, accumulate_grad_batches: int
+) -> None:
+    ours = metrics_of_two_epochs(accumulate_grad_batches)
     slow = lambda module, name, value, **options: module.log(name, value, **options)  # noqa: E731
     monkeypatch.setattr(causal_lm, "log_step_value", slow)
-    theirs = metrics_of_two_epochs()
+    theirs = metrics_of_two_epochs(accumulate_grad_batches)
     assert ours == theirs
     assert {"train_loss", "lr", "grad_norm", "mine", "tokens_seen"} <= ours[-3].keys()
 
