@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from lightning_align.commands import COMMANDS
+from lightning_align.did_you_mean import PROGRAM
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -11,7 +12,7 @@ def main(args: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if args is None else args) or ["--help"]
     name, rest = arguments[0], arguments[1:]
     if name in COMMANDS and name != "demo":
-        COMMANDS[name].load().main(rest)
+        run_command(name, rest)
         return
     from lightning_align.cli import AlignCLI  # seconds, for Lightning
 
@@ -19,6 +20,20 @@ def main(args: Sequence[str] | None = None) -> None:
         COMMANDS[name].load().main(rest, fit=AlignCLI)
     else:
         AlignCLI(arguments if args is not None or not sys.argv[1:] else None)
+
+
+def run_command(name: str, arguments: Sequence[str]) -> None:
+    """Run one of ``COMMANDS``; a mistake of the user's ends in its message, without a traceback.
+
+    Raises:
+        ValueError: If it is not about one of the command's arguments.
+    """
+    try:
+        COMMANDS[name].load().main(arguments)
+    except ValueError as error:
+        if not str(error).startswith(f"{name}("):
+            raise
+        sys.exit(f"{PROGRAM}: {error}")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ class Command:
 
 
 COMMANDS = {
-    "demo": Command(
-        "Pretrain and align a small model on a novel, in a few minutes.", "lightning_align.demo.run"
-    ),
+    "generate": Command("Write text with a trained model.", "lightning_align.generate"),
+    "export": Command("Write a checkpoint as a Hugging Face folder.", "lightning_align.export"),
+    "demo": Command("The whole job on a novel, in a few minutes.", "lightning_align.demo.run"),
 }

@@ -17,6 +17,7 @@ from lightning_align._errors import argument_error
 from lightning_align.data.mixture import Mixture
 from lightning_align.data.sampler import BatchDataset, PositionSampler
 from lightning_align.run.position import batches_consumed
+from lightning_align.tokenizer_state import pack_tokenizer
 
 Paths = str | Path | list[str]
 
@@ -56,6 +57,7 @@ class PositionedDataModule(pl.LightningDataModule):
         self.val_dataset: BatchDataset | None = None
         self.train_mixture: Mixture | None = None
         self.train_sampler: PositionSampler | None = None
+        self._packed_tokenizer: tuple[Any, dict[str, Any]] = (None, {})
 
     @property
     def position(self) -> int:
@@ -106,8 +108,20 @@ class PositionedDataModule(pl.LightningDataModule):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Where the run stands in which stream of batches."""
-        return {"position": self.position, "skipped": self.skipped, **self._stream}
+        """Where the run stands in which stream of batches, and the tokenizer of that stream."""
+        state = {"position": self.position, "skipped": self.skipped, **self._stream}
+        return state | ({"tokenizer": packed} if (packed := self._tokenizer_state()) else {})
+
+    def _tokenizer_state(self) -> dict[str, Any]:
+        """The tokenizer as plain data, made once: a vocabulary is megabytes of text."""
+        tokenizer = getattr(self, "tokenizer", None)
+        if tokenizer is None:
+            return {}
+        if self._packed_tokenizer[0] is not tokenizer:
+            name = self.hparams.get("tokenizer")
+            name = name if isinstance(name, str) else None
+            self._packed_tokenizer = (tokenizer, pack_tokenizer(tokenizer, name))
+        return self._packed_tokenizer[1]
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
