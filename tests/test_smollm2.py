@@ -28,6 +28,7 @@ from lightning_align import (
 )
 from lightning_align.data.corpora import embedded_path
 from lightning_align.demo.pairs import make_pairs, write_jsonl
+from lightning_align.export import main as export
 from tests.helpers.smollm2 import SAMPLING, smollm2_folder
 
 pytestmark = pytest.mark.slow
@@ -156,6 +157,14 @@ def test_saved_folder_answers_as_the_module_does(
     reloads_as(trained, scratch, tokenizer)
     # And it is not what training began with.
     assert not torch.allclose(logits(trained.model, tokenizer), logits(module.model, tokenizer))
+
+
+def test_exported_checkpoint_answers_as_the_module_does(
+    tuned: Any, tokenizer: Any, scratch: Path
+) -> None:
+    trained, _, checkpoint = tuned
+    export(["--ckpt", str(checkpoint), "--output", str(scratch / "exported")])
+    reloads_as(trained, scratch / "exported", tokenizer)
 
 
 def reloads_as(trained: PretrainModule, folder: Path, tokenizer: Any) -> None:
