@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lightning_align.modules.preference_data import PreferenceDataModule
     from lightning_align.modules.pretrain import PretrainModule
     from lightning_align.modules.text_data import TextDataModule
+    from lightning_align.optimizers.galore import GaLoreAdamW
     from lightning_align.run.exact_resume import ExactResume
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ __all__ = [
     "ConversationDataModule",
     "DPOModule",
     "ExactResume",
+    "GaLoreAdamW",
     "GenerateSamples",
     "MetricPlot",
     "ModelLayers",
@@ -47,6 +49,7 @@ _HOMES = {
     "ConversationDataModule": "lightning_align.modules.conversation_data",
     "DPOModule": "lightning_align.modules.dpo",
     "ExactResume": "lightning_align.run.exact_resume",
+    "GaLoreAdamW": "lightning_align.optimizers.galore",
     "GenerateSamples": "lightning_align.callbacks.generate_samples",
     "MetricPlot": "lightning_align.callbacks.metric_plot",
     "ModelLayers": "lightning_align.layers",

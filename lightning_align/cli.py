@@ -24,6 +24,7 @@ from lightning_align.modules.dpo import DPOModule
 from lightning_align.modules.preference_data import PreferenceDataModule
 from lightning_align.modules.pretrain import PretrainModule
 from lightning_align.modules.text_data import TextDataModule
+from lightning_align.optimizers.galore import GaLoreAdamW
 from lightning_align.run.exact_resume import ExactResume
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "ConversationDataModule",
     "DPOModule",
     "ExactResume",
+    "GaLoreAdamW",
     "GenerateSamples",
     "MetricPlot",
     "PreferenceDataModule",

@@ -40,8 +40,8 @@ class Basis(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """Columns of a side."""
-        return next(side.shape[1] for side in self if side is not None)
+        """Columns of a side; 0 if there is none yet."""
+        return next((side.shape[1] for side in self if side is not None), 0)
 
 
 def sides(proj_type: str, rows: int, cols: int) -> tuple[Side, ...]:
@@ -65,9 +65,12 @@ def sides(proj_type: str, rows: int, cols: int) -> tuple[Side, ...]:
     return chosen[proj_type]
 
 
-def projected_shape(basis_sides: tuple[Side, ...], rows: int, cols: int, rank: int) -> list[int]:
+def projected_shape(basis_sides: tuple[Side, ...], shape: torch.Size, rank: int) -> torch.Size:
     """Shape of the projected gradient, which is that of both moments."""
-    return [rank if "left" in basis_sides else rows, rank if "right" in basis_sides else cols]
+    rows, cols = shape
+    return torch.Size(
+        [rank if "left" in basis_sides else rows, rank if "right" in basis_sides else cols]
+    )
 
 
 def project(gradient: Tensor, basis: Basis) -> Tensor:
@@ -244,7 +247,7 @@ def refreshed(
             continue
         if all(bool(basis.isfinite().all()) for basis in found.values()):
             return _as_basis(found, gradient.dtype), True
-    if any(side is not None for side in old):
+    if old.rank:
         return old, False
     generator = torch.Generator().manual_seed(seed)
     drawn = {side: random(gradient, side, rank, None, generator) for side in basis_sides}

@@ -193,6 +193,8 @@ OPTIMIZERS = [
         },
     )
     for fused in (False, True)
+] + [
+    Member("GaLoreAdamW", spec(OURS + "GaLoreAdamW", lr=3e-3, rank=2, update_proj_gap=2)),
 ]
 
 CALLBACKS = [

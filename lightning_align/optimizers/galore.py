@@ -1,0 +1,379 @@
+"""GaLore: AdamW in a low-rank subspace of each matrix's gradient (arXiv:2403.03507, Algorithm 2).
+
+For a (rows, cols) matrix with rows >= cols, the state is a basis (cols, rank) and two moments
+(rows, rank), where AdamW has two of (rows, cols). galore-torch does the same, but takes an SVD of
+all gradients in one step, keeps whole SVD factors alive through views, and saves a Python object,
+so its checkpoints do not load as plain data and a change of rank goes unnoticed. Here the basis is
+refreshed by subspace iteration (projection.py), matrix after matrix; the state is tensors. With
+``projection="svd", stagger=False`` the trajectory is galore-torch's.
+
+Everything else (embeddings, head, norms, biases) is AdamW's, in the same object.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+from typing_extensions import override
+
+from lightning_align._errors import argument_error
+from lightning_align.optimizers.adamw import State, adamw_, init_adamw_state, moment_dtype
+from lightning_align.optimizers.galore_groups import (
+    WHERE,
+    check_choice,
+    check_group,
+    check_integer,
+    is_projected,
+    listed,
+    rank_of,
+    state_shapes,
+    without_rank_if_others_name_it,
+)
+from lightning_align.optimizers.low_rank_moments import adam_direction, rotate_moments_
+from lightning_align.optimizers.projection import (
+    Basis,
+    add_projected_back_,
+    derive_seed,
+    project,
+    projected_shape,
+    refreshed,
+    sides,
+)
+from lightning_align.optimizers.safety import (
+    Group,
+    all_finite,
+    check_gradients,
+    check_parameters,
+    parameter_name,
+    refuse_other_shapes,
+    restore_dtypes,
+    skip_non_finite,
+)
+
+_FAILED = "failed_refreshes"
+# What the shape of the state follows from: a checkpoint does not overrule it.
+_SHAPING = ("rank", "proj_type", "rank_is_asked_for")
+
+
+class GaLoreAdamW(Optimizer):
+    """AdamW whose moments of a matrix live in the leading subspace of its gradient (GaLore).
+
+    Projected are: the matrices of a group that names ``rank`` (galore-torch's way; groups that do
+    not are then AdamW's), the groups that ``build_param_groups`` marks as hidden matrices, and, of
+    groups that say nothing, every matrix with both sides longer than ``rank``. A group may override
+    every argument but the last three; ``rank=None`` makes it AdamW's.
+
+    Args:
+        params: Parameters, (name, parameter) pairs, or groups of either.
+        lr: Learning rate of all groups. GaLore's papers take about ten times AdamW's, since
+            ``scale`` multiplies it for projected matrices.
+        betas: Decay of the first and the second moment.
+        eps: Added to the square root of the second moment; in projected matrices before bias
+            correction, as galore-torch does.
+        weight_decay: Share of the parameter that lr times this takes away at each step.
+        rank: Columns of the projection, at most the shorter side.
+        update_proj_gap: Steps between two refreshes of a projection.
+        scale: Factor of the update of projected matrices (alpha in the paper).
+        proj_type: Which side is projected: ``"std"`` the shorter, ``"reverse_std"`` the longer,
+            ``"left"``, ``"right"``, or ``"full"`` for both.
+        projection: How a basis is found: ``"subspace"`` (warm subspace iteration), ``"eigh"``
+            (exact), ``"randomized"``, ``"svd"`` (galore-torch's call), or ``"random"``.
+        stagger: Refresh the matrices one after another over the gap instead of all in one step.
+        rotate_moments: Carry the moments into the new basis at a refresh (LDAdam's rule) instead
+            of keeping their numbers, as GaLore does.
+        on_rank_change: When a state of another rank is loaded: ``"raise"``, or ``"reproject"`` it
+            at the next step, with moments carried over.
+        on_nonfinite: A NaN or infinity in any gradient makes the step ``"skip"`` for all
+            parameters, counted in the first group, or ``"raise"``.
+        seed: Seed of what the projections draw.
+
+    Raises:
+        ValueError: If an argument or a group breaks its rule, or a parameter comes twice.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(64, 32))
+        >>> optimizer = GaLoreAdamW([("weight", weight)], lr=0.01, rank=8, update_proj_gap=200)
+        >>> weight.square().sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.state[weight]["basis_right"].shape, optimizer.state[weight]["exp_avg"].shape
+        (torch.Size([32, 8]), torch.Size([64, 8]))
+
+    Note: a parameter that a strategy cuts into one-dimensional shards has no rank; such a group is
+    refused.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        rank: int = 128,
+        update_proj_gap: int = 200,
+        scale: float = 0.25,
+        proj_type: str = "std",
+        projection: str = "subspace",
+        stagger: bool = True,
+        rotate_moments: bool = False,
+        on_rank_change: Literal["raise", "reproject"] = "raise",
+        on_nonfinite: Literal["skip", "raise"] = "skip",
+        seed: int = 0,
+    ) -> None:
+        check_choice("on_rank_change", on_rank_change, ("raise", "reproject"))
+        check_choice("on_nonfinite", on_nonfinite, ("skip", "raise"))
+        check_integer("seed", seed, least=0)
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "rank": rank,
+            "update_proj_gap": update_proj_gap,
+            "scale": scale,
+            "proj_type": proj_type,
+            "projection": projection,
+            "stagger": stagger,
+            "rotate_moments": rotate_moments,
+        }
+        check_group({**defaults, "params": []})
+        super().__init__(without_rank_if_others_name_it(params), defaults)
+        # Of the whole object, not of a group, and not overruled by a checkpoint.
+        self.defaults.update(on_rank_change=on_rank_change, on_nonfinite=on_nonfinite, seed=seed)
+        if not any(is_projected(group, parameter) for group, parameter in self._each()):
+            warnings.warn(
+                f"{WHERE}(rank={rank}): no parameter is projected, so this is plain AdamW. Lower "
+                "rank below the shorter side of the matrices.",
+                stacklevel=2,
+            )
+
+    @override
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        group = dict(param_group)
+        marked = group.get("use_muon")  # of build_param_groups: hidden matrices, or the rest
+        if marked is False:
+            group.setdefault("rank", None)
+        group["rank_is_asked_for"] = bool(marked) or group.get("rank") is not None
+        items = group["params"] = listed(group["params"])
+        merged = {**self.defaults, **group}
+        if isinstance(items, list):  # torch answers a set or something that is no tensor
+            merged["params"] = [item[1] if isinstance(item, tuple) else item for item in items]
+            if items and all(isinstance(item, tuple) for item in items):
+                merged["param_names"] = [item[0] for item in items]
+            if all(isinstance(parameter, Tensor) for parameter in merged["params"]):
+                self._check_new(merged)
+        super().add_param_group(group)
+
+    def _check_new(self, group: Group) -> None:
+        check_group(group)
+        check_parameters(WHERE, group)
+        present = {parameter for _, parameter in self._each()}
+        for index, parameter in enumerate(group["params"]):
+            if parameter in present:
+                rule = "must be in one group, and is in two"
+                raise argument_error(WHERE, "params", parameter_name(group, index), rule)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @override
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step of all parameters that have a gradient.
+
+        Args:
+            closure: Computes the loss and its gradients again.
+
+        Raises:
+            ValueError: If a gradient is sparse.
+            FloatingPointError: If a gradient is not finite and ``on_nonfinite="raise"``.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self._is_skipped(check_gradients(WHERE, self)):
+            for group in self.param_groups:
+                self._step_parameters(group, group["params"])
+        return loss
+
+    @torch.no_grad()
+    def step_param(self, parameter: Tensor) -> None:
+        """One step of this parameter alone, if it has a gradient and that is finite.
+
+        Args:
+            parameter: One of the optimizer's.
+        """
+        group = next(group for group, other in self._each() if other is parameter)
+        if parameter.grad is not None and not self._is_skipped([parameter.grad]):
+            self._step_parameters(group, [parameter])
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take a saved state, whose groups' lr, scale, gap and the like then hold.
+
+        Args:
+            state_dict: From ``state_dict()``.
+
+        Raises:
+            ValueError: If it is of other parameters or another ``proj_type``, or of another rank
+                and ``on_rank_change="raise"``.
+        """
+        if self.defaults["on_rank_change"] == "raise":
+            self._refuse_other_ranks(state_dict)
+        refuse_other_shapes(self, state_dict, self._expected_shapes(state_dict))
+        ours = [{key: group[key] for key in _SHAPING} for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, shaping in zip(self.param_groups, ours, strict=True):
+            group.update(shaping)
+        restore_dtypes(self, state_dict)
+        for group, parameter in self._each():
+            if is_projected(group, parameter) and self.state.get(parameter):
+                self.state[parameter]["step"] = self.state[parameter]["step"].cpu()
+
+    # A step
+
+    def _is_skipped(self, gradients: list[Tensor]) -> bool:
+        if self.defaults["on_nonfinite"] == "skip":
+            return skip_non_finite(self, gradients)
+        if not all_finite(gradients):
+            bad = next(
+                parameter_name(group, index)
+                for group in self.param_groups
+                for index, parameter in enumerate(group["params"])
+                if parameter.grad is not None and not parameter.grad.isfinite().all()
+            )
+            raise FloatingPointError(
+                f"{WHERE}: the gradient of parameter {bad} is not finite. Nothing was changed by "
+                "this step; on_nonfinite='skip' leaves such steps out."
+            )
+        return False
+
+    def _step_parameters(self, group: Group, parameters: list[Tensor]) -> None:
+        others: list[Tensor] = []
+        for parameter in parameters:
+            if parameter.grad is None:
+                continue
+            if is_projected(group, parameter):
+                self._step_projected(group, parameter, parameter.grad)
+            else:
+                others.append(parameter)
+                if not self.state[parameter]:
+                    self.state[parameter] = init_adamw_state(parameter)
+        adamw_(
+            others,
+            [parameter.grad for parameter in others if parameter.grad is not None],
+            [self.state[parameter] for parameter in others],
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+        )
+
+    def _step_projected(self, group: Group, weight: Tensor, gradient: Tensor) -> None:
+        gradient = gradient.to(moment_dtype(weight))
+        state = self.state[weight]
+        if self._is_due(group, weight, state):
+            self._refresh(group, weight, gradient, state)
+        lr = float(group["lr"])
+        # galore-torch decays what the update made: (1 - lr * decay) * (weight + update).
+        kept = 1 - lr * group["weight_decay"]
+        if not state:  # Only zeros so far: there is no subspace to be in.
+            weight.mul_(kept)
+            return
+        basis = _basis(state)
+        state["step"] += 1
+        direction = adam_direction(project(gradient, basis), state, group["betas"], group["eps"])
+        add_projected_back_(weight, direction, basis, beta=kept, alpha=lr * group["scale"] * kept)
+
+    def _is_due(self, group: Group, weight: Tensor, state: State) -> bool:
+        if _basis(state).rank != rank_of(group, weight):  # none yet, or loaded with another
+            return True
+        return (int(state["step"]) + int(state["offset"])) % int(group["update_proj_gap"]) == 0
+
+    def _refresh(self, group: Group, weight: Tensor, gradient: Tensor, state: State) -> None:
+        old = _basis(state)
+        index = next(i for i, (_, other) in enumerate(self._each()) if other is weight)
+        basis_sides = sides(group["proj_type"], *weight.shape)
+        rank = rank_of(group, weight)
+        seed = derive_seed(self.defaults["seed"], index, int(state.get("step", 0)))
+        new, succeeded = refreshed(group["projection"], gradient, basis_sides, rank, old, seed)
+        if not succeeded:
+            self._count_failure(group, weight)
+        if new is old:
+            return
+        if not state:
+            shape = projected_shape(basis_sides, weight.shape, rank)
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = gradient.new_zeros(shape)
+            state["exp_avg_sq"] = gradient.new_zeros(shape)
+            state["offset"] = self._offset(group, weight) if group["stagger"] else 0
+        elif group["rotate_moments"] or new.rank != old.rank:
+            rotate_moments_(state, old, new, group["betas"])
+        for side, vectors in new._asdict().items():
+            if vectors is not None:
+                state[f"basis_{side}"] = vectors
+
+    def _offset(self, group: Group, weight: Tensor) -> int:
+        """Where in the gap this matrix is refreshed: spread by size, as the work is."""
+        projected = [other for pair, other in self._each() if is_projected(pair, other)]
+        place = next(i for i, other in enumerate(projected) if other is weight)
+        before = sum(other.numel() for other in projected[:place])
+        total = sum(other.numel() for other in projected)
+        return before * int(group["update_proj_gap"]) // total
+
+    def _count_failure(self, group: Group, weight: Tensor) -> None:
+        first = self.param_groups[0]
+        first[_FAILED] = first.get(_FAILED, 0) + 1
+        if first[_FAILED] == 1:
+            index = next(i for i, other in enumerate(group["params"]) if other is weight)
+            warnings.warn(
+                f"{WHERE}(projection={group['projection']!r}): the decomposition for parameter "
+                f"{parameter_name(group, index)} failed, in double precision too. The old "
+                f"projection stays; {_FAILED} of the first group counts these, and only this "
+                "first one is warned of.",
+                stacklevel=2,
+            )
+
+    def _each(self) -> list[tuple[Group, Tensor]]:
+        return [(group, p) for group in self.param_groups for p in group["params"]]
+
+    # A state
+
+    def _refuse_other_ranks(self, state_dict: Mapping[str, Any]) -> None:
+        where = f"{WHERE}.load_state_dict"
+        way_out = "Pass that rank, or on_rank_change='reproject' to carry the moments over"
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            ours, theirs = group["rank"], saved.get("rank", group["rank"])
+            if ours != theirs:
+                rule = f"the state was saved with rank {theirs}"
+                raise argument_error(where, "rank", ours, rule, way_out)
+
+    def _expected_shapes(
+        self, state_dict: Mapping[str, Any]
+    ) -> Callable[[Group, Tensor], Mapping[str, torch.Size]]:
+        """What ``refuse_other_shapes`` asks; under "reproject" with the rank that was saved."""
+        saved = {
+            parameter: state_dict["state"].get(key, {})
+            for group, other in zip(self.param_groups, state_dict["param_groups"], strict=False)
+            for parameter, key in zip(group["params"], other["params"], strict=False)
+        }
+        reproject = self.defaults["on_rank_change"] == "reproject"
+
+        def expected(group: Group, parameter: Tensor) -> Mapping[str, torch.Size]:
+            rank = _basis(saved[parameter]).rank if reproject else 0
+            return state_shapes(group, parameter, rank or None)
+
+        return expected
+
+
+def _basis(state: Mapping[str, Any]) -> Basis:
+    return Basis(state.get("basis_left"), state.get("basis_right"))

@@ -1,0 +1,128 @@
+"""What GaLore projects: the parameter groups it takes, and their checks."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lightning_align._errors import argument_error
+from lightning_align.optimizers.projection import REFRESHES, projected_shape, sides
+from lightning_align.optimizers.safety import (
+    Group,
+    check_betas,
+    check_number,
+    parameter_name,
+)
+
+WHERE = "GaLoreAdamW"
+
+
+def is_projected(group: Group, parameter: Tensor) -> bool:
+    """Whether this parameter of this group has a projection; the others are AdamW's."""
+    if group["rank"] is None or parameter.numel() == 0:
+        return False
+    if group["rank_is_asked_for"]:
+        return True
+    return parameter.ndim == 2 and min(parameter.shape) > group["rank"]
+
+
+def rank_of(group: Group, parameter: Tensor) -> int:
+    """Rank of its projection."""
+    return int(min(group["rank"], *parameter.shape))
+
+
+def state_shapes(group: Group, parameter: Tensor, rank: int | None = None) -> dict[str, torch.Size]:
+    """Every tensor that the state of a parameter holds; ``rank`` if it is not that of the group."""
+    moments = parameter.shape
+    bases: dict[str, torch.Size] = {}
+    if is_projected(group, parameter):
+        rank = rank_of(group, parameter) if rank is None else rank
+        rows, cols = parameter.shape
+        basis_sides = sides(group["proj_type"], rows, cols)
+        moments = projected_shape(basis_sides, parameter.shape, rank)
+        lengths = {"left": rows, "right": cols}
+        bases = {f"basis_{side}": torch.Size([lengths[side], rank]) for side in basis_sides}
+    return {"step": torch.Size(), "exp_avg": moments, "exp_avg_sq": moments, **bases}
+
+
+def listed(params: Any) -> Any:
+    """A group's parameters as a list, so that they can be looked at before torch takes them."""
+    if isinstance(params, Tensor):
+        return [params]
+    return params if isinstance(params, set) else list(params)
+
+
+def without_rank_if_others_name_it(params: ParamsT) -> Any:
+    """galore-torch's groups: those that name a rank are projected, the others are not."""
+    if isinstance(params, (Tensor, dict)):
+        return params
+    items = list(params)
+    if any(isinstance(item, dict) and "rank" in item for item in items):
+        return [{"rank": None, **item} if isinstance(item, dict) else item for item in items]
+    return items
+
+
+def check_group(group: Group) -> None:
+    """Refuse arguments that break their rule; warn of a rank that is cut to the shorter side.
+
+    Raises:
+        ValueError: If one does, or a parameter in a group that asks for a rank is no matrix.
+    """
+    check_number(WHERE, "lr", group["lr"])
+    check_betas(WHERE, group["betas"])
+    check_number(WHERE, "eps", group["eps"])
+    check_number(WHERE, "weight_decay", group["weight_decay"])
+    check_number(WHERE, "scale", group["scale"], above_low=True)
+    check_integer("update_proj_gap", group["update_proj_gap"], least=1)
+    check_choice("projection", group["projection"], tuple(REFRESHES))
+    sides(group["proj_type"], 1, 1)  # raises
+    if group["rank"] is None:
+        return
+    check_integer("rank", group["rank"], least=1)
+    if group.get("rank_is_asked_for"):
+        _check_matrices(group)
+
+
+def _check_matrices(group: Group) -> None:
+    rank = group["rank"]
+    too_small: list[str] = []
+    for index, parameter in enumerate(group["params"]):
+        name = parameter_name(group, index)
+        if parameter.ndim != 2:
+            rule = f"has {parameter.ndim} dimensions, and a group with a rank takes matrices"
+            raise argument_error(WHERE, "params", name, rule, "Put it in a group with rank=None")
+        if 0 < min(parameter.shape) < rank:
+            too_small.append(name)
+    if too_small:
+        more = f" and {len(too_small) - 3} more" if len(too_small) > 3 else ""
+        warnings.warn(
+            f"{WHERE}(rank={rank}): more than the shorter side of {', '.join(too_small[:3])}{more}"
+            ", whose rank is that side: more memory than AdamW's. Lower rank, or give them a group "
+            "with rank=None.",
+            stacklevel=2,
+        )
+
+
+def check_integer(argument: str, value: Any, *, least: int) -> None:
+    """Refuse what is not an integer of at least ``least``.
+
+    Raises:
+        ValueError: If ``value`` is something else.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise argument_error(WHERE, argument, value, f"must be an integer of at least {least}")
+
+
+def check_choice(argument: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Refuse what is not among ``choices``.
+
+    Raises:
+        ValueError: If ``value`` is something else, with the names.
+    """
+    if value not in choices:
+        rule = f"must be one of {', '.join(map(repr, choices))}"
+        raise argument_error(WHERE, argument, value, rule)
