@@ -31,5 +31,5 @@ def test_pretrain_and_align_leave_models_that_load_and_differ(tmp_path: Path) ->
 
 def test_yaml_examples_are_those_of_the_demo() -> None:
     for name in ("pretrain.yaml", "dpo.yaml"):
-        packaged = EXAMPLES.parent / "lightning_align/demo" / name
+        packaged = EXAMPLES.parent / "lightning_align/recipes" / name
         assert (EXAMPLES / name).read_text() == packaged.read_text()

@@ -82,10 +82,12 @@ def test_the_wheel_holds_types_corpus_licence_and_command(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         files = set(archive.namelist())
         commands = next(name for name in files if name.endswith("entry_points.txt"))
-        assert b"lightning-align = lightning_align.cli:main" in archive.read(commands)
+        assert b"lightning-align = lightning_align.__main__:main" in archive.read(commands)
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "lightning_align").rglob("*.py")}
     assert sources <= files
     assert "lightning_align/py.typed" in files
+    recipes = (ROOT / "lightning_align").rglob("*.yaml")
+    assert {str(path.relative_to(ROOT)) for path in recipes} <= files
     assert "lightning_align/data/corpora/pride_and_prejudice.txt.xz" in files
     assert any(name.endswith("licenses/LICENSE") for name in files)
 

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from lightning.pytorch.cli import LightningCLI
 from torch import nn
 
+from lightning_align import recipes
 from lightning_align.commands import CommandParser
 from lightning_align.data import PackedDataset, PreferenceDataset
 from lightning_align.data.token_cache import TokenSplit
@@ -190,7 +190,7 @@ def documents(split: TokenSplit) -> list[Tokens]:
 
 def _stage(name: str, fit: Fit, size: Size, output: Path, seed: int) -> LightningCLI:
     """Run one YAML with the command line, its outputs moved to ``output``."""
-    recipe = files("lightning_align.demo").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    recipe = recipes.text(name)
     config = output / f"{name}.yaml"
     config.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(recipe.replace("outputs/", f"{output.as_posix()}/"), encoding="utf-8")

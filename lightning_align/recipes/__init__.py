@@ -1,0 +1,82 @@
+"""Tested configurations to begin with: listed, printed, copied.
+
+The first line of each file says what it does; it is the line of the list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from lightning_align._errors import argument_error
+from lightning_align.commands import CommandParser
+from lightning_align.did_you_mean import did_you_mean
+
+
+def names() -> list[str]:
+    """Names of all recipes, in the order of the alphabet."""
+    contents = files(__name__).iterdir()
+    return sorted(c.name.removesuffix(".yaml") for c in contents if c.name.endswith(".yaml"))
+
+
+def text(name: str) -> str:
+    """A recipe as YAML.
+
+    Raises:
+        ValueError: If there is none of the name.
+    """
+    name = name.removesuffix(".yaml")
+    if name not in names():
+        rule = "there is no such recipe"
+        way_out = did_you_mean(name, names()).strip().rstrip("?.")
+        way_out = f"{way_out}? There are" if way_out else "There are"
+        raise argument_error("recipes", "name", name, rule, f"{way_out}: {', '.join(names())}")
+    return files(__name__).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def copy(name: str, file: str | Path | None = None) -> Path:
+    """Copy a recipe to ``file``, by default ``<name>.yaml`` in the working folder.
+
+    Raises:
+        ValueError: If there is none of the name, or the file exists.
+    """
+    content = text(name)
+    path = Path(file) if file is not None else Path(f"{name.removesuffix('.yaml')}.yaml")
+    if path.is_dir():
+        path = path / f"{name.removesuffix('.yaml')}.yaml"
+    if path.exists():
+        raise argument_error("recipes", "file", str(path), "exists already", "Give another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
+def parser() -> CommandParser:
+    """Options of ``lightning-align recipes``."""
+    parser = CommandParser(
+        "lightning-align recipes",
+        "Tested configurations to begin with. Without arguments: list them.",
+    )
+    help_words = "NAME prints a recipe; copy NAME [FILE] copies it, by default to NAME.yaml."
+    parser.add_argument("words", nargs="*", help=help_words)
+    return parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run ``lightning-align recipes``.
+
+    Raises:
+        ValueError: If there is no such recipe, or too many words.
+    """
+    words = parser().parse_args(list(arguments)).words or []
+    if words[:1] == ["copy"] and len(words) in (2, 3):
+        print(copy(*words[1:]))  # noqa: T201
+    elif len(words) == 1 and words != ["copy"]:
+        print(text(words[0]), end="")  # noqa: T201
+    elif not words:
+        for name in names():
+            print(f"{name:14}{text(name).splitlines()[0].removeprefix('# ')}")  # noqa: T201
+    else:
+        rule = "must be nothing, NAME, or copy NAME [FILE]"
+        raise argument_error("recipes", "words", " ".join(words), rule)

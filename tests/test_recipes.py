@@ -1,0 +1,171 @@
+"""Every recipe is listed, copied and run, as a user would, on tiny models and few steps.
+
+Two of these tests take over 5 seconds and are not marked slow: a recipe must not break unnoticed.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from lightning_align import recipes
+from lightning_align.__main__ import main
+from lightning_align.data.tokenizer import train_tokenizer
+
+ROOT = Path(__file__).parent.parent
+NOVEL = "It is a truth universally acknowledged, that a single man must be in want of a wife.\n"
+QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|endoftext|>{% endgeneration %}"
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder with a token cache of its own."""
+    monkeypatch.setattr(sys, "argv", ["lightning-align"])
+    monkeypatch.setenv("LIGHTNING_ALIGN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def base(folder: Path) -> str:
+    """What stands in for the hub's model."""
+    tokenizer = train_tokenizer([NOVEL * 9], 300)
+    tokenizer.chat_template = TEMPLATE
+    sizes = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 32}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "eos_token_id": 0}
+    AutoModelForCausalLM.from_config(LlamaConfig(**sizes, **heads)).save_pretrained("base")
+    tokenizer.save_pretrained("base")
+    return "base"
+
+
+def fit(name: str, *overrides: str) -> None:
+    main(["recipes", "copy", name])
+    main(["fit", "-c", f"{name}.yaml", *QUIET, *overrides])
+
+
+def moved(model: str, base: str) -> bool:
+    """Whether a run left a model that loads, with its tokenizer, and is another one."""
+    ids = torch.arange(1, 9)[None]
+    logits = [AutoModelForCausalLM.from_pretrained(f)(ids).logits for f in (model, base)]
+    assert len(AutoTokenizer.from_pretrained(model)) == len(AutoTokenizer.from_pretrained(base))
+    return not torch.equal(*logits)
+
+
+TINY = [
+    "--model.model.hidden_size=20",
+    "--model.model.intermediate_size=24",
+    "--model.model.num_hidden_layers=1",
+    "--data.batch_size=2",
+    "--trainer.max_steps=3",
+    "--trainer.limit_val_batches=1",
+]
+
+
+def test_pretrain_then_dpo(folder: Path) -> None:
+    schedule = ["--model.lr_scheduler.total_steps=3", "--trainer.log_every_n_steps=1"]
+    fit("pretrain", *TINY, *schedule)
+    assert (folder / "outputs/pretrain/checkpoints/last.ckpt").exists()
+    pair = {"prompt": "It is a", "chosen": " truth", "rejected": " lie"}
+    Path("outputs/pairs").mkdir()
+    for split in ("train", "val"):
+        Path(f"outputs/pairs/{split}.jsonl").write_text(f"{json.dumps(pair)}\n" * 3)
+    steps = ["--trainer.max_steps=2", "--data.batch_size=2", "--trainer.log_every_n_steps=1"]
+    fit("dpo", *steps)
+    assert moved("outputs/dpo/model", "outputs/pretrain/model")
+    assert (folder / "outputs/dpo/dpo.png").exists()
+
+
+def test_sft_chat(folder: Path, base: str) -> None:
+    def chat(i: int) -> dict[str, Any]:
+        said = [("user", f"What is number {i}?"), ("assistant", "A truth.")]
+        return {"messages": [{"role": role, "content": content} for role, content in said]}
+
+    Path("chats.jsonl").write_text("\n".join(json.dumps(chat(i)) for i in range(20)))
+    names = [f"--model.model={base}", f"--data.tokenizer={base}"]
+    fit("sft_chat", *names, "--data.val_fraction=0.2", "--trainer.max_steps=2")
+    assert moved("outputs/sft/model", base)
+
+
+def test_finetune_hub(folder: Path, base: str) -> None:
+    Path("texts").mkdir()
+    for i in range(4):
+        Path(f"texts/{i}.txt").write_text(NOVEL * 30)
+    names = [f"--model.model={base}", f"--data.tokenizer={base}", "--data.val_fraction=0.25"]
+    sizes = ["--data.block_size=16", "--trainer.max_steps=2", "--trainer.val_check_interval=4"]
+    fit("finetune_hub", *names, *sizes)
+    assert moved("outputs/finetune/model", base)
+
+
+def test_ddp_in_two_processes(folder: Path) -> None:
+    """The command starts the second process itself: itself again."""
+    main(["recipes", "copy", "ddp"])
+    command = [sys.executable, "-m", "lightning_align", "fit", "-c", "ddp.yaml", *QUIET, *TINY]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    checkpoint = torch.load("outputs/ddp/checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["TextDataModule"]["batch"] == 4, "2 blocks in each of 2 processes"
+    assert checkpoint["global_step"] == 3
+    assert (folder / "outputs/ddp/model/config.json").exists()
+
+
+# The list
+
+
+def test_every_recipe_is_run_here() -> None:
+    assert recipes.names() == ["ddp", "dpo", "finetune_hub", "pretrain", "sft_chat"]
+
+
+def test_the_list_has_a_line_for_each(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["recipes"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == recipes.names()
+    assert all(line.endswith(".") and 30 < len(line) < 110 for line in lines), lines
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_a_recipe_prints_as_its_file(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["recipes", name])
+    printed = capsys.readouterr().out
+    assert printed == (ROOT / f"lightning_align/recipes/{name}.yaml").read_text()
+    assert {"model", "data", "trainer"} <= set(yaml.safe_load(printed))
+    assert f"lightning-align fit -c {name}.yaml" in printed, "how to run it, in its head"
+
+
+def test_copies_to_a_name_and_into_a_folder(folder: Path) -> None:
+    main(["recipes", "copy", "ddp", "mine.yaml"])
+    (folder / "configs").mkdir()
+    main(["recipes", "copy", "ddp.yaml", "configs"])
+    for path in ("mine.yaml", "configs/ddp.yaml"):
+        assert Path(path).read_text() == recipes.text("ddp")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["pretrian"], "recipes(name='pretrian'): there is no such recipe. Did you mean pretrain?"),
+        (["copy", "xyz"], "There are: ddp, dpo, finetune_hub, pretrain, sft_chat."),
+        (["copy", "ddp", "there.yaml"], "recipes(file='there.yaml'): exists already."),
+        (["copy"], "must be nothing, NAME, or copy NAME [FILE]."),
+        (["ddp", "dpo"], "must be nothing, NAME, or copy NAME [FILE]."),
+    ],
+)
+def test_refuses(folder: Path, words: list[str], message: str) -> None:
+    Path("there.yaml").write_text("mine")
+    with pytest.raises(SystemExit) as stopped:
+        main(["recipes", *words])
+    assert message in str(stopped.value)
+    assert Path("there.yaml").read_text() == "mine"
