@@ -181,6 +181,19 @@ class Recorded(pl.Callback):
         assert all(part.training for part in pl_module.modules())
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_generates_under_the_precision_of_the_trainer(tmp_path: Path, precision: str) -> None:
+    seen: list[bool] = []
+
+    class Noted(GenerateSamples):
+        def generate(self, pl_module: Any, prompt: str) -> str:
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return ""
+
+    run(tmp_path, Noted(["It is"]), steps=1, precision=precision)
+    assert seen == [precision == "bf16-mixed"] * 2
+
+
 @pytest.mark.parametrize("kind", ["pretrain", "dpo"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 def test_losses_and_generators_are_the_same_with_and_without(
@@ -315,8 +328,15 @@ def test_a_resumed_run_has_no_sample_before_training(tmp_path: Path) -> None:
 
 def test_two_ranks_train_as_without_and_rank_zero_writes(tmp_path: Path) -> None:
     """Forked gloo ranks; nothing in the generation may wait for the other rank."""
+
+    class Noted(GenerateSamples):
+        def generate(self, pl_module: Any, prompt: str) -> str:
+            assert pl_module.global_rank == 0
+            return super().generate(pl_module, prompt)
+
+    noted = Noted(["It is"], every_n_train_steps=2, max_new_tokens=6, tokenizer=Lenient())
     hashes = []
-    for name, callback in [("plain", None), ("sampled", samples())]:
+    for name, callback in [("plain", None), ("sampled", noted)]:
         ours = module()
         run(tmp_path / name, callback, ours, steps=8, strategy="ddp_fork", devices=2)
         hashes.append(weights_hash(ours))

@@ -174,7 +174,8 @@ class TwoOptimizers(HandWritten):
         return loss
 
     def configure_optimizers(self) -> Any:
-        head = torch.optim.Adam(self.head.parameters(), lr=torch.tensor(0.5), capturable=True)
+        self.rate = torch.tensor(0.5)
+        head = torch.optim.Adam(self.head.parameters(), lr=self.rate, capturable=True)
         body = [*self.embedding.parameters(), *self.body.parameters()]
         return torch.optim.SGD(body, lr=0.1), head
 
@@ -186,6 +187,8 @@ def test_every_optimizer_of_a_manual_module_is_scheduled(monkeypatch: pytest.Mon
     expected = fractions([sum(COUNTS[:i]) for i in range(5)], callback)
     assert [lr for lr, _ in module.used] == pytest.approx([0.1 * f for f in expected])
     assert [lr for _, lr in module.used] == pytest.approx([0.5 * f for f in expected], rel=1e-6)
+    # A captured graph reads this very tensor.
+    assert module.optimizers()[1].param_groups[0]["lr"] is module.rate
 
 
 # The end
