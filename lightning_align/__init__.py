@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from lightning_align.modules.pretrain import PretrainModule
     from lightning_align.modules.text_data import TextDataModule
     from lightning_align.optimizers.galore import GaLoreAdamW
+    from lightning_align.optimizers.muon import Muon
+    from lightning_align.optimizers.param_groups import build_param_groups
     from lightning_align.run.exact_resume import ExactResume
 
 __version__ = "0.1.0"
@@ -32,11 +34,13 @@ __all__ = [
     "GenerateSamples",
     "MetricPlot",
     "ModelLayers",
+    "Muon",
     "PreferenceDataModule",
     "PretrainModule",
     "SavePretrained",
     "TextDataModule",
     "TokenSchedule",
+    "build_param_groups",
     "data",
     "find_layers",
     "layers",
@@ -53,11 +57,13 @@ _HOMES = {
     "GenerateSamples": "lightning_align.callbacks.generate_samples",
     "MetricPlot": "lightning_align.callbacks.metric_plot",
     "ModelLayers": "lightning_align.layers",
+    "Muon": "lightning_align.optimizers.muon",
     "PreferenceDataModule": "lightning_align.modules.preference_data",
     "PretrainModule": "lightning_align.modules.pretrain",
     "SavePretrained": "lightning_align.callbacks.save_pretrained",
     "TextDataModule": "lightning_align.modules.text_data",
     "TokenSchedule": "lightning_align.callbacks.token_schedule",
+    "build_param_groups": "lightning_align.optimizers.param_groups",
     "find_layers": "lightning_align.layers",
 }
 _ROOMS = ("data", "layers", "losses", "run")

@@ -25,6 +25,7 @@ from lightning_align.modules.preference_data import PreferenceDataModule
 from lightning_align.modules.pretrain import PretrainModule
 from lightning_align.modules.text_data import TextDataModule
 from lightning_align.optimizers.galore import GaLoreAdamW
+from lightning_align.optimizers.muon import Muon
 from lightning_align.run.exact_resume import ExactResume
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "GaLoreAdamW",
     "GenerateSamples",
     "MetricPlot",
+    "Muon",
     "PreferenceDataModule",
     "PretrainModule",
     "SavePretrained",

@@ -17,6 +17,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from typing_extensions import Self, override
@@ -24,6 +25,11 @@ from typing_extensions import Self, override
 from lightning_align._compat import built_by_cli
 from lightning_align._errors import argument_error
 from lightning_align.layers import ModelLayers, checkpoint_blocks, find_layers
+from lightning_align.optimizers.param_groups import (
+    build_param_groups,
+    learning_rates,
+    warn_of_lost_ratios,
+)
 from lightning_align.pretrained import build_model, plain_model, save_pretrained
 from lightning_align.run.exact_resume import ExactResume
 
@@ -90,6 +96,7 @@ class CausalLMModule(pl.LightningModule, ABC):
         self.accumulated: dict[str, Tensor] = {}
         self._evaluated: dict[str, Tensor] = {}
         self._window_start: float | None = None
+        self._saved_groups: list[dict[str, Any]] | None = None
 
     def _save_plain_hyperparameters(
         self, **models: nn.Module | str | PretrainedConfig | None
@@ -266,23 +273,28 @@ class CausalLMModule(pl.LightningModule, ABC):
         optimizer = build(groups)
         if self.lr_scheduler is None:
             return optimizer
-        scheduler = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+        rates = learning_rates(optimizer)
+        scheduler = self.lr_scheduler(optimizer)
+        warn_of_lost_ratios(rates, optimizer, scheduler)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Groups of (name, parameter): matrices, which decay; embeddings, norms and biases."""
-        embedding = self.layers.embedding.weight
-        decay: list[tuple[str, nn.Parameter]] = []
-        no_decay: list[tuple[str, nn.Parameter]] = []
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                matrix = parameter.ndim >= 2 and parameter is not embedding
-                (decay if matrix else no_decay).append((name, parameter))
-        groups: list[dict[str, Any]] = [
-            {"params": decay},
-            {"params": no_decay, "weight_decay": 0.0},
+        """Named groups for the optimizer, which print as a table; see ``build_param_groups``.
+
+        A run that began with other groups goes on with those: an optimizer's state fits no others.
+        """
+        saved, self._saved_groups = self._saved_groups, None
+        parameters = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        names = [name for group in saved or [] for name in group["param_names"]]
+        if saved is None or sorted(names) != sorted(parameters):
+            return build_param_groups(self, layers=self.layers)
+        return [
+            {**group, "params": [(name, parameters[name]) for name in group.pop("param_names")]}
+            for group in saved
         ]
-        return [group for group in groups if group["params"]]
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -304,6 +316,7 @@ class CausalLMModule(pl.LightningModule, ABC):
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._tokens_seen.fill_(checkpoint.get("tokens_seen", 0))
+        self._saved_groups = self._groups_of_an_older_run(checkpoint)
         theirs = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
         ours = {name: tuple(value.shape) for name, value in self.state_dict().items()}
         different = sorted(k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k))
@@ -317,6 +330,22 @@ class CausalLMModule(pl.LightningModule, ABC):
                 f" {name!r} with shape {ours.get(name)} here and {theirs.get(name)} there",
                 "Build the module with the model that wrote the checkpoint",
             )
+
+    def _groups_of_an_older_run(self, checkpoint: dict[str, Any]) -> list[dict[str, Any]] | None:
+        """Names and decay of the groups of a run that is resumed, if they were sorted otherwise.
+
+        Until 0.1.0 there were two: what has two dimensions, but for the embedding, and the rest.
+        """
+        trainer = self._trainer
+        states = checkpoint.get("optimizer_states") or [{"param_groups": []}]
+        groups = states[0]["param_groups"]
+        is_named = bool(groups) and all("param_names" in group for group in groups)
+        if trainer is None or trainer.state.fn != TrainerFn.FITTING or not is_named:
+            return None
+        if any("use_muon" in group for group in groups):
+            return None
+        kept = ("param_names", "weight_decay")
+        return [{name: group[name] for name in kept if name in group} for group in groups]
 
 
 def log_step_value(

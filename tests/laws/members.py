@@ -194,6 +194,7 @@ OPTIMIZERS = [
     )
     for fused in (False, True)
 ] + [
+    Member("Muon", spec(OURS + "Muon", lr=3e-3, adjust_lr_fn="match_rms_adamw")),
     Member("GaLoreAdamW", spec(OURS + "GaLoreAdamW", lr=3e-3, rank=2, update_proj_gap=2)),
 ]
 

@@ -19,14 +19,18 @@ from tests.modules.test_pretrain import fit, gpt2, llama, rows, sgd_module
 def test_groups_name_every_parameter_once_and_decay_only_matrices() -> None:
     module = PretrainModule(gpt2())
     optimizer = module.configure_optimizers()
-    decay, no_decay = optimizer.param_groups
-    assert decay["weight_decay"] == 0.1
-    assert no_decay["weight_decay"] == 0.0
-    assert all(p.ndim >= 2 for p in decay["params"])
-    assert any(p is module.layers.embedding.weight for p in no_decay["params"])
+    groups = {group["name"]: group for group in optimizer.param_groups}
+    assert {name: group["weight_decay"] for name, group in groups.items()} == {
+        "matrices_transposed": 0.1,  # GPT-2 stores them (in, out); its head is its embedding
+        "embeddings": 0.0,
+        "norms_biases": 0.0,
+    }
+    assert all(p.ndim == 2 for p in groups["matrices_transposed"]["params"])
+    assert any(p is module.layers.embedding.weight for p in groups["embeddings"]["params"])
     grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in module.parameters())
-    assert "model.transformer.h.0.attn.c_attn.weight" in decay["param_names"]
+    names = groups["matrices_transposed"]["param_names"]
+    assert "model.transformer.h.0.attn.c_attn.weight" in names
 
 
 def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
