@@ -41,6 +41,7 @@ WRONG_CLASS = re.compile(
 WRONG_COMMAND = re.compile(
     r"argument subcommand: invalid choice: '(?P<name>[^']*)' \(choose from (?P<names>.*)\)"
 )
+AMBIGUOUS = re.compile(r"Multiple subclasses with name (?P<name>\w+)\..*: (?P<paths>.*?)\.?$")
 NOT_A_CLASS = re.compile(r"Not a valid subclass of (?P<base>\w+)")
 WRONG_TYPE = re.compile(r"Expected (?P<rule>.+?)\. Got value: (?P<value>.*)$")
 
@@ -68,7 +69,7 @@ class Sentence:
     @property
     def rank(self) -> tuple[int, int]:
         """Deepest first, and there the sentence that explains most."""
-        patterns = (UNKNOWN_ARGUMENT, MISSING, NO_ATTRIBUTE, UNKNOWN_CLASS, WRONG_TYPE)
+        patterns = (UNKNOWN_ARGUMENT, MISSING, NO_ATTRIBUTE, UNKNOWN_CLASS, AMBIGUOUS, WRONG_TYPE)
         kind = next((i for i, p in enumerate(patterns) if p.search(self.text)), len(patterns))
         return -self.depth, kind
 
@@ -207,6 +208,8 @@ def _explain_sentence(sentence: Sentence, given: str) -> str | None:
     if found := UNKNOWN_CLASS.search(text):
         hint = did_you_mean(found["name"], _class_names(sentence.subtypes))
         return f"{path}: no class of the name {found['name']}.{hint or ' Give its full path.'}"
+    if found := AMBIGUOUS.search(text):
+        return f"{path}: {found['name']} is the name of several classes: {found['paths']}."
     if found := WRONG_TYPE.search(text):
         rule = re.sub(r"(?:a )?<class '([^']+)'>", r"\1", found["rule"])
         return f"{path}: must be {rule}, not {found['value']}."

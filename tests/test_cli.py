@@ -1,7 +1,9 @@
 """The command line on tiny models: fit, resume, evaluate, and the mistakes that users make."""
 
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_align.__main__ import main
 from lightning_align.cli import AlignCLI
 from lightning_align.commands import COMMANDS
+from lightning_align.data.tokenizer import train_tokenizer
 
 NOVEL = "It is a truth universally acknowledged, that a single man must be in want of a wife.\n"
 
@@ -271,6 +275,28 @@ def test_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
 
 
 # As a program
+
+
+def test_the_quickstart_runs_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The block of the page, on a model and pairs as the page makes them before."""
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs/quickstart.md").read_text()
+    block = page.partition("## The same from the command line")[2]
+    commands = re.findall(r"```bash\n(.*?)```", block, re.S)[0].replace("\\\n", " ").splitlines()
+    tokenizer = train_tokenizer([NOVEL * 9], 300)
+    tokenizer.save_pretrained("base")
+    LlamaForCausalLM(LlamaConfig(**MODEL["init_args"], eos_token_id=0)).save_pretrained("base")
+    pair = {"prompt": "Miss Mary was", "chosen": " very happy.", "rejected": " unhappy."}
+    Path("pairs.jsonl").write_text(f"{json.dumps(pair)}\n" * 8)
+    for command in commands:
+        program, *arguments = shlex.split(command)
+        assert program == "lightning-align"
+        main(arguments)
+    assert len(commands) == 2
+    assert capsys.readouterr().out.splitlines()[-1].startswith("Miss Lizzy was")
+
 
 PROGRAM = [sys.executable, "-m", "lightning_align"]
 

@@ -1,5 +1,6 @@
 """Layers of configuration: what a later one inherits, and what it must not."""
 
+import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable
@@ -7,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from lightning_align import recipes
 from lightning_align.cli import AlignCLI, build_parser
 from lightning_align.configuration import AlignParser
 
@@ -376,3 +379,40 @@ def test_the_whole_message_is_one_variable_away(
     change = layer(tmp_path, {"data": {"init_args": {"blok_size": 8}}})
     with pytest.raises(ArgumentError, match=r"(?s)Union subtypes.*'blok_size' is not accepted"):
         read("-c", change)
+
+
+def test_a_name_of_two_classes_asks_for_the_path(
+    read: Read, capsys: pytest.CaptureFixture[str]
+) -> None:
+    namesake = type("RMSprop", (torch.optim.RMSprop,), {"__module__": __name__})
+    sys.modules[__name__].RMSprop = namesake  # type: ignore[attr-defined]
+    try:
+        message = error_of(read, capsys, "--model.optimizer", "RMSprop")
+    finally:
+        del sys.modules[__name__].RMSprop  # type: ignore[attr-defined]
+    assert "model.init_args.optimizer: RMSprop is the name of several classes: " in message
+    assert "torch.optim.RMSprop" in message.splitlines()[0]
+
+
+DOCS = Path(__file__).parent.parent / "docs/cli.md"
+CONSOLE = re.findall(r"```console\n\$ lightning-align (.*)\n(.*)\n```", DOCS.read_text())
+
+
+@pytest.mark.parametrize(("command", "answer"), CONSOLE)
+def test_the_answers_in_the_docs_are_real(
+    command: str,
+    answer: str,
+    parser: AlignParser,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipes.copy("pretrain")
+    with pytest.raises(SystemExit):  # --print_config ends, too
+        parser.parse_args(command.split())
+    assert answer in capsys.readouterr().err.splitlines()
+
+
+def test_the_docs_show_some_mistakes() -> None:
+    assert len(CONSOLE) >= 7
