@@ -1,5 +1,6 @@
 """What every objective inherits: parameter groups, checkpoints, folders, the tokenizer's size."""
 
+import warnings
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -8,12 +9,13 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 
-from lightning_align import PretrainModule
+from lightning_align import Muon, PretrainModule
 from lightning_align.modules import causal_lm
 from tests.helpers.resume import VOCABULARY
-from tests.modules.test_pretrain import fit, gpt2, llama, rows, sgd_module
+from tests.modules.test_pretrain import fit, gpt2, llama, rows, sgd_module, weights
 
 
 def test_groups_name_every_parameter_once_and_decay_only_matrices() -> None:
@@ -31,6 +33,60 @@ def test_groups_name_every_parameter_once_and_decay_only_matrices() -> None:
     assert sorted(grouped) == sorted(id(p) for p in module.parameters())
     names = groups["matrices_transposed"]["param_names"]
     assert "model.transformer.h.0.attn.c_attn.weight" in names
+
+
+class TwoGroups(PretrainModule):
+    """As parameters were sorted before ``build_param_groups``: wpe of GPT-2 decayed, for one."""
+
+    def parameter_groups(self) -> Any:
+        embedding = self.layers.embedding.weight
+        decay, no_decay = [], []
+        for name, parameter in self.named_parameters():
+            matrix = parameter.ndim >= 2 and parameter is not embedding
+            (decay if matrix else no_decay).append((name, parameter))
+        return [{"params": decay}, {"params": no_decay, "weight_decay": 0.0}]
+
+
+def test_run_of_two_groups_goes_on_bit_identically(tmp_path: Path) -> None:
+    adamw = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.5)
+    batches = [rows(0, 1), rows(2), rows(3, 4)]
+
+    def module(cls: type[PretrainModule]) -> PretrainModule:
+        pl.seed_everything(1, verbose=False)
+        return cls(gpt2(), optimizer=adamw)
+
+    old = module(TwoGroups)
+    fit(old, batches).save_checkpoint(tmp_path / "old.ckpt")
+    continued = module(TwoGroups)
+    fit(continued, batches, ckpt_path=tmp_path / "old.ckpt", max_epochs=2)
+    ours = module(PretrainModule)
+    trainer = fit(ours, batches, ckpt_path=tmp_path / "old.ckpt", max_epochs=2)
+    assert torch.equal(weights(ours), weights(continued))
+    groups = [group["param_names"] for group in trainer.optimizers[0].param_groups]
+    assert len(groups) == 2
+    assert "model.transformer.wpe.weight" in groups[0]
+    # what is trained next, or was only loaded, is sorted anew
+    assert len(ours.parameter_groups()) == 3
+    loaded = PretrainModule.load_from_checkpoint(tmp_path / "old.ckpt", model=gpt2())
+    assert len(loaded.parameter_groups()) == 3
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "lost"),
+    [
+        (partial(CosineAnnealingLR, T_max=9), False),
+        (partial(CosineAnnealingLR, T_max=9, eta_min=1e-4), True),
+    ],
+)
+def test_scheduler_that_loses_the_ratio_of_learning_rates_is_warned_of(
+    scheduler: Any, lost: bool
+) -> None:
+    muon = partial(Muon, lr=0.02, adamw_lr=1e-3)
+    module = PretrainModule(llama(), optimizer=muon, lr_scheduler=scheduler)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        module.configure_optimizers()
+    assert any("ratio is lost" in str(warning.message) for warning in caught) is lost
 
 
 def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ def sgd_module(config: Any = None, **options: Any) -> PretrainModule:
 
 def fit(module: pl.LightningModule, batches: list[dict[str, torch.Tensor]], **options: Any) -> Any:
     options = {"max_epochs": 1, "logger": False, **options}
+    ckpt_path = options.pop("ckpt_path", None)
     trainer = pl.Trainer(
         accelerator="cpu",
         enable_checkpointing=False,
@@ -59,7 +60,7 @@ def fit(module: pl.LightningModule, batches: list[dict[str, torch.Tensor]], **op
         log_every_n_steps=1,
         **options,
     )
-    trainer.fit(module, DataLoader(batches, batch_size=None))
+    trainer.fit(module, DataLoader(batches, batch_size=None), ckpt_path=ckpt_path)
     return trainer
 
 
