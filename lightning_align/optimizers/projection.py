@@ -229,11 +229,13 @@ def refreshed(
         True. Where LAPACK gives up, in double precision too, the old basis (a random one if there
         is none) and False.
     """
-    largest = float(torch.linalg.vector_norm(gradient, torch.inf))
+    lowest, highest = torch.aminmax(gradient)  # torch's infinity norm is twenty times slower
+    largest = max(-float(lowest), float(highest))
     if largest == 0:
         return old, True
-    # Gram matrices square: bring the gradient to about 1, by a power of two, which rounds nothing.
-    gradient = gradient * 2.0 ** -max(math.frexp(largest)[1], -126)
+    if not 1e-9 < largest < 1e9:
+        # Gram matrices square: bring it to about 1, by a power of two, which rounds nothing.
+        gradient = gradient * 2.0 ** -max(math.frexp(largest)[1], -126)
     for dtype in (gradient.dtype, torch.float64):
         generator = torch.Generator().manual_seed(seed)
         try:
