@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lightning_align.optimizers.galore import GaLoreAdamW
     from lightning_align.optimizers.muon import Muon
     from lightning_align.optimizers.param_groups import build_param_groups
+    from lightning_align.optimizers.stable_adamw import StableAdamW
     from lightning_align.run.exact_resume import ExactResume
 
 __version__ = "0.1.0"
@@ -38,6 +39,7 @@ __all__ = [
     "PreferenceDataModule",
     "PretrainModule",
     "SavePretrained",
+    "StableAdamW",
     "TextDataModule",
     "TokenSchedule",
     "build_param_groups",
@@ -61,6 +63,7 @@ _HOMES = {
     "PreferenceDataModule": "lightning_align.modules.preference_data",
     "PretrainModule": "lightning_align.modules.pretrain",
     "SavePretrained": "lightning_align.callbacks.save_pretrained",
+    "StableAdamW": "lightning_align.optimizers.stable_adamw",
     "TextDataModule": "lightning_align.modules.text_data",
     "TokenSchedule": "lightning_align.callbacks.token_schedule",
     "build_param_groups": "lightning_align.optimizers.param_groups",

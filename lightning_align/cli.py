@@ -26,6 +26,7 @@ from lightning_align.modules.pretrain import PretrainModule
 from lightning_align.modules.text_data import TextDataModule
 from lightning_align.optimizers.galore import GaLoreAdamW
 from lightning_align.optimizers.muon import Muon
+from lightning_align.optimizers.stable_adamw import StableAdamW
 from lightning_align.run.exact_resume import ExactResume
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "PreferenceDataModule",
     "PretrainModule",
     "SavePretrained",
+    "StableAdamW",
     "TextDataModule",
     "TokenSchedule",
 ]

@@ -195,6 +195,7 @@ OPTIMIZERS = [
     for fused in (False, True)
 ] + [
     Member("Muon", spec(OURS + "Muon", lr=3e-3, adjust_lr_fn="match_rms_adamw")),
+    Member("StableAdamW", spec(OURS + "StableAdamW", lr=3e-3)),
     Member("GaLoreAdamW", spec(OURS + "GaLoreAdamW", lr=3e-3, rank=2, update_proj_gap=2)),
 ]
 

@@ -1,0 +1,157 @@
+"""AdamW that shortens a step whose gradients are larger than its second moment knows.
+
+The second moment of AdamW lags behind: when gradients grow at once, every update is too large until
+it has caught up, and losses spike. Clipping the gradient norm does not see it, because it happens
+in some tensors only (arXiv:2304.13013, Section 3.4). StableAdamW divides the learning rate of each
+tensor by the root mean square of g / sqrt(v) where that is above 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+from typing_extensions import override
+
+from lightning_align.optimizers.adamw import adamw_, init_adamw_state
+from lightning_align.optimizers.safety import (
+    check_betas,
+    check_gradients,
+    check_number,
+    check_parameters,
+    refuse_other_shapes,
+    restore_dtypes,
+    skip_non_finite,
+    skipped_steps,
+)
+
+
+def update_rms(gradient: Tensor, state: dict[str, Any], beta2: float, eps: float) -> Tensor:
+    """Root mean square of the coming update, as a 0-d tensor, before any moment has moved.
+
+    RMS_t = sqrt(mean(g_t^2 / max(u_t, eps^2)))                  (arXiv:2304.13013, Algorithm 2)
+
+    with u_t the second moment after this step, bias corrected.
+    """
+    step = state["step"] + 1
+    # 1 - beta2^t; as a difference it would lose half of its digits in fp32.
+    correction = -torch.expm1(step * (math.log(beta2) if beta2 else -math.inf))
+    squares = gradient.to(state["exp_avg_sq"].dtype).square()
+    second = state["exp_avg_sq"].mul(beta2).add_(squares, alpha=1 - beta2).div_(correction)
+    return squares.div_(second.clamp_(min=eps**2)).mean().sqrt()
+
+
+class StableAdamW(Optimizer):
+    """AdamW with update clipping (arXiv:2304.13013, Algorithm 2).
+
+    Its state is that of AdamW: a run may change from one to the other. A step whose gradients are
+    not all finite is skipped for all parameters, counted in ``skipped_steps`` and, the first time,
+    warned of.
+
+    Args:
+        params: Parameters, named parameters, or groups of either.
+        lr: Learning rate, of which a tensor gets less when its update is too large.
+        betas: Decays of the first and of the second moment.
+        eps: Added to the root of the second moment.
+        weight_decay: Share of a parameter that its learning rate times this takes away.
+
+    Raises:
+        ValueError: If an argument is out of range, or a parameter is complex or given twice.
+
+    Example:
+        >>> optimizer = StableAdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99))
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        _check_settings(defaults)
+        super().__init__(params, defaults)
+
+    @override
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, with settings of its own."""
+        super().add_param_group(dict(param_group))
+        _check_settings(self.param_groups[-1])
+        check_parameters("StableAdamW", self.param_groups[-1])
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were skipped because a gradient was not finite."""
+        return skipped_steps(self)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of all parameters that have a gradient.
+
+        Args:
+            closure: Computes the loss and the gradients.
+
+        Returns:
+            What the closure returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if skip_non_finite(self, check_gradients("StableAdamW", self)):
+            return loss
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step_one(group, parameter)
+        return loss
+
+    @torch.no_grad()
+    def step_param(self, parameter: Tensor) -> None:
+        """The step of one parameter, for whoever updates inside backward; checks nothing."""
+        group = next(g for g in self.param_groups if any(p is parameter for p in g["params"]))
+        self._step_one(group, parameter)
+
+    def _step_one(self, group: dict[str, Any], parameter: Tensor) -> None:
+        state = self.state[parameter]
+        if not state:
+            state.update(init_adamw_state(parameter))
+        gradient: Any = parameter.grad
+        rms = update_rms(gradient, state, group["betas"][1], group["eps"])
+        adamw_(
+            [parameter],
+            [gradient],
+            [state],
+            lr=group["lr"] / rms.clamp(min=1),  # eta_t = alpha_t / max(1, RMS_t)
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+        )
+
+    @override
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load what ``state_dict`` returned, or what torch.optim.AdamW's did.
+
+        Raises:
+            ValueError: If it is the state of other parameters.
+        """
+        refuse_other_shapes(self, state_dict, _expected_state)
+        super().load_state_dict(dict(state_dict))
+        restore_dtypes(self, state_dict)
+
+
+def _expected_state(_: dict[str, Any], parameter: Tensor) -> dict[str, torch.Size]:
+    return {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+
+
+def _check_settings(group: dict[str, Any]) -> None:
+    for argument in ("lr", "eps", "weight_decay"):
+        check_number("StableAdamW", argument, group[argument])
+    check_betas("StableAdamW", group["betas"])
