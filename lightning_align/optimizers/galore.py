@@ -21,7 +21,12 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
 from lightning_align._errors import argument_error
-from lightning_align.optimizers.adamw import State, adamw_, init_adamw_state, moment_dtype
+from lightning_align.optimizers.adamw import State, init_adamw_state, moment_dtype
+from lightning_align.optimizers.galore_adamw import (
+    adam_direction,
+    galore_adamw_,
+    rotate_moments_,
+)
 from lightning_align.optimizers.galore_groups import (
     WHERE,
     check_choice,
@@ -33,7 +38,6 @@ from lightning_align.optimizers.galore_groups import (
     state_shapes,
     without_rank_if_others_name_it,
 )
-from lightning_align.optimizers.low_rank_moments import adam_direction, rotate_moments_
 from lightning_align.optimizers.projection import (
     Basis,
     add_projected_back_,
@@ -52,6 +56,7 @@ from lightning_align.optimizers.safety import (
     refuse_other_shapes,
     restore_dtypes,
     skip_non_finite,
+    skipped_steps,
 )
 
 _FAILED = "failed_refreshes"
@@ -72,8 +77,8 @@ class GaLoreAdamW(Optimizer):
         lr: Learning rate of all groups. GaLore's papers take about ten times AdamW's, since
             ``scale`` multiplies it for projected matrices.
         betas: Decay of the first and the second moment.
-        eps: Added to the square root of the second moment; in projected matrices before bias
-            correction, as galore-torch does.
+        eps: Added to the square root of the second moment, before bias correction, as in
+            galore-torch (torch's AdamW adds it after).
         weight_decay: Share of the parameter that lr times this takes away at each step.
         rank: Columns of the projection, at most the shorter side.
         update_proj_gap: Steps between two refreshes of a projection.
@@ -87,8 +92,8 @@ class GaLoreAdamW(Optimizer):
             of keeping their numbers, as GaLore does.
         on_rank_change: When a state of another rank is loaded: ``"raise"``, or ``"reproject"`` it
             at the next step, with moments carried over.
-        on_nonfinite: A NaN or infinity in any gradient makes the step ``"skip"`` for all
-            parameters, counted in the first group, or ``"raise"``.
+        on_nonfinite: If any gradient is not finite, ``"skip"`` the step for all parameters, which
+            ``skipped_steps`` counts, or ``"raise"``.
         seed: Seed of what the projections draw.
 
     Raises:
@@ -130,7 +135,7 @@ class GaLoreAdamW(Optimizer):
         check_integer("seed", seed, least=0)
         defaults = {
             "lr": lr,
-            "betas": betas,
+            "betas": tuple(betas) if isinstance(betas, list) else betas,
             "eps": eps,
             "weight_decay": weight_decay,
             "rank": rank,
@@ -177,6 +182,16 @@ class GaLoreAdamW(Optimizer):
             if parameter in present:
                 rule = "must be in one group, and is in two"
                 raise argument_error(WHERE, "params", parameter_name(group, index), rule)
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were skipped because a gradient was not finite."""
+        return skipped_steps(self)
+
+    @property
+    def failed_refreshes(self) -> int:
+        """How often a decomposition failed and the old projection stayed."""
+        return int(self.param_groups[0].get(_FAILED, 0))
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -235,9 +250,9 @@ class GaLoreAdamW(Optimizer):
         for group, shaping in zip(self.param_groups, ours, strict=True):
             group.update(shaping)
         restore_dtypes(self, state_dict)
-        for group, parameter in self._each():
-            if is_projected(group, parameter) and self.state.get(parameter):
-                self.state[parameter]["step"] = self.state[parameter]["step"].cpu()
+        for state in self.state.values():
+            if "step" in state:  # read at each step: a GPU would have to be waited for
+                state["step"] = state["step"].cpu()
 
     # A step
 
@@ -258,25 +273,32 @@ class GaLoreAdamW(Optimizer):
         return False
 
     def _step_parameters(self, group: Group, parameters: list[Tensor]) -> None:
-        others: list[Tensor] = []
+        others: dict[float, list[Tensor]] = {}  # by number of steps
         for parameter in parameters:
             if parameter.grad is None:
                 continue
             if is_projected(group, parameter):
                 self._step_projected(group, parameter, parameter.grad)
             else:
-                others.append(parameter)
-                if not self.state[parameter]:
-                    self.state[parameter] = init_adamw_state(parameter)
-        adamw_(
-            others,
-            [parameter.grad for parameter in others if parameter.grad is not None],
-            [self.state[parameter] for parameter in others],
-            lr=group["lr"],
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-        )
+                others.setdefault(self._next_step(parameter), []).append(parameter)
+        for weights in others.values():
+            galore_adamw_(
+                weights,
+                [weight.grad for weight in weights if weight.grad is not None],
+                [self.state[weight] for weight in weights],
+                lr=float(group["lr"]),
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+            )
+
+    def _next_step(self, weight: Tensor) -> float:
+        state = self.state[weight]
+        if not state:
+            state.update(init_adamw_state(weight))
+            state["step"] = state["step"].cpu()
+        state["step"] += 1
+        return float(state["step"])
 
     def _step_projected(self, group: Group, weight: Tensor, gradient: Tensor) -> None:
         gradient = gradient.to(moment_dtype(weight))
@@ -284,7 +306,6 @@ class GaLoreAdamW(Optimizer):
         if self._is_due(group, weight, state):
             self._refresh(group, weight, gradient, state)
         lr = float(group["lr"])
-        # galore-torch decays what the update made: (1 - lr * decay) * (weight + update).
         kept = 1 - lr * group["weight_decay"]
         if not state:  # Only zeros so far: there is no subspace to be in.
             weight.mul_(kept)
@@ -338,8 +359,7 @@ class GaLoreAdamW(Optimizer):
             warnings.warn(
                 f"{WHERE}(projection={group['projection']!r}): the decomposition for parameter "
                 f"{parameter_name(group, index)} failed, in double precision too. The old "
-                f"projection stays; {_FAILED} of the first group counts these, and only this "
-                "first one is warned of.",
+                f"projection stays; {_FAILED} counts these, and only this first one is warned of.",
                 stacklevel=2,
             )
 

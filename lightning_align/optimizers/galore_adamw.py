@@ -1,6 +1,7 @@
-"""Adam's moments in a subspace: the step they give, and how they follow the subspace.
+"""The arithmetic of GaLore's AdamW: its step, in a subspace or not, and a change of subspace.
 
-Shapes: a moment has that of the projected gradient (projection.py), (rank, cols) on the left side.
+Shapes: a moment has that of what it is the moment of; in a subspace that of the projected gradient
+(projection.py), which is (rank, cols) on the left side.
 """
 
 from __future__ import annotations
@@ -14,25 +15,54 @@ from lightning_align.optimizers.adamw import State, adamw_
 from lightning_align.optimizers.projection import Basis
 
 
+def galore_adamw_(
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    states: list[State],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """A step of AdamW in place, as galore-torch takes it from an old transformers.
+
+    It differs from torch's in two places: eps is added before bias correction, which is a larger
+    eps at the beginning, and what decays is the weight after the step.
+
+    Args:
+        weights: What moves.
+        gradients: One for each weight, of its shape.
+        states: One for each weight; "step" counts this step already, and is the same in all.
+        lr: Learning rate.
+        betas: Decay of the first and of the second moment.
+        eps: Added to the square root of the second moment.
+        weight_decay: Share of the weight that lr times this takes away.
+    """
+    step = float(states[0]["step"])
+    before = [  # the kernel counts by itself, on the device of the weight
+        {**state, "step": torch.full((), step - 1, dtype=torch.float32, device=weight.device)}
+        for weight, state in zip(weights, states, strict=True)
+    ]
+    # (1 - lr d) (w - lr u) = (1 - lr d) w - lr (1 - lr d) u, with d the decay, u Adam's step
+    kept = 1 - lr * weight_decay
+    adamw_(
+        weights,
+        gradients,
+        before,
+        lr=lr * kept,
+        betas=betas,
+        eps=eps / math.sqrt(1 - betas[1] ** step),
+        weight_decay=weight_decay / kept if kept else 0.0,
+    )
+
+
 def adam_direction(
     projected: Tensor, state: State, betas: tuple[float, float], eps: float
 ) -> Tensor:
-    """Adam's step of length 1 in the subspace, for the step number in ``state``.
-
-    The second half of AdamW's own kernel, on a weight of zeros. It adds eps after bias correction;
-    galore-torch before, which is eps divided by the root of the correction.
-    """
-    step = float(state["step"])
+    """Adam's step of length 1 in the subspace: AdamW's, for a weight of zeros."""
     direction = torch.zeros_like(projected)
-    inner = {
-        "step": torch.full((), step - 1, dtype=torch.float32, device=projected.device),
-        "exp_avg": state["exp_avg"],
-        "exp_avg_sq": state["exp_avg_sq"],
-    }
-    corrected_eps = eps / math.sqrt(1 - betas[1] ** step)
-    adamw_(
-        [direction], [projected], [inner], lr=1.0, betas=betas, eps=corrected_eps, weight_decay=0
-    )
+    galore_adamw_([direction], [projected], [state], lr=1.0, betas=betas, eps=eps, weight_decay=0.0)
     return direction
 
 
