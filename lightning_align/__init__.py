@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lightning_align import data, layers, losses, run
     from lightning_align.callbacks.generate_samples import GenerateSamples
     from lightning_align.callbacks.metric_plot import MetricPlot
+    from lightning_align.callbacks.optimizer_swap import OptimizerSwap
     from lightning_align.callbacks.save_pretrained import SavePretrained
     from lightning_align.callbacks.token_schedule import TokenSchedule
     from lightning_align.layers import ModelLayers, find_layers
@@ -36,6 +37,7 @@ __all__ = [
     "MetricPlot",
     "ModelLayers",
     "Muon",
+    "OptimizerSwap",
     "PreferenceDataModule",
     "PretrainModule",
     "SavePretrained",
@@ -60,6 +62,7 @@ _HOMES = {
     "MetricPlot": "lightning_align.callbacks.metric_plot",
     "ModelLayers": "lightning_align.layers",
     "Muon": "lightning_align.optimizers.muon",
+    "OptimizerSwap": "lightning_align.callbacks.optimizer_swap",
     "PreferenceDataModule": "lightning_align.modules.preference_data",
     "PretrainModule": "lightning_align.modules.pretrain",
     "SavePretrained": "lightning_align.callbacks.save_pretrained",

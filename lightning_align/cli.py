@@ -14,6 +14,7 @@ import lightning_align
 # Imported so that their short names work in YAML: `class_path: PretrainModule`.
 from lightning_align.callbacks.generate_samples import GenerateSamples
 from lightning_align.callbacks.metric_plot import MetricPlot
+from lightning_align.callbacks.optimizer_swap import OptimizerSwap
 from lightning_align.callbacks.save_pretrained import SavePretrained
 from lightning_align.callbacks.token_schedule import TokenSchedule
 from lightning_align.commands import COMMANDS
@@ -38,6 +39,7 @@ __all__ = [
     "GenerateSamples",
     "MetricPlot",
     "Muon",
+    "OptimizerSwap",
     "PreferenceDataModule",
     "PretrainModule",
     "SavePretrained",

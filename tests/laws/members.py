@@ -223,6 +223,11 @@ CALLBACKS = [
         ),
         refuses={"hand-written": "HandWritten'\\): holds no module with a generate method"},
     ),
+    Member(
+        "OptimizerSwap",
+        spec(OURS + "OptimizerSwap", optimizer=spec(OURS + "Muon", lr=3e-3, adamw_lr=1e-3)),
+        neutral=False,
+    ),
 ]
 
 STRATEGIES = [Member("auto", "auto"), Member("ddp", "ddp_fork", ranks=2)]
