@@ -69,6 +69,7 @@ def build_param_groups(
     weight_decay: float | None = None,
     adamw_patterns: Sequence[str] = (),
     matrix_patterns: Sequence[str] = (),
+    layers_attribute: str | None = None,
     layers: ModelLayers | None = None,
 ) -> ParameterGroups:
     """Sort the trainable parameters of a module into named groups for an optimizer.
@@ -87,6 +88,7 @@ def build_param_groups(
         adamw_patterns: Names of parameters that are no hidden matrices, with ``*`` and ``?``, for
             example ``"*.router.*"``.
         matrix_patterns: Names of parameters that are hidden matrices.
+        layers_attribute: Name of the list of blocks in the language model, if it is not found.
         layers: Map of the model, where it is known already.
 
     Returns:
@@ -101,7 +103,10 @@ def build_param_groups(
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
-    kinds = _kinds(module, layers, has_patterns=bool(adamw_patterns or matrix_patterns))
+    found = _embeddings_and_heads(
+        module, layers, layers_attribute, warn=not (adamw_patterns or matrix_patterns)
+    )
+    kinds = _kinds(module, *found)
     to_adamw = _matching(adamw_patterns, names, "adamw_patterns")
     to_matrices = _matching(matrix_patterns, names, "matrix_patterns")
     for parameter in to_adamw | to_matrices:
@@ -146,10 +151,9 @@ def _matching(
 
 
 def _kinds(
-    module: nn.Module, layers: ModelLayers | None, *, has_patterns: bool
+    module: nn.Module, embeddings: set[Tensor], heads: set[Tensor]
 ) -> dict[nn.Parameter, str]:
     """The group of each parameter, by what its modules are."""
-    embeddings, heads = _embeddings_and_heads(module, layers, warn=not has_patterns)
     kinds: dict[nn.Parameter, str] = {}
     for child in module.modules():
         for name, parameter in child.named_parameters(recurse=False):
@@ -184,11 +188,12 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 def _embeddings_and_heads(
-    module: nn.Module, layers: ModelLayers | None, *, warn: bool
+    module: nn.Module, layers: ModelLayers | None, layers_attribute: str | None, *, warn: bool
 ) -> tuple[set[Tensor], set[Tensor]]:
     """Weights of the token embeddings and of the heads of all language models in a module."""
     try:
-        maps = [layers] if layers else [find_layers(model) for model in _language_models(module)]
+        models = [] if layers else _language_models(module)
+        maps = [layers] if layers else [find_layers(model, layers_attribute) for model in models]
     except ValueError as error:
         heads = _heads_by_size(module)
         names = [name for name, p in module.named_parameters() if p in heads]
@@ -198,7 +203,7 @@ def _embeddings_and_heads(
                 f"build_param_groups: parameters are sorted by the types of their modules only, "
                 f"and {taken}, because {error} If this is not right, name parameters in "
                 "adamw_patterns or matrix_patterns.",
-                stacklevel=4,
+                stacklevel=3,
             )
         return set(), heads
     weights: list[Any] = [found.embedding.weight for found in maps]
