@@ -64,6 +64,8 @@ def moved(model: str, base: str) -> bool:
     return not torch.equal(*logits)
 
 
+LAYERS = ("muon",)  # go over another recipe
+
 TINY = [
     "--model.model.hidden_size=20",
     "--model.model.intermediate_size=24",
@@ -86,6 +88,22 @@ def test_pretrain_then_dpo(folder: Path) -> None:
     fit("dpo", *steps)
     assert moved("outputs/dpo/model", "outputs/pretrain/model")
     assert (folder / "outputs/dpo/dpo.png").exists()
+
+
+def test_muon_over_pretrain(folder: Path) -> None:
+    for name in ("pretrain", "muon"):
+        main(["recipes", "copy", name])
+    layers = ["-c", "pretrain.yaml", "-c", "muon.yaml"]
+    main(["fit", *layers, *QUIET, *TINY, "--trainer.log_every_n_steps=1"])
+    checkpoint = torch.load("outputs/pretrain/checkpoints/last.ckpt", weights_only=True)
+    optimizer = checkpoint["optimizer_states"][0]
+    groups = {group["name"]: group for group in optimizer["param_groups"]}
+    assert groups["matrices"]["adjust_lr_fn"] == "match_rms_adamw"
+    assert "momentum_buffer" in optimizer["state"][groups["matrices"]["params"][0]]
+    assert "exp_avg" in optimizer["state"][groups["embeddings"]["params"][0]]
+    rates = {group["lr"] for group in groups.values()}
+    assert len(rates) == 1
+    assert 0.0099 < rates.pop() < 0.01, "the cosine begins at the optimizer's learning rate"
 
 
 def test_sft_chat(folder: Path, base: str) -> None:
@@ -126,7 +144,7 @@ def test_ddp_in_two_processes(folder: Path) -> None:
 
 
 def test_every_recipe_is_run_here() -> None:
-    assert recipes.names() == ["ddp", "dpo", "finetune_hub", "pretrain", "sft_chat"]
+    assert recipes.names() == ["ddp", "dpo", "finetune_hub", "muon", "pretrain", "sft_chat"]
 
 
 def test_the_list_has_a_line_for_each(capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,7 +159,8 @@ def test_a_recipe_prints_as_its_file(name: str, capsys: pytest.CaptureFixture[st
     main(["recipes", name])
     printed = capsys.readouterr().out
     assert printed == (ROOT / f"lightning_align/recipes/{name}.yaml").read_text()
-    assert {"model", "data", "trainer"} <= set(yaml.safe_load(printed))
+    parts = {"model"} if name in LAYERS else {"model", "data", "trainer"}
+    assert parts <= set(yaml.safe_load(printed))
     assert f"lightning-align fit -c {name}.yaml" in printed, "how to run it, in its head"
 
 
