@@ -161,7 +161,8 @@ def test_a_recipe_prints_as_its_file(name: str, capsys: pytest.CaptureFixture[st
     assert printed == (ROOT / f"lightning_align/recipes/{name}.yaml").read_text()
     parts = {"model"} if name in LAYERS else {"model", "data", "trainer"}
     assert parts <= set(yaml.safe_load(printed))
-    assert f"lightning-align fit -c {name}.yaml" in printed, "how to run it, in its head"
+    how = f"-c pretrain.yaml -c {name}.yaml" if name in LAYERS else f"-c {name}.yaml"
+    assert f"lightning-align fit {how}" in printed, "how to run it, in its head"
 
 
 def test_copies_to_a_name_and_into_a_folder(folder: Path) -> None:
