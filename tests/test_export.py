@@ -230,6 +230,10 @@ def test_no_code_of_a_checkpoint_is_run(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(ValueError, match=r"'os\.mkdir' is no configuration of transformers"):
         export(tmp_path / "evil.ckpt", tmp_path / "out")
     assert not (tmp_path / "trap").exists()
+    content["hyper_parameters"]["model"] = {"class_path": "of_a_stranger.LlamaConfig"}
+    torch.save(content, tmp_path / "evil.ckpt")
+    with pytest.raises(ValueError, match=r"'of_a_stranger\.LlamaConfig' is no configuration"):
+        export(tmp_path / "evil.ckpt", tmp_path / "out")
 
 
 def test_a_module_that_is_not_hugging_faces_is_refused(tmp_path: Path, base: Path) -> None:
