@@ -129,13 +129,12 @@ def svd(
     """The leading singular vectors, from the very call that galore-torch makes.
 
     The moments are not rotated at a refresh, so the trajectory depends on the signs that LAPACK
-    happens to choose: the SVD of the transpose has others. The slices are cloned, because a view
-    in the optimizer's state would keep the whole factor alive (1.6 times the paper's memory).
+    happens to choose: the SVD of the transpose has others.
     """
     del old, generator
     left, _, right = torch.linalg.svd(gradient, full_matrices=False)
     vectors: Tensor = left[:, :rank] if side == "left" else right[:rank].T
-    return vectors.clone(memory_format=torch.contiguous_format)
+    return vectors
 
 
 def eigh(
@@ -267,7 +266,7 @@ def _cast(basis: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _as_basis(found: dict[Side, Tensor], dtype: torch.dtype) -> Basis:
-    """Contiguous tensors of their own, so that the state holds no larger storage."""
+    """Copies: a view in the optimizer's state would keep the whole factor of an SVD alive."""
     return Basis(
         **{
             side: basis.to(dtype).clone(memory_format=torch.contiguous_format)
