@@ -171,12 +171,14 @@ def _kinds(
 def _kind(owner: nn.Module, name: str, parameter: nn.Parameter) -> str:
     if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
         return "embeddings"
+    if name == "weight" and _is_conv1d(owner):
+        return "matrices_transposed"
+    # Whatever their shape: FSDP1 makes them flat, which Muon must refuse and not leave to AdamW.
+    if name == "weight" and isinstance(owner, nn.Linear):
+        return "matrices"
     if parameter.ndim < 2 or "norm" in type(owner).__name__.lower():
         return "norms_biases"
-    if parameter.ndim == 2 and _is_conv1d(owner):
-        return "matrices_transposed"
-    in_attention = isinstance(owner, nn.MultiheadAttention) and name.endswith("proj_weight")
-    if parameter.ndim == 2 and (isinstance(owner, nn.Linear) or in_attention):
+    if isinstance(owner, nn.MultiheadAttention) and name.endswith("proj_weight"):
         return "matrices"
     return "others"
 

@@ -132,6 +132,18 @@ def test_attention_of_torch_and_parameters_of_unknown_modules() -> None:
     assert "norm.weight" in groups["norms_biases"]
 
 
+def test_flattened_weights_stay_matrices_which_muon_refuses() -> None:
+    """FSDP1 hands out flat shards; by their dimensions all would be AdamW's, without a word."""
+    model = PlainDecoder()
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight = nn.Parameter(module.weight.detach().flatten())
+    groups = build_param_groups(model, layers=find_layers(PlainDecoder()))
+    assert "layers.0.qkv.weight" in names_of(groups)["matrices"]
+    with pytest.raises(ValueError, match=r"'layers.0.qkv.weight' has the shape \(3072,\)"):
+        Muon(groups)
+
+
 def test_a_module_that_is_no_decoder_is_sorted_by_types_and_warned_of() -> None:
     match = r"\['head.weight'\] is taken for the head, because find_layers.*list holds its blocks"
     with pytest.warns(UserWarning, match=match):
