@@ -230,7 +230,10 @@ def test_no_code_of_a_checkpoint_is_run(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(ValueError, match=r"'os\.mkdir' is no configuration of transformers"):
         export(tmp_path / "evil.ckpt", tmp_path / "out")
     assert not (tmp_path / "trap").exists()
-    content["hyper_parameters"]["model"] = {"class_path": "of_a_stranger.LlamaConfig"}
+    content["hyper_parameters"]["model"] = {
+        "class_path": "of_a_stranger.LlamaConfig",
+        "init_args": {**SIZES},
+    }
     torch.save(content, tmp_path / "evil.ckpt")
     with pytest.raises(ValueError, match=r"'of_a_stranger\.LlamaConfig' is no configuration"):
         export(tmp_path / "evil.ckpt", tmp_path / "out")
