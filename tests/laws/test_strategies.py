@@ -19,27 +19,27 @@ AUTO, *OTHERS = STRATEGIES
 DATA_PARALLEL = [strategy for strategy in OTHERS if strategy.ranks > 1]
 
 
-def keeps_every_bit(run: Run, strategy: Member, folder: Path, material: Path) -> None:
+def keeps_every_bit(
+    run: Run, strategy: Member, folder: Path, material: Path, reference: Reference
+) -> None:
     """The law on one rank."""
-    (folder / "auto").mkdir()
-    (folder / "ours").mkdir()
-    expected = run.fit(folder / "auto", material)
-    ours = replace(run, strategy=strategy).fit(folder / "ours", material)
+    expected = reference(run)
+    ours = replace(run, strategy=strategy).fit(folder, material)
     assert ours == expected, "not the same bits"
 
 
-def equals_one_process(run: Run, strategy: Member, folder: Path, material: Path) -> None:
+def equals_one_process(
+    run: Run, strategy: Member, folder: Path, material: Path, reference: Reference
+) -> None:
     """The law on two ranks, with half the batch on each."""
     run = replace(run, dropout=False)  # each rank draws masks of its own
     if not run.module.sums:
         # Lightning weighs ranks alike, however many tokens they have: without the last batch of the
         # pass, which is smaller, all have as many.
         run = replace(run, max_epochs=1, limit_batches=8)
-    (folder / "auto").mkdir()
-    (folder / "ours").mkdir()
-    expected = run.fit(folder / "auto", material).losses[0]
+    expected = reference(run).losses[0]
     split = replace(run, strategy=strategy, devices=2, batch_size=run.batch_size // 2)
-    ranks = split.fit(folder / "ours", material).losses
+    ranks = split.fit(folder, material).losses
     assert len(ranks) == 2
     scale = 1.0 if run.module.sums else 0.5
     ours = {position: scale * (ranks[0][position] + ranks[1][position]) for position in ranks[0]}
@@ -51,12 +51,17 @@ def equals_one_process(run: Run, strategy: Member, folder: Path, material: Path)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
 @pytest.mark.parametrize("strategy", OTHERS, ids=str)
 def test_optimizers_under_one_rank(
-    strategy: Member, optimizer: Member, module: Member, tmp_path: Path, material: Path
+    strategy: Member,
+    optimizer: Member,
+    module: Member,
+    tmp_path: Path,
+    material: Path,
+    reference: Reference,
 ) -> None:
     if refusal(strategy, optimizer, module):
         return
     run = replace(on_its_data(module), optimizer=optimizer)
-    keeps_every_bit(run, strategy, tmp_path, material)
+    keeps_every_bit(run, strategy, tmp_path, material, reference)
     note("Optimizers and strategies", optimizer.name, f"{strategy.name}, 1 rank", "exact")
 
 
@@ -64,12 +69,17 @@ def test_optimizers_under_one_rank(
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
 @pytest.mark.parametrize("strategy", DATA_PARALLEL, ids=str)
 def test_optimizers_under_two_ranks(
-    strategy: Member, optimizer: Member, module: Member, tmp_path: Path, material: Path
+    strategy: Member,
+    optimizer: Member,
+    module: Member,
+    tmp_path: Path,
+    material: Path,
+    reference: Reference,
 ) -> None:
     if refusal(strategy, optimizer, module):
         return
     run = replace(on_its_data(module), optimizer=optimizer)
-    equals_one_process(run, strategy, tmp_path, material)
+    equals_one_process(run, strategy, tmp_path, material, reference)
     note("Optimizers and strategies", optimizer.name, f"{strategy.name}, 2 ranks", "equal")
 
 
@@ -77,12 +87,17 @@ def test_optimizers_under_two_ranks(
 @pytest.mark.parametrize("callback", CALLBACKS, ids=str)
 @pytest.mark.parametrize("strategy", OTHERS, ids=str)
 def test_callbacks_under_one_rank(
-    strategy: Member, callback: Member, module: Member, tmp_path: Path, material: Path
+    strategy: Member,
+    callback: Member,
+    module: Member,
+    tmp_path: Path,
+    material: Path,
+    reference: Reference,
 ) -> None:
     if refusal(strategy, callback, module):
         return
     run = replace(on_its_data(module), callbacks=(callback,))
-    keeps_every_bit(run, strategy, tmp_path, material)
+    keeps_every_bit(run, strategy, tmp_path, material, reference)
     note("Callbacks and strategies", callback.name, f"{strategy.name}, 1 rank", "exact")
 
 
@@ -90,22 +105,31 @@ def test_callbacks_under_one_rank(
 @pytest.mark.parametrize("callback", CALLBACKS, ids=str)
 @pytest.mark.parametrize("strategy", DATA_PARALLEL, ids=str)
 def test_callbacks_under_two_ranks(
-    strategy: Member, callback: Member, module: Member, tmp_path: Path, material: Path
+    strategy: Member,
+    callback: Member,
+    module: Member,
+    tmp_path: Path,
+    material: Path,
+    reference: Reference,
 ) -> None:
     if refusal(strategy, callback, module):
         return
     run = replace(on_its_data(module), callbacks=(callback,))
-    equals_one_process(run, strategy, tmp_path, material)
+    equals_one_process(run, strategy, tmp_path, material, reference)
     note("Callbacks and strategies", callback.name, f"{strategy.name}, 2 ranks", "equal")
 
 
-def test_the_law_of_one_rank_fails_where_it_is_broken(tmp_path: Path, material: Path) -> None:
+def test_the_law_of_one_rank_fails_where_it_is_broken(
+    tmp_path: Path, material: Path, reference: Reference
+) -> None:
     run = replace(on_its_data(MODULES[-1]), optimizer=broken.SGD)
     with pytest.raises(AssertionError, match="not the same bits"):
-        keeps_every_bit(run, broken.LOUDER, tmp_path, material)
+        keeps_every_bit(run, broken.LOUDER, tmp_path, material, reference)
 
 
-def test_the_law_of_two_ranks_fails_where_it_is_broken(tmp_path: Path, material: Path) -> None:
+def test_the_law_of_two_ranks_fails_where_it_is_broken(
+    tmp_path: Path, material: Path, reference: Reference
+) -> None:
     run = on_its_data(MODULES[0])
     with pytest.raises(AssertionError, match="approx"):
-        equals_one_process(run, broken.UNSYNCHRONISED, tmp_path, material)
+        equals_one_process(run, broken.UNSYNCHRONISED, tmp_path, material, reference)
