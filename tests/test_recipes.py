@@ -64,7 +64,7 @@ def moved(model: str, base: str) -> bool:
     return not torch.equal(*logits)
 
 
-LAYERS = ("muon",)  # go over another recipe
+LAYERS = ("galore", "muon")  # go over another recipe
 
 TINY = [
     "--model.model.hidden_size=20",
@@ -106,6 +106,26 @@ def test_muon_over_pretrain(folder: Path) -> None:
     assert 0.0099 < rates.pop() < 0.01, "the cosine begins at the optimizer's learning rate"
 
 
+def test_galore_over_pretrain(folder: Path) -> None:
+    for name in ("pretrain", "galore"):
+        main(["recipes", "copy", name])
+    layers = ["-c", "pretrain.yaml", "-c", "galore.yaml"]
+    small = [*TINY, "--model.optimizer.init_args.rank=5", "--trainer.log_every_n_steps=1"]
+    main(["fit", *layers, *QUIET, *small])
+    checkpoint = torch.load("outputs/pretrain/checkpoints/last.ckpt", weights_only=True)
+    optimizer = checkpoint["optimizer_states"][0]
+    groups = {group["name"]: group for group in optimizer["param_groups"]}
+    bases = [
+        {"basis_left", "basis_right"} & {*optimizer["state"][p]}
+        for p in groups["matrices"]["params"]
+    ]
+    assert all(len(sides) == 1 for sides in bases)
+    assert not {"basis_left", "basis_right"} & {
+        *optimizer["state"][groups["embeddings"]["params"][0]]
+    }
+    assert groups["matrices"]["rank"] == 5
+
+
 def test_sft_chat(folder: Path, base: str) -> None:
     def chat(i: int) -> dict[str, Any]:
         said = [("user", f"What is number {i}?"), ("assistant", "A truth.")]
@@ -144,7 +164,15 @@ def test_ddp_in_two_processes(folder: Path) -> None:
 
 
 def test_every_recipe_is_run_here() -> None:
-    assert recipes.names() == ["ddp", "dpo", "finetune_hub", "muon", "pretrain", "sft_chat"]
+    assert recipes.names() == [
+        "ddp",
+        "dpo",
+        "finetune_hub",
+        "galore",
+        "muon",
+        "pretrain",
+        "sft_chat",
+    ]
 
 
 def test_the_list_has_a_line_for_each(capsys: pytest.CaptureFixture[str]) -> None:
