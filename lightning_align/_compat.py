@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 from jsonargparse import _typehints
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from torch import Tensor
 
 
 def is_accumulating(trainer: pl.Trainer) -> bool:
@@ -27,6 +28,25 @@ def restart_train_iteration(trainer: pl.Trainer) -> None:
 def built_by_cli() -> bool:
     """Whether a module's ``__init__`` runs in LightningCLI, which knows its arguments as data."""
     return _given_hyperparameters.get() is not None
+
+
+def log_step_value(
+    module: pl.LightningModule, name: str, value: Tensor, *, prog_bar: bool = False
+) -> None:
+    """``module.log`` of a detached scalar of this step, at a thirtieth of its time.
+
+    Each call of ``log`` copies the record of what is logged, field by field, which takes 0.5 ms of
+    CPU time, and a step logs six values or more. After the first step only the value is new.
+    """
+    hook = module._current_fx_name
+    results = module.trainer._results
+    key = f"{hook}.{name}"
+    # A new epoch forgets what the hook has logged; only ``log`` knows when.
+    forgets = hook is None or module.trainer._logger_connector.should_reset_tensors(hook)
+    if results is None or key not in results or forgets:
+        module.log(name, value, prog_bar=prog_bar)
+    else:
+        results.update_metrics(key, value, batch_size=1)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from typing_extensions import Self, override
 
-from lightning_align._compat import built_by_cli
+from lightning_align._compat import built_by_cli, log_step_value
 from lightning_align._errors import argument_error
 from lightning_align.layers import ModelLayers, checkpoint_blocks, find_layers
 from lightning_align.optimizers.param_groups import (
@@ -346,25 +346,6 @@ class CausalLMModule(pl.LightningModule, ABC):
             return None
         kept = ("param_names", "weight_decay")
         return [{name: group[name] for name in kept if name in group} for group in groups]
-
-
-def log_step_value(
-    module: pl.LightningModule, name: str, value: Tensor, *, prog_bar: bool = False
-) -> None:
-    """``module.log`` of a detached scalar of this step, at a thirtieth of its time.
-
-    Each call of ``log`` copies the record of what is logged, field by field, which takes 0.5 ms of
-    CPU time, and a step logs six values or more. After the first step only the value is new.
-    """
-    hook = module._current_fx_name
-    results = module.trainer._results
-    key = f"{hook}.{name}"
-    # A new epoch forgets what the hook has logged; only ``log`` knows when.
-    forgets = hook is None or module.trainer._logger_connector.should_reset_tensors(hook)
-    if results is None or key not in results or forgets:
-        module.log(name, value, prog_bar=prog_bar)
-    else:
-        results.update_metrics(key, value, batch_size=1)
 
 
 @contextmanager
