@@ -126,6 +126,17 @@ def test_it_finds_the_minimum_of_a_quadratic(projection):
     assert (weight - target).square().mean() < 0.05 * target.square().mean()
 
 
+def test_a_learning_rate_may_be_a_tensor_and_betas_a_list():
+    ours, theirs = parameters(), parameters()
+    first = GaLoreAdamW(ours, lr=torch.tensor(0.1), betas=[0.8, 0.9], rank=3)
+    second = GaLoreAdamW(theirs, lr=0.1, betas=(0.8, 0.9), rank=3)
+    assert first.param_groups[0]["betas"] == (0.8, 0.9)
+    for weight, expected in zip(
+        train(ours, first, range(3)), train(theirs, second, range(3)), strict=True
+    ):
+        torch.testing.assert_close(weight, expected)
+
+
 def test_a_closure_is_called_with_gradients_enabled_and_its_loss_returned():
     (weight,) = parameters([(8, 6)])
     optimizer = GaLoreAdamW([weight], rank=2)
@@ -258,6 +269,21 @@ def test_a_failed_decomposition_is_counted_warned_of_once_and_leaves_the_basis(m
     assert optimizer.failed_refreshes == 4
     assert basis_of(optimizer, weights[0]).right is old.right
     assert all(weight.isfinite().all() for weight in weights)
+
+
+def test_draws_follow_the_seed_and_no_two_matrices_or_refreshes_draw_the_same():
+    bases = []
+    for seed in (0, 0, 1):
+        weights = parameters([(12, 8)] * 2)
+        options = {"rank": 2, "update_proj_gap": 1, "projection": "random", "seed": seed}
+        optimizer = GaLoreAdamW(weights, **options)
+        for number in range(2):
+            train(weights, optimizer, [number])
+            bases += [basis_of(optimizer, weight).right for weight in weights]
+    first, again, other = bases[:4], bases[4:8], bases[8:]
+    assert all(map(torch.equal, first, again))
+    different = [*first, *other]
+    assert not any(torch.equal(a, b) for i, a in enumerate(different) for b in different[:i])
 
 
 # Moments in a new basis
