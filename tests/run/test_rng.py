@@ -1,4 +1,5 @@
 import random
+import traceback
 
 import numpy as np
 import pytest
@@ -45,3 +46,9 @@ def test_any_seed_and_position_fit_all_three_generators(
 def test_inputs_cannot_be_confused_with_each_other() -> None:
     """1, 23 and 12, 3 would collide if the parts were simply strung together."""
     assert derive_seed(1, 23, 0, "train") != derive_seed(12, 3, 0, "train")
+
+
+def test_costs_no_note_of_the_callers_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For each accelerator that was not started ``torch.manual_seed`` takes one, 0.2 ms each."""
+    monkeypatch.setattr(traceback, "format_stack", lambda: pytest.fail("a stack was noted"))
+    reseed(1, 7, 0, "train")
