@@ -168,7 +168,9 @@ def eigh(
     except _NoConvergence:
         _warn_of_newton_schulz()
         return newton_schulz(matrices_RC, coefficients, eps, wide, norm_factor)
-    values_N = values_N.clamp(min=0)  # rounding may leave -1e-9 where there is 0
+    # Below that an eigenvalue is rounding, perhaps negative. One that is 0 would stay 0 while its
+    # f grows threefold in each step, and 20 steps of a matrix of low rank would explode.
+    values_N = values_N.clamp(min=torch.finfo(wide).eps / 4)
     factors_N = torch.ones_like(values_N)
     for a, b, c in coefficients:
         factor_N = a + b * values_N + c * values_N.square()

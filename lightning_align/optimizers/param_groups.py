@@ -157,7 +157,7 @@ def _kinds(
     kinds: dict[nn.Parameter, str] = {}
     for child in module.modules():
         for name, parameter in child.named_parameters(recurse=False):
-            if parameter in embeddings:
+            if parameter in embeddings or isinstance(child, (nn.Embedding, nn.EmbeddingBag)):
                 kind = "embeddings"
             elif parameter in heads:
                 kind = "head"
@@ -169,8 +169,6 @@ def _kinds(
 
 
 def _kind(owner: nn.Module, name: str, parameter: nn.Parameter) -> str:
-    if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
-        return "embeddings"
     if name == "weight" and _is_conv1d(owner):
         return "matrices_transposed"
     # Whatever their shape: FSDP1 makes them flat, which Muon must refuse and not leave to AdamW.

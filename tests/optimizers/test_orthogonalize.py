@@ -115,6 +115,26 @@ def test_polar_express_is_nearer_to_one_than_jordan() -> None:
     assert 0.1 < (jordan - 1).abs().max() < 0.4
 
 
+@pytest.mark.parametrize("backend", ["eigh", "newton_schulz"])
+def test_polar_express_keeps_clear_of_one(backend: Any) -> None:
+    """A matrix of rank 1 has s = 1 after the norm, 1 / 1.01 with the margin of the paper's code.
+
+    The first polynomial, of s / 1.01 as well, gives 8.287 x - 23.596 x^3 + 17.300 x^5 with
+    x = 1 / 1.01^2 = 0.98030: 8.12394 - 22.22872 + 15.66222 = 1.5574.
+    """
+    gradient = with_singular_values([7.0], 4, 6)
+    ours = orthogonalize(gradient, coefficients="polar_express", steps=1, backend=backend)
+    assert torch.linalg.svdvals(ours)[0].item() == pytest.approx(1.5574, abs=1e-4)
+
+
+@pytest.mark.parametrize("coefficients", [JORDAN, "polar_express"])
+def test_many_steps_of_a_matrix_of_low_rank_stay_bounded(coefficients: Any) -> None:
+    """An eigenvalue of 0 stays 0, while each step multiplies its factor by 3.4."""
+    gradient = normal(40, 4) @ normal(4, 60)
+    ours = orthogonalize(gradient, coefficients=coefficients, steps=40, backend="eigh")
+    assert torch.linalg.matrix_norm(ours, 2).item() < 1.3
+
+
 def test_a_batch_is_its_matrices() -> None:
     batch = normal(3, 8, 12)
     for backend in ("eigh", "newton_schulz"):

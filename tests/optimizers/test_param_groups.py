@@ -161,6 +161,28 @@ def test_a_module_that_is_no_decoder_is_sorted_by_types_and_warned_of() -> None:
         build_param_groups(HandWritten(), adamw_patterns=["head.*"])
 
 
+@pytest.mark.filterwarnings("ignore:build_param_groups")
+def test_a_tied_weight_of_a_module_that_is_no_decoder_is_an_embedding() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.body = nn.Embedding(9, 4), nn.Linear(4, 4)
+            self.head = nn.Linear(4, 9)
+            self.head.weight = self.embedding.weight
+
+    groups = names_of(build_param_groups(Tied()))
+    assert groups["embeddings"] == ["embedding.weight"]
+    assert groups["matrices"] == ["body.weight"]
+
+    class TiedBefore(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.table = nn.Linear(4, 9), nn.Embedding(9, 4)
+            self.table.weight = self.first.weight
+
+    assert names_of(build_param_groups(TiedBefore()))["embeddings"] == ["first.weight"]
+
+
 def test_layers_attribute_names_the_blocks() -> None:
     class TwoLists(PlainDecoder):
         def __init__(self) -> None:
