@@ -83,7 +83,7 @@ docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 bench: $(STAMP)
-	@set -e; for script in benchmarks/$(BENCH).py; do echo "== $$script"; $(BIN)/python $$script $(ARGS); done
+	@set -e; for script in $(wildcard benchmarks/$(BENCH).py benchmarks/*/$(BENCH).py); do echo "== $$script"; $(BIN)/python $$script $(ARGS); done
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
