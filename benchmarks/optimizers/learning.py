@@ -5,7 +5,7 @@
 
 Model, data, batch, clipping and number of steps are those of `lightning-align demo`; every
 optimizer has the same warm-up (5 %) and linear decay. The learning rate of each comes from a sweep
-of three (seed 0, a fifth of the steps); the best one is trained on three seeds. Each run is a
+over factors of two (seed 0, a fifth of the steps); the best one is trained on three seeds. Each run is a
 process of its own on one thread and leaves a file under benchmarks/cache/learning; a run that is
 there is not run again. Time is CPU time of training steps, without validation.
 """
@@ -30,7 +30,7 @@ CACHE = Path(__file__).parents[1] / "cache/learning"
 PICTURE = Path(__file__).parents[2] / "docs/images/optimizers.png"
 # Name -> learning rates of the sweep. Muon's update has AdamW's size (match_rms_adamw).
 SWEEP = {
-    "AdamW": (2.5e-3, 5e-3, 1e-2),
+    "AdamW": (6e-4, 1.25e-3, 2.5e-3, 5e-3, 1e-2),
     "Muon": (5e-3, 1e-2, 2e-2),
     "galore-torch": (5e-3, 1e-2, 2e-2),
     "GaLoreAdamW": (5e-3, 1e-2, 2e-2),
