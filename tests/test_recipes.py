@@ -205,7 +205,7 @@ def test_copies_to_a_name_and_into_a_folder(folder: Path) -> None:
     ("words", "message"),
     [
         (["pretrian"], "recipes(name='pretrian'): there is no such recipe. Did you mean pretrain?"),
-        (["copy", "xyz"], "There are: ddp, dpo, finetune_hub, pretrain, sft_chat."),
+        (["copy", "xyz"], "There are: ddp, dpo, finetune_hub, galore, muon, pretrain, sft_chat."),
         (["copy", "ddp", "there.yaml"], "recipes(file='there.yaml'): exists already."),
         (["copy"], "must be nothing, NAME, or copy NAME [FILE]."),
         (["ddp", "dpo"], "must be nothing, NAME, or copy NAME [FILE]."),
