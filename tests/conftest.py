@@ -1,4 +1,21 @@
+import os
+import sys
+from collections.abc import Iterator
+
+import pytest
 import torch
 
+# Lightning gives a forked process as many threads as there are cores, unless this says otherwise;
+# with another number of threads sums are rounded in another order.
+os.environ["OMP_NUM_THREADS"] = "1"
 # Forking after a multi-threaded backward hangs; after a single-threaded one it does not.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_run_of_wandb_outlives_its_test() -> Iterator[None]:
+    """A WandbLogger goes on with whatever run is open in the process."""
+    yield
+    wandb = sys.modules.get("wandb")
+    if getattr(wandb, "run", None) is not None:
+        wandb.finish()

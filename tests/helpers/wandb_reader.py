@@ -25,6 +25,7 @@ def read_wandb_run(save_dir):
     """The one offline run under ``save_dir``; ends every run of this process."""
     import wandb
 
+    wandb.finish()  # or the next logger of this process would go on with a dead run
     wandb.teardown()  # run.finish() returns before its service process has written the file
     (path,) = Path(save_dir).glob("**/run-*.wandb")
     run = WandbRun()
