@@ -64,10 +64,20 @@ def export(
         trained.model.save_pretrained(complete)
         if trained.tokenizer is not None:
             trained.tokenizer.save_pretrained(complete)
-        if folder.exists():
-            os.replace(folder, Path(temporary, "old"))
-        os.replace(complete, folder)
+        _put(complete, folder, Path(temporary, "old"))
     return folder
+
+
+def _put(complete: Path, folder: Path, old: Path) -> None:
+    """Move ``complete`` to ``folder``, and what is there to ``old``; both or neither."""
+    if folder.exists():
+        os.replace(folder, old)
+    try:
+        os.replace(complete, folder)
+    except BaseException:
+        if old.exists():  # it would be deleted with the temporary folder around it
+            os.replace(old, folder)
+        raise
 
 
 def _check_folder(folder: Path, output: str, overwrite: bool, ckpt: Path) -> None:

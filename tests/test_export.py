@@ -209,6 +209,25 @@ def test_a_failed_export_leaves_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
 
 
+def test_the_older_model_survives_a_failed_move(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete = export(base, tmp_path / "out")
+    before = (complete / "config.json").stat().st_ino
+    replace = os.replace
+
+    def fail(source: Path, target: Path) -> None:
+        if Path(source).name == "model":
+            raise OSError(16, "Device or resource busy")
+        replace(source, target)
+
+    monkeypatch.setattr("lightning_align.export.os.replace", fail)
+    with pytest.raises(OSError, match="busy"):
+        export(base, tmp_path / "out", overwrite=True)
+    assert (complete / "config.json").stat().st_ino == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
+
+
 # Mistakes
 
 
