@@ -17,7 +17,7 @@ import jinja2
 import jinja2.ext
 
 from lightning_align._errors import argument_error
-from lightning_align.data.files import InputFile
+from lightning_align.data.files import InputFile, text_fault
 
 Message = dict[str, Any]
 Messages = list[Message]
@@ -185,6 +185,8 @@ def _fault(message: object) -> str | None:
             return f"has content of type {kind!r}, and must have text"
         if not isinstance(part.get("text"), str):
             return f"has content of type {type(part.get('text')).__name__!r}, and must have text"
+        if fault := text_fault(part["text"]):
+            return fault
     return None
 
 

@@ -44,6 +44,7 @@ from lightning_align.data.tokenizer import (
     encode_completions,
     encode_prompts,
     encode_with_offsets,
+    with_whole_offsets,
 )
 
 MESSAGES = "messages"
@@ -92,7 +93,7 @@ class ConversationReader:
     """
 
     def __init__(self, tokenizer: Any, assistant_only_loss: bool, append_eos: bool) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer = with_whole_offsets(tokenizer)
         self.assistant_only_loss = assistant_only_loss
         self.eos_token_id: int | None = tokenizer.eos_token_id if append_eos else None
         self.unclosed: list[str] = []

@@ -128,6 +128,8 @@ class InputFile:
             if not isinstance(record[column], str):
                 found = type(record[column]).__name__
                 raise self.error(f"{place}: column {column!r} must be text, not {found}")
+            if fault := text_fault(record[column]):
+                raise self.error(f"{place}: column {column!r} {fault}")
         return {column: record[column] for column in columns}
 
     def _lines(self) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -178,6 +180,11 @@ class InputFile:
             raise self.error(f"must be UTF-8 text, but it holds the byte {found}") from None
         except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
             raise self.error(f"must be a complete compressed file ({error})") from None
+        except OSError as error:
+            if error.errno is not None or not self.url.endswith(".bz2"):
+                raise
+            # All that bz2 says of a broken file.
+            raise self.error(f"must be a complete compressed file ({error})") from None
 
 
 @dataclass(frozen=True)
@@ -209,6 +216,17 @@ class InputTable(InputFile):
     def _table(self) -> Any:
         # Loaded once: the hub may have another version a moment later.
         return load_hub(self.url, self.error) if self.on_hub else load_saved(self.url, self.error)
+
+
+def text_fault(text: str) -> str | None:
+    """What is wrong with a text that no tokenizer takes: JSON may escape half of a character."""
+    if text.isascii():
+        return None
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "must be text, but it holds half of a surrogate pair"
+    return None
 
 
 def find_files(where: str, argument: str, paths: str | Sequence[str]) -> list[InputFile]:

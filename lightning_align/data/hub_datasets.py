@@ -17,7 +17,7 @@ from typing import Any
 import fsspec
 
 from lightning_align.data.hub import ask_hub
-from lightning_align.data.tables import ROWS_AT_ONCE, Error, Row, extra_error
+from lightning_align.data.tables import ROWS_AT_ONCE, Error, Row, extra_error, without_nulls
 
 DATASET_FILES = ("state.json", "dataset_info.json")
 DICT_FILE = "dataset_dict.json"  # in the folder of a DatasetDict, beside one folder per split
@@ -101,7 +101,8 @@ def table_rows(table: Any, columns: Sequence[str] | None) -> Iterator[Row]:
     if columns is not None and set(columns) <= set(table.column_names):
         table = table.select_columns(list(columns))
     for batch in table.iter(ROWS_AT_ONCE):
-        yield from (dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True))
+        for cells in zip(*batch.values(), strict=True):
+            yield without_nulls(dict(zip(batch, cells, strict=True)))
 
 
 def table_hash(table: Any) -> str:

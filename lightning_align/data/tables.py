@@ -78,9 +78,24 @@ def parquet_rows(stream: IO[bytes], columns: Sequence[str] | None, error: Error)
         if columns is not None and not set(columns) <= set(file.schema_arrow.names):
             columns = None  # the caller will say which one is missing, and which there are
         for batch in file.iter_batches(ROWS_AT_ONCE, columns=columns and list(columns)):
-            yield from batch.to_pylist()
+            yield from map(without_nulls, batch.to_pylist())
     except (pyarrow.ArrowException, OSError) as problem:
         raise error(f"must be a complete Parquet file ({problem})", "") from None
+
+
+def without_nulls(row: Row) -> Row:
+    """The row without the keys that a dict inside a cell only has because another row's has them.
+
+    Arrow gives all structs of a column the same keys and fills in null. Templates would write it:
+    a tool call with the arguments of all tools, for instance.
+    """
+    return {name: _cell(cell) for name, cell in row.items()}
+
+
+def _cell(cell: Any) -> Any:
+    if isinstance(cell, dict):
+        return {key: _cell(value) for key, value in cell.items() if value is not None}
+    return [_cell(item) for item in cell] if isinstance(cell, list) else cell
 
 
 def extra_error(package: str, error: Error, otherwise: str = "") -> ValueError:

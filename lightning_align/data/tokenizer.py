@@ -132,6 +132,31 @@ def encode(
     return ids
 
 
+def with_whole_offsets(tokenizer: Any) -> Any:
+    """The tokenizer, or a copy that counts the space before a word to its token's characters.
+
+    GPT-NeoX's leaves such spaces to no token. Then transformers, which looks for the token of the
+    first and the last character under ``{% generation %}``, drops an answer that begins with a
+    space and all that follow, and learns to the end of the conversation if it ends with one.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not any(getattr(part, "trim_offsets", False) for part in _post_processors(backend)):
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    for part in _post_processors(tokenizer.backend_tokenizer):
+        if hasattr(part, "trim_offsets"):
+            part.trim_offsets = False  # the tokens stay the same
+    return tokenizer
+
+
+def _post_processors(backend: Any) -> list[Any]:
+    from tokenizers.processors import Sequence
+
+    last = getattr(backend, "post_processor", None)
+    parts: Any = last  # its items are not annotated
+    return list(parts) if isinstance(last, Sequence) else [last]
+
+
 class Encoded(NamedTuple):
     """The tokens of a text, and the characters of it that each stands for."""
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import ByteLevel
 
 from lightning_align.data.conversation import (
     ConversationDataset,
@@ -157,6 +158,27 @@ def test_a_token_across_the_end_of_an_answer_is_not_learned(tmp_path):
     chat = [user("a"), assistant(" yes"), user("b"), assistant(" no")]
     [example] = read(tmp_path, [{"messages": chat}], tokenizer)
     assert learned_runs(example, tokenizer) == [" yes", " no "]
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["prefixes", "marks"])
+def test_spaces_belong_to_a_token_also_where_offsets_leave_them_out(tmp_path, template):
+    """GPT-NeoX's tokenizer trims the offsets of its tokens."""
+    template = template.replace("assistant\n", "assistant: ").replace(
+        "{{ message.role }}\n", "{{ message.role }}: "
+    )
+    answers = [" 2", "5 ", "4"]
+    chat = [message for answer in answers for message in (user("?"), assistant(answer))]
+    tokenizer = chat_tokenizer(template)
+    tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=True)
+    [example] = read(tmp_path, [{"messages": chat}], tokenizer)
+    ends = [f"{answer}<|im_end|>\n" for answer in answers]
+    assert learned_runs(example, tokenizer) == ends
+    assert tokenizer.backend_tokenizer.post_processor.trim_offsets
+
+
+def test_half_of_a_surrogate_pair_is_no_text(tmp_path, plain):
+    with pytest.raises(ValueError, match=r"line 1.* message 2 must be text, but it holds half of"):
+        read(tmp_path, [{"messages": [user("?"), assistant("a \ud83d b")]}], plain)
 
 
 def test_all_tokens(tmp_path, plain):

@@ -125,7 +125,7 @@ def test_a_compressed_file_that_was_cut_short(tmp_path, compress):
 
 
 def test_a_text_that_is_not_compressed_as_its_name_says(tmp_path):
-    for suffix in ("gz", "xz"):
+    for suffix in ("gz", "xz", "bz2"):
         (tmp_path / f"a.txt.{suffix}").write_text("plain")
         with pytest.raises(ValueError, match="must be a complete compressed file"):
             read(find(f"{tmp_path}/a.txt.{suffix}")[0])
@@ -160,3 +160,9 @@ def test_bad_lines_are_named(tmp_path, line, message):
     with pytest.raises(ValueError, match=message) as failure:
         records(tmp_path, f'{{"text": "fine"}}\n{line}\n')
     assert "a.jsonl" in str(failure.value)
+
+
+def test_half_of_a_surrogate_pair_is_no_text(tmp_path):
+    message = "line 2: column 'text' must be text, but it holds half of a surrogate pair"
+    with pytest.raises(ValueError, match=message):
+        records(tmp_path, '{"text": "\\ud83d\\ude00"}\n{"text": "a \\ud83d b"}\n')

@@ -264,3 +264,10 @@ def test_what_was_loaded_once_needs_no_network_and_the_rest_fails_within_seconds
         assert all(problem in found[path][0] for path in uncached)
         assert str(tmp_path / "hf") in found["acme/unknown"][0]
         assert max(seconds for _, seconds in found.values()) < 5
+
+
+def test_keys_that_only_other_rows_have_are_absent(tmp_path):
+    rows = [{"cells": [{"a": 1}, {"b": {"c": 2}}], "note": None}, {"cells": [], "note": "d"}]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    [file] = find_files("X", "paths", str(tmp_path / "saved"))
+    assert [row for _, row in file.records()] == rows

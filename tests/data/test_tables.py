@@ -205,3 +205,14 @@ def test_a_large_parquet_file_is_read_a_few_rows_at_a_time(tmp_path):
 def _stream(file):
     for place, row in file.records(["text"]):
         yield file.text_columns(place, row, ["text"])["text"]
+
+
+def test_keys_that_only_other_rows_have_are_absent(tmp_path):
+    """Arrow gives all structs of a column the same keys; a template would write the nulls."""
+    calls = [{"name": "f", "arguments": {"x": 1}}, {"name": "g", "arguments": {"y": 2}}]
+    rows = [
+        {"messages": [{"role": "user", "content": "a"}], "note": None},
+        {"messages": [{"role": "assistant", "tool_calls": calls}], "note": "b"},
+    ]
+    path = write_parquet(tmp_path / "a.parquet", rows)
+    assert [row for _, row in find(path).records()] == rows
