@@ -21,7 +21,7 @@ ifeq ($(GPU)$(filter Darwin,$(shell uname -s)),)
 TORCH := $(TORCH)+cpu
 endif
 
-.PHONY: setup demo test test-peer test-all composition check lint format imports types docstrings docs bench clean
+.PHONY: setup demo test test-peer test-laws test-all composition check lint format imports types docstrings docs bench clean
 
 setup: $(STAMP)
 
@@ -55,6 +55,9 @@ endif
 
 test-peer: $(STAMP)
 	$(BIN)/pytest -m peer $(ARGS)
+
+test-laws: $(STAMP) # every law over every member and pair, and docs/composition.md against what they find
+	$(BIN)/pytest tests/laws $(ARGS)
 
 test-all: $(STAMP)
 	$(BIN)/pytest $(if $(GPU),,-m "not gpu") $(ARGS)

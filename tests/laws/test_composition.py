@@ -21,7 +21,7 @@ def test_the_page_is_what_the_laws_found(request: pytest.FixtureRequest) -> None
 def every_law_was_run(request: pytest.FixtureRequest) -> bool:
     folder = Path(__file__).parent
     run = {item.path for item in request.session.items}
-    chosen = any(request.config.getoption(name) for name in ("keyword", "deselect"))
+    chosen = any(request.config.getoption(name) for name in ("keyword", "deselect", "markexpr"))
     return not chosen and set(folder.glob("test_*.py")) <= run
 
 

@@ -12,6 +12,8 @@ from tests.laws.composition import note
 from tests.laws.members import CALLBACKS, DATAMODULES, MODULES, OPTIMIZERS, STRATEGIES, Member
 from tests.laws.runs import Outcome, Run, fit_and_be_killed, on_its_data, refusal
 
+pytestmark = pytest.mark.slow  # minutes in all; `make test-laws` runs them
+
 Reference = Callable[[Run], Outcome]
 PAIRS = list(combinations(CALLBACKS, 2))
 MODELS = [MODULES[0], MODULES[-1]]  # GPT-2 and the hand-written module

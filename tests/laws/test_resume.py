@@ -15,6 +15,8 @@ from tests.laws.composition import note
 from tests.laws.members import CALLBACKS, DATAMODULES, MODULES, OPTIMIZERS, Member
 from tests.laws.runs import Outcome, Run, fit_and_be_killed, on_its_data, refusal
 
+pytestmark = pytest.mark.slow  # minutes in all; `make test-laws` runs them
+
 Reference = Callable[[Run], Outcome]
 
 # In a window of two batches: after its first, at its end; the last but one of an epoch of 7 or 9.

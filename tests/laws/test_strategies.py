@@ -14,6 +14,8 @@ from tests.laws.composition import note
 from tests.laws.members import CALLBACKS, MODULES, OPTIMIZERS, STRATEGIES, Member
 from tests.laws.runs import Outcome, Run, on_its_data, refusal
 
+pytestmark = pytest.mark.slow  # minutes in all; `make test-laws` runs them
+
 Reference = Callable[[Run], Outcome]
 AUTO, *OTHERS = STRATEGIES
 DATA_PARALLEL = [strategy for strategy in OTHERS if strategy.ranks > 1]
