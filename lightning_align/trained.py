@@ -106,7 +106,8 @@ def _from_checkpoint(
         if name.startswith("model.")
     }
     hyper = checkpoint.get("hyper_parameters", {})
-    hub = {"revision": hyper.get("revision", "main"), **hub} if model_name is None else hub
+    if model_name is None:  # the module's own revision belongs to its model's name
+        hub = {**hub, "revision": hyper.get("revision", hub["revision"])}
     spec = hyper.get("model") if model_name is None else model_name
     config = _config(spec, path, where, hub)
     stored = next((w.dtype for w in weights.values() if w.is_floating_point()), torch.float32)
@@ -218,7 +219,8 @@ def _checkpoint_tokenizer(
 ) -> Any | None:
     """The datamodule's, or else the one that came with the model."""
     for state in checkpoint.values():
-        if isinstance(state, dict) and "fingerprint" in state and "tokenizer" in state:
+        # Empty for a tokenizer that cannot be saved.
+        if isinstance(state, dict) and "fingerprint" in state and state.get("tokenizer"):
             return unpack_tokenizer(state["tokenizer"], where=where)
     return _tokenizer_of(name, hub) if name is not None else None
 

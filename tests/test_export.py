@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
 
-from lightning_align import DPOModule, PretrainModule, TextDataModule
+from lightning_align import DPOModule, PretrainModule, TextDataModule, trained
 from lightning_align.__main__ import main
 from lightning_align.data.tokenizer import tokenizer_fingerprint, train_tokenizer
 from lightning_align.export import export
@@ -102,6 +102,31 @@ def test_a_trained_tokenizer_comes_out_of_the_checkpoint(tmp_path: Path) -> None
     assert tokenizer_fingerprint(again) == tokenizer_fingerprint(data.tokenizer)
     generation = GenerationConfig.from_pretrained(folder)
     assert generation.eos_token_id == data.tokenizer.eos_token_id, "not Llama's default of 2"
+
+
+def test_the_revision_of_the_run_is_the_one_that_is_read(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    resolve = trained.resolve_pretrained
+    monkeypatch.setattr(
+        trained, "resolve_pretrained", lambda *words: asked.append(words[-1]) or resolve(*words)
+    )
+    checkpoint = save_checkpoint(tmp_path / "a.ckpt", PretrainModule(str(base), revision="v2"))
+    export(checkpoint, tmp_path / "out")
+    assert set(asked) == {"v2"}
+
+
+def test_a_tokenizer_that_could_not_be_saved_is_left_to_the_model(
+    tmp_path: Path, base: Path, tokenizer: Any
+) -> None:
+    path = save_checkpoint(tmp_path / "a.ckpt", PretrainModule(str(base)))
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["TextDataModule"] = {"fingerprint": "tokens", "tokenizer": {}}
+    torch.save(checkpoint, path)
+    export(path, tmp_path / "out")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer_fingerprint(theirs) == tokenizer_fingerprint(tokenizer)
 
 
 def test_dpo_exports_the_policy(tmp_path: Path, base: Path) -> None:
