@@ -5,9 +5,9 @@
 
 Model, data, batch, clipping and number of steps are those of `lightning-align demo`; every
 optimizer has the same warm-up (5 %) and linear decay. The learning rate of each comes from a sweep
-over factors of two (seed 0, a fifth of the steps); the best one is trained on three seeds. Each run is a
-process of its own on one thread and leaves a file under benchmarks/cache/learning; a run that is
-there is not run again. Time is CPU time of training steps, without validation.
+over factors of two (seed 0, a fifth of the steps); the best one is trained on three seeds. Each run
+is a process of its own on one thread and leaves a file under benchmarks/cache/learning; a run that
+is there is not run again. Time is CPU time of training steps, without validation.
 """
 
 import argparse
@@ -32,8 +32,8 @@ PICTURE = Path(__file__).parents[2] / "docs/images/optimizers.png"
 SWEEP = {
     "AdamW": (6e-4, 1.25e-3, 2.5e-3, 5e-3, 1e-2),
     "Muon": (5e-3, 1e-2, 2e-2),
-    "galore-torch": (5e-3, 1e-2, 2e-2),
-    "GaLoreAdamW": (5e-3, 1e-2, 2e-2),
+    "galore-torch": (5e-3, 1e-2, 2e-2, 4e-2),
+    "GaLoreAdamW": (5e-3, 1e-2, 2e-2, 4e-2),
 }
 
 
