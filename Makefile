@@ -56,11 +56,14 @@ endif
 test-peer: $(STAMP)
 	$(BIN)/pytest -m peer $(ARGS)
 
-test-laws: $(STAMP) # every law over every member and pair, and docs/composition.md against what they find
-	$(BIN)/pytest tests/laws $(ARGS)
+# Every law over every member and pair, docs/composition.md against what they find, and real kills of real processes.
+test-laws: $(STAMP)
+	$(BIN)/pytest tests/laws tests/run/test_exact_resume.py $(ARGS)
 
+# Two processes: a peer that has been imported makes short class names ambiguous.
 test-all: $(STAMP)
-	$(BIN)/pytest $(if $(GPU),,-m "not gpu") $(ARGS)
+	$(BIN)/pytest -m "not peer$(if $(GPU),, and not gpu)" $(ARGS)
+	$(BIN)/pytest -m "peer$(if $(GPU),, and not gpu)" $(ARGS)
 
 composition: $(STAMP) # writes docs/composition.md from what the laws find
 	WRITE_COMPOSITION=1 $(BIN)/pytest tests/laws $(ARGS)

@@ -178,7 +178,12 @@ def kill_when(run: Run, lines: int) -> None:
 
 @pytest.mark.parametrize(
     ("kill_at", "num_workers", "accumulate"),
-    [(4, 0, 1), (10, 0, 1), (13, 2, 2), (20, 2, 1)],
+    [
+        (4, 0, 1),
+        pytest.param(10, 0, 1, marks=pytest.mark.slow),
+        pytest.param(13, 2, 2, marks=pytest.mark.slow),
+        pytest.param(20, 2, 1, marks=pytest.mark.slow),
+    ],
     ids=["mid-epoch", "epoch-end", "workers-accumulate", "workers-epoch-end"],
 )
 def test_sigkill_and_resume_is_bit_identical(
@@ -204,6 +209,7 @@ def test_sigkill_and_resume_is_bit_identical(
     assert Path(resumed.folder, "resumed.hash").read_text() == digest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kill_at", [3, 5], ids=["mid-epoch", "epoch-end"])
 def test_sigkill_and_resume_on_two_ranks(tmp_path: Path, kill_at: int) -> None:
     """Two forked gloo ranks; an epoch has 5 batches, the last of them uneven."""
