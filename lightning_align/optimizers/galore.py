@@ -104,7 +104,8 @@ class GaLoreAdamW(Optimizer):
         >>> optimizer = GaLoreAdamW([("weight", weight)], lr=0.01, rank=8, update_proj_gap=200)
         >>> weight.square().sum().backward()
         >>> optimizer.step()
-        >>> optimizer.state[weight]["basis_right"].shape, optimizer.state[weight]["exp_avg"].shape
+        >>> state = optimizer.state[weight]
+        >>> state["basis_right"].shape, state["exp_avg"].shape
         (torch.Size([32, 8]), torch.Size([64, 8]))
 
     Note: a parameter that a strategy cuts into one-dimensional shards has no rank; such a group is
