@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from lightning_align.data.conversation_formats import ConversationReader, Example
 from lightning_align.data.files import InputFile
-from lightning_align.data.held_out import draw_held_out
+from lightning_align.data.held_out import hold_out_prompts
 from lightning_align.data.packing import IGNORE_INDEX
 from lightning_align.data.sampler import padding
 from lightning_align.data.samples import read_samples
@@ -132,14 +132,8 @@ def hold_out_conversations(
         val_fraction: Part of the prompts to hold out, in [0, 1).
         seed: Seed of the draw.
     """
-    numbers: dict[bytes, int] = {}
-    group = [numbers.setdefault(example.prompt, len(numbers)) for example in examples]
-    held_out = draw_held_out(
-        where, len(numbers), val_fraction, seed, what="prompts", way_out="Set val_paths instead"
-    )
-    train = [one for one, number in zip(examples, group, strict=True) if not held_out[number]]
-    val = [one for one, number in zip(examples, group, strict=True) if held_out[number]]
-    return train, val
+    prompts = [example.prompt for example in examples]
+    return hold_out_prompts(where, examples, prompts, val_fraction, seed)
 
 
 def conversation_dataset(examples: Sequence[Example], tokenizer: Any) -> ConversationDataset:

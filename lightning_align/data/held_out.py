@@ -3,11 +3,41 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Hashable, Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lightning_align._errors import argument_error
+
+Sample = TypeVar("Sample")
+
+
+def hold_out_prompts(
+    where: str,
+    samples: Sequence[Sample],
+    prompts: Sequence[Hashable],
+    val_fraction: float,
+    seed: int,
+) -> tuple[list[Sample], list[Sample]]:
+    """Samples to learn from, and samples held out; those with the same prompt stay together.
+
+    Args:
+        where: Class the user called.
+        samples: Samples to divide.
+        prompts: What tells the prompt of each sample from others.
+        val_fraction: Part of the prompts to hold out, in [0, 1).
+        seed: Seed of the draw.
+    """
+    numbers: dict[Hashable, int] = {}
+    group = [numbers.setdefault(prompt, len(numbers)) for prompt in prompts]
+    held_out = draw_held_out(
+        where, len(numbers), val_fraction, seed, what="prompts", way_out="Set val_paths instead"
+    )
+    train = [one for one, number in zip(samples, group, strict=True) if not held_out[number]]
+    val = [one for one, number in zip(samples, group, strict=True) if held_out[number]]
+    return train, val
 
 
 def draw_held_out(

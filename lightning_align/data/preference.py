@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_align.data import held_out
 from lightning_align.data.files import InputFile
-from lightning_align.data.held_out import draw_held_out
 from lightning_align.data.pair_formats import Pair, PairReader
 from lightning_align.data.sampler import padding
 from lightning_align.data.samples import read_samples
@@ -134,14 +134,8 @@ def hold_out_prompts(
         val_fraction: Part of the prompts to hold out, in [0, 1).
         seed: Seed of the draw.
     """
-    numbers: dict[bytes, int] = {}
-    group = [numbers.setdefault(pair.prompt.tobytes(), len(numbers)) for pair in pairs]
-    held_out = draw_held_out(
-        where, len(numbers), val_fraction, seed, what="prompts", way_out="Set val_paths instead"
-    )
-    train = [pair for pair, number in zip(pairs, group, strict=True) if not held_out[number]]
-    val = [pair for pair, number in zip(pairs, group, strict=True) if held_out[number]]
-    return train, val
+    prompts = [pair.prompt.tobytes() for pair in pairs]
+    return held_out.hold_out_prompts(where, pairs, prompts, val_fraction, seed)
 
 
 def pair_dataset(pairs: Sequence[Pair], tokenizer: Any) -> PreferenceDataset:

@@ -30,7 +30,8 @@ def train(optimizer: Any, parameters: list[nn.Parameter], steps: range) -> list[
 
 @pytest.mark.peer
 def test_stable_adamw_matches_pytorch_optimizer() -> None:
-    peer = pytest.importorskip("pytorch_optimizer")
+    import pytorch_optimizer as peer
+
     ours, theirs = parameters_of(), parameters_of()
     train(StableAdamW(ours, **SETTINGS), ours, range(30))
     train(peer.StableAdamW(theirs, **SETTINGS), theirs, range(30))
