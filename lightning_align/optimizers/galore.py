@@ -41,7 +41,6 @@ from lightning_align.optimizers.galore_groups import (
 from lightning_align.optimizers.projection import (
     Basis,
     add_projected_back_,
-    derive_seed,
     project,
     projected_shape,
     refreshed,
@@ -58,6 +57,7 @@ from lightning_align.optimizers.safety import (
     skip_non_finite,
     skipped_steps,
 )
+from lightning_align.seeds import derive_seed
 
 _FAILED = "failed_refreshes"
 # What the shape of the state follows from: a checkpoint does not overrule it.
@@ -326,6 +326,7 @@ class GaLoreAdamW(Optimizer):
         index = next(i for i, (_, other) in enumerate(self._each()) if other is weight)
         basis_sides = sides(group["proj_type"], *weight.shape)
         rank = rank_of(group, weight)
+        # A run that resumes draws what the run that never stopped drew.
         seed = derive_seed(self.defaults["seed"], index, int(state.get("step", 0)))
         new, succeeded = refreshed(group["projection"], gradient, basis_sides, rank, old, seed)
         if not succeeded:

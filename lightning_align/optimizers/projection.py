@@ -12,7 +12,6 @@ side, (side, other): the gradient itself from the left, its transpose from the r
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -221,7 +220,7 @@ def refreshed(
         basis_sides: From ``sides``.
         rank: Columns of the new basis, at most min(rows, cols).
         old: The basis so far; empty at the first call.
-        seed: From ``derive_seed``.
+        seed: Of what is drawn; the same one draws the same.
 
     Returns:
         The new basis and True; for a gradient of zeros, which has no subspace, the old one and
@@ -253,12 +252,6 @@ def refreshed(
     generator = torch.Generator().manual_seed(seed)
     drawn = {side: random(gradient, side, rank, None, generator) for side in basis_sides}
     return _as_basis(drawn, gradient.dtype), False
-
-
-def derive_seed(seed: int, index: int, step: int) -> int:
-    """Seed of one refresh: a run that resumes draws what the run that never stopped drew."""
-    key = f"{seed}/{index}/{step}".encode()
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
 
 
 def _cast(basis: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -5,17 +5,12 @@ next batch (a validation run, the start of a data loader) shifts them. Seeding f
 rank, stage) before every batch makes the draws of batch n the same however the run came to it.
 """
 
-import hashlib
 import random
 
 import numpy as np
 import torch
 
-
-def derive_seed(seed: int, position: int, rank: int, stage: str) -> int:
-    """A 64-bit seed from all that a draw may depend on; close inputs, unrelated seeds."""
-    key = f"{seed}/{position}/{rank}/{stage}".encode()
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+from lightning_align.seeds import derive_seed
 
 
 def reseed(seed: int, position: int, rank: int, stage: str) -> None:

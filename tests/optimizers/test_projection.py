@@ -11,7 +11,6 @@ from lightning_align.optimizers.projection import (
     Basis,
     add_projected_back_,
     captured_energy,
-    derive_seed,
     project,
     project_back,
     projected_shape,
@@ -184,11 +183,10 @@ def test_the_size_of_the_gradient_does_not_matter(method, magnitude):
 def test_draws_depend_on_the_seed_alone(method):
     gradient = torch.randn(12, 8, generator=torch.Generator().manual_seed(1))
     torch.manual_seed(1)
-    first = basis_of(gradient, 3, method, seed=derive_seed(0, 1, 2)).right
+    first = basis_of(gradient, 3, method, seed=2).right
     torch.manual_seed(2)
-    assert torch.equal(first, basis_of(gradient, 3, method, seed=derive_seed(0, 1, 2)).right)
-    assert not torch.equal(first, basis_of(gradient, 3, method, seed=derive_seed(0, 1, 3)).right)
-    assert len({derive_seed(a, b, c) for a in range(4) for b in range(4) for c in range(4)}) == 64
+    assert torch.equal(first, basis_of(gradient, 3, method, seed=2).right)
+    assert not torch.equal(first, basis_of(gradient, 3, method, seed=3).right)
 
 
 @pytest.mark.parametrize("method", REFRESHES)
