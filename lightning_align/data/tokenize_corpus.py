@@ -98,21 +98,18 @@ class SplitWriter:
     def __init__(self, folder: Path, split: str, num_sources: int, dtype: np.dtype[Any]) -> None:
         self.split = split
         self.source_tokens = [0] * num_sources
+        self.num_tokens = 0
         self.num_documents = 0
         self._dtype = dtype
         self._tokens = FileWriter(folder / f"{split}.tokens")
         self._offsets = FileWriter(folder / f"{split}.offsets")
         self._offsets.write(np.int64(0).tobytes())
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens written so far."""
-        return sum(self.source_tokens)
-
     def add(self, source: int, ids: list[int], ends_document: bool) -> None:
         """Append the tokens of a piece of that file."""
         self._tokens.write(np.array(ids, self._dtype).tobytes())
         self.source_tokens[source] += len(ids)
+        self.num_tokens += len(ids)
         if ends_document:
             self.num_documents += 1
             self._offsets.write(np.int64(self.num_tokens).tobytes())
