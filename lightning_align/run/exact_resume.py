@@ -5,25 +5,31 @@ import warnings
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
-from lightning_align._compat import restart_train_iteration
+from lightning_align import _compat
 from lightning_align._errors import argument_error
-from lightning_align.run.position import batches_consumed
+from lightning_align.run.epoch_means import capture_means, restore_means
+from lightning_align.run.loader import PositionedLoader
+from lightning_align.run.position import Place, batches_consumed, next_place
 from lightning_align.run.rng import reseed
 from lightning_align.run.state import capture_accumulation, restore_accumulation
 
 _WINDOW_KEY = "lightning_align.accumulation"
+_MEANS_KEY = "lightning_align.epoch_means"
 
 
 class ExactResume(pl.Callback):
-    """Tie randomness to the position of the run and keep gradients of an open accumulation window.
+    """Tie data and randomness to the position of the run; keep what Lightning leaves out.
 
     Before every training batch Python's, NumPy's and torch's generators are seeded from (seed,
     batches consumed, rank), so dropout and every other draw are the same after a kill and
-    ``fit(ckpt_path=...)``. Our modules bring this callback themselves; add it to the Trainer of a
-    LightningModule of your own. Costs microseconds a step and nothing in the checkpoint but the
-    seed.
+    ``fit(ckpt_path=...)``. The order in which a loader shuffles becomes a function of (seed,
+    epoch), and a resumed epoch goes on with its next batch. The checkpoint also holds the gradients
+    of an open accumulation window and the sums behind the epoch means of logged values. Our modules
+    and ``AsyncCheckpoint`` bring this callback themselves; add it to the Trainer of a
+    LightningModule of your own. Costs microseconds a step.
 
     Args:
         seed: Seed of the run; by default the datamodule's ``seed``, else the one of
@@ -35,9 +41,9 @@ class ExactResume(pl.Callback):
     Example:
         >>> callback = ExactResume(seed=1)
 
-    Note: the order of the data must follow the position too: use our datamodules, or a DataLoader
-    with ``lightning_align.data.PositionSampler``. Epoch means of logged values are outside the
-    contract.
+    Note: a loader without ``state_dict`` is resumed by drawing and dropping the batches of the
+    epoch that were consumed, which costs loading them once more; our datamodules and
+    ``PositionSampler`` need neither. Persistent workers start anew with each epoch.
     """
 
     def __init__(self, seed: int | None = None) -> None:
@@ -46,6 +52,8 @@ class ExactResume(pl.Callback):
         self.seed = seed
         self._effective_seed = seed or 0
         self._windows: list[Any] = []
+        self._means: list[Any] = []
+        self._resumed: Place | None = None  # where the checkpoint goes on, until training starts
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -54,22 +62,51 @@ class ExactResume(pl.Callback):
             self._effective_seed = int(
                 ours if ours is not None else os.environ.get("PL_GLOBAL_SEED", 0)
             )
+        # Lightning looks for a stateful loader; whatever it finds, we make it follow the position.
+        warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that")
         if hasattr(getattr(trainer, "datamodule", None), "position"):
-            # Lightning looks for a stateful loader; ours follows the position instead.
-            warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that")
+            _compat.wrap_train_loaders(trainer, None)  # its sampler does so already
+        else:
+            _compat.wrap_train_loaders(trainer, lambda loaders: self._follow(trainer, loaders))
         # First in line, so that what other callbacks draw for a batch follows the position too.
         trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore[attr-defined]
+
+    def _follow(self, trainer: pl.Trainer, loaders: Any) -> PositionedLoader:
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        return PositionedLoader(
+            loaders,
+            seed=lambda: self._effective_seed,
+            place=lambda: self._place(trainer),
+            consumed=lambda: int(progress.processed),
+        )
+
+    def _place(self, trainer: pl.Trainer) -> Place:
+        """Where an epoch that begins now takes its first batch."""
+        progress: Any = trainer.fit_loop.epoch_progress.current
+        return self._resumed or Place(int(progress.processed), 0)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         restore_accumulation(trainer, pl_module, self._windows)
-        self._windows = []
+        restore_means(trainer, pl_module, self._means)
+        self._windows, self._means = [], []
+        pending = _compat.load_pending_loader_states(trainer)
+        loaders = _compat.train_loaders(trainer)
+        if isinstance(loaders, PositionedLoader) and (
+            pending or (self._resumed and loaders.started != self._resumed)
+        ):
+            _compat.restart_train_iteration(trainer)
+        self._resumed = None
         # Reading trainer.estimated_stepping_batches in configure_optimizers starts the loader
         # before Lightning has restored the position: workers would already hold the wrong batches.
         data = getattr(trainer, "datamodule", None)
         start = getattr(getattr(data, "train_sampler", None), "start", None)
         if start is not None and start != getattr(data, "position", start):
-            restart_train_iteration(trainer)
+            _compat.restart_train_iteration(trainer)
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        reseed(self._effective_seed, batches_consumed(trainer), trainer.global_rank, "epoch")
 
     @override
     def on_train_batch_start(
@@ -87,12 +124,20 @@ class ExactResume(pl.Callback):
     ) -> None:
         if windows := capture_accumulation(trainer, pl_module):
             checkpoint[_WINDOW_KEY] = windows
+        checkpoint[_MEANS_KEY] = capture_means(trainer, pl_module)
 
     @override
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self._windows = checkpoint.get(_WINDOW_KEY, [])
+        self._means = checkpoint.get(_MEANS_KEY, [])
+        if trainer.state.fn == TrainerFn.FITTING and "loops" in checkpoint:
+            self._resumed = next_place(checkpoint["loops"]["fit_loop"])
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        _compat.wrap_train_loaders(trainer, None)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -12,21 +12,23 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_align._compat import is_accumulating
+from lightning_align._compat import is_accumulating, validation_follows
 from lightning_align._errors import argument_error
 
 
 def is_safe_point(trainer: pl.Trainer) -> bool:
     """Whether a checkpoint written now resumes without skipping anything.
 
-    False at the last batch of an epoch until its validation and epoch-end hooks have run: Lightning
-    resumes such a checkpoint at the next epoch, so they would never run. The weights stay exact
-    either way.
+    False after a batch that a validation follows, until it has run, and at the last batch of an
+    epoch until its end hooks have run: Lightning resumes such a checkpoint behind them, so they
+    would never run. The weights stay exact either way.
     """
     progress: Any = trainer.fit_loop.epoch_progress.current
-    at_last_batch = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-    epoch_closed = progress.processed == progress.started
-    return bool(not at_last_batch or epoch_closed)
+    if progress.processed == progress.started:  # the epoch is closed
+        return True
+    if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        return False
+    return not (trainer.training and validation_follows(trainer))
 
 
 def capture_accumulation(
