@@ -1,0 +1,71 @@
+"""Sums behind the epoch means of logged values, and the metrics that monitors look at.
+
+``self.log(..., on_epoch=True)`` adds up the values of an epoch, and Lightning leaves the sums, the
+state of torchmetrics objects and the latest value of every metric out of its checkpoints: after a
+resume in mid-epoch the mean would be one of the rest of the epoch, and a monitor of ``val_loss``
+would find nothing. Each rank has sums of its own.
+"""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_align import _compat
+from lightning_align.run.position import next_place
+
+
+def capture_means(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[dict[str, Any]]:
+    """What every rank has summed up so far. Collective: every rank must call it."""
+    epoch_goes_on = next_place(trainer.fit_loop.state_dict()).batch > 0
+    reset_by_lightning = [] if epoch_goes_on else _compat.logged_metrics_of_epoch(trainer)
+    means = {
+        "sums": _compat.capture_logged_sums(trainer) if epoch_goes_on else {},
+        "metrics": {
+            name: _compat.capture_metric(metric)
+            for name, metric in _metrics(pl_module).items()
+            if metric.update_called and not any(metric is reset for reset in reset_by_lightning)
+        },
+        "latest": {
+            name: value.detach().to("cpu", copy=True)
+            for name, value in _compat.latest_metrics(trainer).items()
+            if isinstance(value, Tensor)
+        },
+    }
+    if trainer.world_size == 1:
+        return [means]
+    gathered: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(gathered, means)
+    return gathered
+
+
+def restore_means(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, captured: list[dict[str, Any]]
+) -> None:
+    """Let this rank go on with its sums."""
+    if not captured:
+        return
+    means = captured[min(trainer.global_rank, len(captured) - 1)]
+    _compat.latest_metrics(trainer).update(
+        {name: value.to(pl_module.device) for name, value in means["latest"].items()}
+    )
+    if len(captured) != trainer.world_size:
+        if means["sums"] or means["metrics"]:
+            rank_zero_warn(
+                f"The checkpoint was written by {len(captured)} rank(s) and is resumed by"
+                f" {trainer.world_size}: means of this epoch's logged values are of its rest only."
+            )
+        return
+    metrics = _metrics(pl_module)
+    for name, state in means["metrics"].items():
+        if name in metrics:
+            _compat.restore_metric(metrics[name], state)
+    if means["sums"]:
+        _compat.restore_logged_sums(trainer, means["sums"])
+
+
+def _metrics(pl_module: pl.LightningModule) -> dict[str, Metric]:
+    return {name: m for name, m in pl_module.named_modules() if isinstance(m, Metric)}

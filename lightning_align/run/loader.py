@@ -1,0 +1,165 @@
+"""Any training loader made to follow the position of the run.
+
+A loader is resumed exactly if it yields the batches that were not consumed yet, in the order of the
+run that was killed, with the random draws that its dataset would have made. Nothing of that is in a
+checkpoint for a plain DataLoader: its sampler draws the order of an epoch from torch's generator,
+which every dropout mask has advanced. So
+
+- before an epoch's iterators are made the generators are seeded from (seed, epoch), and before each
+  batch is drawn from (seed, epoch, number of the batch): the order is a function of the epoch;
+- a resumed epoch is begun anew, and the batches that were consumed are drawn and dropped. This
+  costs loading them once. A loader with ``state_dict`` and ``load_state_dict`` is asked for its
+  state instead, and nothing is dropped.
+
+The seeds are the same on every rank: samplers that shuffle by the global generator and then take
+their rank's part rely on that.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch.utilities import CombinedLoader
+from torch.utils.data import DataLoader
+from typing_extensions import Self, override
+
+from lightning_align._compat import combined_mode, shut_down_workers
+from lightning_align._errors import argument_error
+from lightning_align.data.sampler import PositionSampler
+from lightning_align.run.position import Place
+from lightning_align.run.rng import reseed
+from lightning_align.seeds import derive_seed
+
+
+class PositionedLoader(CombinedLoader):
+    """What Lightning iterates over instead of the loaders themselves.
+
+    Args:
+        loaders: What ``train_dataloader`` returned.
+        seed: Seed of the run; asked for whenever an epoch begins.
+        place: Where the next batch is to come from; asked for whenever an epoch begins.
+        consumed: How many batches of this epoch are part of the weights.
+
+    Attributes:
+        started: Where the present iteration began, or None before the first.
+    """
+
+    def __init__(
+        self,
+        loaders: Any,
+        *,
+        seed: Callable[[], int],
+        place: Callable[[], Place],
+        consumed: Callable[[], int],
+    ) -> None:
+        mode: Any = "max_size_cycle"  # Lightning's default
+        if isinstance(loaders, CombinedLoader):
+            loaders, mode = loaders.iterables, combined_mode(loaders)
+        super().__init__(loaders, mode)
+        self.started: Place | None = None
+        self._seed, self._place, self._consumed = seed, place, consumed
+        self._drawn = 0  # batches of this epoch taken from the loaders
+        self._drawn_ahead = False  # Lightning does so to notice the end of data without a length
+        self._states: dict[int, list[dict[str, Any]]] = {}  # batches drawn -> states of the loaders
+        self._own_seeds: dict[int, int] = {}  # id of a generator -> the seed that its owner chose
+
+    @override
+    def __iter__(self) -> Self:
+        self.started = self._place()
+        epoch, consumed = self.started
+        for loader in self.flattened:
+            self._begin_epoch(loader, first=self._iterator is None)
+        self._drawn = consumed if self._resume_themselves else 0
+        self._reseed(epoch)
+        super().__iter__()
+        self._states, self._drawn_ahead = {}, sized_len(self) is None
+        try:
+            while self._drawn < consumed:
+                self._draw()
+        except StopIteration:
+            raise argument_error(
+                "ExactResume",
+                "ckpt_path",
+                f"batch {consumed} of epoch {epoch}",
+                f"the training loader ends after {self._drawn} batches",
+                "Resume with the data and the batch size that the checkpoint was written with",
+            ) from None
+        return self
+
+    @override
+    def __next__(self) -> Any:
+        if self._drawn_ahead and self._are_stateful:
+            before = {number: s for number, s in self._states.items() if number == self._drawn - 1}
+            self._states = {**before, self._drawn: copy.deepcopy(super()._state_dicts())}
+        return self._draw()
+
+    def _draw(self) -> Any:
+        assert self.started is not None
+        self._reseed(self.started.epoch, self._drawn)
+        batch = super().__next__()
+        self._drawn += 1
+        return batch
+
+    def _reseed(self, epoch: int, batch: int = 0) -> None:
+        reseed(self._seed(), batch, 0, f"data of epoch {epoch}")
+
+    def _begin_epoch(self, loader: Any, *, first: bool) -> None:
+        """Let nothing of earlier epochs decide what this one yields."""
+        assert self.started is not None
+        epoch, consumed = self.started
+        restored = _is_stateful(loader) and consumed > 0
+        for part in _parts(loader):
+            # Lightning tells the epoch only after the workers have drawn the first batches.
+            if callable(set_epoch := getattr(part, "set_epoch", None)):
+                set_epoch(epoch)
+            generator = getattr(part, "generator", None)
+            if isinstance(generator, torch.Generator) and not restored:
+                own = self._own_seeds.setdefault(id(generator), generator.initial_seed())
+                generator.manual_seed(derive_seed(own, self._seed(), 0, f"epoch {epoch}"))
+        persistent = isinstance(loader, DataLoader) and loader.persistent_workers
+        if persistent and not first and not _is_stateful(loader):
+            # The draws of a worker that lives on depend on all the epochs before.
+            shut_down_workers(loader)
+
+    @property
+    def _are_stateful(self) -> bool:
+        return all(map(_is_stateful, self.flattened))
+
+    @property
+    def _resume_themselves(self) -> bool:
+        """Whether the loaders skip what was consumed; if one cannot, batches of all are dropped."""
+        return self._are_stateful or all(
+            isinstance(getattr(loader, "sampler", None), PositionSampler)
+            for loader in self.flattened
+        )
+
+    @override
+    def _state_dicts(self) -> list[dict[str, Any]]:
+        """States of the loaders without a batch that was drawn but is not consumed yet."""
+        if not self._are_stateful:
+            return []
+        consumed = self._consumed()
+        return self._states[consumed] if consumed in self._states else super()._state_dicts()
+
+    @override
+    def _load_state_dicts(self, states: list[dict[str, Any]]) -> None:
+        if self._are_stateful:
+            super()._load_state_dicts(states)
+
+
+def _is_stateful(loader: Any) -> bool:
+    return all(callable(getattr(loader, f"{verb}state_dict", None)) for verb in ("", "load_"))
+
+
+def _parts(loader: Any) -> Iterator[Any]:
+    """The loader and its samplers, each once."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    parts = (
+        loader,
+        getattr(loader, "sampler", None),
+        batch_sampler,
+        getattr(batch_sampler, "sampler", None),
+    )
+    yield from {id(part): part for part in parts if part is not None}.values()
