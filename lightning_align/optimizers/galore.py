@@ -16,6 +16,8 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 from typing_extensions import override
@@ -48,13 +50,14 @@ from lightning_align.optimizers.projection import (
 )
 from lightning_align.optimizers.safety import (
     Group,
-    all_finite,
-    check_gradients,
+    OnNonfinite,
+    begin_step,
+    check_on_nonfinite,
     check_parameters,
+    may_use,
     parameter_name,
     refuse_other_shapes,
     restore_dtypes,
-    skip_non_finite,
     skipped_steps,
 )
 from lightning_align.seeds import derive_seed
@@ -108,8 +111,7 @@ class GaLoreAdamW(Optimizer):
         >>> state["basis_right"].shape, state["exp_avg"].shape
         (torch.Size([32, 8]), torch.Size([64, 8]))
 
-    Note: a parameter that a strategy cuts into one-dimensional shards has no rank; such a group is
-    refused.
+    Note: not with FSDP, whose shards are no whole matrices: they are refused.
     """
 
     def __init__(
@@ -128,11 +130,11 @@ class GaLoreAdamW(Optimizer):
         stagger: bool = True,
         rotate_moments: bool = False,
         on_rank_change: Literal["raise", "reproject"] = "raise",
-        on_nonfinite: Literal["skip", "raise"] = "skip",
+        on_nonfinite: OnNonfinite = "skip",
         seed: int = 0,
     ) -> None:
         check_choice("on_rank_change", on_rank_change, ("raise", "reproject"))
-        check_choice("on_nonfinite", on_nonfinite, ("skip", "raise"))
+        check_on_nonfinite(WHERE, on_nonfinite)
         check_integer("seed", seed, least=0)
         defaults = {
             "lr": lr,
@@ -158,6 +160,9 @@ class GaLoreAdamW(Optimizer):
                 stacklevel=2,
             )
 
+    # Ranks that hold other parameters, without DTensors: they skip a step together.
+    process_group: ProcessGroup | None = None
+
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         group = dict(param_group)
@@ -180,6 +185,10 @@ class GaLoreAdamW(Optimizer):
         check_parameters(WHERE, group)
         present = {parameter for _, parameter in self._each()}
         for index, parameter in enumerate(group["params"]):
+            if isinstance(parameter, DTensor) and is_projected(group, parameter):
+                rule = "is a DTensor, and a projection needs the whole gradient of a matrix"
+                way_out = "Train with DDP, or with Muon or AdamW"
+                raise argument_error(WHERE, "params", parameter_name(group, index), rule, way_out)
             if parameter in present:
                 rule = "must be in one group, and is in two"
                 raise argument_error(WHERE, "params", parameter_name(group, index), rule)
@@ -212,14 +221,10 @@ class GaLoreAdamW(Optimizer):
             ValueError: If a gradient is sparse.
             FloatingPointError: If a gradient is not finite and ``on_nonfinite="raise"``.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if not self._is_skipped(check_gradients(WHERE, self)):
-            for group in self.param_groups:
-                self._step_parameters(group, group["params"])
-        return loss
+        loss, may_step = begin_step(self, closure, self.process_group)
+        for group in self.param_groups if may_step else ():
+            self._step_parameters(group, group["params"])
+        return loss  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def step_param(self, parameter: Tensor) -> None:
@@ -229,7 +234,7 @@ class GaLoreAdamW(Optimizer):
             parameter: One of the optimizer's.
         """
         group = next(group for group, other in self._each() if other is parameter)
-        if parameter.grad is not None and not self._is_skipped([parameter.grad]):
+        if parameter.grad is not None and may_use(self, [parameter.grad]):
             self._step_parameters(group, [parameter])
 
     @override
@@ -256,22 +261,6 @@ class GaLoreAdamW(Optimizer):
                 state["step"] = state["step"].cpu()
 
     # A step
-
-    def _is_skipped(self, gradients: list[Tensor]) -> bool:
-        if self.defaults["on_nonfinite"] == "skip":
-            return skip_non_finite(self, gradients)
-        if not all_finite(gradients):
-            bad = next(
-                parameter_name(group, index)
-                for group in self.param_groups
-                for index, parameter in enumerate(group["params"])
-                if parameter.grad is not None and not parameter.grad.isfinite().all()
-            )
-            raise FloatingPointError(
-                f"{WHERE}: the gradient of parameter {bad} is not finite. Nothing was changed by "
-                "this step; on_nonfinite='skip' leaves such steps out."
-            )
-        return False
 
     def _step_parameters(self, group: Group, parameters: list[Tensor]) -> None:
         others: dict[float, list[Tensor]] = {}  # by number of steps

@@ -15,6 +15,8 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 from typing_extensions import override
@@ -29,14 +31,15 @@ from lightning_align.optimizers.orthogonalize import (
     schedule,
 )
 from lightning_align.optimizers.safety import (
+    OnNonfinite,
+    begin_step,
     check_betas,
-    check_gradients,
     check_number,
+    check_on_nonfinite,
     check_parameters,
     parameter_name,
     refuse_other_shapes,
     restore_dtypes,
-    skip_non_finite,
     skipped_steps,
 )
 
@@ -81,7 +84,8 @@ class Muon(Optimizer):
     known which matrices are embeddings or heads.
 
     A step whose gradients are not all finite is skipped for all parameters, counted in
-    ``skipped_steps`` and, the first time, warned of. A parameter without a gradient stays as it is.
+    ``skipped_steps`` and, the first time, warned of; ranks that hold parts of the parameters do so
+    together. A parameter without a gradient stays as it is.
 
     Args:
         params: Parameters, named parameters, or groups of either.
@@ -103,6 +107,7 @@ class Muon(Optimizer):
             "match_rms_adamw". With other adjustments Muon's is some ten times AdamW's.
         betas: Decays of AdamW's moments.
         adamw_eps: Added to the root of AdamW's second moment.
+        on_nonfinite: If any gradient is not finite, "skip" the step for all parameters, or "raise".
 
     Raises:
         ValueError: If an argument is out of range, a parameter of Muon is no matrix, or a
@@ -130,7 +135,9 @@ class Muon(Optimizer):
         adamw_lr: float | None = None,
         betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
+        on_nonfinite: OnNonfinite = "skip",
     ) -> None:
+        check_on_nonfinite("Muon", on_nonfinite)
         if adamw_lr is not None:
             check_number("Muon", "adamw_lr", adamw_lr)
         defaults = {
@@ -150,6 +157,10 @@ class Muon(Optimizer):
         }
         _check_settings(defaults)
         super().__init__(params, defaults)
+        self.defaults["on_nonfinite"] = on_nonfinite  # of all groups, whatever a checkpoint says
+
+    # Ranks that hold other parameters, without DTensors: they skip a step together.
+    process_group: ProcessGroup | None = None
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -179,14 +190,13 @@ class Muon(Optimizer):
 
         Returns:
             What the closure returned.
+
+        Raises:
+            ValueError: If a gradient is sparse.
+            FloatingPointError: If a gradient is not finite and ``on_nonfinite="raise"``.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if skip_non_finite(self, check_gradients("Muon", self)):
-            return loss
-        for group in self.param_groups:
+        loss, may_step = begin_step(self, closure, self.process_group)
+        for group in self.param_groups if may_step else ():
             parameters = [p for p in group["params"] if p.grad is not None]
             if group["use_muon"]:
                 self._step_matrices(group, parameters)
@@ -302,7 +312,9 @@ def _batches(parameters: list[Tensor]) -> list[list[Tensor]]:
     """Matrices that are orthogonalized together."""
     by_shape: dict[Any, list[Tensor]] = {}
     for parameter in parameters:
-        alone = id(parameter) if parameter.device.type == "cpu" else None
+        # Each is gathered when it is its turn, not all at once.
+        is_alone = parameter.device.type == "cpu" or isinstance(parameter, DTensor)
+        alone = id(parameter) if is_alone else None
         key = (parameter.shape, parameter.dtype, parameter.device, alone)
         by_shape.setdefault(key, []).append(parameter)
     batches = []

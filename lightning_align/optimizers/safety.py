@@ -10,18 +10,23 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_align._errors import argument_error
 
 Group = dict[str, Any]
+OnNonfinite = Literal["skip", "raise"]
 
-# Key of a parameter group: how many steps were skipped. There it is saved and loaded by itself.
-SKIPPED = "skipped_steps"
+# Keys of the first parameter group, where they are saved and loaded by themselves: how many steps
+# were skipped, and how many there were, those included.
+SKIPPED, STEPS = "skipped_steps", "steps"
 
 
 # Arguments
@@ -98,17 +103,43 @@ def check_parameters(where: str, group: Group) -> None:
 
 
 def all_finite(gradients: list[Tensor]) -> bool:
-    """Whether no gradient has an infinity or a NaN; waits for the device once."""
-    filled = [gradient for gradient in gradients if gradient.numel()]
+    """Whether no gradient has an infinity or a NaN; waits for the device once.
+
+    Of a DTensor only this rank's part is looked at.
+    """
+    parts = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    filled = [part for part in parts if part.numel()]
     if not filled:
         return True
     # The norm over all is one fused pass, but it may overflow where no gradient has: then look.
     if bool(nn.utils.get_total_norm(filled).isfinite()):
         return True
-    return bool(torch.stack([gradient.isfinite().all().cpu() for gradient in filled]).all())
+    return bool(torch.stack([part.isfinite().all().cpu() for part in filled]).all())
 
 
-def check_gradients(where: str, optimizer: Optimizer) -> list[Tensor]:
+def all_finite_on_all_ranks(gradients: list[Tensor], process_group: ProcessGroup | None) -> bool:
+    """The same, agreed upon by all ranks that hold other parts of the same model.
+
+    Args:
+        gradients: Of this rank.
+        process_group: Ranks that hold other parameters; None asks those that DTensors lie on, and
+            where there are none, nobody: under DDP all ranks have the same gradients.
+    """
+    finite = all_finite(gradients)
+    if process_group:
+        groups = [(process_group, gradients[0].device.type if gradients else "cpu")]
+    else:
+        meshes = dict.fromkeys(g.device_mesh for g in gradients if isinstance(g, DTensor))
+        # Gradients that were moved to the CPU still lie on a mesh of GPUs, whose group talks there.
+        groups = [(group, mesh.device_type) for mesh in meshes for group in mesh.get_all_groups()]
+    for group, device in groups:
+        flag = torch.tensor(float(finite), device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=group)
+        finite = bool(flag)
+    return finite
+
+
+def check_gradients(optimizer: Optimizer) -> list[Tensor]:
     """The gradients that are there, in the order of the parameters.
 
     Raises:
@@ -119,6 +150,7 @@ def check_gradients(where: str, optimizer: Optimizer) -> list[Tensor]:
         if parameter.grad is None:
             continue
         if parameter.grad.layout != torch.strided:
+            where = type(optimizer).__name__
             rule = "its gradient is sparse and must be dense"
             way_out = "Build the embedding with sparse=False"
             raise argument_error(where, "params", parameter_name(group, index), rule, way_out)
@@ -126,29 +158,79 @@ def check_gradients(where: str, optimizer: Optimizer) -> list[Tensor]:
     return gradients
 
 
-def skip_non_finite(optimizer: Optimizer, gradients: list[Tensor]) -> bool:
-    """Whether this step is to be skipped for all groups, because a gradient is not finite.
+def begin_step(
+    optimizer: Optimizer,
+    closure: Callable[[], Any] | None,
+    process_group: ProcessGroup | None = None,
+) -> tuple[Any, bool]:
+    """What comes before a step is taken.
+
+    Args:
+        optimizer: Whose step it is.
+        closure: Computes the loss and the gradients.
+        process_group: See ``all_finite_on_all_ranks``.
+
+    Returns:
+        What the closure returned, and whether the gradients may be used.
+    """
+    loss = None
+    if closure is not None:
+        with torch.enable_grad():
+            loss = closure()
+    may_step = may_use(optimizer, check_gradients(optimizer), process_group)
+    first = optimizer.param_groups[0]
+    first[STEPS] = first.get(STEPS, 0) + 1
+    return loss, may_step
+
+
+def may_use(
+    optimizer: Optimizer, gradients: list[Tensor], process_group: ProcessGroup | None = None
+) -> bool:
+    """False if a gradient is not finite and this step is to be skipped for all groups.
 
     One bad gradient says that the whole backward was bad. Skipped steps are counted in the first
     group, and the first one is warned of.
+
+    Raises:
+        FloatingPointError: If a gradient is not finite and ``on_nonfinite`` is "raise".
     """
-    if all_finite(gradients):
-        return False
+    if all_finite_on_all_ranks(gradients, process_group):
+        return True
+    name = type(optimizer).__name__
     first = optimizer.param_groups[0]
+    found = f"at step {first.get(STEPS, 0) + 1} {_culprit(optimizer)}"
+    if optimizer.defaults["on_nonfinite"] == "raise":
+        raise FloatingPointError(
+            f"{name}: {found}. Nothing was changed by this step; on_nonfinite='skip' leaves such "
+            "steps out."
+        )
     first[SKIPPED] = first.get(SKIPPED, 0) + 1
     if first[SKIPPED] == 1:
-        bad = next(
-            parameter_name(group, index)
-            for group, index, parameter in _each(optimizer)
-            if parameter.grad is not None and not parameter.grad.isfinite().all()
-        )
         warnings.warn(
-            f"{type(optimizer).__name__}: the gradient of parameter {bad} is not finite. The step "
-            "is skipped for all parameters; skipped_steps counts such steps, of which only this "
-            "first one is warned of.",
-            stacklevel=3,
+            f"{name}: {found}. The step is skipped for all parameters; skipped_steps counts such "
+            "steps, of which only this first one is warned of.",
+            stacklevel=4,
         )
-    return True
+    return False
+
+
+def _culprit(optimizer: Optimizer) -> str:
+    """Which gradient is not finite, and where."""
+    rank = f" on rank {dist.get_rank()}" if dist.is_available() and dist.is_initialized() else ""
+    for group, index, parameter in _each(optimizer):
+        if parameter.grad is not None and not all_finite([parameter.grad]):
+            return f"the gradient of parameter {parameter_name(group, index)} is not finite{rank}"
+    return f"a gradient is not finite on another rank; all are{rank}"
+
+
+def check_on_nonfinite(where: str, value: Any) -> None:
+    """Refuse what is neither "skip" nor "raise".
+
+    Raises:
+        ValueError: If ``value`` is something else.
+    """
+    if value not in ("skip", "raise"):
+        raise argument_error(where, "on_nonfinite", value, "must be one of 'skip', 'raise'")
 
 
 def skipped_steps(optimizer: Optimizer) -> int:

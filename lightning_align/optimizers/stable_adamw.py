@@ -14,19 +14,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
 from lightning_align.optimizers.adamw import adamw_, init_adamw_state
 from lightning_align.optimizers.safety import (
+    OnNonfinite,
+    begin_step,
     check_betas,
-    check_gradients,
     check_number,
+    check_on_nonfinite,
     check_parameters,
     refuse_other_shapes,
     restore_dtypes,
-    skip_non_finite,
     skipped_steps,
 )
 
@@ -59,6 +61,7 @@ class StableAdamW(Optimizer):
         betas: Decays of the first and of the second moment.
         eps: Added to the root of the second moment.
         weight_decay: Share of a parameter that its learning rate times this takes away.
+        on_nonfinite: If any gradient is not finite, "skip" the step for all parameters, or "raise".
 
     Raises:
         ValueError: If an argument is out of range, or a parameter is complex or given twice.
@@ -74,10 +77,17 @@ class StableAdamW(Optimizer):
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        *,
+        on_nonfinite: OnNonfinite = "skip",
     ) -> None:
+        check_on_nonfinite("StableAdamW", on_nonfinite)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         _check_settings(defaults)
         super().__init__(params, defaults)
+        self.defaults["on_nonfinite"] = on_nonfinite  # of all groups, whatever a checkpoint says
+
+    # Ranks that hold other parameters, without DTensors: they skip a step together.
+    process_group: ProcessGroup | None = None
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -100,14 +110,13 @@ class StableAdamW(Optimizer):
 
         Returns:
             What the closure returned.
+
+        Raises:
+            ValueError: If a gradient is sparse.
+            FloatingPointError: If a gradient is not finite and ``on_nonfinite="raise"``.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if skip_non_finite(self, check_gradients("StableAdamW", self)):
-            return loss
-        for group in self.param_groups:
+        loss, may_step = begin_step(self, closure, self.process_group)
+        for group in self.param_groups if may_step else ():
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._step_one(group, parameter)

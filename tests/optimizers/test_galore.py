@@ -542,7 +542,7 @@ def test_a_bad_gradient_raises_on_request():
     optimizer = GaLoreAdamW(named(weights), rank=3, on_nonfinite="raise")
     before = train(weights, optimizer, range(1))
     weights[3].grad[0] = math.nan
-    with pytest.raises(FloatingPointError, match=r"'weight3' is not finite\. Nothing was changed"):
+    with pytest.raises(FloatingPointError, match=r"at step 2 .*weight3.*Nothing was changed"):
         optimizer.step()
     assert all(map(torch.equal, before, weights))
 

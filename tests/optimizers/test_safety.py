@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_align.optimizers.safety import (
     all_finite,
+    begin_step,
     check_betas,
     check_gradients,
     check_number,
@@ -17,7 +18,6 @@ from lightning_align.optimizers.safety import (
     parameter_name,
     refuse_other_shapes,
     restore_dtypes,
-    skip_non_finite,
     skipped_steps,
 )
 
@@ -46,29 +46,42 @@ def optimizer_of(**names: tuple[int, ...]) -> torch.optim.Optimizer:
     return torch.optim.AdamW([{"params": [item]} for item in parameters.items()])
 
 
-def test_skip_counts_and_warns_once_with_the_name() -> None:
+def test_skip_counts_and_warns_once_with_name_and_step() -> None:
     optimizer = optimizer_of(first=(2, 2), second=(3,))
-    gradients = check_gradients("AdamW", optimizer)
-    assert not skip_non_finite(optimizer, gradients)
-    gradients[1][0] = float("nan")
-    with pytest.warns(UserWarning, match="AdamW: the gradient of parameter 'second' is not finite"):
-        assert skip_non_finite(optimizer, gradients)
+    optimizer.defaults["on_nonfinite"] = "skip"
+    assert begin_step(optimizer, lambda: 5) == (5, True)
+    optimizer.param_groups[1]["params"][0].grad[0] = float("nan")
+    found = "AdamW: at step 2 the gradient of parameter 'second' is not finite"
+    with pytest.warns(UserWarning, match=found):
+        assert begin_step(optimizer, None) == (None, False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert skip_non_finite(optimizer, gradients)
+        assert begin_step(optimizer, None) == (None, False)
     assert skipped_steps(optimizer) == 2
     other = optimizer_of(first=(2, 2), second=(3,))
     other.load_state_dict(optimizer.state_dict())
     assert skipped_steps(other) == 2
 
 
+def test_raise_names_parameter_and_step_and_counts_nothing() -> None:
+    optimizer = optimizer_of(first=(2, 2), second=(3,))
+    optimizer.defaults["on_nonfinite"] = "raise"
+    begin_step(optimizer, None)
+    before = copy.deepcopy(optimizer.state_dict())
+    optimizer.param_groups[1]["params"][0].grad[0] = -float("inf")
+    rule = r"AdamW: at step 2 the gradient of parameter 'second' is not finite\. Nothing"
+    with pytest.raises(FloatingPointError, match=rule):
+        begin_step(optimizer, None)
+    assert optimizer.state_dict() == before
+
+
 def test_check_gradients_leaves_out_none_and_refuses_sparse() -> None:
     optimizer = optimizer_of(first=(2, 2), second=(3,))
     optimizer.param_groups[0]["params"][0].grad = None
-    assert [g.shape for g in check_gradients("X", optimizer)] == [(3,)]
+    assert [g.shape for g in check_gradients(optimizer)] == [(3,)]
     optimizer.param_groups[0]["params"][0].grad = torch.eye(2).to_sparse()
-    with pytest.raises(ValueError, match=r"X\(params=\"'first'\"\): its gradient is sparse"):
-        check_gradients("X", optimizer)
+    with pytest.raises(ValueError, match=r"AdamW\(params=\"'first'\"\): its gradient is sparse"):
+        check_gradients(optimizer)
 
 
 @pytest.mark.parametrize("value", [-1e-3, math.nan, math.inf, "1", None, True, torch.zeros(2)])
