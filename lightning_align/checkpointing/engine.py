@@ -1,0 +1,448 @@
+"""SnapshotEngine: copy a state now, write it while training goes on, keep what is whole."""
+
+import atexit
+import contextlib
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lightning_align._errors import argument_error
+from lightning_align.checkpointing.archive import tail
+from lightning_align.checkpointing.files import Folder
+from lightning_align.checkpointing.lock import FolderLock
+from lightning_align.checkpointing.manifest import (
+    DATA,
+    Manifest,
+    commit,
+    committed_checkpoints,
+    load_checkpoint,
+    remove,
+    sweep,
+)
+from lightning_align.checkpointing.snapshot import HostBuffer, freeze, thaw
+from lightning_align.checkpointing.writer import Writer
+
+Backpressure = Literal["wait", "skip", "latest"]
+_POLICIES = ("wait", "skip", "latest")
+_REMOTE_ATTEMPTS = 3
+_EXIT_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class SaveResult:
+    """What a save did to the thread that called it.
+
+    Attributes:
+        copied_bytes: Bytes of tensors that were copied.
+        stall_s: Seconds from call to return.
+        waited_s: Those of them that went into waiting for an earlier save to be written.
+        skipped: Whether nothing was saved, because an earlier save was still being written.
+        replaced: Names of earlier saves that this one took the place of; they will not be written.
+    """
+
+    copied_bytes: int = 0
+    stall_s: float = 0.0
+    waited_s: float = 0.0
+    skipped: bool = False
+    replaced: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A checkpoint that is now durable.
+
+    Attributes:
+        path: Path or URL of its ``.ckpt`` file.
+        manifest: Its manifest, with name, step, files and metadata.
+        persist_s: Seconds from the start of writing to the commit.
+    """
+
+    path: str
+    manifest: Manifest
+    persist_s: float
+
+
+@dataclass(frozen=True)
+class SaveError:
+    """Something that went wrong off the training path.
+
+    Attributes:
+        name: Checkpoint that it happened to.
+        step: Its step.
+        error: The exception.
+        message: All of it in a sentence, and what is intact.
+    """
+
+    name: str
+    step: int
+    error: BaseException
+    message: str
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@dataclass(eq=False)
+class _Snapshot:
+    """A buffer and what is in it."""
+
+    buffer: HostBuffer = field(default_factory=HostBuffer)
+    structure: Any = None
+    name: str = ""
+    step: int = -1
+    metadata: dict[str, Any] = field(default_factory=dict)
+    number: int = -1  # of the save; -1: nothing whole in it
+    pending: bool = False  # queued or being written
+
+
+class SnapshotEngine:
+    """Saves states of a training run without making it wait for a disk.
+
+    :meth:`save` copies the state into host memory that is allocated once, and returns; a background
+    thread writes the copy. A checkpoint exists once its manifest does, which is written last.
+
+    Failures of the background thread never raise in :meth:`save`: they are warned of by the next
+    call, and kept for :meth:`pop_errors`.
+
+    Args:
+        dirpath: Folder of the checkpoints, a local path or any fsspec URL.
+        persist: Whether to write at all; without, snapshots stay in memory.
+        keep_last: Number of snapshots kept in memory, for :meth:`restore`.
+        backpressure: What a save does while all buffers wait to be written: ``wait`` for one,
+            ``skip`` this save, or keep only the ``latest`` of those that wait.
+        storage_options: Passed to the filesystem of the URL.
+        on_commit: Called on the background thread with each :class:`Commit`.
+        wait_timeout_s: Longest that a save waits for an earlier one; it is then skipped.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        RuntimeError: If another run writes to ``dirpath``.
+    """
+
+    def __init__(
+        self,
+        dirpath: str | os.PathLike[str] = ".",
+        persist: bool = True,
+        keep_last: int = 1,
+        *,
+        backpressure: Backpressure = "wait",
+        storage_options: dict[str, Any] | None = None,
+        on_commit: Callable[[Commit], None] | None = None,
+        wait_timeout_s: float = 1800.0,
+    ) -> None:
+        if keep_last < 1:
+            raise argument_error("SnapshotEngine", "keep_last", keep_last, "must be at least 1")
+        if backpressure not in _POLICIES:
+            rule = "must be 'wait', 'skip' or 'latest'"
+            raise argument_error("SnapshotEngine", "backpressure", backpressure, rule)
+        self.persist = persist
+        self.keep_last = keep_last
+        self.backpressure = backpressure
+        self.folder = Folder(dirpath, storage_options)
+        self._on_commit = on_commit
+        self._wait_timeout_s = wait_timeout_s
+        # The latest of those that wait must not take the place of the one being written.
+        self._limit = max(keep_last, 2) if backpressure == "latest" and persist else keep_last
+        self._snapshots: list[_Snapshot] = []
+        self._saves = 0
+        self._committed: dict[str, Manifest] = {}
+        self._last_save_failed = False
+        self._deferred: list[str] = []  # to be deleted once something newer is durable
+        self._errors: list[SaveError] = []
+        self._unreported: list[SaveError] = []
+        self._writer = Writer("checkpoint-writer")
+        self._pid = os.getpid()
+        self._closed = False
+        if persist:
+            self._open_folder()
+
+    def _open_folder(self) -> None:
+        self.folder.create()
+        self._lock = FolderLock(self.folder)
+        self._lock.acquire()
+        sweep(self.folder)
+        self._committed = {found.name: found for found in committed_checkpoints(self.folder)}
+        atexit.register(self.close, _EXIT_TIMEOUT_S)
+
+    # What training calls.
+
+    def save(
+        self, state: Any, name: str, step: int, metadata: dict[str, Any] | None = None
+    ) -> SaveResult:
+        """Copy a state and have it written as ``<name>.ckpt``.
+
+        Args:
+            state: Nested dicts, lists and tuples of tensors and other values.
+            name: Name of the checkpoint, which must be new.
+            step: Step that it belongs to.
+            metadata: Plain values that JSON can hold, for the manifest.
+
+        Raises:
+            ValueError: If the name is taken or no file name, or the state cannot be copied.
+            RuntimeError: If the engine was closed, or belongs to the process this one was forked
+                from.
+        """
+        start = time.perf_counter()
+        if self._closed or self._pid != os.getpid():
+            why = "it was closed" if self._closed else "it belongs to the parent of this process"
+            raise RuntimeError(f"SnapshotEngine.save(name={name!r}): {why}.")
+        self._check_name(name)
+        self._report()
+        replaced = self._replace_waiting() if self.backpressure == "latest" else ()
+        snapshot = self._free_snapshot()
+        waited_s = time.perf_counter() - start
+        if snapshot is None:
+            stall_s = time.perf_counter() - start
+            return SaveResult(0, stall_s, waited_s, skipped=True, replaced=replaced)
+        structure, tensors = freeze(state)
+        snapshot.number = -1
+        copied_bytes = snapshot.buffer.copy(tensors, state)
+        snapshot.structure, snapshot.name, snapshot.step = structure, name, step
+        snapshot.metadata = dict(metadata or {})
+        snapshot.number = self._saves = self._saves + 1
+        if self.persist:
+            snapshot.pending = True
+            self._writer.submit(_Write(self, snapshot))
+        return SaveResult(copied_bytes, time.perf_counter() - start, waited_s, replaced=replaced)
+
+    def delete(self, name: str) -> None:
+        """Delete a checkpoint, once the saves made before this call are durable.
+
+        If the latest of them fails, it stays until a later one is.
+
+        Args:
+            name: Name of the checkpoint.
+        """
+        self._writer.submit(_Delete(self, name))
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until everything is written or has failed; whether it is.
+
+        Args:
+            timeout_s: Seconds to wait; ``None`` has no limit.
+        """
+        done = self._writer.wait(timeout_s=timeout_s)
+        self._report()
+        return done
+
+    def load(self, name: str, **options: Any) -> Any:
+        """Load a checkpoint of this folder; one that is being written is waited for.
+
+        Args:
+            name: Name of the checkpoint.
+            **options: ``map_location`` and ``weights_only``, as in :func:`load_checkpoint`.
+        """
+        self.wait()
+        path = self.folder.path(name + DATA)
+        return load_checkpoint(path, storage_options=self.folder.options, **options)
+
+    def restore(self, step: int) -> Any:
+        """A copy of a snapshot that is still in memory.
+
+        Args:
+            step: Step that it belongs to.
+
+        Raises:
+            ValueError: If none of that step is held.
+        """
+        for snapshot in self._held():
+            if snapshot.step == step:
+                return thaw(snapshot.structure, snapshot.buffer)
+        rule = f"steps in memory: {self.steps or 'none'}"
+        raise argument_error("SnapshotEngine.restore", "step", step, rule, "Raise keep_last")
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of the snapshots in memory, the newest first."""
+        return [snapshot.step for snapshot in self._held()]
+
+    @property
+    def committed(self) -> list[Manifest]:
+        """Checkpoints in the folder, the newest first."""
+        found = list(self._committed.values())
+        return sorted(found, key=lambda each: (each.step, each.saved_at), reverse=True)
+
+    def pop_errors(self) -> list[SaveError]:
+        """What went wrong since the last call."""
+        errors, self._errors, self._unreported = self._errors, [], []
+        return errors
+
+    def close(self, timeout_s: float | None = None) -> bool:
+        """Write what is waiting and give the folder free; whether all was written in time.
+
+        Args:
+            timeout_s: Seconds that this may take; ``None`` has no limit.
+        """
+        if self._closed or self._pid != os.getpid():
+            return True
+        self._closed = True
+        atexit.unregister(self.close)
+        done = self.wait(timeout_s)
+        if not done:
+            names = [job.name for job in self._writer.busy if isinstance(job, _Write)]
+            warnings.warn(
+                f"Not written within {timeout_s} s: {', '.join(names) or 'a deletion'}."
+                f" {self._intact()}",
+                stacklevel=2,
+            )
+        self._writer.close()
+        if self.persist and done:
+            self._lock.release()
+        return done
+
+    # What the background thread calls.
+
+    def _write(self, snapshot: _Snapshot) -> None:
+        if self._lock.taken_over_by:
+            raise RuntimeError(f"{self._lock.taken_over_by} has taken over the folder")
+        start = time.perf_counter()
+        snapshot.buffer.ready()
+        for attempt in range(1, _REMOTE_ATTEMPTS + 1):
+            try:
+                manifest = self._commit(snapshot)
+                break
+            except OSError:
+                if self.folder.is_local or attempt == _REMOTE_ATTEMPTS:
+                    raise
+                time.sleep(2.0 ** (attempt - 1))
+        self._committed[snapshot.name] = manifest
+        self._last_save_failed = False
+        deferred, self._deferred = self._deferred, []
+        self._tell(manifest, time.perf_counter() - start)
+        for name in deferred:
+            _Delete(self, name).try_run()
+
+    def _tell(self, manifest: Manifest, persist_s: float) -> None:
+        if self._on_commit is None:
+            return
+        try:
+            self._on_commit(Commit(self.folder.path(manifest.name + DATA), manifest, persist_s))
+        except Exception as error:
+            self._failed(manifest.name, manifest.step, "on_commit raised", error)
+
+    def _commit(self, snapshot: _Snapshot) -> Manifest:
+        def chunks() -> Iterable[bytes | memoryview]:
+            plan = snapshot.buffer.plan
+            yield snapshot.buffer.image()
+            yield from tail(snapshot.structure, plan.leaves, plan.archive)
+
+        files = {snapshot.name + DATA: chunks()}
+        try:
+            return commit(self.folder, snapshot.name, snapshot.step, files, snapshot.metadata)
+        except Exception:
+            with contextlib.suppress(OSError):  # what a full disk needs most
+                remove(self.folder, snapshot.name, files)
+            raise
+
+    def _delete(self, name: str) -> None:
+        manifest = self._committed.pop(name, None)
+        if manifest is not None:
+            remove(self.folder, name, [file.name for file in manifest.files])
+
+    def _failed(self, name: str, step: int, what: str, error: BaseException) -> None:
+        message = f"{what}: {type(error).__name__}: {error}. {self._intact()}"
+        found = SaveError(name, step, error, message)
+        self._errors.append(found)
+        self._unreported.append(found)
+
+    def _intact(self) -> str:
+        if not self._committed:
+            return f"No complete checkpoint is in {self.folder}."
+        last = self.committed[0]
+        path = self.folder.path(last.name + DATA)
+        return f"Last complete checkpoint: step {last.step} ({path})."
+
+    # Small questions.
+
+    def _check_name(self, name: str) -> None:
+        where, taken = (
+            "SnapshotEngine.save",
+            {each.name for each in self._snapshots if each.pending},
+        )
+        if not name or "/" in name or os.sep in name or name.startswith("."):
+            rule = "must be a file name, without folders and extension"
+            raise argument_error(where, "name", name, rule)
+        if name in self._committed or name in taken:
+            rule = f"{self.folder} has a checkpoint of that name, and none is ever overwritten"
+            raise argument_error(where, "name", name, rule, f"Use another one, such as '{name}-v1'")
+
+    def _replace_waiting(self) -> tuple[str, ...]:
+        cancelled = self._writer.cancel(lambda job: isinstance(job, _Write))
+        for job in cancelled:
+            assert isinstance(job, _Write)
+            job.snapshot.pending = False
+            self._last_save_failed = True  # until this one is durable
+        return tuple(job.name for job in cancelled if isinstance(job, _Write))
+
+    def _free_snapshot(self) -> _Snapshot | None:
+        """A buffer to copy into: a new one while there may be more, else the oldest written one."""
+        if len(self._snapshots) < self._limit:
+            self._snapshots.append(_Snapshot())
+            return self._snapshots[-1]
+        if self.backpressure == "wait" and not self._writer.wait(
+            lambda: any(not each.pending for each in self._snapshots), self._wait_timeout_s
+        ):
+            waited = f"earlier saves were not written within {self._wait_timeout_s} s"
+            self._failed("", -1, "A save was skipped", TimeoutError(waited))
+            self._report()
+        free = [each for each in self._snapshots if not each.pending]
+        return min(free, key=lambda each: each.number, default=None)
+
+    def _held(self) -> list[_Snapshot]:
+        whole = [snapshot for snapshot in self._snapshots if snapshot.number >= 0]
+        return sorted(whole, key=lambda each: each.number, reverse=True)[: self.keep_last]
+
+    def _report(self) -> None:
+        errors, self._unreported = self._unreported, []
+        for error in errors:
+            warnings.warn(error.message, stacklevel=3)
+
+
+@dataclass(eq=False)
+class _Write:
+    """Job: write a snapshot."""
+
+    engine: SnapshotEngine
+    snapshot: _Snapshot
+
+    @property
+    def name(self) -> str:
+        return self.snapshot.name
+
+    def run(self) -> None:
+        self.engine._write(self.snapshot)
+        self.snapshot.pending = False
+
+    def failed(self, error: BaseException) -> None:
+        engine, snapshot = self.engine, self.snapshot
+        snapshot.pending = False
+        engine._last_save_failed = True
+        name, step = snapshot.name, snapshot.step
+        what = f"Checkpoint {name!r} (step {step}) was not written to {engine.folder}"
+        engine._failed(name, step, what, error)
+
+
+@dataclass(eq=False)
+class _Delete:
+    """Job: delete a checkpoint, or leave it for later if nothing newer is durable."""
+
+    engine: SnapshotEngine
+    name: str
+
+    def run(self) -> None:
+        if self.engine._last_save_failed:
+            self.engine._deferred.append(self.name)
+        else:
+            self.engine._delete(self.name)
+
+    def try_run(self) -> None:
+        try:
+            self.run()
+        except Exception as error:
+            self.failed(error)
+
+    def failed(self, error: BaseException) -> None:
+        self.engine._failed(self.name, -1, f"Checkpoint {self.name!r} was not deleted", error)

@@ -1,0 +1,412 @@
+"""Copies of a training state in host memory that is allocated once and used again and again.
+
+Fresh memory is what makes a copy slow: the first write to each page costs ten times the copy. So
+all tensors of a state go into one block, which is laid out as the file that will be written (see
+archive.py), and the layout is kept for as long as the state's tensors stay where they are.
+
+Storage that several tensors share is copied once, and only the bytes that they cover.
+"""
+
+import ctypes
+import mmap
+import weakref
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_align._errors import argument_error
+from lightning_align.checkpointing.archive import Archive, Leaf, Reduced, reduce_ex, storage_key
+from lightning_align.checkpointing.structure import Copier, place_of
+
+_GROWTH = 1.125  # a state that grows at every save is not laid out anew at every save
+_LARGE_BYTES = 1 << 20  # from here on a copy is worth giving up the interpreter lock
+_WIDEST_DTYPE = 16  # bytes, complex128
+
+# torch leaves these without types.
+_cudart: Any = torch.cuda.cudart
+_Stream: Any = torch.cuda.Stream
+_Storage: Any = torch.UntypedStorage
+
+_STREAMS: dict[torch.device, torch.cuda.Stream] = {}
+
+# The same memmove twice: the first lets other threads run, which costs more than a small copy.
+_copy_large: Any = ctypes.memmove
+_copy_small: Any = ctypes.PYFUNCTYPE(
+    ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
+)(ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0)
+
+
+class HostBlock:
+    """Host memory that child processes do not inherit, registered with CUDA where that is used.
+
+    A forked worker would otherwise make every page copy-on-write, and the next save as slow as
+    the first.
+
+    Args:
+        nbytes: Size in bytes.
+        pinned: Whether to register the block, so that copies from the device need not wait.
+    """
+
+    def __init__(self, nbytes: int, pinned: bool) -> None:
+        self.nbytes = max(nbytes, mmap.PAGESIZE)
+        private = {}
+        if hasattr(mmap, "MAP_PRIVATE"):
+            private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
+        self.memory = mmap.mmap(-1, self.nbytes, **private)
+        for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+            if hasattr(mmap, advice):
+                self.memory.madvise(getattr(mmap, advice))
+        self.bytes = torch.frombuffer(self.memory, dtype=torch.uint8)
+        self.pinned = pinned
+        if pinned:
+            cudart = _cudart()
+            address = self.bytes.data_ptr()
+            torch.cuda.check_error(int(cudart.cudaHostRegister(address, self.nbytes, 0)))
+            # Holds the memory, so that it is unregistered before it is given back.
+            weakref.finalize(self, _unregister, address, self.memory)
+
+    def record(self, offset: int, nbytes: int) -> torch.UntypedStorage:
+        """Part of the block as a storage of its own."""
+        if not nbytes:
+            return cast(torch.UntypedStorage, _Storage(0))
+        part = memoryview(self.memory)[offset : offset + nbytes]
+        return torch.frombuffer(part, dtype=torch.uint8).untyped_storage()
+
+
+def _unregister(address: int, _: mmap.mmap) -> None:
+    cudart = _cudart()
+    cudart.cudaHostUnregister(address)
+
+
+@dataclass
+class _Range:
+    """Bytes of one storage that one or more tensors cover.
+
+    The storage itself is not kept: it may be large, and freed before the next save.
+    """
+
+    address: int  # of the storage
+    limit: int  # size of the storage in bytes
+    members: list[int] = field(default_factory=list)
+    start: int = 0
+    stop: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Length of the range."""
+        return self.stop - self.start
+
+    def add(self, index: int, tensor: Tensor) -> None:
+        """Widen the range by what a tensor covers."""
+        start, stop = covered_bytes(tensor)
+        if stop > start:
+            self.start = min(self.start, start) if self.stop else start
+            self.stop = max(self.stop, stop)
+        self.members.append(index)
+
+    def round_out(self) -> None:
+        """Begin and end where any dtype may, if several tensors meet here."""
+        if len(self.members) > 1:
+            self.start -= self.start % _WIDEST_DTYPE
+            self.stop = min(self.stop + -self.stop % _WIDEST_DTYPE, self.limit)
+
+    def shape(self, tensors: list[Tensor]) -> Any:
+        """What the layout of the block depends on."""
+        places = [(i, covered_bytes(tensors[i])[0] - self.start) for i in self.members]
+        return self.nbytes, places
+
+    def is_in(self, tensors: list[Tensor]) -> bool:
+        """Whether the tensors still share the storage."""
+        storages = [tensors[index].untyped_storage() for index in self.members]
+        return {(s.data_ptr(), s.nbytes()) for s in storages} == {(self.address, self.limit)}
+
+
+@dataclass
+class _Plan:
+    """How a list of tensors lies in a block, and what to do to copy it there."""
+
+    pointers: list[int]
+    looks: list[Any]
+    shape: list[Any]
+    archive: Archive
+    ranges: list[_Range]
+    offsets: list[int]  # of the ranges in the block
+    views: list[Tensor] = field(default_factory=list)
+    leaves: list[Reduced] = field(default_factory=list)
+    small: list[tuple[int, int, int]] = field(default_factory=list)  # to, from, bytes
+    large: list[tuple[int, int, int]] = field(default_factory=list)
+    by_tensor: list[int] = field(default_factory=list)  # tensors that torch copies
+    by_range: list[tuple[Tensor, _Range]] = field(default_factory=list)
+
+    def fits(self, tensors: list[Tensor]) -> bool:
+        """Whether these are the same tensors, where they were."""
+        return (
+            [tensor.data_ptr() for tensor in tensors] == self.pointers
+            and _looks(tensors) == self.looks
+            and all(part.is_in(tensors) for part in self.ranges if len(part.members) > 1)
+        )
+
+
+class HostBuffer:
+    """One reusable snapshot: the copied tensors of a state, laid out as a file."""
+
+    def __init__(self) -> None:
+        self.block: HostBlock | None = None
+        self.allocations = 0
+        self.layouts = 0
+        self._plan: _Plan | None = None
+        self._copied: torch.cuda.Event | None = None
+
+    @property
+    def plan(self) -> _Plan:
+        """Where everything lies; there is one once something was copied."""
+        assert self._plan is not None
+        return self._plan
+
+    def copy(self, tensors: list[Tensor], state: Any = None) -> int:
+        """Copy tensors into the buffer and return how many bytes that were.
+
+        Copies from a CUDA device are still under way when this returns: :meth:`ready` waits.
+
+        Args:
+            tensors: What to copy, dense and of any device.
+            state: The state that they are from, for messages.
+        """
+        if self._plan is None or not self._plan.fits(tensors):
+            self._lay_out(tensors, state)
+        plan = self.plan
+        for to, source, nbytes in plan.large:
+            _copy_large(to, source, nbytes)
+        for to, source, nbytes in plan.small:
+            _copy_small(to, source, nbytes)
+        with torch.no_grad():
+            self._copy_by_torch(plan, tensors)
+        return sum(part.nbytes for part in plan.ranges)
+
+    def ready(self) -> None:
+        """Wait until the bytes are in host memory."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+    def image(self) -> memoryview:
+        """The file up to its tail."""
+        assert self.block is not None
+        return memoryview(self.block.memory)[: self.plan.archive.end]
+
+    def tensor(self, index: int, storages: dict[int, torch.UntypedStorage]) -> Tensor:
+        """Copy tensor ``index`` out of the buffer.
+
+        Args:
+            index: Number of the tensor.
+            storages: Copies made so far, by address, so that shared storage stays shared.
+        """
+        view = self.plan.views[index]
+        storage = view.untyped_storage()
+        key = storage.data_ptr() or -1 - index
+        if key not in storages:
+            storages[key] = _Storage.clone(storage)
+        copied = torch.empty(0, dtype=view.dtype)
+        copied.set_(storages[key], view.storage_offset(), view.shape, view.stride())
+        if isinstance(view, nn.Parameter):
+            return nn.Parameter(copied, view.requires_grad)
+        return copied.requires_grad_(view.requires_grad)
+
+    def _copy_by_torch(self, plan: _Plan, tensors: list[Tensor]) -> None:
+        stream = _side_stream(tensors) if self.block and self.block.pinned else None
+        with torch.cuda.stream(stream) if stream else nullcontext():
+            if plan.by_tensor:
+                to = [plan.views[index] for index in plan.by_tensor]
+                source = [tensors[index].detach() for index in plan.by_tensor]
+                torch._foreach_copy_(to, source, non_blocking=stream is not None)
+            for view, part in plan.by_range:
+                storage = tensors[part.members[0]].untyped_storage()
+                whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+                view.copy_(whole[part.start : part.stop], non_blocking=stream is not None)
+        self._copied = None
+        if stream is not None:
+            self._copied = stream.record_event()
+            # What trains next may overwrite the tensors: it queues behind the copies.
+            torch.cuda.current_stream(stream.device).wait_event(self._copied)
+            for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
+                if device != stream.device:
+                    torch.cuda.synchronize(device)
+
+    def _lay_out(self, tensors: list[Tensor], state: Any) -> None:
+        old, self._plan = self._plan, None
+        looks, ranges = _looks(tensors), _ranges(tensors, state)
+        archive, headers, offsets = Archive(), [], []
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        shape = [part.shape(tensors) for part in ranges]
+        if old is not None and old.looks == looks and old.shape == shape:
+            # Only moved: gradients, say, or a tensor that state_dict() makes anew.
+            plan = _Plan(pointers, looks, shape, old.archive, ranges, old.offsets)
+            plan.views, plan.leaves = old.views, old.leaves
+        else:
+            self.layouts += 1
+            for number, part in enumerate(ranges):
+                headers.append((archive.end, archive.add(f"data/{number}", part.nbytes)))
+                offsets.append(archive.end - part.nbytes)
+            block = self._ensure(archive.end, any(tensor.is_cuda for tensor in tensors))
+            for start, header in headers:
+                block.memory[start : start + len(header)] = header
+            plan = _Plan(pointers, looks, shape, archive, ranges, offsets)
+            _make_views(plan, tensors, block)
+        _choose_copies(plan, tensors)
+        self._plan = plan
+
+    def _ensure(self, nbytes: int, pinned: bool) -> HostBlock:
+        block = self.block
+        if block is None or block.nbytes < nbytes or block.pinned != pinned:
+            regrown = block is not None and block.nbytes < nbytes
+            self.block = None  # before the new one is allocated
+            block = HostBlock(int(nbytes * _GROWTH) if regrown else nbytes, pinned)
+            self.block = block
+            self.allocations += 1
+        return block
+
+
+def covered_bytes(tensor: Tensor) -> tuple[int, int]:
+    """First byte and end of what a tensor covers of its storage."""
+    if not tensor.numel():
+        return 0, 0
+    start = int(tensor.storage_offset())
+    last = start + sum(
+        (n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    size = tensor.element_size()
+    return start * size, (last + 1) * size
+
+
+def freeze(state: Any) -> tuple[Any, list[Tensor]]:
+    """Copy a state with a :class:`Leaf` in the place of each dense tensor, and list those tensors.
+
+    Args:
+        state: Nested dicts, lists and tuples.
+    """
+    tensors: list[Tensor] = []
+
+    def take(tensor: Tensor) -> Any:
+        if tensor.layout is not torch.strided or tensor.is_quantized:
+            return tensor.detach().cpu().clone()
+        tensors.append(tensor)
+        return Leaf(len(tensors) - 1)
+
+    return Copier({Tensor: take, nn.Parameter: take}).copy(state), tensors
+
+
+def thaw(structure: Any, buffer: HostBuffer) -> Any:
+    """The state that was frozen, with tensors of its own.
+
+    Args:
+        structure: What :func:`freeze` returned.
+        buffer: Where its tensors were copied to.
+    """
+    buffer.ready()
+    storages: dict[int, torch.UntypedStorage] = {}
+    return Copier({Leaf: lambda leaf: buffer.tensor(leaf.index, storages)}).copy(structure)
+
+
+def _looks(tensors: list[Tensor]) -> list[Any]:
+    """Everything about tensors, but for their place, that the file depends on."""
+    return [
+        [tensor.shape for tensor in tensors],
+        [tensor.stride() for tensor in tensors],
+        [tensor.dtype for tensor in tensors],
+        [tensor.requires_grad for tensor in tensors],
+        [type(tensor) for tensor in tensors],
+    ]
+
+
+def _ranges(tensors: list[Tensor], state: Any) -> list[_Range]:
+    """Which bytes to copy: one range for each storage."""
+    ranges: dict[Any, _Range] = {}
+    for index, tensor in enumerate(tensors):
+        if tensor.is_meta:
+            raise argument_error(
+                "SnapshotEngine.save",
+                "state",
+                place_of(state, tensor),
+                "a tensor on the meta device has no data",
+                "Materialise it first",
+            )
+        storage = tensor.untyped_storage()
+        alone = tensor.is_conj() or tensor.is_neg() or not tensor.numel()
+        key: Any = index if alone else (tensor.device, storage.data_ptr())
+        if key not in ranges:
+            ranges[key] = _Range(storage.data_ptr(), storage.nbytes())
+        ranges[key].add(index, tensor)
+    for part in ranges.values():
+        part.round_out()
+    return list(ranges.values())
+
+
+def _make_views(plan: _Plan, tensors: list[Tensor], block: HostBlock) -> None:
+    """A tensor in the block for each tensor of the state, and how it is pickled."""
+    views: dict[int, Tensor] = {}
+    leaves: dict[int, Reduced] = {}
+    for number, (part, offset) in enumerate(zip(plan.ranges, plan.offsets, strict=True)):
+        storage = block.record(offset, part.nbytes)
+        mixed = len({tensors[index].dtype for index in part.members}) > 1
+        for index in part.members:
+            tensor = tensors[index]
+            view = torch.empty(0, dtype=tensor.dtype)
+            shift = part.start // tensor.element_size() if tensor.numel() else 0
+            begin = tensor.storage_offset() - shift if tensor.numel() else 0
+            view.set_(storage, begin, tensor.shape, tensor.stride())
+            leaf = _reduce(view, number, mixed, tensor.requires_grad)
+            if isinstance(tensor, nn.Parameter):
+                view = nn.Parameter(view, tensor.requires_grad)
+                function, arguments = reduce_ex(view)  # (data, requires_grad, hooks)
+                leaf = Reduced((function, (leaf, *arguments[1:])))
+            else:
+                view.requires_grad_(tensor.requires_grad)
+            views[index], leaves[index] = view, leaf
+    plan.views = [views[index] for index in range(len(tensors))]
+    plan.leaves = [leaves[index] for index in range(len(tensors))]
+
+
+def _reduce(view: Tensor, number: int, mixed: bool, requires_grad: bool) -> Reduced:
+    """How torch.save pickles a tensor, with record ``number`` in the place of its storage."""
+    function, (storage, offset, shape, stride, _, hooks, *more) = reduce_ex(view)
+    nbytes = view.untyped_storage().nbytes()
+    if mixed and not more:  # torch.load takes the dtype from the storage, unless it is told one
+        function, storage, more = (
+            torch._utils._rebuild_tensor_v3,
+            view.untyped_storage(),
+            [view.dtype],
+        )
+    key = storage_key(storage, number, nbytes)
+    return Reduced((function, (key, offset, shape, stride, requires_grad, hooks, *more)))
+
+
+def _choose_copies(plan: _Plan, tensors: list[Tensor]) -> None:
+    """Plain memory where a tensor has a piece of it to itself, else whole ranges, else torch."""
+    for part in plan.ranges:
+        first = part.members[0]
+        tensor = tensors[first]
+        if not part.nbytes:
+            continue
+        on_host = tensor.device.type == "cpu"
+        odd = tensor.is_conj() or tensor.is_neg()  # copying resolves what the bytes do not show
+        whole = len(part.members) == 1 and tensor.is_contiguous()
+        to = plan.views[first].untyped_storage()
+        if odd or (whole and not on_host):
+            plan.by_tensor.append(first)
+        elif on_host:
+            copy = (to.data_ptr(), part.address + part.start, part.nbytes)
+            (plan.large if part.nbytes >= _LARGE_BYTES else plan.small).append(copy)
+        else:
+            plan.by_range.append((torch.empty(0, dtype=torch.uint8).set_(to), part))
+
+
+def _side_stream(tensors: list[Tensor]) -> torch.cuda.Stream:
+    """A stream of the tensors' device that runs beside training, behind what is queued now."""
+    device = next(tensor.device for tensor in tensors if tensor.is_cuda)
+    stream = _STREAMS.get(device)
+    if stream is None:
+        stream = _STREAMS[device] = _Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return stream
