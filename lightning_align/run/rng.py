@@ -25,10 +25,10 @@ def reseed(seed: int, position: int, rank: int, stage: str) -> None:
     derived = derive_seed(seed, position, rank, stage)
     random.seed(derived)
     np.random.seed(derived & 0xFFFF_FFFF)  # NumPy's legacy generator takes 32 bits
-    _seed_torch(derived)
+    seed_torch(derived)
 
 
-def _seed_torch(seed: int) -> None:
+def seed_torch(seed: int) -> None:
     """Seed the CPU's generator and those of the accelerator in use.
 
     ``torch.manual_seed`` means every kind of device: for each of CUDA, XPU and MTIA that has not
