@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lightning_align import data, layers, losses, run
     from lightning_align.callbacks.generate_samples import GenerateSamples
+    from lightning_align.callbacks.lisa import LISA
     from lightning_align.callbacks.metric_plot import MetricPlot
     from lightning_align.callbacks.optimizer_swap import OptimizerSwap
     from lightning_align.callbacks.save_pretrained import SavePretrained
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "LISA",
     "ConversationDataModule",
     "DPOModule",
     "ExactResume",
@@ -59,6 +61,7 @@ _HOMES = {
     "ExactResume": "lightning_align.run.exact_resume",
     "GaLoreAdamW": "lightning_align.optimizers.galore",
     "GenerateSamples": "lightning_align.callbacks.generate_samples",
+    "LISA": "lightning_align.callbacks.lisa",
     "MetricPlot": "lightning_align.callbacks.metric_plot",
     "ModelLayers": "lightning_align.layers",
     "Muon": "lightning_align.optimizers.muon",

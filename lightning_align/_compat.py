@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from jsonargparse import _typehints
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.connectors.logger_connector.result import (
     _Metadata,
     _ResultMetric,
@@ -19,6 +20,7 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import (
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.combined_loader import _shutdown_workers_and_reset_iterator
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
@@ -33,6 +35,11 @@ def restart_train_iteration(trainer: pl.Trainer) -> None:
     fetcher = trainer.fit_loop._data_fetcher
     if fetcher is not None:
         iter(fetcher)
+
+
+def begin_epoch(trainer: pl.Trainer) -> None:
+    """Let the loop over batches begin instead of going on; with ``max_steps`` it goes on."""
+    trainer.fit_loop.epoch_loop.restarting = False
 
 
 def load_pending_loader_states(trainer: pl.Trainer) -> bool:
@@ -165,6 +172,23 @@ def restore_metric(metric: Metric, captured: dict[str, Any]) -> None:
 def latest_metrics(trainer: pl.Trainer) -> dict[str, Tensor]:
     """What monitors see, kept from one epoch to the next; the dictionary itself."""
     return trainer._logger_connector._callback_metrics
+
+
+def wrap_in_ddp_again(strategy: DDPStrategy, module: pl.LightningModule) -> None:
+    """Let DDP reduce the gradients of what requires one now, and of nothing else.
+
+    The old wrapper leaves its hooks behind at every parameter it saw. A new one sends all weights
+    of rank 0 to the others first, which have them already.
+    """
+    if isinstance(strategy.model, DistributedDataParallel):
+        strategy.model._remove_autograd_hooks()  # type: ignore[no-untyped-call]
+    given = strategy._ddp_kwargs
+    strategy._ddp_kwargs = {**given, "init_sync": False}
+    try:
+        strategy.model = module
+        strategy.configure_ddp()
+    finally:
+        strategy._ddp_kwargs = given
 
 
 def built_by_cli() -> bool:

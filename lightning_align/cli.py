@@ -13,6 +13,7 @@ import lightning_align
 
 # Imported so that their short names work in YAML: `class_path: PretrainModule`.
 from lightning_align.callbacks.generate_samples import GenerateSamples
+from lightning_align.callbacks.lisa import LISA
 from lightning_align.callbacks.metric_plot import MetricPlot
 from lightning_align.callbacks.optimizer_swap import OptimizerSwap
 from lightning_align.callbacks.save_pretrained import SavePretrained
@@ -31,6 +32,7 @@ from lightning_align.optimizers.stable_adamw import StableAdamW
 from lightning_align.run.exact_resume import ExactResume
 
 __all__ = [
+    "LISA",
     "AlignCLI",
     "ConversationDataModule",
     "DPOModule",

@@ -1,0 +1,145 @@
+"""Which parameters LISA trains when: the draw of blocks, and what lies outside of them.
+
+Functions of numbers and modules; the callback in lisa.py says when they are called.
+"""
+
+import math
+import random
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_align._errors import argument_error
+from lightning_align.layers import ModelLayers, find_layers
+from lightning_align.seeds import derive_seed
+
+
+def draw_blocks(
+    seed: int, interval: int, num_draws: int, weights: Sequence[float]
+) -> tuple[int, ...]:
+    """Blocks of an interval, ascending: one after the other, with probability by weight.
+
+    Drawn without replacement as the largest of u^(1/w), u uniform: Efraimidis and Spirakis 2006,
+    https://doi.org/10.1016/j.ipl.2005.11.003, algorithm A. The same wherever it is called.
+
+    Args:
+        seed: Of the run.
+        interval: Number of the interval.
+        num_draws: How many blocks.
+        weights: One for each block, at least ``num_draws`` of them above 0.
+    """
+    generator = random.Random(derive_seed("lisa", seed, interval))
+    logs = [math.log(1 - generator.random()) for _ in weights]  # 1 - u: never the log of 0
+    keys = [
+        (log / weight if weight > 0 else -math.inf, block)
+        for block, (log, weight) in enumerate(zip(logs, weights, strict=True))
+    ]
+    return tuple(sorted(block for _, block in sorted(keys, reverse=True)[:num_draws]))
+
+
+def weight_norms(blocks: Iterable[nn.Module]) -> list[float]:
+    """Norm of all weights of each block together, computed in fp32."""
+    norms = [
+        torch.stack([p.detach().norm(dtype=torch.float32) for p in block.parameters()]).norm()
+        for block in blocks
+    ]
+    return [float(norm) for norm in torch.stack(norms).cpu()]
+
+
+@dataclass(frozen=True)
+class Partition:
+    """The parameters that LISA may switch, each in one place.
+
+    Attributes:
+        always: Trained in every interval.
+        never: Frozen in every interval.
+        blocks: Those of each block; two blocks may share one.
+    """
+
+    always: frozenset[nn.Parameter]
+    never: frozenset[nn.Parameter]
+    blocks: tuple[frozenset[nn.Parameter], ...]
+
+    def trained(self, active: Iterable[int]) -> set[nn.Parameter]:
+        """What trains while the blocks ``active`` do."""
+        return set(self.always).union(*(self.blocks[block] for block in active))
+
+    def frozen(self, active: Iterable[int]) -> set[nn.Parameter]:
+        """The others, without those that were frozen before LISA came."""
+        return set(self.never).union(*self.blocks) - self.trained(active)
+
+
+def partition(
+    pl_module: nn.Module, layers: ModelLayers, *, train_embeddings: bool, train_head: bool
+) -> Partition:
+    """Sort the trainable parameters of a module.
+
+    The head comes with the final norm, the token embedding with all else of the language model that
+    is in no block. A parameter that is also outside of the blocks is not switched with them.
+
+    Raises:
+        ValueError: If embedding and head are one weight of which only one is to train, or if a
+            block has nothing to train.
+    """
+    modules = [layers.head_module, *filter(None, [layers.final_norm])]
+    head = {parameter for module in modules for parameter in module.parameters()}
+    embedding = set(layers.embedding.parameters())
+    if train_embeddings != train_head and embedding & head:
+        rule = "embedding and head of this model are one weight, which trains or does not"
+        way_out = "Give train_embeddings and train_head the same value"
+        raise argument_error("LISA", "train_embeddings", train_embeddings, rule, way_out)
+    prefix = f"{layers.blocks_name}."
+    outside = {
+        parameter
+        for name, parameter in layers.model.named_parameters(remove_duplicate=False)
+        if not name.startswith(prefix)
+    }
+    never = set() if train_head else head
+    never = never if train_embeddings else never | (outside - head)
+    trainable = {parameter for parameter in pl_module.parameters() if parameter.requires_grad}
+    blocks = [trainable & set(block.parameters()) - outside for block in layers.blocks]
+    for name, block in zip(layers.block_names, blocks, strict=True):
+        if not block:
+            rule = f"its block '{name}' has no parameter that requires a gradient"
+            way_out = "Freeze nothing before LISA does: it freezes and releases blocks by itself"
+            raise argument_error("LISA", "model", type(layers.model).__name__, rule, way_out)
+    always = trainable.difference(never, *blocks)
+    return Partition(frozenset(always), frozenset(trainable & never), tuple(map(frozenset, blocks)))
+
+
+def language_model(pl_module: nn.Module, layers_attribute: str | None) -> ModelLayers:
+    """The map of the language model that a module holds, or is.
+
+    Raises:
+        ValueError: If it cannot be read, or holds adapters of PEFT.
+    """
+    _refuse_adapters(pl_module)
+    known = getattr(pl_module, "layers", None)
+    if isinstance(known, ModelLayers):
+        return known if layers_attribute is None else find_layers(known.model, layers_attribute)
+    # Asked of the class: wrappers of models pass attributes on.
+    models = [m for m in pl_module.modules() if hasattr(type(m), "get_output_embeddings")]
+    return find_layers(models[0] if models else pl_module, layers_attribute)
+
+
+def _refuse_adapters(pl_module: nn.Module) -> None:
+    # Nobody has such layers without having imported peft, so we need not import it.
+    tuners: Any = sys.modules.get("peft.tuners.tuners_utils")
+    if tuners is None:
+        return
+    for name, module in pl_module.named_modules():
+        if isinstance(module, tuners.BaseTunerLayer):
+            rule = (
+                f"it holds adapters of PEFT ('{name}'), beside which all other weights are frozen"
+            )
+            way_out = "Merge them with merge_and_unload(), or leave LISA out"
+            raise argument_error("LISA", "model", type(pl_module).__name__, rule, way_out)
+
+
+def num_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors, each counted once."""
+    return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())
