@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer, lr_scheduler
 from typing_extensions import override
@@ -52,12 +53,13 @@ class OptimizerSwap(pl.Callback):
 
     Raises:
         ValueError: Before training, if a pattern matches nothing, if the module has several
-            optimizers, or if its scheduler cannot be built anew.
+            optimizers, if its scheduler cannot be built anew, or under FSDP1 and DeepSpeed.
 
     Example:
         >>> callback = OptimizerSwap(partial(Muon, lr=0.02, adamw_lr=3e-3))
 
-    Note: a run cannot change its optimizer when it is resumed; start it from the weights.
+    Note: a run cannot change its optimizer when it is resumed; start it from the weights. Not with
+    FSDP1 and DeepSpeed, which flatten the parameters.
     """
 
     def __init__(
@@ -78,6 +80,18 @@ class OptimizerSwap(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Take the place of the module's ``configure_optimizers``.
+
+        Raises:
+            ValueError: If the strategy hands the optimizer pieces of flattened parameters.
+        """
+        if isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy)):
+            rule = (
+                f"{type(trainer.strategy).__name__} flattens parameters, so that no matrix can be"
+                " told from the rest"
+            )
+            way_out = "Take strategy='ddp', or ModelParallelStrategy with fully_shard"
+            raise argument_error("OptimizerSwap", "optimizer", "...", rule, way_out)
         if stage == "fit":
             # An attribute of the instance: the class, and so every other module of it, stays.
             theirs = pl_module.configure_optimizers

@@ -192,13 +192,14 @@ class Muon(Optimizer):
             What the closure returned.
 
         Raises:
-            ValueError: If a gradient is sparse.
+            ValueError: If a gradient is sparse, or a parameter of Muon is no matrix any more.
             FloatingPointError: If a gradient is not finite and ``on_nonfinite="raise"``.
         """
         loss, may_step = begin_step(self, closure, self.process_group)
         for group in self.param_groups if may_step else ():
             parameters = [p for p in group["params"] if p.grad is not None]
             if group["use_muon"]:
+                _refuse_no_matrices(group)  # DeepSpeed puts flat ones in their place
                 self._step_matrices(group, parameters)
             else:
                 self._step_others(group, parameters)

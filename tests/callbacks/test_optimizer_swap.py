@@ -9,6 +9,9 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import (
     ConstantLR,
     CosineAnnealingLR,
@@ -27,6 +30,7 @@ from transformers import GPT2LMHeadModel
 
 from lightning_align import Muon, OptimizerSwap, PretrainModule
 from lightning_align.cli import AlignCLI
+from tests.helpers.ranks import ForkedRanks, run_ranks
 from tests.laws.members import HandWritten
 from tests.modules.test_pretrain import fit, gpt2, llama, rows
 
@@ -222,6 +226,46 @@ def test_several_optimizers_are_refused() -> None:
     module = Wrapped(lambda o: [o, torch.optim.SGD(o.param_groups[0]["params"][:1], lr=0.1)])
     with pytest.raises(ValueError, match=r"Wrapped.configure_optimizers returns 2 and must return"):
         fit(module, BATCHES, callbacks=[swap()])
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])
+def test_strategies_that_flatten_parameters_are_refused_by_name(strategy: Any) -> None:
+    trainer = pl.Trainer(accelerator="cpu", logger=False)
+    trainer.strategy.__class__ = strategy  # Lightning builds them on GPUs only
+    rule = rf"OptimizerSwap\(.*{strategy.__name__} flattens parameters.*'ddp'"
+    with pytest.raises(ValueError, match=rule):
+        swap().setup(trainer, Wrapped(), "fit")
+
+
+def test_fsdp2_trains_as_one_process_does() -> None:
+    class Sharded(Wrapped):
+        def configure_model(self) -> None:
+            for block in self.network.transformer.h:
+                fully_shard(block)
+            fully_shard(self.network)
+
+    def on_a_rank(rank: int) -> dict[str, torch.Tensor]:
+        module = Sharded()
+        trainer = fit(
+            module,
+            BATCHES,
+            callbacks=[swap()],
+            devices=2,
+            use_distributed_sampler=False,  # both ranks see what one process sees
+            strategy=ModelParallelStrategy(),
+            plugins=[ForkedRanks(rank, 2)],
+        )
+        assert isinstance(trainer.optimizers[0], Muon)
+        state = trainer.optimizers[0].state
+        weight = module.network.transformer.h[0].attn.c_attn.weight
+        assert isinstance(state[weight]["momentum_buffer"], DTensor)
+        return {name: p.full_tensor().detach() for name, p in module.named_parameters()}
+
+    one = Wrapped()
+    fit(one, BATCHES, callbacks=[swap()])
+    for many in run_ranks(on_a_rank):
+        for name, parameter in one.named_parameters():
+            torch.testing.assert_close(many[name], parameter.detach(), rtol=0, atol=1e-5)
 
 
 def test_patterns_without_a_match_are_refused() -> None:

@@ -364,6 +364,15 @@ def test_a_vector_among_matrices_is_refused_by_name() -> None:
         Muon([{"params": [("w", matrix), ("b", vector)], "use_muon": True}])
 
 
+def test_a_matrix_that_was_flattened_later_is_refused_by_name() -> None:
+    """As DeepSpeed does, with pieces of all parameters in the place of the first."""
+    optimizer = Muon([{"params": [("w", parameters_of([(4, 6)])[0])], "use_muon": True}])
+    (flat,) = optimizer.param_groups[0]["params"] = parameters_of([(24,)])
+    flat.grad = torch.ones(24)
+    with pytest.raises(ValueError, match=r"must hold matrices, and 'w' has the shape \(24,\)"):
+        optimizer.step()
+
+
 def test_one_parameter_twice_is_refused() -> None:
     matrix = parameters_of([(4, 6)])[0]
     with (
