@@ -104,6 +104,8 @@ def find_fault(rows: Sequence[Rows], num_stages: int, num_microbatches: int) -> 
     places = np.full((4, num_stages, num_microbatches), -1)  # where in its row an action stands
     ranks_S = np.full(num_stages, -1)
     for rank, rows_N3 in enumerate(rows):
+        if not len(rows_N3):
+            return f"rank {rank} (row {rank + 1}) has no actions"
         stages, kinds, microbatches = rows_N3.T
         outside = (stages >= num_stages) | (microbatches >= num_microbatches) | (rows_N3 < 0).any(1)
         if outside.any():

@@ -16,7 +16,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from lightning_align._compat_torch import torch_pipeline_rank
 from lightning_align._errors import argument_error
 from lightning_align.pipelining.actions import KINDS, B, F, Ints, Rows, Schedule
 
@@ -127,6 +126,8 @@ def _breadth_first(rank: int, pp: int, m: int, v: int) -> Rows:
 
 def _of_torch(name: str) -> Callable[[int, int, int, int], Rows]:
     def rows(rank: int, pp: int, m: int, v: int) -> Rows:
+        from lightning_align._compat_torch import torch_pipeline_rank  # torch takes a second
+
         actions = torch_pipeline_rank(name, rank, pp, m, v)
         triples = [
             (a.stage_index, KINDS.index(a.computation_type.value), a.microbatch_index)

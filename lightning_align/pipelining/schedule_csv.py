@@ -35,6 +35,8 @@ def read_schedule_csv(
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         rule = f"cannot be read ({error})"
         raise argument_error(where, argument, str(path), rule) from error
+    while lines and not any(lines[-1]):  # empty lines at the end are no ranks
+        lines.pop()
     rows = []
     for rank, cells in enumerate(lines):
         actions: list[Action] = []

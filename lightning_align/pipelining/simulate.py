@@ -126,6 +126,9 @@ def simulate(
             missing = "pp" if pp is None else "num_microbatches"
             raise argument_error(where, missing, None, "must be given with a schedule's name")
         schedule = build_schedule(schedule, pp, num_microbatches, num_stages_per_rank, where=where)
+    elif not (pp is num_microbatches is num_stages_per_rank is None):
+        rule = "has its own numbers of ranks, stages and microbatches"
+        raise argument_error(where, "schedule", schedule.name, rule, "Give no others")
     actions_N3 = np.concatenate(list(schedule.rows))
     cost_KS = action_costs(schedule, forward_cost, backward_cost, weight_cost, where)
     cost_N = cost_KS[actions_N3[:, 1], actions_N3[:, 0]]

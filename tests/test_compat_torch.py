@@ -1,0 +1,19 @@
+"""What we rely on in private APIs of torch, on the pinned version."""
+
+import pytest
+from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
+
+from lightning_align._compat_torch import torch_pipeline_rank
+
+
+@pytest.mark.parametrize("name", ["InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"])
+def test_the_actions_of_a_rank_are_those_that_torch_runs(name: str) -> None:
+    theirs = get_schedule_ops(name, 4, 8)
+    for rank in range(4):
+        flat = [
+            str(part)
+            for action in theirs[rank]
+            if action is not None
+            for part in (action.sub_actions or (action,))
+        ]
+        assert [str(action) for action in torch_pipeline_rank(name, rank, 4, 8, 2)] == flat
