@@ -35,7 +35,6 @@ from lightning_align.optimizers.galore_groups import (
     check_group,
     check_integer,
     is_projected,
-    listed,
     rank_of,
     state_shapes,
     without_rank_if_others_name_it,
@@ -54,9 +53,11 @@ from lightning_align.optimizers.safety import (
     begin_step,
     check_on_nonfinite,
     check_parameters,
+    listed,
     may_use,
     parameter_name,
     refuse_other_shapes,
+    refuse_those_of_other_groups,
     restore_dtypes,
     skipped_steps,
 )
@@ -171,6 +172,7 @@ class GaLoreAdamW(Optimizer):
             group.setdefault("rank", None)
         group["rank_is_asked_for"] = bool(marked) or group.get("rank") is not None
         items = group["params"] = listed(group["params"])
+        refuse_those_of_other_groups(self, items)
         merged = {**self.defaults, **group}
         if isinstance(items, list):  # torch answers a set or something that is no tensor
             merged["params"] = [item[1] if isinstance(item, tuple) else item for item in items]
@@ -183,15 +185,11 @@ class GaLoreAdamW(Optimizer):
     def _check_new(self, group: Group) -> None:
         check_group(group)
         check_parameters(WHERE, group)
-        present = {parameter for _, parameter in self._each()}
         for index, parameter in enumerate(group["params"]):
             if isinstance(parameter, DTensor) and is_projected(group, parameter):
                 rule = "is a DTensor, and a projection needs the whole gradient of a matrix"
                 way_out = "Train with DDP, or with Muon or AdamW"
                 raise argument_error(WHERE, "params", parameter_name(group, index), rule, way_out)
-            if parameter in present:
-                rule = "must be in one group, and is in two"
-                raise argument_error(WHERE, "params", parameter_name(group, index), rule)
 
     @property
     def skipped_steps(self) -> int:

@@ -49,13 +49,6 @@ def state_shapes(group: Group, parameter: Tensor, rank: int | None = None) -> di
     return {"step": torch.Size(), "exp_avg": moments, "exp_avg_sq": moments, **bases}
 
 
-def listed(params: Any) -> Any:
-    """A group's parameters as a list, so that they can be looked at before torch takes them."""
-    if isinstance(params, Tensor):
-        return [params]
-    return params if isinstance(params, set) else list(params)
-
-
 def without_rank_if_others_name_it(params: ParamsT) -> Any:
     """galore-torch's groups: those that name a rank are projected, the others are not."""
     if isinstance(params, (Tensor, dict)):

@@ -37,8 +37,10 @@ from lightning_align.optimizers.safety import (
     check_number,
     check_on_nonfinite,
     check_parameters,
+    listed,
     parameter_name,
     refuse_other_shapes,
+    refuse_those_of_other_groups,
     restore_dtypes,
     skipped_steps,
 )
@@ -165,7 +167,9 @@ class Muon(Optimizer):
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; one that does not say ``use_muon`` may become two."""
-        groups = [dict(param_group)] if "use_muon" in param_group else _sorted(param_group)
+        group = {**param_group, "params": listed(param_group["params"])}
+        refuse_those_of_other_groups(self, group["params"])
+        groups = [group] if "use_muon" in group else _sorted(group)
         for group in groups:
             if not group["use_muon"]:
                 group.setdefault("lr", self.defaults["adamw_lr"])
@@ -287,11 +291,10 @@ def _sorted(group: dict[str, Any]) -> list[dict[str, Any]]:
     params = group["params"]
     if isinstance(params, set):
         return [{**group, "use_muon": True}]  # torch refuses it: a set has no order
-    given = [params] if isinstance(params, Tensor) else list(params)
-    tensors = [item[1] if isinstance(item, tuple) else item for item in given]
+    tensors = [item[1] if isinstance(item, tuple) else item for item in params]
     parts = {
         is_matrix: [
-            item for item, p in zip(given, tensors, strict=True) if (p.ndim == 2) is is_matrix
+            item for item, p in zip(params, tensors, strict=True) if (p.ndim == 2) is is_matrix
         ]
         for is_matrix in (True, False)
     }

@@ -81,6 +81,28 @@ def parameter_name(group: Group, index: int) -> str:
     return f"number {index} of its group, of shape {shape}"
 
 
+def listed(params: Any) -> Any:
+    """A group's parameters as a list, so that they can be looked at before torch takes them."""
+    if isinstance(params, Tensor):
+        return [params]
+    return params if isinstance(params, set) else list(params)  # torch refuses it: no order
+
+
+def refuse_those_of_other_groups(optimizer: Optimizer, params: Any) -> None:
+    """Refuse a parameter that the optimizer has already, by its name, which torch does not tell.
+
+    Raises:
+        ValueError: If there is one among ``params``, a group's parameters as ``listed``.
+    """
+    present = {parameter for _, _, parameter in _each(optimizer)}
+    for index, item in enumerate(params):
+        name, parameter = item if isinstance(item, tuple) else (None, item)
+        if isinstance(parameter, Tensor) and parameter in present:
+            told = repr(name) if name else f"number {index} of its group"
+            rule = "must be in one group, and is in two"
+            raise argument_error(type(optimizer).__name__, "params", told, rule)
+
+
 def check_parameters(where: str, group: Group) -> None:
     """Refuse complex parameters, and one that comes twice.
 

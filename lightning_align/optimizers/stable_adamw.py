@@ -27,7 +27,9 @@ from lightning_align.optimizers.safety import (
     check_number,
     check_on_nonfinite,
     check_parameters,
+    listed,
     refuse_other_shapes,
+    refuse_those_of_other_groups,
     restore_dtypes,
     skipped_steps,
 )
@@ -92,7 +94,9 @@ class StableAdamW(Optimizer):
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, with settings of its own."""
-        super().add_param_group(dict(param_group))
+        group = {**param_group, "params": listed(param_group["params"])}
+        refuse_those_of_other_groups(self, group["params"])
+        super().add_param_group(group)
         _check_settings(self.param_groups[-1])
         check_parameters("StableAdamW", self.param_groups[-1])
 

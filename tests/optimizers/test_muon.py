@@ -380,8 +380,9 @@ def test_one_parameter_twice_is_refused() -> None:
         pytest.raises(ValueError, match=r"must be given once.*build_"),
     ):
         Muon([matrix, matrix])  # the warning is torch's own, which would go on
-    with pytest.raises(ValueError, match="more than one parameter group"):
-        Muon(in_groups([matrix], [matrix]))
+    for named, told in (([("w", matrix)], "'w'"), ([matrix], "number 0 of its group")):
+        with pytest.raises(ValueError, match=rf"{told}.*must be in one group, and is in two"):
+            Muon(in_groups(named, named))
 
 
 def test_complex_parameters_and_sparse_gradients_are_refused() -> None:

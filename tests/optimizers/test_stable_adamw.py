@@ -161,6 +161,12 @@ def test_bad_settings_are_refused_by_name(settings: Any, rule: str) -> None:
         StableAdamW([{"params": parameters_of(), **settings}])
 
 
+def test_a_parameter_of_two_groups_is_refused_by_name() -> None:
+    group = {"params": [("w", parameters_of()[0])]}
+    with pytest.raises(ValueError, match=r"StableAdamW\(params=\"'w'\"\): must be in one group"):
+        StableAdamW([group, dict(group)])
+
+
 def test_complex_parameters_are_refused() -> None:
     with pytest.raises(ValueError, match="real floating-point"):
         StableAdamW([nn.Parameter(torch.zeros(2, dtype=torch.complex64))])
