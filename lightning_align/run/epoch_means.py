@@ -14,24 +14,24 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_align import _compat
+from lightning_align import _compat_resume
 from lightning_align.run.position import next_place
 
 
 def capture_means(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[dict[str, Any]]:
     """What every rank has summed up so far. Collective: every rank must call it."""
     epoch_goes_on = next_place(trainer.fit_loop.state_dict()).batch > 0
-    reset_by_lightning = [] if epoch_goes_on else _compat.logged_metrics_of_epoch(trainer)
+    reset_by_lightning = [] if epoch_goes_on else _compat_resume.logged_metrics_of_epoch(trainer)
     means = {
-        "sums": _compat.capture_logged_sums(trainer) if epoch_goes_on else {},
+        "sums": _compat_resume.capture_logged_sums(trainer) if epoch_goes_on else {},
         "metrics": {
-            name: _compat.capture_metric(metric)
+            name: _compat_resume.capture_metric(metric)
             for name, metric in _metrics(pl_module).items()
             if metric.update_called and not any(metric is reset for reset in reset_by_lightning)
         },
         "latest": {
             name: value.detach().to("cpu", copy=True)
-            for name, value in _compat.latest_metrics(trainer).items()
+            for name, value in _compat_resume.latest_metrics(trainer).items()
             if isinstance(value, Tensor)
         },
     }
@@ -49,7 +49,7 @@ def restore_means(
     if not captured:
         return
     means = captured[min(trainer.global_rank, len(captured) - 1)]
-    _compat.latest_metrics(trainer).update(
+    _compat_resume.latest_metrics(trainer).update(
         {name: value.to(pl_module.device) for name, value in means["latest"].items()}
     )
     if len(captured) != trainer.world_size:
@@ -62,9 +62,9 @@ def restore_means(
     metrics = _metrics(pl_module)
     for name, state in means["metrics"].items():
         if name in metrics:
-            _compat.restore_metric(metrics[name], state)
+            _compat_resume.restore_metric(metrics[name], state)
     if means["sums"]:
-        _compat.restore_logged_sums(trainer, means["sums"])
+        _compat_resume.restore_logged_sums(trainer, means["sums"])
 
 
 def _metrics(pl_module: pl.LightningModule) -> dict[str, Metric]:

@@ -2,17 +2,19 @@
 
 import os
 import warnings
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
-from lightning_align import _compat
+from lightning_align import _compat_resume
+from lightning_align._compat import restart_train_iteration
 from lightning_align._errors import argument_error
 from lightning_align.run.epoch_means import capture_means, restore_means
 from lightning_align.run.loader import PositionedLoader
-from lightning_align.run.position import Place, batches_consumed, next_place
+from lightning_align.run.position import Place, batches_consumed, close_epoch, next_place
 from lightning_align.run.rng import reseed
 from lightning_align.run.state import capture_accumulation, restore_accumulation
 
@@ -65,9 +67,11 @@ class ExactResume(pl.Callback):
         # Lightning looks for a stateful loader; whatever it finds, we make it follow the position.
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that")
         if hasattr(getattr(trainer, "datamodule", None), "position"):
-            _compat.wrap_train_loaders(trainer, None)  # its sampler does so already
+            _compat_resume.wrap_train_loaders(trainer, None)  # its sampler does so already
         else:
-            _compat.wrap_train_loaders(trainer, lambda loaders: self._follow(trainer, loaders))
+            _compat_resume.wrap_train_loaders(
+                trainer, lambda loaders: self._follow(trainer, loaders)
+            )
         # First in line, so that what other callbacks draw for a batch follows the position too.
         trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore[attr-defined]
 
@@ -90,19 +94,21 @@ class ExactResume(pl.Callback):
         restore_accumulation(trainer, pl_module, self._windows)
         restore_means(trainer, pl_module, self._means)
         self._windows, self._means = [], []
-        pending = _compat.load_pending_loader_states(trainer)
-        loaders = _compat.train_loaders(trainer)
+        pending = _compat_resume.load_pending_loader_states(trainer)
+        loaders = _compat_resume.train_loaders(trainer)
         if isinstance(loaders, PositionedLoader) and (
             pending or (self._resumed and loaders.started != self._resumed)
         ):
-            _compat.restart_train_iteration(trainer)
+            restart_train_iteration(trainer)
+        if self._resumed and self._resumed.batch == 0:
+            _compat_resume.begin_epoch(trainer)
         self._resumed = None
         # Reading trainer.estimated_stepping_batches in configure_optimizers starts the loader
         # before Lightning has restored the position: workers would already hold the wrong batches.
         data = getattr(trainer, "datamodule", None)
         start = getattr(getattr(data, "train_sampler", None), "start", None)
         if start is not None and start != getattr(data, "position", start):
-            _compat.restart_train_iteration(trainer)
+            restart_train_iteration(trainer)
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -132,12 +138,16 @@ class ExactResume(pl.Callback):
     ) -> None:
         self._windows = checkpoint.get(_WINDOW_KEY, [])
         self._means = checkpoint.get(_MEANS_KEY, [])
-        if trainer.state.fn == TrainerFn.FITTING and "loops" in checkpoint:
-            self._resumed = next_place(checkpoint["loops"]["fit_loop"])
+        if trainer.state.fn != TrainerFn.FITTING or "loops" not in checkpoint:
+            return
+        loop = checkpoint["loops"]["fit_loop"]
+        self._resumed = next_place(loop)
+        if self._resumed.batch == 0 and loop["epoch_loop.batch_progress"]["is_last_batch"]:
+            close_epoch(loop)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        _compat.wrap_train_loaders(trainer, None)
+        _compat_resume.wrap_train_loaders(trainer, None)
 
     @override
     def state_dict(self) -> dict[str, Any]:

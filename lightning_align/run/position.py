@@ -39,3 +39,24 @@ def next_place(fit_loop: Mapping[str, Any]) -> Place:
         return Place(epochs["processed"] + (not epoch_is_closed and consumed > 0), 0)
     # ``max_steps`` closes an epoch before its end; Lightning resumes with what is left of it.
     return Place(epochs["processed"] - epoch_is_closed, consumed)
+
+
+def close_epoch(fit_loop: dict[str, Any]) -> None:
+    """Let a run that is resumed behind the last batch of an epoch begin the next one, in place.
+
+    Lightning reads such counters in several ways. With ``max_steps`` it trains one batch more in
+    the epoch that has ended, and with a loader without length it goes on counting from there.
+
+    Args:
+        fit_loop: ``checkpoint["loops"]["fit_loop"]`` with ``next_place(fit_loop).batch == 0``.
+    """
+    epochs, batches = fit_loop["epoch_progress"], fit_loop["epoch_loop.batch_progress"]
+    was_open = epochs["current"]["processed"] != epochs["current"]["started"]
+    for counters in (epochs["total"], epochs["current"]):
+        counters.update(dict.fromkeys(counters, counters["processed"] + was_open))
+    if was_open:  # Lightning counts the batch for the loggers after it was saved
+        fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
+    batches["total"].update(dict.fromkeys(batches["total"], batches["total"]["processed"]))
+    batches["current"].update(dict.fromkeys(batches["current"], 0))
+    batches["is_last_batch"] = False
+    fit_loop["state_dict"].pop("combined_loader", None)  # at its end; the next one is a new one

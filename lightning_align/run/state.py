@@ -12,7 +12,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_align._compat import is_accumulating, validation_follows
+from lightning_align._compat import is_accumulating
+from lightning_align._compat_resume import validation_follows
 from lightning_align._errors import argument_error
 
 

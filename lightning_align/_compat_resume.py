@@ -1,0 +1,187 @@
+"""Private APIs of Lightning that resuming and checkpoints touch, with a test each.
+
+A part of ``_compat.py`` with a file of its own, for its length.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.trainer.connectors.logger_connector.result import (
+    _Metadata,
+    _ResultMetric,
+    _Sync,
+)
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.combined_loader import _shutdown_workers_and_reset_iterator
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchmetrics import Metric
+
+
+def begin_epoch(trainer: pl.Trainer) -> None:
+    """Let the loop over batches begin instead of going on; with ``max_steps`` it goes on."""
+    trainer.fit_loop.epoch_loop.restarting = False
+
+
+def load_pending_loader_states(trainer: pl.Trainer) -> bool:
+    """Hand stateful loaders the states of the checkpoint if Lightning has not yet done so.
+
+    It has not where something asked for the loaders before the loops were restored.
+    """
+    loop = trainer.fit_loop
+    pending = bool(loop._combined_loader_states_to_load) and loop.restarting
+    loop._load_combined_loader_states()
+    return pending
+
+
+def wrap_train_loaders(trainer: pl.Trainer, wrap: Callable[[Any], CombinedLoader] | None) -> None:
+    """Let Lightning iterate over ``wrap(what train_dataloader returned)``; None undoes it."""
+    source: Any = trainer.fit_loop._data_source
+    vars(source).pop("dataloader", None)
+    if wrap is not None:
+        request = source.dataloader
+        source.dataloader = lambda: wrap(request())
+
+
+def train_loaders(trainer: pl.Trainer) -> CombinedLoader | None:
+    """What the training loop iterates over."""
+    return trainer.fit_loop._combined_loader
+
+
+def combined_mode(loaders: CombinedLoader) -> str:
+    """How several loaders are combined."""
+    return loaders._mode
+
+
+def shut_down_workers(loader: DataLoader[Any]) -> None:
+    """End persistent workers, so that the next iteration starts new ones."""
+    _shutdown_workers_and_reset_iterator(loader)
+
+
+def validation_follows(trainer: pl.Trainer) -> bool:
+    """Whether a validation runs between this training batch and the next one."""
+    fetcher = trainer.fit_loop._data_fetcher
+    return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+
+
+_PLAIN_METADATA = (
+    *("fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "enable_graph"),
+    *("add_dataloader_idx", "dataloader_idx", "metric_attribute"),
+)
+_SUMS = ("value", "cumulated_batch_size")
+
+
+def capture_logged_sums(trainer: pl.Trainer) -> dict[str, dict[str, Any]]:
+    """What ``self.log`` has summed up in this training epoch, as plain data."""
+    captured = {}
+    for key, result in trainer.fit_loop.epoch_loop._results.items():
+        meta = result.meta
+        if meta.sync.group is not None:
+            continue  # a process group cannot be written down
+        plain = {name: getattr(meta, name) for name in _PLAIN_METADATA}
+        sums = {name: getattr(result, name, None) for name in _SUMS} if result.is_tensor else {}
+        captured[key] = {
+            **plain,
+            "reduce_fx": meta.reduce_fx.__name__,
+            "sync_dist": meta.sync.should,
+            "rank_zero_only": meta.sync.rank_zero_only,
+            "is_tensor": result.is_tensor,
+            "has_reset": result.has_reset,
+            "updates": result._update_count,
+            "sums": {
+                name: value.detach().to("cpu", copy=True)
+                for name, value in sums.items()
+                if value is not None
+            },
+        }
+    return captured
+
+
+def restore_logged_sums(trainer: pl.Trainer, captured: dict[str, dict[str, Any]]) -> None:
+    """Let ``self.log`` go on with what it had summed up."""
+    module = trainer.lightning_module
+    for key, plain in captured.items():
+        meta = _Metadata(
+            **{name: plain[name] for name in _PLAIN_METADATA},
+            reduce_fx=getattr(torch, plain["reduce_fx"]),
+        )
+        meta.sync = _Sync(
+            fn=trainer.strategy.reduce,
+            _should=plain["sync_dist"],
+            rank_zero_only=plain["rank_zero_only"],
+        )
+        result = _ResultMetric(meta, plain["is_tensor"])
+        for name, value in plain["sums"].items():
+            setattr(result, name, value.to(module.device, copy=True))
+        if not plain["is_tensor"]:
+            result.value = module.get_submodule(plain["metric_attribute"])
+        result.has_reset, result._update_count = plain["has_reset"], plain["updates"]
+        trainer.fit_loop.epoch_loop._results[key] = result
+    # In the first batch of a process Lightning empties what a hook has logged before.
+    trainer._logger_connector._first_loop_iter = False
+
+
+def logged_metrics_of_epoch(trainer: pl.Trainer) -> list[Metric]:
+    """The torchmetrics objects that ``self.log`` was given; Lightning resets them at its end."""
+    results = trainer.fit_loop.epoch_loop._results.values()
+    return [result.value for result in results if not result.is_tensor]
+
+
+def capture_metric(metric: Metric) -> dict[str, Any]:
+    """State of a torchmetrics object, which ``state_dict`` leaves out by default."""
+    states = {
+        name: [item.detach().to("cpu", copy=True) for item in value]
+        if isinstance(value, list)
+        else value.detach().to("cpu", copy=True)
+        for name, value in metric.metric_state.items()
+    }
+    return {"updates": metric._update_count, "states": states}
+
+
+def restore_metric(metric: Metric, captured: dict[str, Any]) -> None:
+    """Put the state of ``capture_metric`` back."""
+    for name, value in captured["states"].items():
+        moved = (
+            [item.to(metric.device, copy=True) for item in value]
+            if isinstance(value, list)
+            else value.to(metric.device, copy=True)
+        )
+        setattr(metric, name, moved)
+    metric._update_count, metric._computed = captured["updates"], None
+
+
+def latest_metrics(trainer: pl.Trainer) -> dict[str, Tensor]:
+    """What monitors see, kept from one epoch to the next; the dictionary itself."""
+    return trainer._logger_connector._callback_metrics
+
+
+def resolve_checkpoint_dir(callback: ModelCheckpoint, trainer: pl.Trainer) -> Any:
+    """The folder that a ModelCheckpoint writes to, from dirpath, logger or default_root_dir."""
+    return callback._ModelCheckpoint__resolve_ckpt_dir(trainer)  # type: ignore[attr-defined]
+
+
+def dump_checkpoint(trainer: pl.Trainer, weights_only: bool) -> dict[str, Any]:
+    """What ``trainer.save_checkpoint`` would write. Collective where the strategy's state is."""
+    return trainer._checkpoint_connector.dump_checkpoint(weights_only)
+
+
+def wandb_run_id(trainer: pl.Trainer) -> str | None:
+    """Id of the W&B run that the trainer logs to, if it does and it has begun."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            return logger._experiment.id if logger._experiment is not None else logger._id
+    return None
+
+
+def continue_wandb_run(trainer: pl.Trainer, run_id: str) -> None:
+    """Let a W&B logger that was given no id, and has not begun a run, go on with one."""
+    for logger in trainer.loggers:
+        if not isinstance(logger, WandbLogger) or "WANDB_RUN_ID" in os.environ:
+            continue
+        if logger._experiment is None and logger._wandb_init.get("id") is None:
+            logger._wandb_init["id"] = logger._id = run_id

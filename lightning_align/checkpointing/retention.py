@@ -1,0 +1,130 @@
+"""Which checkpoints of a run are kept: the best k by a score, and the newest if asked for.
+
+A checkpoint counts once it is durable. One that is still being written takes part in the decision
+whether another is worth saving, but nothing is given up for it before it is committed.
+"""
+
+import math
+import threading
+from typing import Any
+
+
+class Retention:
+    """The checkpoints of one folder; commits may come from another thread.
+
+    Args:
+        save_top_k: Number of checkpoints to keep by score; -1 keeps all, 0 none.
+        mode: Whether the ``min`` or the ``max`` score is best.
+        keep_newest: Whether the newest is kept whatever its score.
+    """
+
+    def __init__(self, save_top_k: int, mode: str, keep_newest: bool) -> None:
+        self.save_top_k, self.keep_newest = save_top_k, keep_newest
+        self._sign = 1.0 if mode == "min" else -1.0
+        self._ranked: dict[str, float] = {}  # committed -> score
+        self._pending: dict[str, float | None] = {}  # being written -> score; None: newest only
+        self._stored: dict[str, None] = {}  # committed and not given up, in order
+        self._protected: set[str] = set()
+        self._lock = threading.RLock()
+
+    @property
+    def ranked(self) -> dict[str, float]:
+        """Committed checkpoints that are kept for their score, the best first."""
+        with self._lock:
+            return dict(sorted(self._ranked.items(), key=lambda item: self._cost(item[1])))
+
+    @property
+    def newest(self) -> str:
+        """The newest committed checkpoint, or an empty string."""
+        with self._lock:
+            return next(reversed(self._stored), "")
+
+    def admits(self, score: float) -> bool:
+        """Whether a checkpoint of this score would be among the best.
+
+        Args:
+            score: The monitored value.
+        """
+        with self._lock:
+            waiting = {name: s for name, s in self._pending.items() if s is not None}
+            rivals = sorted(map(self._cost, {**self._ranked, **waiting}.values()))
+        if self.save_top_k < 0 or len(rivals) < self.save_top_k:
+            return True
+        return self.save_top_k > 0 and self._cost(score) < rivals[self.save_top_k - 1]
+
+    def begin(self, name: str, score: float | None) -> None:
+        """A checkpoint is about to be written.
+
+        Args:
+            name: Its name.
+            score: Its score, or None if it is only kept as the newest.
+        """
+        with self._lock:
+            self._pending[name] = score
+
+    def drop(self, name: str) -> None:
+        """A checkpoint will not be committed after all.
+
+        Args:
+            name: Its name.
+        """
+        with self._lock:
+            self._pending.pop(name, None)
+
+    def commit(self, name: str) -> list[str]:
+        """A checkpoint is durable; returns those that need not be kept any longer.
+
+        Args:
+            name: Its name.
+        """
+        with self._lock:
+            score = self._pending.pop(name, None)
+            self._stored.pop(name, None)
+            self._stored[name] = None
+            if score is not None:
+                self._ranked[name] = score
+            if self.save_top_k >= 0:
+                self._ranked = dict(list(self.ranked.items())[: self.save_top_k])
+            kept = {*self._ranked, *self._protected, *([name] if self.keep_newest else [])}
+            surplus = [stored for stored in self._stored if stored not in kept]
+            for stored in surplus:
+                del self._stored[stored]
+            return surplus
+
+    def protect(self, name: str) -> None:
+        """Never give up this one.
+
+        Args:
+            name: Its name.
+        """
+        self._protected.add(name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint has to say; what is pending may have been committed when it is read."""
+        with self._lock:
+            return {
+                "ranked": dict(self._ranked),
+                "pending": dict(self._pending),
+                "stored": list(self._stored),
+            }
+
+    def load_state_dict(self, state: dict[str, Any], committed: set[str]) -> list[str]:
+        """Go on from ``state_dict``; returns those that need not be kept any longer.
+
+        Args:
+            state: What ``state_dict`` returned.
+            committed: Names of the checkpoints that are there now.
+        """
+        surplus = []
+        with self._lock:
+            self._stored = {name: None for name in state["stored"] if name in committed}
+            self._ranked = {n: score for n, score in state["ranked"].items() if n in committed}
+            for name, score in state["pending"].items():
+                if name in committed:
+                    self._pending[name] = score
+                    surplus += self.commit(name)
+        return surplus
+
+    def _cost(self, score: float) -> float:
+        """Lower is better; NaN is worst."""
+        return math.inf if math.isnan(score) else self._sign * score
