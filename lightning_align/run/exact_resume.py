@@ -69,9 +69,7 @@ class ExactResume(pl.Callback):
         if hasattr(getattr(trainer, "datamodule", None), "position"):
             _compat_resume.wrap_train_loaders(trainer, None)  # its sampler does so already
         else:
-            _compat_resume.wrap_train_loaders(
-                trainer, lambda loaders: self._follow(trainer, loaders)
-            )
+            _compat_resume.wrap_train_loaders(trainer, partial(self._follow, trainer))
         # First in line, so that what other callbacks draw for a batch follows the position too.
         trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore[attr-defined]
 
