@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lightning_align import data, layers, losses, run
+    from lightning_align.callbacks.async_checkpoint import AsyncCheckpoint
     from lightning_align.callbacks.generate_samples import GenerateSamples
     from lightning_align.callbacks.lisa import LISA
     from lightning_align.callbacks.metric_plot import MetricPlot
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LISA",
+    "AsyncCheckpoint",
     "ConversationDataModule",
     "DPOModule",
     "ExactResume",
@@ -56,6 +58,7 @@ __all__ = [
 
 # Public name -> the module that defines it.
 _HOMES = {
+    "AsyncCheckpoint": "lightning_align.callbacks.async_checkpoint",
     "ConversationDataModule": "lightning_align.modules.conversation_data",
     "DPOModule": "lightning_align.modules.dpo",
     "ExactResume": "lightning_align.run.exact_resume",

@@ -12,6 +12,7 @@ from typing_extensions import override
 import lightning_align
 
 # Imported so that their short names work in YAML: `class_path: PretrainModule`.
+from lightning_align.callbacks.async_checkpoint import AsyncCheckpoint
 from lightning_align.callbacks.generate_samples import GenerateSamples
 from lightning_align.callbacks.lisa import LISA
 from lightning_align.callbacks.metric_plot import MetricPlot
@@ -34,6 +35,7 @@ from lightning_align.run.exact_resume import ExactResume
 __all__ = [
     "LISA",
     "AlignCLI",
+    "AsyncCheckpoint",
     "ConversationDataModule",
     "DPOModule",
     "ExactResume",
