@@ -49,6 +49,7 @@ COMMANDS = {
     "recipes": Command("List, print and copy configurations.", "lightning_align.recipes"),
     "generate": Command("Write text with a trained model.", "lightning_align.generate"),
     "export": Command("Write a checkpoint as a Hugging Face folder.", "lightning_align.export"),
+    "schedule": Command("Simulate and draw a pipeline.", "lightning_align.schedule_command"),
     "completion": Command("Print a completion script.", "lightning_align.completion"),
     "demo": Command("The whole job on a novel, in a few minutes.", "lightning_align.demo.run"),
 }
