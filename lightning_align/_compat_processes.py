@@ -1,0 +1,61 @@
+"""Private APIs of Lightning and torch that a strategy of several processes needs, with a test each.
+
+A part of ``_compat.py``; ``tests/test_compat.py`` covers both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.distributed import (
+    _get_default_process_group_backend_for_device,
+    _init_dist_connection,
+)
+from lightning.pytorch.strategies.launchers import (
+    _MultiProcessingLauncher,
+    _SubprocessScriptLauncher,
+)
+from lightning_utilities.core import rank_zero
+from torch import Tensor
+
+
+def subprocess_launcher(environment: Any, num_processes: int, num_nodes: int) -> Any:
+    """Lightning's launcher that runs the script again for each further process."""
+    return _SubprocessScriptLauncher(environment, num_processes, num_nodes)
+
+
+def multiprocessing_launcher(strategy: Any, start_method: Any) -> Any:
+    """Lightning's launcher that forks or spawns the processes."""
+    return _MultiProcessingLauncher(strategy, start_method=start_method)
+
+
+def join_process_group(
+    environment: Any, device: torch.device, backend: str | None, timeout: timedelta
+) -> None:
+    """Make the processes one group, unless they are one already."""
+    backend = backend or _get_default_process_group_backend_for_device(device)
+    device_id = device if device.type != "cpu" else None
+    _init_dist_connection(environment, backend, timeout=timeout, device_id=device_id)
+
+
+def share_overflow(scaler: torch.amp.GradScaler, add_up: Callable[[Tensor], Any]) -> None:
+    """Let a loss scaler count what ``add_up`` brings from other ranks as its own overflow."""
+    unscale = scaler.unscale_
+
+    def unscale_(optimizer: torch.optim.Optimizer) -> None:
+        unscale(optimizer)
+        found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+        if not found:  # no parameter of this rank has a gradient
+            found[torch.device("cpu")] = torch.zeros(1)
+        for value in found.values():
+            add_up(value)
+
+    vars(scaler)["unscale_"] = unscale_
+
+
+def set_rank(rank: int) -> None:
+    """Tell ``rank_zero_only``, which all of Lightning shares, which rank this is."""
+    vars(rank_zero.rank_zero_only)["rank"] = rank

@@ -1,0 +1,125 @@
+"""What a pipeline refuses, before it trains anything."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import distributed
+from torch.optim import Optimizer
+
+from lightning_align import _compat_processes
+from lightning_align._errors import argument_error
+from lightning_align.strategies.chain import WHERE
+from lightning_align.strategies.microbatches import count_that_divides
+from lightning_align.strategies.runtime import SCHEDULES
+
+_REFUSED_CALLBACKS = ("LISA", "LayerwiseStep", "StochasticWeightAveraging", "WeightAveraging")
+
+
+def check_arguments(
+    schedule: str, num_microbatches: int | None, num_stages_per_rank: int | None
+) -> bool:
+    """Check arguments; returns whether the schedule is for several stages on each rank.
+
+    Raises:
+        ValueError: If one is out of its range.
+    """
+    if schedule not in SCHEDULES:
+        raise argument_error(WHERE, "schedule", schedule, f"must be one of {list(SCHEDULES)}")
+    for name, value in (
+        ("num_microbatches", num_microbatches),
+        ("num_stages_per_rank", num_stages_per_rank),
+    ):
+        if value is not None and value < 1:
+            raise argument_error(WHERE, name, value, "must be at least 1")
+    several = SCHEDULES[schedule]
+    if not several and num_stages_per_rank not in (None, 1):
+        rule = f"{schedule} has one stage on each rank"
+        way_out = "Use schedule='Interleaved1F1B'"
+        raise argument_error(WHERE, "num_stages_per_rank", num_stages_per_rank, rule, way_out)
+    if several and num_stages_per_rank == 1:
+        rule = f"{schedule} needs at least 2 stages on each rank"
+        raise argument_error(WHERE, "num_stages_per_rank", 1, rule, "Use schedule='1F1B'")
+    return several
+
+
+def check_module(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Refuse what a pipeline cannot train.
+
+    Raises:
+        ValueError: If the module or a callback of the trainer cannot work with it.
+    """
+    name = type(module).__name__
+    if not module.automatic_optimization:
+        rule = "it optimizes manually, and a pipeline propagates back by its schedule"
+        raise argument_error(WHERE, "model", name, rule, "Use automatic optimization")
+    if reason := getattr(module, "pipeline_refusal", None):
+        raise argument_error(WHERE, "model", name, reason, "Use another strategy")
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if type(callback).__name__ in _REFUSED_CALLBACKS:
+            rule = (
+                f"{type(callback).__name__} does not work with it: a rank holds a part of the model"
+            )
+            way_out = "Leave the callback out, or use another strategy"
+            raise argument_error(WHERE, "schedule", "...", rule, way_out)
+
+
+def check_optimizers(optimizers: list[Optimizer]) -> None:
+    """Refuse optimizers that a pipeline cannot step.
+
+    Raises:
+        ValueError: If there are several, or one calls its closure more than once.
+    """
+    if len(optimizers) > 1:
+        rule = "the module must have one optimizer"
+        way_out = "Put its parameters into groups of one optimizer"
+        raise argument_error(WHERE, "optimizers", len(optimizers), rule, way_out)
+    if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
+        rule = "it evaluates the loss several times in a step, and a pipeline once"
+        raise argument_error(WHERE, "optimizers", "LBFGS", rule, "Use another optimizer")
+
+
+def check_count(schedule: str, num_stages: int, num_ranks: int, wanted: int | None) -> None:
+    """Refuse a number of micro-batches that the schedule cannot run.
+
+    Raises:
+        ValueError: If it is too small, or no multiple of the schedule's rounds.
+    """
+    if wanted is None:
+        return
+    rounds = max(1, wanted // num_ranks)
+    if schedule == "1F1B" and wanted < num_stages:
+        rule = f"1F1B needs at least as many micro-batches as stages, {num_stages}"
+        raise argument_error(WHERE, "num_microbatches", wanted, rule, "Use schedule='GPipe'")
+    if schedule == "Interleaved1F1B" and wanted % rounds:
+        rule = f"Interleaved1F1B needs a multiple of {rounds} micro-batches"
+        way_out = f"Use {wanted - wanted % num_ranks}"
+        raise argument_error(WHERE, "num_microbatches", wanted, rule, way_out)
+
+
+def check_batch(trainer: pl.Trainer, rows: int, wanted: int | None) -> None:
+    """Refuse a number of micro-batches that the loader's batches cannot be cut into.
+
+    A ragged last batch is another matter: it is cut into fewer.
+
+    Raises:
+        ValueError: If full batches are no multiple of it.
+    """
+    loader: Any = trainer.train_dataloader
+    sampler = getattr(loader, "sampler", None)
+    full = getattr(loader, "batch_size", None) or getattr(sampler, "batch_size", None) or rows
+    if wanted is not None and full % wanted:
+        rule = f"batches of {full} rows cannot be cut into as many equal parts"
+        way_out = f"Use {count_that_divides(full, wanted)}, or another batch_size"
+        raise argument_error(WHERE, "num_microbatches", wanted, rule, way_out)
+
+
+def agree_on_overflow(precision: Any, group: distributed.ProcessGroup) -> None:
+    """Let all stages skip the optimizer step if the gradients of one have overflown in fp16."""
+    scaler = getattr(precision, "scaler", None)
+    if scaler is not None:
+        add_up = partial(distributed.all_reduce, group=group)
+        _compat_processes.share_overflow(scaler, add_up)

@@ -1,0 +1,53 @@
+"""Processes of a strategy: how they are started, and how they become one group."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric.utilities.seed import reset_seed
+from torch import distributed
+
+from lightning_align import _compat_processes
+
+
+def launcher(strategy: Any) -> Any:
+    """What starts the processes, or None where torchrun or a cluster has."""
+    environment = strategy.cluster_environment
+    if strategy.start_method != "popen":
+        return _compat_processes.multiprocessing_launcher(strategy, strategy.start_method)
+    if environment.creates_processes_externally:
+        return None
+    return _compat_processes.subprocess_launcher(
+        environment, strategy.num_processes, strategy.num_nodes
+    )
+
+
+def join_ranks(strategy: Any) -> None:
+    """Make the processes one group, unless they are."""
+    reset_seed()
+    environment = strategy.cluster_environment
+    environment.set_global_rank(strategy.node_rank * strategy.num_processes + strategy.local_rank)
+    environment.set_world_size(strategy.num_nodes * strategy.num_processes)
+    _compat_processes.set_rank(strategy.global_rank)
+    _compat_processes.join_process_group(
+        environment, strategy.root_device, strategy.process_group_backend, strategy.timeout
+    )
+
+
+def agree_on_generators(device: torch.device) -> None:
+    """Bring the generators of all ranks to one seed if they have different ones; collective.
+
+    A shuffled data loader draws its order from them, and all ranks must load the same batches.
+    """
+    seed = torch.tensor([torch.initial_seed() % 2**63, random.getrandbits(1)], device=device)
+    first = seed.clone()
+    distributed.broadcast(first, 0)
+    differs = (seed[:1] != first[:1]).long()
+    distributed.all_reduce(differs)
+    if differs:
+        torch.manual_seed(int(first[0]))
+        random.seed(int(first[0]))
+        np.random.seed(int(first[0]) % 2**32)

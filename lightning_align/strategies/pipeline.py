@@ -1,0 +1,406 @@
+"""Pipeline parallelism: the layers of a model on several devices, the batch in micro-batches.
+
+torch.distributed.pipelining has the schedules and sends the tensors; what it leaves open is here:
+where an ordinary LightningModule is cut, one loss and one log on all ranks, gradient accumulation,
+clipping, tied weights, changing shapes, checkpoints, and failures that end every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_align import _compat
+from lightning_align._errors import argument_error
+from lightning_align.pipelining import partition, partition_table
+from lightning_align.strategies import failure, launching, stage_state
+from lightning_align.strategies.chain import WHERE, Chain, layer_chain
+from lightning_align.strategies.checks import (
+    agree_on_overflow,
+    check_arguments,
+    check_batch,
+    check_count,
+    check_module,
+    check_optimizers,
+)
+from lightning_align.strategies.decoder_chain import DecoderChain, has_decoder
+from lightning_align.strategies.microbatches import batch_rows, count_that_divides
+from lightning_align.strategies.runtime import Runtime
+from lightning_align.strategies.stage_parameters import StageParameters, move_here
+from lightning_align.strategies.steps import PipelineSteps
+
+_CHECKED_BATCHES = 3  # of each loop, that all ranks have the same
+
+
+class PipelineStrategy(ParallelStrategy):
+    """Train an ordinary LightningModule with its layers spread over several processes.
+
+    The batch of a step is cut into micro-batches, which follow each other through the stages. Every
+    rank loads the same batch; the last stage runs the module's own step on each micro-batch, and
+    what it logs is logged on every rank. A module names its chain of layers with
+    ``pipeline_layers()`` (and what the first is called with by ``pipeline_inputs(batch)``, if that
+    is not what its step passes on), or holds all its parameters in one ``nn.Sequential``;
+    ``PretrainModule`` is cut between the blocks of its decoder. A loss that is a mean is averaged
+    over micro-batches, weighted by ``pipeline_microbatch_weight(batch)`` if the module has it; one
+    that is a sum (``loss_reduction = "sum"`` on the module) is added up.
+
+    Args:
+        schedule: ``"GPipe"``, ``"1F1B"`` or ``"Interleaved1F1B"``.
+        num_microbatches: Micro-batches of a batch; None takes the most, up to four for each stage,
+            that the batch can be cut into.
+        num_stages_per_rank: Stages on each rank; None means 1, and 2 for an interleaved schedule.
+        pipeline_parallel_size: Ranks of the pipeline; ``"auto"`` means all.
+        partition_method: ``"parameters"`` balances the stages' parameters, ``"uniform"`` their
+            layers, ``"type:<regex>"`` the layers whose class matches; a list is the number of
+            layers of each stage.
+        schedule_csv: File with the actions of every rank in torch's format, in place of
+            ``schedule``.
+        timeout: How long a rank waits for its peers before all end.
+        process_group_backend: torch's name of the backend; None chooses by device.
+        start_method: How processes are started where they are not there yet: ``"popen"``,
+            ``"spawn"``, ``"fork"`` or ``"forkserver"``.
+
+    Raises:
+        ValueError: If a value is out of its range.
+
+    Example:
+        >>> strategy = PipelineStrategy(schedule="1F1B", num_microbatches=8)
+
+    Note: manual optimization, several optimizers, LBFGS and callbacks that freeze or thaw layers
+    are refused at set-up.
+    """
+
+    strategy_name = "pipeline"
+
+    def __init__(
+        self,
+        schedule: str = "1F1B",
+        num_microbatches: int | None = None,
+        num_stages_per_rank: int | None = None,
+        pipeline_parallel_size: int | Literal["auto"] = "auto",
+        partition_method: str | list[int] = "parameters",
+        schedule_csv: str | None = None,
+        timeout: timedelta = timedelta(minutes=10),
+        process_group_backend: str | None = None,
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+    ) -> None:
+        super().__init__()
+        several = check_arguments(schedule, num_microbatches, num_stages_per_rank)
+        self.schedule = schedule
+        self.num_microbatches = num_microbatches
+        self.num_stages_per_rank = num_stages_per_rank or (2 if several else 1)
+        self.pipeline_parallel_size = pipeline_parallel_size
+        self.partition_method = partition_method
+        self.schedule_csv = schedule_csv
+        self.timeout = timeout
+        self.process_group_backend = process_group_backend
+        self.start_method = start_method
+        self.num_nodes = 1
+        self.table = ""
+        self._chain: Chain | None = None
+        self._parameters: StageParameters | None = None
+        self._steps: PipelineSteps | None = None
+        self._gradients = 0
+        self._checked: dict[str, int] = {}
+
+    # Processes
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def num_processes(self) -> int:
+        """Processes on this node."""
+        return len(self.parallel_devices or [])
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        # Parts of one model see the same samples.
+        return {"num_replicas": 1, "rank": 0}
+
+    @override
+    def _configure_launcher(self) -> None:
+        self._launcher = launching.launcher(self)
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        launching.join_ranks(self)
+        size = self.pipeline_parallel_size
+        if size not in ("auto", self.world_size):
+            rule = f"with one data-parallel replica it must be the world size, {self.world_size}"
+            way_out = "Leave it at 'auto', or set devices to it"
+            raise argument_error(WHERE, "pipeline_parallel_size", size, rule, way_out)
+        names = ("data_parallel", "pipeline")
+        shape = (1, self.world_size)
+        self.device_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
+        assert self.lightning_module is not None
+        self.lightning_module._device_mesh = self.device_mesh
+
+    # Set-up
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        module, accelerator = self.lightning_module, self.accelerator
+        assert module is not None
+        assert accelerator is not None
+        accelerator.setup(trainer)
+        check_module(trainer, module)
+        group = self.device_mesh.get_group("pipeline")
+        chain = DecoderChain(module) if has_decoder(module) else layer_chain(module)
+        stretches = self._cut(chain, distributed.get_world_size(group))
+        check_count(self.schedule, len(stretches), self.world_size, self.num_microbatches)
+        self._chain = chain
+        self._parameters = StageParameters(chain, stretches, group)
+        self._parameters.leave_others_on_meta()
+        self.model = self.precision_plugin.convert_module(module)
+        self.model_to_device()
+        self._parameters.agree_on_shared()
+        runtime = Runtime(
+            chain, stretches, self.schedule, self.schedule_csv, group, self.root_device
+        )
+        self._steps = PipelineSteps(chain, runtime)
+        self._checked.clear()
+        launching.agree_on_generators(self.root_device)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+            check_optimizers(self.optimizers)
+        self.setup_precision_plugin()
+        agree_on_overflow(self.precision_plugin, group)
+        # Lightning clips by the norm of what a rank holds.
+        vars(self.precision_plugin)["clip_grad_by_norm"] = self._clip_by_norm
+
+    def _cut(self, chain: Chain, num_ranks: int) -> list[tuple[int, int]]:
+        costs = [float(_count(chain.owned(i, i + 1))) for i in range(len(chain.layers))]
+        first, last = float(_count(chain.before)), float(_count(chain.after))
+        costs[0], costs[-1] = costs[0] - first, costs[-1] - last
+        stretches = partition(
+            costs,
+            num_ranks * self.num_stages_per_rank,
+            self.partition_method,
+            type_names=[type(layer).__name__ for layer in chain.layers],
+            first_cost=first,
+            last_cost=last,
+            where=WHERE,
+            stages_argument="num_stages_per_rank" if self.num_stages_per_rank > 1 else "devices",
+        )
+        self.table = partition_table(
+            stretches, costs, first_cost=first, last_cost=last, num_ranks=num_ranks
+        )
+        rank_zero_info(f"PipelineStrategy, {self.schedule}:\n{self.table}")
+        return stretches
+
+    @override
+    def model_to_device(self) -> None:
+        assert self.model is not None
+        device = self.root_device
+        move_here(self.model, device)
+
+    # Steps
+
+    @property
+    def schedule_in_use(self) -> str:
+        """Name of the schedule that the latest batch ran under."""
+        assert self._steps is not None
+        return self._steps.runtime.schedule_in_use
+
+    def _count_for(self, batch: Any) -> int:
+        assert self._steps is not None
+        num_stages = self._steps.runtime.num_stages
+        wanted = self.num_microbatches or (1 if num_stages == 1 else 4 * num_stages)
+        return count_that_divides(batch_rows(batch), wanted)
+
+    def _check_batch(self, loop: str, batch: Any) -> None:
+        """The first batches of a loop: the same on all ranks, and to be cut as asked for."""
+        assert self._steps is not None
+        checked = self._checked.get(loop, 0)
+        if checked < _CHECKED_BATCHES:
+            self._checked[loop] = checked + 1
+            self._steps.check_same(batch)
+        if loop == "train" and checked == 0:
+            trainer = self.lightning_module.trainer  # type: ignore[union-attr]
+            check_batch(trainer, batch_rows(batch), self.num_microbatches)
+
+    @override
+    def training_step(self, batch: Any, *rest: Any, **kwargs: Any) -> Tensor:
+        assert self._steps is not None
+        assert self._parameters is not None
+        module = self.lightning_module
+        assert module is not None
+        trainer: Any = module.trainer
+        self._check_batch("train", batch)
+        window = trainer.accumulate_grad_batches
+        if trainer.fit_loop.epoch_loop.batch_idx % window == 0:
+            # Lightning zeroes gradients after training_step, when the schedule has made new ones.
+            for parameter in module.parameters():
+                parameter.grad = None
+        scaler = getattr(self.precision_plugin, "scaler", None)
+        loss = self._steps.train(
+            batch,
+            (*rest, *kwargs.values()),
+            self._count_for(batch),
+            context=self.precision_plugin.train_step_context,
+            factor=1 / window,
+            scale=scaler.scale if scaler is not None else lambda value: value,
+        )
+        if not _compat.is_accumulating(trainer):
+            self._parameters.sum_shared_gradients()
+        self._gradients = sum(p.grad is not None for p in module.parameters())
+        for optimizer in self.optimizers:
+            vars(optimizer)["zero_grad"] = _nothing  # until backward
+        return loss
+
+    @override
+    def backward(
+        self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """The hooks around backward; the schedule has done the work."""
+        module = self.lightning_module
+        assert module is not None
+        for muted in self.optimizers:
+            vars(muted).pop("zero_grad", None)
+        if sum(p.grad is not None for p in module.parameters()) != self._gradients:
+            name = f"{type(module).__name__}.optimizer_zero_grad"
+            rule = "must zero gradients through optimizer.zero_grad only"
+            raise argument_error(WHERE, "model", name, rule, "Remove the override")
+        self.pre_backward(closure_loss)
+        closure_loss = self.precision_plugin.pre_backward(closure_loss, module)
+        closure_loss = self.precision_plugin.post_backward(closure_loss, module)
+        self.post_backward(closure_loss)
+        return closure_loss
+
+    @override
+    def validation_step(self, batch: Any, *rest: Any, **kwargs: Any) -> Any:
+        return self._evaluate("validation", batch, (*rest, *kwargs.values()))
+
+    @override
+    def test_step(self, batch: Any, *rest: Any, **kwargs: Any) -> Any:
+        return self._evaluate("test", batch, (*rest, *kwargs.values()))
+
+    @override
+    def predict_step(self, batch: Any, *rest: Any, **kwargs: Any) -> Any:
+        return self._evaluate("predict", batch, (*rest, *kwargs.values()))
+
+    def _evaluate(self, loop: str, batch: Any, rest: tuple[Any, ...]) -> Any:
+        assert self._steps is not None
+        self._check_batch(loop, batch)
+        contexts: dict[str, Callable[[], Any]] = {
+            "validation": self.precision_plugin.val_step_context,
+            "test": self.precision_plugin.test_step_context,
+            "predict": self.precision_plugin.predict_step_context,
+        }
+        step = getattr(self.lightning_module, f"{loop}_step")
+        count = self._count_for(batch)
+        return self._steps.evaluate(step, batch, rest, count, context=contexts[loop])
+
+    # Gradients
+
+    def total_grad_norm(self) -> Tensor:
+        """Norm of the gradients of all stages; collective."""
+        assert self._parameters is not None
+        return self._parameters.total_norm()
+
+    def _clip_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
+        assert self._parameters is not None
+        parameters = self.precision_plugin.main_params(optimizer)
+        self._parameters.clip_by_norm(parameters, clip_val)
+
+    # Collectives
+
+    @override
+    def barrier(self, name: str | None = None) -> None:
+        if distributed.is_initialized():
+            distributed.barrier()
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        box = [obj]
+        if distributed.is_initialized():
+            distributed.broadcast_object_list(box, src)
+        return box[0]
+
+    @override
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Over the data-parallel replicas, of which there is one: every rank has the value."""
+        return tensor
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        value = torch.tensor(int(decision), device=self.root_device)
+        op = distributed.ReduceOp.MIN if all else distributed.ReduceOp.MAX
+        if distributed.is_initialized():
+            distributed.all_reduce(value, op)
+        return bool(value)
+
+    # Checkpoints
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """All parameters under their names, on rank 0; collective."""
+        assert self._parameters is not None
+        return stage_state.gather_module(self._parameters)
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """State of all parameters by their number, on rank 0; collective."""
+        assert self._parameters is not None
+        return stage_state.gather_optimizer(self._parameters, optimizer)
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.lightning_module is not None
+        stage_state.load_module(self.lightning_module, checkpoint["state_dict"], strict)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        assert self._parameters is not None
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            stage_state.load_optimizer(self._parameters, optimizer, state)
+
+    # The end
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        if not isinstance(exception, failure.PipelineError):
+            failure.pipeline_error(f"rank {self.global_rank}, between steps", exception)
+        failure.leave()
+
+    @override
+    def teardown(self) -> None:
+        if self._chain is not None:
+            self._chain.close()
+        self._chain = self._steps = None
+        vars(self.precision_plugin).pop("clip_grad_by_norm", None)
+        module = self.lightning_module
+        if module is not None:
+            move_here(module, torch.device("cpu"))
+        self.precision_plugin.teardown()
+        assert self.accelerator is not None
+        assert self.cluster_environment is not None
+        self.accelerator.teardown()
+        self.checkpoint_io.teardown()
+        self.cluster_environment.teardown()
+
+
+def _count(parts: list[nn.Module]) -> int:
+    seen = {parameter for part in parts for parameter in part.parameters()}
+    return sum(parameter.numel() for parameter in seen)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """In place of ``zero_grad`` while the gradients of this batch are there already."""

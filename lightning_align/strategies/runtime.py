@@ -1,0 +1,209 @@
+"""Runs batches through the stages of this rank: torch's schedules forward and backward, or forward.
+
+Micro-batches themselves never go through torch's splitting: a schedule is given their numbers, and
+a stage looks up what it needs. Every rank has the whole batch.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, distributed
+from torch.distributed.pipelining.schedules import get_schedule_class
+
+from lightning_align._compat_torch import LeanStage, load_schedule_csv
+from lightning_align.strategies.chain import Chain
+from lightning_align.strategies.failure import pipeline_error
+from lightning_align.strategies.stages import Meta, StageMetas, StageModule, Work
+
+# name -> whether a rank may hold several stages
+SCHEDULES = {"GPipe": False, "1F1B": False, "Interleaved1F1B": True}
+_FALLBACKS = {"1F1B": "GPipe", "Interleaved1F1B": "LoopedBFS"}
+_KEPT_SCHEDULES = 8  # batches of many lengths would make many
+
+LossFn = Callable[[Any, int], Tensor]
+
+
+class Runtime:
+    """The pipeline of one rank.
+
+    Args:
+        chain: The user's module as a chain.
+        stretches: ``(begin, end)`` of each stage's layers, for all stages.
+        schedule: torch's name of the schedule.
+        schedule_csv: File with the schedule's actions; None takes torch's.
+        group: The ranks of the pipeline.
+        device: Where this rank computes.
+
+    Attributes:
+        work: What the stages work on; the strategy fills it.
+        schedule_in_use: Name of the schedule that the last batch ran under.
+    """
+
+    def __init__(
+        self,
+        chain: Chain,
+        stretches: Sequence[tuple[int, int]],
+        schedule: str,
+        schedule_csv: str | None,
+        group: distributed.ProcessGroup,
+        device: torch.device,
+    ) -> None:
+        self.work = Work()
+        self.schedule, self.schedule_csv = schedule, schedule_csv
+        self.schedule_in_use = schedule
+        self.group, self.device = group, device
+        rank, size = distributed.get_rank(group), distributed.get_world_size(group)
+        self.num_stages = len(stretches)
+        self.modules = {
+            index: StageModule(chain, index, *stretches[index], self.work)
+            for index in range(rank, self.num_stages, size)
+        }
+        self._metas = StageMetas(self.modules, self.num_stages, group)
+        self._made: OrderedDict[Hashable, Any] = OrderedDict()
+        self._loss_fn: LossFn | None = None
+        self._warned: set[str] = set()
+
+    @property
+    def has_first(self) -> bool:
+        """Whether stage 0 is here."""
+        return 0 in self.modules
+
+    def train(self, key: Hashable, loss_fn: LossFn) -> None:
+        """Forward and backward of the work at hand.
+
+        Args:
+            key: What two batches share if one schedule serves both.
+            loss_fn: Called on the last stage with its output and the number of the micro-batch;
+                returns what is propagated back.
+        """
+        count = len(self.work.steps)
+        metas = self._metas.of(("train", key, count), self.device)
+        self.schedule_in_use, schedule = self._fetch(
+            ("train", key, count), lambda: self._make_schedule(metas, count)
+        )
+        self._loss_fn = loss_fn
+        numbers = torch.arange(count)
+        inputs = (numbers,) if self.has_first else ()
+        with self._named_failures():
+            schedule.step(*inputs, target=numbers, microbatch=numbers, return_outputs=False)
+
+    def forward(self, key: Hashable, consume: Callable[[Any, int], None]) -> None:
+        """Forward of the work at hand, any number of micro-batches.
+
+        Args:
+            key: What two batches share if the same buffers serve both.
+            consume: Called on the last stage with its output and the number of the micro-batch.
+        """
+        count = len(self.work.steps)
+        metas = self._metas.of(("forward", key, count), self.device)
+        stages = self._fetch(("forward", key, count), lambda: self._make_stages(metas, count))
+        with self._named_failures():
+            self._forward(stages, count, consume)
+
+    def _forward(
+        self, stages: list[LeanStage], count: int, consume: Callable[[Any, int], None]
+    ) -> None:
+        sent: list[Any] = []
+        for stage in stages:
+            for number in range(count):
+                if stage.stage_index - 1 not in self.modules:
+                    _wait(_start(stage.get_fwd_recv_ops(number)))
+                index = torch.tensor([number])
+                output = stage.forward_one_chunk(
+                    number, (index,), {"microbatch": index}, save_forward_output=False
+                )
+                if stage.is_last:
+                    consume(output, number)
+                elif stage.stage_index + 1 in self.modules:
+                    later = next(s for s in stages if s.stage_index == stage.stage_index + 1)
+                    later.set_local_fwd_input(output, number)
+                else:
+                    ops = stage.get_fwd_send_ops(number)
+                    sent.append((ops, _start(ops)))  # what is on its way must not be freed
+                stage.free_forward(number)
+        for _, works in sent:
+            _wait(works)
+
+    @contextmanager
+    def _named_failures(self) -> Iterator[None]:
+        self.work.doing = None
+        try:
+            yield
+        except Exception as error:
+            raise pipeline_error(self.work.place, error) from error
+
+    def _fetch(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        if key not in self._made:
+            self._made[key] = make()
+        self._made.move_to_end(key)
+        if len(self._made) > _KEPT_SCHEDULES:
+            self._made.popitem(last=False)
+        return self._made[key]
+
+    def _make_stages(self, metas: list[list[Meta]], count: int) -> list[LeanStage]:
+        """Stages that need not find out shapes, and are ready for ``forward_one_chunk``."""
+        stages = [self._stage(index, metas) for index in self.modules]
+        for stage in stages:
+            stage.prepare_forward(count)
+        return stages
+
+    def _stage(self, index: int, metas: list[list[Meta]]) -> LeanStage:
+        inputs = [meta.like() for meta in metas[index - 1]] if index else [torch.zeros(1).long()]
+        return LeanStage(
+            self.modules[index],
+            index,
+            self.num_stages,
+            self.device,
+            partial(self.work.action, "B"),
+            input_args=tuple(inputs),
+            output_args=tuple(meta.like() for meta in metas[index]),
+            group=self.group,
+        )
+
+    def _make_schedule(self, metas: list[list[Meta]], count: int) -> tuple[str, Any]:
+        stages = [self._stage(index, metas) for index in self.modules]
+        name = self.schedule
+        if self.schedule_csv is not None:
+            return "csv", load_schedule_csv(self.schedule_csv, stages, count, self._loss)
+        try:
+            schedule = self._torch_schedule(name, stages, count)
+        except ValueError as reason:  # too few micro-batches, or not a multiple of its rounds
+            name = _FALLBACKS[name]
+            if str(reason) not in self._warned:
+                self._warned.add(str(reason))
+                rank_zero_warn(
+                    f"PipelineStrategy: a batch of {count} micro-batch(es) runs under {name}, not"
+                    f" {self.schedule}: {reason}"
+                )
+            schedule = self._torch_schedule(name, stages, count)
+        return name, schedule
+
+    def _torch_schedule(self, name: str, stages: list[LeanStage], count: int) -> Any:
+        several = SCHEDULES.get(name, True)
+        # The loss carries the weights of micro-batches; torch would scale accumulated gradients.
+        return get_schedule_class(name)(
+            stages if several else stages[0],
+            n_microbatches=count,
+            loss_fn=self._loss,
+            scale_grads=False,
+        )
+
+    def _loss(self, output: Any, number: Tensor) -> Tensor:
+        assert self._loss_fn is not None
+        return self._loss_fn(output, int(number))
+
+
+def _start(ops: list[Any]) -> list[Any]:
+    return distributed.batch_isend_irecv(ops) if ops else []
+
+
+def _wait(works: list[Any]) -> None:
+    for work in works:
+        work.wait()

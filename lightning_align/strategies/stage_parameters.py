@@ -1,0 +1,141 @@
+"""Whose parameter is whose: each rank keeps those of its stages, the others are on meta.
+
+All ranks have all parameters, in the same order, so optimizers number them alike and a checkpoint
+is put together by number. A parameter that two ranks need (tied embeddings) is on both; its
+gradients are summed once the accumulation window closes, and it counts once in a norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from lightning_align.strategies.chain import Chain
+
+
+class StageParameters:
+    """The parameters of a module, by the ranks that need them.
+
+    Args:
+        chain: The module as a chain; its modules must still share what is tied.
+        stretches: ``(begin, end)`` of each stage's layers.
+        group: The ranks of the pipeline; stage s is on rank s modulo their number.
+
+    Attributes:
+        module: The module.
+        ranks: name -> ranks (in the group) that need the parameter or buffer.
+    """
+
+    def __init__(
+        self,
+        chain: Chain,
+        stretches: Sequence[tuple[int, int]],
+        group: distributed.ProcessGroup,
+    ) -> None:
+        self.group = group
+        self.rank, size = distributed.get_rank(group), distributed.get_world_size(group)
+        self.module = chain.module
+        needed: dict[Tensor, set[int]] = {}
+        for index, stretch in enumerate(stretches):
+            for part in chain.owned(*stretch):
+                for tensor in [*part.parameters(), *part.buffers()]:
+                    needed.setdefault(tensor, set()).add(index % size)
+        tensors = [*chain.module.named_parameters(), *chain.module.named_buffers()]
+        # A buffer outside the chain is on all ranks, and rank 0 speaks for it.
+        self.ranks = {name: sorted(needed.get(tensor, {0})) for name, tensor in tensors}
+        shared = {
+            tuple(self.ranks[name])
+            for name, _ in chain.module.named_parameters()
+            if len(self.ranks[name]) > 1
+        }
+        self._groups = {
+            ranks: distributed.new_group([distributed.get_global_rank(group, r) for r in ranks])
+            for ranks in sorted(shared)
+        }
+        self._first_names = _first_names(chain.module)
+
+    def name_of(self, key: str) -> str:
+        """The first name of what ``key`` of a state dict names; tied parameters have several."""
+        return self._first_names.get(key, key)
+
+    def is_here(self, name: str) -> bool:
+        """Whether this rank needs a parameter."""
+        return self.rank in self.ranks[name]
+
+    def leave_others_on_meta(self) -> None:
+        """Free the memory of what belongs to other ranks; what is tied stays tied."""
+        here = {p for name, p in self.module.named_parameters() if self.is_here(name)}
+        on_meta: dict[nn.Parameter, nn.Parameter] = {}
+        for part in self.module.modules():
+            for name, parameter in list(part.named_parameters(recurse=False)):
+                if parameter in here or parameter.is_meta:
+                    continue
+                if parameter not in on_meta:
+                    empty = torch.empty_like(parameter, device="meta")
+                    on_meta[parameter] = nn.Parameter(empty, parameter.requires_grad)
+                setattr(part, name, on_meta[parameter])
+
+    @torch.no_grad()
+    def agree_on_shared(self) -> None:
+        """Start parameters that several ranks hold from one value."""
+        for parameter, group in self._shared():
+            distributed.broadcast(parameter, distributed.get_global_rank(group, 0), group=group)
+
+    @torch.no_grad()
+    def sum_shared_gradients(self) -> None:
+        """Add up the gradients of parameters that several ranks hold."""
+        for parameter, group in self._shared():
+            if parameter.requires_grad:
+                if parameter.grad is None:  # the other rank may have one
+                    parameter.grad = torch.zeros_like(parameter)
+                distributed.all_reduce(parameter.grad, group=group)
+
+    def _shared(self) -> list[tuple[nn.Parameter, distributed.ProcessGroup]]:
+        return [
+            (parameter, self._groups[tuple(self.ranks[name])])
+            for name, parameter in self.module.named_parameters()
+            if len(self.ranks[name]) > 1 and self.is_here(name)
+        ]
+
+    def total_norm(self, parameters: Iterable[Tensor] | None = None) -> Tensor:
+        """Norm of the gradients of all stages; collective.
+
+        Args:
+            parameters: Those that count, on this rank; None means all.
+        """
+        counted = {
+            parameter
+            for name, parameter in self.module.named_parameters()
+            if self.ranks[name][0] == self.rank
+        }
+        asked = list(self.module.parameters() if parameters is None else parameters)
+        gradients = [p.grad for p in asked if p.grad is not None and p in counted]
+        norm = nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+        squared = norm.to(self.module.device, torch.float64) ** 2
+        distributed.all_reduce(squared, group=self.group)
+        return squared.sqrt().float()
+
+    def clip_by_norm(self, parameters: Iterable[Tensor], max_norm: float) -> None:
+        """What ``clip_grad_norm_`` does, with the norm over all stages."""
+        here = [parameter for parameter in parameters if parameter.grad is not None]
+        norm = self.total_norm(here)
+        nn.utils.clip_grads_with_norm_(here, max_norm, norm)
+
+
+def _first_names(module: nn.Module) -> dict[str, str]:
+    """Every name of a parameter or buffer -> its first one."""
+    first: dict[Tensor, str] = {}
+    named = [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]
+    return {name: first.setdefault(tensor, name) for name, tensor in named}
+
+
+def move_here(module: nn.Module, device: torch.device) -> None:
+    """``module.to(device)`` for what is not on meta."""
+    move: Any = module._apply
+    move(lambda tensor: tensor if tensor.is_meta else tensor.to(device))

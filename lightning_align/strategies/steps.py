@@ -1,0 +1,183 @@
+"""A step of the user's module on a batch, run through the pipeline and told to all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, distributed
+
+from lightning_align._errors import argument_error
+from lightning_align.strategies.chain import WHERE, Chain, Step
+from lightning_align.strategies.microbatches import (
+    checksum,
+    join_outputs,
+    shape_key,
+    split_batch,
+)
+from lightning_align.strategies.replay import SUMS, LogRecorder, Teller, Told
+from lightning_align.strategies.runtime import Runtime
+
+Contexts = Callable[[], AbstractContextManager[Any]]
+
+
+class PipelineSteps:
+    """Training and evaluation of one module by the ranks of one pipeline.
+
+    Args:
+        chain: The user's module as a chain.
+        runtime: The stages of this rank.
+    """
+
+    def __init__(self, chain: Chain, runtime: Runtime) -> None:
+        self.chain, self.runtime = chain, runtime
+        group, size = runtime.group, distributed.get_world_size(runtime.group)
+        source = distributed.get_global_rank(group, (runtime.num_stages - 1) % size)
+        self._teller = Teller(chain.module, source, group, runtime.device)
+        self._has_last = runtime.num_stages - 1 in runtime.modules
+
+    def train(
+        self,
+        batch: Any,
+        rest: tuple[Any, ...],
+        count: int,
+        *,
+        context: Contexts,
+        factor: float,
+        scale: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """Forward and backward of a batch; returns its loss, on all ranks.
+
+        Args:
+            batch: The whole batch.
+            rest: What Lightning passes ``training_step`` after the batch.
+            count: Number of micro-batches.
+            context: Makes the precision plugin's context.
+            factor: On the loss that is propagated back: one by the batches of the window.
+            scale: Loss scaling of the precision plugin.
+        """
+        module: Any = self.chain.module
+        microbatches = split_batch(batch, count)
+        shares = _shares(module, microbatches)
+        # A sum over rows adds up over micro-batches, a mean over rows is averaged.
+        weights = [1.0] * count if loss_is_sum(module) else shares
+        recorder = LogRecorder(module)
+        losses: list[Tensor] = []
+
+        def loss_fn(output: Any, number: int) -> Tensor:
+            step = self.runtime.work.steps[number]
+            with self.chain.seam(output), recorder.recording(shares[number]), context():
+                loss = _loss(module, step())
+            losses.append(loss.detach() * weights[number])
+            return scale(loss * (weights[number] * factor))
+
+        with self._working(module.training_step, microbatches, rest, context):
+            self.runtime.train(shape_key(microbatches[0]), loss_fn)
+        told = Told(sum(losses, torch.zeros(())), recorder.values()) if self._has_last else None
+        return self._tell(told, SUMS[0]).loss  # type: ignore[return-value]
+
+    def evaluate(
+        self,
+        call: Callable[..., Any],
+        batch: Any,
+        rest: tuple[Any, ...],
+        count: int,
+        *,
+        context: Contexts,
+    ) -> Any:
+        """Forward of a batch through a step of the module; returns what it returns, on all ranks.
+
+        Args:
+            call: ``validation_step``, ``test_step`` or ``predict_step`` of the module.
+            batch: The whole batch.
+            rest: What Lightning passes the step after the batch.
+            count: Number of micro-batches.
+            context: Makes the precision plugin's context.
+        """
+        microbatches = split_batch(batch, count)
+        shares = _shares(self.chain.module, microbatches)
+        recorder = LogRecorder(self.chain.module)
+        outputs: list[Any] = []
+
+        def consume(output: Any, number: int) -> None:
+            step = self.runtime.work.steps[number]
+            with self.chain.seam(output), recorder.recording(shares[number]), context():
+                outputs.append(step())
+
+        with self._working(call, microbatches, rest, context):
+            self.runtime.forward(shape_key(microbatches[0]), consume)
+        told = None
+        if self._has_last:
+            told = Told(logs=recorder.values(), outputs=join_outputs(outputs))
+        return self._tell(told, SUMS[1]).outputs
+
+    def check_same(self, batch: Any) -> None:
+        """Check that every rank of the pipeline has the same batch; collective.
+
+        Raises:
+            ValueError: If one has another: its inputs would meet labels of other samples.
+        """
+        ours = checksum(batch).to(self.runtime.device)
+        size = distributed.get_world_size(self.runtime.group)
+        theirs = [torch.empty_like(ours) for _ in range(size)]
+        distributed.all_gather(theirs, ours, group=self.runtime.group)
+        other = [rank for rank, value in enumerate(theirs) if not torch.equal(value, theirs[0])]
+        if other:
+            rule = f"all ranks must have the same batch, and rank(s) {other} have another than 0"
+            way_out = "Call seed_everything, and keep the data loader free of per-rank samplers"
+            raise argument_error(WHERE, "batch", "...", rule, way_out)
+
+    def _tell(self, told: Told | None, attribute: str) -> Told:
+        sums = getattr(self.chain.module, attribute, None)
+        if told is not None and isinstance(sums, dict):
+            told.sums[attribute] = dict(sums)
+        heard = self._teller.tell(told)
+        self._teller.replay(heard)
+        return heard
+
+    @contextmanager
+    def _working(
+        self, call: Callable[..., Any], microbatches: list[Any], rest: Any, context: Contexts
+    ) -> Iterator[None]:
+        """Steps and randomness for a batch; the generators go on as if nothing had been drawn."""
+        work = self.runtime.work
+        work.steps = [Step(call, microbatch, rest) for microbatch in microbatches]
+        work.context = context
+        if distributed.get_world_size(self.runtime.group) == 1:
+            work.seed = None
+            yield
+            return
+        # All ranks are at the same place of their generators, and stay so.
+        work.seed = int(torch.randint(2**62, ()))
+        devices = [self.runtime.device] if self.runtime.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            yield
+
+
+def loss_is_sum(module: pl.LightningModule) -> bool:
+    """Whether the loss of a module's step is a sum over rows, as the module itself declares."""
+    return getattr(module, "loss_reduction", "mean") == "sum"
+
+
+def _shares(module: Any, microbatches: list[Any]) -> list[float]:
+    """Which part of the batch each micro-batch is: of its rows, or of what the module weighs."""
+    weigh = getattr(module, "pipeline_microbatch_weight", None)
+    if weigh is None:
+        return [1 / len(microbatches)] * len(microbatches)
+    weights = [float(weigh(microbatch)) for microbatch in microbatches]
+    total = sum(weights) or 1.0
+    return [weight / total for weight in weights]
+
+
+def _loss(module: pl.LightningModule, output: Any) -> Tensor:
+    if isinstance(output, dict) and set(output) == {"loss"}:
+        output = output["loss"]
+    if isinstance(output, Tensor) and output.numel() == 1:
+        return output.reshape(())
+    got = f"a dict of {sorted(output)}" if isinstance(output, dict) else type(output).__name__
+    rule = f"must return its loss, a tensor with one value, under a pipeline, and returned {got}"
+    way_out = "Use self.log for what else it computes"
+    raise argument_error(type(module).__name__, "training_step", "...", rule, way_out)
