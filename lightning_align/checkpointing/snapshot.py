@@ -7,7 +7,6 @@ archive.py), and the layout is kept for as long as the state's tensors stay wher
 Storage that several tensors share is copied once, and only the bytes that they cover.
 """
 
-import ctypes
 import mmap
 import weakref
 from contextlib import nullcontext
@@ -19,10 +18,10 @@ from torch import Tensor, nn
 
 from lightning_align._errors import argument_error
 from lightning_align.checkpointing.archive import Archive, Leaf, Reduced, reduce_ex, storage_key
+from lightning_align.checkpointing.memory import Copies
 from lightning_align.checkpointing.structure import Copier, place_of
 
 _GROWTH = 1.125  # a state that grows at every save is not laid out anew at every save
-_LARGE_BYTES = 1 << 20  # from here on a copy is worth giving up the interpreter lock
 _WIDEST_DTYPE = 16  # bytes, complex128
 
 # torch leaves these without types.
@@ -31,12 +30,6 @@ _Stream: Any = torch.cuda.Stream
 _Storage: Any = torch.UntypedStorage
 
 _STREAMS: dict[torch.device, torch.cuda.Stream] = {}
-
-# The same memmove twice: the first lets other threads run, which costs more than a small copy.
-_copy_large: Any = ctypes.memmove
-_copy_small: Any = ctypes.PYFUNCTYPE(
-    ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
-)(ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0)
 
 
 class HostBlock:
@@ -136,8 +129,7 @@ class _Plan:
     offsets: list[int]  # of the ranges in the block
     views: list[Tensor] = field(default_factory=list)
     leaves: list[Reduced] = field(default_factory=list)
-    small: list[tuple[int, int, int]] = field(default_factory=list)  # to, from, bytes
-    large: list[tuple[int, int, int]] = field(default_factory=list)
+    copies: Copies = field(default_factory=lambda: Copies([]))
     by_tensor: list[int] = field(default_factory=list)  # tensors that torch copies
     by_range: list[tuple[Tensor, _Range]] = field(default_factory=list)
 
@@ -178,10 +170,7 @@ class HostBuffer:
         if self._plan is None or not self._plan.fits(tensors):
             self._lay_out(tensors, state)
         plan = self.plan
-        for to, source, nbytes in plan.large:
-            _copy_large(to, source, nbytes)
-        for to, source, nbytes in plan.small:
-            _copy_small(to, source, nbytes)
+        plan.copies.run()
         with torch.no_grad():
             self._copy_by_torch(plan, tensors)
         return sum(part.nbytes for part in plan.ranges)
@@ -384,6 +373,7 @@ def _reduce(view: Tensor, number: int, mixed: bool, requires_grad: bool) -> Redu
 
 def _choose_copies(plan: _Plan, tensors: list[Tensor]) -> None:
     """Plain memory where a tensor has a piece of it to itself, else whole ranges, else torch."""
+    pieces = []
     for part in plan.ranges:
         first = part.members[0]
         tensor = tensors[first]
@@ -396,10 +386,10 @@ def _choose_copies(plan: _Plan, tensors: list[Tensor]) -> None:
         if odd or (whole and not on_host):
             plan.by_tensor.append(first)
         elif on_host:
-            copy = (to.data_ptr(), part.address + part.start, part.nbytes)
-            (plan.large if part.nbytes >= _LARGE_BYTES else plan.small).append(copy)
+            pieces.append((to.data_ptr(), part.address + part.start, part.nbytes))
         else:
             plan.by_range.append((torch.empty(0, dtype=torch.uint8).set_(to), part))
+    plan.copies = Copies(pieces)
 
 
 def _side_stream(tensors: list[Tensor]) -> torch.cuda.Stream:
