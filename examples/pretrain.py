@@ -19,7 +19,7 @@ import lightning_align as la
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--max_steps", type=int, default=2500)
+    parser.add_argument("--max_steps", type=int, default=1500)
     parser.add_argument("--output", default="outputs/pretrain")
     options = parser.parse_args()
 
@@ -37,7 +37,7 @@ def main() -> None:
     )
     module = la.PretrainModule(
         config,
-        optimizer=partial(torch.optim.AdamW, lr=5e-3, betas=(0.9, 0.95), weight_decay=0.1),
+        optimizer=partial(la.Muon, lr=5e-3, adjust_lr_fn="match_rms_adamw", weight_decay=0.1),
         lr_scheduler=partial(
             torch.optim.lr_scheduler.OneCycleLR,
             max_lr=5e-3,

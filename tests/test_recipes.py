@@ -64,7 +64,7 @@ def moved(model: str, base: str) -> bool:
     return not torch.equal(*logits)
 
 
-LAYERS = ("galore", "muon")  # go over another recipe
+LAYERS = {"galore": "pretrain", "muon": "ddp", "stable_adamw": "ddp"}  # go over another recipe
 
 TINY = [
     "--model.model.hidden_size=20",
@@ -90,14 +90,25 @@ def test_pretrain_then_dpo(folder: Path) -> None:
     assert (folder / "outputs/dpo/dpo.png").exists()
 
 
-def test_muon_over_pretrain(folder: Path) -> None:
-    for name in ("pretrain", "muon"):
+def over_ddp(layer: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The optimizer's state and its groups by name after a run in one process."""
+    for name in ("ddp", layer):
         main(["recipes", "copy", name])
-    layers = ["-c", "pretrain.yaml", "-c", "muon.yaml"]
-    main(["fit", *layers, *QUIET, *TINY, "--trainer.log_every_n_steps=1"])
-    checkpoint = torch.load("outputs/pretrain/checkpoints/last.ckpt", weights_only=True)
+    alone = ["--trainer.devices=1", "--trainer.strategy=auto", "--trainer.log_every_n_steps=1"]
+    main(["fit", "-c", "ddp.yaml", "-c", f"{layer}.yaml", *QUIET, *TINY, *alone])
+    checkpoint = torch.load("outputs/ddp/checkpoints/last.ckpt", weights_only=True)
     optimizer = checkpoint["optimizer_states"][0]
-    groups = {group["name"]: group for group in optimizer["param_groups"]}
+    return optimizer, {group["name"]: group for group in optimizer["param_groups"]}
+
+
+def test_stable_adamw_over_ddp(folder: Path) -> None:
+    optimizer, groups = over_ddp("stable_adamw")
+    assert groups["matrices"]["steps"] == 3, "of ours: torch's AdamW does not count"
+    assert "exp_avg" in optimizer["state"][groups["matrices"]["params"][0]]
+
+
+def test_muon_over_ddp(folder: Path) -> None:
+    optimizer, groups = over_ddp("muon")
     assert groups["matrices"]["adjust_lr_fn"] == "match_rms_adamw"
     assert "momentum_buffer" in optimizer["state"][groups["matrices"]["params"][0]]
     assert "exp_avg" in optimizer["state"][groups["embeddings"]["params"][0]]
@@ -172,6 +183,7 @@ def test_every_recipe_is_run_here() -> None:
         "muon",
         "pretrain",
         "sft_chat",
+        "stable_adamw",
     ]
 
 
@@ -189,7 +201,7 @@ def test_a_recipe_prints_as_its_file(name: str, capsys: pytest.CaptureFixture[st
     assert printed == (ROOT / f"lightning_align/recipes/{name}.yaml").read_text()
     parts = {"model"} if name in LAYERS else {"model", "data", "trainer"}
     assert parts <= set(yaml.safe_load(printed))
-    how = f"-c pretrain.yaml -c {name}.yaml" if name in LAYERS else f"-c {name}.yaml"
+    how = f"-c {LAYERS[name]}.yaml -c {name}.yaml" if name in LAYERS else f"-c {name}.yaml"
     assert f"lightning-align fit {how}" in printed, "how to run it, in its head"
 
 
@@ -205,7 +217,7 @@ def test_copies_to_a_name_and_into_a_folder(folder: Path) -> None:
     ("words", "message"),
     [
         (["pretrian"], "recipes(name='pretrian'): there is no such recipe. Did you mean pretrain?"),
-        (["copy", "xyz"], "There are: ddp, dpo, finetune_hub, galore, muon, pretrain, sft_chat."),
+        (["copy", "xyz"], "There are: ddp, dpo, finetune_hub, galore, muon, pretrain, sft_chat, "),
         (["copy", "ddp", "there.yaml"], "recipes(file='there.yaml'): exists already."),
         (["copy"], "must be nothing, NAME, or copy NAME [FILE]."),
         (["ddp", "dpo"], "must be nothing, NAME, or copy NAME [FILE]."),
