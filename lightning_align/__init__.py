@@ -8,7 +8,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lightning_align import data, layers, losses, run
+    from lightning_align import data, layers, losses, pipelining, run
     from lightning_align.callbacks.async_checkpoint import AsyncCheckpoint
     from lightning_align.callbacks.generate_samples import GenerateSamples
     from lightning_align.callbacks.lisa import LISA
@@ -53,6 +53,7 @@ __all__ = [
     "find_layers",
     "layers",
     "losses",
+    "pipelining",
     "run",
 ]
 
@@ -78,7 +79,7 @@ _HOMES = {
     "build_param_groups": "lightning_align.optimizers.param_groups",
     "find_layers": "lightning_align.layers",
 }
-_ROOMS = ("data", "layers", "losses", "run")
+_ROOMS = ("data", "layers", "losses", "pipelining", "run")
 
 
 def __getattr__(name: str) -> object:

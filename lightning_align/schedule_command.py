@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-import docstring_parser
 
 from lightning_align._errors import argument_error
 from lightning_align.commands import CommandParser
@@ -184,8 +183,8 @@ def parser() -> CommandParser:
     # Plain types instead of unions with None: their errors are a line, and so is their help.
     types: dict[str, type] = dict.fromkeys(("pp", "num_microbatches", "num_stages_per_rank"), int)
     types |= dict.fromkeys(("comm_latency", "bandwidth"), float)
-    described = docstring_parser.parse(schedule.__doc__ or "").params
-    texts = {argument.arg_name: argument.description for argument in described}
+    described = re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", inspect.getdoc(schedule) or "", re.M)
+    texts = {name: " ".join(text.split()) for name, text in described}
     for name, parameter in inspect.signature(schedule).parameters.items():
         default = parameter.default
         if name in COSTS and default is not None:
