@@ -32,6 +32,7 @@ from lightning_align.optimizers.param_groups import (
 )
 from lightning_align.pretrained import build_model, plain_model, save_pretrained
 from lightning_align.run.exact_resume import ExactResume
+from lightning_align.run.replicas import is_spread, replica, total_grad_norm
 
 # name -> (sum, weight), whose quotient is the mean to log; "loss" weighs the gradient, too.
 Sums = dict[str, tuple[Tensor, Tensor]]
@@ -57,6 +58,7 @@ class CausalLMModule(pl.LightningModule, ABC):
         ValueError: If ``chunk_size`` is below 1, or the model cannot be loaded or read.
     """
 
+    loss_reduction = "sum"  # of a step's loss over its rows, for strategies that cut batches
     train_prefix = "train_"
     progress_bar_metrics: tuple[str, ...] = ("loss", "perplexity")
 
@@ -92,9 +94,10 @@ class CausalLMModule(pl.LightningModule, ABC):
         if activation_checkpointing:
             checkpoint_blocks(self.layers)
         self._tokens_seen = torch.zeros((), dtype=torch.int64)
-        # Sums of the open accumulation window; ExactResume saves them with the gradients.
+        # Sums of the open accumulation window; ExactResume saves them with the gradients. A
+        # strategy that runs steps on one rank only tells both sums to the others.
         self.accumulated: dict[str, Tensor] = {}
-        self._evaluated: dict[str, Tensor] = {}
+        self.evaluated: dict[str, Tensor] = {}
         self._window_start: float | None = None
         self._saved_groups: list[dict[str, Any]] | None = None
 
@@ -158,7 +161,7 @@ class CausalLMModule(pl.LightningModule, ABC):
 
     def _step(self, batch: dict[str, Tensor]) -> Tensor:
         loss, sums = self.loss_from_hidden(self.forward_hidden(**self.model_inputs(batch)), batch)
-        collected = self.accumulated if self.training else self._evaluated
+        collected = self.accumulated if self.training else self.evaluated
         for name, pair in sums.items():
             packed = torch.stack([value.detach().float() for value in pair])
             collected[name] = collected[name] + packed if name in collected else packed
@@ -185,10 +188,10 @@ class CausalLMModule(pl.LightningModule, ABC):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         means, weights = self._means(self.accumulated)
         # Undo the means that Lightning and DDP take, and divide by the window's true weight.
-        averaged_over = self.trainer.world_size * self.trainer.accumulate_grad_batches
+        averaged_over = replica(self.trainer)[0] * self.trainer.accumulate_grad_batches
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         torch._foreach_mul_(gradients, averaged_over / weights["loss"])
-        self._log_step(means, nn.utils.get_total_norm(gradients), optimizer)
+        self._log_step(means, total_grad_norm(self.trainer, self), optimizer)
 
     # Logging
 
@@ -220,7 +223,7 @@ class CausalLMModule(pl.LightningModule, ABC):
 
     @override
     def on_validation_epoch_start(self) -> None:
-        self._evaluated.clear()
+        self.evaluated.clear()
 
     @override
     def on_validation_epoch_end(self) -> None:
@@ -229,14 +232,14 @@ class CausalLMModule(pl.LightningModule, ABC):
 
     @override
     def on_test_epoch_start(self) -> None:
-        self._evaluated.clear()
+        self.evaluated.clear()
 
     @override
     def on_test_epoch_end(self) -> None:
         self._log_evaluation("test_")
 
     def _log_evaluation(self, prefix: str) -> None:
-        means, _ = self._means(self._evaluated)
+        means, _ = self._means(self.evaluated)
         means.pop("tokens")
         means |= self.derived_metrics(means)
         for name, value in means.items():
@@ -246,7 +249,8 @@ class CausalLMModule(pl.LightningModule, ABC):
 
     @override
     def setup(self, stage: str) -> None:
-        self.layers.probe()
+        if not is_spread(self):
+            self.layers.probe()
         tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
         if tokenizer is not None and len(tokenizer) > self.layers.vocab_size:
             raise argument_error(

@@ -67,6 +67,7 @@ class DPOModule(CausalLMModule):
 
     train_prefix = ""  # TRL's names have none
     progress_bar_metrics = ("loss", "rewards/accuracies")
+    pipeline_refusal = "its rows are pairs, which micro-batches would tear apart"
 
     def __init__(
         self,

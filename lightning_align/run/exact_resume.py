@@ -15,6 +15,7 @@ from lightning_align._errors import argument_error
 from lightning_align.run.epoch_means import capture_means, restore_means
 from lightning_align.run.loader import PositionedLoader
 from lightning_align.run.position import Place, batches_consumed, close_epoch, next_place
+from lightning_align.run.replicas import replica
 from lightning_align.run.rng import reseed
 from lightning_align.run.state import capture_accumulation, restore_accumulation
 
@@ -110,17 +111,17 @@ class ExactResume(pl.Callback):
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        reseed(self._effective_seed, batches_consumed(trainer), trainer.global_rank, "epoch")
+        reseed(self._effective_seed, batches_consumed(trainer), replica(trainer)[1], "epoch")
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        reseed(self._effective_seed, batches_consumed(trainer), trainer.global_rank, "train")
+        reseed(self._effective_seed, batches_consumed(trainer), replica(trainer)[1], "train")
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        reseed(self._effective_seed, batches_consumed(trainer), trainer.global_rank, "validate")
+        reseed(self._effective_seed, batches_consumed(trainer), replica(trainer)[1], "validate")
 
     @override
     def on_save_checkpoint(

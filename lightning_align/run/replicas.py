@@ -1,0 +1,35 @@
+"""Replicas of the model, which is another thing than ranks: parts of one model are one replica.
+
+Ranks that share a replica see the same batch, add nothing to the mean of gradients, and each hold
+a part of what a norm is over. The strategy says how it is.
+"""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+
+def replica(trainer: pl.Trainer) -> tuple[int, int]:
+    """(number of replicas that gradients are averaged over, number of this rank's)."""
+    ranks = trainer.distributed_sampler_kwargs
+    return (ranks["num_replicas"], ranks["rank"]) if ranks else (1, 0)
+
+
+def total_grad_norm(trainer: pl.Trainer, module: nn.Module) -> Tensor:
+    """Norm of a module's gradients, over all ranks that hold a part of it.
+
+    Collective, where the strategy is one that spreads the model and has ``total_grad_norm()``.
+    """
+    strategy: Any = trainer.strategy
+    if hasattr(strategy, "total_grad_norm"):
+        norm: Tensor = strategy.total_grad_norm()
+        return norm
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    return nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+
+
+def is_spread(module: nn.Module) -> bool:
+    """Whether a strategy has left parameters to other ranks, so that the model cannot be run."""
+    return any(parameter.is_meta for parameter in module.parameters())
