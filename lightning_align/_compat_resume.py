@@ -126,6 +126,13 @@ def restore_logged_sums(trainer: pl.Trainer, captured: dict[str, dict[str, Any]]
     trainer._logger_connector._first_loop_iter = False
 
 
+def logged_in_training(trainer: pl.Trainer, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those metrics that come from a hook of training, not of validation."""
+    results = trainer.fit_loop.epoch_loop._results.values()
+    names = {result.meta.name for result in results}
+    return {name: value for name, value in metrics.items() if name in names}
+
+
 def logged_metrics_of_epoch(trainer: pl.Trainer) -> list[Metric]:
     """The torchmetrics objects that ``self.log`` was given; Lightning resets them at its end."""
     results = trainer.fit_loop.epoch_loop._results.values()

@@ -147,7 +147,7 @@ class AsyncCheckpoint(ModelCheckpoint):
         self.run_id = uuid.uuid4().hex
         self._engine: SnapshotEngine | None = None  # on rank zero while fitting
         self._retention = self._new_retention()
-        self._due = False
+        self._due: dict[str, Tensor] | None = None  # the metrics when a save became due
         self._names: set[str] = set()  # taken in the folder
         self._commits: deque[Commit] = deque()  # that the training thread has not heard of
         self._num_saved = self._num_failed = 0
@@ -179,7 +179,7 @@ class AsyncCheckpoint(ModelCheckpoint):
             trainer.callbacks = [exact_resume, *trainer.callbacks]  # type: ignore[attr-defined]
             exact_resume.setup(trainer, pl_module, stage)
         self._retention = self._new_retention()
-        self._due = False
+        self._due = None
         self._num_saved = self._num_failed = 0
         self._on_rank_zero(trainer, self._open)
 
@@ -235,12 +235,6 @@ class AsyncCheckpoint(ModelCheckpoint):
             self._interrupt.install()
 
     @override
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self._interrupt.defer()
-
-    @override
     def on_train_batch_end(
         self,
         trainer: pl.Trainer,
@@ -259,12 +253,17 @@ class AsyncCheckpoint(ModelCheckpoint):
         self._interrupt.release()
 
     @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._interrupt.release(defer=False)
+
+    @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         if not self._should_save_on_train_epoch_end(trainer):
             self._mark_due_by_epoch(trainer)
         self._save_if_due(trainer)
+        self._interrupt.release()
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -274,7 +273,8 @@ class AsyncCheckpoint(ModelCheckpoint):
         self._save_if_due(trainer)
 
     def _mark_due(self, trainer: pl.Trainer) -> None:
-        self._due |= self._last_global_step_saved != trainer.global_step
+        if self._last_global_step_saved != trainer.global_step:
+            self._due = self._monitor_candidates(trainer)
 
     def _mark_due_by_epoch(self, trainer: pl.Trainer) -> None:
         if self._every_n_epochs >= 1 and (trainer.current_epoch + 1) % self._every_n_epochs == 0:
@@ -291,9 +291,12 @@ class AsyncCheckpoint(ModelCheckpoint):
         return up
 
     def _save_if_due(self, trainer: pl.Trainer) -> None:
-        if not self._due or trainer.fast_dev_run or not is_safe_point(trainer):  # type: ignore[attr-defined]
+        if self._due is None or trainer.fast_dev_run or not is_safe_point(trainer):  # type: ignore[attr-defined]
             return
-        metrics = self._monitor_candidates(trainer)
+        # Where the save had to wait, what a training step logged is of that step; the validation
+        # that came since is of the same weights.
+        of_the_step = _compat_resume.logged_in_training(trainer, self._due)
+        metrics = {**self._monitor_candidates(trainer), **of_the_step}
         if self.monitor is not None and self.monitor not in metrics:
             if trainer.training and not _epoch_is_closed(trainer):
                 return  # validation may log it
@@ -304,7 +307,7 @@ class AsyncCheckpoint(ModelCheckpoint):
                 f"was not logged; these values were: {sorted(metrics)}",
                 f"Log it with self.log({self.monitor!r}, ...)",
             )
-        self._due = False
+        self._due = None
         self._save(trainer, metrics)
 
     # What.
@@ -409,6 +412,7 @@ class AsyncCheckpoint(ModelCheckpoint):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._interrupt.release()
         self._interrupt.uninstall()
         self._flush(trainer, None)
         names = ("best_model_path", "best_model_score", "last_model_path", "best_k_models")

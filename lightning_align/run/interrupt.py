@@ -8,10 +8,9 @@ from lightning.pytorch.utilities import rank_zero_info
 
 
 class DeferredInterrupt:
-    """Between :meth:`defer` and :meth:`release` the first Ctrl-C is remembered, not raised.
+    """Once installed, the first Ctrl-C is remembered until :meth:`release`; a second is raised.
 
-    A second Ctrl-C is raised at once. Does nothing outside the main thread, where Python delivers
-    no signals.
+    Does nothing outside the main thread, where Python delivers no signals.
     """
 
     def __init__(self) -> None:
@@ -22,6 +21,7 @@ class DeferredInterrupt:
         """Take over SIGINT."""
         if threading.current_thread() is threading.main_thread() and self._before is None:
             self._before = signal.signal(signal.SIGINT, self._handle)
+            self._deferring = True
 
     def uninstall(self) -> None:
         """Give SIGINT back."""
@@ -30,17 +30,16 @@ class DeferredInterrupt:
             signal.signal(signal.SIGINT, self._before)
         self._before = None
 
-    def defer(self) -> None:
-        """From here on an interrupt waits."""
-        self._deferring = True
-
-    def release(self) -> None:
+    def release(self, *, defer: bool = True) -> None:
         """Raise the interrupt that came meanwhile.
+
+        Args:
+            defer: Whether the next one waits again, for the next call.
 
         Raises:
             KeyboardInterrupt: If Ctrl-C was pressed.
         """
-        came, self._deferring, self._came = self._came, False, False
+        came, self._deferring, self._came = self._came, defer, False
         if came:
             raise KeyboardInterrupt
 

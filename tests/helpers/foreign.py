@@ -195,7 +195,7 @@ class ForeignRun:
         if self.checkpoint:
             callbacks.append(ModelCheckpoint(self.folder, save_top_k=-1, **self.checkpoint))
         if self.async_checkpoint:
-            from lightning_align.callbacks.async_checkpoint import AsyncCheckpoint
+            from lightning_align import AsyncCheckpoint
 
             callbacks.append(AsyncCheckpoint(**self.async_checkpoint))
         if self.save_every_batch:

@@ -1,0 +1,542 @@
+import logging
+import os
+import signal
+import time
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import FSDPStrategy
+
+from lightning_align import AsyncCheckpoint, ExactResume
+from lightning_align.callbacks import async_checkpoint
+from lightning_align.checkpointing import SnapshotEngine, committed_checkpoints, load_checkpoint
+from tests.helpers.foreign import Stranger
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> None:
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+
+def trainer(*callbacks: pl.Callback, folder: Any, **options: Any) -> pl.Trainer:
+    return pl.Trainer(
+        **{
+            "max_epochs": 2,
+            "accelerator": "cpu",
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "callbacks": list(callbacks),
+            "default_root_dir": str(folder),
+            **options,
+        }
+    )
+
+
+def fit(*callbacks: pl.Callback, folder: Any, ckpt_path: Any = None, **options: Any) -> pl.Trainer:
+    """Two epochs of six batches with a validation behind each."""
+    pl.seed_everything(5, verbose=False)
+    made = trainer(*callbacks, folder=folder, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="(?!.*AsyncCheckpoint|.*passed over|.*W&B|Not written)"
+        )
+        made.fit(Stranger(), ckpt_path=ckpt_path)
+    return made
+
+
+def names(dirpath: Any) -> set[str]:
+    return {found.name for found in committed_checkpoints(dirpath)}
+
+
+# ModelCheckpoint's words
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"monitor": "val_loss", "save_top_k": 2, "filename": "{epoch}-{val_loss:.3f}"},
+        {"monitor": "loss", "mode": "max", "save_top_k": 3, "every_n_train_steps": 1},
+        {"every_n_train_steps": 2, "save_top_k": -1},
+        {"every_n_epochs": 2, "save_top_k": -1},
+        {"train_time_interval": timedelta(0), "save_top_k": -1},
+        {"save_top_k": 0},
+        {"monitor": "val_loss", "save_top_k": -1, "save_on_train_epoch_end": False},
+    ],
+    ids=lambda options: ",".join(options) or "defaults",
+)
+def test_keeps_what_model_checkpoint_keeps(tmp_path: Path, options: dict[str, Any]) -> None:
+    theirs, ours = (
+        ModelCheckpoint(tmp_path / "theirs", **options),
+        AsyncCheckpoint(tmp_path / "ours", **options),
+    )
+    fit(theirs, ours, folder=tmp_path)
+    kept = {path.stem for path in (tmp_path / "theirs").glob("*.ckpt")}
+    assert names(tmp_path / "ours") == kept
+    assert Path(ours.best_model_path).name == Path(theirs.best_model_path).name
+    assert ours.best_model_score == theirs.best_model_score
+    assert {Path(path).name: score for path, score in ours.best_k_models.items()} == {
+        Path(path).name: score for path, score in theirs.best_k_models.items()
+    }
+
+
+def test_file_is_what_model_checkpoint_writes(tmp_path: Path) -> None:
+    options = {"every_n_train_steps": 5, "save_top_k": 1}
+    theirs, ours = (
+        ModelCheckpoint(tmp_path / "theirs", **options),
+        AsyncCheckpoint(tmp_path / "ours", **options),
+    )
+    fit(theirs, ours, folder=tmp_path)
+    expected = torch.load(theirs.best_model_path, weights_only=True)
+    found = torch.load(ours.best_model_path, weights_only=True)
+    assert found.keys() == expected.keys()
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
+        assert str(found[key]) == str(expected[key])
+    module = Stranger.load_from_checkpoint(ours.best_model_path, weights_only=True)
+    assert all(torch.equal(v, found["state_dict"][k]) for k, v in module.state_dict().items())
+
+
+def test_save_last_keeps_the_newest_besides_the_best(tmp_path: Path) -> None:
+    class Rising(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            pl_module.log("rising", torch.tensor(float(trainer.global_step)))
+
+    callback = AsyncCheckpoint(
+        tmp_path, monitor="rising", save_last=True, every_n_train_steps=2, filename="{step}"
+    )
+    fit(Rising(), callback, folder=tmp_path)
+    assert names(tmp_path) == {"step=2", "step=12"}
+    assert Path(callback.best_model_path).stem == "step=2"
+    assert Path(callback.last_model_path).stem == "step=12"
+
+
+def test_names_never_leave_the_folder_and_are_never_taken_twice(tmp_path: Path) -> None:
+    class Slashed(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            pl_module.log("a/b", torch.tensor(0.5))
+
+    callback = AsyncCheckpoint(tmp_path, filename="{a/b:.1f}", every_n_train_steps=5, save_top_k=-1)
+    fit(Slashed(), callback, folder=tmp_path)
+    assert names(tmp_path) == {"a_b=0.5", "a_b=0.5-v1"}
+
+
+# Only what is committed has a name
+
+
+class Slow:
+    """Commits that take their time, or fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seconds, self.failing = 0.0, lambda name: False
+        commit = SnapshotEngine._commit
+
+        def slowly(engine: SnapshotEngine, snapshot: Any) -> Any:
+            time.sleep(self.seconds)
+            if self.failing(snapshot.name):
+                raise OSError(28, "No space left on device")
+            return commit(engine, snapshot)
+
+        monkeypatch.setattr(SnapshotEngine, "_commit", slowly)
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Slow:
+    return Slow(monkeypatch)
+
+
+class Watch(pl.Callback):
+    """Asserts after every batch that whatever the callback names is committed."""
+
+    def __init__(self, callback: AsyncCheckpoint) -> None:
+        self.callback, self.seen = callback, set()
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        for path in self.named():
+            assert os.path.exists(path + ".json"), path
+            self.seen.add(path)
+
+    def named(self) -> set[str]:
+        ours = self.callback
+        paths = {ours.best_model_path, ours.last_model_path, *ours.best_k_models}
+        return paths - {""}
+
+
+def test_paths_name_committed_files_only_also_inside_checkpoints(
+    tmp_path: Path, slow: Slow
+) -> None:
+    slow.seconds = 0.05
+    callback = AsyncCheckpoint(tmp_path, monitor="loss", save_top_k=-1, every_n_train_steps=1)
+    watch = Watch(callback)
+    fit(callback, watch, folder=tmp_path)
+    assert len(watch.seen) > 5
+    for manifest in committed_checkpoints(tmp_path):
+        path = tmp_path / f"{manifest.name}.ckpt"
+        state = load_checkpoint(path)["callbacks"][callback.state_key]
+        earlier = {
+            str(tmp_path / f"{found.name}.ckpt")
+            for found in committed_checkpoints(tmp_path)
+            if found.step < manifest.step
+        }
+        named = {state["best_model_path"], state["last_model_path"], *state["best_k_models"]}
+        assert named - {""} <= earlier
+
+
+class Noting(Logger):
+    """A logger that notes what it is told, and checks that named files are committed."""
+
+    name, version = "noting", 0
+
+    def __init__(self) -> None:
+        self.metrics: list[dict[str, float]] = []
+        self.told: list[str] = []
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        self.metrics.append(dict(metrics))
+
+    def log_hyperparams(self, *args: Any) -> None:
+        pass
+
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+        path = checkpoint_callback.last_model_path
+        assert os.path.exists(path + ".json")
+        self.told.append(path)
+
+    def values(self, name: str) -> list[float]:
+        return [metrics[name] for metrics in self.metrics if name in metrics]
+
+
+def test_loggers_hear_of_a_checkpoint_after_its_commit_and_of_its_times(
+    tmp_path: Path, slow: Slow
+) -> None:
+    slow.seconds = 0.05
+    logger = Noting()
+    callback = AsyncCheckpoint(tmp_path, every_n_train_steps=4)
+    fit(callback, folder=tmp_path, logger=logger)
+    assert len(logger.told) == 3
+    assert min(logger.values("checkpoint/persist_s")) >= 0.0
+    assert len(logger.values("checkpoint/persist_s")) == 3
+    assert 0 < max(logger.values("checkpoint/stall_s")) < 10
+    assert min(logger.values("checkpoint/bytes")) > 1000
+
+
+def test_backpressure_skip_leaves_out_saves_and_says_so(tmp_path: Path, slow: Slow) -> None:
+    slow.seconds = 0.3
+    logger = Noting()
+    options = {"every_n_train_steps": 1, "save_top_k": -1}
+    callback = AsyncCheckpoint(tmp_path, backpressure="skip", **options)
+    fit(callback, folder=tmp_path, logger=logger)
+    skipped = sum(logger.values("checkpoint/skipped"))
+    assert skipped > 0
+    assert len(names(tmp_path)) == 12 - skipped
+
+
+# Faults
+
+
+def test_failed_writes_are_told_training_goes_on_and_the_old_one_stays(
+    tmp_path: Path, slow: Slow
+) -> None:
+    slow.failing = lambda name: "step=4" not in name
+    callback = AsyncCheckpoint(tmp_path, every_n_train_steps=4)
+    with pytest.warns(UserWarning) as told:
+        made = fit(callback, folder=tmp_path)
+    assert made.global_step == 12
+    text = "\n".join(str(warning.message) for warning in told)
+    assert "'epoch=1-step=8' (step 8) was not written" in text
+    assert "No space left on device" in text
+    assert "2 of 3 checkpoints of this run were not written. Last complete checkpoint: " in text
+    assert names(tmp_path) == {"epoch=0-step=4"}
+    assert Path(callback.best_model_path).stem == "epoch=0-step=4"
+
+
+class Raise(pl.Callback):
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.at:
+            raise ArithmeticError("what training raised")
+
+
+def test_exception_flushes_what_was_saved_and_is_never_masked(tmp_path: Path, slow: Slow) -> None:
+    slow.seconds = 0.3
+    callback = AsyncCheckpoint(tmp_path, every_n_train_steps=5)
+    with pytest.raises(ArithmeticError, match="what training raised"):
+        fit(callback, Raise(5), folder=tmp_path)
+    assert names(tmp_path) == {"epoch=0-step=5"}
+    assert Path(callback.best_model_path).stem == "epoch=0-step=5"
+
+
+def test_failing_storage_does_not_mask_the_exception(tmp_path: Path, slow: Slow) -> None:
+    slow.failing = lambda name: True
+    with (
+        pytest.warns(UserWarning, match="Last complete checkpoint: none"),
+        pytest.raises(ArithmeticError, match="what training raised"),
+    ):
+        fit(AsyncCheckpoint(tmp_path, every_n_train_steps=5), Raise(5), folder=tmp_path)
+
+
+def test_storage_that_hangs_does_not_hold_an_exception_beyond_the_deadline(
+    tmp_path: Path, slow: Slow
+) -> None:
+    slow.seconds = 3.0
+    callback = AsyncCheckpoint(tmp_path, every_n_train_steps=5, flush_timeout_s=0.1)
+    start = time.monotonic()
+    with (
+        pytest.warns(UserWarning, match=r"Not written within 0.1 s: epoch=0-step=5"),
+        pytest.raises(ArithmeticError),
+    ):
+        fit(callback, Raise(5), folder=tmp_path)
+    assert time.monotonic() - start < 2.5
+
+
+def test_save_on_exception_saves_between_batches_and_never_inside_one(tmp_path: Path) -> None:
+    class RaiseAtEnd(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+            if trainer.global_step == 3:
+                raise ArithmeticError
+
+    between = AsyncCheckpoint(tmp_path / "between", save_on_exception=True)
+    with pytest.raises(ArithmeticError):
+        fit(between, RaiseAtEnd(), folder=tmp_path)
+    assert names(tmp_path / "between") == {"epoch=0-step=3"}
+    inside = AsyncCheckpoint(tmp_path / "inside", save_on_exception=True)
+    with (
+        pytest.warns(UserWarning, match="in the middle of a batch"),
+        pytest.raises(ArithmeticError),
+    ):
+        fit(inside, Raise(3), folder=tmp_path)
+    assert names(tmp_path / "inside") == set()
+
+
+class Signal(pl.Callback):
+    """Sends this process a signal in the middle of a batch."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        if trainer.global_step == 3:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_signals_save_the_batch_they_came_in(tmp_path: Path, number: int) -> None:
+    callback = AsyncCheckpoint(tmp_path, save_on_exception=True)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(BaseException) as raised:
+            fit(callback, Signal(number), folder=tmp_path)
+        assert type(raised.value).__name__ in ("SIGTERMException", "SystemExit")
+    finally:
+        signal.signal(signal.SIGINT, before)  # Lightning leaves it ignored
+    assert names(tmp_path) == {"epoch=0-step=4"}
+    fit(AsyncCheckpoint(tmp_path), folder=tmp_path, ckpt_path="last")
+
+
+def test_runs_that_share_a_folder_are_refused(tmp_path: Path) -> None:
+    fit(AsyncCheckpoint(tmp_path), folder=tmp_path)
+    with pytest.raises(ValueError, match=r"AsyncCheckpoint\(dirpath=.*\): holds checkpoints of an"):
+        fit(AsyncCheckpoint(tmp_path), folder=tmp_path)
+    fit(AsyncCheckpoint(tmp_path), folder=tmp_path, ckpt_path="last", max_epochs=3)
+    engine = SnapshotEngine(tmp_path)
+    with pytest.raises(RuntimeError, match="is writing checkpoints there"):
+        fit(AsyncCheckpoint(tmp_path), folder=tmp_path, ckpt_path="last")
+    engine.close()
+
+
+# Resuming
+
+
+def test_last_is_the_newest_whole_one(tmp_path: Path) -> None:
+    callback = AsyncCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1, filename="{step}")
+    fit(callback, folder=tmp_path)
+    newest = tmp_path / "step=12.ckpt"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    with pytest.warns(UserWarning, match=r"step=12.ckpt \(step 12\) is passed over"):
+        assert AsyncCheckpoint.latest(tmp_path) == str(tmp_path / "step=9.ckpt")
+    again = AsyncCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1, filename="{step}")
+    with pytest.warns(UserWarning, match="passed over"):
+        made = fit(again, folder=tmp_path, ckpt_path="last", max_epochs=3)
+    assert made.ckpt_path == str(tmp_path / "step=9.ckpt")
+    assert made.global_step == 18
+    assert "step=12-v1" in names(tmp_path), "no name is written twice"
+
+
+def test_nothing_to_resume_from_starts_anew(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="no last checkpoint available"), warnings.catch_warnings():
+        warnings.simplefilter("always")
+        pl.seed_everything(5, verbose=False)
+        made = trainer(AsyncCheckpoint(tmp_path), folder=tmp_path, max_epochs=1)
+        made.fit(Stranger(), ckpt_path="last")
+    assert made.global_step == 6
+
+
+def test_url(tmp_path: Path) -> None:
+    url = f"memory://{tmp_path.name}/checkpoints"
+    callback = AsyncCheckpoint(url, every_n_train_steps=3, save_top_k=1, filename="{step}")
+    fit(callback, folder=tmp_path, max_epochs=1)
+    assert callback.best_model_path == AsyncCheckpoint.latest(url)
+    assert names(url) == {"step=6"}
+    made = fit(
+        AsyncCheckpoint(url, every_n_train_steps=3, save_top_k=1, filename="{step}"),
+        folder=tmp_path,
+        ckpt_path="last",
+    )
+    assert made.global_step == 12
+    assert names(url) == {"step=6", "step=12"}, "the one resumed from stays, as ModelCheckpoint's"
+    fsspec.filesystem("memory").rm(f"/{tmp_path.name}", recursive=True)
+
+
+def test_best_is_tested_without_naming_it(tmp_path: Path) -> None:
+    class Testable(Stranger):
+        test_step = Stranger.validation_step
+        test_dataloader = Stranger.val_dataloader
+
+    callback = AsyncCheckpoint(tmp_path, monitor="val_loss")
+    made = trainer(callback, folder=tmp_path)
+    made.fit(Testable())
+    made.test(ckpt_path="best", verbose=False)
+    assert made.ckpt_path == callback.best_model_path
+
+
+def test_ranking_survives_a_resume(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"monitor": "loss", "save_top_k": 2, "every_n_train_steps": 1}
+    whole, half, rest = (
+        AsyncCheckpoint(tmp_path / folder, **options) for folder in ("whole", "half", "half")
+    )
+    fit(whole, folder=tmp_path, max_epochs=3)
+    fit(half, folder=tmp_path, max_epochs=1)
+    fit(rest, folder=tmp_path, max_epochs=3, ckpt_path="last")
+    scores = sorted(map(float, whole.best_k_models.values()))
+    assert sorted(map(float, rest.best_k_models.values())) == scores
+
+
+def test_another_model_is_refused_by_name(tmp_path: Path) -> None:
+    fit(AsyncCheckpoint(tmp_path), folder=tmp_path)
+    other = Stranger()
+    other.body = torch.nn.Linear(8, 1)
+    kept = names(tmp_path)
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"body.weight\""):
+        trainer(AsyncCheckpoint(tmp_path), folder=tmp_path).fit(other, ckpt_path="last")
+    assert names(tmp_path) == kept
+
+
+# ExactResume
+
+
+def test_brings_exact_resume_unless_there_is_one(tmp_path: Path) -> None:
+    alone = fit(AsyncCheckpoint(tmp_path / "a"), folder=tmp_path, max_epochs=1)
+    given = ExactResume(seed=3)
+    beside = fit(given, AsyncCheckpoint(tmp_path / "b"), folder=tmp_path, max_epochs=1)
+    found = [[c for c in made.callbacks if isinstance(c, ExactResume)] for made in (alone, beside)]
+    assert len(found[0]) == 1
+    assert found[1] == [given]
+
+
+def test_saves_are_deferred_to_safe_points(tmp_path: Path) -> None:
+    """At the last batch of an epoch the validation and the end of the epoch come first."""
+    order: list[str] = []
+
+    class Order(pl.Callback):
+        def on_validation_end(self, *args: Any) -> None:
+            order.append("validation")
+
+        def on_train_epoch_end(self, *args: Any) -> None:
+            order.append("epoch end")
+
+        def on_save_checkpoint(self, trainer: pl.Trainer, *args: Any) -> None:
+            order.append(f"save {trainer.global_step}")
+
+    callback = AsyncCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1)
+    fit(Order(), callback, folder=tmp_path, max_epochs=1, val_check_interval=3)
+    assert order == ["validation", "save 3", "validation", "epoch end", "save 6"]
+
+
+# W&B
+
+
+@pytest.mark.slow
+def test_resumed_run_continues_the_wandb_run(tmp_path: Path) -> None:
+    wandb = pytest.importorskip("wandb")
+    from lightning.pytorch.loggers import WandbLogger
+
+    def logger(**options: Any) -> Any:
+        return WandbLogger(save_dir=tmp_path, offline=True, project="p", **options)
+
+    first, second, other = logger(), logger(), logger(id="other")
+    fit(AsyncCheckpoint(tmp_path / "c"), folder=tmp_path, logger=first, max_epochs=1)
+    identity = first.experiment.id
+    wandb.finish()
+    fit(AsyncCheckpoint(tmp_path / "c"), folder=tmp_path, logger=second, ckpt_path="last")
+    assert second.experiment.id == identity
+    wandb.finish()
+    with pytest.warns(UserWarning, match=f"checkpoint is of the W&B run {identity}, and this run"):
+        fit(
+            AsyncCheckpoint(tmp_path / "c"),
+            folder=tmp_path,
+            logger=other,
+            ckpt_path="last",
+            max_epochs=3,
+        )
+    assert other.experiment.id == "other"
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"every_n_train_steps": 2, "train_time_interval": timedelta(minutes=1)},
+            r"every_n_train_steps=2\): cannot be combined with train_time_interval. Add a second",
+        ),
+        ({"every_n_train_steps": -1}, r"every_n_train_steps=-1\): must not be negative"),
+        ({"mode": "best"}, r"mode='best'\): must be 'min' or 'max'"),
+        ({"save_top_k": -2}, r"save_top_k=-2\): must be at least -1"),
+        ({"save_top_k": 3}, r"save_top_k=3\): without monitor there is no best"),
+        ({"backpressure": "drop"}, r"backpressure='drop'\): must be 'wait', 'skip' or 'latest'"),
+        ({"flush_timeout_s": 0}, r"flush_timeout_s=0\): must be above 0"),
+        ({"save_last": "link"}, r"save_last='link'\): must be True or False"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_arguments_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match="AsyncCheckpoint\\(" + message):
+        AsyncCheckpoint("checkpoints", **options)
+
+
+def test_monitor_that_is_never_logged_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"monitor='nothing'\): was not logged; these values were"):
+        fit(AsyncCheckpoint(tmp_path, monitor="nothing"), folder=tmp_path)
+
+
+def test_strategies_that_shard_and_other_writers_are_refused() -> None:
+    from lightning.pytorch.plugins.io import AsyncCheckpointIO
+    from lightning.pytorch.strategies import SingleDeviceStrategy
+
+    with pytest.raises(ValueError, match=r"strategy='FSDPStrategy'\): its ranks save parts of"):
+        async_checkpoint._check_strategy(FSDPStrategy())
+    strategy = SingleDeviceStrategy("cpu", checkpoint_io=AsyncCheckpointIO())
+    with pytest.raises(ValueError, match=r"plugins='AsyncCheckpointIO'\): would be passed over"):
+        async_checkpoint._check_strategy(strategy)
+
+
+def test_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    with pytest.raises(OSError, match="file"):
+        fit(AsyncCheckpoint(blocker / "inner"), folder=tmp_path)

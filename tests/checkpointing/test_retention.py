@@ -1,0 +1,71 @@
+import math
+
+from lightning_align.checkpointing.retention import Retention
+
+
+def saved(retention: Retention, **scores: float | None) -> list[str]:
+    """Save one after the other; returns what was given up."""
+    given_up = []
+    for name, score in scores.items():
+        retention.begin(name, score)
+        given_up += retention.commit(name)
+    return given_up
+
+
+def test_the_best_two_by_score_are_kept() -> None:
+    retention = Retention(2, "min", keep_newest=False)
+    assert saved(retention, a=3.0, b=1.0, c=2.0) == ["a"]
+    assert list(retention.ranked) == ["b", "c"]
+    assert retention.admits(1.5)
+    assert not retention.admits(2.0), "as ModelCheckpoint: an equal score is not better"
+
+
+def test_max_and_nan() -> None:
+    retention = Retention(1, "max", keep_newest=False)
+    assert saved(retention, a=math.nan, b=0.5) == ["a"]
+    assert not retention.admits(math.nan)
+    assert retention.admits(0.6)
+
+
+def test_all_or_none() -> None:
+    everything, nothing = Retention(-1, "min", False), Retention(0, "min", False)
+    assert saved(everything, a=1.0, b=2.0) == []
+    assert everything.admits(9.0)
+    assert not nothing.admits(9.0)
+
+
+def test_newest_is_kept_besides_the_best() -> None:
+    retention = Retention(1, "min", keep_newest=True)
+    assert saved(retention, a=1.0, b=None) == []
+    assert (list(retention.ranked), retention.newest) == (["a"], "b")
+    assert saved(retention, c=None) == ["b"]
+    assert saved(retention, d=0.5) == ["a", "c"]
+
+
+def test_nothing_is_given_up_before_the_commit_and_nothing_for_what_failed() -> None:
+    retention = Retention(1, "min", keep_newest=False)
+    saved(retention, a=1.0)
+    retention.begin("b", 0.5)
+    assert list(retention.ranked) == ["a"]
+    assert not retention.admits(0.7), "what is being written takes part in the decision"
+    retention.drop("b")
+    assert retention.admits(0.7)
+    assert saved(retention, c=0.7) == ["a"]
+
+
+def test_a_protected_one_is_never_given_up() -> None:
+    retention = Retention(1, "min", keep_newest=False)
+    retention.protect("a")
+    assert saved(retention, a=1.0, b=0.5, c=0.1) == ["b"]
+
+
+def test_what_was_pending_is_taken_over_if_it_was_committed_meanwhile() -> None:
+    """A checkpoint names itself as pending; if it can be read it was committed."""
+    before = Retention(1, "min", keep_newest=False)
+    saved(before, a=1.0)
+    before.begin("b", 0.5)
+    after, late = (Retention(1, "min", keep_newest=False) for _ in range(2))
+    assert after.load_state_dict(before.state_dict(), {"a", "b"}) == ["a"]
+    assert (list(after.ranked), after.newest) == (["b"], "b")
+    assert late.load_state_dict(before.state_dict(), {"a"}) == []
+    assert (list(late.ranked), late.newest) == (["a"], "a")

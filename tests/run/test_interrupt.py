@@ -1,0 +1,42 @@
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from lightning_align.run.interrupt import DeferredInterrupt
+
+
+@pytest.fixture
+def interrupt() -> Iterator[DeferredInterrupt]:
+    before = signal.getsignal(signal.SIGINT)
+    interrupt = DeferredInterrupt()
+    interrupt.install()
+    yield interrupt
+    interrupt.uninstall()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def press() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_waits_for_the_end_of_the_batch(interrupt: DeferredInterrupt) -> None:
+    press()
+    with pytest.raises(KeyboardInterrupt):
+        interrupt.release()
+    interrupt.release()  # only once
+
+
+def test_a_second_one_is_raised_at_once(interrupt: DeferredInterrupt) -> None:
+    press()
+    with pytest.raises(KeyboardInterrupt):
+        press()
+
+
+def test_where_nothing_is_worth_waiting_for_it_is_raised_at_once(
+    interrupt: DeferredInterrupt,
+) -> None:
+    interrupt.release(defer=False)
+    with pytest.raises(KeyboardInterrupt):
+        press()
