@@ -182,7 +182,7 @@ def storage_key(storage: Any, number: int, nbytes: int) -> StorageKey:
     return StorageKey(("storage", kind, str(number), "cpu", length))
 
 
-def tail(structure: Any, leaves: list[Reduced], archive: Archive) -> Iterable[bytes | memoryview]:
+def ending(structure: Any, leaves: list[Reduced], archive: Archive) -> Iterable[bytes | memoryview]:
     """Everything behind the storages of the host buffer: what torch.save writes besides them."""
     file = io.BytesIO()
     pickler = _Pickler(file, leaves, len(archive.entries))

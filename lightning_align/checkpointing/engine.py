@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import json
 import os
 import time
 import warnings
@@ -10,8 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lightning_align._errors import argument_error
-from lightning_align.checkpointing.archive import tail
-from lightning_align.checkpointing.files import Folder
+from lightning_align.checkpointing.files import Bytes, Folder
 from lightning_align.checkpointing.lock import FolderLock
 from lightning_align.checkpointing.manifest import (
     DATA,
@@ -28,6 +28,7 @@ from lightning_align.checkpointing.writer import Writer
 Backpressure = Literal["wait", "skip", "latest"]
 _POLICIES = ("wait", "skip", "latest")
 _REMOTE_ATTEMPTS = 3
+_RETRY_S = 1.0
 _EXIT_TIMEOUT_S = 60.0
 
 
@@ -149,8 +150,8 @@ class SnapshotEngine:
         self._snapshots: list[_Snapshot] = []
         self._saves = 0
         self._committed: dict[str, Manifest] = {}
-        self._last_save_failed = False
-        self._deferred: list[str] = []  # to be deleted once something newer is durable
+        self._durable = 0  # number of the latest save that is on disk
+        self._deferred: list[_Delete] = []  # for when something newer is durable
         self._errors: list[SaveError] = []
         self._unreported: list[SaveError] = []
         self._writer = Writer("checkpoint-writer")
@@ -181,7 +182,8 @@ class SnapshotEngine:
             metadata: Plain values that JSON can hold, for the manifest.
 
         Raises:
-            ValueError: If the name is taken or no file name, or the state cannot be copied.
+            ValueError: If the name is taken or no file name, the state cannot be copied, or JSON
+                cannot hold the metadata.
             RuntimeError: If the engine was closed, or belongs to the process this one was forked
                 from.
         """
@@ -190,6 +192,7 @@ class SnapshotEngine:
             why = "it was closed" if self._closed else "it belongs to the parent of this process"
             raise RuntimeError(f"SnapshotEngine.save(name={name!r}): {why}.")
         self._check_name(name)
+        plain = _plain(metadata or {})
         self._report()
         replaced = self._replace_waiting() if self.backpressure == "latest" else ()
         snapshot = self._free_snapshot()
@@ -201,7 +204,7 @@ class SnapshotEngine:
         snapshot.number = -1
         copied_bytes = snapshot.buffer.copy(tensors, state)
         snapshot.structure, snapshot.name, snapshot.step = structure, name, step
-        snapshot.metadata = dict(metadata or {})
+        snapshot.metadata = plain
         snapshot.number = self._saves = self._saves + 1
         if self.persist:
             snapshot.pending = True
@@ -216,7 +219,8 @@ class SnapshotEngine:
         Args:
             name: Name of the checkpoint.
         """
-        self._writer.submit(_Delete(self, name))
+        if self.persist:
+            self._writer.submit(_Delete(self, name, after=self._saves))
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until everything is written or has failed; whether it is.
@@ -299,21 +303,13 @@ class SnapshotEngine:
         if self._lock.taken_over_by:
             raise RuntimeError(f"{self._lock.taken_over_by} has taken over the folder")
         start = time.perf_counter()
-        snapshot.buffer.ready()
-        for attempt in range(1, _REMOTE_ATTEMPTS + 1):
-            try:
-                manifest = self._commit(snapshot)
-                break
-            except OSError:
-                if self.folder.is_local or attempt == _REMOTE_ATTEMPTS:
-                    raise
-                time.sleep(2.0 ** (attempt - 1))
+        manifest = self._commit(snapshot)
         self._committed[snapshot.name] = manifest
-        self._last_save_failed = False
-        deferred, self._deferred = self._deferred, []
+        self._durable = snapshot.number
         self._tell(manifest, time.perf_counter() - start)
-        for name in deferred:
-            _Delete(self, name).try_run()
+        deferred, self._deferred = self._deferred, []
+        for job in deferred:
+            job.try_run()
 
     def _tell(self, manifest: Manifest, persist_s: float) -> None:
         if self._on_commit is None:
@@ -324,18 +320,19 @@ class SnapshotEngine:
             self._failed(manifest.name, manifest.step, "on_commit raised", error)
 
     def _commit(self, snapshot: _Snapshot) -> Manifest:
-        def chunks() -> Iterable[bytes | memoryview]:
-            plan = snapshot.buffer.plan
-            yield snapshot.buffer.image()
-            yield from tail(snapshot.structure, plan.leaves, plan.archive)
-
-        files = {snapshot.name + DATA: chunks()}
-        try:
-            return commit(self.folder, snapshot.name, snapshot.step, files, snapshot.metadata)
-        except Exception:
-            with contextlib.suppress(OSError):  # what a full disk needs most
-                remove(self.folder, snapshot.name, files)
-            raise
+        name, step, metadata = snapshot.name, snapshot.step, snapshot.metadata
+        files: dict[str, Iterable[Bytes]] = {name + DATA: snapshot.buffer.file(snapshot.structure)}
+        attempt = 0
+        while True:
+            attempt += 1
+            try:
+                return commit(self.folder, name, step, files, metadata)
+            except Exception:
+                with contextlib.suppress(Exception):  # what a full disk needs most
+                    remove(self.folder, name, files, announce=False)
+                if self.folder.is_local or attempt == _REMOTE_ATTEMPTS:
+                    raise
+                time.sleep(_RETRY_S * 2 ** (attempt - 1))
 
     def _delete(self, name: str) -> None:
         manifest = self._committed.pop(name, None)
@@ -362,8 +359,8 @@ class SnapshotEngine:
             "SnapshotEngine.save",
             {each.name for each in self._snapshots if each.pending},
         )
-        if not name or "/" in name or os.sep in name or name.startswith("."):
-            rule = "must be a file name, without folders and extension"
+        if not name or "/" in name or os.sep in name or name.startswith(".") or name.endswith(DATA):
+            rule = "must be a file name, without folder and extension"
             raise argument_error(where, "name", name, rule)
         if name in self._committed or name in taken:
             rule = f"{self.folder} has a checkpoint of that name, and none is ever overwritten"
@@ -374,7 +371,6 @@ class SnapshotEngine:
         for job in cancelled:
             assert isinstance(job, _Write)
             job.snapshot.pending = False
-            self._last_save_failed = True  # until this one is durable
         return tuple(job.name for job in cancelled if isinstance(job, _Write))
 
     def _free_snapshot(self) -> _Snapshot | None:
@@ -401,6 +397,17 @@ class SnapshotEngine:
             warnings.warn(error.message, stacklevel=3)
 
 
+def _plain(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Metadata as it will be read back."""
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(metadata))
+    except (TypeError, ValueError) as error:
+        raise argument_error(
+            "SnapshotEngine.save", "metadata", metadata, f"must be plain values ({error})"
+        ) from error
+    return plain
+
+
 @dataclass(eq=False)
 class _Write:
     """Job: write a snapshot."""
@@ -419,7 +426,6 @@ class _Write:
     def failed(self, error: BaseException) -> None:
         engine, snapshot = self.engine, self.snapshot
         snapshot.pending = False
-        engine._last_save_failed = True
         name, step = snapshot.name, snapshot.step
         what = f"Checkpoint {name!r} (step {step}) was not written to {engine.folder}"
         engine._failed(name, step, what, error)
@@ -431,10 +437,11 @@ class _Delete:
 
     engine: SnapshotEngine
     name: str
+    after: int  # number of the save that must be durable first, or a later one
 
     def run(self) -> None:
-        if self.engine._last_save_failed:
-            self.engine._deferred.append(self.name)
+        if self.engine._durable < self.after:
+            self.engine._deferred.append(self)
         else:
             self.engine._delete(self.name)
 

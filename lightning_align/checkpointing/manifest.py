@@ -136,15 +136,17 @@ def commit(
     return manifest
 
 
-def remove(folder: Folder, name: str, files: Iterable[str]) -> None:
+def remove(folder: Folder, name: str, files: Iterable[str], announce: bool = True) -> None:
     """Delete a checkpoint: first what makes it one, then its files.
 
     Args:
         folder: Where it is.
         name: Name of the checkpoint.
         files: Names of its files.
+        announce: Whether to say first that they will be incomplete; a save that failed has done so.
     """
-    folder.write(name + WRITING, [b""])
+    if announce:
+        folder.write(name + WRITING, [b""])
     folder.delete(name + MANIFEST)
     folder.sync()
     for file in files:

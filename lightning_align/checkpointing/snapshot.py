@@ -17,7 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_align._errors import argument_error
-from lightning_align.checkpointing.archive import Archive, Leaf, Reduced, reduce_ex, storage_key
+from lightning_align.checkpointing.archive import (
+    Archive,
+    Leaf,
+    Reduced,
+    ending,
+    reduce_ex,
+    storage_key,
+)
+from lightning_align.checkpointing.files import Bytes
 from lightning_align.checkpointing.memory import Copies
 from lightning_align.checkpointing.structure import Copier, place_of
 
@@ -180,10 +188,16 @@ class HostBuffer:
         if self._copied is not None:
             self._copied.synchronize()
 
-    def image(self) -> memoryview:
-        """The file up to its tail."""
+    def file(self, structure: Any) -> list[Bytes]:
+        """The file of the frozen state, in pieces.
+
+        Args:
+            structure: What :func:`freeze` returned with the tensors that were copied here.
+        """
+        self.ready()
         assert self.block is not None
-        return memoryview(self.block.memory)[: self.plan.archive.end]
+        image = memoryview(self.block.memory)[: self.plan.archive.end]
+        return [image, *ending(structure, self.plan.leaves, self.plan.archive)]
 
     def tensor(self, index: int, storages: dict[int, torch.UntypedStorage]) -> Tensor:
         """Copy tensor ``index`` out of the buffer.
