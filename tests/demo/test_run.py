@@ -65,6 +65,17 @@ def test_folders_load_and_differ(output: Path) -> None:
         torch.testing.assert_close(value, checkpoint["state_dict"][f"model.{name}"])
 
 
+def test_pretrains_with_muon_and_adamw_in_one_optimizer(output: Path) -> None:
+    checkpoint = torch.load(output / "pretrain/checkpoints/last.ckpt", weights_only=True)
+    (optimizer,) = checkpoint["optimizer_states"]
+    states = {
+        group["name"]: {*optimizer["state"][group["params"][0]]}
+        for group in optimizer["param_groups"]
+    }
+    adamw = {"step", "exp_avg", "exp_avg_sq"}
+    assert states == {"matrices": {"momentum_buffer"}, "embeddings": adamw, "norms_biases": adamw}
+
+
 def test_reported_divergence_is_of_held_out_prompts(output: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
