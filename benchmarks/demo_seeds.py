@@ -48,7 +48,7 @@ def main() -> None:
             "perplexity": before,
             "/ unigram (<= 0.2)": before / grams["unigram"],
             "/ trigram (<= 0.95)": before / grams[TRIGRAM],
-            "/ Kneser-Ney": before / grams[KNESER_NEY],
+            "/ Kneser-Ney (< 1)": before / grams[KNESER_NEY],
             "after / before (<= 1.10)": after / before,
             "accuracy, training (> 0.9)": report["table"][TRAINING][1],
             "accuracy, held-out": report["table"][HELD_OUT][1],
