@@ -7,6 +7,8 @@ nor transformers is imported before something needs it.
 import importlib
 from typing import TYPE_CHECKING
 
+from lightning_align.strategies.registry import register_on_import
+
 if TYPE_CHECKING:
     from lightning_align import data, layers, losses, pipelining, run
     from lightning_align.callbacks.async_checkpoint import AsyncCheckpoint
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from lightning_align.optimizers.param_groups import build_param_groups
     from lightning_align.optimizers.stable_adamw import StableAdamW
     from lightning_align.run.exact_resume import ExactResume
+    from lightning_align.strategies.pipeline import PipelineStrategy
 
 __version__ = "0.1.0"
 
@@ -42,6 +45,7 @@ __all__ = [
     "ModelLayers",
     "Muon",
     "OptimizerSwap",
+    "PipelineStrategy",
     "PreferenceDataModule",
     "PretrainModule",
     "SavePretrained",
@@ -70,6 +74,7 @@ _HOMES = {
     "ModelLayers": "lightning_align.layers",
     "Muon": "lightning_align.optimizers.muon",
     "OptimizerSwap": "lightning_align.callbacks.optimizer_swap",
+    "PipelineStrategy": "lightning_align.strategies.pipeline",
     "PreferenceDataModule": "lightning_align.modules.preference_data",
     "PretrainModule": "lightning_align.modules.pretrain",
     "SavePretrained": "lightning_align.callbacks.save_pretrained",
@@ -94,3 +99,6 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+register_on_import()

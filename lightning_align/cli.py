@@ -31,6 +31,7 @@ from lightning_align.optimizers.galore import GaLoreAdamW
 from lightning_align.optimizers.muon import Muon
 from lightning_align.optimizers.stable_adamw import StableAdamW
 from lightning_align.run.exact_resume import ExactResume
+from lightning_align.strategies.pipeline import PipelineStrategy
 
 __all__ = [
     "LISA",
@@ -44,6 +45,7 @@ __all__ = [
     "MetricPlot",
     "Muon",
     "OptimizerSwap",
+    "PipelineStrategy",
     "PreferenceDataModule",
     "PretrainModule",
     "SavePretrained",
