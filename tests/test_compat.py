@@ -1,11 +1,15 @@
 """One test for each private API we touch: what we rely on, on the pinned versions."""
 
 import inspect
+import json
+import weakref
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch.utils.data import DataLoader
 
 from lightning_align import _compat
 from tests.helpers.resume import HandWritten, SequenceData
@@ -81,3 +85,61 @@ def test_lightning_puts_the_hyperparameters_of_a_checkpoint_over_the_configurati
 
     assert "hyper_parameters" in inspect.getsource(LightningCLI._parse_ckpt_path)
     assert AlignCLI._parse_ckpt_path is not LightningCLI._parse_ckpt_path
+
+
+class Layered(pl.LightningModule):
+    """Two layers, of which one is frozen from the second batch on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lower, self.upper = torch.nn.Linear(3, 3), torch.nn.Linear(3, 1)
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return self.upper(self.lower(batch)).mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class WrapAgain(pl.Callback):
+    """Freezes the lower layer, wraps again, and notes what becomes of both wrappers."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == 1:
+            pl_module.lower.requires_grad_(False)
+            pl_module.upper.weight.data += trainer.global_rank  # nothing may be sent to the others
+            old = weakref.ref(trainer.strategy.model)
+            _compat.wrap_in_ddp_again(trainer.strategy, pl_module)
+            gone = old() is None  # and with it its buckets, which are as large as all gradients
+            difference = float(trainer.strategy.reduce(pl_module.upper.weight.mean(), None, "sum"))
+            theirs = 2 * float(pl_module.upper.weight.mean())
+            note = {"gone": gone, "kept": abs(difference - theirs) > 0.9}
+            (self.folder / f"rank.{trainer.global_rank}").write_text(json.dumps(note))
+            assert trainer.strategy._ddp_kwargs == {}
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        gradients = trainer.strategy.all_gather(pl_module.upper.weight.grad)
+        assert torch.equal(gradients[0], gradients[1])  # reduced, before and after
+
+
+def test_wrap_in_ddp_again_leaves_nothing_of_the_old_wrapper(tmp_path: Path) -> None:
+    pl.seed_everything(0, verbose=False)
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        strategy="ddp_fork",
+        devices=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[WrapAgain(tmp_path)],
+    )
+    trainer.fit(Layered(), DataLoader(torch.randn(12, 3), batch_size=2))
+    notes = [json.loads((tmp_path / f"rank.{rank}").read_text()) for rank in range(2)]
+    assert notes == [{"gone": True, "kept": True}] * 2

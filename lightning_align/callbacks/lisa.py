@@ -55,7 +55,7 @@ class LISA(pl.Callback):
         reactivation_warmup_steps: Steps over which the updates of a block that comes back grow
             from a fraction to their full size.
         seed: Seed of the draw.
-        filename: PNG to write, relative to ``trainer.default_root_dir``.
+        filename: PNG to write, relative to ``trainer.default_root_dir``; None draws nothing.
 
     Attributes:
         active_layers: Numbers of the blocks that train now.
@@ -82,7 +82,7 @@ class LISA(pl.Callback):
         train_head: bool = True,
         reactivation_warmup_steps: int = 0,
         seed: int = 0,
-        filename: str = "lisa.png",
+        filename: str | None = "lisa.png",
     ) -> None:
         for argument, count in {
             "activated_layers": activated_layers,
@@ -105,7 +105,7 @@ class LISA(pl.Callback):
             )
         if seed < 0:
             raise argument_error("LISA", "seed", seed, "must not be negative")
-        if not filename.endswith(".png"):
+        if filename is not None and not filename.endswith(".png"):
             raise argument_error("LISA", "filename", filename, "must end in '.png'")
         self.activated_layers = activated_layers
         self.interval_steps = interval_steps
@@ -126,7 +126,6 @@ class LISA(pl.Callback):
         self._unramped: list[tuple[nn.Parameter, Tensor]] = []  # weights before a step
         self._hook: RemovableHandle | None = None
         self._saved_settings: dict[str, Any] | None = None
-        self._can_draw = True
 
     @property
     def active_layers(self) -> tuple[int, ...]:
@@ -170,17 +169,14 @@ class LISA(pl.Callback):
         if trainer.global_step == 0:  # a new run; a resumed one loads its state after setup
             self.history, self._saved_settings = [], None
         try:
-            new_figure(1, 1)
+            if self.filename is not None:
+                new_figure(1, 1)
         except ImportError as error:
-            self._can_draw = False
+            self.filename = None
             rank_zero_warn(f"LISA draws no picture at the end of the run. {error}")
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        name = type(pl_module).__name__
-        if len(trainer.optimizers) != 1:
-            rule = f"it has {len(trainer.optimizers)} optimizers and must have one"
-            raise argument_error("LISA", "model", name, rule, "Optimize all parameters with one")
         assert self._layers is not None
         self._check_continuity()
         self._parameters = partition(
@@ -318,7 +314,7 @@ class LISA(pl.Callback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         is_dry: bool = trainer.fast_dev_run  # type: ignore[attr-defined]
-        if self._can_draw and self.history and trainer.is_global_zero and not is_dry:
+        if self.filename and self.history and trainer.is_global_zero and not is_dry:
             assert self._layers is not None
             always = {"head": self.train_head, "embedding": self.train_embeddings}
             figure = draw_history(

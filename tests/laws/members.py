@@ -224,6 +224,12 @@ CALLBACKS = [
         refuses={"hand-written": "HandWritten'\\): holds no module with a generate method"},
     ),
     Member(
+        "LISA",
+        spec(OURS + "LISA", activated_layers=1, interval_steps=2, reactivation_warmup_steps=1),
+        neutral=False,
+        refuses={"hand-written": "cannot tell which list holds its blocks; candidates"},
+    ),
+    Member(
         "OptimizerSwap",
         spec(OURS + "OptimizerSwap", optimizer=spec(OURS + "Muon", lr=3e-3, adamw_lr=1e-3)),
         neutral=False,
