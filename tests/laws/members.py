@@ -201,6 +201,10 @@ OPTIMIZERS = [
 
 CALLBACKS = [
     Member("ExactResume", spec(OURS + "ExactResume")),
+    Member(
+        "AsyncCheckpoint",
+        spec(OURS + "AsyncCheckpoint", dirpath="{run}/checkpoints", every_n_train_steps=2),
+    ),
     Member("MetricPlot", spec(OURS + "MetricPlot", metrics=["train_loss"])),
     Member(
         "TokenSchedule",
