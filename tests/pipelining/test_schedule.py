@@ -50,8 +50,8 @@ def test_breadth_first_takes_all_microbatches_through_each_stage_of_a_rank() -> 
     ]
 
 
-def test_zero_bubble_h1_is_figure_2_of_its_paper() -> None:
-    """arXiv:2401.10241, Figure 2: backwards for the weights fill what 1F1B waits."""
+def test_zero_bubble_h1_is_figure_3_of_its_paper() -> None:
+    """arXiv:2401.10241, Figure 3, above: backwards for the weights fill what 1F1B waits."""
     assert diagram(simulate("InterleavedZeroBubble", 4, 8, 1)) == [
         "F0 F1 F2 F3 .. .. .. I0 W0 F4 I1 W1 F5 I2 W2 F6 I3 W3 F7 I4 W4 I5 W5 I6 W6 I7 W7",
         ".. F0 F1 F2 .. .. I0 F3 I1 W0 F4 I2 W1 F5 I3 W2 F6 I4 W3 F7 I5 W4 I6 W5 I7 W6 W7",

@@ -22,8 +22,9 @@ def test_the_bubble_is_that_of_the_formulas(pp: int, m: int) -> None:
 
 @pytest.mark.parametrize(("pp", "m"), [(4, 8), (8, 32), (16, 64)])
 def test_zero_bubble_schedules_have_their_published_rates(pp: int, m: int) -> None:
-    """With T_F = T_B = T_W, against 1F1B's bubble: ZB-H1 a third (arXiv:2401.10241, Table 1), its
-    interleaved form that over v, ZB-V none if each rank's own step counts (arXiv:2405.15362)."""
+    """With T_F = T_B = T_W, against 1F1B's bubble: ZB-H1 a third (arXiv:2401.10241, Section 2.1),
+    its interleaved form that over v, ZB-V none if each rank's own step counts (arXiv:2405.15362).
+    """
     costs = {"forward_cost": 1.0, "backward_cost": 2.0, "weight_cost": 1.0}
     of_1f1b = simulate("1F1B", pp, m, **costs).bubble_over_ideal
     zb_h1 = simulate("InterleavedZeroBubble", pp, m, 1, **costs)
@@ -37,7 +38,7 @@ def test_zero_bubble_schedules_have_their_published_rates(pp: int, m: int) -> No
 
 def test_each_rank_remembers_what_its_schedule_lets_it() -> None:
     """Rank r of p = 4, m = 8: GPipe all m, 1F1B p - r, interleaved more on fewer layers each:
-    p (1 + (p - 1) / (p v)) on rank 0 (arXiv:2104.04473, Section 2.2.2)."""
+    p (1 + (p - 1) / (p v)) on rank 0 (arXiv:2205.05198)."""
     assert simulate("GPipe", 4, 8).peak_activations == [8, 8, 8, 8]
     assert simulate("1F1B", 4, 8).peak_activations == [4, 3, 2, 1]
     assert simulate("1F1B", 4, 64).peak_activations == [4, 3, 2, 1]
