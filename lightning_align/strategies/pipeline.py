@@ -71,6 +71,11 @@ class PipelineStrategy(ParallelStrategy):
         start_method: How processes are started where they are not there yet: ``"popen"``,
             ``"spawn"``, ``"fork"`` or ``"forkserver"``.
 
+    Attributes:
+        table: The stages with their layers and parameters, as printed at set-up.
+        schedule_in_use: The schedule of the latest training batch; a batch with too few
+            micro-batches for ``schedule`` runs under another.
+
     Raises:
         ValueError: If a value is out of its range.
 
@@ -108,6 +113,7 @@ class PipelineStrategy(ParallelStrategy):
         self.start_method = start_method
         self.num_nodes = 1
         self.table = ""
+        self.schedule_in_use = schedule
         self._chain: Chain | None = None
         self._parameters: StageParameters | None = None
         self._steps: PipelineSteps | None = None
@@ -213,12 +219,6 @@ class PipelineStrategy(ParallelStrategy):
 
     # Steps
 
-    @property
-    def schedule_in_use(self) -> str:
-        """Name of the schedule that the latest batch ran under."""
-        assert self._steps is not None
-        return self._steps.runtime.schedule_in_use
-
     def _count_for(self, batch: Any) -> int:
         assert self._steps is not None
         num_stages = self._steps.runtime.num_stages
@@ -258,6 +258,7 @@ class PipelineStrategy(ParallelStrategy):
             factor=1 / window,
             scale=scaler.scale if scaler is not None else lambda value: value,
         )
+        self.schedule_in_use = self._steps.runtime.schedule_in_use
         if not _compat.is_accumulating(trainer):
             self._parameters.sum_shared_gradients()
         self._gradients = sum(p.grad is not None for p in module.parameters())
