@@ -12,11 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Checkpoint
 
 from lightning_align.run.exact_resume import ExactResume
 from lightning_align.run.position import batches_consumed
 from tests.helpers.resume import SaveEveryBatch, weights_hash
-from tests.laws.members import DATAMODULES, OPTIMIZERS, Member, build, without_dropout
+from tests.laws.members import (
+    DATAMODULES,
+    OPTIMIZERS,
+    Member,
+    build,
+    class_of,
+    without_dropout,
+)
 
 SEED = 7
 
@@ -58,7 +66,9 @@ class Run:
             "logger": False,
             "enable_progress_bar": False,
             "enable_model_summary": False,
-            "enable_checkpointing": False,
+            "enable_checkpointing": any(
+                issubclass(class_of(member.spec), Checkpoint) for member in self.callbacks
+            ),
             "num_sanity_val_steps": 0,
             "log_every_n_steps": 1,
             "default_root_dir": str(folder),

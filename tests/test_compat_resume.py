@@ -1,0 +1,177 @@
+"""One test for each private API that resuming and checkpoints touch, on the pinned versions."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import CombinedLoader
+from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
+
+from lightning_align import _compat_resume
+from tests.helpers.foreign import Resumable, Stranger
+
+
+class At(pl.Callback):
+    """Calls a function after every batch and notes what it returns."""
+
+    def __init__(self, function: Any) -> None:
+        self.function, self.returned = function, []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.returned.append(self.function(trainer))
+
+
+def watched(function: Any, module: Any = None, **options: Any) -> tuple[list[Any], pl.Trainer]:
+    at = At(function)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+        callbacks=[at],
+        **quiet,
+        **options,
+    )
+    trainer.fit(module or Stranger())
+    return at.returned, trainer
+
+
+def test_validation_follows_the_batches_it_is_due_after() -> None:
+    follows, _ = watched(_compat_resume.validation_follows, val_check_interval=2)
+    assert follows == [False, True, False, True, False, True]
+    assert not any(watched(_compat_resume.validation_follows, limit_val_batches=0)[0])
+
+
+def test_wrapped_loaders_are_what_lightning_iterates_over() -> None:
+    seen: list[Any] = []
+
+    class Wrapping(Stranger):
+        def setup(self, stage: str) -> None:
+            _compat_resume.wrap_train_loaders(self.trainer, self.wrap)
+
+        def wrap(self, loaders: Any) -> CombinedLoader:
+            seen.append(loaders)
+            return CombinedLoader([loaders], "min_size")
+
+    _, trainer = watched(_compat_resume.train_loaders, Wrapping())
+    assert isinstance(seen[0], DataLoader)
+    wrapped = _compat_resume.train_loaders(trainer)
+    assert _compat_resume.combined_mode(wrapped) == "min_size"
+    _compat_resume.wrap_train_loaders(trainer, None)
+    assert isinstance(trainer.fit_loop._data_source.dataloader(), DataLoader)
+
+
+def test_begin_epoch_takes_back_that_the_loop_restarts() -> None:
+    _, trainer = watched(lambda trainer: None)
+    trainer.fit_loop.epoch_loop.restarting = True
+    _compat_resume.begin_epoch(trainer)
+    assert not trainer.fit_loop.epoch_loop.restarting
+
+
+def test_pending_states_of_loaders_are_loaded_once() -> None:
+    _, trainer = watched(lambda trainer: None, Stranger("stateful"))
+    loop = trainer.fit_loop
+    loop._combined_loader_states_to_load = [{"next": 8, "order": list(range(22))}]
+    loop.epoch_progress.current.started += 1  # in mid-epoch, or nothing is pending
+    loop.restarting = True
+    assert _compat_resume.load_pending_loader_states(trainer)
+    assert not _compat_resume.load_pending_loader_states(trainer)
+    loader = _compat_resume.train_loaders(trainer).flattened[0]
+    assert isinstance(loader, Resumable)
+    assert loader.next == 8
+
+
+def test_shut_down_workers_lets_the_next_iteration_start_new_ones() -> None:
+    loader = DataLoader(
+        list(range(4)), num_workers=1, persistent_workers=True, multiprocessing_context="fork"
+    )
+    before = iter(loader)
+    list(before)
+    _compat_resume.shut_down_workers(loader)
+    assert iter(loader) is not before
+    _compat_resume.shut_down_workers(loader)
+
+
+def test_logged_sums_go_over_to_another_trainer_as_plain_data(tmp_path: Path) -> None:
+    captured, _ = watched(_compat_resume.capture_logged_sums, limit_train_batches=3)
+    torch.save(captured[1], tmp_path / "sums")
+    plain = torch.load(tmp_path / "sums", weights_only=True)
+
+    class Continued(Stranger):
+        def on_train_start(self) -> None:
+            _compat_resume.restore_logged_sums(self.trainer, plain)
+
+    sums, trainer = watched(_compat_resume.capture_logged_sums, Continued(), limit_train_batches=1)
+    key = "training_step.loss"
+    assert plain[key]["sums"]["cumulated_batch_size"] == 8
+    assert sums[0][key]["sums"]["cumulated_batch_size"] == 12
+    assert "seldom" in trainer.callback_metrics, "logged in the second batch only"
+
+
+def test_metrics_of_the_epoch_and_their_state() -> None:
+    found, _ = watched(_compat_resume.logged_metrics_of_epoch)
+    assert isinstance(found[0][0], MeanMetric)
+    ours, theirs = MeanMetric(), MeanMetric()
+    theirs.update(torch.tensor([1.0, 2.0]))
+    theirs.update(torch.tensor([9.0]))
+    _compat_resume.restore_metric(ours, _compat_resume.capture_metric(theirs))
+    assert ours.compute() == theirs.compute() == 4.0
+    assert ours.update_called
+
+
+def test_what_training_logged_is_told_from_what_validation_logged() -> None:
+    metrics = {"loss": torch.tensor(1.0), "val_loss": torch.tensor(2.0)}
+    found, _ = watched(lambda trainer: _compat_resume.logged_in_training(trainer, metrics))
+    assert list(found[-1]) == ["loss"]
+
+
+def test_latest_metrics_are_what_monitors_see() -> None:
+    _, trainer = watched(lambda trainer: None)
+    _compat_resume.latest_metrics(trainer)["planted"] = torch.tensor(3.0)
+    assert trainer.callback_metrics["planted"] == 3.0
+
+
+def test_checkpoint_dir_and_contents_are_model_checkpoints(tmp_path: Path) -> None:
+    _, trainer = watched(lambda trainer: None, default_root_dir=str(tmp_path))
+    folder = _compat_resume.resolve_checkpoint_dir(ModelCheckpoint(), trainer)
+    assert folder == str(tmp_path / "checkpoints")
+    trainer.save_checkpoint(tmp_path / "theirs.ckpt")
+    theirs = torch.load(tmp_path / "theirs.ckpt", weights_only=True)
+    ours = _compat_resume.dump_checkpoint(trainer, weights_only=False)
+    assert ours.keys() == theirs.keys()
+    assert "optimizer_states" not in _compat_resume.dump_checkpoint(trainer, weights_only=True)
+
+
+def test_what_async_checkpoint_inherits_is_there() -> None:
+    callback = ModelCheckpoint(every_n_train_steps=3)
+    assert callback._every_n_train_steps == 3
+    assert callback._every_n_epochs == 0
+    assert callback._train_time_interval is None
+    assert callback._last_global_step_saved == 0
+    assert callback._last_time_checked is None
+    inherited = ("_monitor_candidates", "_should_save_on_train_epoch_end", "_find_last_checkpoints")
+    for name in (*inherited, "_should_save_on_exception"):
+        assert callable(getattr(callback, name))
+
+
+def test_wandb_logger_without_an_id_goes_on_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    new, chosen = WandbLogger(offline=True), WandbLogger(offline=True, id="chosen")
+    trainer = pl.Trainer(accelerator="cpu", logger=[new, chosen], enable_checkpointing=False)
+    _compat_resume.continue_wandb_run(trainer, "before")
+    assert new._wandb_init["id"] == new.version == "before"
+    assert new._wandb_init["resume"] == "allow"
+    assert chosen._wandb_init["id"] == "chosen"
+    assert _compat_resume.wandb_run_id(trainer) == "before"
+    monkeypatch.setitem(os.environ, "WANDB_RUN_ID", "of the environment")
+    other = WandbLogger(offline=True)
+    trainer.loggers = [other]
+    _compat_resume.continue_wandb_run(trainer, "before")
+    assert other._wandb_init["id"] is None
