@@ -25,7 +25,6 @@ import gc
 import json
 import os
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
@@ -245,16 +244,22 @@ def peak_memory(side: str, state: str, scale: float) -> float:
     return float(json.loads(done.stdout.splitlines()[-1]))
 
 
+def peak_resident_kb() -> int:
+    """Of this process alone: ``ru_maxrss`` begins with that of the parent."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
 def measure_memory(side: str, state: str, scale: float) -> None:
     with tempfile.TemporaryDirectory() as folder:
         make = STATES[state](scale)
         gc.collect()
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak_resident_kb()
         running = SIDES[side](Path(folder), make)
         for _ in range(3):
             running.save()
             running.finish()
-        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        after = peak_resident_kb()
     print(json.dumps((after - before) / 1024))
 
 

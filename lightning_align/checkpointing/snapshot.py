@@ -213,6 +213,7 @@ class HostBuffer:
             storages[key] = _Storage.clone(storage)
         copied = torch.empty(0, dtype=view.dtype)
         copied.set_(storages[key], view.storage_offset(), view.shape, view.stride())
+        copied = _with_bits_of(view, copied)
         if isinstance(view, nn.Parameter):
             return nn.Parameter(copied, view.requires_grad)
         return copied.requires_grad_(view.requires_grad)
@@ -275,6 +276,9 @@ def covered_bytes(tensor: Tensor) -> tuple[int, int]:
     """First byte and end of what a tensor covers of its storage."""
     if not tensor.numel():
         return 0, 0
+    if tensor.is_contiguous():
+        begin = int(tensor.storage_offset()) * tensor.element_size()
+        return begin, begin + tensor.nbytes
     start = int(tensor.storage_offset())
     last = start + sum(
         (n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)
@@ -320,6 +324,7 @@ def _looks(tensors: list[Tensor]) -> list[Any]:
         [tensor.dtype for tensor in tensors],
         [tensor.requires_grad for tensor in tensors],
         [type(tensor) for tensor in tensors],
+        [tensor.is_conj() or tensor.is_neg() for tensor in tensors],
     ]
 
 
@@ -336,8 +341,7 @@ def _ranges(tensors: list[Tensor], state: Any) -> list[_Range]:
                 "Materialise it first",
             )
         storage = tensor.untyped_storage()
-        alone = tensor.is_conj() or tensor.is_neg() or not tensor.numel()
-        key: Any = index if alone else (tensor.device, storage.data_ptr())
+        key: Any = (tensor.device, storage.data_ptr()) if tensor.numel() else index
         if key not in ranges:
             ranges[key] = _Range(storage.data_ptr(), storage.nbytes())
         ranges[key].add(index, tensor)
@@ -358,9 +362,10 @@ def _make_views(plan: _Plan, tensors: list[Tensor], block: HostBlock) -> None:
             view = torch.empty(0, dtype=tensor.dtype)
             shift = part.start // tensor.element_size() if tensor.numel() else 0
             begin = tensor.storage_offset() - shift if tensor.numel() else 0
-            view.set_(storage, begin, tensor.shape, tensor.stride())
-            leaf = _reduce(view, number, mixed, tensor.requires_grad)
-            if isinstance(tensor, nn.Parameter):
+            view = _with_bits_of(tensor, view.set_(storage, begin, tensor.shape, tensor.stride()))
+            is_parameter = type(tensor) is nn.Parameter
+            leaf = _reduce(view, number, mixed, tensor.requires_grad and not is_parameter)
+            if is_parameter:
                 view = nn.Parameter(view, tensor.requires_grad)
                 function, arguments = reduce_ex(view)  # (data, requires_grad, hooks)
                 leaf = Reduced((function, (leaf, *arguments[1:])))
@@ -371,16 +376,20 @@ def _make_views(plan: _Plan, tensors: list[Tensor], block: HostBlock) -> None:
     plan.leaves = [leaves[index] for index in range(len(tensors))]
 
 
+def _with_bits_of(tensor: Tensor, view: Tensor) -> Tensor:
+    """Mark a view whose memory holds the conjugate, or the negative, of what it shows."""
+    view = view.conj() if tensor.is_conj() else view
+    return torch._neg_view(view) if tensor.is_neg() else view
+
+
 def _reduce(view: Tensor, number: int, mixed: bool, requires_grad: bool) -> Reduced:
     """How torch.save pickles a tensor, with record ``number`` in the place of its storage."""
     function, (storage, offset, shape, stride, _, hooks, *more) = reduce_ex(view)
     nbytes = view.untyped_storage().nbytes()
-    if mixed and not more:  # torch.load takes the dtype from the storage, unless it is told one
-        function, storage, more = (
-            torch._utils._rebuild_tensor_v3,
-            view.untyped_storage(),
-            [view.dtype],
-        )
+    rebuild_v3 = torch._utils._rebuild_tensor_v3
+    if mixed and function is not rebuild_v3:
+        # torch.load takes the dtype from the storage, unless it is told one.
+        function, storage, more = rebuild_v3, view.untyped_storage(), [view.dtype, *more]
     key = storage_key(storage, number, nbytes)
     return Reduced((function, (key, offset, shape, stride, requires_grad, hooks, *more)))
 
@@ -394,10 +403,9 @@ def _choose_copies(plan: _Plan, tensors: list[Tensor]) -> None:
         if not part.nbytes:
             continue
         on_host = tensor.device.type == "cpu"
-        odd = tensor.is_conj() or tensor.is_neg()  # copying resolves what the bytes do not show
         whole = len(part.members) == 1 and tensor.is_contiguous()
         to = plan.views[first].untyped_storage()
-        if odd or (whole and not on_host):
+        if whole and not on_host:
             plan.by_tensor.append(first)
         elif on_host:
             pieces.append((to.data_ptr(), part.address + part.start, part.nbytes))

@@ -1,0 +1,50 @@
+import os
+
+import pytest
+import torch
+
+from lightning_align.checkpointing.memory import LARGE_BYTES, Copies
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 4])
+def test_every_byte_is_copied_once(num_threads: int) -> None:
+    """Sizes around every limit: small, large, and more than a thread's chunk."""
+    sizes = [1, 63, LARGE_BYTES - 1, LARGE_BYTES, 5 << 20, (9 << 20) + 1]
+    sources = [torch.randint(0, 256, (size,), dtype=torch.uint8) for size in sizes]
+    targets = [torch.zeros(size + 1, dtype=torch.uint8) for size in sizes]
+    pieces = [
+        (to.data_ptr(), source.data_ptr(), size)
+        for to, source, size in zip(targets, sources, sizes, strict=True)
+    ]
+
+    Copies(pieces, num_threads).run()
+
+    for to, source in zip(targets, sources, strict=True):
+        assert torch.equal(to[:-1], source)
+        assert to[-1] == 0
+
+
+def test_threads_get_equal_shares() -> None:
+    copies = Copies([(0, 0, 100 << 20), (0, 0, 1 << 20)], num_threads=4)
+
+    sizes = [sum(nbytes for _, _, nbytes in share) for share in copies._shares]
+
+    assert sum(sizes) == 101 << 20
+    assert max(sizes) - min(sizes) <= 4 << 20
+
+
+def test_a_forked_process_copies_with_threads_of_its_own() -> None:
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    source, target = (
+        torch.ones(10 << 20, dtype=torch.uint8),
+        torch.zeros(10 << 20, dtype=torch.uint8),
+    )
+    copies = Copies([(target.data_ptr(), source.data_ptr(), source.nbytes)], num_threads=2)
+    copies.run()
+    target.zero_()
+    pid = os.fork()
+    if pid == 0:
+        copies.run()
+        os._exit(0 if bool(target.all()) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
