@@ -69,6 +69,12 @@ def validation_follows(trainer: pl.Trainer) -> bool:
     return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
 
 
+def step_plateau_schedulers(trainer: pl.Trainer, interval: str) -> None:
+    """Step every ``ReduceLROnPlateau`` of an interval by the metric that it monitors."""
+    loop = trainer.fit_loop.epoch_loop
+    loop.update_lr_schedulers(interval, update_plateau_schedulers=True)
+
+
 _PLAIN_METADATA = (
     *("fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "enable_graph"),
     *("add_dataloader_idx", "dataloader_idx", "metric_attribute"),

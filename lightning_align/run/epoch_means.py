@@ -22,6 +22,8 @@ def capture_means(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[di
     """What every rank has summed up so far. Collective: every rank must call it."""
     epoch_goes_on = next_place(trainer.fit_loop.state_dict()).batch > 0
     reset_by_lightning = [] if epoch_goes_on else _compat_resume.logged_metrics_of_epoch(trainer)
+    # Reading the property computes the means of a closed epoch, which plateau schedulers look at.
+    latest = _compat_resume.latest_metrics(trainer) if epoch_goes_on else trainer.callback_metrics
     means = {
         "sums": _compat_resume.capture_logged_sums(trainer) if epoch_goes_on else {},
         "metrics": {
@@ -31,7 +33,7 @@ def capture_means(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[di
         },
         "latest": {
             name: value.detach().to("cpu", copy=True)
-            for name, value in _compat_resume.latest_metrics(trainer).items()
+            for name, value in latest.items()
             if isinstance(value, Tensor)
         },
     }

@@ -17,10 +17,11 @@ from lightning_align.run.loader import PositionedLoader
 from lightning_align.run.position import Place, batches_consumed, close_epoch, next_place
 from lightning_align.run.replicas import replica
 from lightning_align.run.rng import reseed
-from lightning_align.run.state import capture_accumulation, restore_accumulation
+from lightning_align.run.state import capture_accumulation, pending_plateau, restore_accumulation
 
 _WINDOW_KEY = "lightning_align.accumulation"
 _MEANS_KEY = "lightning_align.epoch_means"
+_PLATEAU_KEY = "lightning_align.plateau"
 
 
 class ExactResume(pl.Callback):
@@ -56,6 +57,7 @@ class ExactResume(pl.Callback):
         self._effective_seed = seed or 0
         self._windows: list[Any] = []
         self._means: list[Any] = []
+        self._plateau = ""  # interval whose plateau schedulers have yet to step
         self._resumed: Place | None = None  # where the checkpoint goes on, until training starts
 
     @override
@@ -92,7 +94,9 @@ class ExactResume(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         restore_accumulation(trainer, pl_module, self._windows)
         restore_means(trainer, pl_module, self._means)
-        self._windows, self._means = [], []
+        if self._plateau:
+            _compat_resume.step_plateau_schedulers(trainer, self._plateau)
+        self._windows, self._means, self._plateau = [], [], ""
         pending = _compat_resume.load_pending_loader_states(trainer)
         loaders = _compat_resume.train_loaders(trainer)
         if isinstance(loaders, PositionedLoader) and (
@@ -130,6 +134,7 @@ class ExactResume(pl.Callback):
         if windows := capture_accumulation(trainer, pl_module):
             checkpoint[_WINDOW_KEY] = windows
         checkpoint[_MEANS_KEY] = capture_means(trainer, pl_module)
+        checkpoint[_PLATEAU_KEY] = pending_plateau(trainer)
 
     @override
     def on_load_checkpoint(
@@ -137,6 +142,7 @@ class ExactResume(pl.Callback):
     ) -> None:
         self._windows = checkpoint.get(_WINDOW_KEY, [])
         self._means = checkpoint.get(_MEANS_KEY, [])
+        self._plateau = checkpoint.get(_PLATEAU_KEY, "")
         if trainer.state.fn != TrainerFn.FITTING or "loops" not in checkpoint:
             return
         loop = checkpoint["loops"]["fit_loop"]

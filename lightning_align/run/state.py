@@ -32,6 +32,18 @@ def is_safe_point(trainer: pl.Trainer) -> bool:
     return not (trainer.training and validation_follows(trainer))
 
 
+def pending_plateau(trainer: pl.Trainer) -> str:
+    """Interval, or "", whose ``ReduceLROnPlateau`` schedulers Lightning steps after this hook.
+
+    They step after the hooks in which checkpoints are written, and not on a resume.
+    """
+    epochs: Any = trainer.fit_loop.epoch_progress.current
+    batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    if batches.completed < batches.processed:
+        return "step"
+    return "epoch" if epochs.completed < epochs.processed == epochs.started else ""
+
+
 def capture_accumulation(
     trainer: pl.Trainer, pl_module: pl.LightningModule
 ) -> list[dict[str, dict[str, Tensor]]]:

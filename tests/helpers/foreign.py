@@ -94,6 +94,7 @@ def loader(name: str) -> Any:
         "stream-workers": lambda: DataLoader(Stream(), batch_size=BATCH_SIZE, **workers),
         "stateful": lambda: Resumable(sized=True),
         "stateful-stream": lambda: Resumable(sized=False),
+        "one-batch": lambda: DataLoader(Rows(), batch_size=NUM_ROWS),
         "two": lambda: [DataLoader(Rows(), **options), DataLoader(Rows(), batch_size=7)],
         "mixed": lambda: [Resumable(sized=True), DataLoader(Rows(), **options)],
     }
@@ -103,11 +104,14 @@ def loader(name: str) -> Any:
 class Stranger(pl.LightningModule):
     """A regression with dropout, whose every number depends on the draws and the order."""
 
-    def __init__(self, loader_name: str = "shuffled", reads_stepping_batches: bool = False) -> None:
+    def __init__(
+        self, loader_name: str = "shuffled", reads_stepping_batches: bool = False, plateau: str = ""
+    ) -> None:
         super().__init__()
         self.body = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Dropout(0.3), nn.Linear(16, 1))
         self.mean_loss = MeanMetric()
         self.loader_name, self.reads_stepping_batches = loader_name, reads_stepping_batches
+        self.plateau = plateau  # interval of its scheduler
 
     def step(self, batch: Any) -> torch.Tensor:
         rows = torch.cat(batch) if isinstance(batch, list) else batch
@@ -130,6 +134,11 @@ class Stranger(pl.LightningModule):
         if self.reads_stepping_batches:
             assert self.trainer.estimated_stepping_batches > 0
         optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+        if self.plateau:
+            reduce = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.7, patience=0)
+            monitor = "loss_epoch" if self.plateau == "epoch" else "loss"
+            config = {"scheduler": reduce, "interval": self.plateau, "monitor": monitor}
+            return {"optimizer": optimizer, "lr_scheduler": config}
         scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.97)
         return {
             "optimizer": optimizer,

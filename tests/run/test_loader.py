@@ -4,7 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 
+from lightning_align.run import exact_resume
+from lightning_align.run.loader import PositionedLoader
 from tests.helpers.foreign import ForeignRun, consumed_in
 
 LOADERS = ["shuffled", "generator", "stream", "stateful", "stateful-stream", "two", "mixed"]
@@ -67,3 +71,77 @@ def test_resume_from_every_checkpoint(
     positions = {consumed_in(path) for path in checkpoints(tmp_path)} - {batches}
     assert len(positions) >= 2
     resumes_from(run, positions)
+
+
+def test_plateau_schedulers_step_once_for_each_checkpointed_epoch_or_step(tmp_path: Path) -> None:
+    """Lightning steps them after the hooks that save, and leaves it out on a resume."""
+    for interval, positions in (("epoch", {6, 12}), ("step", {4, 9})):
+        folder = tmp_path / interval
+        folder.mkdir()
+        checkpoint = {"filename": "{epoch}-{step}"} if interval == "epoch" else EVERY_STEP
+        run = ForeignRun(str(folder), checkpoint=checkpoint, module={"plateau": interval}).fit()
+        resumes_from(run, positions)
+
+
+@pytest.mark.parametrize("name", ["stateful", "workers"])
+def test_loader_started_before_the_restore_is_started_again(tmp_path: Path, name: str) -> None:
+    """configure_optimizers may read trainer.estimated_stepping_batches, which starts workers."""
+    module = {"reads_stepping_batches": True}
+    run = ForeignRun(str(tmp_path), loader=name, checkpoint=EVERY_STEP, module=module).fit()
+    resumes_from(run, {8})
+
+
+def test_open_window_and_scaler_of_mixed_precision(tmp_path: Path) -> None:
+    """Every batch is saved, also between optimizer steps; gradients wait as they were scaled."""
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", growth_interval=2))
+    run = ForeignRun(
+        str(tmp_path),
+        save_every_batch=True,
+        trainer={"plugins": [plugin], "accumulate_grad_batches": 3, "max_epochs": 2},
+    ).fit()
+    resumes_from(run, {2, 4, 8})
+    path = max(checkpoints(tmp_path), key=consumed_in)
+    assert torch.load(path, weights_only=True)["MixedPrecision"]["scale"] > 65536.0
+
+
+def test_data_that_became_shorter_is_refused(tmp_path: Path) -> None:
+    run = ForeignRun(str(tmp_path), checkpoint=EVERY_STEP).fit()
+    path = next(path for path in checkpoints(tmp_path) if consumed_in(path) == 5)
+    with pytest.raises(
+        ValueError, match=r"batch 5 of epoch 0'\): the training loader ends after 1"
+    ):
+        run.resumed(path, loader="one-batch").fit()
+
+
+@pytest.mark.parametrize(
+    ("leave_out", "what"),
+    [
+        ("_begin_epoch", "generator"),
+        ("_reseed", "shuffled"),
+        ("_draw", "stream"),
+        ("_load_state_dicts", "stateful"),
+    ],
+)
+def test_the_comparison_notices_what_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leave_out: str, what: str
+) -> None:
+    run = ForeignRun(str(tmp_path), loader=what, checkpoint=EVERY_STEP).fit()
+    path = next(path for path in checkpoints(tmp_path) if consumed_in(path) == 9)
+    if leave_out == "_draw":  # nothing is dropped
+        monkeypatch.setattr(PositionedLoader, "_resume_themselves", True)
+    else:
+        monkeypatch.setattr(PositionedLoader, leave_out, lambda *args, **kwargs: None)
+    resumed = run.resumed(path).fit()
+    assert resumed.record(9) != run.record(9)
+
+
+def test_epoch_means_are_noticed_when_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = ForeignRun(str(tmp_path), checkpoint=EVERY_STEP).fit()
+    path = next(path for path in checkpoints(tmp_path) if consumed_in(path) == 9)
+    monkeypatch.setattr(exact_resume, "restore_means", lambda *args: None)
+    ours, expected = run.resumed(path).fit().record(9), run.record(9)
+    differing = [line for line in ours if line not in expected]
+    assert len(differing) == 1
+    assert differing[0].startswith("12 epoch")
