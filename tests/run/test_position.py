@@ -1,8 +1,9 @@
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 
-from lightning_align.run.position import batches_consumed
+from lightning_align.run.position import Place, batches_consumed, close_epoch, next_place
 from tests.helpers.resume import HandWritten, SequenceData
 
 
@@ -40,3 +41,48 @@ def test_counts_completed_batches_over_epochs_whatever_validation_does() -> None
     assert positions.seen["start"] == list(range(20))
     assert positions.seen["end"] == list(range(1, 21))
     assert positions.seen["validation"] == [0, 5, 10, 15, 20]
+
+
+def counters(epoch: tuple[int, int], batches: int, last: bool) -> dict[str, Any]:
+    """Lightning's counters after ``batches`` of an epoch; ``epoch``: started and processed."""
+    started, processed = epoch
+    current = {"ready": started, "started": started, "processed": processed, "completed": 0}
+    batch = dict.fromkeys(("ready", "started", "processed"), batches) | {"completed": batches - 1}
+    return {
+        "state_dict": {"combined_loader": []},
+        "epoch_progress": {"total": dict(current), "current": current},
+        "epoch_loop.state_dict": {"_batches_that_stepped": batches - 1},
+        "epoch_loop.batch_progress": {
+            "total": dict(batch),
+            "current": batch,
+            "is_last_batch": last,
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("loop", "place"),
+    [
+        (counters((0, 0), 0, last=False), Place(0, 0)),
+        (counters((1, 0), 3, last=False), Place(0, 3)),
+        (counters((1, 0), 6, last=True), Place(1, 0)),
+        (counters((1, 1), 6, last=True), Place(1, 0)),
+        (counters((3, 2), 4, last=False), Place(2, 4)),
+        (counters((3, 3), 4, last=False), Place(2, 4)),
+    ],
+    ids=["nothing", "mid-epoch", "last-batch", "epoch-end", "third-epoch", "stopped-by-max-steps"],
+)
+def test_next_place(loop: dict[str, Any], place: Place) -> None:
+    assert next_place(loop) == place
+
+
+@pytest.mark.parametrize("processed", [0, 1], ids=["last-batch", "epoch-end"])
+def test_close_epoch_leaves_nothing_of_the_old_one(processed: int) -> None:
+    loop = counters((1, processed), 6, last=True)
+    close_epoch(loop)
+    assert set(loop["epoch_progress"]["current"].values()) == {1}
+    assert set(loop["epoch_loop.batch_progress"]["current"].values()) == {0}
+    assert set(loop["epoch_loop.batch_progress"]["total"].values()) == {6}
+    assert loop["epoch_loop.state_dict"]["_batches_that_stepped"] == 6 - processed
+    assert loop["state_dict"] == {}
+    assert next_place(loop) == Place(1, 0)

@@ -53,6 +53,13 @@ def test_last_batch_is_safe_only_once_the_epoch_is_closed() -> None:
     assert notes.safe == [*batches, ("validation", False), ("epoch", True)]
 
 
+def test_a_batch_that_a_validation_follows_is_safe_once_it_has_run() -> None:
+    notes, _, _ = noted(val_check_interval=2)
+    middle = [("batch", True), ("batch", False), ("validation", True)]
+    end = [("batch", True), ("batch", False), ("validation", False), ("epoch", True)]
+    assert notes.safe == middle + end
+
+
 def test_window_is_captured_only_while_gradients_wait_and_restores_them() -> None:
     notes, trainer, module = noted(accumulate_grad_batches=3)
     assert [bool(window) for window in notes.windows] == [True, True, False, False]
