@@ -156,7 +156,7 @@ class SnapshotEngine:
         self._unreported: list[SaveError] = []
         self._writer = Writer("checkpoint-writer")
         self._pid = os.getpid()
-        self._closed = False
+        self._closed = self._released = False
         if persist:
             self._open_folder()
 
@@ -277,10 +277,12 @@ class SnapshotEngine:
     def close(self, timeout_s: float | None = None) -> bool:
         """Write what is waiting and give the folder free; whether all was written in time.
 
+        If it was not, another call goes on waiting.
+
         Args:
             timeout_s: Seconds that this may take; ``None`` has no limit.
         """
-        if self._closed or self._pid != os.getpid():
+        if self._released or self._pid != os.getpid():
             return True
         self._closed = True
         atexit.unregister(self.close)
@@ -292,10 +294,18 @@ class SnapshotEngine:
                 f" {self._intact()}",
                 stacklevel=2,
             )
+            return False
         self._writer.close()
-        if self.persist and done:
+        self._released = True
+        if self.persist:
             self._lock.release()
-        return done
+        return True
+
+    def __enter__(self) -> "SnapshotEngine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     # What the background thread calls.
 
