@@ -110,7 +110,9 @@ def check_batch(trainer: pl.Trainer, rows: int, wanted: int | None) -> None:
     """
     loader: Any = trainer.train_dataloader
     sampler = getattr(loader, "sampler", None)
-    full = getattr(loader, "batch_size", None) or getattr(sampler, "batch_size", None) or rows
+    # Of the loader, if it says: the run may begin with a batch that is smaller.
+    told = getattr(loader, "batch_size", None) or getattr(sampler, "batch_size", None) or 0
+    full = max(rows, told)
     if wanted is not None and full % wanted:
         rule = f"batches of {full} rows cannot be cut into as many equal parts"
         way_out = f"Use {count_that_divides(full, wanted)}, or another batch_size"

@@ -65,6 +65,7 @@ class Runtime:
             index: StageModule(chain, index, *stretches[index], self.work)
             for index in range(rank, self.num_stages, size)
         }
+        self.work.stages = tuple(self.modules)
         self._metas = StageMetas(self.modules, self.num_stages, group)
         self._made: OrderedDict[Hashable, Any] = OrderedDict()
         self._loss_fn: LossFn | None = None

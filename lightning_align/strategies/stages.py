@@ -46,6 +46,7 @@ class Work:
         seed: What the randomness of this batch follows from; None leaves the generators alone.
         doing: ``(action, stage, microbatch)``, for errors.
         events: What was run, if a list.
+        stages: Those of this rank, for errors.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -53,13 +54,15 @@ class Work:
     seed: int | None = None
     doing: tuple[str, int, int] | None = None
     events: list[Event] | None = None
+    stages: tuple[int, ...] = ()
 
     @property
     def place(self) -> str:
         """What this rank was at, in words."""
         place = f"rank {distributed.get_rank()}"
         if self.doing is None:
-            return place
+            stages = ", ".join(map(str, self.stages))
+            return f"{place}, stage {stages}, before its first micro-batch"
         kind, stage, number = self.doing
         words = {"F": "forward", "B": "backward"}
         return f"{place}, stage {stage}, {words[kind]} of micro-batch {number}"

@@ -18,6 +18,8 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_align import PipelineStrategy, PretrainModule
+from lightning_align.data.sampler import PositionSampler
+from lightning_align.run.position import batches_consumed
 from tests.helpers.ranks import ForkedRanks, run_ranks
 from tests.helpers.tiny_models import HIDDEN_SIZE, TINY_MODELS, VOCAB_SIZE, CausalBlock
 
@@ -91,8 +93,22 @@ class Batches(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return self.batches[index]
+    def __getitem__(self, index: Any) -> dict[str, Tensor]:
+        return self.batches[index[0] if isinstance(index, list) else index]
+
+
+class PositionedBatches(pl.LightningDataModule):
+    """Batches whose order follows the position of the run, as after a resume it must."""
+
+    def __init__(self, count: int, **options: Any) -> None:
+        super().__init__()
+        self.batches = Batches(count, **options)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        sampler = PositionSampler(
+            len(self.batches), 1, position=lambda: batches_consumed(self.trainer)
+        )
+        return DataLoader(self.batches, sampler=sampler, batch_size=None)
 
 
 class Seen(pl.Callback):
