@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from lightning_align._compat_storage import identity, is_storage, pickled_type, untyped
+
 ALIGNMENT = 64  # bytes, as torch.save: any dtype can be read from a memory map
 _ROOT = "archive"  # any word will do: torch.load takes the folder of the first record
 _LIMIT_32 = 0xFFFFFFFF  # sizes and offsets from here on live in zip64 fields
@@ -137,7 +139,7 @@ class _Pickler(pickle.Pickler):
     def persistent_id(self, obj: Any) -> tuple[Any, ...] | None:
         if type(obj) is StorageKey:
             return obj.persistent_id
-        if isinstance(obj, (torch.TypedStorage, torch.UntypedStorage)):
+        if is_storage(obj):
             return self._stray(obj).persistent_id
         return None
 
@@ -150,16 +152,12 @@ class _Pickler(pickle.Pickler):
 
     def _stray(self, storage: Any) -> StorageKey:
         """A storage of a tensor inside an object that was copied as a whole."""
-        untyped = storage._untyped_storage if _is_typed(storage) else storage
-        if untyped._cdata not in self._keys:
+        plain = untyped(storage)
+        if identity(plain) not in self._keys:
             number = self._num_records + len(self.strays)
-            self._keys[untyped._cdata] = storage_key(storage, number, untyped.nbytes())
-            self.strays.append(untyped)
-        return self._keys[untyped._cdata]
-
-
-def _is_typed(storage: Any) -> bool:
-    return isinstance(storage, torch.TypedStorage)
+            self._keys[identity(plain)] = storage_key(storage, number, plain.nbytes())
+            self.strays.append(plain)
+        return self._keys[identity(plain)]
 
 
 def reduce_ex(value: Any) -> tuple[Any, ...]:
@@ -173,12 +171,14 @@ def reduce_ex(value: Any) -> tuple[Any, ...]:
 
 
 def storage_key(storage: Any, number: int, nbytes: int) -> StorageKey:
-    """Name record ``number`` as torch.load wants it: with the type and length of the storage."""
-    kind: type = torch.UntypedStorage
-    length = nbytes
-    if _is_typed(storage):
-        kind = getattr(torch, storage._pickle_storage_type())
-        length = nbytes // storage._element_size()
+    """Name record ``number`` as torch.load wants it: with the type and length of the storage.
+
+    Args:
+        storage: What the record stands for, typed or not.
+        number: Of the record.
+        nbytes: Size of the record.
+    """
+    kind, length = pickled_type(storage, nbytes)
     return StorageKey(("storage", kind, str(number), "cpu", length))
 
 

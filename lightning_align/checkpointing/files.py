@@ -34,11 +34,11 @@ class Folder:
     ) -> None:
         path = os.fspath(dirpath)
         if not isinstance(path, str) or not path:
-            raise argument_error("SnapshotEngine", "dirpath", dirpath, "must be a path or a URL")
+            raise argument_error("checkpointing", "dirpath", dirpath, "must be a path or a URL")
         try:
             self.fs, root = fsspec.core.url_to_fs(path, **(storage_options or {}))
         except (ImportError, ValueError) as error:
-            raise argument_error("SnapshotEngine", "dirpath", dirpath, str(error)) from error
+            raise argument_error("checkpointing", "dirpath", dirpath, str(error)) from error
         self.is_local = isinstance(self.fs, LocalFileSystem)
         self.root = os.path.abspath(root) if self.is_local else root.rstrip("/")
         self.options = dict(storage_options or {})
@@ -135,6 +135,7 @@ class Folder:
         try:
             if self.is_local:
                 return os.path.getsize(self._local(name))
+            self.fs.invalidate_cache(self.root)
             return int(self.fs.size(f"{self.root}/{name}"))
         except FileNotFoundError:
             return None

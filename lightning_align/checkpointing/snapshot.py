@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_align._compat_storage import negative_view, rebuild_with_dtype
 from lightning_align._errors import argument_error
 from lightning_align.checkpointing.archive import (
     Archive,
@@ -379,17 +380,16 @@ def _make_views(plan: _Plan, tensors: list[Tensor], block: HostBlock) -> None:
 def _with_bits_of(tensor: Tensor, view: Tensor) -> Tensor:
     """Mark a view whose memory holds the conjugate, or the negative, of what it shows."""
     view = view.conj() if tensor.is_conj() else view
-    return torch._neg_view(view) if tensor.is_neg() else view
+    return negative_view(view) if tensor.is_neg() else view
 
 
 def _reduce(view: Tensor, number: int, mixed: bool, requires_grad: bool) -> Reduced:
     """How torch.save pickles a tensor, with record ``number`` in the place of its storage."""
     function, (storage, offset, shape, stride, _, hooks, *more) = reduce_ex(view)
     nbytes = view.untyped_storage().nbytes()
-    rebuild_v3 = torch._utils._rebuild_tensor_v3
-    if mixed and function is not rebuild_v3:
+    if mixed and function is not rebuild_with_dtype:
         # torch.load takes the dtype from the storage, unless it is told one.
-        function, storage, more = rebuild_v3, view.untyped_storage(), [view.dtype, *more]
+        function, storage, more = rebuild_with_dtype, view.untyped_storage(), [view.dtype, *more]
     key = storage_key(storage, number, nbytes)
     return Reduced((function, (key, offset, shape, stride, requires_grad, hooks, *more)))
 
