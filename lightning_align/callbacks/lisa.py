@@ -7,7 +7,7 @@ when a step is done, and the optimizer's state when a block is frozen.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -77,7 +77,7 @@ class LISA(pl.Callback):
         interval_steps: int = 20,
         layers_attribute: str | None = None,
         sampling: list[float] | str = "uniform",
-        optimizer_state: str = "drop",
+        optimizer_state: Literal["drop", "keep"] = "drop",
         train_embeddings: bool = True,
         train_head: bool = True,
         reactivation_warmup_steps: int = 0,

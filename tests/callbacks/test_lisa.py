@@ -157,6 +157,25 @@ def test_gradients_and_optimizer_state_are_given_back(accumulate: int, state: st
         assert watch.optimizer_bytes[batch] == 2 * trained + steps
 
 
+class Stale(pl.Callback):
+    """Leaves gradients behind at the end of a step, as code of a user's own might."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        for parameter in pl_module.parameters():
+            parameter.grad = torch.ones_like(parameter)
+
+    def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        frozen = [p for p in pl_module.parameters() if not p.requires_grad]
+        assert frozen
+        assert all(parameter.grad is None for parameter in frozen)
+
+
+def test_a_stale_gradient_does_not_move_a_block_that_is_frozen() -> None:
+    module, callback = build("hand-written"), LISA(2, interval_steps=1)
+    train(module, callback, Stale(), max_steps=6)
+    assert len({active for _, active in callback.history}) > 1
+
+
 def test_the_two_policies_differ() -> None:
     kept, dropped = build("hand-written"), build("hand-written")
     watched(kept, LISA(2, interval_steps=2, optimizer_state="keep"))
