@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import distributed
 from torch.optim import Optimizer
 
@@ -59,24 +62,35 @@ def check_module(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     if reason := getattr(module, "pipeline_refusal", None):
         raise argument_error(WHERE, "model", name, reason, "Use another strategy")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if type(callback).__name__ in _REFUSED_CALLBACKS:
-            rule = (
-                f"{type(callback).__name__} does not work with it: a rank holds a part of the model"
-            )
+        if (name := type(callback).__name__) in _REFUSED_CALLBACKS:
+            rule = "it needs the whole model, and a rank holds a part of it"
             way_out = "Leave the callback out, or use another strategy"
-            raise argument_error(WHERE, "schedule", "...", rule, way_out)
+            raise argument_error(WHERE, "callbacks", name, rule, way_out)
+
+
+@contextmanager
+def one_optimizer() -> Iterator[None]:
+    """Around the making of optimizers; Lightning's way out of several is to optimize manually.
+
+    Raises:
+        ValueError: If there are several.
+    """
+    try:
+        yield
+    except MisconfigurationException as error:
+        if "multiple optimizers" not in str(error):
+            raise
+        rule = "the module must have one optimizer, and has several"
+        way_out = "Put all parameters into groups of one"
+        raise argument_error(WHERE, "optimizers", "...", rule, way_out) from error
 
 
 def check_optimizers(optimizers: list[Optimizer]) -> None:
-    """Refuse optimizers that a pipeline cannot step.
+    """Refuse an optimizer that a pipeline cannot step.
 
     Raises:
-        ValueError: If there are several, or one calls its closure more than once.
+        ValueError: If it calls its closure more than once.
     """
-    if len(optimizers) > 1:
-        rule = "the module must have one optimizer"
-        way_out = "Put its parameters into groups of one optimizer"
-        raise argument_error(WHERE, "optimizers", len(optimizers), rule, way_out)
     if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
         rule = "it evaluates the loss several times in a step, and a pipeline once"
         raise argument_error(WHERE, "optimizers", "LBFGS", rule, "Use another optimizer")

@@ -33,6 +33,7 @@ from lightning_align.strategies.checks import (
     check_count,
     check_module,
     check_optimizers,
+    one_optimizer,
 )
 from lightning_align.strategies.decoder_chain import DecoderChain, has_decoder
 from lightning_align.strategies.microbatches import batch_rows, count_that_divides
@@ -184,7 +185,8 @@ class PipelineStrategy(ParallelStrategy):
         self._checked.clear()
         launching.agree_on_generators(self.root_device)
         if trainer.state.fn == TrainerFn.FITTING:
-            self.setup_optimizers(trainer)
+            with one_optimizer():
+                self.setup_optimizers(trainer)
             check_optimizers(self.optimizers)
         self.setup_precision_plugin()
         agree_on_overflow(self.precision_plugin, group)
