@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lightning_align.strategies.registry import register_on_import
 
 if TYPE_CHECKING:
-    from lightning_align import data, layers, losses, pipelining, run
+    from lightning_align import checkpointing, data, layers, losses, pipelining, run
     from lightning_align.callbacks.async_checkpoint import AsyncCheckpoint
     from lightning_align.callbacks.generate_samples import GenerateSamples
     from lightning_align.callbacks.lisa import LISA
@@ -53,6 +53,7 @@ __all__ = [
     "TextDataModule",
     "TokenSchedule",
     "build_param_groups",
+    "checkpointing",
     "data",
     "find_layers",
     "layers",
@@ -84,7 +85,7 @@ _HOMES = {
     "build_param_groups": "lightning_align.optimizers.param_groups",
     "find_layers": "lightning_align.layers",
 }
-_ROOMS = ("data", "layers", "losses", "pipelining", "run")
+_ROOMS = ("checkpointing", "data", "layers", "losses", "pipelining", "run")
 
 
 def __getattr__(name: str) -> object:
