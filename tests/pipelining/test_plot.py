@@ -36,12 +36,14 @@ def test_the_picture_has_the_colours_of_what_ran(tmp_path: Path) -> None:
 
 def test_a_measured_timeline_is_drawn_below_the_simulated_one(tmp_path: Path) -> None:
     result = simulate("1F1B", 2, 4)
-    measured = [Event(*e[:4], e.start_s + 7.0, e.end_s + 7.0) for e in result.events]
+    # As if all had been gradients of weights: a colour that only the measured lane can bring.
+    measured = [Event(e[0], "W", *e[2:4], e.start_s + 7.0, e.end_s + 7.0) for e in result.events]
     result.to_png(tmp_path / "alone.png")
     result.to_png(tmp_path / "both.png", measured=measured, title="laid over")
     alone, both = (Image.open(tmp_path / name) for name in ("alone.png", "both.png"))
     assert both.size[1] > alone.size[1], "two lanes for each rank"
-    assert color("F") in colors(tmp_path / "both.png")
+    assert color("W") not in colors(tmp_path / "alone.png")
+    assert {color("F"), color("B"), color("W")} <= colors(tmp_path / "both.png")
 
 
 def test_many_ranks_still_make_a_picture_of_finite_height(tmp_path: Path) -> None:
