@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import distributed
 from torch.optim import Optimizer
 
@@ -77,7 +76,7 @@ def one_optimizer() -> Iterator[None]:
     """
     try:
         yield
-    except MisconfigurationException as error:
+    except RuntimeError as error:
         if "multiple optimizers" not in str(error):
             raise
         rule = "the module must have one optimizer, and has several"
