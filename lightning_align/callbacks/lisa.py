@@ -247,7 +247,7 @@ class LISA(pl.Callback):
             parameter.requires_grad_(True)
         for parameter in self._parameters.frozen(self.active_layers):
             parameter.requires_grad_(False)
-            parameter.grad = None  # an optimizer would go on moving it, by decay and momentum
+            parameter.grad = None
             if self.optimizer_state == "drop":
                 trainer.optimizers[0].state.pop(parameter, None)
         if isinstance(trainer.strategy, DDPStrategy):
@@ -258,8 +258,10 @@ class LISA(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
+        assert self._parameters is not None
+        for parameter in self._parameters.frozen(self.active_layers):
+            parameter.grad = None  # left by other code; even one of zeros lets a weight decay
         if self._warmth(trainer.global_step) < 1:
-            assert self._parameters is not None
             blocks = [self._parameters.blocks[block] for block in self._returned()]
             parameters = set[nn.Parameter]().union(*blocks)
             self._unramped = [(p, p.detach().clone()) for p in parameters]
