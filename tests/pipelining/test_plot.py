@@ -11,15 +11,15 @@ from lightning_align.pipelining import Event, simulate
 from lightning_align.pipelining.plot import COLORS
 
 
-def colors(path: Path) -> set[tuple[int, ...]]:
-    pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
-    values, counts = np.unique(pixels, axis=0, return_counts=True)
-    return {tuple(int(c) for c in value) for value in values[counts > 200]}
+def colors(path: Path) -> set[int]:
+    """Every colour of more than 200 pixels, as 0xRRGGBB."""
+    pixels = np.asarray(Image.open(path).convert("RGB")).astype(np.int64).reshape(-1, 3)
+    values, counts = np.unique(pixels @ [1 << 16, 1 << 8, 1], return_counts=True)
+    return set(values[counts > 200].tolist())
 
 
-def color(action: str) -> tuple[int, ...]:
-    code = COLORS[action][0]
-    return tuple(int(code[i : i + 2], 16) for i in (1, 3, 5))
+def color(action: str) -> int:
+    return int(COLORS[action][0].removeprefix("#"), 16)
 
 
 def test_the_picture_has_the_colours_of_what_ran(tmp_path: Path) -> None:
