@@ -1,4 +1,5 @@
 import atexit
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -357,3 +358,25 @@ def test_an_engine_belongs_to_one_process(tmp_path: Path) -> None:
     engine.save(state(1), "a", 1)  # the lock is still ours
     engine.close()
     assert stored(tmp_path) == ["a"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="folders cannot be synced there")
+def test_all_is_durable_before_the_manifest_and_the_manifest_before_on_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a machine that loses power has on disk is what was synced."""
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def note(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+
+    monkeypatch.setattr(os, "fsync", note)
+    at_commit: list[list[str]] = []
+    with SnapshotEngine(tmp_path, on_commit=lambda _: at_commit.append(list(synced))) as engine:
+        synced.clear()
+        engine.save(state(1), "a", 1)
+
+    folder = tmp_path.name
+    assert at_commit == [["a.ckpt.writing", "a.ckpt", folder, "a.ckpt.json", folder]]
