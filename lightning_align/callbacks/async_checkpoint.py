@@ -11,17 +11,13 @@ import math
 import os
 import time
 import uuid
-import warnings
-from collections import deque
 from datetime import timedelta
 from typing import Any, Literal
 from weakref import proxy
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
@@ -29,12 +25,9 @@ from typing_extensions import override
 
 from lightning_align import _compat_resume
 from lightning_align._errors import argument_error
-from lightning_align.checkpointing import (
-    Commit,
-    SnapshotEngine,
-    committed_checkpoints,
-    latest_valid_checkpoint,
-)
+from lightning_align.callbacks.checkpoint_checks import check, check_strategy, check_triggers
+from lightning_align.callbacks.checkpoint_folder import CheckpointFolder, path_in
+from lightning_align.checkpointing import committed_checkpoints, latest_valid_checkpoint
 from lightning_align.checkpointing.files import Folder
 from lightning_align.checkpointing.retention import Retention
 from lightning_align.run.exact_resume import ExactResume
@@ -108,24 +101,24 @@ class AsyncCheckpoint(ModelCheckpoint):
         flush_timeout_s: float = 60.0,
         storage_options: dict[str, Any] | None = None,
     ) -> None:
-        _check_triggers(every_n_train_steps, train_time_interval, every_n_epochs)
-        _check("mode", mode, mode in ("min", "max"), "must be 'min' or 'max'")
-        _check("save_top_k", save_top_k, save_top_k >= -1, "must be at least -1")
-        _check(
+        check_triggers(every_n_train_steps, train_time_interval, every_n_epochs)
+        check("mode", mode, mode in ("min", "max"), "must be 'min' or 'max'")
+        check("save_top_k", save_top_k, save_top_k >= -1, "must be at least -1")
+        check(
             "save_top_k",
             save_top_k,
             monitor is not None or save_top_k in (-1, 0, 1),
             "without monitor there is no best to keep more than one of",
             "Set monitor, or save_top_k to -1, 0 or 1",
         )
-        _check(
+        check(
             "backpressure",
             backpressure,
             backpressure in ("wait", "skip", "latest"),
             "must be 'wait', 'skip' or 'latest'",
         )
-        _check("flush_timeout_s", flush_timeout_s, flush_timeout_s > 0, "must be above 0")
-        _check("save_last", save_last, isinstance(save_last, bool), "must be True or False")
+        check("flush_timeout_s", flush_timeout_s, flush_timeout_s > 0, "must be above 0")
+        check("save_last", save_last, isinstance(save_last, bool), "must be True or False")
         super().__init__(
             os.fspath(dirpath) if dirpath is not None else None,
             filename,
@@ -145,12 +138,9 @@ class AsyncCheckpoint(ModelCheckpoint):
         self.flush_timeout_s = flush_timeout_s
         self.storage_options = storage_options
         self.run_id = uuid.uuid4().hex
-        self._engine: SnapshotEngine | None = None  # on rank zero while fitting
+        self._folder: CheckpointFolder | None = None  # on rank zero while fitting
         self._retention = self._new_retention()
         self._due: dict[str, Tensor] | None = None  # the metrics when a save became due
-        self._names: set[str] = set()  # taken in the folder
-        self._commits: deque[Commit] = deque()  # that the training thread has not heard of
-        self._num_saved = self._num_failed = 0
         self._interrupt = DeferredInterrupt()
 
     # Where and whether.
@@ -173,26 +163,25 @@ class AsyncCheckpoint(ModelCheckpoint):
         self.dirpath = trainer.strategy.broadcast(dirpath)
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        _check_strategy(trainer.strategy)
+        check_strategy(trainer.strategy)
         if not any(isinstance(callback, ExactResume) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             exact_resume = ExactResume()
             trainer.callbacks = [exact_resume, *trainer.callbacks]  # type: ignore[attr-defined]
             exact_resume.setup(trainer, pl_module, stage)
         self._retention = self._new_retention()
         self._due = None
-        self._num_saved = self._num_failed = 0
         self._on_rank_zero(trainer, self._open)
 
     def _open(self) -> None:
         assert self.dirpath is not None
         self._close(self.flush_timeout_s)
-        self._engine = SnapshotEngine(
-            self.dirpath,
+        self._folder = CheckpointFolder(
+            str(self.dirpath),
+            self._retention,
             backpressure=self.backpressure,
             storage_options=self.storage_options,
-            on_commit=self._on_commit,
+            on_change=self._publish,
         )
-        self._names = {name.split(".ckpt")[0] for name in self._engine.folder.names()}
 
     def _on_rank_zero(self, trainer: pl.Trainer, action: Any) -> None:
         """Run ``action`` where the files are; what it raises is raised on every rank."""
@@ -213,18 +202,8 @@ class AsyncCheckpoint(ModelCheckpoint):
         self._on_rank_zero(trainer, self._refuse_other_runs)
 
     def _refuse_other_runs(self) -> None:
-        if self._engine is None:
-            return
-        for found in self._engine.committed:
-            if found.metadata.get("run") != self.run_id:
-                raise argument_error(
-                    "AsyncCheckpoint",
-                    "dirpath",
-                    self.dirpath,
-                    f"holds checkpoints of another run, such as {found.name!r} (step {found.step}),"
-                    " and a resume could not tell them apart",
-                    "Resume that run with fit(ckpt_path='last'), or choose another dirpath",
-                )
+        if self._folder is not None:
+            self._folder.refuse_other_runs(self.run_id)
 
     # When.
 
@@ -319,12 +298,15 @@ class AsyncCheckpoint(ModelCheckpoint):
         if not trainer.strategy.reduce_boolean_decision(wanted, all=False):
             return
         start = time.perf_counter()
-        name = self._free_name(metrics)
-        if self._engine is not None:
+        name = ""
+        if self._folder is not None:
+            name = self._folder.free_name(
+                lambda version: self._formatted(metrics, version), self.STARTING_VERSION
+            )
             self._retention.begin(name, score if ranked else None)
         checkpoint = _compat_resume.dump_checkpoint(trainer, self.save_weights_only)  # collective
         self._last_global_step_saved = trainer.global_step
-        if self._engine is None:
+        if self._folder is None:
             return
         metadata = {
             "run": self.run_id,
@@ -334,10 +316,7 @@ class AsyncCheckpoint(ModelCheckpoint):
             "world_size": trainer.world_size,
             "wandb_run_id": _compat_resume.wandb_run_id(trainer),
         }
-        result = self._engine.save(checkpoint, name, trainer.global_step, metadata)
-        self._num_saved += 1
-        for lost in (*result.replaced, *([name] if result.skipped else [])):
-            self._retention.drop(lost)
+        result = self._folder.save(checkpoint, name, trainer.global_step, metadata)
         self._log(
             trainer,
             {
@@ -347,17 +326,10 @@ class AsyncCheckpoint(ModelCheckpoint):
             },
         )
 
-    def _free_name(self, metrics: dict[str, Tensor]) -> str:
-        def formatted(version: int | None) -> str:
-            path = self.format_checkpoint_name(dict(metrics), ver=version)
-            inner = path[len(os.path.join(str(self.dirpath), "")) :]
-            return inner.removesuffix(self.FILE_EXTENSION).replace("/", "_")
-
-        name, version = formatted(None), self.STARTING_VERSION
-        while name in self._names:
-            name, version = formatted(version), version + 1
-        self._names.add(name)
-        return name
+    def _formatted(self, metrics: dict[str, Tensor], version: int | None) -> str:
+        path = self.format_checkpoint_name(dict(metrics), ver=version)
+        inner = path[len(os.path.join(str(self.dirpath), "")) :]
+        return inner.removesuffix(self.FILE_EXTENSION).replace("/", "_")
 
     def _log(self, trainer: pl.Trainer, metrics: dict[str, float]) -> None:
         for logger in trainer.loggers:
@@ -365,17 +337,8 @@ class AsyncCheckpoint(ModelCheckpoint):
 
     # What the writing thread tells.
 
-    def _on_commit(self, commit: Commit) -> None:
-        """On the writing thread, before anything is deleted for this commit."""
-        surplus = self._retention.commit(commit.manifest.name)
-        self._publish()
-        self._commits.append(commit)
-        for name in surplus:
-            if self._engine is not None:
-                self._engine.delete(name)
-
     def _publish(self) -> None:
-        """Name what is committed, and nothing else."""
+        """Name what is committed, and nothing else; on the writing thread, too."""
         ranked = self._retention.ranked
         scores = {self._path(name): torch.tensor(score) for name, score in ranked.items()}
         newest = self._retention.newest
@@ -391,21 +354,17 @@ class AsyncCheckpoint(ModelCheckpoint):
         self.best_k_models = scores
 
     def _path(self, name: str) -> str:
-        assert self.dirpath is not None
-        return Folder(self.dirpath, self.storage_options).path(name + self.FILE_EXTENSION)
+        return path_in(str(self.dirpath), name, self.storage_options)
 
     def _hear(self, trainer: pl.Trainer) -> None:
         """Take note of what the writing thread did since, on the training thread."""
-        if self._engine is None:
+        if self._folder is None:
             return
-        while self._commits:
-            commit = self._commits.popleft()
+        for commit in self._folder.new_commits():
             self._log(trainer, {"checkpoint/persist_s": commit.persist_s})
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(proxy(self))
-        for error in self._engine.pop_errors():
-            self._num_failed += bool(error.name)
-            self._retention.drop(error.name)
+        for error in self._folder.new_errors():
             rank_zero_warn(f"AsyncCheckpoint: {error.message} Training goes on.")
 
     # The end of a run.
@@ -421,17 +380,15 @@ class AsyncCheckpoint(ModelCheckpoint):
             setattr(self, name, value)
 
     def _flush(self, trainer: pl.Trainer, timeout_s: float | None) -> None:
-        if self._engine is None:
+        if self._folder is None:
             return
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # _hear tells of the same errors
-            self._engine.wait(timeout_s)
+        self._folder.wait(timeout_s)
         self._hear(trainer)
-        if self._num_failed:
+        if self._folder.num_failed:
             complete = self.last_model_path or "none"
             rank_zero_warn(
-                f"AsyncCheckpoint: {self._num_failed} of {self._num_saved} checkpoints of this run"
-                f" were not written. Last complete checkpoint: {complete}."
+                f"AsyncCheckpoint: {self._folder.num_failed} of {self._folder.num_saved}"
+                f" checkpoints of this run were not written. Last complete checkpoint: {complete}."
             )
 
     @override
@@ -439,7 +396,7 @@ class AsyncCheckpoint(ModelCheckpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         self._interrupt.uninstall()
-        if self._engine is None and trainer.world_size == 1:
+        if self._folder is None and trainer.world_size == 1:
             return
         try:
             if self._should_save_on_exception(trainer):
@@ -468,9 +425,9 @@ class AsyncCheckpoint(ModelCheckpoint):
         self._close(None)
 
     def _close(self, timeout_s: float | None) -> None:
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            engine.close(timeout_s)
+        folder, self._folder = self._folder, None
+        if folder is not None:
+            folder.close(timeout_s)
 
     # Resuming.
 
@@ -505,7 +462,7 @@ class AsyncCheckpoint(ModelCheckpoint):
             return
         self.run_id = run["id"]
         directory, _, file = str(trainer.ckpt_path).rpartition("/")
-        if self.dirpath is not None and directory == str(Folder(self.dirpath)):
+        if self.dirpath is not None and str(Folder(directory or ".")) == str(Folder(self.dirpath)):
             self._retention.protect(file.removesuffix(self.FILE_EXTENSION))
         before, now = run["wandb_run_id"], _compat_resume.wandb_run_id(trainer)
         if before and now and before != now:
@@ -535,64 +492,12 @@ class AsyncCheckpoint(ModelCheckpoint):
         self.kth_best_model_path = state_dict["kth_best_model_path"]
         surplus = self._retention.load_state_dict(state_dict["retention"], names)
         self._publish()
-        for name in surplus:
-            if self._engine is not None:
-                self._engine.delete(name)
+        if self._folder is not None:
+            self._folder.delete(surplus)
 
     def _new_retention(self) -> Retention:
         mode = self.mode if self.monitor is not None else "max"
         return Retention(self.save_top_k, mode, bool(self.save_last))
-
-
-def _check(argument: str, value: object, holds: bool, rule: str, way_out: str = "") -> None:
-    if not holds:
-        raise argument_error("AsyncCheckpoint", argument, value, rule, way_out)
-
-
-def _check_triggers(
-    every_n_train_steps: int | None,
-    train_time_interval: timedelta | None,
-    every_n_epochs: int | None,
-) -> None:
-    given = {
-        "every_n_train_steps": every_n_train_steps,
-        "train_time_interval": train_time_interval,
-        "every_n_epochs": every_n_epochs,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
-    for name, value in given.items():
-        least = timedelta(0) if isinstance(value, timedelta) else 0
-        _check(name, value, value >= least, "must not be negative")  # type: ignore[operator]
-    asked = [name for name, value in given.items() if value != 0]
-    if len(asked) > 1:
-        raise argument_error(
-            "AsyncCheckpoint",
-            asked[0],
-            given[asked[0]],
-            f"cannot be combined with {asked[1]}",
-            "Add a second AsyncCheckpoint with a dirpath of its own",
-        )
-
-
-def _check_strategy(strategy: Strategy) -> None:
-    name = type(strategy).__name__
-    if type(strategy).save_checkpoint is not Strategy.save_checkpoint:
-        raise argument_error(
-            "AsyncCheckpoint",
-            "strategy",
-            name,
-            "its ranks save parts of the state themselves, and only a whole one on rank 0 can be"
-            " copied here",
-            "Use Lightning's ModelCheckpoint with this strategy, or AsyncCheckpoint with ddp",
-        )
-    if type(strategy.checkpoint_io) is not TorchCheckpointIO:
-        raise argument_error(
-            "AsyncCheckpoint",
-            "plugins",
-            type(strategy.checkpoint_io).__name__,
-            "would be passed over: AsyncCheckpoint writes its files itself",
-            "Take it out of plugins, or use Lightning's ModelCheckpoint",
-        )
 
 
 def _epoch_is_closed(trainer: pl.Trainer) -> bool:

@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_align import AsyncCheckpoint, ExactResume
-from lightning_align.callbacks import async_checkpoint
+from lightning_align.callbacks.checkpoint_checks import check_strategy
 from lightning_align.checkpointing import SnapshotEngine, committed_checkpoints, load_checkpoint
 from tests.helpers.foreign import Stranger
 
@@ -525,10 +525,10 @@ def test_strategies_that_shard_and_other_writers_are_refused() -> None:
     from lightning.pytorch.strategies import SingleDeviceStrategy
 
     with pytest.raises(ValueError, match=r"strategy='FSDPStrategy'\): its ranks save parts of"):
-        async_checkpoint._check_strategy(FSDPStrategy())
+        check_strategy(FSDPStrategy())
     strategy = SingleDeviceStrategy("cpu", checkpoint_io=AsyncCheckpointIO())
     with pytest.raises(ValueError, match=r"plugins='AsyncCheckpointIO'\): would be passed over"):
-        async_checkpoint._check_strategy(strategy)
+        check_strategy(strategy)
 
 
 def test_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """A run of a stranger, module and loader, resumes to the last bit once it has ExactResume."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -47,33 +46,31 @@ def test_resume_in_mid_epoch_and_behind_it(tmp_path: Path, name: str) -> None:
     resumes_from(run, {2, batches + 3})
 
 
+EPOCH_ENDS = {"filename": "{epoch}-{step}"}
+BY_STEPS = {"max_steps": 16, "max_epochs": -1}
+SETTINGS = {
+    "epoch-ends": (EPOCH_ENDS, {}),
+    "accumulate": (EVERY_STEP, {"accumulate_grad_batches": 2}),
+    "no-validation": (EPOCH_ENDS, {"limit_val_batches": 0}),
+    "max-steps": (EPOCH_ENDS, {**BY_STEPS, "limit_val_batches": 0}),
+    "max-steps-validation": (EPOCH_ENDS, BY_STEPS),
+    "short-epochs": (EVERY_STEP, {"limit_train_batches": 3}),
+    "reloaded-every-epoch": (EVERY_STEP, {"reload_dataloaders_every_n_epochs": 1}),
+}
+EVERY_SETTING = ("shuffled", "stateful-stream", "persistent")  # the others: two of them
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*LOADERS, *WITH_WORKERS])
 @pytest.mark.parametrize(
-    ("checkpoint", "trainer"),
+    ("name", "setting"),
     [
-        pytest.param({"filename": "{epoch}-{step}"}, {}, id="epoch-ends"),
-        pytest.param({"filename": "{epoch}-{step}"}, {"limit_val_batches": 0}, id="no-validation"),
-        pytest.param(
-            {"filename": "{epoch}-{step}"},
-            {"limit_val_batches": 0, "max_steps": 16, "max_epochs": -1},
-            id="max-steps",
-        ),
-        pytest.param(
-            {"filename": "{epoch}-{step}"},
-            {"max_steps": 16, "max_epochs": -1},
-            id="max-steps-validation",
-        ),
-        pytest.param(EVERY_STEP, {"accumulate_grad_batches": 2}, id="accumulate"),
-        pytest.param(EVERY_STEP, {"limit_train_batches": 3}, id="short-epochs"),
-        pytest.param(
-            EVERY_STEP, {"reload_dataloaders_every_n_epochs": 1}, id="reloaded-every-epoch"
-        ),
+        (name, setting)
+        for name in [*LOADERS, *WITH_WORKERS]
+        for setting in (SETTINGS if name in EVERY_SETTING else list(SETTINGS)[:2])
     ],
 )
-def test_resume_from_every_checkpoint(
-    tmp_path: Path, name: str, checkpoint: dict[str, Any], trainer: dict[str, Any]
-) -> None:
+def test_resume_from_every_checkpoint(tmp_path: Path, name: str, setting: str) -> None:
+    checkpoint, trainer = SETTINGS[setting]
     run = ForeignRun(str(tmp_path), loader=name, checkpoint=checkpoint, trainer=trainer).fit()
     batches = len([line for line in run.record() if " loss " in line])
     positions = {consumed_in(path) for path in checkpoints(tmp_path)} - {batches}

@@ -1,0 +1,155 @@
+"""The folder that AsyncCheckpoint writes: which checkpoints are in it, and which may go.
+
+Two threads meet here. Training saves and asks; the writing thread commits, decides what is no
+longer needed, and lets the callback name what is there.
+"""
+
+import warnings
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Literal
+
+from lightning_align._errors import argument_error
+from lightning_align.checkpointing import Commit, SaveError, SaveResult, SnapshotEngine
+from lightning_align.checkpointing.files import Folder
+from lightning_align.checkpointing.manifest import DATA
+from lightning_align.checkpointing.retention import Retention
+
+
+class CheckpointFolder:
+    """Checkpoints of one run, on the process that writes them.
+
+    Args:
+        dirpath: Folder or URL.
+        retention: Decides what is kept.
+        backpressure: As in ``SnapshotEngine``.
+        storage_options: Passed to the filesystem of a URL.
+        on_change: Called on the writing thread after each commit, before anything is deleted.
+    """
+
+    def __init__(
+        self,
+        dirpath: str,
+        retention: Retention,
+        *,
+        backpressure: Literal["wait", "skip", "latest"],
+        storage_options: dict[str, Any] | None,
+        on_change: Callable[[], None],
+    ) -> None:
+        self.dirpath = dirpath
+        self.num_saved = self.num_failed = 0
+        self._retention, self._on_change = retention, on_change
+        self._commits: deque[Commit] = deque()  # that training has not heard of
+        self._engine = SnapshotEngine(
+            dirpath,
+            backpressure=backpressure,
+            storage_options=storage_options,
+            on_commit=self._on_commit,
+        )
+        self._names = {name.split(DATA)[0] for name in self._engine.folder.names()}
+
+    def refuse_other_runs(self, run_id: str) -> None:
+        """Make sure that every checkpoint in the folder is of one run.
+
+        Args:
+            run_id: Of this run, or of the one that it resumes.
+
+        Raises:
+            ValueError: If one is of another run.
+        """
+        for found in self._engine.committed:
+            if found.metadata.get("run") != run_id:
+                raise argument_error(
+                    "AsyncCheckpoint",
+                    "dirpath",
+                    self.dirpath,
+                    f"holds checkpoints of another run, such as {found.name!r} (step {found.step}),"
+                    " and a resume could not tell them apart",
+                    "Resume that run with fit(ckpt_path='last'), or choose another dirpath",
+                )
+
+    def free_name(self, formatted: Callable[[int | None], str], version: int) -> str:
+        """A name that no file of the folder has, nor any that is being written.
+
+        Args:
+            formatted: Makes a name, without or with a version.
+            version: First version to try.
+        """
+        name = formatted(None)
+        while name in self._names:
+            name, version = formatted(version), version + 1
+        self._names.add(name)
+        return name
+
+    def save(
+        self, checkpoint: dict[str, Any], name: str, step: int, metadata: dict[str, Any]
+    ) -> SaveResult:
+        """Copy a checkpoint that ``retention`` knows as pending, to be written.
+
+        Args:
+            checkpoint: What to write.
+            name: Its name.
+            step: Its step.
+            metadata: For its manifest.
+        """
+        result = self._engine.save(checkpoint, name, step, metadata)
+        self.num_saved += 1
+        for lost in (*result.replaced, *([name] if result.skipped else [])):
+            self._retention.drop(lost)
+        return result
+
+    def delete(self, names: list[str]) -> None:
+        """Delete checkpoints behind the commits made before.
+
+        Args:
+            names: Which ones.
+        """
+        for name in names:
+            self._engine.delete(name)
+
+    def new_commits(self) -> list[Commit]:
+        """What was committed since the last call."""
+        return [self._commits.popleft() for _ in range(len(self._commits))]
+
+    def new_errors(self) -> list[SaveError]:
+        """What went wrong since the last call."""
+        errors = self._engine.pop_errors()
+        for error in errors:
+            self.num_failed += bool(error.name)
+            self._retention.drop(error.name)
+        return errors
+
+    def wait(self, timeout_s: float | None) -> None:
+        """Wait until everything is written or has failed.
+
+        Args:
+            timeout_s: Seconds to wait; None has no limit.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # new_errors tells of the same
+            self._engine.wait(timeout_s)
+
+    def close(self, timeout_s: float | None) -> None:
+        """Write what is waiting, and give the folder free.
+
+        Args:
+            timeout_s: Seconds that this may take; None has no limit.
+        """
+        self._engine.close(timeout_s)
+
+    def _on_commit(self, commit: Commit) -> None:
+        surplus = self._retention.commit(commit.manifest.name)
+        self._on_change()
+        self._commits.append(commit)
+        self.delete(surplus)
+
+
+def path_in(dirpath: str, name: str, storage_options: dict[str, Any] | None) -> str:
+    """Path or URL of a checkpoint's file.
+
+    Args:
+        dirpath: Folder or URL.
+        name: Name of the checkpoint.
+        storage_options: Passed to the filesystem of a URL.
+    """
+    return Folder(dirpath, storage_options).path(name + DATA)
