@@ -34,6 +34,7 @@ from lightning_align import LISA, DPOModule, ExactResume
 from lightning_align.callbacks import lisa as lisa_file
 from lightning_align.callbacks.lisa_layers import draw_blocks
 from lightning_align.callbacks.lisa_picture import draw_history
+from lightning_align.strategies.pipeline import PipelineStrategy
 from tests.helpers.lisa import (
     ADAMW,
     BATCHES,
@@ -561,7 +562,9 @@ def test_bad_input_is_refused_before_training(
     assert torch.equal(weights(ours), before)
 
 
-@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy])
+@pytest.mark.parametrize(
+    "strategy", [FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy, PipelineStrategy]
+)
 def test_strategies_that_cannot_follow_are_refused_at_setup(strategy: Any) -> None:
     trainer: Any = SimpleNamespace(strategy=object.__new__(strategy))
     message = rf"LISA\(strategy='{strategy.__name__}'\): it does not follow.*strategy='ddp'"
