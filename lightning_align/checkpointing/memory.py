@@ -6,7 +6,8 @@ else to do. A tensor's bytes are copied as they are, whatever its dtype.
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -37,40 +38,36 @@ class Copies:
     def __init__(self, pieces: Sequence[Copy], num_threads: int | None = None) -> None:
         self._small = [piece for piece in pieces if piece[2] < LARGE_BYTES]
         large = [piece for piece in pieces if piece[2] >= LARGE_BYTES]
-        threads = num_threads or min(_MAX_THREADS, _num_cores())
+        self._chunks = [chunk for piece in large for chunk in _chunked(*piece)]
+        self._helpers = (num_threads or min(_MAX_THREADS, _num_cores())) - 1
         if sum(nbytes for _, _, nbytes in large) < _PARALLEL_BYTES:
-            threads = 1
-        self._shares = _shares(large, threads)
+            self._helpers = 0
 
     def run(self) -> None:
         """Copy all of them."""
-        mine, *others = self._shares
-        futures = [_pool().submit(_copy_all, share) for share in others]
+        # Whoever is free takes the next: a helper that the system lets wait holds nobody up.
+        todo = deque(self._chunks)
+        futures = [_pool().submit(_copy_from, todo) for _ in range(self._helpers)]
         for piece in self._small:
             _copy_small(*piece)
-        _copy_all(mine)
+        _copy_from(todo)
         for future in futures:
-            future.result()
+            if not future.cancel():
+                future.result()
 
 
-def _copy_all(pieces: list[Copy]) -> None:
-    for piece in pieces:
+def _copy_from(todo: deque[Copy]) -> None:
+    while True:
+        try:
+            piece = todo.popleft()
+        except IndexError:
+            return
         _copy_large(*piece)
 
 
-def _shares(pieces: list[Copy], num_threads: int) -> list[list[Copy]]:
-    """Divide pieces so that each thread copies as many bytes."""
-    if num_threads == 1:
-        return [pieces]
-    shares: list[list[Copy]] = [[] for _ in range(num_threads)]
-    sizes = [0] * num_threads
-    for to, source, nbytes in pieces:
-        for start in range(0, nbytes, _CHUNK_BYTES):
-            size = min(_CHUNK_BYTES, nbytes - start)
-            least = sizes.index(min(sizes))
-            shares[least].append((to + start, source + start, size))
-            sizes[least] += size
-    return shares
+def _chunked(to: int, source: int, nbytes: int) -> Iterator[Copy]:
+    for start in range(0, nbytes, _CHUNK_BYTES):
+        yield to + start, source + start, min(_CHUNK_BYTES, nbytes - start)
 
 
 def _pool() -> ThreadPoolExecutor:

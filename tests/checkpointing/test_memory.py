@@ -1,8 +1,11 @@
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+from lightning_align.checkpointing import memory
 from lightning_align.checkpointing.memory import LARGE_BYTES, Copies
 
 
@@ -24,13 +27,20 @@ def test_every_byte_is_copied_once(num_threads: int) -> None:
         assert to[-1] == 0
 
 
-def test_threads_get_equal_shares() -> None:
-    copies = Copies([(0, 0, 100 << 20), (0, 0, 1 << 20)], num_threads=4)
+def test_a_helper_that_does_not_get_to_run_holds_nobody_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gate = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(gate.wait, 60)
+        monkeypatch.setattr(memory, "_pool", lambda: pool)
+        source = torch.ones(20 << 20, dtype=torch.uint8)
+        target = torch.zeros_like(source)
 
-    sizes = [sum(nbytes for _, _, nbytes in share) for share in copies._shares]
+        Copies([(target.data_ptr(), source.data_ptr(), source.nbytes)], num_threads=3).run()
 
-    assert sum(sizes) == 101 << 20
-    assert max(sizes) - min(sizes) <= 4 << 20
+        gate.set()
+        assert bool(target.all())
 
 
 def test_a_forked_process_copies_with_threads_of_its_own() -> None:
