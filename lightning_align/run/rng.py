@@ -6,6 +6,7 @@ rank, stage) before every batch makes the draws of batch n the same however the 
 """
 
 import random
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -26,6 +27,12 @@ def reseed(seed: int, position: int, rank: int, stage: str) -> None:
     random.seed(derived)
     np.random.seed(derived & 0xFFFF_FFFF)  # NumPy's legacy generator takes 32 bits
     seed_torch(derived)
+
+
+def fork_generators(device: torch.device) -> AbstractContextManager[None]:
+    """Context behind which torch's generators (of the CPU and ``device``) are as they were."""
+    devices = [] if device.type == "cpu" else [device]
+    return torch.random.fork_rng(devices, device_type=device.type if devices else "cuda")
 
 
 def seed_torch(seed: int) -> None:

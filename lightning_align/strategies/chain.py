@@ -18,19 +18,26 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_align._errors import argument_error
+from lightning_align.run.rng import fork_generators, seed_torch
 
 WHERE = "PipelineStrategy"
 
 
 class Step(NamedTuple):
-    """A step of the user's module on one micro-batch: ``call(batch, *rest)``."""
+    """A step of the user's module on one micro-batch: ``call(batch, *rest)``.
+
+    Every run of it draws the same: the first stage may run it up to the chain (noise is added to
+    the inputs there), and the last one runs it again (the loss asks for the same noise).
+    """
 
     call: Callable[..., Any]
     batch: Any
     rest: tuple[Any, ...]
+    seed: int
 
     def __call__(self) -> Any:
         """Run it."""
+        seed_torch(self.seed)
         return self.call(self.batch, *self.rest)
 
 
@@ -126,7 +133,11 @@ class LayerChain(Chain):
             raise _Reached(args, kwargs)
 
         try:
-            with replaced(self._called, "forward", reached), replaced(self.module, "log", _ignore):
+            with (
+                fork_generators(self.module.device),  # the layers draw for themselves
+                replaced(self._called, "forward", reached),
+                replaced(self.module, "log", _ignore),
+            ):
                 step()
         except _Reached as call:
             if call.keywords:

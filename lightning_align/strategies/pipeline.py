@@ -390,6 +390,9 @@ class PipelineStrategy(ParallelStrategy):
         self._chain = self._steps = None
         vars(self.precision_plugin).pop("clip_grad_by_norm", None)
         module = self.lightning_module
+        if self.start_method != "popen" and self._parameters and distributed.is_initialized():
+            # Lightning takes the weights back to the process that started the others.
+            stage_state.complete_first_rank(self._parameters)
         if module is not None:
             move_here(module, torch.device("cpu"))
         self.precision_plugin.teardown()

@@ -31,6 +31,13 @@ def gather_module(owners: StageParameters) -> dict[str, Any]:
     return gathered if owners.rank == 0 else {}
 
 
+def complete_first_rank(owners: StageParameters) -> None:
+    """Put the whole model into the module of rank 0; collective."""
+    state = gather_module(owners)
+    if owners.rank == 0:
+        owners.module.load_state_dict(state, assign=True)
+
+
 def _to_first_rank(owners: StageParameters, value: Any, owner: int) -> Any:
     if owner == 0 or not isinstance(value, Tensor):
         return value

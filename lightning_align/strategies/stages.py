@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from lightning_align._errors import argument_error
 from lightning_align.pipelining.actions import Event
-from lightning_align.run.rng import seed_torch
+from lightning_align.run.rng import fork_generators, seed_torch
 from lightning_align.seeds import derive_seed
 from lightning_align.strategies.chain import WHERE, Chain, Step
 
@@ -43,7 +43,7 @@ class Work:
     Attributes:
         steps: The user's step for each micro-batch.
         context: Makes the precision plugin's context.
-        seed: What the randomness of this batch follows from; None leaves the generators alone.
+        seed: What the randomness of this batch follows from.
         doing: ``(action, stage, microbatch)``, for errors.
         events: What was run, if a list.
         stages: Those of this rank, for errors.
@@ -51,7 +51,7 @@ class Work:
 
     steps: list[Step] = field(default_factory=list)
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
-    seed: int | None = None
+    seed: int = 0
     doing: tuple[str, int, int] | None = None
     events: list[Event] | None = None
     stages: tuple[int, ...] = ()
@@ -90,9 +90,8 @@ class StageModule(nn.Module):
     def forward(self, *received: Tensor, microbatch: Tensor) -> Any:
         number = int(microbatch)
         work = self.work
-        if work.seed is not None:
-            # Of the micro-batch, not of the order: every schedule draws the same.
-            seed_torch(derive_seed(work.seed, number, self.index, "stage"))
+        # Of the micro-batch, not of the order: every schedule draws the same.
+        seed_torch(derive_seed(work.seed, number, self.index, "stage"))
         inputs = () if self.begin == 0 else received
         with work.action("F", self.index, number), work.context():
             output = self.chain.run(self.begin, self.end, inputs, work.steps[number])
@@ -157,7 +156,7 @@ class StageMetas:
         ]
         events, work.events = work.events, None
         try:
-            with torch.no_grad():
+            with torch.no_grad(), fork_generators(device):
                 output = module(*inputs, microbatch=torch.tensor(0))
             return output_metas(output, module.index, chain.module)
         except Exception as error:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, distributed
 
 from lightning_align._errors import argument_error
+from lightning_align.run.rng import fork_generators
+from lightning_align.seeds import derive_seed
 from lightning_align.strategies.chain import WHERE, Chain, Step
 from lightning_align.strategies.microbatches import (
     checksum,
@@ -60,6 +62,11 @@ class PipelineSteps:
             scale: Loss scaling of the precision plugin.
         """
         module: Any = self.chain.module
+        if self._is_plain(count):
+            with context():
+                loss = _loss(module, module.training_step(batch, *rest))
+            torch.autograd.backward(scale(loss * factor))
+            return loss.detach()
         microbatches = split_batch(batch, count)
         shares = _shares(module, microbatches)
         # A sum over rows adds up over micro-batches, a mean over rows is averaged.
@@ -97,6 +104,9 @@ class PipelineSteps:
             count: Number of micro-batches.
             context: Makes the precision plugin's context.
         """
+        if self._is_plain(count):
+            with context():
+                return call(batch, *rest)
         microbatches = split_batch(batch, count)
         shares = _shares(self.chain.module, microbatches)
         recorder = LogRecorder(self.chain.module)
@@ -130,6 +140,10 @@ class PipelineSteps:
             way_out = "Call seed_everything, and keep the data loader free of per-rank samplers"
             raise argument_error(WHERE, "batch", "...", rule, way_out)
 
+    def _is_plain(self, count: int) -> bool:
+        """Whether this is what Lightning does without a strategy, to the bit."""
+        return self.runtime.num_stages == 1 and count == 1
+
     def _tell(self, told: Told | None, attribute: str) -> Told:
         sums = getattr(self.chain.module, attribute, None)
         if told is not None and isinstance(sums, dict):
@@ -144,16 +158,14 @@ class PipelineSteps:
     ) -> Iterator[None]:
         """Steps and randomness for a batch; the generators go on as if nothing had been drawn."""
         work = self.runtime.work
-        work.steps = [Step(call, microbatch, rest) for microbatch in microbatches]
-        work.context = context
-        if distributed.get_world_size(self.runtime.group) == 1:
-            work.seed = None
-            yield
-            return
         # All ranks are at the same place of their generators, and stay so.
         work.seed = int(torch.randint(2**62, ()))
-        devices = [self.runtime.device] if self.runtime.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
+        work.context = context
+        work.steps = [
+            Step(call, microbatch, rest, derive_seed(work.seed, number, "step"))
+            for number, microbatch in enumerate(microbatches)
+        ]
+        with fork_generators(self.runtime.device):
             yield
 
 
