@@ -44,7 +44,7 @@ def main() -> None:
     module = la.DPOModule(
         options.model,
         beta=0.5,
-        optimizer=partial(torch.optim.AdamW, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.0),
+        optimizer=partial(torch.optim.AdamW, lr=2e-4, betas=(0.9, 0.95), weight_decay=0.0),
     )
     data = la.PreferenceDataModule(
         str(path), tokenizer, batch_size=16, max_length=128, val_fraction=0.1, append_eos=False
