@@ -1,0 +1,20 @@
+import subprocess
+import sys
+
+import pytest
+
+NAMES = ["pipeline_1f1b", "pipeline_gpipe", "pipeline_interleaved_1f1b"]
+OURS = "import lightning_align"
+REGISTRY = "from lightning.pytorch.strategies import StrategyRegistry"
+ORDERS = {"ours first": f"{OURS}; {REGISTRY}", "ours last": f"{REGISTRY}; {OURS}"}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_names_are_known_whichever_package_comes_first(order: str) -> None:
+    code = (
+        f"{ORDERS[order]}; print(*(n for n in StrategyRegistry if n.startswith('pipeline')),"
+        " StrategyRegistry.get('pipeline_interleaved_1f1b').schedule)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert sorted(run.stdout.split()[:-1]) == NAMES
+    assert run.stdout.split()[-1] == "Interleaved1F1B"

@@ -1,0 +1,110 @@
+"""Private APIs in ``_compat_processes.py``, and those of the pipeline in ``_compat_torch.py``."""
+
+from contextlib import nullcontext
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import distributed, nn
+
+from lightning_align import PipelineStrategy, _compat_processes, _compat_torch
+from tests.helpers.ranks import ForkedRanks, run_ranks
+
+
+def test_launchers_are_those_of_lightning() -> None:
+    by_script = _compat_processes.subprocess_launcher(LightningEnvironment(), 2, 1)
+    assert type(by_script).__name__ == "_SubprocessScriptLauncher"
+    forking = _compat_processes.multiprocessing_launcher(PipelineStrategy(), "fork")
+    assert type(forking).__name__ == "_MultiProcessingLauncher"
+    assert forking._start_method == "fork"
+
+
+def test_set_rank_is_what_rank_zero_only_asks() -> None:
+    before = rank_zero_only.rank
+    try:
+        _compat_processes.set_rank(3)
+        assert rank_zero_only.rank == 3
+    finally:
+        _compat_processes.set_rank(before)
+
+
+def test_join_process_group_leaves_one_that_is_there() -> None:
+    def join(rank: int) -> Any:
+        group = distributed.group.WORLD
+        environment = ForkedRanks(rank, 2)
+        device = torch.device("cpu")
+        _compat_processes.join_process_group(environment, device, None, timedelta(seconds=9))
+        return distributed.group.WORLD is group, distributed.get_backend()
+
+    assert run_ranks(join) == [(True, "gloo")] * 2
+
+
+@pytest.mark.parametrize("has_gradient", [True, False])
+def test_share_overflow_counts_that_of_another_rank(has_gradient: bool) -> None:
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], 1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    _compat_processes.share_overflow(scaler, lambda found: found.add_(1.0))
+    scaler.scale(weight.sum()).backward()
+    if not has_gradient:
+        weight.grad = None
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    assert weight.tolist() == [1.0, 1.0], "the step was not skipped"
+    assert scaler.get_scale() == 2.0
+
+
+def test_default_store_holds_what_a_rank_puts_there() -> None:
+    def put(rank: int) -> bytes:
+        store = _compat_torch.default_store()
+        if rank == 0:
+            store.set("key", "value")
+        distributed.barrier()
+        return bytes(store.get("key"))
+
+    assert run_ranks(put) == [b"value"] * 2
+
+
+def test_lean_stage_holds_buffers_only_in_flight() -> None:
+    """torch calls what it overrides: without that, buffers for all micro-batches would be there."""
+
+    def run(rank: int) -> Any:
+        inputs = torch.empty(2, 3, device="meta", requires_grad=True)
+        stage = _compat_torch.LeanStage(
+            nn.Linear(3, 3),
+            rank,
+            2,
+            torch.device("cpu"),
+            lambda stage, microbatch: nullcontext(),
+            input_args=(inputs,),
+            output_args=(inputs,),
+        )
+        schedule = distributed.pipelining.ScheduleGPipe(
+            stage, 4, loss_fn=lambda output, target: output.sum(), scale_grads=False
+        )
+        held: list[int] = []
+        call = stage.forward_one_chunk
+
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            output = call(*args, **kwargs)
+            infos = [info for infos in stage.args_recv_info.values() for info in infos]
+            held.append(sum(info.buffer is not None for info in infos))
+            return output
+
+        stage.forward_one_chunk = counting  # type: ignore[method-assign]
+        schedule.step(*([torch.ones(8, 3)] if rank == 0 else []), target=torch.zeros(8))
+        infos = [
+            info
+            for kind in (stage.args_recv_info, stage.grad_recv_info)
+            for infos in kind.values()
+            for info in infos
+        ]
+        return held, sum(info.buffer is not None for info in infos)
+
+    first, second = run_ranks(run)
+    assert first == ([0] * 4, 0)
+    assert second == ([1, 2, 3, 4], 0)
