@@ -73,6 +73,7 @@ def one_optimizer() -> Iterator[None]:
 
     Raises:
         ValueError: If there are several.
+        RuntimeError: If Lightning refuses them for another reason.
     """
     try:
         yield
