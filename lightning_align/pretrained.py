@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from lightning_align._errors import argument_error
 from lightning_align.data.hub import resolve_pretrained
+from lightning_align.pretrained_weights import parameters_on_meta, remember_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -25,6 +26,9 @@ def build_model(
     trust_remote_code: bool = False,
 ) -> nn.Module:
     """Build or load a causal language model.
+
+    Under a default device of meta a name or folder gives a model without its weights, which
+    strategies that spread it load in parts (pretrained_weights.py).
 
     Args:
         model: A module (used as it is, in its own dtype), a Hugging Face name or folder, a
@@ -57,6 +61,14 @@ def build_model(
         rule = "must be a module, a Hugging Face name or folder, or a transformers configuration"  # type: ignore[unreachable]
         raise argument_error(where, argument, model, rule)
     resolve_pretrained(where, argument, str(model), revision)
+    if torch.get_default_device().type == "meta":  # trainer.init_module(empty_init=True)
+        with parameters_on_meta():
+            settings = AutoConfig.from_pretrained(
+                model, revision=revision, trust_remote_code=trust_remote_code
+            )
+            empty = _from_config(settings, options, where, argument)
+        remember_weights(empty, str(model), revision)
+        return empty
     try:
         loaded = AutoModelForCausalLM.from_pretrained(model, revision=revision, **options)
     except (OSError, ValueError) as error:

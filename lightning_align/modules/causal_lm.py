@@ -93,7 +93,7 @@ class CausalLMModule(pl.LightningModule, ABC):
         self.layers: ModelLayers = find_layers(self.model)
         if activation_checkpointing:
             checkpoint_blocks(self.layers)
-        self._tokens_seen = torch.zeros((), dtype=torch.int64)
+        self._tokens_seen = torch.zeros((), dtype=torch.int64, device="cpu")
         # Sums of the open accumulation window; ExactResume saves them with the gradients. A
         # strategy that runs steps on one rank only tells both sums to the others.
         self.accumulated: dict[str, Tensor] = {}
@@ -251,6 +251,11 @@ class CausalLMModule(pl.LightningModule, ABC):
     def setup(self, stage: str) -> None:
         if not is_spread(self):
             self.layers.probe()
+        elif not hasattr(self.trainer.strategy, "total_grad_norm"):
+            rule = "its parameters are on the meta device, and the strategy does not load them"
+            way_out = "Build it without empty_init, or use PipelineStrategy"
+            name = type(self.model).__name__
+            raise argument_error(type(self).__name__, "model", name, rule, way_out)
         tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
         if tokenizer is not None and len(tokenizer) > self.layers.vocab_size:
             raise argument_error(

@@ -7,7 +7,8 @@ clipping, tied weights, changing shapes, checkpoints, and failures that end ever
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -24,6 +25,8 @@ from typing_extensions import override
 from lightning_align import _compat
 from lightning_align._errors import argument_error
 from lightning_align.pipelining import partition, partition_table
+from lightning_align.pretrained_weights import weights_reader
+from lightning_align.run.replicas import is_spread
 from lightning_align.strategies import failure, launching, stage_state
 from lightning_align.strategies.chain import WHERE, Chain, layer_chain
 from lightning_align.strategies.checks import (
@@ -175,6 +178,7 @@ class PipelineStrategy(ParallelStrategy):
         self._chain = chain
         self._parameters = StageParameters(chain, stretches, group)
         self._parameters.leave_others_on_meta()
+        self._load_what_is_here(trainer)
         self.model = self.precision_plugin.convert_module(module)
         self.model_to_device()
         self._parameters.agree_on_shared()
@@ -192,6 +196,33 @@ class PipelineStrategy(ParallelStrategy):
         agree_on_overflow(self.precision_plugin, group)
         # Lightning clips by the norm of what a rank holds.
         vars(self.precision_plugin)["clip_grad_by_norm"] = self._clip_by_norm
+
+    def _load_what_is_here(self, trainer: pl.Trainer) -> None:
+        """Values for a module that was built without them (``trainer.init_module``)."""
+        assert self._parameters is not None
+        module = self._parameters.module
+        empty = [name for name, p in module.named_parameters() if p.is_meta]
+        if not any(map(self._parameters.is_here, empty)):
+            return
+        read = None if trainer.ckpt_path else weights_reader(module)
+        if read is None and not trainer.ckpt_path:
+            rule = "its parameters are on the meta device, and nothing says where their values are"
+            way_out = "Build it from a folder with safetensors, or not on meta; or pass ckpt_path"
+            raise argument_error(WHERE, "model", type(module).__name__, rule, way_out)
+        self._parameters.fill(read)
+
+    @property
+    @override
+    def restore_checkpoint_after_setup(self) -> bool:
+        # A model without values can take only what this rank keeps.
+        return self.lightning_module is not None and is_spread(self.lightning_module)
+
+    @contextmanager
+    @override
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        device = torch.device("meta") if empty_init else self.root_device
+        with device, self.precision_plugin.tensor_init_context():
+            yield
 
     def _cut(self, chain: Chain, num_ranks: int) -> list[tuple[int, int]]:
         costs = [float(_count(chain.owned(i, i + 1))) for i in range(len(chain.layers))]

@@ -7,7 +7,7 @@ gradients are summed once the accumulation window closes, and it counts once in 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,10 @@ class StageParameters:
         """The first name of what ``key`` of a state dict names; tied parameters have several."""
         return self._first_names.get(key, key)
 
+    def names_of(self, name: str) -> list[str]:
+        """All names of what ``name`` is the first of."""
+        return [other for other, first in self._first_names.items() if first == name]
+
     def is_here(self, name: str) -> bool:
         """Whether this rank needs a parameter."""
         return self.rank in self.ranks[name]
@@ -77,6 +81,25 @@ class StageParameters:
                     empty = torch.empty_like(parameter, device="meta")
                     on_meta[parameter] = nn.Parameter(empty, parameter.requires_grad)
                 setattr(part, name, on_meta[parameter])
+
+    def fill(self, read: Callable[[list[str]], Tensor] | None) -> None:
+        """Give values to what is here and has none yet.
+
+        Args:
+            read: Reads a parameter by its names; None leaves the values to a checkpoint.
+        """
+        filled: dict[nn.Parameter, nn.Parameter] = {}
+        for prefix, part in self.module.named_modules():
+            for name, empty in list(part.named_parameters(recurse=False)):
+                key = self.name_of(f"{prefix}.{name}" if prefix else name)
+                if not empty.is_meta or not self.is_here(key):
+                    continue
+                if empty not in filled:
+                    value = torch.empty_like(empty, device="cpu")
+                    if read is not None:
+                        value.copy_(read(self.names_of(key)))
+                    filled[empty] = nn.Parameter(value, empty.requires_grad)
+                setattr(part, name, filled[empty])
 
     @torch.no_grad()
     def agree_on_shared(self) -> None:

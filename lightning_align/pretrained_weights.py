@@ -1,0 +1,99 @@
+"""A model without its weights, and the weights of a part of it.
+
+Where each rank needs a part of a model, none should load all of it: the model is built with its
+parameters on the meta device, and each rank reads what it keeps from the safetensors files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_align._errors import argument_error
+
+_ATTRIBUTE = "pretrained_weights_folder"
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Put parameters on the meta device as they are registered; buffers are computed as ever."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None and not parameter.is_meta:
+            empty = torch.empty_like(parameter, device="meta")
+            module._parameters[name] = nn.Parameter(empty, parameter.requires_grad)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign,assignment]
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def remember_weights(model: nn.Module, name: str, revision: str) -> None:
+    """Note on a model where its weights are; a hub name is downloaded to the cache."""
+    folder = name
+    if not Path(name).expanduser().is_dir():
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.safetensors", "*.safetensors.index.json"]
+        folder = snapshot_download(name, revision=revision, allow_patterns=patterns)
+    vars(model)[_ATTRIBUTE] = str(Path(folder).expanduser())
+
+
+def weights_reader(module: nn.Module) -> Callable[[list[str]], Tensor] | None:
+    """What reads a parameter of a module by its names, or None if nothing says where they are."""
+    for prefix, part in module.named_modules():
+        if (folder := vars(part).get(_ATTRIBUTE)) is not None:
+            return _Reader(part, f"{prefix}." if prefix else "", Path(folder)).read
+    return None
+
+
+class _Reader:
+    """Reads tensors one at a time out of a folder's safetensors files."""
+
+    def __init__(self, model: Any, prefix: str, folder: Path) -> None:
+        self._prefix, self._folder = prefix, folder
+        self._base = f"{getattr(model, 'base_model_prefix', '')}."
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            self._files = {key: folder / file for key, file in files.items()}
+        else:
+            with self._open(folder / "model.safetensors") as file:
+                self._files = dict.fromkeys(file.keys(), folder / "model.safetensors")
+
+    def read(self, names: list[str]) -> Tensor:
+        """The tensor with one of these names.
+
+        Raises:
+            ValueError: If the files have none of them.
+        """
+        for name in names:
+            name = name.removeprefix(self._prefix)
+            for key in (name, name.removeprefix(self._base), self._base + name):
+                if key in self._files:
+                    with self._open(self._files[key]) as file:
+                        tensor: Tensor = file.get_tensor(key)
+                        return tensor
+        rule = f"its safetensors files have no {names[0].removeprefix(self._prefix)!r}"
+        way_out = "Build the module without empty_init, which loads through transformers"
+        raise argument_error("init_module", "model", str(self._folder), rule, way_out)
+
+    def _open(self, path: Path) -> Any:
+        from safetensors import safe_open
+
+        if not path.exists():
+            rule = f"has no {path.name}, and only safetensors can be read in parts"
+            way_out = "Build the module without empty_init"
+            raise argument_error("init_module", "model", str(self._folder), rule, way_out)
+        return safe_open(path, framework="pt")
