@@ -70,13 +70,15 @@ def test_meta_without_weights_is_refused() -> None:
 
 
 def test_other_strategies_do_not_train_a_model_without_weights(tmp_path: Path) -> None:
+    folder = saved("llama", tmp_path / "model")
     with torch.device("meta"):
-        module = PretrainModule(saved("llama", tmp_path / "model"))
+        module = PretrainModule(folder)
     run = Run("llama")
-    with run.setting(None) as (trainer, _), pytest.raises(NotImplementedError) as caught:
+    told = "the meta device, and the strategy does not load them"
+    with run.setting(None) as (trainer, _), pytest.raises(Exception) as caught:  # noqa: PT011
         trainer.fit(module, run.loader())
-    # Lightning's teardown then fails to move the module to the CPU.
-    assert "the meta device, and the strategy does not load them" in str(caught.value.__context__)
+    # Lightning's teardown may fail in turn, when it moves the module to the CPU.
+    assert told in f"{caught.value} {caught.value.__context__}"
 
 
 def test_weights_that_are_not_in_the_files_are_refused(tmp_path: Path) -> None:
@@ -131,5 +133,5 @@ def test_no_rank_holds_the_model(tmp_path: Path) -> None:
     spread = max(run_ranks(lambda rank: load(rank, empty=True)))
     whole = max(run_ranks(lambda rank: load(rank, empty=False)))
     assert whole > 0.95 * size
-    # 0.67 measured: half of the blocks, a shard that is mapped while it is read, and what a step needs
+    # 0.67 measured: half of the blocks, a shard mapped while it is read, and what a step needs
     assert spread < 0.75 * size, f"{spread / size:.2f} of {size / 1e6:.0f} MB"
