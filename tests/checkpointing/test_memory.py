@@ -32,13 +32,14 @@ def test_a_helper_that_does_not_get_to_run_holds_nobody_up(
 ) -> None:
     gate = threading.Event()
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(gate.wait, 60)
+        other = pool.submit(gate.wait, 20)
         monkeypatch.setattr(memory, "_pool", lambda: pool)
         source = torch.ones(20 << 20, dtype=torch.uint8)
         target = torch.zeros_like(source)
 
         Copies([(target.data_ptr(), source.data_ptr(), source.nbytes)], num_threads=3).run()
 
+        assert not other.done()
         gate.set()
         assert bool(target.all())
 

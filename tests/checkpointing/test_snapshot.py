@@ -245,6 +245,15 @@ def test_sharing_that_appears_is_seen() -> None:
     assert buffer.layouts == 2
 
 
+def test_tensors_that_are_now_in_a_storage_of_their_own() -> None:
+    """Same addresses, same shapes; but no longer parts of one storage."""
+    buffer, array = HostBuffer(), np.arange(8.0)
+    whole = torch.from_numpy(array)
+    halves = [torch.from_numpy(array[:4]), torch.from_numpy(array[4:])]
+    for state in ([whole[:4], whole[4:]], halves):
+        assert_same(from_file(snapshot(state, buffer), buffer), state)
+
+
 def test_a_state_that_grows_gets_more_memory() -> None:
     buffer, state = HostBuffer(), {}
     for step in range(40):  # unfreezing: optimizer state appears
