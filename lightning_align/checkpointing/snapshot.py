@@ -8,6 +8,7 @@ Storage that several tensors share is copied once, and only the bytes that they 
 """
 
 import mmap
+import os
 import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -39,6 +40,8 @@ _Stream: Any = torch.cuda.Stream
 _Storage: Any = torch.UntypedStorage
 
 _STREAMS: dict[torch.device, torch.cuda.Stream] = {}
+_MEMORIES: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()  # of all blocks
+_INHERITED: list[mmap.mmap] = []  # of the process that forked this one
 
 
 class HostBlock:
@@ -61,6 +64,7 @@ class HostBlock:
         for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
             if hasattr(mmap, advice):
                 self.memory.madvise(getattr(mmap, advice))
+        _MEMORIES.add(self.memory)
         self.bytes = torch.frombuffer(self.memory, dtype=torch.uint8)
         self.pinned = pinned
         if pinned:
@@ -68,7 +72,7 @@ class HostBlock:
             address = self.bytes.data_ptr()
             torch.cuda.check_error(int(cudart.cudaHostRegister(address, self.nbytes, 0)))
             # Holds the memory, so that it is unregistered before it is given back.
-            weakref.finalize(self, _unregister, address, self.memory)
+            weakref.finalize(self, _unregister, os.getpid(), address, self.memory)
 
     def record(self, offset: int, nbytes: int) -> torch.UntypedStorage:
         """Part of the block as a storage of its own."""
@@ -78,9 +82,22 @@ class HostBlock:
         return torch.frombuffer(part, dtype=torch.uint8).untyped_storage()
 
 
-def _unregister(address: int, _: mmap.mmap) -> None:
-    cudart = _cudart()
-    cudart.cudaHostUnregister(address)
+def _unregister(owner: int, address: int, _: mmap.mmap) -> None:
+    if os.getpid() == owner:
+        cudart = _cudart()
+        cudart.cudaHostUnregister(address)
+
+
+def _keep_unmapped() -> None:
+    """In a forked process, where our memory is a hole that its own allocations may fill.
+
+    To free an inherited block there would unmap whatever lies in its place by then.
+    """
+    _INHERITED.extend(_MEMORIES)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_keep_unmapped)
 
 
 @dataclass

@@ -1,4 +1,6 @@
+import gc
 import io
+import mmap
 import os
 from collections import OrderedDict, namedtuple
 from typing import Any
@@ -339,3 +341,23 @@ def test_a_forked_process_does_not_inherit_the_buffer() -> None:
         os.waitpid(pid, 0)
         os.close(reader)
         os.close(writer)
+
+
+def test_freeing_an_inherited_buffer_unmaps_nothing_of_the_forked_process() -> None:
+    """Its memory is a hole in the fork, which the fork's own allocations fill."""
+    buffer = HostBuffer()
+    buffer.copy([torch.ones(2**20)])
+    assert buffer.block is not None
+    begin, nbytes = buffer.block.bytes.data_ptr(), buffer.block.nbytes
+    child = os.fork()
+    if child == 0:
+        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        filled = [mmap.mmap(-1, nbytes, flags=private) for _ in range(64)]
+        tensors = [torch.frombuffer(memory, dtype=torch.uint8).fill_(1) for memory in filled]
+        in_the_hole = any(begin <= tensor.data_ptr() < begin + nbytes for tensor in tensors)
+        del buffer
+        gc.collect()
+        os._exit(int(all(tensor.all() for tensor in tensors)) + 2 * in_the_hole)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFEXITED(status), f"the fork died of signal {os.WTERMSIG(status)}"
+    assert os.WEXITSTATUS(status) == 3, "1: the hole was not filled, so that nothing was tried"
