@@ -1,7 +1,8 @@
 """One rank fails, all end, and each says who failed first and at what.
 
-A rank that only waits for its peer notices a closed connection at once. So a failing rank writes
-down the cause in the store that the ranks met in, and leaves the process group.
+A rank that only waits for its peer notices a closed connection at once, and gloo closes it when the
+process ends. So a failing rank writes down the cause in the store that the ranks met in, and leaves
+the process group, in which nothing could hold up its end.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def pipeline_error(place: str, error: BaseException) -> PipelineError:
 
 
 def leave() -> None:
-    """Leave the process group, so that no peer waits for this rank."""
+    """Leave the process group, so that no collective operation holds up the end."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
 

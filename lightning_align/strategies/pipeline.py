@@ -192,6 +192,9 @@ class PipelineStrategy(ParallelStrategy):
             with one_optimizer():
                 self.setup_optimizers(trainer)
             check_optimizers(self.optimizers)
+            for optimizer in self.optimizers:
+                if hasattr(optimizer, "process_group"):  # a step that one stage skips, all skip
+                    optimizer.process_group = group
         self.setup_precision_plugin()
         agree_on_overflow(self.precision_plugin, group)
         # Lightning clips by the norm of what a rank holds.

@@ -19,7 +19,7 @@ from torch.distributed.pipelining.schedules import get_schedule_class
 
 from lightning_align._compat_torch import LeanStage, load_schedule_csv
 from lightning_align.strategies.chain import Chain
-from lightning_align.strategies.failure import leave, pipeline_error
+from lightning_align.strategies.failure import pipeline_error
 from lightning_align.strategies.stages import Meta, StageMetas, StageModule, Work
 
 # name -> whether a rank may hold several stages
@@ -138,9 +138,7 @@ class Runtime:
         try:
             yield
         except Exception as error:
-            failed = pipeline_error(self.work.place, error)
-            leave()  # now: what other callbacks do about the exception may take its time
-            raise failed from error
+            raise pipeline_error(self.work.place, error) from error
 
     def _fetch(self, key: Hashable, make: Callable[[], Any]) -> Any:
         if key not in self._made:

@@ -270,6 +270,18 @@ def test_an_overflow_on_one_stage_skips_the_step_on_all(failing: int) -> None:
         assert scale == 32.0
 
 
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_step_that_our_optimizer_skips_on_one_stage_is_skipped_on_all(failing: int) -> None:
+    def train(rank: int) -> list[float]:
+        overflow = Overflow(failing)
+        replace(RUN, optimizer="muon", callbacks=[lambda: overflow]).fit(rank)
+        return overflow.weights
+
+    for weights in run_ranks(train):
+        assert weights[1] == weights[0], "the step was not skipped"
+        assert weights[2] != weights[1]
+
+
 def test_a_batch_too_small_for_the_schedule_falls_back_and_says_so() -> None:
     def train(rank: int) -> Any:
         run = replace(RUN, steps=5, data={"ragged": True, "masked": False})
