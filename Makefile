@@ -58,7 +58,7 @@ test-peer: $(STAMP)
 
 # Every law over every member and pair, docs/composition.md against what they find, and real kills of real processes.
 test-laws: $(STAMP)
-	$(BIN)/pytest tests/laws tests/run tests/callbacks/test_async_checkpoint.py tests/checkpointing/test_torture.py $(ARGS)
+	$(BIN)/pytest tests/laws tests/run tests/callbacks/test_async_checkpoint.py tests/checkpointing/test_torture.py $(wildcard tests/strategies/test_pipeline_[cfm]*.py) $(ARGS)
 
 # Two processes: a peer that has been imported makes short class names ambiguous.
 test-all: $(STAMP)

@@ -12,6 +12,8 @@ from lightning_align import ExactResume, PretrainModule
 from tests.helpers.pipelines import PositionedBatches, Run
 from tests.helpers.ranks import run_ranks
 
+pytestmark = pytest.mark.slow  # `make test-laws` runs them
+
 ONE_F_ONE_B = {"schedule": "1F1B", "num_microbatches": 4}
 INTERLEAVED = {"schedule": "Interleaved1F1B", "num_microbatches": 4}
 DROPOUT = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from tests.helpers.pipelines import Run
 from tests.helpers.ranks import Ended, end_of_ranks
 
+pytestmark = pytest.mark.slow  # `make test-laws` runs them
+
 RUN = Run("chain", {"schedule": "1F1B", "num_microbatches": 4}, steps=6, data={"masked": False})
 
 

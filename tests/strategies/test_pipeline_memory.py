@@ -11,6 +11,8 @@ from torch import Tensor
 from tests.helpers.pipelines import Run
 from tests.helpers.ranks import run_ranks
 
+pytestmark = pytest.mark.slow  # `make test-laws` runs them
+
 RUN = Run("chain", steps=2, data={"masked": False, "varying": False})
 
 

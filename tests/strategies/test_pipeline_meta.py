@@ -14,6 +14,8 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_models import TINY_MODELS
 from tests.strategies.test_pipeline_checkpoints import SaveAt
 
+pytestmark = pytest.mark.slow  # `make test-laws` runs them
+
 ONE_F_ONE_B = {"schedule": "1F1B", "num_microbatches": 4}
 
 
