@@ -329,9 +329,8 @@ def main() -> None:
         measure_memory(arguments.memory, arguments.state, scale)
         return
     print(f"torch {torch.__version__}, lightning {lightning.__version__}, {platform.machine()},")
-    print(
-        f"{os.cpu_count()} cores, one thread, {rounds} rounds, {os.environ.get('GLIBC_TUNABLES', 'glibc as it is')}"
-    )
+    glibc = os.environ.get("GLIBC_TUNABLES", "glibc as it is")
+    print(f"{os.cpu_count()} cores, one thread, {rounds} rounds, {glibc}")
     for state in [arguments.state] if arguments.state else STATES:
         folder = Path(tempfile.mkdtemp(dir=arguments.folder))
         try:
