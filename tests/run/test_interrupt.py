@@ -9,12 +9,14 @@ from lightning_align.run.interrupt import DeferredInterrupt
 
 @pytest.fixture
 def interrupt() -> Iterator[DeferredInterrupt]:
-    before = signal.getsignal(signal.SIGINT)
+    # Shells start background jobs with it ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     interrupt = DeferredInterrupt()
     interrupt.install()
     yield interrupt
     interrupt.uninstall()
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
 
 
 def press() -> None:
