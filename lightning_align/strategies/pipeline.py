@@ -105,7 +105,7 @@ class PipelineStrategy(ParallelStrategy):
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
     ) -> None:
         super().__init__()
-        several = check_arguments(schedule, num_microbatches, num_stages_per_rank)
+        several = check_arguments(schedule, num_microbatches, num_stages_per_rank, partition_method)
         self.schedule = schedule
         self.num_microbatches = num_microbatches
         self.num_stages_per_rank = num_stages_per_rank or (2 if several else 1)
