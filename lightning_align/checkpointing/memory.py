@@ -36,7 +36,8 @@ class Copies:
     """
 
     def __init__(self, pieces: Sequence[Copy], num_threads: int | None = None) -> None:
-        self._small = [piece for piece in pieces if piece[2] < LARGE_BYTES]
+        small = [piece for piece in pieces if piece[2] < LARGE_BYTES]
+        self._small: list[tuple[int, ...]] = list(zip(*small, strict=True)) or [(), (), ()]
         large = [piece for piece in pieces if piece[2] >= LARGE_BYTES]
         self._chunks = [chunk for piece in large for chunk in _chunked(*piece)]
         self._helpers = (num_threads or min(_MAX_THREADS, _num_cores())) - 1
@@ -47,9 +48,9 @@ class Copies:
         """Copy all of them."""
         # Whoever is free takes the next: a helper that the system lets wait holds nobody up.
         todo = deque(self._chunks)
-        futures = [_pool().submit(_copy_from, todo) for _ in range(self._helpers)]
-        for piece in self._small:
-            _copy_small(*piece)
+        helpers = min(self._helpers, _idle_cores()) if self._helpers else 0
+        futures = [_pool().submit(_copy_from, todo) for _ in range(helpers)]
+        deque(map(_copy_small, *self._small), maxlen=0)  # no loop of the interpreter
         _copy_from(todo)
         for future in futures:
             if not future.cancel():
@@ -76,6 +77,16 @@ def _pool() -> ThreadPoolExecutor:
         _POOL.clear()
         _POOL[process] = ThreadPoolExecutor(_MAX_THREADS - 1, "checkpoint-copy")
     return _POOL[process]
+
+
+def _idle_cores() -> int:
+    """Cores that nothing runs on; a helper on a busy one would be waited for."""
+    try:
+        with open("/proc/loadavg", "rb") as file:
+            running = int(file.read().split()[3].split(b"/")[0])
+    except (OSError, ValueError, IndexError):
+        running = 1
+    return max(0, _num_cores() - running)
 
 
 def _num_cores() -> int:

@@ -149,6 +149,8 @@ class _Plan:
 
     pointers: list[int]
     looks: list[Any]
+    odd: list[int]
+    bits: list[tuple[bool, bool]]
     shape: list[Any]
     archive: Archive
     ranges: list[_Range]
@@ -162,8 +164,9 @@ class _Plan:
     def fits(self, tensors: list[Tensor]) -> bool:
         """Whether these are the same tensors, where they were."""
         return (
-            [tensor.data_ptr() for tensor in tensors] == self.pointers
+            list(map(Tensor.data_ptr, tensors)) == self.pointers
             and _looks(tensors) == self.looks
+            and _bits(tensors, self.odd) == self.bits
             and all(part.is_in(tensors) for part in self.ranges if len(part.members) > 1)
         )
 
@@ -262,9 +265,12 @@ class HostBuffer:
         archive, headers, offsets = Archive(), [], []
         pointers = [tensor.data_ptr() for tensor in tensors]
         shape = [part.shape(tensors) for part in ranges]
-        if old is not None and old.looks == looks and old.shape == shape:
+        odd = [index for index, tensor in enumerate(tensors) if _may_be_odd(tensor)]
+        bits = _bits(tensors, odd)
+        same = old is not None and (looks, bits, shape) == (old.looks, old.bits, old.shape)
+        if old is not None and same:
             # Only moved: gradients, say, or a tensor that state_dict() makes anew.
-            plan = _Plan(pointers, looks, shape, old.archive, ranges, old.offsets)
+            plan = _Plan(pointers, looks, odd, bits, shape, old.archive, ranges, old.offsets)
             plan.views, plan.leaves = old.views, old.leaves
         else:
             self.layouts += 1
@@ -274,7 +280,7 @@ class HostBuffer:
             block = self._ensure(archive.end, any(tensor.is_cuda for tensor in tensors))
             for start, header in headers:
                 block.memory[start : start + len(header)] = header
-            plan = _Plan(pointers, looks, shape, archive, ranges, offsets)
+            plan = _Plan(pointers, looks, odd, bits, shape, archive, ranges, offsets)
             _make_views(plan, tensors, block)
         _choose_copies(plan, tensors)
         self._plan = plan
@@ -335,15 +341,23 @@ def thaw(structure: Any, buffer: HostBuffer) -> Any:
 
 
 def _looks(tensors: list[Tensor]) -> list[Any]:
-    """Everything about tensors, but for their place, that the file depends on."""
+    """What the file depends on, but for the tensors' places; 20,000 may be looked at in a save."""
     return [
         [tensor.shape for tensor in tensors],
-        [tensor.stride() for tensor in tensors],
+        list(map(Tensor.stride, tensors)),
         [tensor.dtype for tensor in tensors],
         [tensor.requires_grad for tensor in tensors],
-        [type(tensor) for tensor in tensors],
-        [tensor.is_conj() or tensor.is_neg() for tensor in tensors],
+        list(map(type, tensors)),
     ]
+
+
+def _may_be_odd(tensor: Tensor) -> bool:
+    """Whether it could be a conjugate, or ``x.conj().imag``, of what is in memory."""
+    return tensor.is_complex() or tensor.numel() == 1 or not tensor.is_contiguous()
+
+
+def _bits(tensors: list[Tensor], indices: list[int]) -> list[tuple[bool, bool]]:
+    return [(tensors[index].is_conj(), tensors[index].is_neg()) for index in indices]
 
 
 def _ranges(tensors: list[Tensor], state: Any) -> list[_Range]:
