@@ -14,9 +14,9 @@ States: a few large tensors, the AdamW state of a Llama, many tensors of 1 to 4 
 
 Blocking: from before ``state_dict()`` to the return of the save, wall time and CPU time of the
 thread. Each save is written out before the next side's begins, so nobody waits for an earlier one;
-the first save of each side (allocation) is not counted. Slowdown: time of a matrix product while a
-save is being written over that without one. Memory: highest resident size over that before the
-first save, each side in a process of its own.
+the first save of each side (allocation) is not counted, and each round begins with another side.
+Slowdown: time of a matrix product while a save is being written over that without one. Memory:
+highest resident size over that before the first save, each side in a process of its own.
 
 glibc writes past the cache (a third less traffic) from a size on that it takes from the L3 cache: a
 few MB on most machines, but 192 MB on virtual ones that are told the cache of the whole host. There
@@ -232,8 +232,10 @@ SIDES = {
 def blocking(sides: dict[str, Any], rounds: int) -> dict[str, dict[str, list[float]]]:
     found = {name: {"wall": [], "cpu": []} for name in sides}
     for number in range(rounds + 1):
-        for name, side in sides.items():
+        order = list(sides.items())
+        for name, side in order[number % len(order) :] + order[: number % len(order)]:
             gc.collect()
+            os.sync()  # else the files that the side before did not sync are written meanwhile
             wall, cpu = time.perf_counter(), time.thread_time()
             side.save()
             wall, cpu = time.perf_counter() - wall, time.thread_time() - cpu

@@ -331,10 +331,12 @@ class SnapshotEngine:
 
     def _commit(self, snapshot: _Snapshot) -> Manifest:
         name, step, metadata = snapshot.name, snapshot.step, snapshot.metadata
-        files: dict[str, Iterable[Bytes]] = {name + DATA: snapshot.buffer.file(snapshot.structure)}
         attempt = 0
         while True:
             attempt += 1
+            files: dict[str, Iterable[Bytes]] = {
+                name + DATA: snapshot.buffer.file(snapshot.structure)
+            }
             try:
                 return commit(self.folder, name, step, files, metadata)
             except Exception:

@@ -10,6 +10,7 @@ Storage that several tensors share is copied once, and only the bytes that they 
 import mmap
 import os
 import weakref
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -209,16 +210,20 @@ class HostBuffer:
         if self._copied is not None:
             self._copied.synchronize()
 
-    def file(self, structure: Any) -> list[Bytes]:
+    def file(self, structure: Any) -> Iterator[Bytes]:
         """The file of the frozen state, in pieces.
+
+        The pickle comes last in the file and is made last: writing the image does not need the
+        interpreter, so the training thread can drop the state that it passed. Freeing a tensor
+        gives the interpreter away, and 20,000 times that beside a thread that pickles took 0.4 s.
 
         Args:
             structure: What :func:`freeze` returned with the tensors that were copied here.
         """
         self.ready()
         assert self.block is not None
-        image = memoryview(self.block.memory)[: self.plan.archive.end]
-        return [image, *ending(structure, self.plan.leaves, self.plan.archive)]
+        yield memoryview(self.block.memory)[: self.plan.archive.end]
+        yield from ending(structure, self.plan.leaves, self.plan.archive)
 
     def tensor(self, index: int, storages: dict[int, torch.UntypedStorage]) -> Tensor:
         """Copy tensor ``index`` out of the buffer.
