@@ -2,11 +2,12 @@
 
 import atexit
 import contextlib
+import gc
 import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -200,9 +201,10 @@ class SnapshotEngine:
         if snapshot is None:
             stall_s = time.perf_counter() - start
             return SaveResult(0, stall_s, waited_s, skipped=True, replaced=replaced)
-        structure, tensors = freeze(state)
-        snapshot.number = -1
-        copied_bytes = snapshot.buffer.copy(tensors, state)
+        with _no_collection():
+            structure, tensors = freeze(state)
+            snapshot.number = -1
+            copied_bytes = snapshot.buffer.copy(tensors, state)
         snapshot.structure, snapshot.name, snapshot.step = structure, name, step
         snapshot.metadata = plain
         snapshot.number = self._saves = self._saves + 1
@@ -407,6 +409,18 @@ class SnapshotEngine:
         errors, self._unreported = self._unreported, []
         for error in errors:
             warnings.warn(error.message, stacklevel=3)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep the garbage collector out: many small tensors would make it visit the whole run."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _plain(metadata: dict[str, Any]) -> dict[str, Any]:

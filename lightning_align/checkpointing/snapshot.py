@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from operator import attrgetter, eq
 from typing import Any, cast
 
 import torch
@@ -39,6 +40,15 @@ _WIDEST_DTYPE = 16  # bytes, complex128
 _cudart: Any = torch.cuda.cudart
 _Stream: Any = torch.cuda.Stream
 _Storage: Any = torch.UntypedStorage
+
+# What the file depends on, but for the tensors' places.
+_LOOKS: tuple[Any, ...] = (
+    attrgetter("shape"),
+    attrgetter("dtype"),
+    attrgetter("requires_grad"),
+    Tensor.stride,
+    type,
+)
 
 _STREAMS: dict[torch.device, torch.cuda.Stream] = {}
 _MEMORIES: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()  # of all blocks
@@ -163,10 +173,18 @@ class _Plan:
     by_range: list[tuple[Tensor, _Range]] = field(default_factory=list)
 
     def fits(self, tensors: list[Tensor]) -> bool:
-        """Whether these are the same tensors, where they were."""
+        """Whether these are the same tensors, where they were.
+
+        There may be 20,000: values are compared one by one as they come, because keeping lists of
+        so many small objects takes longer than making them.
+        """
         return (
-            list(map(Tensor.data_ptr, tensors)) == self.pointers
-            and _looks(tensors) == self.looks
+            len(tensors) == len(self.pointers)
+            and all(map(eq, map(Tensor.data_ptr, tensors), self.pointers))
+            and all(
+                all(map(eq, map(look, tensors), seen))
+                for look, seen in zip(_LOOKS, self.looks, strict=True)
+            )
             and _bits(tensors, self.odd) == self.bits
             and all(part.is_in(tensors) for part in self.ranges if len(part.members) > 1)
         )
@@ -266,7 +284,8 @@ class HostBuffer:
 
     def _lay_out(self, tensors: list[Tensor], state: Any) -> None:
         old, self._plan = self._plan, None
-        looks, ranges = _looks(tensors), _ranges(tensors, state)
+        looks = [list(map(look, tensors)) for look in _LOOKS]
+        ranges = _ranges(tensors, state)
         archive, headers, offsets = Archive(), [], []
         pointers = [tensor.data_ptr() for tensor in tensors]
         shape = [part.shape(tensors) for part in ranges]
@@ -328,7 +347,9 @@ def freeze(state: Any) -> tuple[Any, list[Tensor]]:
         if tensor.layout is not torch.strided or tensor.is_quantized:
             return tensor.detach().cpu().clone()
         tensors.append(tensor)
-        return Leaf(len(tensors) - 1)
+        if len(tensors) > len(_LEAVES):
+            _LEAVES.append(Leaf(len(_LEAVES)))
+        return _LEAVES[len(tensors) - 1]
 
     return Copier({Tensor: take, nn.Parameter: take}).copy(state), tensors
 
@@ -343,17 +364,6 @@ def thaw(structure: Any, buffer: HostBuffer) -> Any:
     buffer.ready()
     storages: dict[int, torch.UntypedStorage] = {}
     return Copier({Leaf: lambda leaf: buffer.tensor(leaf.index, storages)}).copy(structure)
-
-
-def _looks(tensors: list[Tensor]) -> list[Any]:
-    """What the file depends on, but for the tensors' places; 20,000 may be looked at in a save."""
-    return [
-        [tensor.shape for tensor in tensors],
-        list(map(Tensor.stride, tensors)),
-        [tensor.dtype for tensor in tensors],
-        [tensor.requires_grad for tensor in tensors],
-        list(map(type, tensors)),
-    ]
 
 
 def _may_be_odd(tensor: Tensor) -> bool:
@@ -448,6 +458,9 @@ def _choose_copies(plan: _Plan, tensors: list[Tensor]) -> None:
         else:
             plan.by_range.append((torch.empty(0, dtype=torch.uint8).set_(to), part))
     plan.copies = Copies(pieces)
+
+
+_LEAVES: list[Leaf] = []  # they differ in their numbers only
 
 
 def _side_stream(tensors: list[Tensor]) -> torch.cuda.Stream:
