@@ -94,3 +94,34 @@ def whole_class_switches(notice: Callable[[str, str, list[str]], None]) -> Itera
         yield
     finally:
         _typehints.discard_init_args_on_class_path_change = inherit
+
+
+# Whose classes a short name means, where another package has one of the same name.
+AT_HOME = ("torch", "lightning", "lightning_align")
+
+
+@contextmanager
+def short_names_at_home() -> Iterator[None]:
+    """Let ``AdamW`` be torch's, whatever else has been imported.
+
+    jsonargparse refuses a short name that several imported classes have, and transformers imports
+    PEFT where it is installed, which imports bitsandbytes, which has an AdamW, an Adam and an SGD.
+    """
+    resolve = _typehints.resolve_class_path_by_name
+
+    def resolve_at_home(cls: Any, name: str) -> str:
+        try:
+            return resolve(cls, name)
+        except ValueError:
+            paths = _typehints.get_all_subclass_paths(cls)
+            named = [path for path in paths if path.rpartition(".")[2] == name]
+            home = [path for path in named if path.partition(".")[0] in AT_HOME]
+            if len(home) != 1:
+                raise
+            return home[0]
+
+    _typehints.resolve_class_path_by_name = resolve_at_home
+    try:
+        yield
+    finally:
+        _typehints.resolve_class_path_by_name = resolve

@@ -21,7 +21,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
-from lightning_align._compat import whole_class_switches
+from lightning_align._compat import short_names_at_home, whole_class_switches
 from lightning_align.did_you_mean import PROGRAM, report
 
 ConfigFile: Any = jsonargparse.ActionConfigFile  # type: ignore[attr-defined]  # in no __all__
@@ -75,7 +75,7 @@ class AlignParser(LightningArgumentParser):
 
     @override
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
-        """Parse with whole class switches; each is told once."""
+        """Parse with torch's classes first, and whole class switches, each told once."""
         told: set[tuple[str, str]] = set()
 
         def notice(old: str, new: str, names: list[str]) -> None:
@@ -83,7 +83,7 @@ class AlignParser(LightningArgumentParser):
                 told.add((old, new))
                 tell_switch(old, new, names)
 
-        with whole_class_switches(notice):
+        with short_names_at_home(), whole_class_switches(notice):
             return super().parse_args(*args, **kwargs)
 
     @override

@@ -382,16 +382,18 @@ def test_the_whole_message_is_one_variable_away(
 
 
 def test_a_name_of_two_classes_asks_for_the_path(
-    read: Read, capsys: pytest.CaptureFixture[str]
+    read: Read, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    namesake = type("RMSprop", (torch.optim.RMSprop,), {"__module__": __name__})
-    sys.modules[__name__].RMSprop = namesake  # type: ignore[attr-defined]
-    try:
-        message = error_of(read, capsys, "--model.optimizer", "RMSprop")
-    finally:
-        del sys.modules[__name__].RMSprop  # type: ignore[attr-defined]
+    home, foreign = sys.modules["lightning_align.optimizers"], sys.modules[__name__]
+    monkeypatch.setattr(home, "RMSprop", namesake(home.__name__), raising=False)
+    monkeypatch.setattr(foreign, "RMSprop", namesake(foreign.__name__), raising=False)
+    message = error_of(read, capsys, "--model.optimizer", "RMSprop")
     assert "model.init_args.optimizer: RMSprop is the name of several classes: " in message
     assert "torch.optim.RMSprop" in message.splitlines()[0]
+
+
+def namesake(module: str) -> type[torch.optim.Optimizer]:
+    return type("RMSprop", (torch.optim.RMSprop,), {"__module__": module})
 
 
 DOCS = Path(__file__).parent.parent / "docs/cli.md"
