@@ -10,8 +10,9 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, schedules
+from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
 
@@ -41,6 +42,26 @@ def torch_pipeline_rank(
         if action is not None
         for part in (action.sub_actions or (action,))
     ]
+
+
+class BeforeDraws(TorchDispatchMode):
+    """Context in which a function is called with each tensor that is about to be drawn into.
+
+    Args:
+        call: Gets the tensor: a parameter, a part of one, or a temporary tensor.
+    """
+
+    def __init__(self, call: Callable[[Tensor], None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._call = call
+
+    @override
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags and isinstance(args[0], Tensor):
+            self._call(args[0])
+        return func(*args, **(kwargs or {}))
 
 
 class LeanStage(PipelineStage):

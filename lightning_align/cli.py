@@ -2,6 +2,7 @@
 
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from jsonargparse import Namespace
@@ -30,6 +31,7 @@ from lightning_align.modules.text_data import TextDataModule
 from lightning_align.optimizers.galore import GaLoreAdamW
 from lightning_align.optimizers.muon import Muon
 from lightning_align.optimizers.stable_adamw import StableAdamW
+from lightning_align.pretrained_weights import parameters_on_meta
 from lightning_align.run.exact_resume import ExactResume
 from lightning_align.strategies.pipeline import PipelineStrategy
 
@@ -116,6 +118,14 @@ class AlignCLI(LightningCLI):
         registered = ["auto", *StrategyRegistry.available_strategies()]
         if isinstance(strategy, str) and strategy not in registered:
             self._strategy_by_class_name(options, strategy)
+
+    @override
+    def instantiate_classes(self) -> None:
+        """Build everything; the model comes without its weights if the strategy asks for that."""
+        strategy = self.config[self.subcommand].trainer.strategy
+        empty = isinstance(strategy, Namespace) and strategy.get("init_args.empty_init")
+        with parameters_on_meta() if empty else nullcontext():
+            super().instantiate_classes()
 
     def _strategy_by_class_name(self, options: Namespace, name: str) -> None:
         """Turn the name of a class into a class: jsonargparse takes it for a registered string."""

@@ -1,6 +1,7 @@
 """Turn what a user passes as ``model`` into a module in training mode and the wanted dtype."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from lightning_align._errors import argument_error
 from lightning_align.data.hub import resolve_pretrained
-from lightning_align.pretrained_weights import parameters_on_meta, remember_weights
+from lightning_align.pretrained_weights import (
+    is_built_on_meta,
+    parameters_on_meta,
+    remember_weights,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -27,8 +32,8 @@ def build_model(
 ) -> nn.Module:
     """Build or load a causal language model.
 
-    Under a default device of meta a name or folder gives a model without its weights, which
-    strategies that spread it load in parts (pretrained_weights.py).
+    Under ``trainer.init_module(empty_init=True)`` of a strategy that spreads models, the model
+    comes without its weights, which that strategy loads or draws in parts (pretrained_weights.py).
 
     Args:
         model: A module (used as it is, in its own dtype), a Hugging Face name or folder, a
@@ -55,13 +60,15 @@ def build_model(
         options["attn_implementation"] = attn_implementation
     if isinstance(model, str) and model.lstrip().startswith("{"):
         model = AutoConfig.for_model(**json.loads(model))
+    on_meta = is_built_on_meta()
     if isinstance(model, PretrainedConfig):
-        return _from_config(model, options, where, argument)
+        with parameters_on_meta() if on_meta else nullcontext():
+            return _from_config(model, options, where, argument)
     if not isinstance(model, (str, Path)):
         rule = "must be a module, a Hugging Face name or folder, or a transformers configuration"  # type: ignore[unreachable]
         raise argument_error(where, argument, model, rule)
     resolve_pretrained(where, argument, str(model), revision)
-    if torch.get_default_device().type == "meta":  # trainer.init_module(empty_init=True)
+    if on_meta:
         with parameters_on_meta():
             settings = AutoConfig.from_pretrained(
                 model, revision=revision, trust_remote_code=trust_remote_code

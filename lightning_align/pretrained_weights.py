@@ -9,34 +9,47 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_align._errors import argument_error
 
 _ATTRIBUTE = "pretrained_weights_folder"
+_BUILDING = ContextVar("parameters_on_meta", default=False)
 
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
     """Put parameters on the meta device as they are registered; buffers are computed as ever."""
     register = nn.Module.register_parameter
+    on_meta = WeakIdKeyDictionary()  # what is registered twice stays one
 
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         register(module, name, parameter)
         if parameter is not None and not parameter.is_meta:
-            empty = torch.empty_like(parameter, device="meta")
-            module._parameters[name] = nn.Parameter(empty, parameter.requires_grad)
+            if parameter not in on_meta:
+                empty = torch.empty_like(parameter, device="meta")
+                on_meta[parameter] = nn.Parameter(empty, parameter.requires_grad)
+            module._parameters[name] = on_meta[parameter]
 
     nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign,assignment]
+    token = _BUILDING.set(True)
     try:
         with torch.device("cpu"):
             yield
     finally:
+        _BUILDING.reset(token)
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def is_built_on_meta() -> bool:
+    """Whether a model that is built now is to have no weights."""
+    return _BUILDING.get() or torch.get_default_device().type == "meta"
 
 
 def remember_weights(model: nn.Module, name: str, revision: str) -> None:

@@ -6,9 +6,10 @@
 
 Sides, one after the other in each round, in one process: SnapshotEngine; one memcpy of the same
 bytes into memory that is already there (as one block, where the C library may go over to streaming
-stores, and tensor by tensor); Lightning's AsyncCheckpointIO; torch's DCP ``async_save``
-in a thread with a stager that is used again (the fastest of its documented ways without CUDA);
-Lightning's TorchCheckpointIO, which is synchronous and does not fsync.
+stores, and tensor by tensor); ``state_dict()`` without any save; Lightning's AsyncCheckpointIO;
+torch's DCP ``async_save`` in a thread with a stager that is used again (the fastest of its
+documented ways without CUDA); Lightning's TorchCheckpointIO, which is synchronous and does not
+fsync.
 
 States: a few large tensors, the AdamW state of a Llama, many tensors of 1 to 4 kB.
 
@@ -154,6 +155,13 @@ class MemcpyEach(Memcpy):
             ctypes.memmove(*call)
 
 
+class Nothing(Memcpy):
+    """``state_dict()`` alone, which is inside every other side but the copies."""
+
+    def __init__(self, _: Path, state: State) -> None:
+        self.save = state  # type: ignore[assignment]
+
+
 class Lightning:
     """AsyncCheckpointIO."""
 
@@ -223,6 +231,7 @@ SIDES = {
     "ours": Ours,
     "memcpy": Memcpy,
     "memcpy by tensor": MemcpyEach,
+    "state_dict() alone": Nothing,
     "AsyncCheckpointIO": Lightning,
     "DCP async_save": Distributed,
     "synchronous": Synchronous,

@@ -17,9 +17,13 @@ from lightning_align.run.loader import PositionedLoader
 from lightning_align.run.position import Place, batches_consumed, close_epoch, next_place
 from lightning_align.run.replicas import replica
 from lightning_align.run.rng import reseed
-from lightning_align.run.state import capture_accumulation, pending_plateau, restore_accumulation
+from lightning_align.run.state import (
+    WINDOW_KEY,
+    capture_accumulation,
+    pending_plateau,
+    restore_accumulation,
+)
 
-_WINDOW_KEY = "lightning_align.accumulation"
 _MEANS_KEY = "lightning_align.epoch_means"
 _PLATEAU_KEY = "lightning_align.plateau"
 
@@ -132,7 +136,7 @@ class ExactResume(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if windows := capture_accumulation(trainer, pl_module):
-            checkpoint[_WINDOW_KEY] = windows
+            checkpoint[WINDOW_KEY] = windows
         checkpoint[_MEANS_KEY] = capture_means(trainer, pl_module)
         checkpoint[_PLATEAU_KEY] = pending_plateau(trainer)
 
@@ -140,7 +144,7 @@ class ExactResume(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self._windows = checkpoint.get(_WINDOW_KEY, [])
+        self._windows = checkpoint.get(WINDOW_KEY, [])
         self._means = checkpoint.get(_MEANS_KEY, [])
         self._plateau = checkpoint.get(_PLATEAU_KEY, "")
         if trainer.state.fn != TrainerFn.FITTING or "loops" not in checkpoint:

@@ -16,6 +16,8 @@ from lightning_align._compat import is_accumulating
 from lightning_align._compat_resume import validation_follows
 from lightning_align._errors import argument_error
 
+WINDOW_KEY = "lightning_align.accumulation"  # of the checkpoint
+
 
 def is_safe_point(trainer: pl.Trainer) -> bool:
     """Whether a checkpoint written now resumes without skipping anything.

@@ -7,6 +7,8 @@ the process group, in which nothing could hold up its end.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 from torch import distributed
@@ -33,6 +35,25 @@ def pipeline_error(place: str, error: BaseException) -> PipelineError:
     if first is None or first == own:
         return PipelineError(own)
     return PipelineError(f"{place} has lost its peer. The failure was at {first}")
+
+
+@contextmanager
+def failing_together(group: distributed.ProcessGroup) -> Iterator[None]:
+    """Around what may refuse on one rank: then all ranks of the group raise its error; collective.
+
+    Raises:
+        ValueError: What was raised here, or the first that was raised elsewhere.
+    """
+    error: ValueError | None = None
+    try:
+        yield
+    except ValueError as own:
+        error = own
+    told: list[str | None] = [None] * distributed.get_world_size(group)
+    distributed.all_gather_object(told, error and str(error), group=group)
+    first = next((text for text in told if text is not None), None)
+    if first is not None:
+        raise error or ValueError(first)
 
 
 def leave() -> None:

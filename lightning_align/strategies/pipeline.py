@@ -7,14 +7,13 @@ clipping, tied weights, changing shapes, checkpoints, and failures that end ever
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, distributed, nn
@@ -24,9 +23,8 @@ from typing_extensions import override
 
 from lightning_align import _compat
 from lightning_align._errors import argument_error
-from lightning_align.pipelining import partition, partition_table
-from lightning_align.pretrained_weights import weights_reader
-from lightning_align.run.replicas import is_spread
+from lightning_align.pipelining import Event, partition, partition_table
+from lightning_align.pretrained_weights import parameters_on_meta
 from lightning_align.strategies import failure, launching, stage_state
 from lightning_align.strategies.chain import WHERE, Chain, layer_chain
 from lightning_align.strategies.checks import (
@@ -39,15 +37,17 @@ from lightning_align.strategies.checks import (
     one_optimizer,
 )
 from lightning_align.strategies.decoder_chain import DecoderChain, has_decoder
+from lightning_align.strategies.initial_weights import fill_empty
 from lightning_align.strategies.microbatches import batch_rows, count_that_divides
 from lightning_align.strategies.runtime import Runtime
+from lightning_align.strategies.stage_checkpoints import StageCheckpoints
 from lightning_align.strategies.stage_parameters import StageParameters, move_here
 from lightning_align.strategies.steps import PipelineSteps
 
 _CHECKED_BATCHES = 3  # of each loop, that all ranks have the same
 
 
-class PipelineStrategy(ParallelStrategy):
+class PipelineStrategy(StageCheckpoints):
     """Train an ordinary LightningModule with its layers spread over several processes.
 
     The batch of a step is cut into micro-batches, which follow each other through the stages. Every
@@ -70,10 +70,16 @@ class PipelineStrategy(ParallelStrategy):
             layers of each stage.
         schedule_csv: File with the actions of every rank in torch's format, in place of
             ``schedule``.
+        record_timeline: Whether to note when each action of a training batch runs, for
+            ``timeline()``; an accelerator is then waited for after each.
+        save_distributed_checkpoint: Whether a checkpoint is a folder into which each rank writes
+            its own stages, and not a file put together on rank 0. Either is resumed from.
         timeout: How long a rank waits for its peers before all end.
         process_group_backend: torch's name of the backend; None chooses by device.
         start_method: How processes are started where they are not there yet: ``"popen"``,
             ``"spawn"``, ``"fork"`` or ``"forkserver"``.
+        empty_init: Whether the command line, ``configure_model`` and ``trainer.init_module`` build
+            models without memory for parameters; each rank then loads or draws those that it keeps.
 
     Attributes:
         table: The stages with their layers and parameters, as printed at set-up.
@@ -100,9 +106,12 @@ class PipelineStrategy(ParallelStrategy):
         pipeline_parallel_size: int | Literal["auto"] = "auto",
         partition_method: str | list[int] = "parameters",
         schedule_csv: str | None = None,
+        record_timeline: bool = False,
+        save_distributed_checkpoint: bool = False,
         timeout: timedelta = timedelta(minutes=10),
         process_group_backend: str | None = None,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        empty_init: bool = False,
     ) -> None:
         super().__init__()
         several = check_arguments(schedule, num_microbatches, num_stages_per_rank, partition_method)
@@ -112,15 +121,18 @@ class PipelineStrategy(ParallelStrategy):
         self.pipeline_parallel_size = pipeline_parallel_size
         self.partition_method = partition_method
         self.schedule_csv = schedule_csv
+        self.record_timeline = record_timeline
+        self.save_distributed_checkpoint = save_distributed_checkpoint
         self.timeout = timeout
         self.process_group_backend = process_group_backend
         self.start_method = start_method
+        self.empty_init = empty_init
         self.num_nodes = 1
         self.table = ""
         self.schedule_in_use = schedule
         self._chain: Chain | None = None
-        self._parameters: StageParameters | None = None
         self._steps: PipelineSteps | None = None
+        self._timeline: list[Event] = []
         self._gradients = 0
         self._checked: dict[str, int] = {}
 
@@ -171,6 +183,7 @@ class PipelineStrategy(ParallelStrategy):
         assert accelerator is not None
         accelerator.setup(trainer)
         check_module(trainer, module)
+        launching.agree_on_generators(self.root_device)
         group = self.device_mesh.get_group("pipeline")
         chain = DecoderChain(module) if has_decoder(module) else layer_chain(module)
         stretches = self._cut(chain, distributed.get_world_size(group))
@@ -178,16 +191,22 @@ class PipelineStrategy(ParallelStrategy):
         self._chain = chain
         self._parameters = StageParameters(chain, stretches, group)
         self._parameters.leave_others_on_meta()
-        self._load_what_is_here(trainer)
+        fill_empty(trainer, self._parameters)
+        self._load_values()
         self.model = self.precision_plugin.convert_module(module)
         self.model_to_device()
         self._parameters.agree_on_shared()
         runtime = Runtime(
-            chain, stretches, self.schedule, self.schedule_csv, group, self.root_device
+            chain,
+            stretches,
+            self.schedule,
+            self.schedule_csv,
+            group,
+            self.root_device,
+            record_timeline=self.record_timeline,
         )
         self._steps = PipelineSteps(chain, runtime)
         self._checked.clear()
-        launching.agree_on_generators(self.root_device)
         if trainer.state.fn == TrainerFn.FITTING:
             with one_optimizer():
                 self.setup_optimizers(trainer)
@@ -200,30 +219,11 @@ class PipelineStrategy(ParallelStrategy):
         # Lightning clips by the norm of what a rank holds.
         vars(self.precision_plugin)["clip_grad_by_norm"] = self._clip_by_norm
 
-    def _load_what_is_here(self, trainer: pl.Trainer) -> None:
-        """Values for a module that was built without them (``trainer.init_module``)."""
-        assert self._parameters is not None
-        module = self._parameters.module
-        empty = [name for name, p in module.named_parameters() if p.is_meta]
-        if not any(map(self._parameters.is_here, empty)):
-            return
-        read = None if trainer.ckpt_path else weights_reader(module)
-        if read is None and not trainer.ckpt_path:
-            rule = "its parameters are on the meta device, and nothing says where their values are"
-            way_out = "Build it from a folder with safetensors, or not on meta; or pass ckpt_path"
-            raise argument_error(WHERE, "model", type(module).__name__, rule, way_out)
-        self._parameters.fill(read)
-
-    @property
-    @override
-    def restore_checkpoint_after_setup(self) -> bool:
-        # A model without values can take only what this rank keeps.
-        return self.lightning_module is not None and is_spread(self.lightning_module)
-
     @contextmanager
     @override
     def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
-        device = torch.device("meta") if empty_init else self.root_device
+        empty = self.empty_init if empty_init is None else empty_init
+        device = parameters_on_meta() if empty else self.root_device
         with device, self.precision_plugin.tensor_init_context():
             yield
 
@@ -295,6 +295,7 @@ class PipelineStrategy(ParallelStrategy):
             scale=scaler.scale if scaler is not None else lambda value: value,
         )
         self.schedule_in_use = self._steps.runtime.schedule_in_use
+        self._timeline = self._steps.runtime.timeline
         if not _compat.is_accumulating(trainer):
             self._parameters.sum_shared_gradients()
         self._gradients = sum(p.grad is not None for p in module.parameters())
@@ -345,6 +346,26 @@ class PipelineStrategy(ParallelStrategy):
         count = self._count_for(batch)
         return self._steps.evaluate(step, batch, rest, count, context=contexts[loop])
 
+    def timeline(self) -> list[Event]:
+        """When each action of the latest training batch ran, on all ranks; collective.
+
+        In order, rank by rank, with seconds of the wall clock. The loss is a part of the last
+        stage's forward.
+
+        Raises:
+            ValueError: If nothing was recorded.
+        """
+        where = f"{WHERE}.timeline"
+        if not self.record_timeline:
+            rule, way_out = "nothing was recorded", f"Use {WHERE}(record_timeline=True)"
+            raise argument_error(where, "record_timeline", False, rule, way_out)
+        gathered: list[Any] = [None] * self.world_size
+        distributed.all_gather_object(gathered, self._timeline)
+        if not all(gathered):
+            rule = "no training batch has run through the pipeline"
+            raise argument_error(where, "record_timeline", True, rule, "Call it after a step")
+        return [event for events in gathered for event in events]
+
     # Gradients
 
     def total_grad_norm(self) -> Tensor:
@@ -383,31 +404,6 @@ class PipelineStrategy(ParallelStrategy):
         if distributed.is_initialized():
             distributed.all_reduce(value, op)
         return bool(value)
-
-    # Checkpoints
-
-    @override
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """All parameters under their names, on rank 0; collective."""
-        assert self._parameters is not None
-        return stage_state.gather_module(self._parameters)
-
-    @override
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """State of all parameters by their number, on rank 0; collective."""
-        assert self._parameters is not None
-        return stage_state.gather_optimizer(self._parameters, optimizer)
-
-    @override
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        assert self.lightning_module is not None
-        stage_state.load_module(self.lightning_module, checkpoint["state_dict"], strict)
-
-    @override
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        assert self._parameters is not None
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            stage_state.load_optimizer(self._parameters, optimizer, state)
 
     # The end
 

@@ -18,6 +18,7 @@ from torch import Tensor, distributed
 from torch.distributed.pipelining.schedules import get_schedule_class
 
 from lightning_align._compat_torch import LeanStage, load_schedule_csv
+from lightning_align.pipelining.actions import Event
 from lightning_align.strategies.chain import Chain
 from lightning_align.strategies.failure import pipeline_error
 from lightning_align.strategies.stages import Meta, StageMetas, StageModule, Work
@@ -40,10 +41,12 @@ class Runtime:
         schedule_csv: File with the schedule's actions; None takes torch's.
         group: The ranks of the pipeline.
         device: Where this rank computes.
+        record_timeline: Whether to note when actions run.
 
     Attributes:
         work: What the stages work on; the strategy fills it.
         schedule_in_use: Name of the schedule that the last batch ran under.
+        timeline: Actions of this rank in the last training batch, if they are recorded.
     """
 
     def __init__(
@@ -54,8 +57,12 @@ class Runtime:
         schedule_csv: str | None,
         group: distributed.ProcessGroup,
         device: torch.device,
+        *,
+        record_timeline: bool = False,
     ) -> None:
-        self.work = Work()
+        self.work = Work(device=device)
+        self.record_timeline = record_timeline
+        self.timeline: list[Event] = []
         self.schedule, self.schedule_csv = schedule, schedule_csv
         self.schedule_in_use = schedule
         self.group, self.device = group, device
@@ -92,7 +99,7 @@ class Runtime:
         self._loss_fn = loss_fn
         numbers = torch.arange(count)
         inputs = (numbers,) if self.has_first else ()
-        with self._named_failures():
+        with self._named_failures(), self._recorded():
             schedule.step(*inputs, target=numbers, microbatch=numbers, return_outputs=False)
 
     def forward(self, key: Hashable, consume: Callable[[Any, int], None]) -> None:
@@ -139,6 +146,15 @@ class Runtime:
             yield
         except Exception as error:
             raise pipeline_error(self.work.place, error) from error
+
+    @contextmanager
+    def _recorded(self) -> Iterator[None]:
+        if not self.record_timeline:
+            yield
+            return
+        self.timeline = self.work.events = []
+        yield
+        self.work.events = None
 
     def _fetch(self, key: Hashable, make: Callable[[], Any]) -> Any:
         if key not in self._made:
@@ -198,7 +214,9 @@ class Runtime:
 
     def _loss(self, output: Any, number: Tensor) -> Tensor:
         assert self._loss_fn is not None
-        return self._loss_fn(output, int(number))
+        loss = self._loss_fn(output, int(number))
+        self.work.prolong()
+        return loss
 
 
 def _start(ops: list[Any]) -> list[Any]:

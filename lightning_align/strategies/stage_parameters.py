@@ -82,13 +82,17 @@ class StageParameters:
                     on_meta[parameter] = nn.Parameter(empty, parameter.requires_grad)
                 setattr(part, name, on_meta[parameter])
 
-    def fill(self, read: Callable[[list[str]], Tensor] | None) -> None:
-        """Give values to what is here and has none yet.
+    def fill(self, read: Callable[[list[str]], Tensor] | None) -> dict[str, nn.Parameter]:
+        """Give memory to what is here and has none yet.
 
         Args:
-            read: Reads a parameter by its names; None leaves the values to a checkpoint.
+            read: Reads a parameter by its names; None leaves the values open.
+
+        Returns:
+            What was filled, by its first name.
         """
         filled: dict[nn.Parameter, nn.Parameter] = {}
+        by_name: dict[str, nn.Parameter] = {}
         for prefix, part in self.module.named_modules():
             for name, empty in list(part.named_parameters(recurse=False)):
                 key = self.name_of(f"{prefix}.{name}" if prefix else name)
@@ -99,7 +103,9 @@ class StageParameters:
                     if read is not None:
                         value.copy_(read(self.names_of(key)))
                     filled[empty] = nn.Parameter(value, empty.requires_grad)
+                    by_name[key] = filled[empty]
                 setattr(part, name, filled[empty])
+        return by_name
 
     @torch.no_grad()
     def agree_on_shared(self) -> None:

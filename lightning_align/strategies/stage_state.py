@@ -55,7 +55,7 @@ def _to_first_rank(owners: StageParameters, value: Any, owner: int) -> Any:
 def gather_optimizer(owners: StageParameters, optimizer: Optimizer) -> dict[str, Any]:
     """The optimizer's state by number of parameter, complete on rank 0; collective."""
     state = optimizer.state_dict()
-    names = _names(owners, optimizer)
+    names = names_of(owners, optimizer)
     whole: dict[Any, Any] = {}
     for number, name in enumerate(names):
         entry = _object_to_first_rank(owners, state["state"].get(number), owners.ranks[name][0])
@@ -77,7 +77,8 @@ def _object_to_first_rank(owners: StageParameters, value: Any, owner: int) -> An
     return box[0]
 
 
-def _names(owners: StageParameters, optimizer: Optimizer) -> list[str]:
+def names_of(owners: StageParameters, optimizer: Optimizer) -> list[str]:
+    """Names of the optimizer's parameters, by their numbers."""
     names = {parameter: name for name, parameter in owners.module.named_parameters()}
     return [names[p] for group in optimizer.param_groups for p in group["params"]]
 
@@ -92,7 +93,7 @@ def load_module(module: pl.LightningModule, state: Mapping[str, Any], strict: bo
 
 def load_optimizer(owners: StageParameters, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     """Load the entries of the parameters that are here."""
-    names = dict(enumerate(_names(owners, optimizer)))
+    names = dict(enumerate(names_of(owners, optimizer)))
     here = {
         number: entry
         for number, entry in state["state"].items()

@@ -47,6 +47,7 @@ class Work:
         doing: ``(action, stage, microbatch)``, for errors.
         events: What was run, if a list.
         stages: Those of this rank, for errors.
+        device: Where they run.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -55,6 +56,7 @@ class Work:
     doing: tuple[str, int, int] | None = None
     events: list[Event] | None = None
     stages: tuple[int, ...] = ()
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def place(self) -> str:
@@ -71,11 +73,24 @@ class Work:
     def action(self, kind: str, stage: int, microbatch: int) -> Iterator[None]:
         """Around an action; where it raises, ``doing`` keeps saying what it was."""
         self.doing = (kind, stage, microbatch)
-        start = time.perf_counter()
+        if self.events is None:
+            yield
+            return
+        start = self._now()
         yield
-        if self.events is not None:
-            rank, now = distributed.get_rank(), time.perf_counter()
-            self.events.append(Event(rank, kind, stage, microbatch, start, now))
+        rank = distributed.get_rank()
+        self.events.append(Event(rank, kind, stage, microbatch, start, self._now()))
+
+    def prolong(self) -> None:
+        """Let the latest action last until now: a loss belongs to the last stage's forward."""
+        if self.events:
+            self.events[-1] = self.events[-1]._replace(end_s=self._now())
+
+    def _now(self) -> float:
+        """Wall clock, which machines agree on, once the device has done what it was given."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        return time.time()
 
 
 class StageModule(nn.Module):
@@ -147,14 +162,13 @@ class StageMetas:
     @staticmethod
     def _run(module: StageModule, received: list[Meta], device: torch.device) -> Any:
         inputs = [torch.zeros(meta.shape, dtype=meta.dtype, device=device) for meta in received]
-        chain, work = module.chain, module.work
+        chain = module.chain
         # The run must leave no trace: not in batch norm's statistics, not in the generators.
         buffers = [
             (buffer, buffer.clone())
             for part in chain.owned(module.begin, module.end)
             for buffer in part.buffers()
         ]
-        events, work.events = work.events, None
         try:
             with torch.no_grad(), fork_generators(device):
                 output = module(*inputs, microbatch=torch.tensor(0))
@@ -164,7 +178,6 @@ class StageMetas:
                 return error
             return ValueError(f"stage {module.index}: {type(error).__name__}: {error}")
         finally:
-            work.events = events
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)

@@ -88,7 +88,7 @@ def test_resume_in_mid_accumulation_keeps_the_gradients(tmp_path: Path, module: 
     waiting = [
         path
         for path in checkpoints(run.folder)
-        if exact_resume._WINDOW_KEY in torch.load(path, weights_only=True)
+        if exact_resume.WINDOW_KEY in torch.load(path, weights_only=True)
     ]
     assert waiting
     for path in waiting:
