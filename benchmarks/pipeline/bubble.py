@@ -7,7 +7,7 @@ in turn in the same gloo processes. Bubble: (step - ideal) / ideal, where ideal 
 rank; at most 0.03 apart (median of the pairs).
 
     python benchmarks/pipeline/bubble.py [--repeats 7] [--ranks 2 4] [--microbatches 4 8 16]
-        [--small]
+        [--small | --picture docs/images/pipeline_run.png]
 """
 
 import argparse
@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader
 sys.path.append(str(Path(__file__).parents[2]))  # tests.helpers: forked ranks, layers that sleep
 
 from lightning_align import PipelineStrategy
+from lightning_align.pipelining import simulate
 from tests.helpers.ranks import ForkedRanks, run_ranks
 from tests.helpers.sleeping_pipeline import SleepingStage
 
@@ -108,27 +109,52 @@ class Alternate(pl.Callback):
         self.started = time.perf_counter()
 
 
-def run(rank: int, schedule: str, pp: int, microbatches: int, repeats: int) -> Steps:
-    """Seconds of ``repeats`` pairs of steps."""
+def fit(
+    rank: int, schedule: str, pp: int, microbatches: int, steps: int, *callbacks: pl.Callback
+) -> Any:
+    """Train under the strategy, which is returned."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-    alternate = Alternate(Raw(schedule, rank, pp, microbatches))
+    recorded = not callbacks  # what is timed records nothing
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=pp,
-        strategy=PipelineStrategy(schedule, num_microbatches=microbatches),
+        strategy=PipelineStrategy(
+            schedule, num_microbatches=microbatches, record_timeline=recorded
+        ),
         plugins=[ForkedRanks(rank, pp)],
         max_epochs=1,
-        callbacks=[alternate],
+        callbacks=list(callbacks),
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
     batch = [torch.ones(microbatches, 1), torch.zeros(microbatches, 1)]
-    loader = DataLoader([batch] * (repeats + WARMUP), batch_size=None)
-    trainer.fit(Module(schedule, pp), loader)
+    trainer.fit(Module(schedule, pp), DataLoader([batch] * steps, batch_size=None))
+    return trainer.strategy
+
+
+def pairs_of_steps(rank: int, schedule: str, pp: int, microbatches: int, repeats: int) -> Steps:
+    """Seconds of ``repeats`` pairs of steps."""
+    alternate = Alternate(Raw(schedule, rank, pp, microbatches))
+    fit(rank, schedule, pp, microbatches, repeats + WARMUP, alternate)
     return alternate.steps[WARMUP:]
+
+
+def draw(path: Path, schedule: str = "Interleaved1F1B", pp: int = 4, m: int = 8) -> None:
+    """A real step below the one that is simulated from the sleeps; a Chrome trace of both."""
+    events = run_ranks(lambda rank: fit(rank, schedule, pp, m, WARMUP + 1).timeline(), pp)[0]
+    v = STAGES_PER_RANK[schedule]
+    costs = {"forward_cost": FORWARD_S / v, "backward_cost": BACKWARD_S / v}
+    simulated = simulate(schedule, pp, m, v, **costs)
+    real_s = max(e.end_s for e in events) - min(e.start_s for e in events)
+    title = (
+        f"{schedule}, {pp} processes: simulated {simulated.step_time:.3f} s, real {real_s:.3f} s"
+    )
+    simulated.to_png(path, measured=events, title=title)
+    simulated.to_chrome_trace(path.with_suffix(".json"), measured=events)
+    print(f"{title}\n{path}, {path.with_suffix('.json')}")
 
 
 def shown(values: list[float]) -> str:
@@ -141,10 +167,14 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--microbatches", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--small", action="store_true", help="2 ranks, 4 micro-batches, 3 pairs")
+    parser.add_argument("--picture", type=Path, help="draw a step instead, and trace it beside")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.picture:
+        draw(arguments.picture)
+        return
     if arguments.small:
         arguments.repeats, arguments.ranks, arguments.microbatches = 3, [2], [4]
-    torch.set_num_threads(1)
     print(
         f"A rank sleeps {(FORWARD_S + BACKWARD_S) * 1e3:.0f} ms for each micro-batch; "
         f"{arguments.repeats} pairs of steps, median [min, max]; bar {BAR} between the two\n"
@@ -156,7 +186,9 @@ def main() -> None:
         for pp in arguments.ranks:
             for m in arguments.microbatches:
                 steps = run_ranks(
-                    lambda rank, case=(schedule, pp, m): run(rank, *case, arguments.repeats),
+                    lambda rank, case=(schedule, pp, m): pairs_of_steps(
+                        rank, *case, arguments.repeats
+                    ),
                     pp,
                     timeout_s=600.0,
                 )[0]

@@ -5,7 +5,6 @@ torch's own runtime with stages that sleep (2 and 4 gloo processes) to 5 %; a mi
 at most 4 s of CPU time.
 
     python benchmarks/pipeline/simulator.py [--repeats 5] [--only formulas|published|real|speed]
-        [--picture]
 """
 
 import argparse
@@ -17,14 +16,13 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[2]))  # tests.helpers: a pipeline that sleeps
 
-from lightning_align.pipelining import Event, SimResult, measured_costs, simulate
+from lightning_align.pipelining import SimResult, measured_costs, simulate
 from tests.helpers.sleeping_pipeline import sleeping_steps, step_time
 
-PICTURE = Path(__file__).parents[2] / "docs/images/pipeline_measured.png"
 EQUAL = {"forward_cost": 1.0, "backward_cost": 2.0, "weight_cost": 1.0}  # T_F = T_B = T_W
 
 
-def formulas(_: int, __: bool) -> None:
+def formulas(_: int) -> None:
     """Bubble over ideal: (p - 1) / m, and (p - 1) / (m v) interleaved."""
     worst: dict[str, float] = {}
     for pp in (1, 2, 3, 4, 8, 16, 32, 64):
@@ -43,7 +41,7 @@ def formulas(_: int, __: bool) -> None:
         print(f"{key:<24} largest distance from the formula {distance:.1e} (bar 1e-6)")
 
 
-def published(_: int, __: bool) -> None:
+def published(_: int) -> None:
     """Against the bubble of 1F1B in the same p and m, and activations against its peak."""
     rows: list[tuple[str, str, int, Callable[[SimResult], float], str]] = [
         ("ZB-H1 (ZB1P)", "InterleavedZeroBubble", 1, lambda r: r.bubble_over_ideal, "1/3"),
@@ -62,7 +60,7 @@ def published(_: int, __: bool) -> None:
             print(f"{label:<20} {pp:>3} {m:>4} {share:>8.4f} {paper:>8} {peak:>13.2f}")
 
 
-def real(repeats: int, picture: bool) -> None:
+def real(repeats: int) -> None:
     """Step time of torch's runtime over the simulated one, from nominal and from measured costs."""
     print(
         f"{'schedule':<16} {'p':>2} {'m':>3} {'real_s':>7} {'nominal_s':>9} {'ratio':>6} "
@@ -74,8 +72,6 @@ def real(repeats: int, picture: bool) -> None:
             steps = sleeping_steps(name, pp, m, v, steps=repeats, **sleeps)
             nominal = simulate(name, pp, m, v, forward_cost=0.05, backward_cost=0.1).step_time
             times = [step_time(events) for events in steps]
-            if picture and (name, pp) == ("1F1B", 4):
-                draw(steps[times.index(statistics.median_low(times))])
             ratios = [seconds / nominal for seconds in times]
             of_measured = [
                 seconds / simulate(name, pp, m, v, **measured_costs(events)).step_time
@@ -88,15 +84,7 @@ def real(repeats: int, picture: bool) -> None:
             )
 
 
-def draw(events: list[Event]) -> None:
-    """A real step below the one that is simulated with its own costs."""
-    result = simulate("1F1B", 4, 8, **measured_costs(events))
-    real_s, simulated_s = step_time(events), result.step_time
-    title = f"1F1B, 4 processes that sleep: {real_s:.3f} s, simulated {simulated_s:.3f} s"
-    result.to_png(PICTURE, measured=events, title=title)
-
-
-def speed(repeats: int, _: bool) -> None:
+def speed(repeats: int) -> None:
     """CPU time of building and simulating, per million actions."""
     simulate("ZBVZeroBubble", 2, 4)  # imports torch
     print(
@@ -132,12 +120,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=5, help="steps and simulations")
     parser.add_argument("--only", choices=PARTS, help="one part")
-    parser.add_argument("--picture", action="store_true", help=f"draw {PICTURE.name}")
     arguments = parser.parse_args()
     for name, part in PARTS.items():
         if arguments.only in (None, name):
             print(f"\n{part.__doc__}\n")
-            part(arguments.repeats, arguments.picture)
+            part(arguments.repeats)
 
 
 if __name__ == "__main__":
