@@ -27,6 +27,13 @@ def restart_train_iteration(trainer: pl.Trainer) -> None:
         iter(fetcher)
 
 
+def transferred(trainer: pl.Trainer, batch: Any) -> Any:
+    """A training batch as the step gets it: converted, moved, and through the module's hooks."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
 def wrap_in_ddp_again(strategy: DDPStrategy, module: pl.LightningModule) -> None:
     """Let DDP reduce the gradients of what requires one now, and of nothing else.
 

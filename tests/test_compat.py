@@ -57,6 +57,33 @@ def test_restart_train_iteration_makes_the_sampler_read_the_position_again() -> 
     assert watched().starts[:3] == [0, 0, 2]
 
 
+def test_transferred_is_what_the_step_gets() -> None:
+    class Doubling(HandWritten):
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return {**batch, "doubled": batch["input_ids"] * 2}
+
+    equal = []
+
+    class Compare(pl.Callback):
+        def on_train_batch_start(
+            self, trainer: pl.Trainer, module: Any, batch: Any, index: int
+        ) -> None:
+            ours = _compat.transferred(trainer, trainer.datamodule.one)
+            equal.append(all(torch.equal(ours[name], batch[name]) for name in batch))
+
+    class Data(SequenceData):
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            self.one = {n: v for n, v in batch.items() if n != "doubled"}
+            return batch
+
+    options = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
+    trainer = pl.Trainer(
+        max_steps=2, limit_val_batches=0, accelerator="cpu", callbacks=[Compare()], **options
+    )
+    trainer.fit(Doubling(), Data())
+    assert equal == [True, True]
+
+
 def test_built_by_cli_sees_the_context_of_lightning_cli() -> None:
     from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters_context
 

@@ -42,10 +42,10 @@ def agree_on_generators(device: torch.device) -> None:
 
     A shuffled data loader draws its order from them, and all ranks must load the same batches.
     """
-    seed = torch.tensor([torch.initial_seed() % 2**63, random.getrandbits(1)], device=device)
+    seed = torch.tensor([torch.initial_seed() % 2**63], device=device)
     first = seed.clone()
     distributed.broadcast(first, 0)
-    differs = (seed[:1] != first[:1]).long()
+    differs = (seed != first).long()
     distributed.all_reduce(differs)
     if differs:
         torch.manual_seed(int(first[0]))

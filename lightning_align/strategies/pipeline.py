@@ -39,6 +39,7 @@ from lightning_align.strategies.checks import (
 from lightning_align.strategies.decoder_chain import DecoderChain, has_decoder
 from lightning_align.strategies.initial_weights import fill_empty
 from lightning_align.strategies.microbatches import batch_rows, count_that_divides
+from lightning_align.strategies.rehearsal import rehearse
 from lightning_align.strategies.runtime import Runtime
 from lightning_align.strategies.stage_checkpoints import StageCheckpoints
 from lightning_align.strategies.stage_parameters import StageParameters, move_here
@@ -208,6 +209,7 @@ class PipelineStrategy(StageCheckpoints):
         self._steps = PipelineSteps(chain, runtime)
         self._checked.clear()
         if trainer.state.fn == TrainerFn.FITTING:
+            rehearse(trainer, self._steps, self.num_microbatches, self._count_for)
             with one_optimizer():
                 self.setup_optimizers(trainer)
             check_optimizers(self.optimizers)

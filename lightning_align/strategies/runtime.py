@@ -102,6 +102,14 @@ class Runtime:
         with self._named_failures(), self._recorded():
             schedule.step(*inputs, target=numbers, microbatch=numbers, return_outputs=False)
 
+    def find_shapes(self, key: Hashable) -> None:
+        """Find what the stages send each other in ``train``, which then need not; collective.
+
+        Args:
+            key: What two batches share if one schedule serves both.
+        """
+        self._metas.of(("train", key, len(self.work.steps)), self.device)
+
     def forward(self, key: Hashable, consume: Callable[[Any, int], None]) -> None:
         """Forward of the work at hand, any number of micro-batches.
 

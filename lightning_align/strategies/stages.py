@@ -128,6 +128,10 @@ def output_metas(output: Any, stage: int, module: nn.Module) -> list[Meta]:
     return [Meta(tuple(value.shape), value.dtype) for value in tensors]
 
 
+class StageError(ValueError):
+    """The user's code failed in a stage while shapes were found."""
+
+
 class StageMetas:
     """Finds what the stages send each other for batches of a shape, once per shape."""
 
@@ -176,7 +180,7 @@ class StageMetas:
         except Exception as error:
             if isinstance(error, ValueError):
                 return error
-            return ValueError(f"stage {module.index}: {type(error).__name__}: {error}")
+            return StageError(f"stage {module.index}: {type(error).__name__}: {error}")
         finally:
             with torch.no_grad():
                 for buffer, before in buffers:

@@ -124,6 +124,19 @@ class PipelineSteps:
             told = Told(logs=recorder.values(), outputs=join_outputs(outputs))
         return self._tell(told, SUMS[1]).outputs
 
+    def find_shapes(self, batch: Any, rest: tuple[Any, ...], count: int, context: Contexts) -> None:
+        """Run the first micro-batch through the stages, without loss and without a trace.
+
+        Args:
+            batch: A whole training batch.
+            rest: What Lightning passes ``training_step`` after the batch.
+            count: Number of micro-batches.
+            context: Makes the precision plugin's context.
+        """
+        microbatches = split_batch(batch, count)
+        with self._working(self.chain.module.training_step, microbatches, rest, context):
+            self.runtime.find_shapes(shape_key(microbatches[0]))
+
     def check_same(self, batch: Any) -> None:
         """Check that every rank of the pipeline has the same batch; collective.
 

@@ -75,7 +75,13 @@ class Batches(Dataset[dict[str, Tensor]]):
     """Batches of tokens; of two lengths, with a smaller last one, or with masked labels."""
 
     def __init__(
-        self, count: int, *, varying: bool = False, ragged: bool = False, masked: bool = True
+        self,
+        count: int,
+        *,
+        varying: bool = False,
+        ragged: bool = False,
+        masked: bool = True,
+        shifted: int = 0,
     ) -> None:
         generator = torch.Generator().manual_seed(1)
         self.batches = []
@@ -83,7 +89,7 @@ class Batches(Dataset[dict[str, Tensor]]):
             rows = 3 if ragged and number % 5 == 4 else 8
             length = 13 if varying and number % 3 == 0 else 9
             ids = torch.randint(3, VOCAB_SIZE, (rows, length), generator=generator)
-            labels = ids.clone()
+            labels = ids + shifted
             if masked:
                 labels[torch.rand(rows, length, generator=generator) < 0.3] = -100
             positions = torch.arange(length).expand(rows, length) % 5  # packed documents

@@ -1,14 +1,16 @@
 """What a pipeline cannot train is refused before it trains, with a way out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_align import DPOModule, PipelineStrategy
 from tests.helpers.pipelines import Batches, Chained, Run
@@ -82,6 +84,12 @@ class FailsOnShapes(Chained):
 class ReturnsNone(Chained):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         super().training_step(batch, batch_idx)
+
+
+class SkipsBatches(Chained):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        return loss if loss > 1e9 else None
 
 
 class ReturnsMore(Chained):
@@ -195,7 +203,12 @@ REFUSED: dict[str, tuple[Callable[[], pl.LightningModule], dict[str, Any], str]]
     "training_step returns None": (
         ReturnsNone,
         {},
-        r"ReturnsNone\(training_step='...'\): must return its loss.* and returned NoneType\. Use",
+        r"ReturnsNone\(training_step='...'\): must return its loss.* no return with a val",
+    ),
+    "training_step returns None at times": (
+        SkipsBatches,
+        {},
+        r"SkipsBatches\(training_step='...'\): must return its loss.* returned NoneType\. Use",
     ),
     "training_step returns more": (
         ReturnsMore,
@@ -227,30 +240,133 @@ REFUSED: dict[str, tuple[Callable[[], pl.LightningModule], dict[str, Any], str]]
 }
 
 
+# What only the step itself shows; all else is told at set-up, before there is an optimizer.
+IN_THE_FIRST_STEP = (
+    "a stage fails on the first batch",
+    "training_step returns None at times",
+    "training_step returns more",
+    "the chain is called twice",
+    "a tensor is logged",
+    "gradients are wiped",
+)
+
+
+class Reached(pl.Callback):
+    """What a run has come to."""
+
+    def __init__(self, allowed: int = 0) -> None:
+        self.hooks: list[str] = []
+        self.allowed = allowed
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.hooks.append("after set-up")
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.hooks.append("first step")
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
+        assert trainer.global_step < self.allowed, "nothing must be trained"
+
+
+def refuses(run: Run, make: Callable[[], pl.LightningModule], rank: int, message: str) -> list[str]:
+    """Fit, and be refused with the weights as they were; returns what was reached."""
+    with run.setting(rank) as (trainer, _):
+        trainer.callbacks.append(reached := Reached())
+        torch.manual_seed(0)
+        theirs = dict(make().named_parameters())
+        torch.manual_seed(0)
+        module = make()
+        with pytest.raises(Exception, match=message):
+            trainer.fit(module, run.loader())
+        assert trainer.global_step == 0
+        ours = {name: p for name, p in module.named_parameters() if not p.is_meta}
+        assert ours
+        assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    return reached.hooks
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_on_every_rank(name: str) -> None:
     make, options, message = REFUSED[name]
     strategy = {**RUN.strategy, **options.get("strategy", {})}  # type: ignore[dict-item]
     run = replace(RUN, **{**options, "strategy": strategy})
 
-    def refused(rank: int) -> None:
-        with run.setting(rank) as (trainer, _), pytest.raises(Exception, match=message):
-            trainer.fit(make(), run.loader())
-
-    run_ranks(refused, timeout_s=40, group=True)
+    reached = run_ranks(lambda rank: refuses(run, make, rank, message), timeout_s=40)
+    expected = ["after set-up", "first step"] if name in IN_THE_FIRST_STEP else []
+    assert reached == [expected, expected]
 
 
-def test_ranks_with_different_batches_are_refused() -> None:
-    def refused(rank: int) -> None:
+class Stream(IterableDataset[dict[str, Tensor]]):
+    """Batches that come once; those of rank 1 are others from the third on, or from the first."""
+
+    def __init__(self, rank: int, other_from: int) -> None:
+        batches = Batches(4, masked=False).batches
+        for number in range(other_from, 4):
+            batches[number]["labels"] = batches[number]["labels"] + rank
+        self.batches = iter(batches)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return self.batches
+
+
+OTHER_BATCHES: dict[str, tuple[Callable[[int], DataLoader[Any]], list[str], int]] = {
+    "told at set-up": (
+        lambda rank: DataLoader(Batches(4, masked=False, shifted=rank), batch_size=None),
+        [],
+        0,
+    ),
+    "a stream, told in the first step": (
+        lambda rank: DataLoader(Stream(rank, 0), batch_size=None),
+        ["after set-up", "first step"],
+        0,
+    ),
+    "later on, told in that step": (
+        lambda rank: DataLoader(Stream(rank, 2), batch_size=None),
+        ["after set-up", *["first step"] * 3],
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_BATCHES)
+def test_ranks_with_different_batches_are_refused(case: str) -> None:
+    make_loader, expected, steps = OTHER_BATCHES[case]
+
+    def refused(rank: int) -> list[str]:
         with RUN.setting(rank) as (trainer, _):
-            data = Batches(2, masked=False)
-            data.batches[0]["labels"] += rank
-            loader = torch.utils.data.DataLoader(data, batch_size=None)
-            with pytest.raises(
-                ValueError, match=r"all ranks must have the same batch, .* rank\(s\) \[1\] have"
-            ):
-                trainer.fit(Chained(), loader)
+            trainer.callbacks.append(reached := Reached(allowed=steps))
+            module, theirs = Chained(), dict(Chained().named_parameters())
+            message = r"\(batch='...'\): all ranks must have the same batch, .*\[1\] have .* Call s"
+            with pytest.raises(ValueError, match=message):
+                trainer.fit(module, make_loader(rank))
+            assert trainer.global_step == steps
+            ours = {name: p for name, p in module.named_parameters() if not p.is_meta}
+            assert all(torch.equal(p, theirs[name]) for name, p in ours.items()) is (steps == 0)
+        return reached.hooks
 
+    assert run_ranks(refused) == [expected, expected]
+
+
+def test_a_batch_that_cannot_be_cut_is_refused_in_a_resumed_run_too(tmp_path: Path) -> None:
+    path = str(tmp_path / "end.ckpt")
+
+    def save(rank: int) -> None:
+        with RUN.setting(rank) as (trainer, _):
+            trainer.fit(Chained(), RUN.loader())
+            trainer.save_checkpoint(path)
+
+    def refused(rank: int) -> None:
+        strategy = {"schedule": "GPipe", "num_microbatches": 3}
+        run = replace(RUN, strategy=strategy, trainer={"max_epochs": 2})
+        with (
+            run.setting(rank) as (trainer, _),
+            pytest.raises(ValueError, match="batches of 8 rows cannot be cut into as many"),
+        ):
+            trainer.fit(Chained(), run.loader(), ckpt_path=path)
+
+    run_ranks(save)
     run_ranks(refused)
 
 
