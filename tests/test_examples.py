@@ -5,11 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
+@pytest.mark.slow
 def test_pretrain_and_align_leave_models_that_load_and_differ(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -158,6 +158,7 @@ def test_finetune_hub(folder: Path, base: str) -> None:
     assert moved("outputs/finetune/model", base)
 
 
+@pytest.mark.slow
 def test_ddp_in_two_processes(folder: Path) -> None:
     """The command starts the second process itself: itself again."""
     main(["recipes", "copy", "ddp"])
