@@ -91,8 +91,19 @@ def plain_model(model: nn.Module | str | PretrainedConfig | None) -> str | None:
     return model if isinstance(model, str) else None
 
 
-def save_pretrained(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
+def save_pretrained(
+    model: nn.Module,
+    folder: str | Path,
+    tokenizer: Any = None,
+    state: dict[str, Any] | None = None,
+) -> Path:
     """Write a folder that ``AutoModelForCausalLM.from_pretrained`` loads, with its tokenizer.
+
+    Args:
+        model: A Hugging Face model.
+        folder: Where to write.
+        tokenizer: Goes with it, if there is one.
+        state: The model's state; None takes it from the model.
 
     Raises:
         ValueError: If the model is not a Hugging Face model.
@@ -101,7 +112,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, tokenizer: Any = None)
     if save is None:
         rule = f"{type(model).__name__} has no save_pretrained"
         raise argument_error("save_pretrained", "model", type(model).__name__, rule)
-    save(folder)
+    save(folder, **({} if state is None else {"state_dict": state}))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return Path(folder)

@@ -55,14 +55,16 @@ def check_strategy(strategy: Strategy) -> None:
         ValueError: If it is one.
     """
     name = type(strategy).__name__
-    if type(strategy).save_checkpoint is not Strategy.save_checkpoint:
+    usual = type(strategy).save_checkpoint is Strategy.save_checkpoint
+    if not getattr(strategy, "saves_whole_state", usual):
         raise argument_error(
             "AsyncCheckpoint",
             "strategy",
             name,
             "its ranks save parts of the state themselves, and only a whole one on rank 0 can be"
             " copied here",
-            "Use Lightning's ModelCheckpoint with this strategy, or AsyncCheckpoint with ddp",
+            "Use Lightning's ModelCheckpoint, or save on rank 0: with ddp, or with"
+            " PipelineStrategy(save_distributed_checkpoint=False)",
         )
     if type(strategy.checkpoint_io) is not TorchCheckpointIO:
         raise argument_error(

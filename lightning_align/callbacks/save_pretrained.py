@@ -1,5 +1,7 @@
 """Leave a Hugging Face folder behind when training ends."""
 
+from typing import Any
+
 import lightning.pytorch as pl
 from torch import nn
 from typing_extensions import override
@@ -11,7 +13,8 @@ from lightning_align.pretrained import save_pretrained
 class SavePretrained(pl.Callback):
     """Write the trained model as a folder that ``AutoModelForCausalLM.from_pretrained`` loads.
 
-    The datamodule's tokenizer goes with it. Written once, by rank 0, when ``fit`` has ended.
+    The datamodule's tokenizer goes with it. Written once, by rank 0, when ``fit`` has ended; from a
+    pipeline, rank 0 collects the stages first and needs host memory for all of them.
 
     Args:
         dirpath: Folder to write; created if it does not exist.
@@ -25,21 +28,39 @@ class SavePretrained(pl.Callback):
 
     def __init__(self, dirpath: str) -> None:
         self.dirpath = dirpath
+        self._state: dict[str, Any] | None = None  # of the module, if its parts had to be collected
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._model(pl_module)
 
     @override
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.is_global_zero:
-            tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
-            save_pretrained(self._model(pl_module), self.dirpath, tokenizer)
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._collect(trainer)  # once fit has ended, the strategy has taken its parts down
 
-    def _model(self, pl_module: pl.LightningModule) -> nn.Module:
-        for module in pl_module.modules():
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._state is None:  # nothing was left to train
+            self._collect(trainer)
+        state, self._state = self._state, None
+        if not trainer.is_global_zero:
+            return
+        tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+        name, model = self._model(pl_module)
+        if state is not None:
+            state = {k.removeprefix(name): v for k, v in state.items() if k.startswith(name)}
+        save_pretrained(model, self.dirpath, tokenizer, state)
+
+    def _collect(self, trainer: pl.Trainer) -> None:
+        """The whole state from a strategy whose ranks have parts of the model; collective."""
+        whole_state_dict = getattr(trainer.strategy, "whole_state_dict", None)
+        self._state = whole_state_dict() if whole_state_dict is not None else None
+
+    def _model(self, pl_module: pl.LightningModule) -> tuple[str, nn.Module]:
+        """The Hugging Face model, and how names of its state begin in the module's."""
+        for name, module in pl_module.named_modules():
             if callable(getattr(module, "save_pretrained", None)) and module is not pl_module:
-                return module
+                return f"{name}.", module
         rule = f"{type(pl_module).__name__} holds no module with save_pretrained"
         way_out = "Use a Hugging Face model, or leave the callback out"
         raise argument_error("SavePretrained", "dirpath", self.dirpath, rule, way_out)

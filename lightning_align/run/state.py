@@ -52,7 +52,8 @@ def capture_accumulation(
     """The open accumulation window of every rank, or an empty list when no gradient is waiting.
 
     Collective: every rank must call it. Ranks hold different gradients until the window closes,
-    and the checkpoint is written by rank 0 alone, so they are gathered.
+    and a checkpoint that is written by rank 0 alone needs all of them. Where each rank writes its
+    own part, the windows of others are empty.
     """
     if not is_accumulating(trainer):
         return []
@@ -66,6 +67,8 @@ def capture_accumulation(
     }
     if trainer.world_size == 1:
         return [window]
+    if getattr(trainer.strategy, "save_distributed_checkpoint", False):
+        return [window if rank == trainer.global_rank else {} for rank in range(trainer.world_size)]
     windows: list[Any] = [None] * trainer.world_size
     torch.distributed.all_gather_object(windows, window)
     return windows

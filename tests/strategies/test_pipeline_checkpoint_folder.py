@@ -2,13 +2,14 @@
 
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import distributed
 from torch.distributed.checkpoint import FileSystemReader, state_dict_saver
 
 from lightning_align import ExactResume, PretrainModule
@@ -123,6 +124,60 @@ def test_each_rank_writes_its_own_stages(tmp_path: Path) -> None:
     shared = here[0] & here[1]
     assert {"model.transformer.wte.weight"} == shared
     assert files == {"__0_0.distcp": here[0], "__1_0.distcp": here[1] - shared}
+
+
+SENDERS = (
+    *("send", "broadcast", "all_gather"),
+    *("send_object_list", "broadcast_object_list", "all_gather_object", "gather_object"),
+)
+
+
+def test_nothing_of_the_model_is_sent_for_a_save(tmp_path: Path) -> None:
+    """In the middle of an accumulation window, when gradients are saved, too."""
+
+    def train(rank: int) -> int:
+        run = changed(MODELS["llama"], accumulate=2)
+        sent: list[int] = []
+        with run.setting(rank) as (trainer, _), pytest.MonkeyPatch.context() as patch:
+            callback = SaveAt(3, tmp_path / "folder")
+            trainer.callbacks.append(callback)
+            save = trainer.save_checkpoint
+
+            def save_and_count(path: Path) -> None:
+                for name in SENDERS:
+                    patch.setattr(distributed, name, counting(getattr(distributed, name), sent))
+                save(path)
+                patch.undo()
+
+            trainer.save_checkpoint = save_and_count
+            trainer.fit(run.module(), datamodule=PositionedBatches(4))
+        return sum(sent)
+
+    assert run_ranks(train) == [0, 0]
+    names = FileSystemReader(tmp_path / "folder").read_metadata().planner_data.values()
+    windows = {levels[1:3] for levels in names if levels[0] == "lightning_align.accumulation"}
+    assert {("0", "gradients"), ("1", "gradients")} <= windows
+
+
+def counting(send: Callable[..., Any], sent: list[int]) -> Callable[..., Any]:
+    """``send``, which notes how many values the larger tensors have that it is given."""
+
+    def count(*arguments: Any, **options: Any) -> Any:
+        floats = (t for t in tensors([arguments, options]) if t.is_floating_point())
+        sent.extend(t.numel() for t in floats if t.numel() > 8)  # sums of metrics are smaller
+        return send(*arguments, **options)
+
+    return count
+
+
+def tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from tensors(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from tensors(entry)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
