@@ -82,6 +82,7 @@ class Batches(Dataset[dict[str, Tensor]]):
         ragged: bool = False,
         masked: bool = True,
         shifted: int = 0,
+        backwards: int = 1,
     ) -> None:
         generator = torch.Generator().manual_seed(1)
         self.batches = []
@@ -94,7 +95,9 @@ class Batches(Dataset[dict[str, Tensor]]):
                 labels[torch.rand(rows, length, generator=generator) < 0.3] = -100
             positions = torch.arange(length).expand(rows, length) % 5  # packed documents
             batch = {"input_ids": ids, "labels": labels, "position_ids": positions}
-            self.batches.append(batch)
+            # So many micro-batches, the last one first: the same batch, summed in another order.
+            order = torch.arange(rows).reshape(backwards, -1).flip(0).flatten()
+            self.batches.append({name: value[order] for name, value in batch.items()})
 
     def __len__(self) -> int:
         return len(self.batches)

@@ -1,5 +1,6 @@
 """A pipeline trains what one process trains: twenty steps, loss by loss, on every rank."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -38,19 +39,31 @@ def run_of(schedule: dict[str, Any], feature: str, model: str) -> Run:
     return Run(model=model, strategy=schedule, **options)
 
 
+def train_losses(outcome: dict[str, Any]) -> list[float]:
+    """Nats a token. Our modules' own losses are sums over the tokens of a batch."""
+    return [logged.get("train_loss", 0.0) for logged in outcome["logged"]]
+
+
+def drift(run: Run, theirs: dict[str, Any]) -> float:
+    """Largest change of a loss in one process when micro-batches are summed in another order."""
+    backwards = one_process(replace(run, data={**run.data, "backwards": 4}))
+    pairs = zip(train_losses(backwards), train_losses(theirs), strict=True)
+    return max(abs(one - other) for one, other in pairs)
+
+
 def check(run: Run) -> None:
     theirs = one_process(run)
     ours = pipeline(run)
     assert len(theirs["losses"]) == run.steps
-    # Nats a token. Our modules' own losses are sums over the tokens of a batch.
-    tolerance = 2e-5 * (3 if run.optimizer is MUON else 1)  # Muon amplifies rounding
-    expected = [logged.get("train_loss", 0.0) for logged in theirs["logged"]]
-    train_losses = [logged.get("train_loss", 0.0) for logged in ours[0]["logged"]]
-    assert train_losses == pytest.approx(expected, abs=tolerance)
+    tolerance = 2e-5
+    if run.optimizer is MUON:  # it may amplify rounding, as it does in one process
+        tolerance = 3 * drift(run, theirs)
+        assert 0 < tolerance < 6e-5
+    assert train_losses(ours[0]) == pytest.approx(train_losses(theirs), rel=0, abs=tolerance)
     assert ours[0]["losses"] == pytest.approx(theirs["losses"], rel=tolerance)
     assert ours[0]["losses"] == ours[1]["losses"]
     for name in ("train_loss", "val_loss"):
-        assert ours[0]["metrics"][name] == pytest.approx(theirs["metrics"][name], abs=6e-5)
+        assert ours[0]["metrics"][name] == pytest.approx(theirs["metrics"][name], abs=2e-5)
         assert ours[1]["metrics"][name] == ours[0]["metrics"][name]
     if run.model != "chain":
         expected = [logged.get("grad_norm", 0.0) for logged in theirs["logged"]]
