@@ -63,7 +63,8 @@ def rehearse(
     if trainer.ckpt_path or steps.runtime.num_stages == 1:
         return
     trainer.fit_loop.setup_data()  # as trainer.estimated_stepping_batches does
-    check_batch(trainer, 0, num_microbatches)
+    if getattr(trainer.train_dataloader, "batch_size", None):  # a sampler's may count batches
+        check_batch(trainer, 0, num_microbatches)
     with isolate_rng():
         batch = _first_batch(trainer)
         if not trainer.strategy.reduce_boolean_decision(batch is not None):
