@@ -87,7 +87,11 @@ def _from_folder(source: str, where: str, dtype: str | None, hub: dict[str, Any]
     folder = Path(source)
     if folder.suffix == ".ckpt" or (folder.is_dir() and not (folder / "config.json").exists()):
         rule = "must be a checkpoint file, a folder with a config.json, or a name on the hub"
-        raise argument_error(where, "ckpt", source, rule)
+        way_out = ""
+        if (folder / "meta.pt").exists():  # written by all ranks of a pipeline, or by FSDP
+            tool = "python -m lightning.pytorch.utilities.consolidate_checkpoint"
+            way_out = f"Make one file of it: {tool} {source}"
+        raise argument_error(where, "ckpt", source, rule, way_out)
     resolve_pretrained(where, "ckpt", source, hub["revision"])
     stored = AutoConfig.from_pretrained(source, **hub).dtype
     dtype = dtype or next((name for name, kind in DTYPES.items() if kind == stored), "float32")

@@ -101,6 +101,13 @@ def _put(folder: Path, path: Path) -> None:
     old.unlink(missing_ok=True)
 
 
+def remove(filepath: Any) -> None:
+    """Make room for a file where there is a checkpoint of all ranks; nothing else is touched."""
+    path = Path(filepath)
+    if (path / META_FILE).is_file() and (path / _compat_dcp.INDEX_FILE).is_file():
+        shutil.rmtree(path)
+
+
 class DistributedCheckpoint:
     """A folder to read from.
 

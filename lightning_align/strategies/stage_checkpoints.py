@@ -62,6 +62,8 @@ class StageCheckpoints(ParallelStrategy):
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
     ) -> None:
         if not self.save_distributed_checkpoint:
+            if self.is_global_zero:
+                distributed_checkpoint.remove(filepath)
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
         assert self._parameters is not None

@@ -3,6 +3,7 @@
 import runpy
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import distributed
 from torch.distributed.checkpoint import FileSystemReader, state_dict_saver
+from transformers import AutoModelForCausalLM
 
-from lightning_align import ExactResume, PretrainModule
+from lightning_align import ExactResume, GaLoreAdamW, Muon, PretrainModule, StableAdamW
+from lightning_align.export import export
 from tests.helpers.pipelines import ADAMW, Chained, PositionedBatches, Run
 from tests.helpers.ranks import run_ranks
 from tests.strategies.test_pipeline_checkpoints import DROPOUT, SaveAt, equal
@@ -296,6 +299,43 @@ def test_other_groups_of_parameters_are_refused(tmp_path: Path) -> None:
             trainer.fit(Other(), datamodule=PositionedBatches(6), ckpt_path=folder)
 
     run_ranks(refused)
+
+
+def test_a_file_and_a_folder_take_each_others_place(tmp_path: Path) -> None:
+    run, path = MODELS["chain"], tmp_path / "last.ckpt"
+    to_file = changed(run, strategy={**TWO, "save_distributed_checkpoint": False})
+    whole = on_ranks(run, save={2: path})
+    on_ranks(to_file, save={3: path})
+    assert on_ranks(run, ckpt_path=path) == whole[3:]
+    assert path.is_file()
+    on_ranks(run, save={2: path})
+    assert on_ranks(to_file, ckpt_path=path) == whole[2:]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("optimizer", [Muon, GaLoreAdamW, StableAdamW])
+def test_every_optimizer_goes_on_exactly(optimizer: Any, tmp_path: Path) -> None:
+    folder, lr = tmp_path / "folder", 1e-3
+    run = changed(MODELS["llama"], optimizer=partial(optimizer, lr=lr), clip=None)
+    whole = on_ranks(run, save={2: folder})
+    assert on_ranks(run, ckpt_path=folder) == whole[2:]
+    one = changed(run, strategy={"schedule": "GPipe", "num_microbatches": 4})
+    assert on_ranks(one, 1, ckpt_path=folder) == pytest.approx(whole[2:], rel=1e-3)
+
+
+def test_a_consolidated_folder_is_exported_and_the_folder_says_how(tmp_path: Path) -> None:
+    run, folder = MODELS["llama"], tmp_path / "folder"
+    on_ranks(run, save={2: folder})
+    module = run.module()
+    assert isinstance(module, PretrainModule)
+    module.save_pretrained(str(tmp_path / "architecture"))
+    with pytest.raises(ValueError, match="Make one file of it: python -m lightning"):
+        export(folder, tmp_path / "model")
+    weights = consolidated(folder)["state_dict"]
+    export(f"{folder}.consolidated", tmp_path / "model", model=tmp_path / "architecture")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    theirs = {name.removeprefix("model."): value for name, value in weights.items()}
+    assert equal(dict(exported.state_dict()), {n: theirs[n] for n in exported.state_dict()})
 
 
 def test_a_folder_in_use_and_a_url_are_not_written_to(tmp_path: Path) -> None:
