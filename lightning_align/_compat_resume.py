@@ -58,6 +58,11 @@ def combined_mode(loaders: CombinedLoader) -> str:
     return loaders._mode
 
 
+def forget_train_loaders(trainer: pl.Trainer) -> None:
+    """Let ``fit_loop.setup_data`` ask for the training loaders once more."""
+    trainer.fit_loop._combined_loader = None
+
+
 def shut_down_workers(loader: DataLoader[Any]) -> None:
     """End persistent workers, so that the next iteration starts new ones."""
     _shutdown_workers_and_reset_iterator(loader)

@@ -25,7 +25,6 @@ def check_arguments(
     schedule: str,
     num_microbatches: int | None,
     num_stages_per_rank: int | None,
-    partition_method: str | list[int] = "parameters",
 ) -> bool:
     """Check arguments; returns whether the schedule is for several stages on each rank.
 
@@ -40,10 +39,6 @@ def check_arguments(
     ):
         if value is not None and value < 1:
             raise argument_error(WHERE, name, value, "must be at least 1")
-    if partition_method == "profile":
-        rule = "it balances measured times, and the strategy measures none"
-        way_out = "Use 'parameters', or the numbers of layers that pipelining.partition gives"
-        raise argument_error(WHERE, "partition_method", partition_method, rule, way_out)
     several = SCHEDULES[schedule]
     if not several and num_stages_per_rank not in (None, 1):
         rule = f"{schedule} has one stage on each rank"

@@ -16,7 +16,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -38,6 +38,7 @@ from lightning_align.strategies.checks import (
 )
 from lightning_align.strategies.decoder_chain import DecoderChain, has_decoder
 from lightning_align.strategies.initial_weights import fill_empty
+from lightning_align.strategies.layer_costs import LayerCosts, count_parameters, time_layers
 from lightning_align.strategies.microbatches import batch_rows, count_that_divides
 from lightning_align.strategies.rehearsal import rehearse
 from lightning_align.strategies.runtime import Runtime
@@ -66,9 +67,10 @@ class PipelineStrategy(StageCheckpoints):
             that the batch can be cut into.
         num_stages_per_rank: Stages on each rank; None means 1, and 2 for an interleaved schedule.
         pipeline_parallel_size: Ranks of the pipeline; ``"auto"`` means all.
-        partition_method: ``"parameters"`` balances the stages' parameters, ``"uniform"`` their
-            layers, ``"type:<regex>"`` the layers whose class matches; a list is the number of
-            layers of each stage.
+        partition_method: ``"parameters"`` balances the stages' parameters, ``"profile"`` their
+            time, measured on the first micro-batch, ``"uniform"`` their layers,
+            ``"type:<regex>"`` the layers whose class matches; a list is the number of layers of
+            each stage.
         schedule_csv: File with the actions of every rank in torch's format, in place of
             ``schedule``.
         record_timeline: Whether to note when each action of a training batch runs, for
@@ -115,7 +117,7 @@ class PipelineStrategy(StageCheckpoints):
         empty_init: bool = False,
     ) -> None:
         super().__init__()
-        several = check_arguments(schedule, num_microbatches, num_stages_per_rank, partition_method)
+        several = check_arguments(schedule, num_microbatches, num_stages_per_rank)
         self.schedule = schedule
         self.num_microbatches = num_microbatches
         self.num_stages_per_rank = num_stages_per_rank or (2 if several else 1)
@@ -133,6 +135,7 @@ class PipelineStrategy(StageCheckpoints):
         self.schedule_in_use = schedule
         self._chain: Chain | None = None
         self._steps: PipelineSteps | None = None
+        self._timed: tuple[pl.LightningModule, LayerCosts] | None = None
         self._timeline: list[Event] = []
         self._gradients = 0
         self._checked: dict[str, int] = {}
@@ -187,7 +190,7 @@ class PipelineStrategy(StageCheckpoints):
         launching.agree_on_generators(self.root_device)
         group = self.device_mesh.get_group("pipeline")
         chain = DecoderChain(module) if has_decoder(module) else layer_chain(module)
-        stretches = self._cut(chain, distributed.get_world_size(group))
+        stretches = self._cut(chain, self._costs(trainer, chain, group))
         check_count(self.schedule, len(stretches), self.world_size, self.num_microbatches)
         self._chain = chain
         self._parameters = StageParameters(chain, stretches, group)
@@ -229,24 +232,34 @@ class PipelineStrategy(StageCheckpoints):
         with device, self.precision_plugin.tensor_init_context():
             yield
 
-    def _cut(self, chain: Chain, num_ranks: int) -> list[tuple[int, int]]:
-        costs = [float(_count(chain.owned(i, i + 1))) for i in range(len(chain.layers))]
-        first, last = float(_count(chain.before)), float(_count(chain.after))
-        costs[0], costs[-1] = costs[0] - first, costs[-1] - last
+    def _costs(self, trainer: pl.Trainer, chain: Chain, group: Any) -> LayerCosts:
+        """What the layers cost by ``partition_method``; times only where there is training."""
+        if self.partition_method != "profile" or self._num_stages == 1:
+            return count_parameters(chain)
+        if self._timed is None or self._timed[0] is not chain.module:
+            if trainer.state.fn != TrainerFn.FITTING:
+                return count_parameters(chain)
+            # Kept: a module that has been cut is cut there again.
+            self._timed = chain.module, time_layers(trainer, chain, self._count_for, group)
+        return self._timed[1]
+
+    def _cut(self, chain: Chain, costs: LayerCosts) -> list[tuple[int, int]]:
+        ends = {"first_cost": costs.first, "last_cost": costs.last}
         stretches = partition(
-            costs,
-            num_ranks * self.num_stages_per_rank,
+            costs.layers,
+            self._num_stages,
             self.partition_method,
             type_names=[type(layer).__name__ for layer in chain.layers],
-            first_cost=first,
-            last_cost=last,
             where=WHERE,
             stages_argument="num_stages_per_rank" if self.num_stages_per_rank > 1 else "devices",
+            **ends,
         )
         self.table = partition_table(
-            stretches, costs, first_cost=first, last_cost=last, num_ranks=num_ranks
+            stretches, costs.layers, num_ranks=self.world_size, unit=costs.unit, **ends
         )
-        rank_zero_info(f"PipelineStrategy, {self.schedule}:\n{self.table}")
+        layers = [end - begin for begin, end in stretches]
+        told = f"{WHERE}(schedule={self.schedule!r}, partition_method={layers})"
+        rank_zero_info(f"{told}:\n{self.table}")
         return stretches
 
     @override
@@ -257,10 +270,12 @@ class PipelineStrategy(StageCheckpoints):
 
     # Steps
 
+    @property
+    def _num_stages(self) -> int:
+        return self.world_size * self.num_stages_per_rank
+
     def _count_for(self, batch: Any) -> int:
-        assert self._steps is not None
-        num_stages = self._steps.runtime.num_stages
-        wanted = self.num_microbatches or (1 if num_stages == 1 else 4 * num_stages)
+        wanted = self.num_microbatches or (1 if self._num_stages == 1 else 4 * self._num_stages)
         return count_that_divides(batch_rows(batch), wanted)
 
     def _check_batch(self, loop: str, batch: Any) -> None:
@@ -433,11 +448,6 @@ class PipelineStrategy(StageCheckpoints):
         self.accelerator.teardown()
         self.checkpoint_io.teardown()
         self.cluster_environment.teardown()
-
-
-def _count(parts: list[nn.Module]) -> int:
-    seen = {parameter for part in parts for parameter in part.parameters()}
-    return sum(parameter.numel() for parameter in seen)
 
 
 def _nothing(*_: Any, **__: Any) -> None:

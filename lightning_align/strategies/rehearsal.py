@@ -66,17 +66,22 @@ def rehearse(
     if getattr(trainer.train_dataloader, "batch_size", None):  # a sampler's may count batches
         check_batch(trainer, 0, num_microbatches)
     with isolate_rng():
-        batch = _first_batch(trainer)
+        batch = first_batch(trainer)
         if not trainer.strategy.reduce_boolean_decision(batch is not None):
             return
         steps.check_same(batch)
         check_batch(trainer, batch_rows(batch), num_microbatches)
-        has_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
         try:
             context = trainer.precision_plugin.train_step_context
-            steps.find_shapes(batch, (0,) if has_index else (), count_for(batch), context)
+            steps.find_shapes(batch, step_arguments(module), count_for(batch), context)
         except StageError:
             pass  # hooks that run before the first step may be missing; if not, it says the same
+
+
+def step_arguments(module: pl.LightningModule) -> tuple[int, ...]:
+    """What Lightning passes the first ``training_step`` after the batch."""
+    has_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+    return (0,) if has_index else ()
 
 
 def check_training_step(module: pl.LightningModule) -> None:
@@ -113,7 +118,7 @@ def _gives_value(node: ast.AST) -> bool:
     return value is not None and not (isinstance(value, ast.Constant) and value.value is None)
 
 
-def _first_batch(trainer: pl.Trainer) -> Any:
+def first_batch(trainer: pl.Trainer) -> Any:
     """The first batch as a step gets it, or None if it cannot be had without a trace."""
     loader = trainer.train_dataloader
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):

@@ -1,6 +1,9 @@
-"""What a real run tells about its time: the timeline of a step, and the times of layers."""
+"""The timeline of a real step, and the benchmark that lays it over the simulated one."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from itertools import pairwise
@@ -36,7 +39,10 @@ def timelines(run: Run, record: bool = True) -> list[Any]:
     return run_ranks(train)
 
 
-@pytest.mark.parametrize(("schedule", "v"), [("1F1B", 1), ("Interleaved1F1B", 2)])
+@pytest.mark.parametrize(
+    ("schedule", "v"),
+    [("1F1B", 1), pytest.param("Interleaved1F1B", 2, marks=pytest.mark.slow)],
+)
 def test_the_timeline_has_the_actions_of_the_schedule_on_every_rank(
     schedule: str, v: int, tmp_path: Path
 ) -> None:
@@ -91,3 +97,33 @@ def test_without_recording_there_is_no_timeline() -> None:
     run = replace(RUN, strategy={"schedule": "GPipe", "num_microbatches": 2}, steps=1)
     for told in timelines(run, record=False):
         assert "timeline(record_timeline=False): nothing was recorded." in told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["--small", "--picture"])
+def test_the_benchmark_of_the_bubble_runs(case: str, tmp_path: Path) -> None:
+    """Its times are not judged here."""
+    root = Path(__file__).parents[2]
+    options = [case] if case == "--small" else [case, str(tmp_path / "run.png")]
+    run = subprocess.run(
+        [sys.executable, str(root / "benchmarks/pipeline/bubble.py"), *options],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    if case == "--small":
+        rows = [line.split() for line in run.stdout.splitlines()]
+        # (p - 1) / m and (p - 1) / (m v) beside what was measured
+        formulas = {
+            row[0]: row[-4]
+            for row in rows
+            if row[:3] in (["1F1B", "2", "4"], ["Interleaved1F1B", "2", "4"])
+        }
+        assert formulas == {"1F1B": "0.250", "Interleaved1F1B": "0.125"}
+    else:
+        assert Image.open(tmp_path / "run.png").size[0] == 1800
+        trace = json.loads((tmp_path / "run.json").read_text())["traceEvents"]
+        assert len([event for event in trace if event["ph"] == "X"]) == 2 * 4 * 2 * 2 * 8

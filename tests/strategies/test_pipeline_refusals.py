@@ -28,10 +28,6 @@ RUN = Run("chain", {"schedule": "1F1B", "num_microbatches": 4}, steps=2, data={"
         ({"num_microbatches": 0}, r"\(num_microbatches=0\): must be at least 1"),
         ({"num_stages_per_rank": 0}, r"\(num_stages_per_rank=0\): must be at least 1"),
         (
-            {"partition_method": "profile"},
-            r"\(partition_method='profile'\): .* the strategy measures none\. Use 'parameters'",
-        ),
-        (
             {"num_stages_per_rank": 2},
             r"\(num_stages_per_rank=2\): 1F1B has one stage .* Use schedule='Interleaved1F1B'",
         ),
