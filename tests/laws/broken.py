@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, get_worker_info
 
+from lightning_align import PipelineStrategy
 from lightning_align.modules.text_data import TextDataModule
 from tests.laws.members import DATAMODULES as LAWFUL
 from tests.laws.members import HandWritten, Member, spec
@@ -201,6 +202,15 @@ class Louder(SingleDeviceStrategy):
         closure_loss.register_hook(lambda gradient: 2 * gradient)
 
 
+class Untied(PipelineStrategy):
+    """Lets each stage train tied embeddings by its own part of their gradient."""
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        super().setup(trainer)
+        assert self._parameters is not None
+        vars(self._parameters)["sum_shared_gradients"] = lambda: None
+
+
 class Unsynchronised(DDPStrategy):
     """Every rank learns from its own batches only."""
 
@@ -235,6 +245,7 @@ OTHER_UNDER_YAML = Member("OtherUnderYaml", spec(HERE + "OtherUnderYaml", dropou
 SGD = Member("SGD", spec("torch.optim.SGD", lr=0.1))
 LOUDER = Member("Louder", spec(HERE + "Louder"))
 UNSYNCHRONISED = Member("Unsynchronised", spec(HERE + "Unsynchronised"), ranks=2)
+UNTIED = Member("Untied", spec(HERE + "Untied", start_method="fork"), ranks=2, splits_batch=False)
 DATAMODULES = {
     law: Member(name, spec(HERE + name, **LAWFUL[0].spec["init_args"]))
     for law, name in {

@@ -20,6 +20,7 @@ TABLES = (
     "Callbacks and strategies",
     "Optimizers and modules",
     "Optimizers and strategies",
+    "Modules and strategies",
     "Modules alone",
     "Datamodules alone",
     "Callbacks alone",

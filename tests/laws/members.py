@@ -32,6 +32,7 @@ class Member:
             unequal batches wrongly, which is Lightning's default.
         neutral: Callbacks: whether training with it is bit-identical to training without.
         ranks: Strategies: how many ranks may share a batch.
+        splits_batch: Strategies: whether each rank has a part of the batch, or all have all of it.
         refuses: Name of a member of another list -> what the error at ``setup`` must say.
         exempt: Name of a law that does not hold -> why. The tests show that it does not.
     """
@@ -42,6 +43,7 @@ class Member:
     sums: bool = True
     neutral: bool = True
     ranks: int = 1
+    splits_batch: bool = True
     refuses: Mapping[str, str] = field(default_factory=dict)
     exempt: Mapping[str, str] = field(default_factory=dict)
 
@@ -136,8 +138,18 @@ OURS = "lightning_align."
 
 MODULES = [
     Member("PretrainModule", spec(OURS + "PretrainModule", model=GPT2)),
-    Member("DPOModule", spec(OURS + "DPOModule", model=GPT2), batches="pairs"),
-    Member("hand-written", spec("tests.laws.members.HandWritten", dropout=0.3), sums=False),
+    Member(
+        "DPOModule",
+        spec(OURS + "DPOModule", model=GPT2),
+        batches="pairs",
+        refuses={"pipeline": "its rows are pairs"},
+    ),
+    Member(
+        "hand-written",
+        spec("tests.laws.members.HandWritten", dropout=0.3),
+        sums=False,
+        refuses={"pipeline": "cannot tell the chain of layers that stages are cut from"},
+    ),
 ]
 
 TEXT = {
@@ -225,13 +237,19 @@ CALLBACKS = [
             max_new_tokens=4,
             tokenizer="{data}/tokenizer",
         ),
-        refuses={"hand-written": "HandWritten'\\): holds no module with a generate method"},
+        refuses={
+            "hand-written": "HandWritten'\\): holds no module with a generate method",
+            "pipeline": "rank zero may not hold the whole model",
+        },
     ),
     Member(
         "LISA",
         spec(OURS + "LISA", activated_layers=1, interval_steps=2, reactivation_warmup_steps=1),
         neutral=False,
-        refuses={"hand-written": "cannot tell which list holds its blocks; candidates"},
+        refuses={
+            "hand-written": "cannot tell which list holds its blocks; candidates",
+            "pipeline": "it does not follow when other blocks are frozen and released",
+        },
     ),
     Member(
         "OptimizerSwap",
@@ -240,4 +258,13 @@ CALLBACKS = [
     ),
 ]
 
-STRATEGIES = [Member("auto", "auto"), Member("ddp", "ddp_fork", ranks=2)]
+STRATEGIES = [
+    Member("auto", "auto"),
+    Member("ddp", "ddp_fork", ranks=2),
+    Member(
+        "pipeline",
+        spec(OURS + "PipelineStrategy", schedule="1F1B", start_method="fork"),
+        ranks=2,
+        splits_batch=False,
+    ),
+]

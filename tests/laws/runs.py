@@ -140,7 +140,7 @@ class Recorder(pl.Callback):
 
 
 class KillAt(pl.Callback):
-    """Kills its own process, without any chance to clean up, before a batch."""
+    """Kills all processes of the run, without any chance to clean up, before a batch."""
 
     def __init__(self, position: int) -> None:
         self.position = position
@@ -149,13 +149,14 @@ class KillAt(pl.Callback):
         self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         if batches_consumed(trainer) == self.position:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.killpg(0, signal.SIGKILL)
 
 
 def fit_and_be_killed(run: Run, folder: Path, material: Path, position: int) -> str:
-    """Run in a process that is killed at ``position``; returns its last checkpoint."""
+    """Run in processes that are killed at ``position``; returns the last checkpoint."""
     child = os.fork()
     if child == 0:
+        os.setpgid(0, 0)  # with the processes that a strategy starts
         try:
             run.fit(folder, material, extra=[SaveEveryBatch(), KillAt(position)])
         except BaseException:

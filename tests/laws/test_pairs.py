@@ -87,7 +87,9 @@ def test_what_does_not_work_is_refused_before_training(
     pair: tuple[Member, Member], tmp_path: Path, material: Path
 ) -> None:
     run = _run_of(pair)
-    with pytest.raises(ValueError, match=pair[0].refuses[pair[1].name]):
+    # A strategy's processes raise what Lightning makes of the error.
+    error = ValueError if run.strategy is None else Exception
+    with pytest.raises(error, match=pair[0].refuses[pair[1].name]):
         run.fit(tmp_path, material)
     assert not list(tmp_path.glob("losses.*"))
     note(_table_of(pair), *(member.name for member in pair), "refuses")
@@ -128,5 +130,6 @@ def _run_of(members: tuple[Member, ...]) -> Run:
 
 def _table_of(pair: tuple[Member, Member]) -> str:
     kinds = ["modules" if m in MODULES else "strategies" for m in pair[1:]]
-    first = "Callbacks" if pair[0] in CALLBACKS else "Optimizers"
+    lists = {"Callbacks": CALLBACKS, "Optimizers": OPTIMIZERS, "Modules": MODULES}
+    first = next(name for name, members in lists.items() if pair[0] in members)
     return "Callbacks" if pair[1] in CALLBACKS else f"{first} and {kinds[0]}"

@@ -1,6 +1,6 @@
 """Law: kill a run at any batch, resume it, and every later loss and the weights are the same bits.
 
-It holds for every module with every datamodule, every callback and every optimizer.
+It holds for every module with every datamodule, every callback, every optimizer and every strategy.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import torch
 
 from tests.laws import broken
 from tests.laws.composition import note
-from tests.laws.members import CALLBACKS, DATAMODULES, MODULES, OPTIMIZERS, Member
+from tests.laws.members import CALLBACKS, DATAMODULES, MODULES, OPTIMIZERS, STRATEGIES, Member
 from tests.laws.runs import Outcome, Run, fit_and_be_killed, on_its_data, refusal
 
 pytestmark = pytest.mark.slow  # minutes in all; `make test-laws` runs them
@@ -72,6 +72,24 @@ def test_optimizers(
     run = replace(on_its_data(module), optimizer=optimizer)
     resumes(run, tmp_path, material, reference(run), position=5)
     note("Optimizers and modules", optimizer.name, module.name, "resumes")
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("strategy", STRATEGIES[1:], ids=str)
+def test_strategies(
+    strategy: Member,
+    ranks: int,
+    module: Member,
+    tmp_path: Path,
+    material: Path,
+    reference: Reference,
+) -> None:
+    if refusal(strategy, module):
+        return
+    run = replace(on_its_data(module), strategy=strategy, devices=ranks, accumulate=2)
+    resumes(run, tmp_path, material, reference(run), position=5)
+    note("Modules and strategies", module.name, strategy.name, "resumes")
 
 
 _RUN = on_its_data(MODULES[-1])
