@@ -4,6 +4,7 @@ A part of ``_compat.py`` with a file of its own, for its length.
 """
 
 import os
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import (
     _ResultMetric,
     _Sync,
 )
+from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompose
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.combined_loader import _shutdown_workers_and_reset_iterator
 from torch import Tensor
@@ -26,6 +28,21 @@ from torchmetrics import Metric
 def begin_epoch(trainer: pl.Trainer) -> None:
     """Let the loop over batches begin instead of going on; with ``max_steps`` it goes on."""
     trainer.fit_loop.epoch_loop.restarting = False
+
+
+def receive_sigterm(trainer: pl.Trainer) -> None:
+    """Let the trainer stop after this batch as if the signal had come to this process."""
+    trainer._signal_connector.received_sigterm = True
+
+
+def replace_sigterm_notice(trainer: pl.Trainer, notice: Callable[[int, Any], None]) -> None:
+    """Call ``notice`` where Lightning would broadcast that this process got a SIGTERM."""
+    handler: Any = signal.getsignal(signal.SIGTERM)
+    if isinstance(handler, _HandlersCompose):
+        lightnings = trainer._signal_connector._sigterm_notifier_fn
+        handler.signal_handlers = [
+            notice if each == lightnings else each for each in handler.signal_handlers
+        ]
 
 
 def load_pending_loader_states(trainer: pl.Trainer) -> bool:
@@ -53,14 +70,14 @@ def train_loaders(trainer: pl.Trainer) -> CombinedLoader | None:
     return trainer.fit_loop._combined_loader
 
 
-def combined_mode(loaders: CombinedLoader) -> str:
-    """How several loaders are combined."""
-    return loaders._mode
-
-
 def forget_train_loaders(trainer: pl.Trainer) -> None:
     """Let ``fit_loop.setup_data`` ask for the training loaders once more."""
     trainer.fit_loop._combined_loader = None
+
+
+def combined_mode(loaders: CombinedLoader) -> str:
+    """How several loaders are combined."""
+    return loaders._mode
 
 
 def shut_down_workers(loader: DataLoader[Any]) -> None:

@@ -1,6 +1,7 @@
 """One test for each private API that resuming and checkpoints touch, on the pinned versions."""
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,39 @@ def watched(function: Any, module: Any = None, **options: Any) -> tuple[list[Any
     return at.returned, trainer
 
 
+def test_replace_sigterm_notice_leaves_the_handlers_of_others() -> None:
+    told = []
+
+    def at_the_first(trainer: pl.Trainer) -> None:
+        if trainer.global_step == 1:
+            _compat_resume.replace_sigterm_notice(trainer, lambda *_: told.append("ours"))
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert not trainer.received_sigterm
+
+    before = signal.signal(signal.SIGTERM, lambda *_: told.append("the user's"))
+    try:
+        watched(at_the_first)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert told == ["ours", "the user's"]
+
+
+def test_receive_sigterm_stops_after_the_batch() -> None:
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    seen = []
+
+    def at_the_first(trainer: pl.Trainer) -> None:
+        seen.append(trainer.global_step)
+        assert not trainer.received_sigterm
+        _compat_resume.receive_sigterm(trainer)
+        assert trainer.received_sigterm
+
+    with pytest.raises(SIGTERMException):
+        watched(at_the_first)
+    assert seen == [1]
+
+
 def test_validation_follows_the_batches_it_is_due_after() -> None:
     follows, _ = watched(_compat_resume.validation_follows, val_check_interval=2)
     assert follows == [False, True, False, True, False, True]
@@ -66,6 +100,16 @@ def test_wrapped_loaders_are_what_lightning_iterates_over() -> None:
     assert _compat_resume.combined_mode(wrapped) == "min_size"
     _compat_resume.wrap_train_loaders(trainer, None)
     assert isinstance(trainer.fit_loop._data_source.dataloader(), DataLoader)
+
+
+def test_forgotten_train_loaders_are_asked_for_once_more() -> None:
+    _, trainer = watched(lambda trainer: None)
+    before = _compat_resume.train_loaders(trainer)
+    trainer.fit_loop.setup_data()
+    assert _compat_resume.train_loaders(trainer) is before
+    _compat_resume.forget_train_loaders(trainer)
+    trainer.fit_loop.setup_data()
+    assert _compat_resume.train_loaders(trainer) not in (before, None)
 
 
 def test_begin_epoch_takes_back_that_the_loop_restarts() -> None:

@@ -19,7 +19,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from typing_extensions import override
 
@@ -59,7 +58,8 @@ class AsyncCheckpoint(ModelCheckpoint):
         every_n_epochs: Epochs between checkpoints; 1 if none of the three is given.
         save_on_train_epoch_end: Whether epochs are saved after their end and not after validation.
         save_on_exception: Whether to save when training is interrupted between two batches; Ctrl-C
-            then waits for the end of the batch. What was saved before is written in any case.
+            then waits for the end of the batch. What was saved before is written in any case. Of
+            several ranks, Ctrl-C and SIGTERM on one stop and save all; other exceptions do not.
         save_weights_only: Whether to leave out all that a resume needs.
         auto_insert_metric_name: Whether names of metrics stand in the filename before their values.
         backpressure: If the earlier save is still being written: ``wait`` for it, ``skip`` this
@@ -142,6 +142,7 @@ class AsyncCheckpoint(ModelCheckpoint):
         self._retention = self._new_retention()
         self._due: dict[str, Tensor] | None = None  # the metrics when a save became due
         self._interrupt = DeferredInterrupt()
+        self._stopping_together = False
 
     # Where and whether.
 
@@ -210,8 +211,11 @@ class AsyncCheckpoint(ModelCheckpoint):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        if self.save_on_exception and trainer.world_size == 1:
+        self._stopping_together = False
+        if self.save_on_exception:
             self._interrupt.install()
+        if trainer.world_size > 1:
+            self._interrupt.watch_sigterm(trainer)
 
     @override
     def on_train_batch_end(
@@ -229,11 +233,17 @@ class AsyncCheckpoint(ModelCheckpoint):
         if self._train_time_interval is not None and self._time_is_up(trainer):
             self._mark_due(trainer)
         self._save_if_due(trainer)
-        self._interrupt.release()
+        self._stop_if_interrupted(trainer)
+
+    def _stop_if_interrupted(self, trainer: pl.Trainer, *, defer: bool = True) -> None:
+        if trainer.world_size > 1:
+            self._stopping_together = self._interrupt.share(trainer)
+        self._interrupt.release(defer=defer)
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._interrupt.release(defer=False)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._stop_if_interrupted(trainer, defer=False)
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -242,7 +252,7 @@ class AsyncCheckpoint(ModelCheckpoint):
         if not self._should_save_on_train_epoch_end(trainer):
             self._mark_due_by_epoch(trainer)
         self._save_if_due(trainer)
-        self._interrupt.release()
+        self._stop_if_interrupted(trainer)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -371,7 +381,8 @@ class AsyncCheckpoint(ModelCheckpoint):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._interrupt.release()
+        if trainer.world_size == 1:
+            self._interrupt.release()
         self._interrupt.uninstall()
         self._flush(trainer, None)
         names = ("best_model_path", "best_model_score", "last_model_path", "best_k_models")
@@ -414,8 +425,8 @@ class AsyncCheckpoint(ModelCheckpoint):
                 f"AsyncCheckpoint: {type(exception).__name__} came in the middle of a batch, whose"
                 " update may be half done; only what was saved before is kept."
             )
-        elif trainer.world_size == 1 or isinstance(exception, SIGTERMException):
-            # Of several ranks only a SIGTERM stops all at the same batch, and saving is collective.
+        elif trainer.world_size == 1 or self._stopping_together:
+            # Saving is collective: of several ranks all must have stopped at the same batch.
             self._save(trainer, self._monitor_candidates(trainer))
             rank_zero_info(f"AsyncCheckpoint: saved step {trainer.global_step} before stopping.")
 

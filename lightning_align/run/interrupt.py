@@ -1,10 +1,13 @@
-"""Ctrl-C that waits for the end of a batch, so that there is a state worth saving."""
+"""Ctrl-C and SIGTERM that wait for the end of a batch, so that there is a state worth saving."""
 
 import signal
 import threading
 from typing import Any
 
+import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_align import _compat_resume
 
 
 class DeferredInterrupt:
@@ -15,13 +18,32 @@ class DeferredInterrupt:
 
     def __init__(self) -> None:
         self._before: Any = None
-        self._deferring = self._came = False
+        self._deferring = self._came = self._told_to_end = False
 
     def install(self) -> None:
         """Take over SIGINT."""
         if threading.current_thread() is threading.main_thread() and self._before is None:
             self._before = signal.signal(signal.SIGINT, self._handle)
             self._deferring = True
+
+    def watch_sigterm(self, trainer: pl.Trainer) -> None:
+        """Take note of SIGTERM for :meth:`share`, in place of Lightning, whose handler broadcasts.
+
+        A broadcast in the middle of whatever the ranks are at deadlocks if one of them got the
+        signal, and if all did but not at the same place.
+
+        Args:
+            trainer: Whose launcher hands the signal on to the other processes of the node.
+        """
+
+        def note(number: int, _: Any) -> None:
+            launcher = trainer.strategy.launcher
+            if launcher is not None and not self._told_to_end:
+                launcher.kill(number)
+            self._told_to_end = True
+
+        self._told_to_end = False
+        _compat_resume.replace_sigterm_notice(trainer, note)
 
     def uninstall(self) -> None:
         """Give SIGINT back."""
@@ -42,6 +64,22 @@ class DeferredInterrupt:
         came, self._deferring, self._came = self._came, defer, False
         if came:
             raise KeyboardInterrupt
+
+    def share(self, trainer: pl.Trainer) -> bool:
+        """Let what came to one rank stop all of them here; whether something came. Collective.
+
+        Args:
+            trainer: Whose ranks they are.
+        """
+        any_rank = trainer.strategy.reduce_boolean_decision
+        if not any_rank(self._came or self._told_to_end, all=False):
+            return False
+        if any_rank(self._told_to_end, all=False):
+            _compat_resume.receive_sigterm(trainer)  # raised after the batch
+            self._came = False
+        else:
+            self._came = True
+        return True
 
     def _handle(self, number: int, frame: Any) -> None:
         if self._deferring and not self._came:

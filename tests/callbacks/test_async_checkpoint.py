@@ -19,7 +19,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_align import AsyncCheckpoint, ExactResume
 from lightning_align.callbacks.checkpoint_checks import check_strategy
 from lightning_align.checkpointing import SnapshotEngine, committed_checkpoints, load_checkpoint
+from tests.helpers.faulty_files import FaultyFileSystem, faulty
 from tests.helpers.foreign import Stranger
+from tests.helpers.ranks import ForkedRanks, run_ranks
 
 
 @pytest.fixture(autouse=True)
@@ -240,7 +242,41 @@ def test_backpressure_skip_leaves_out_saves_and_says_so(tmp_path: Path, slow: Sl
     assert len(names(tmp_path)) == 12 - skipped
 
 
+def test_backpressure_latest_writes_the_newest_of_those_that_wait(
+    tmp_path: Path, slow: Slow
+) -> None:
+    slow.seconds = 0.3
+    logger = Noting()
+    options = {"every_n_train_steps": 1, "save_top_k": -1}
+    callback = AsyncCheckpoint(tmp_path, backpressure="latest", **options)
+    fit(callback, folder=tmp_path, logger=logger)
+    assert "epoch=1-step=12" in names(tmp_path)
+    assert 2 <= len(names(tmp_path)) < 12
+    assert max(logger.values("checkpoint/stall_s")) < 0.3, "nobody waited for the writer"
+    assert Path(callback.last_model_path).stem == "epoch=1-step=12"
+
+
 # Faults
+
+
+def test_remote_storage_that_fails_and_recovers_loses_no_checkpoint_but_its_own(
+    tmp_path: Path,
+) -> None:
+    def before(operation: str, name: str) -> None:
+        if operation == "write" and "step=8" in name:
+            raise TimeoutError("the bucket did not answer")
+
+    with faulty(before):
+        callback = AsyncCheckpoint("faulty://bucket/run", every_n_train_steps=4, save_top_k=-1)
+        with pytest.warns(UserWarning, match=r"step=8.*the bucket did not answer"):
+            made = fit(callback, folder=tmp_path)
+        assert made.global_step == 12
+        assert names("faulty://bucket/run") == {"epoch=0-step=4", "epoch=1-step=12"}
+        assert AsyncCheckpoint.latest("faulty://bucket/run") == callback.last_model_path
+        FaultyFileSystem.store["/bucket/run/epoch=1-step=12.ckpt"].write(b"damaged")
+        with pytest.warns(UserWarning, match="passed over"):
+            latest = AsyncCheckpoint.latest("faulty://bucket/run")
+        assert latest.endswith("epoch=0-step=4.ckpt")
 
 
 def test_failed_writes_are_told_training_goes_on_and_the_old_one_stays(
@@ -341,6 +377,40 @@ def test_signals_save_the_batch_they_came_in(tmp_path: Path, number: int) -> Non
         signal.signal(signal.SIGINT, before)  # Lightning leaves it ignored
     assert names(tmp_path) == {"epoch=0-step=4"}
     fit(AsyncCheckpoint(tmp_path), folder=tmp_path, ckpt_path="last")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+@pytest.mark.parametrize("signalled", [0, 1])
+def test_a_signal_to_one_rank_saves_the_batch_that_all_are_in(
+    tmp_path: Path, number: int, signalled: int
+) -> None:
+    def options(rank: int) -> dict[str, Any]:
+        return {"strategy": "ddp", "devices": 2, "plugins": [ForkedRanks(rank, 2)]}
+
+    def interrupted(rank: int) -> int:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        watch = [Signal(number)] if rank == signalled else []
+        callback = AsyncCheckpoint(tmp_path, save_on_exception=True)
+        try:
+            fit(callback, *watch, folder=tmp_path, **options(rank))
+        except SIGTERMException:
+            return signal.SIGTERM
+        except SystemExit:  # Lightning's answer to Ctrl-C
+            return signal.SIGINT
+        return 0
+
+    def resumed(rank: int) -> dict[str, torch.Tensor]:
+        made = fit(AsyncCheckpoint(tmp_path), folder=tmp_path, ckpt_path="last", **options(rank))
+        return made.lightning_module.state_dict()
+
+    def uninterrupted(rank: int) -> dict[str, torch.Tensor]:
+        callback = AsyncCheckpoint(tmp_path / "whole")
+        return fit(callback, folder=tmp_path, **options(rank)).lightning_module.state_dict()
+
+    assert run_ranks(interrupted) == [number, number]
+    assert names(tmp_path) == {"epoch=1-step=4"}
+    for ours, whole in zip(run_ranks(resumed), run_ranks(uninterrupted), strict=True):
+        assert all(torch.equal(ours[name], whole[name]) for name in whole)
 
 
 def test_runs_that_share_a_folder_are_refused(tmp_path: Path) -> None:
