@@ -28,7 +28,7 @@ from lightning_align.strategies.chain import WHERE, Chain, Step
 from lightning_align.strategies.failure import failing_together
 from lightning_align.strategies.microbatches import shape_key, split_batch, tensors_of
 from lightning_align.strategies.rehearsal import first_batch, step_arguments
-from lightning_align.strategies.replay import SUMS, LogRecorder
+from lightning_align.strategies.replay import LogRecorder
 
 _REPEATS = 5  # of which the median counts; one more comes before
 # What blocks call their place in the model, which makes them no other kind.
@@ -168,19 +168,13 @@ class _Timing:
 
     def _time_of_loss(self, step: Step, output: Any) -> float:
         """Of the user's step without the chain."""
-        module, output = self.chain.module, _leaves(output)
-        sums = {name: getattr(module, name, None) for name in SUMS}
-        before = {name: dict(value) for name, value in sums.items() if isinstance(value, dict)}
+        output = _leaves(output)
 
         def loss() -> Any:
-            with self.chain.seam(output), LogRecorder(module).recording(1.0):
+            with self.chain.seam(output), LogRecorder(self.chain.module).recording(1.0):
                 return step()
 
-        milliseconds = self._median(loss, tensors_of(output), self.chain.after)
-        for name, values in before.items():
-            getattr(module, name).clear()
-            getattr(module, name).update(values)
-        return milliseconds
+        return self._median(loss, tensors_of(output), self.chain.after)
 
     def _median(
         self, call: Callable[[], Any], inputs: Sequence[Tensor], parts: Sequence[nn.Module]

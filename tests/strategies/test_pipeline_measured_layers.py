@@ -18,6 +18,8 @@ from tests.helpers.pipelines import Batches, Chained, Run
 from tests.helpers.ranks import run_ranks
 from tests.helpers.sleeping_pipeline import SleepingStage
 from tests.helpers.tiny_models import TINY_MODELS
+from tests.strategies.test_pipeline_checkpoints import SaveAt
+from tests.strategies.test_pipeline_steps import fit_sequential
 
 PROFILE = {"schedule": "1F1B", "num_microbatches": 4, "partition_method": "profile"}
 RUN = Run("chain", PROFILE, steps=4, data={"masked": False})
@@ -87,6 +89,13 @@ def test_timing_leaves_the_numbers_of_the_run_alone(model: str) -> None:
     for ours, theirs in zip(logged, plain_logged, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
     assert drawn == plain_drawn
+
+
+@pytest.mark.slow
+def test_timing_leaves_no_trace_in_batch_norm() -> None:
+    buffers = [end[1] for end in run_ranks(lambda rank: fit_sequential(rank, PROFILE, norm=True))]
+    # On the rank that has the layer each micro-batch counts once, on the other none does.
+    assert sorted(b["net.1.num_batches_tracked"] for b in buffers) == [0, 5 * 4]
 
 
 class Parts:
@@ -200,3 +209,33 @@ def test_a_module_that_has_been_cut_is_cut_there_again() -> None:
     assert "parameters" in untrained.splitlines()[0], "there is no training batch to take times of"
     assert "ms" in trained.splitlines()[0]
     assert after == trained
+
+
+class Stateful(DataLoader[Any]):
+    """Knows its place in the data."""
+
+    place = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"place": 17}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.place = state["place"]
+
+
+@pytest.mark.slow
+def test_a_resumed_run_is_timed_too_and_its_loader_finds_its_place(tmp_path: Path) -> None:
+    def train(rank: int) -> Any:
+        found = []
+        path = tmp_path / "middle.ckpt"
+        for options in ({}, {"ckpt_path": path, "weights_only": False}):
+            with RUN.setting(rank) as (trainer, seen):
+                loader = Stateful(Batches(4, masked=False), batch_size=None)
+                trainer.callbacks.append(SaveAt(2, path))
+                trainer.fit(Chained(), loader, **options)
+            found.append((trainer.strategy.table.split()[3], loader.place, seen.losses))
+        return found
+
+    (unit, place, losses), (again, found, _) = run_ranks(train)[0]
+    assert (unit, place, len(losses)) == ("ms", 0, 4)
+    assert (again, found) == ("ms", 17)
