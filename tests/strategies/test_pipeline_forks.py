@@ -1,0 +1,90 @@
+"""Processes that Lightning starts (``start_method``), and those that live on after a failure."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+
+from lightning_align import PipelineStrategy
+from tests.helpers.pipelines import Chained, Run
+from tests.helpers.ranks import end_of_ranks
+from tests.strategies.test_pipeline_failures import RaiseOn
+
+pytestmark = pytest.mark.slow  # `make test-laws` runs them
+
+ONE_F_ONE_B: dict[str, Any] = {"schedule": "1F1B", "num_microbatches": 4}
+RUN = Run("chain", steps=4, data={"masked": False})
+
+SPAWN = """
+import lightning as L
+import torch
+
+import lightning_align
+from tests.helpers.pipelines import Batches, Chained
+from torch.utils.data import DataLoader
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    strategy = lightning_align.PipelineStrategy(
+        schedule="1F1B", num_microbatches=4, start_method="spawn"
+    )
+    trainer = L.Trainer(strategy=strategy, devices=2, accelerator="cpu", max_epochs=1, logger=False,
+                        enable_progress_bar=False, enable_checkpointing=False)
+    module = Chained()
+    before = module.head.weight.detach().clone()
+    trainer.fit(module, DataLoader(Batches(4, masked=False), batch_size=None))
+    assert not module.head.weight.equal(before)  # of the last stage, on rank 1
+    print("loss", trainer.callback_metrics["train_loss"].item())
+"""
+
+
+def test_lightning_spawns_the_ranks_and_returns_the_weights(tmp_path: Any) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SPAWN)
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=150, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("loss "))
+    assert float(line.split()[1]) == pytest.approx(RUN.fit()["metrics"]["train_loss"], abs=1e-5)
+
+
+def test_a_failure_of_a_forked_rank_reaches_the_process_that_forked_it() -> None:
+    def train(_: int) -> None:
+        strategy = PipelineStrategy(**ONE_F_ONE_B, start_method="fork")
+        options: Any = {"logger": False, "enable_checkpointing": False, "max_epochs": 1}
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            devices=2,
+            strategy=strategy,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[RaiseOn(1)],
+            **options,
+        )
+        trainer.fit(Chained(), RUN.loader())
+
+    (end,) = end_of_ranks(train, 1, timeout_s=60, group=False)
+    assert not end.stuck
+    assert "OSError: disk full" in end.error
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_script_that_goes_on_after_a_failure_waits_for_no_one(failing: int) -> None:
+    """The others cannot come to its barrier: they wait in a step for what it never sends."""
+    run = replace(RUN, strategy=ONE_F_ONE_B, callbacks=[lambda: RaiseOn(failing)])
+
+    def train(rank: int) -> None:
+        with run.setting(rank) as (trainer, _):
+            try:
+                trainer.fit(run.module(), run.loader())
+            finally:
+                trainer.strategy.barrier()
+
+    ended = end_of_ranks(train, timeout_s=20)
+    assert not any(end.stuck for end in ended)
+    assert "OSError: disk full" in ended[failing].error
+    assert f"The failure was at rank {failing}, between steps" in ended[1 - failing].error
