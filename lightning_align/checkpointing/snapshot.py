@@ -50,6 +50,8 @@ _LOOKS: tuple[Any, ...] = (
     type,
 )
 
+_AT_A_TIME = 64  # tensors
+
 _STREAMS: dict[torch.device, torch.cuda.Stream] = {}
 _MEMORIES: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()  # of all blocks
 _INHERITED: list[mmap.mmap] = []  # of the process that forked this one
@@ -175,18 +177,22 @@ class _Plan:
     def fits(self, tensors: list[Tensor]) -> bool:
         """Whether these are the same tensors, where they were.
 
-        There may be 20,000: values are compared one by one as they come, because keeping lists of
-        so many small objects takes longer than making them.
+        There may be 20,000, a few at a time in the cache; values are compared as they come, because
+        keeping lists of so many small objects takes longer than making them.
         """
         return (
             len(tensors) == len(self.pointers)
-            and all(map(eq, map(Tensor.data_ptr, tensors), self.pointers))
-            and all(
-                all(map(eq, map(look, tensors), seen))
-                for look, seen in zip(_LOOKS, self.looks, strict=True)
-            )
+            and all(self._fits_from(i, tensors) for i in range(0, len(tensors), _AT_A_TIME))
             and _bits(tensors, self.odd) == self.bits
             and all(part.is_in(tensors) for part in self.ranges if len(part.members) > 1)
+        )
+
+    def _fits_from(self, start: int, tensors: list[Tensor]) -> bool:
+        some = slice(start, start + _AT_A_TIME)
+        tensors = tensors[some]
+        return all(map(eq, map(Tensor.data_ptr, tensors), self.pointers[some])) and all(
+            all(map(eq, map(look, tensors), seen[some]))
+            for look, seen in zip(_LOOKS, self.looks, strict=True)
         )
 
 
