@@ -92,3 +92,12 @@ def test_unknown_configuration_is_refused() -> None:
 
     with pytest.raises(ValueError, match="no causal language model for this configuration"):
         build_model(Strange(), where="T")
+
+
+def test_on_meta_only_parameters_have_no_values() -> None:
+    with torch.device("meta"):
+        model = build_model(llama(), where="T")
+    assert all(parameter.is_meta for parameter in model.parameters())
+    buffers = dict(model.named_buffers())
+    assert buffers
+    assert not any(buffer.is_meta for buffer in buffers.values())
