@@ -13,18 +13,19 @@ that is there is not run again.
 """
 
 import argparse
-import json
-import os
 import platform
 import shutil
 import subprocess
 import sys
-import time
 import warnings
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+sys.path.append(str(Path(__file__).parents[2]))  # tests.helpers
+
+from tests.helpers.learning_runs import Curve, keep, kept_run, warmup_and_decay
 
 STEPS, EVERY, SEEDS = 500, 100, (0, 1, 2)
 HERE = Path(__file__).parent
@@ -61,10 +62,6 @@ def build(side: str, lr: float, seed: int, steps: int, interval: int) -> tuple[A
 
     from lightning_align import LISA, PretrainModule
 
-    def schedule(step: int) -> float:
-        warmup = max(1, steps // 20)
-        return min((step + 1) / warmup, (steps - step) / (steps - warmup))
-
     model = AutoModelForCausalLM.from_pretrained(base_model())
     if side.startswith("LoRA"):
         import peft
@@ -74,7 +71,9 @@ def build(side: str, lr: float, seed: int, steps: int, interval: int) -> tuple[A
     module = PretrainModule(
         model,
         optimizer=partial(torch.optim.AdamW, lr=lr, betas=(0.9, 0.95), weight_decay=0.1),
-        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, schedule),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
+            optimizer, warmup_and_decay(steps)
+        ),
     )
     if not side.startswith("LISA"):
         return module, []
@@ -107,24 +106,6 @@ def train(side: str, lr: float, seed: int) -> dict[str, Any]:
     import torch
 
     from lightning_align import TextDataModule
-
-    class Curve(pl.Callback):
-        """Validation loss by step, and CPU time of the steps alone."""
-
-        def __init__(self) -> None:
-            self.found: dict[str, Any] = {"steps": [], "losses": [], "seconds": []}
-            self.spent = 0.0
-
-        def on_train_batch_start(self, *_: Any) -> None:
-            self.start = time.process_time()
-
-        def on_train_batch_end(self, *_: Any) -> None:
-            self.spent += time.process_time() - self.start
-
-        def on_validation_end(self, trainer: Any, *_: Any) -> None:
-            self.found["steps"].append(trainer.global_step)
-            self.found["losses"].append(float(trainer.callback_metrics["val_loss"]))
-            self.found["seconds"].append(self.spent)
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -161,16 +142,7 @@ def path_of(side: str, lr: float, seed: int) -> Path:
 
 
 def result(side: str, lr: float, seed: int, *, run: bool) -> dict[str, Any] | None:
-    path = path_of(side, lr, seed)
-    if not path.exists():
-        if not run:
-            return None
-        command = [sys.executable, __file__, "--one", side, str(lr), str(seed)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        start = time.monotonic()
-        subprocess.run(command, check=True, env=environment, stderr=subprocess.DEVNULL)
-        print(f"{path.stem}: {time.monotonic() - start:.0f} s wall", flush=True)
-    return json.loads(path.read_text())
+    return kept_run(path_of(side, lr, seed), __file__, side, lr, seed, run=run)
 
 
 def best_lr(side: str, *, run: bool) -> float | None:
@@ -250,11 +222,7 @@ def main() -> None:
         return
     side, lr, seed = arguments.one
     found = train(side, float(lr), int(seed))
-    path = path_of(side, float(lr), int(seed))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(found))
-    temporary.rename(path)
+    keep(found, path_of(side, float(lr), int(seed)))
 
 
 if __name__ == "__main__":

@@ -11,16 +11,16 @@ is there is not run again. Time is CPU time of training steps, without validatio
 """
 
 import argparse
-import json
-import os
 import platform
-import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
+
+sys.path.append(str(Path(__file__).parents[2]))  # tests.helpers
+
+from tests.helpers.learning_runs import Curve, keep, kept_run, warmup_and_decay
 
 STEPS, SWEEP_STEPS = 2500, 500
 SEEDS = (0, 1, 2)
@@ -68,28 +68,6 @@ def train(name: str, lr: float, seed: int, steps: int) -> dict[str, Any]:
 
     from lightning_align import PretrainModule, TextDataModule
 
-    class Curve(pl.Callback):
-        """Validation loss by step and CPU time of the steps alone."""
-
-        def __init__(self) -> None:
-            self.found: dict[str, Any] = {"steps": [], "losses": [], "seconds": []}
-            self.spent = 0.0
-
-        def on_train_batch_start(self, *_: Any) -> None:
-            self.start = time.process_time()
-
-        def on_train_batch_end(self, *_: Any) -> None:
-            self.spent += time.process_time() - self.start
-
-        def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
-            self.found["steps"].append(trainer.global_step)
-            self.found["losses"].append(float(trainer.callback_metrics["val_loss"]))
-            self.found["seconds"].append(self.spent)
-
-    def schedule(step: int) -> float:
-        warmup = max(1, steps // 20)
-        return min((step + 1) / warmup, (steps - step) / (steps - warmup))
-
     torch.set_num_threads(1)
     pl.seed_everything(seed, verbose=False)
     config = LlamaConfig(
@@ -108,7 +86,9 @@ def train(name: str, lr: float, seed: int, steps: int) -> dict[str, Any]:
     module = PretrainModule(
         config,
         optimizer=partial(build_optimizer, name, lr),
-        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, schedule),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
+            optimizer, warmup_and_decay(steps)
+        ),
     )
     data = TextDataModule(vocab_size=1024, block_size=128, batch_size=4, seed=seed)
     curve = Curve()
@@ -135,15 +115,7 @@ def path_of(name: str, lr: float, seed: int, steps: int) -> Path:
 
 def result(name: str, lr: float, seed: int, steps: int, *, run: bool) -> dict[str, Any] | None:
     path = path_of(name, lr, seed, steps)
-    if not path.exists():
-        if not run:
-            return None
-        command = [sys.executable, __file__, "--one", name, str(lr), str(seed), str(steps)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        start = time.monotonic()
-        subprocess.run(command, check=True, env=environment, stderr=subprocess.DEVNULL)
-        print(f"{path.stem}: {time.monotonic() - start:.0f} s wall", flush=True)
-    return json.loads(path.read_text())
+    return kept_run(path, __file__, name, lr, seed, steps, run=run)
 
 
 def best_lr(name: str, *, run: bool) -> float | None:
@@ -218,11 +190,7 @@ def main() -> None:
         return
     name, lr, seed, steps = arguments.one
     found = train(name, float(lr), int(seed), int(steps))
-    path = path_of(name, float(lr), int(seed), int(steps))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(found))
-    temporary.rename(path)
+    keep(found, path_of(name, float(lr), int(seed), int(steps)))
 
 
 if __name__ == "__main__":
