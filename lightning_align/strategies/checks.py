@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import distributed
 from torch.optim import Optimizer
 
@@ -67,6 +68,17 @@ def check_module(trainer: pl.Trainer, module: pl.LightningModule) -> None:
             rule = "it needs the whole model, and a rank holds a part of it"
             way_out = "Leave the callback out, or use another strategy"
             raise argument_error(WHERE, "callbacks", name, rule, way_out)
+        if trainer.world_size > 1 and _saves_on_exception(callback):
+            rule = "it saves when a rank fails, and a checkpoint takes all ranks: they would wait"
+            way_out = "Save every few steps, or at SIGTERM: AsyncCheckpoint(save_on_exception=True)"
+            raise argument_error(WHERE, "callbacks", name, rule, way_out)
+
+
+def _saves_on_exception(callback: pl.Callback) -> bool:
+    if isinstance(callback, ModelCheckpoint):
+        inherited = type(callback).on_exception is ModelCheckpoint.on_exception
+        return inherited and bool(callback.save_on_exception)
+    return isinstance(callback, OnExceptionCheckpoint)
 
 
 @contextmanager

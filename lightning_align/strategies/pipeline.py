@@ -427,7 +427,10 @@ class PipelineStrategy(StageCheckpoints):
     @override
     def on_exception(self, exception: BaseException) -> None:
         if not isinstance(exception, failure.PipelineError):
-            failure.pipeline_error(f"rank {self.global_rank}, between steps", exception)
+            place = f"rank {self.global_rank}, between steps"
+            told = failure.pipeline_error(place, exception)
+            if hasattr(exception, "add_note"):  # Python 3.11; it may only have lost its peer
+                exception.add_note(f"{type(told).__name__}: {told}")
         failure.leave()
 
     @override

@@ -36,7 +36,8 @@ class StageCheckpoints(ParallelStrategy):
 
     def whole_state_dict(self) -> dict[str, Any]:
         """The module's state, complete on rank 0 and empty elsewhere; collective."""
-        assert self._parameters is not None
+        if self._parameters is None:  # saved by a callback, when the set-up has failed
+            return super().lightning_module_state_dict()
         return stage_state.gather_module(self._parameters)
 
     # Saving.
@@ -44,8 +45,7 @@ class StageCheckpoints(ParallelStrategy):
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """All parameters under their names, on rank 0, or those of this rank; collective."""
-        assert self._parameters is not None
-        if self.save_distributed_checkpoint:
+        if self.save_distributed_checkpoint and self._parameters is not None:
             return distributed_checkpoint.module_part(self._parameters)
         return self.whole_state_dict()
 
@@ -61,12 +61,11 @@ class StageCheckpoints(ParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
     ) -> None:
-        if not self.save_distributed_checkpoint:
+        if not self.save_distributed_checkpoint or self._parameters is None:
             if self.is_global_zero:
                 distributed_checkpoint.remove(filepath)
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
-        assert self._parameters is not None
         group, path = self._parameters.group, str(self.broadcast(filepath))
         distributed_checkpoint.save(checkpoint, path, group, self.checkpoint_io.save_checkpoint)
 

@@ -1,17 +1,22 @@
 """Callbacks that need the whole model, of which each rank has a part: they work, or are refused."""
 
+import os
+import signal
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from transformers import AutoModelForCausalLM
 
 from lightning_align import AsyncCheckpoint, GenerateSamples, PretrainModule, SavePretrained
 from tests.helpers.pipelines import PositionedBatches, Run
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import end_of_ranks, run_ranks
 from tests.strategies.test_pipeline_checkpoints import DROPOUT, equal, state_of
 
 pytestmark = pytest.mark.slow  # `make test-laws` runs them
@@ -113,6 +118,72 @@ def test_a_run_with_nothing_left_to_train_exports_what_it_was_given(tmp_path: Pa
     assert isinstance(module, PretrainModule)
     exported = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert equal(dict(exported.state_dict()), dict(module.model.state_dict()))
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        lambda path: ModelCheckpoint(path, save_on_exception=True),
+        lambda path: OnExceptionCheckpoint(path),
+    ],
+)
+def test_saving_on_the_rank_that_fails_is_refused(callback: Any, tmp_path: Path) -> None:
+    def refused(rank: int) -> str:
+        with pytest.raises(ValueError, match="it saves when a rank fails") as caught:
+            train(GPT2, rank, callback(tmp_path))
+        return str(caught.value)
+
+    name = type(callback(tmp_path)).__name__
+    for message in run_ranks(refused):
+        assert message.startswith(f"PipelineStrategy(callbacks={name!r}): ")
+    train(GPT2, None, callback(tmp_path))  # one process can
+
+
+class Stop(pl.Callback):
+    """Something happens on a rank after the third batch."""
+
+    def __init__(self, rank: int, happen: Callable[[], None]) -> None:
+        self.rank, self.happen = rank, happen
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == 2 and trainer.global_rank == self.rank:
+            self.happen()
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def fail() -> None:
+    raise OSError("disk full")
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_async_checkpoint_saves_when_a_rank_is_terminated(number: int, tmp_path: Path) -> None:
+    def stop(rank: int) -> None:
+        callback = AsyncCheckpoint(tmp_path, save_on_exception=True)
+        with pytest.raises(SIGTERMException):
+            train(GPT2, rank, Stop(number, terminate), callback)
+
+    run_ranks(stop)
+    whole = run_ranks(lambda rank: train(GPT2, rank))[0]
+    (path,) = tmp_path.glob("*.ckpt")
+    assert run_ranks(lambda rank: train(GPT2, rank, ckpt_path=path))[0] == whole[3:]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_rank_that_fails_beside_async_checkpoint_ends_all(failing: int, tmp_path: Path) -> None:
+    def train_on(rank: int) -> None:
+        callback = AsyncCheckpoint(tmp_path, save_on_exception=True, every_n_train_steps=2)
+        train(GPT2, rank, callback, Stop(failing, fail))
+
+    ended = end_of_ranks(train_on, timeout_s=60)
+    assert not any(end.stuck for end in ended)
+    assert "OSError: disk full" in ended[failing].error
+    assert f"The failure was at rank {failing}" in ended[1 - failing].error
+    assert [path.name for path in tmp_path.glob("*.ckpt")] == ["epoch=0-step=2.ckpt"]
 
 
 def test_generate_samples_is_refused() -> None:
