@@ -16,7 +16,8 @@ from lightning_align import PretrainModule
 from lightning_align.cli import AlignCLI
 from tests.helpers.pipelines import ADAMW, VOCAB_SIZE, Chained, Run
 from tests.helpers.ranks import run_ranks
-from tests.helpers.tiny_models import HIDDEN_SIZE, CausalBlock
+from tests.helpers.tiny_models import HIDDEN_SIZE, TINY_MODELS, CausalBlock
+from tests.strategies.test_initial_weights import filled
 from tests.strategies.test_pipeline_meta import peak_bytes, reset_peak
 
 pytestmark = pytest.mark.slow  # `make test-laws` runs them
@@ -224,4 +225,14 @@ def test_a_run_from_yaml_never_holds_the_model(tmp_path: Path) -> None:
     spread, size = most(True, width=512, blocks=12)
     whole, _ = most(False, width=512, blocks=12)
     assert whole - command > 0.95 * size
+    # 0.51 measured: half of the blocks
     assert spread - command < 0.6 * size, f"{(spread - command) / size:.2f} of {size / 1e6:.0f} MB"
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_every_family_has_the_values_that_transformers_draws(name: str) -> None:
+    ours = filled(TINY_MODELS[name], lambda _: True)
+    for key, value in TINY_MODELS[name]().named_parameters():
+        if key != "lm_head.bias":  # the tiny models draw their own
+            # some hundred draws: the standard error of their deviation is about 3 %
+            assert ours[key].std() == pytest.approx(float(value.detach().std()), rel=0.12), key
