@@ -205,32 +205,27 @@ def test_a_model_without_memory_takes_its_values_from_the_folder(
 
 
 def test_model_checkpoint_keeps_the_newest_folder_and_evaluates_it(tmp_path: Path) -> None:
-    run = changed(MODELS["chain"], callbacks=[])
+    run = MODELS["chain"]
 
-    def train(rank: int) -> tuple[str, float, float]:
+    def train(rank: int) -> tuple[str, list[float]]:
         with run.setting(rank) as (trainer, _):
             callback = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_last=True)
             trainer.callbacks.append(callback)
             module = run.module()
             trainer.fit(module, datamodule=PositionedBatches(6))
-            batches = PositionedBatches(2).train_dataloader
-            (trained,) = trainer.validate(module, _plain(batches), verbose=False)
-            (loaded,) = trainer.validate(
-                run.module(), _plain(batches), ckpt_path="best", verbose=False
-            )
-        return callback.best_model_path, trained["val_loss"], loaded["val_loss"]
 
-    told = run_ranks(train)
-    assert told[0] == told[1]
-    best, trained, loaded = told[0]
-    assert loaded == trained
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {Path(best).name, "last.ckpt"}
+            def loss(module: Any, **options: Any) -> float:
+                (metrics,) = trainer.validate(module, run.loader(), verbose=False, **options)
+                return metrics["val_loss"]
+
+            loaded = [loss(run.module(), ckpt_path=which) for which in ("best", "last")]
+            return callback.best_model_path, [*loaded, loss(module)]
+
+    (best, losses), other = run_ranks(train)
+    assert (best, losses) == other
+    assert losses[0] == losses[1] == losses[2]
     assert Path(best).name == "epoch=0-step=6.ckpt"
-
-
-def _plain(_: Any) -> Any:
-    return Run(steps=2).loader()
+    assert {path.name for path in tmp_path.iterdir()} == {"epoch=0-step=6.ckpt", "last.ckpt"}
 
 
 def remove(name: str) -> Callable[[Path], Any]:
