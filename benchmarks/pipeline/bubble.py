@@ -11,31 +11,27 @@ rank; at most 0.03 apart (median of the pairs).
 """
 
 import argparse
-import logging
 import statistics
 import sys
-import time
-import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from torch import Tensor, distributed, nn
-from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import get_schedule_class
-from torch.utils.data import DataLoader
+from torch import nn
 
 sys.path.append(str(Path(__file__).parents[2]))  # tests.helpers: forked ranks, layers that sleep
 
 from lightning_align import PipelineStrategy
 from lightning_align.pipelining import simulate
-from tests.helpers.ranks import ForkedRanks, run_ranks
+from tests.helpers.ranks import run_ranks
+from tests.helpers.raw_pipeline import Alternate, Logged, RawPipeline, fit
 from tests.helpers.sleeping_pipeline import SleepingStage
 
 FORWARD_S, BACKWARD_S = 0.050, 0.100  # of a rank, for one micro-batch
 STAGES_PER_RANK = {"1F1B": 1, "Interleaved1F1B": 2}
 WARMUP, BAR = 2, 0.03
+SGD = partial(torch.optim.SGD, lr=0.01)
 
 Steps = list[tuple[float, float]]  # seconds of ours, seconds of torch's
 
@@ -46,105 +42,26 @@ def layers(schedule: str, pp: int) -> list[SleepingStage]:
     return [SleepingStage(i, FORWARD_S / v, BACKWARD_S / v, []) for i in range(pp * v)]
 
 
-def loss_of(output: Tensor, target: Tensor) -> Tensor:
-    return (output - target).square().mean()
-
-
-class Module(pl.LightningModule):
-    """The user's side: nothing but a loss."""
-
-    def __init__(self, schedule: str, pp: int) -> None:
-        super().__init__()
-        self.net = nn.Sequential(*layers(schedule, pp))
-
-    def training_step(self, batch: list[Tensor]) -> Tensor:
-        loss = loss_of(self.net(batch[0]), batch[1])
-        self.log("train_loss", loss)
-        return loss
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), 0.01)
-
-
-class Raw:
-    """The same on torch alone."""
-
-    def __init__(self, schedule: str, rank: int, pp: int, microbatches: int) -> None:
-        every = layers(schedule, pp)
-        stages = [
-            PipelineStage(every[index], index, len(every), torch.device("cpu"))
-            for index in range(rank, len(every), pp)
-        ]
-        self.is_first, self.is_last = rank == 0, rank == pp - 1
-        self.schedule = get_schedule_class(schedule)(
-            stages if len(stages) > 1 else stages[0], microbatches, loss_fn=loss_of
-        )
-        parameters = [p for stage in stages for p in stage.submod.parameters()]
-        self.optimizer = torch.optim.SGD(parameters, 0.01)
-
-    def step(self, batch: list[Tensor]) -> None:
-        self.optimizer.zero_grad()
-        inputs = [batch[0]] if self.is_first else []
-        target = batch[1] if self.is_last else None
-        losses: list[Tensor] = []
-        self.schedule.step(*inputs, target=target, losses=losses, return_outputs=False)
-        self.optimizer.step()
-
-
-class Alternate(pl.Callback):
-    """After each step of Lightning's loop, one of torch's; times of both."""
-
-    def __init__(self, raw: Raw) -> None:
-        self.raw = raw
-        self.steps: Steps = []
-        self.started = 0.0
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        distributed.barrier()
-        now = time.perf_counter()
-        ours = now - self.started
-        self.raw.step(args[3])
-        distributed.barrier()
-        self.steps.append((ours, time.perf_counter() - now))
-        self.started = time.perf_counter()
-
-
-def fit(
-    rank: int, schedule: str, pp: int, microbatches: int, steps: int, *callbacks: pl.Callback
-) -> Any:
+def train(rank: int, schedule: str, pp: int, m: int, steps: int, *callbacks: Any) -> Any:
     """Train under the strategy, which is returned."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
     recorded = not callbacks  # what is timed records nothing
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=pp,
-        strategy=PipelineStrategy(
-            schedule, num_microbatches=microbatches, record_timeline=recorded
-        ),
-        plugins=[ForkedRanks(rank, pp)],
-        max_epochs=1,
-        callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    batch = [torch.ones(microbatches, 1), torch.zeros(microbatches, 1)]
-    trainer.fit(Module(schedule, pp), DataLoader([batch] * steps, batch_size=None))
-    return trainer.strategy
+    strategy = PipelineStrategy(schedule, num_microbatches=m, record_timeline=recorded)
+    module = Logged(nn.Sequential(*layers(schedule, pp)), SGD)
+    batch = [torch.ones(m, 1), torch.zeros(m, 1)]
+    fit(module, strategy, rank, pp, [batch] * steps, *callbacks)
+    return strategy
 
 
-def pairs_of_steps(rank: int, schedule: str, pp: int, microbatches: int, repeats: int) -> Steps:
+def pairs_of_steps(rank: int, schedule: str, pp: int, m: int, repeats: int) -> Steps:
     """Seconds of ``repeats`` pairs of steps."""
-    alternate = Alternate(Raw(schedule, rank, pp, microbatches))
-    fit(rank, schedule, pp, microbatches, repeats + WARMUP, alternate)
-    return alternate.steps[WARMUP:]
+    alternate = Alternate(RawPipeline(schedule, layers(schedule, pp), rank, pp, m, SGD))
+    train(rank, schedule, pp, m, repeats + WARMUP, alternate)
+    return alternate.pairs[WARMUP:]
 
 
 def draw(path: Path, schedule: str = "Interleaved1F1B", pp: int = 4, m: int = 8) -> None:
     """A real step below the one that is simulated from the sleeps; a Chrome trace of both."""
-    events = run_ranks(lambda rank: fit(rank, schedule, pp, m, WARMUP + 1).timeline(), pp)[0]
+    events = run_ranks(lambda rank: train(rank, schedule, pp, m, WARMUP + 1).timeline(), pp)[0]
     v = STAGES_PER_RANK[schedule]
     costs = {"forward_cost": FORWARD_S / v, "backward_cost": BACKWARD_S / v}
     simulated = simulate(schedule, pp, m, v, **costs)

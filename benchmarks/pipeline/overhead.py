@@ -8,26 +8,19 @@ Lightning's whole loop with a logged loss against ``schedule.step`` and ``optimi
 """
 
 import argparse
-import logging
 import math
 import statistics
 import sys
-import time
-import warnings
 from pathlib import Path
-from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from torch import Tensor, distributed, nn
-from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import get_schedule_class
-from torch.utils.data import DataLoader
+from torch import nn
 
 sys.path.append(str(Path(__file__).parents[2]))  # tests.helpers: forked ranks
 
 from lightning_align import PipelineStrategy
-from tests.helpers.ranks import ForkedRanks, run_ranks
+from tests.helpers.ranks import run_ranks
+from tests.helpers.raw_pipeline import Alternate, Logged, RawPipeline, fit
 
 WIDTH, LAYERS, RANKS, MICROBATCHES, WARMUP = 512, 8, 2, 4, 3
 BARS = {"1F1B": 0.95, "Interleaved1F1B": 0.93}
@@ -48,98 +41,17 @@ def layers() -> nn.Sequential:
     )
 
 
-def loss_of(output: Tensor, target: Tensor) -> Tensor:
-    return (output - target).square().mean()
-
-
-class Module(pl.LightningModule):
-    """The user's side: nothing but a loss."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = layers()
-
-    def training_step(self, batch: list[Tensor]) -> Tensor:
-        loss = loss_of(self.net(batch[0]), batch[1])
-        self.log("train_loss", loss)
-        return loss
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(self.parameters())
-
-
-class Raw:
-    """The same on torch alone."""
-
-    def __init__(self, schedule: str, rank: int) -> None:
-        per_rank = 2 if schedule == "Interleaved1F1B" else 1
-        num_stages = RANKS * per_rank
-        size = LAYERS // num_stages
-        net = list(layers())
-        stages = [
-            PipelineStage(
-                nn.Sequential(*net[index * size : (index + 1) * size]),
-                index,
-                num_stages,
-                torch.device("cpu"),
-            )
-            for index in range(rank, num_stages, RANKS)
-        ]
-        self.rank = rank
-        self.schedule = get_schedule_class(schedule)(
-            stages if per_rank > 1 else stages[0], MICROBATCHES, loss_fn=loss_of
-        )
-        parameters = [p for stage in stages for p in stage.submod.parameters()]
-        self.optimizer = torch.optim.AdamW(parameters)
-
-    def step(self, batch: list[Tensor]) -> None:
-        self.optimizer.zero_grad()
-        inputs = [batch[0]] if self.rank == 0 else []
-        target = batch[1] if self.rank == RANKS - 1 else None
-        losses: list[Tensor] = []
-        self.schedule.step(*inputs, target=target, losses=losses, return_outputs=False)
-        self.optimizer.step()
-
-
-class Alternate(pl.Callback):
-    """After each step of Lightning's loop, one of torch's; times of both."""
-
-    def __init__(self, raw: Raw) -> None:
-        self.raw = raw
-        self.pairs: list[tuple[float, float]] = []
-        self.started = 0.0
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        batch = args[3]
-        distributed.barrier()
-        now = time.perf_counter()
-        ours = now - self.started
-        self.raw.step(batch)
-        distributed.barrier()
-        self.pairs.append((ours, time.perf_counter() - now))
-        self.started = time.perf_counter()
-
-
 def run(rank: int, schedule: str, pairs: int, rows: int) -> list[tuple[float, float]]:
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
-    alternate = Alternate(Raw(schedule, rank))
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=RANKS,
-        strategy=PipelineStrategy(schedule, num_microbatches=MICROBATCHES),
-        plugins=[ForkedRanks(rank, RANKS)],
-        max_epochs=1,
-        callbacks=[alternate],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    net = list(layers())
+    num_stages = RANKS * (2 if schedule == "Interleaved1F1B" else 1)
+    size = LAYERS // num_stages
+    stages = [nn.Sequential(*net[index * size :][:size]) for index in range(num_stages)]
+    raw = RawPipeline(schedule, stages, rank, RANKS, MICROBATCHES, torch.optim.AdamW)
+    alternate = Alternate(raw)
     batch = [torch.randn(rows, WIDTH) for _ in range(2)]
-    loader = DataLoader([batch] * (pairs + WARMUP), batch_size=None)
-    torch.manual_seed(0)
-    trainer.fit(Module(), loader)
+    module = Logged(layers(), torch.optim.AdamW)
+    strategy = PipelineStrategy(schedule, num_microbatches=MICROBATCHES)
+    fit(module, strategy, rank, RANKS, [batch] * (pairs + WARMUP), alternate)
     return alternate.pairs[WARMUP:]
 
 
