@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
@@ -33,6 +34,10 @@ _INDEX_TYPES = {
     "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
     "torch.serialization": ("_get_layout",),
 }
+
+
+class UnreadableError(ValueError):
+    """Files of a folder cannot be read as plain data."""
 
 
 class _IndexUnpickler(pickle.Unpickler):
@@ -67,10 +72,13 @@ def read_index(folder: Path) -> Metadata:
     """What is where in a folder.
 
     Raises:
-        UnpicklingError: If the index names anything that torch does not write into one.
+        UnreadableError: If it is damaged, or names what torch does not write into an index.
     """
     with (folder / INDEX_FILE).open("rb") as file:
-        index: Metadata = _IndexUnpickler(file).load()
+        try:
+            index: Metadata = _IndexUnpickler(file).load()
+        except Exception as error:  # a damaged pickle raises whatever its bytes lead to
+            raise UnreadableError(f"{INDEX_FILE}: {error}") from error
     return index
 
 
@@ -98,7 +106,11 @@ def on_meta(index: Metadata, key: str) -> Any:
 
 
 def read(folder: Path, index: Metadata, keys: Iterable[str]) -> dict[str, Any]:
-    """Values of some keys, nested as they were when they were saved; reads them only."""
+    """Values of some keys, nested as they were when they were saved; reads them only.
+
+    Raises:
+        UnreadableError: If files are damaged, or hold more than plain data.
+    """
     flat: dict[str, Any] = {}
     for key in keys:
         like = on_meta(index, key)
@@ -106,5 +118,9 @@ def read(folder: Path, index: Metadata, keys: Iterable[str]) -> dict[str, Any]:
     planner = _PlainPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        load(flat, storage_reader=_PlainReader(folder), planner=planner, no_dist=True)
+        try:
+            load(flat, storage_reader=_PlainReader(folder), planner=planner, no_dist=True)
+        except CheckpointException as error:  # a BaseException, of this rank alone
+            causes = (cause for cause, _ in error.failures.values())
+            raise UnreadableError("; ".join(str(c).splitlines()[0] for c in causes)) from error
     return unflatten_state_dict(flat, names(index))

@@ -124,7 +124,10 @@ class DistributedCheckpoint:
             if not (path / name).is_file():
                 rule = f"the folder is no checkpoint that was written to its end: no {name} in it"
                 raise self._error(rule, "Give a file, or a folder that a run has saved")
-        self._index = _compat_dcp.read_index(path)
+        try:
+            self._index = _compat_dcp.read_index(path)
+        except _compat_dcp.UnreadableError as error:
+            raise self._unreadable_error(error) from None
         damaged = [
             name
             for name, size in _compat_dcp.files(self._index).items()
@@ -137,11 +140,18 @@ class DistributedCheckpoint:
     def _error(self, rule: str, way_out: str) -> ValueError:
         return argument_error(WHERE, "ckpt_path", str(self.path), rule, way_out)
 
+    def _unreadable_error(self, error: Exception) -> ValueError:
+        rule = f"its files cannot be read as plain data ({error})"
+        return self._error(rule, "Give another checkpoint")
+
     def _read(self, wanted: Callable[[list[Any]], bool]) -> dict[str, Any]:
         """Nested values whose names, from the first level on, are wanted."""
         names = _compat_dcp.names(self._index)
         keys = [key for key, levels in names.items() if wanted(list(levels))]
-        return _compat_dcp.read(self.path, self._index, keys)
+        try:
+            return _compat_dcp.read(self.path, self._index, keys)
+        except _compat_dcp.UnreadableError as error:
+            raise self._unreadable_error(error) from None
 
     # Before the set-up.
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from lightning_align import ExactResume, GaLoreAdamW, Muon, PretrainModule, StableAdamW
 from lightning_align.export import export
 from tests.helpers.pipelines import ADAMW, Chained, PositionedBatches, Run
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import end_of_ranks, run_ranks
 from tests.strategies.test_pipeline_checkpoints import DROPOUT, SaveAt, equal
 
 pytestmark = pytest.mark.slow  # `make test-laws` runs them
@@ -247,7 +247,7 @@ def cut_off(folder: Path) -> None:
     ],
     ids=["lost", "cut off", "without meta.pt", "without index"],
 )
-def test_a_damaged_folder_is_refused_on_every_rank(
+def test_a_folder_that_is_not_whole_is_refused_on_every_rank(
     damage: Callable[[Path], Any], told: str, tmp_path: Path
 ) -> None:
     run, folder = MODELS["chain"], tmp_path / "folder"
@@ -260,6 +260,27 @@ def test_a_damaged_folder_is_refused_on_every_rank(
         return str(caught.value)
 
     assert all(told in message for message in run_ranks(refused))
+
+
+def test_a_folder_with_damaged_bytes_is_refused(tmp_path: Path) -> None:
+    run, folder = MODELS["chain"], tmp_path / "folder"
+    on_ranks(run, save={2: folder})
+    shard = folder / "__1_0.distcp"
+    content = bytearray(shard.read_bytes())
+    content[::50] = b"?" * len(content[::50])
+    shard.write_bytes(content)
+
+    ended = end_of_ranks(lambda rank: fit(run, rank, ckpt_path=folder), timeout_s=30)
+    assert not any(end.stuck for end in ended)
+    told = "its files cannot be read as plain data"
+    assert told in ended[1].error
+    assert f"rank 1, between steps: ValueError: PipelineStrategy(ckpt_path={str(folder)!r})" in (
+        ended[0].error
+    )
+
+    (folder / ".metadata").write_bytes(b"nothing")
+    ended = end_of_ranks(lambda rank: fit(run, rank, ckpt_path=folder), timeout_s=30)
+    assert all(told in end.error for end in ended)
 
 
 @pytest.mark.parametrize("model", ["chain", "llama"])
