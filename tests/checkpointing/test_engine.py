@@ -247,8 +247,6 @@ def test_a_name_must_be_one(tmp_path: Path, name: str) -> None:
     [
         ({"keep_last": 0}, r"SnapshotEngine\(keep_last=0\): must be at least 1"),
         ({"backpressure": "drop"}, r"backpressure='drop'\): must be 'wait', 'skip' or 'latest'"),
-        ({"dirpath": ""}, r"dirpath=''\): must be a path or a URL"),
-        ({"dirpath": "s4://x"}, "Protocol not known: s4"),
     ],
 )
 def test_arguments_are_checked(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:

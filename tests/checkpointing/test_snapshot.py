@@ -2,7 +2,6 @@ import gc
 import io
 import mmap
 import os
-from collections import OrderedDict, namedtuple
 from typing import Any
 
 import numpy as np
@@ -280,24 +279,10 @@ def test_a_parameter_that_is_frozen_in_between() -> None:
     assert not loaded[0].requires_grad
 
 
-def test_containers_keep_type_identity_and_versions() -> None:
-    """state_dict() hides the versions of modules in an attribute of its OrderedDict."""
-    Pair = namedtuple("Pair", "a b")
-    shared = [1]
-    state: dict[str, Any] = {"x": shared, "y": shared, "pair": Pair(torch.ones(1), 2)}
-    state["self"] = state
-    state["model"] = nn.BatchNorm1d(2).state_dict()
+def test_versions_of_modules_are_in_the_file() -> None:
+    """state_dict() hides them in an attribute of its OrderedDict."""
     buffer = HostBuffer()
-
-    kept = thaw(snapshot(state, buffer), buffer)
-
-    assert kept["x"] is kept["y"]
-    assert kept["x"] is not shared
-    assert kept["self"] is kept
-    assert isinstance(kept["pair"], Pair)
-    assert isinstance(kept["model"], OrderedDict)
-    assert kept["model"]._metadata == state["model"]._metadata
-    loaded = from_file(snapshot({"model": state["model"]}, buffer), buffer)
+    loaded = from_file(snapshot({"model": nn.BatchNorm1d(2).state_dict()}, buffer), buffer)
     assert loaded["model"]._metadata[""]["version"] == 2
 
 
@@ -306,13 +291,6 @@ def test_a_tensor_without_data_is_named() -> None:
 
     with pytest.raises(ValueError, match=r"state='model/weight'\): a tensor on the meta device"):
         snapshot(state, HostBuffer())
-
-
-def test_what_cannot_be_copied_is_named() -> None:
-    state = {"callbacks": [{"file": io.TextIOWrapper(io.BytesIO())}]}
-
-    with pytest.raises(ValueError, match=r"state='callbacks/0/file'\): a TextIOWrapper cannot be"):
-        freeze(state)
 
 
 def test_a_forked_process_does_not_inherit_the_buffer() -> None:
