@@ -48,13 +48,6 @@ def test_empty_cells_and_overlapped_pairs_are_read(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("0F0,0B0\n1B0,1F0\n", r"rank 1 \(row 2\), action 1 is 1B0, before 1F0\."),
-        ("0F0,0I0,0W0\n1F0,1W0,1I0\n", r"rank 1 \(row 2\), action 2 is 1W0, before 1I0"),
-        ("0F0,0F0,0B0\n", r"rank 0 \(row 1\), action 1 is 0F0, and it comes again"),
-        ("0F0,0B0,0F1\n", r"no rank runs 0B1, or 0I1 and 0W1"),
-        ("0F0,0B0,0B1\n", r"no rank runs 0F1"),
-        ("0F0,0I0\n", r"no rank runs 0W0, the other half of 0I0"),
-        ("0F0,0B0,0W0\n", r"0B0 is the whole backward, and 0I0 or 0W0 runs too"),
-        ("0F0,0B0\n0F1,0B1\n", r"rank 1 \(row 2\), action 1 is 0F1, and stage 0 is on rank 0"),
         ("0F0,0B0\n\n1F0,1B0\n", r"rank 1 \(row 2\) has no actions"),
         ("0F0,0B0\n7F9000000,1B0\n", r"4 actions are too few for 8 stages and 9000001 microb"),
         ("0F0,0SEND_F0\n", r"rank 0 \(row 1\), cell 2 is '0SEND_F0'. Write stage, one of F, B, I"),

@@ -1,0 +1,71 @@
+"""Replicas are not ranks: what a strategy says of its own counts."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+
+from lightning_align.run.replicas import is_spread, replica, total_grad_norm
+from lightning_align.strategies.pipeline import PipelineStrategy
+
+
+def one_process() -> pl.Trainer:
+    return pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def test_one_process_is_the_only_replica() -> None:
+    assert replica(one_process()) == (1, 0)
+
+
+def test_ranks_of_ddp_are_replicas() -> None:
+    environment = LightningEnvironment()
+    environment.set_global_rank(3)
+    cpus = [torch.device("cpu")] * 2
+    strategy = DDPStrategy(parallel_devices=cpus, cluster_environment=environment)
+    strategy.num_nodes = 2
+    trainer: Any = SimpleNamespace(distributed_sampler_kwargs=strategy.distributed_sampler_kwargs)
+    assert replica(trainer) == (4, 3)
+
+
+def test_ranks_of_a_pipeline_are_one_replica() -> None:
+    strategy = object.__new__(PipelineStrategy)
+    trainer: Any = SimpleNamespace(distributed_sampler_kwargs=strategy.distributed_sampler_kwargs)
+    assert replica(trainer) == (1, 0)
+
+
+def test_the_norm_is_over_all_gradients_that_there_are() -> None:
+    module = nn.ParameterList([torch.zeros(2), torch.zeros(1, 1), torch.zeros(5)])
+    trainer = one_process()
+    assert total_grad_norm(trainer, module) == 0
+    module[0].grad, module[1].grad = torch.tensor([1.0, 2.0]), torch.tensor([[2.0]])
+    assert total_grad_norm(trainer, module) == 3
+    module[1].grad = torch.tensor([[math.nan]])
+    assert total_grad_norm(trainer, module).isnan()
+
+
+def test_a_strategy_that_spreads_the_model_says_the_norm_itself() -> None:
+    strategy = SimpleNamespace(total_grad_norm=lambda: torch.tensor(7.0))
+    trainer: Any = SimpleNamespace(strategy=strategy)
+    assert total_grad_norm(trainer, nn.Linear(1, 1)) == 7
+
+
+def test_a_model_is_spread_if_any_parameter_is_elsewhere() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    assert not is_spread(module)
+    module[1].bias = nn.Parameter(torch.empty(2, device="meta"))
+    assert is_spread(module)
+    assert not is_spread(module[0])
+    module[0].register_buffer("later", torch.empty(2, device="meta"))
+    assert not is_spread(module[0])
