@@ -9,27 +9,23 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
 
-from lightning_align import DPOModule, PretrainModule, TextDataModule, trained
+from lightning_align import DPOModule, PretrainModule, TextDataModule
 from lightning_align.__main__ import main
-from lightning_align.data.tokenizer import tokenizer_fingerprint, train_tokenizer
+from lightning_align.data.tokenizer import tokenizer_fingerprint
 from lightning_align.export import export
-from tests.helpers.checkpoints import save_checkpoint
-from tests.helpers.tiny_models import TINY_MODELS, VOCAB_SIZE, PlainDecoder
+from tests.helpers.checkpoints import (
+    SIZES,
+    TEMPLATE,
+    llama_folder,
+    save_checkpoint,
+    small_tokenizer,
+)
+from tests.helpers.tiny_models import TINY_MODELS
 
 IDS = torch.arange(1, 25).reshape(2, 12)
-TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-SIZES = {
-    "vocab_size": 300,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-}
 
 
 def logits_of(folder: Path, ids: Tensor = IDS) -> Tensor:
@@ -45,20 +41,12 @@ def logits_in(module: Any, ids: Tensor = IDS) -> Tensor:
 
 @pytest.fixture
 def tokenizer() -> Any:
-    trained = train_tokenizer(["It is a truth universally acknowledged."], 280)
-    trained.chat_template = TEMPLATE
-    return trained
+    return small_tokenizer()
 
 
 @pytest.fixture
 def base(tmp_path: Path, tokenizer: Any) -> Path:
-    """A model folder as users have them: with tokenizer, template and generation config."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES))
-    model.generation_config = GenerationConfig(eos_token_id=[0, 7], do_sample=True, top_p=0.75)
-    model.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
+    return llama_folder(tmp_path / "base", tokenizer)
 
 
 def moved(module: Any) -> Any:
@@ -102,31 +90,6 @@ def test_a_trained_tokenizer_comes_out_of_the_checkpoint(tmp_path: Path) -> None
     assert tokenizer_fingerprint(again) == tokenizer_fingerprint(data.tokenizer)
     generation = GenerationConfig.from_pretrained(folder)
     assert generation.eos_token_id == data.tokenizer.eos_token_id, "not Llama's default of 2"
-
-
-def test_the_revision_of_the_run_is_the_one_that_is_read(
-    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = []
-    resolve = trained.resolve_pretrained
-    monkeypatch.setattr(
-        trained, "resolve_pretrained", lambda *words: asked.append(words[-1]) or resolve(*words)
-    )
-    checkpoint = save_checkpoint(tmp_path / "a.ckpt", PretrainModule(str(base), revision="v2"))
-    export(checkpoint, tmp_path / "out")
-    assert set(asked) == {"v2"}
-
-
-def test_a_tokenizer_that_could_not_be_saved_is_left_to_the_model(
-    tmp_path: Path, base: Path, tokenizer: Any
-) -> None:
-    path = save_checkpoint(tmp_path / "a.ckpt", PretrainModule(str(base)))
-    checkpoint = torch.load(path, weights_only=True)
-    checkpoint["TextDataModule"] = {"fingerprint": "tokens", "tokenizer": {}}
-    torch.save(checkpoint, path)
-    export(path, tmp_path / "out")
-    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert tokenizer_fingerprint(theirs) == tokenizer_fingerprint(tokenizer)
 
 
 def test_dpo_exports_the_policy(tmp_path: Path, base: Path) -> None:
@@ -251,95 +214,6 @@ def test_the_older_model_survives_a_failed_move(
         export(base, tmp_path / "out", overwrite=True)
     assert (complete / "config.json").stat().st_ino == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
-
-
-# Mistakes
-
-
-class Payload:
-    def __reduce__(self) -> Any:
-        return (os.mkdir, (os.environ["PAYLOAD_FOLDER"],))
-
-
-def test_no_code_of_a_checkpoint_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PAYLOAD_FOLDER", str(tmp_path / "trap"))
-    torch.save({"state_dict": {"model.a": Payload()}}, tmp_path / "evil.ckpt")
-    with pytest.raises(ValueError, match="cannot be read as plain data"):
-        export(tmp_path / "evil.ckpt", tmp_path / "out")
-    module = PretrainModule(LlamaConfig(**SIZES))
-    content = torch.load(save_checkpoint(tmp_path / "a.ckpt", module), weights_only=True)
-    trap = {"class_path": "os.mkdir", "init_args": {"path": str(tmp_path / "trap")}}
-    content["hyper_parameters"]["model"] = trap
-    torch.save(content, tmp_path / "evil.ckpt")
-    with pytest.raises(ValueError, match=r"'os\.mkdir' is no configuration of transformers"):
-        export(tmp_path / "evil.ckpt", tmp_path / "out")
-    assert not (tmp_path / "trap").exists()
-    content["hyper_parameters"]["model"] = {
-        "class_path": "of_a_stranger.LlamaConfig",
-        "init_args": {**SIZES},
-    }
-    torch.save(content, tmp_path / "evil.ckpt")
-    with pytest.raises(ValueError, match=r"'of_a_stranger\.LlamaConfig' is no configuration"):
-        export(tmp_path / "evil.ckpt", tmp_path / "out")
-
-
-def test_a_module_that_is_not_hugging_faces_is_refused(tmp_path: Path, base: Path) -> None:
-    checkpoint = save_checkpoint(tmp_path / "a.ckpt", PretrainModule(PlainDecoder()))
-    with pytest.raises(ValueError, match="given a model that was built already"):
-        export(checkpoint, tmp_path / "out")
-    with pytest.raises(ValueError, match=r"holds another model: \d+ parameter\(s\) differ, first"):
-        export(checkpoint, tmp_path / "out", model=base)
-
-
-def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
-    torch.save({"state_dict": nn.Linear(2, 2).state_dict()}, tmp_path / "other.ckpt")
-    torch.save([1, 2], tmp_path / "list.ckpt")
-    for name in ("other.ckpt", "list.ckpt"):
-        with pytest.raises(ValueError, match="must be a checkpoint of a PretrainModule or DPO"):
-            export(tmp_path / name, tmp_path / "out")
-
-
-def test_a_truncated_checkpoint_is_refused(tmp_path: Path) -> None:
-    module = PretrainModule(LlamaConfig(**SIZES))
-    path = save_checkpoint(tmp_path / "a.ckpt", module)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(ValueError, match="cannot be read as plain data"):
-        export(path, tmp_path / "out")
-
-
-def test_another_models_folder_is_refused(tmp_path: Path, base: Path) -> None:
-    module = PretrainModule(LlamaConfig(**{**SIZES, "num_hidden_layers": 3}))
-    checkpoint = save_checkpoint(tmp_path / "a.ckpt", module)
-    with pytest.raises(ValueError, match=r"export\(ckpt=.*holds another model: 9 parameter"):
-        export(checkpoint, tmp_path / "out", model=base)
-    with pytest.raises(ValueError, match="is no checkpoint file, and tells its architecture"):
-        export(base, tmp_path / "out", model=base)
-
-
-def test_a_model_that_is_gone_is_named(tmp_path: Path, base: Path) -> None:
-    checkpoint = save_checkpoint(tmp_path / "a.ckpt", PretrainModule(str(base)))
-    base.rename(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match=r"was trained from '.*base', which cannot be found"):
-        export(checkpoint, tmp_path / "out")
-    assert export(checkpoint, tmp_path / "out", model=tmp_path / "elsewhere")
-
-
-@pytest.mark.parametrize("name", ["absent.ckpt", "folder"])
-def test_what_is_neither_is_refused(tmp_path: Path, name: str) -> None:
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(
-        ValueError, match=r"must be a checkpoint file, a folder with a config\.json"
-    ):
-        export(tmp_path / name, tmp_path / "out")
-
-
-def test_dtype_and_tokenizer_are_checked(tmp_path: Path, base: Path) -> None:
-    with pytest.raises(ValueError, match=r"export\(dtype='int8'\): must be one of"):
-        export(base, tmp_path / "out", dtype="int8")
-    train_tokenizer([f"word{i} " * 9 for i in range(999)], 400).save_pretrained(tmp_path / "large")
-    with pytest.raises(ValueError, match=r"makes ids up to 399, but the model has 300 rows"):
-        export(base, tmp_path / "out", tokenizer=tmp_path / "large")
-    assert VOCAB_SIZE < 300
 
 
 # As a command
