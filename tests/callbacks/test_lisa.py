@@ -5,7 +5,6 @@ tests/laws/test_lisa.py does the same over all models and optimizers.
 
 import copy
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,7 +14,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
@@ -33,7 +31,6 @@ from transformers import AutoModelForCausalLM
 from lightning_align import LISA, DPOModule, ExactResume
 from lightning_align.callbacks import lisa as lisa_file
 from lightning_align.callbacks.lisa_layers import draw_blocks
-from lightning_align.callbacks.lisa_picture import draw_history
 from lightning_align.strategies.pipeline import PipelineStrategy
 from tests.helpers.lisa import (
     ADAMW,
@@ -55,37 +52,6 @@ from tests.helpers.lisa import (
 )
 from tests.modules.test_dpo import pairs
 from tests.modules.test_pretrain import weights
-
-
-def test_the_draw_is_a_function_of_seed_and_interval_and_moves_no_generator() -> None:
-    before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    drawn = [draw_blocks(3, interval, 2, [1.0] * 5) for interval in range(40)]
-    assert drawn == [draw_blocks(3, interval, 2, [1.0] * 5) for interval in range(40)]
-    assert drawn != [draw_blocks(4, interval, 2, [1.0] * 5) for interval in range(40)]
-    assert all(len(set(blocks)) == 2 and list(blocks) == sorted(blocks) for blocks in drawn)
-    assert torch.equal(torch.get_rng_state(), before[0])
-    assert (np.random.get_state()[1] == before[1]).all()
-
-
-def test_uniform_draws_have_every_pair_of_blocks_equally_often() -> None:
-    """10 pairs in 4000 draws: 400 each, standard deviation sqrt(4000 x 0.1 x 0.9) = 19."""
-    counts = Counter(draw_blocks(0, interval, 2, [1.0] * 5) for interval in range(4000))
-    assert len(counts) == 10
-    assert all(abs(count - 400) < 4.5 * 19 for count in counts.values())
-
-
-def test_weighted_draws_are_drawn_one_after_the_other_by_weight() -> None:
-    """Weights 3, 2, 1: P({0, 1}) = 3/6 x 2/3 + 2/6 x 3/4 = 7/12, and so on; 0 is never drawn."""
-    draws = 4000
-    counts = Counter(draw_blocks(0, interval, 2, [3.0, 2.0, 0.0, 1.0]) for interval in range(draws))
-    expected = {
-        (0, 1): 3 / 6 * 2 / 3 + 2 / 6 * 3 / 4,
-        (0, 3): 3 / 6 * 1 / 3 + 1 / 6 * 3 / 5,
-        (1, 3): 2 / 6 * 1 / 4 + 1 / 6 * 2 / 5,
-    }
-    assert counts.keys() == expected.keys()
-    for pair, share in expected.items():
-        assert counts[pair] == pytest.approx(draws * share, abs=4.5 * (draws * 0.25) ** 0.5)
 
 
 def test_schedule_is_what_is_drawn_and_changes_with_the_interval() -> None:
@@ -392,23 +358,6 @@ def test_logs_active_blocks_and_held_bytes(tmp_path: Path) -> None:
     rows_of_file = (Path(trainer.logger.log_dir) / "metrics.csv").read_text().splitlines()
     assert "lisa/active_0" in rows_of_file[0]
     assert len(rows_of_file) == 7
-
-
-def test_picture_shows_which_blocks_trained_when() -> None:
-    figure = draw_history([(0, (0, 2)), (5, (1, 2))], 3, 8, ["head", "embedding"])
-    (axes,) = figure.axes
-    bars = sorted(
-        (round(y), round(x), round(x + width))
-        for collection in axes.collections
-        for path in collection.get_paths()
-        for (x, y), (width, _) in [
-            (path.get_extents().min + np.array([0, 0.4]), path.get_extents().size)
-        ]
-    )
-    assert bars == [(-1, 0, 8), (0, 0, 5), (1, 5, 8), (2, 0, 5), (2, 5, 8), (3, 0, 8)]
-    assert [tick.get_text() for tick in axes.get_yticklabels()] == [
-        *("0", "1", "2", "head", "embedding")
-    ]
 
 
 def test_picture_is_written_at_the_end(tmp_path: Path) -> None:
