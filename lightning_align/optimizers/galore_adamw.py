@@ -55,6 +55,8 @@ def galore_adamw_(
         eps=eps / math.sqrt(1 - betas[1] ** step),
         weight_decay=weight_decay / kept if kept else 0.0,
     )
+    if not kept:  # all of the weight decays
+        torch._foreach_zero_(weights)
 
 
 def adam_direction(

@@ -13,11 +13,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_align import AsyncCheckpoint, ExactResume
-from lightning_align.callbacks.checkpoint_checks import check_strategy
 from lightning_align.checkpointing import SnapshotEngine, committed_checkpoints, load_checkpoint
 from tests.helpers.faulty_files import FaultyFileSystem, faulty
 from tests.helpers.foreign import Stranger
@@ -588,17 +586,6 @@ def test_arguments_out_of_range_are_refused(options: dict[str, Any], message: st
 def test_monitor_that_is_never_logged_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"monitor='nothing'\): was not logged; these values were"):
         fit(AsyncCheckpoint(tmp_path, monitor="nothing"), folder=tmp_path)
-
-
-def test_strategies_that_shard_and_other_writers_are_refused() -> None:
-    from lightning.pytorch.plugins.io import AsyncCheckpointIO
-    from lightning.pytorch.strategies import SingleDeviceStrategy
-
-    with pytest.raises(ValueError, match=r"strategy='FSDPStrategy'\): its ranks save parts of"):
-        check_strategy(FSDPStrategy())
-    strategy = SingleDeviceStrategy("cpu", checkpoint_io=AsyncCheckpointIO())
-    with pytest.raises(ValueError, match=r"plugins='AsyncCheckpointIO'\): would be passed over"):
-        check_strategy(strategy)
 
 
 def test_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

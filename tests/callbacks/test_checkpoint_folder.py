@@ -96,9 +96,7 @@ def test_checkpoints_of_another_run_are_refused(tmp_path: Path) -> None:
     save(folder, 4, run="first")
     folder.wait(10)
     folder.refuse_other_runs("first")
-    message = (
-        r"dirpath='.*'\): holds checkpoints of another run, such as 'step4' \(step 4\)"
-    )
+    message = r"dirpath='.*'\): holds checkpoints of another run, such as 'step4' \(step 4\)"
     with pytest.raises(ValueError, match=message):
         folder.refuse_other_runs("second")
     folder.close(10)

@@ -178,9 +178,7 @@ def test_what_trains_and_what_is_frozen_are_all(active: set[int], head: bool) ->
 def test_a_block_with_nothing_to_train_is_named() -> None:
     module = Layered()
     module.blocks[2].requires_grad_(False)
-    message = (
-        r"LISA\(model='Layered'\): its block 'blocks\.2' has no parameter that requires"
-    )
+    message = r"LISA\(model='Layered'\): its block 'blocks\.2' has no parameter that requires"
     with pytest.raises(ValueError, match=message):
         parts(module)
 

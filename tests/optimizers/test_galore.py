@@ -13,7 +13,6 @@ from transformers import GPT2Config
 
 from lightning_align import PretrainModule
 from lightning_align.optimizers.galore import GaLoreAdamW
-from lightning_align.optimizers.galore_adamw import adam_direction, rotate_moments_
 from lightning_align.optimizers.param_groups import build_param_groups
 from lightning_align.optimizers.projection import REFRESHES, Basis, project, project_back
 from tests.laws.members import VOCABULARY, HandWritten
@@ -289,64 +288,6 @@ def test_draws_follow_the_seed_and_no_two_matrices_or_refreshes_draw_the_same():
 # Moments in a new basis
 
 
-def moments(*shape):
-    generator = torch.Generator().manual_seed(0)
-    second = torch.rand(shape, generator=generator) + 1
-    return {
-        "step": torch.tensor(7.0),
-        "exp_avg": torch.randn(shape, generator=generator) / 10,
-        "exp_avg_sq": second / 100,
-    }
-
-
-def orthonormal(rows, cols, seed=0):
-    drawn = torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed))
-    return torch.linalg.qr(drawn)[0]
-
-
-@pytest.mark.parametrize("sides", [("left",), ("right",), ("left", "right")])
-def test_within_the_same_span_the_first_moment_is_the_same_matrix(sides):
-    lengths = {"left": 8, "right": 12}
-    old = Basis(**{side: orthonormal(lengths[side], 3) for side in sides})
-    new = Basis(**{side: getattr(old, side) @ orthonormal(3, 3, seed=1) for side in sides})
-    state = moments(*(3 if side in sides else length for side, length in lengths.items()))
-    expected = project_back(state["exp_avg"], old)
-    rotate_moments_(state, old, new, (0.9, 0.999))
-    torch.testing.assert_close(project_back(state["exp_avg"], new), expected)
-    assert (state["exp_avg_sq"] > 0).all()
-
-
-def test_vectors_that_change_places_take_their_second_moments_along():
-    old = Basis(right=orthonormal(12, 3))
-    state = moments(8, 3)
-    expected = state["exp_avg_sq"][:, [2, 0, 1]]
-    rotate_moments_(state, old, Basis(right=old.right[:, [2, 0, 1]]), (0.9, 0.999))
-    torch.testing.assert_close(state["exp_avg_sq"], expected)
-
-
-def test_a_direction_never_seen_gets_the_mean_second_moment_and_no_first():
-    """The axes 0 and 1 make place for 0 and 2: of axis 2 nothing is known."""
-    axes = torch.eye(4)
-    state = moments(2, 5)
-    mean = state["exp_avg_sq"].mean(0)
-    rotate_moments_(state, Basis(left=axes[:, :2]), Basis(left=axes[:, [0, 2]]), (0.9, 0.999))
-    torch.testing.assert_close(state["exp_avg"][1], torch.zeros(5))
-    torch.testing.assert_close(state["exp_avg_sq"][1], mean)
-
-
-def test_the_variance_of_a_sum_is_that_of_its_parts():
-    """(x + y) / sqrt 2 of means 1 and 3, second moments 2 and 10: mean 4 / sqrt 2, variance 1."""
-    state = {
-        "step": torch.tensor(1000.0),  # bias corrections of 1, to 1e-5
-        "exp_avg": torch.tensor([[1.0], [3.0]]),
-        "exp_avg_sq": torch.tensor([[2.0], [10.0]]),
-    }
-    diagonal = torch.tensor([[1.0], [1.0]]) / math.sqrt(2)
-    rotate_moments_(state, Basis(left=torch.eye(2)), Basis(left=diagonal), (0.9, 0.9))
-    torch.testing.assert_close(state["exp_avg"], torch.tensor([[4 / math.sqrt(2)]]))
-    torch.testing.assert_close(state["exp_avg_sq"], torch.tensor([[8.0 + 1.0]]))
-
-
 def test_rotating_moments_is_an_option_that_changes_the_run_after_a_refresh():
     runs = []
     for rotate in (False, True):
@@ -356,17 +297,6 @@ def test_rotating_moments_is_an_option_that_changes_the_run_after_a_refresh():
         runs.append([train(weights, optimizer, [number])[0] for number in range(4)])
     assert all(map(torch.equal, runs[0][:3], runs[1][:3]))
     assert not torch.allclose(runs[0][3], runs[1][3])
-
-
-def test_the_direction_is_adam_with_eps_before_the_correction():
-    state = moments(3, 4)
-    state["exp_avg"].zero_()
-    state["exp_avg_sq"].zero_()
-    state["step"] = torch.tensor(1.0)
-    direction = adam_direction(torch.full((3, 4), 2.0), state, (0.9, 0.999), eps=1.0)
-    # m = 0.2, v = 0.004: -0.2 / (sqrt 0.004 + 1) * sqrt 0.001 / 0.1
-    expected = -0.2 / (math.sqrt(0.004) + 1) * math.sqrt(0.001) / 0.1
-    torch.testing.assert_close(direction, torch.full((3, 4), expected))
 
 
 # Memory
@@ -652,13 +582,8 @@ def made(*shapes, dtype=torch.float32, **options):
     ("options", "message"),
     [
         ({"rank": 0}, r"rank=0\): must be an integer of at least 1"),
-        ({"rank": -2}, r"rank=-2\)"),
-        ({"rank": 2.5}, r"rank=2.5\)"),
-        ({"rank": True}, r"rank=True\)"),
         ({"update_proj_gap": 0}, r"update_proj_gap=0\): must be an integer of at least 1"),
-        ({"update_proj_gap": 0.5}, r"update_proj_gap=0.5\)"),
         ({"scale": 0.0}, r"scale=0.0\): must be a number above 0"),
-        ({"scale": math.nan}, r"scale=nan\)"),
         (
             {"proj_type": "diag"},
             r"proj_type='diag'\): must be one of 'std', 'reverse_std', 'left', 'right', 'full'",
@@ -670,7 +595,6 @@ def made(*shapes, dtype=torch.float32, **options):
         ({"on_rank_change": "ignore"}, r"on_rank_change='ignore'\): must be one of 'raise', 'rep"),
         ({"on_nonfinite": "ignore"}, r"on_nonfinite='ignore'\): must be one of 'skip', 'raise'"),
         ({"seed": -1}, r"seed=-1\): must be an integer of at least 0"),
-        ({"lr": -1.0}, r"lr=-1.0\): must be"),
         ({"lr": math.nan}, r"lr=nan\): must be"),
         ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\)\): must be"),
         ({"eps": -1e-8}, r"eps=-1e-08\): must be"),
