@@ -85,10 +85,10 @@ def test_as_many_blocks_as_asked_are_drawn_ascending_and_none_of_weight_0(
 
 
 def test_norms_are_of_all_weights_of_a_block_in_fp32() -> None:
-    """sqrt(3^2 + 4^2); squares of 1e3 do not fit into fp16, nor their sum of 100."""
+    """sqrt(3^2 + 4^2); the norm of 100 times 1e4 is no fp16."""
     first = nn.ParameterList([torch.tensor([3.0]), torch.tensor([[0.0, -4.0]])])
-    second = nn.ParameterList([torch.full((100,), 1e3, dtype=torch.float16)])
-    assert weight_norms([first, second]) == pytest.approx([5.0, 1e4])
+    second = nn.ParameterList([torch.full((100,), 1e4, dtype=torch.float16)])
+    assert weight_norms([first, second]) == pytest.approx([5.0, 1e5])
 
 
 # The parts of a model
