@@ -56,9 +56,9 @@ endif
 test-peer: $(STAMP)
 	$(BIN)/pytest -m peer $(ARGS)
 
-# Every law over every member and pair, docs/composition.md against what they find, real kills of real processes, examples and recipes.
+# Every law over every member and pair, docs/composition.md against what they find, real kills of real processes, the demo, examples and recipes.
 test-laws: $(STAMP)
-	$(BIN)/pytest tests/laws tests/run tests/test_examples.py tests/test_recipes.py tests/callbacks/test_async_checkpoint.py tests/checkpointing/test_torture.py $(wildcard tests/strategies/test_pipeline_[cfm]*.py) $(ARGS)
+	$(BIN)/pytest tests/laws tests/run tests/demo tests/test_examples.py tests/test_recipes.py tests/test_generate.py tests/callbacks/test_async_checkpoint.py tests/checkpointing/test_torture.py $(wildcard tests/strategies/test_pipeline_[cfm]*.py) $(ARGS)
 
 # Two processes: a peer that has been imported makes short class names ambiguous.
 test-all: $(STAMP)

@@ -175,6 +175,7 @@ def test_a_model_without_tokenizer_asks_for_one(tmp_path: Path, model: Any, fold
     main([*command, f"--tokenizer={folder}"])
 
 
+@pytest.mark.slow  # `make test-laws` runs it
 def test_text_is_written_while_it_is_made(folder: str) -> None:
     """A reader of the pipe has the first words long before the program ends."""
     command = [sys.executable, "-m", "lightning_align", "generate", "--ckpt", folder]

@@ -1,6 +1,6 @@
 """Every recipe is listed, copied and run, as a user would, on tiny models and few steps.
 
-Two of these tests take over 5 seconds and are not marked slow: a recipe must not break unnoticed.
+Those that train are slow: `make test-laws` runs them.
 """
 
 import json
@@ -76,6 +76,7 @@ TINY = [
 ]
 
 
+@pytest.mark.slow
 def test_pretrain_then_dpo(folder: Path) -> None:
     schedule = ["--model.lr_scheduler.total_steps=3", "--trainer.log_every_n_steps=1"]
     fit("pretrain", *TINY, *schedule)
@@ -101,12 +102,14 @@ def over_ddp(layer: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return optimizer, {group["name"]: group for group in optimizer["param_groups"]}
 
 
+@pytest.mark.slow
 def test_stable_adamw_over_ddp(folder: Path) -> None:
     optimizer, groups = over_ddp("stable_adamw")
     assert groups["matrices"]["steps"] == 3, "of ours: torch's AdamW does not count"
     assert "exp_avg" in optimizer["state"][groups["matrices"]["params"][0]]
 
 
+@pytest.mark.slow
 def test_muon_over_ddp(folder: Path) -> None:
     optimizer, groups = over_ddp("muon")
     assert groups["matrices"]["adjust_lr_fn"] == "match_rms_adamw"
@@ -117,6 +120,7 @@ def test_muon_over_ddp(folder: Path) -> None:
     assert 0.0099 < rates.pop() < 0.01, "the cosine begins at the optimizer's learning rate"
 
 
+@pytest.mark.slow
 def test_galore_over_pretrain(folder: Path) -> None:
     for name in ("pretrain", "galore"):
         main(["recipes", "copy", name])
@@ -137,6 +141,7 @@ def test_galore_over_pretrain(folder: Path) -> None:
     assert groups["matrices"]["rank"] == 5
 
 
+@pytest.mark.slow
 def test_sft_chat(folder: Path, base: str) -> None:
     def chat(i: int) -> dict[str, Any]:
         said = [("user", f"What is number {i}?"), ("assistant", "A truth.")]
@@ -148,6 +153,7 @@ def test_sft_chat(folder: Path, base: str) -> None:
     assert moved("outputs/sft/model", base)
 
 
+@pytest.mark.slow
 def test_finetune_hub(folder: Path, base: str) -> None:
     Path("texts").mkdir()
     for i in range(4):

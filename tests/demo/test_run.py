@@ -13,6 +13,8 @@ import torch
 from lightning_align.demo.run import SAMPLED_PROMPTS, kl_divergence, likelihood_accuracy
 from tests.helpers.wandb_reader import read_wandb_run
 
+pytestmark = pytest.mark.slow  # `make test-laws` runs them
+
 KL = "KL to the reference, nats per token"
 
 

@@ -97,6 +97,7 @@ def test_callbacks(callback: Member, tmp_path: Path, material: Path) -> None:
     note("Callbacks alone", "Trainer = YAML = command", callback.name, "yes")
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own(tmp_path: Path, material: Path) -> None:
     is_the_same_run(on_its_data(MODULES[0]), process, tmp_path, material)
 

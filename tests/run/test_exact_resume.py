@@ -60,7 +60,7 @@ def resume(run: Run, checkpoint: Path, folder: Path) -> tuple[list[str], str]:
         pytest.param(AT_VALIDATION, {"val_check_interval": 0.5}, id="mid-epoch-validation"),
     ],
 )
-@pytest.mark.parametrize("module", ["hand-written", "gpt2"])
+@pytest.mark.parametrize("module", ["hand-written", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_resume_from_every_checkpoint_repeats_the_run(
     tmp_path: Path, module: str, checkpoint: dict[str, Any], trainer: dict[str, Any]
 ) -> None:

@@ -5,9 +5,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from lightning_align.run.replicas import is_spread, replica, total_grad_norm
@@ -29,7 +31,8 @@ def test_one_process_is_the_only_replica() -> None:
     assert replica(one_process()) == (1, 0)
 
 
-def test_ranks_of_ddp_are_replicas() -> None:
+def test_ranks_of_ddp_are_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_zero_only, "rank", 0)  # the environment sets it
     environment = LightningEnvironment()
     environment.set_global_rank(3)
     cpus = [torch.device("cpu")] * 2
