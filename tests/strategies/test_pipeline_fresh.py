@@ -224,7 +224,7 @@ def test_a_run_from_yaml_never_holds_the_model(tmp_path: Path) -> None:
     command, _ = most(True, width=32, blocks=2)  # what everything but the model takes
     spread, size = most(True, width=512, blocks=12)
     whole, _ = most(False, width=512, blocks=12)
-    assert whole - command > 0.75 * size  # a fork takes memory that its parent has freed, too
+    assert whole - command > 0.95 * size
     # 0.51 measured: half of the blocks
     assert spread - command < 0.6 * size, f"{(spread - command) / size:.2f} of {size / 1e6:.0f} MB"
 
