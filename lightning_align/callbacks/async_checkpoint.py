@@ -473,8 +473,12 @@ class AsyncCheckpoint(ModelCheckpoint):
             return
         self.run_id = run["id"]
         directory, _, file = str(trainer.ckpt_path).rpartition("/")
-        if self.dirpath is not None and str(Folder(directory or ".")) == str(Folder(self.dirpath)):
-            self._retention.protect(file.removesuffix(self.FILE_EXTENSION))
+        name = None
+        if self.dirpath is not None and Folder(directory or ".").key == Folder(self.dirpath).key:
+            name = file.removesuffix(self.FILE_EXTENSION)
+            self._retention.protect(name)
+        if self._folder is not None:
+            self._folder.continue_from(name, checkpoint["global_step"])
         before, now = run["wandb_run_id"], _compat_resume.wandb_run_id(trainer)
         if before and now and before != now:
             rank_zero_warn(

@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Literal
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from lightning_align._errors import argument_error
 from lightning_align.checkpointing import Commit, SaveError, SaveResult, SnapshotEngine
 from lightning_align.checkpointing.files import Folder
@@ -67,6 +69,26 @@ class CheckpointFolder:
                     " and a resume could not tell them apart",
                     "Resume that run with fit(ckpt_path='last'), or choose another dirpath",
                 )
+
+    def continue_from(self, name: str | None, step: int) -> None:
+        """Say which checkpoint the run goes on from; newer ones are abandoned by that.
+
+        Args:
+            name: Its name; None if it is in another folder.
+            step: Its step.
+        """
+        left = self._engine.continue_from(name, step)
+        self._retention.abandon({found.name: found.step for found in left})
+        newest = self._engine.committed[0] if left else None
+        if newest is not None and newest.name != name:
+            goes = self._retention.save_top_k >= 0
+            rank_zero_warn(
+                f"AsyncCheckpoint: this run goes back to step {step}; the newest checkpoint in"
+                f" {self.dirpath} is of step {newest.step}. Until this run has committed one,"
+                f" ckpt_path='last' still means {newest.name!r}, if that is whole."
+                + " What is left behind goes when this run has come to its step."
+                * goes
+            )
 
     def free_name(self, formatted: Callable[[int | None], str], version: int) -> str:
         """A name that no file of the folder has, nor any that is being written.
@@ -138,7 +160,7 @@ class CheckpointFolder:
         self._engine.close(timeout_s)
 
     def _on_commit(self, commit: Commit) -> None:
-        surplus = self._retention.commit(commit.manifest.name)
+        surplus = self._retention.commit(commit.manifest.name, commit.manifest.step)
         self._on_change()
         self._commits.append(commit)
         self.delete(surplus)

@@ -12,17 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lightning_align._errors import argument_error
+from lightning_align.checkpointing.commit import commit, remove, sweep
 from lightning_align.checkpointing.files import Bytes, Folder
+from lightning_align.checkpointing.latest import committed_checkpoints, load_checkpoint
+from lightning_align.checkpointing.lineage import Lineage
 from lightning_align.checkpointing.lock import FolderLock
-from lightning_align.checkpointing.manifest import (
-    DATA,
-    Manifest,
-    commit,
-    committed_checkpoints,
-    load_checkpoint,
-    remove,
-    sweep,
-)
+from lightning_align.checkpointing.manifest import DATA, LINEAGE, Manifest, newest_first
+from lightning_align.checkpointing.results import Commit, SaveError, SaveResult
 from lightning_align.checkpointing.snapshot import HostBuffer, freeze, thaw
 from lightning_align.checkpointing.writer import Writer
 
@@ -31,60 +27,6 @@ _POLICIES = ("wait", "skip", "latest")
 _REMOTE_ATTEMPTS = 3
 _RETRY_S = 1.0
 _EXIT_TIMEOUT_S = 60.0
-
-
-@dataclass(frozen=True)
-class SaveResult:
-    """What a save did to the thread that called it.
-
-    Attributes:
-        copied_bytes: Bytes of tensors that were copied.
-        stall_s: Seconds from call to return.
-        waited_s: Those of them that went into waiting for an earlier save to be written.
-        skipped: Whether nothing was saved, because an earlier save was still being written.
-        replaced: Names of earlier saves that this one took the place of; they will not be written.
-    """
-
-    copied_bytes: int = 0
-    stall_s: float = 0.0
-    waited_s: float = 0.0
-    skipped: bool = False
-    replaced: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Commit:
-    """A checkpoint that is now durable.
-
-    Attributes:
-        path: Path or URL of its ``.ckpt`` file.
-        manifest: Its manifest, with name, step, files and metadata.
-        persist_s: Seconds from the start of writing to the commit.
-    """
-
-    path: str
-    manifest: Manifest
-    persist_s: float
-
-
-@dataclass(frozen=True)
-class SaveError:
-    """Something that went wrong off the training path.
-
-    Attributes:
-        name: Checkpoint that it happened to.
-        step: Its step.
-        error: The exception.
-        message: All of it in a sentence, and what is intact.
-    """
-
-    name: str
-    step: int
-    error: BaseException
-    message: str
-
-    def __str__(self) -> str:
-        return self.message
 
 
 @dataclass(eq=False)
@@ -151,6 +93,8 @@ class SnapshotEngine:
         self._snapshots: list[_Snapshot] = []
         self._saves = 0
         self._committed: dict[str, Manifest] = {}
+        self._lineage = Lineage([])
+        self._foreign: set[str] = set()  # names of files that are no checkpoints of ours
         self._durable = 0  # number of the latest save that is on disk
         self._deferred: list[_Delete] = []  # for when something newer is durable
         self._errors: list[SaveError] = []
@@ -165,8 +109,15 @@ class SnapshotEngine:
         self.folder.create()
         self._lock = FolderLock(self.folder)
         self._lock.acquire()
-        sweep(self.folder)
-        self._committed = {found.name: found for found in committed_checkpoints(self.folder)}
+        try:
+            sweep(self.folder)
+            self._committed = {found.name: found for found in committed_checkpoints(self.folder)}
+            self._lineage = Lineage(self._committed.values())
+            names = {file.split(DATA)[0] for file in self.folder.names() if DATA in file}
+            self._foreign = names - self._committed.keys()
+        except BaseException:
+            self._lock.release()
+            raise
         atexit.register(self.close, _EXIT_TIMEOUT_S)
 
     # What training calls.
@@ -180,7 +131,7 @@ class SnapshotEngine:
             state: Nested dicts, lists and tuples of tensors and other values.
             name: Name of the checkpoint, which must be new.
             step: Step that it belongs to.
-            metadata: Plain values that JSON can hold, for the manifest.
+            metadata: Plain values that JSON can hold, for the manifest, which adds ``lineage``.
 
         Raises:
             ValueError: If the name is taken or no file name, the state cannot be copied, or JSON
@@ -212,6 +163,17 @@ class SnapshotEngine:
             snapshot.pending = True
             self._writer.submit(_Write(self, snapshot))
         return SaveResult(copied_bytes, time.perf_counter() - start, waited_s, replaced=replaced)
+
+    def continue_from(self, name: str | None, step: int) -> list[Manifest]:
+        """Say which checkpoint was loaded, and return those of the folder that are left by that.
+
+        They stay, and the newest of them stays the newest, until the next save is committed.
+
+        Args:
+            name: Name of the checkpoint; None if it is in another folder.
+            step: Its step.
+        """
+        return self._lineage.continue_from(name, step, self._committed)
 
     def delete(self, name: str) -> None:
         """Delete a checkpoint, once the saves made before this call are durable.
@@ -268,8 +230,7 @@ class SnapshotEngine:
     @property
     def committed(self) -> list[Manifest]:
         """Checkpoints in the folder, the newest first."""
-        found = list(self._committed.values())
-        return sorted(found, key=lambda each: (each.step, each.saved_at), reverse=True)
+        return newest_first(list(self._committed.values()))
 
     def pop_errors(self) -> list[SaveError]:
         """What went wrong since the last call."""
@@ -317,6 +278,7 @@ class SnapshotEngine:
         start = time.perf_counter()
         manifest = self._commit(snapshot)
         self._committed[snapshot.name] = manifest
+        self._lineage.commit(manifest)
         self._durable = snapshot.number
         self._tell(manifest, time.perf_counter() - start)
         deferred, self._deferred = self._deferred, []
@@ -332,7 +294,8 @@ class SnapshotEngine:
             self._failed(manifest.name, manifest.step, "on_commit raised", error)
 
     def _commit(self, snapshot: _Snapshot) -> Manifest:
-        name, step, metadata = snapshot.name, snapshot.step, snapshot.metadata
+        name, step = snapshot.name, snapshot.step
+        metadata = {**snapshot.metadata, LINEAGE: self._lineage.next(self._committed)}
         attempt = 0
         while True:
             attempt += 1
@@ -376,7 +339,7 @@ class SnapshotEngine:
         if not name or "/" in name or os.sep in name or name.startswith(".") or name.endswith(DATA):
             rule = "must be a file name, without folder and extension"
             raise argument_error(where, "name", name, rule)
-        if name in self._committed or name in taken:
+        if name in self._committed or name in taken or name in self._foreign:
             rule = f"{self.folder} has a checkpoint of that name, and none is ever overwritten"
             raise argument_error(where, "name", name, rule, f"Use another one, such as '{name}-v1'")
 
@@ -425,6 +388,9 @@ def _no_collection() -> Iterator[None]:
 
 def _plain(metadata: dict[str, Any]) -> dict[str, Any]:
     """Metadata as it will be read back."""
+    if LINEAGE in metadata:
+        rule = f"{LINEAGE!r} is the engine's own"
+        raise argument_error("SnapshotEngine.save", "metadata", metadata, rule, "Rename it")
     try:
         plain: dict[str, Any] = json.loads(json.dumps(metadata))
     except (TypeError, ValueError) as error:

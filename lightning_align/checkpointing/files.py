@@ -5,6 +5,7 @@ Only what an object store can do, too, is used: nothing is renamed or written in
 
 import contextlib
 import os
+import stat
 from collections.abc import Iterable
 from typing import Any, BinaryIO, cast
 
@@ -42,6 +43,11 @@ class Folder:
         self.is_local = isinstance(self.fs, LocalFileSystem)
         self.root = os.path.abspath(root) if self.is_local else root.rstrip("/")
         self.options = dict(storage_options or {})
+
+    @property
+    def key(self) -> str:
+        """The same for all paths of one folder."""
+        return os.path.realpath(self.root) if self.is_local else str(self)
 
     def __str__(self) -> str:
         return self.root if self.is_local else str(self.fs.unstrip_protocol(self.root))
@@ -112,29 +118,37 @@ class Folder:
 
         Args:
             name: Its name.
+
+        Raises:
+            ValueError: If it is a link, a folder or a pipe.
         """
         if self.is_local:
+            self._check_regular(name)
             return open(self._local(name), "rb")
         return cast(BinaryIO, self.fs.open(f"{self.root}/{name}", "rb"))
 
-    def read(self, name: str) -> bytes:
-        """All bytes of a file.
+    def read(self, name: str, limit: int = -1) -> bytes:
+        """Bytes of a file.
 
         Args:
             name: Its name.
+            limit: How many at most; by default all.
         """
         with self.open(name) as file:
-            return file.read()
+            return file.read(limit)
 
     def size(self, name: str) -> int | None:
         """Size of a file in bytes; ``None`` if there is none.
 
         Args:
             name: Its name.
+
+        Raises:
+            ValueError: If it is a link, a folder or a pipe.
         """
         try:
             if self.is_local:
-                return os.path.getsize(self._local(name))
+                return self._check_regular(name)
             self.fs.invalidate_cache(self.root)
             return int(self.fs.size(f"{self.root}/{name}"))
         except FileNotFoundError:
@@ -151,6 +165,13 @@ class Folder:
                 os.unlink(self._local(name))
             else:
                 self.fs.rm_file(f"{self.root}/{name}")
+
+    def _check_regular(self, name: str) -> int:
+        """Size of a local file that is one: what a link points to is not kept for its sake."""
+        status = os.lstat(self._local(name))
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{name} is no regular file")
+        return status.st_size
 
     def _local(self, name: str) -> str:
         return os.path.join(self.root, name)

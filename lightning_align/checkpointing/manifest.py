@@ -7,22 +7,23 @@ incomplete: only what was announced that way is ever swept, never the file of an
 """
 
 import json
-import os
-import time
-import warnings
+import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from io import BytesIO
 from typing import Any
 
-import torch
 import xxhash
 
-from lightning_align._errors import argument_error
 from lightning_align.checkpointing.files import CHUNK_BYTES, Bytes, Folder
 
 FORMAT = 1
 DATA, MANIFEST, WRITING = ".ckpt", ".ckpt.json", ".ckpt.writing"
+LINEAGE = "lineage"  # key of the metadata that SnapshotEngine writes itself
+
+_LARGEST_BYTES = 1 << 26  # of a manifest: what is larger was not written here, and is not read
+_LARGEST_INT = 1 << 63
+_DIGEST = re.compile("[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,28 @@ class Manifest:
     metadata: dict[str, Any] = field(default_factory=dict)
     saved_at: float = 0.0  # seconds since 1970
 
+    @property
+    def commit_number(self) -> int:
+        """How many commits its folder had seen; 0 if it was written before they were counted."""
+        number: int = self.metadata.get(LINEAGE, {}).get("commit", 0)
+        return number
+
+    @property
+    def parent(self) -> str | None:
+        """Name of the checkpoint that its run had committed before, or had gone on from."""
+        parent: str | None = self.metadata.get(LINEAGE, {}).get("parent")
+        return parent
+
+    @property
+    def abandoned(self) -> tuple[str, ...]:
+        """Names of those in the folder that its run had left behind by going back."""
+        return tuple(self.metadata.get(LINEAGE, {}).get("abandoned", ()))
+
+    @property
+    def order(self) -> tuple[Any, ...]:
+        """Sorts by commit; those that have no number come before, by step."""
+        return self.commit_number, self.step, self.saved_at
+
     def to_json(self) -> bytes:
         """The manifest as a file, with a digest of itself in the last line."""
         body = {"format": FORMAT, **asdict(self)}
@@ -62,7 +85,7 @@ class Manifest:
             ValueError: If it is damaged, or of a format that is not known here.
         """
         try:
-            body = json.loads(data)
+            body = json.loads(data.decode())
             digest = body.pop("xxh3_128")
             text = json.dumps(body, indent=1)
             if digest != xxhash.xxh3_128_hexdigest(text.encode()):
@@ -71,9 +94,79 @@ class Manifest:
                 raise ValueError(f"its format is not {FORMAT}: a newer version wrote it")
             files = tuple(StoredFile(**entry) for entry in body.pop("files"))
             manifest = cls(files=files, **body)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if fault := _fault(manifest):
+                raise ValueError(fault)
+            if manifest.to_json() != data:  # keys that occur twice, another encoding
+                raise ValueError("it is not as it was written")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"the manifest is damaged ({error})") from error
         return manifest
+
+
+def _fault(manifest: Any) -> str:
+    """What no checkpoint of ours would say of itself, or an empty string."""
+    name, files, saved_at = manifest.name, manifest.files, manifest.saved_at
+    if not isinstance(name, str) or not name:
+        return "its name is none"
+    if not _is_count(abs(manifest.step) if type(manifest.step) is int else None):
+        return "its step is no number of steps"
+    if not isinstance(saved_at, (int, float)) or not math.isfinite(saved_at):
+        return "its time is none"
+    if not all(isinstance(file.name, str) and belongs(file.name, name) for file in files):
+        return "it names a file that is not its own"
+    names = [file.name for file in files]
+    if name + DATA not in names or len(set(names)) < len(names):
+        return f"it must list {name + DATA!r}, and each file once"
+    for file in files:
+        if not (_is_count(file.size) and _is_digest(file.xxh3_128)):
+            return f"the size or the digest of {file.name} is none"
+    if not isinstance(manifest.metadata, dict):
+        return "its metadata are none"
+    return _fault_of_lineage(manifest.metadata.get(LINEAGE, {"commit": 0}))
+
+
+def _fault_of_lineage(lineage: Any) -> str:
+    whole = (
+        isinstance(lineage, dict)
+        and _is_count(lineage.get("commit"))
+        and isinstance(lineage.get("parent", ""), (str, type(None)))
+        and isinstance(lineage.get("abandoned", []), list)
+        and all(isinstance(name, str) for name in lineage.get("abandoned", []))
+    )
+    return "" if whole else "its lineage is none"
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < _LARGEST_INT
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and bool(_DIGEST.fullmatch(value))
+
+
+def belongs(file: str, name: str) -> bool:
+    """Whether a file may be one of a checkpoint's.
+
+    Args:
+        file: Name of the file.
+        name: Name of the checkpoint.
+    """
+    own = file == name + DATA or file.startswith(name + DATA + ".part")
+    return own and not re.search(r"[/\\\0]", file)
+
+
+def newest_first(manifests: Iterable[Manifest]) -> list[Manifest]:
+    """Checkpoints in the order in which a run would take them.
+
+    The newest is the one that was committed last, whatever its step and the clock; what its run
+    had left behind comes last, so that a fall back keeps to the branch.
+
+    Args:
+        manifests: Of one folder.
+    """
+    ordered = sorted(manifests, key=lambda manifest: manifest.order, reverse=True)
+    left = set(ordered[0].abandoned) if ordered else set()
+    return sorted(ordered, key=lambda manifest: manifest.name in left)
 
 
 class Hashed:
@@ -106,87 +199,6 @@ class Hashed:
         return StoredFile(name, self.size, self._hash.hexdigest())
 
 
-def commit(
-    folder: Folder,
-    name: str,
-    step: int,
-    files: dict[str, Iterable[Bytes]],
-    metadata: dict[str, Any],
-) -> Manifest:
-    """Write a checkpoint's files, then its manifest.
-
-    Args:
-        folder: Where to.
-        name: Name of the checkpoint.
-        step: Its step.
-        files: Name -> bytes of its files.
-        metadata: Plain values to keep in the manifest.
-    """
-    folder.write(name + WRITING, [b""])
-    stored = []
-    for file_name, chunks in files.items():
-        hashed = Hashed(chunks)
-        folder.write(file_name, hashed)
-        stored.append(hashed.stored(file_name))
-    folder.sync()
-    manifest = Manifest(name, step, tuple(stored), metadata, time.time())
-    folder.write(name + MANIFEST, [manifest.to_json()])
-    folder.sync()
-    folder.delete(name + WRITING)
-    return manifest
-
-
-def remove(folder: Folder, name: str, files: Iterable[str], announce: bool = True) -> None:
-    """Delete a checkpoint: first what makes it one, then its files.
-
-    Args:
-        folder: Where it is.
-        name: Name of the checkpoint.
-        files: Names of its files.
-        announce: Whether to say first that they will be incomplete; a save that failed has done so.
-    """
-    if announce:
-        folder.write(name + WRITING, [b""])
-    folder.delete(name + MANIFEST)
-    folder.sync()
-    for file in files:
-        folder.delete(file)
-    folder.delete(name + WRITING)
-
-
-def sweep(folder: Folder) -> list[str]:
-    """Delete what saves that were interrupted have left; only one run may be writing here.
-
-    Args:
-        folder: Where.
-
-    Returns:
-        Names of the files that were deleted.
-    """
-    names = folder.names()
-    swept = []
-    for marker in [name for name in names if name.endswith(WRITING)]:
-        name = marker.removesuffix(WRITING)
-        if _readable(folder, name) is None:
-            leftovers = (n for n in names if n == name + MANIFEST or _belongs(n, name))
-            for leftover in leftovers:
-                folder.delete(leftover)
-                swept.append(leftover)
-        folder.delete(marker)
-    return swept
-
-
-def _belongs(file: str, name: str) -> bool:
-    return file == name + DATA or file.startswith(name + DATA + ".part")
-
-
-def _readable(folder: Folder, name: str) -> Manifest | None:
-    try:
-        return read_manifest(folder, name)
-    except (ValueError, FileNotFoundError):
-        return None
-
-
 def read_manifest(folder: Folder, name: str) -> Manifest:
     """The manifest of a committed checkpoint.
 
@@ -198,154 +210,24 @@ def read_manifest(folder: Folder, name: str) -> Manifest:
         ValueError: If it is damaged, or of another checkpoint.
         FileNotFoundError: If there is none.
     """
-    manifest = Manifest.from_json(folder.read(name + MANIFEST))
+    manifest = Manifest.from_json(folder.read(name + MANIFEST, _LARGEST_BYTES))
     if manifest.name != name:
         raise ValueError(f"the manifest is that of {manifest.name!r}")
-    if any("/" in file.name or os.sep in file.name for file in manifest.files):
-        raise ValueError("the manifest names a file in another folder")
     return manifest
 
 
-def verify(folder: Folder, manifest: Manifest) -> None:
-    """Compare the files of a checkpoint with its manifest.
+def check_size(folder: Folder, file: StoredFile) -> None:
+    """Compare the size of a file with its entry.
 
     Args:
         folder: Where it is.
-        manifest: What its files must be.
+        file: What it must be.
 
     Raises:
-        ValueError: If a file is missing or differs.
+        ValueError: If it is missing or has another size.
     """
-    for file in manifest.files:
-        _check_size(folder, file)
-        hashed = Hashed(_chunks(folder, file.name))
-        for _ in hashed:
-            pass
-        if hashed.stored(file.name) != file:
-            raise ValueError(f"{file.name} is damaged: its xxh3 digest differs")
-
-
-def _check_size(folder: Folder, file: StoredFile) -> None:
     size = folder.size(file.name)
     if size is None:
         raise ValueError(f"{file.name} is missing")
     if size != file.size:
         raise ValueError(f"{file.name} has {size} bytes instead of {file.size}")
-
-
-def _chunks(folder: Folder, name: str) -> Iterator[bytes]:
-    with folder.open(name) as file:
-        while chunk := file.read(CHUNK_BYTES):
-            yield chunk
-
-
-def committed_checkpoints(
-    dirpath: str | os.PathLike[str] | Folder, storage_options: dict[str, Any] | None = None
-) -> list[Manifest]:
-    """Committed checkpoints of a folder, the newest first; those that cannot be read are left out.
-
-    Args:
-        dirpath: Local path or URL.
-        storage_options: Passed to the filesystem of the URL.
-    """
-    folder = dirpath if isinstance(dirpath, Folder) else Folder(dirpath, storage_options)
-    manifests = []
-    for file in folder.names():
-        if not file.endswith(MANIFEST):
-            continue
-        try:
-            manifests.append(read_manifest(folder, file.removesuffix(MANIFEST)))
-        except FileNotFoundError:  # deleted since we listed
-            continue
-        except (ValueError, OSError) as error:
-            warnings.warn(f"{folder.path(file)} is passed over: {error}.", stacklevel=2)
-    return sorted(manifests, key=lambda manifest: (manifest.step, manifest.saved_at), reverse=True)
-
-
-def latest_valid_checkpoint(
-    dirpath: str | os.PathLike[str], storage_options: dict[str, Any] | None = None
-) -> str | None:
-    """Path of the newest checkpoint that is whole, or ``None``.
-
-    Every byte is read and compared. A damaged checkpoint is passed over with a warning.
-
-    Args:
-        dirpath: Local path or URL of the folder.
-        storage_options: Passed to the filesystem of the URL.
-    """
-    folder = Folder(dirpath, storage_options)
-    for manifest in committed_checkpoints(folder):
-        path = folder.path(manifest.name + DATA)
-        try:
-            verify(folder, manifest)
-        except (ValueError, FileNotFoundError) as error:
-            warnings.warn(
-                f"{path} (step {manifest.step}) is passed over: {error}. Falling back to the"
-                " checkpoint before it.",
-                stacklevel=2,
-            )
-        else:
-            return path
-    return None
-
-
-def load_checkpoint(
-    path: str | os.PathLike[str],
-    *,
-    map_location: Any = "cpu",
-    weights_only: bool = True,
-    storage_options: dict[str, Any] | None = None,
-) -> Any:
-    """Load a committed checkpoint, after comparing its bytes with the manifest.
-
-    Args:
-        path: Path or URL of the ``.ckpt`` file.
-        map_location: Where the tensors go, as in ``torch.load``.
-        weights_only: Whether to refuse anything but tensors and plain values.
-        storage_options: Passed to the filesystem of the URL.
-
-    Raises:
-        ValueError: If the checkpoint is not committed, or a file of it is missing or damaged.
-        FileNotFoundError: If there is no such file.
-    """
-    dirpath, _, file = os.fspath(path).replace(os.sep, "/").rpartition("/")
-    folder = Folder(dirpath or ".", storage_options)
-    name = file.removesuffix(DATA)
-
-    def error(rule: str, way_out: str) -> ValueError:
-        return argument_error("load_checkpoint", "path", os.fspath(path), rule, way_out)
-
-    fall_back = "latest_valid_checkpoint(dirpath) finds the newest one that is whole"
-    if folder.size(name + MANIFEST) is None:
-        if folder.size(file) is None:
-            raise FileNotFoundError(f"load_checkpoint(path={os.fspath(path)!r}): no such file.")
-        raise error(
-            f"it has no manifest ({name + MANIFEST}), so it was never completed, or something else"
-            " wrote it",
-            f"In the first case {fall_back}; in the second use torch.load",
-        )
-    try:
-        manifest = read_manifest(folder, name)
-        data = _verified_data(folder, manifest)
-    except ValueError as damage:
-        raise error(str(damage), fall_back) from damage
-    with data:
-        return torch.load(data, map_location=map_location, weights_only=weights_only)
-
-
-def _verified_data(folder: Folder, manifest: Manifest) -> Any:
-    """The data file, open for reading, after every byte of it was compared."""
-    if folder.is_local:
-        verify(folder, manifest)
-        return folder.open(manifest.name + DATA)
-    for file in manifest.files:  # fetched once
-        _check_size(folder, file)
-        content = folder.read(file.name)
-        hashed = Hashed([content])
-        for _ in hashed:
-            pass
-        if hashed.stored(file.name) != file:
-            raise ValueError(f"{file.name} is damaged: its xxh3 digest differs")
-        if file.name == manifest.name + DATA:
-            data = BytesIO(content)
-    return data

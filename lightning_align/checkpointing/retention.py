@@ -25,6 +25,7 @@ class Retention:
         self._pending: dict[str, float | None] = {}  # being written -> score; None: newest only
         self._stored: dict[str, None] = {}  # committed and not given up, in order
         self._protected: set[str] = set()
+        self._abandoned: dict[str, int] = {}  # committed, and left by going back -> step
         self._lock = threading.RLock()
 
     @property
@@ -71,11 +72,12 @@ class Retention:
         with self._lock:
             self._pending.pop(name, None)
 
-    def commit(self, name: str) -> list[str]:
+    def commit(self, name: str, step: int = -1) -> list[str]:
         """A checkpoint is durable; returns those that need not be kept any longer.
 
         Args:
             name: Its name.
+            step: Its step; what was abandoned up to it goes, unless all are kept.
         """
         with self._lock:
             score = self._pending.pop(name, None)
@@ -89,7 +91,30 @@ class Retention:
             surplus = [stored for stored in self._stored if stored not in kept]
             for stored in surplus:
                 del self._stored[stored]
-            return surplus
+            return [*surplus, *self._replaced(step)]
+
+    def _replaced(self, step: int) -> list[str]:
+        """Abandoned checkpoints whose steps the run has come to again."""
+        if self.save_top_k < 0:
+            return []
+        passed = {name for name, at in self._abandoned.items() if at <= step} - self._protected
+        for name in passed:
+            del self._abandoned[name]
+        return sorted(passed)
+
+    def abandon(self, steps: dict[str, int]) -> None:
+        """These are of a way that the run has left: none is best or newest any longer.
+
+        They stay until a checkpoint of their step, or of a later one, is committed.
+
+        Args:
+            steps: Their names and steps.
+        """
+        with self._lock:
+            self._abandoned.update(steps)
+            for name in steps:
+                self._stored.pop(name, None)
+                self._ranked.pop(name, None)
 
     def protect(self, name: str) -> None:
         """Never give up this one.
@@ -116,6 +141,7 @@ class Retention:
             committed: Names of the checkpoints that are there now.
         """
         surplus = []
+        committed = committed - self._abandoned.keys()
         with self._lock:
             self._stored = {name: None for name in state["stored"] if name in committed}
             self._ranked = {n: score for n, score in state["ranked"].items() if n in committed}

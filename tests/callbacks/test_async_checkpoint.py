@@ -442,6 +442,66 @@ def test_last_is_the_newest_whole_one(tmp_path: Path) -> None:
     assert "step=12-v1" in names(tmp_path), "no name is written twice"
 
 
+def test_last_is_of_the_way_that_was_taken_last(tmp_path: Path) -> None:
+    """To step 12, back to 4, on to 8: what was left behind goes as its steps come again."""
+    options: dict[str, Any] = {"every_n_train_steps": 2, "filename": "{step}"}
+
+    def saving(**others: Any) -> AsyncCheckpoint:
+        return AsyncCheckpoint(
+            tmp_path, monitor="loss", save_top_k=9, save_last=True, **options, **others
+        )
+
+    fit(saving(), folder=tmp_path)
+    middle, resumed = str(tmp_path / "step=4.ckpt"), saving()
+    told = r"goes back to step 4; the newest .* is of step 12. Until .*'last' still means 'step=12'"
+    with pytest.warns(UserWarning, match=told):
+        fit(resumed, folder=tmp_path, ckpt_path=middle, max_epochs=-1, max_steps=5)
+    assert AsyncCheckpoint.latest(tmp_path) == str(tmp_path / "step=12.ckpt")
+    fit(resumed, folder=tmp_path, ckpt_path=middle, max_epochs=-1, max_steps=8)
+
+    assert AsyncCheckpoint.latest(tmp_path) == str(tmp_path / "step=8-v1.ckpt")
+    assert names(tmp_path) == {
+        *("step=2", "step=4", "step=6-v1", "step=8-v1", "step=10", "step=12")
+    }
+    assert resumed.last_model_path == str(tmp_path / "step=8-v1.ckpt")
+    assert {Path(path).stem for path in resumed.best_k_models} == {
+        *("step=2", "step=4", "step=6-v1", "step=8-v1")
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*goes back")
+        made = fit(saving(), folder=tmp_path, ckpt_path="last", max_epochs=2)
+    assert made.ckpt_path == str(tmp_path / "step=8-v1.ckpt")
+    assert names(tmp_path) == {
+        *("step=2", "step=4", "step=6-v1", "step=8-v1", "step=10-v1", "step=12-v1")
+    }
+
+
+def test_a_step_that_is_saved_twice_keeps_the_old_file_until_the_new_one_is_committed(
+    tmp_path: Path, slow: Slow
+) -> None:
+    """The only checkpoint is one that was left behind, and the write of its step fails."""
+    options: dict[str, Any] = {"every_n_train_steps": 6, "filename": "{step}"}
+    elsewhere = tmp_path / "step=3.ckpt"
+    early = AsyncCheckpoint(tmp_path / "a", every_n_train_steps=3, save_top_k=-1, filename="{step}")
+    fit(early, folder=tmp_path, max_epochs=1)
+    (tmp_path / "a" / "step=3.ckpt").rename(elsewhere)
+    (tmp_path / "a" / "step=3.ckpt.json").unlink()
+
+    slow.failing = lambda name: name == "step=6-v1"
+    with pytest.warns(UserWarning, match="'step=6-v1'.*was not written"):
+        fit(AsyncCheckpoint(tmp_path / "a", **options), folder=tmp_path, ckpt_path=elsewhere)
+    assert names(tmp_path / "a") == {"step=12"}, "a later one was committed after that"
+
+    again = AsyncCheckpoint(tmp_path / "a", **options)
+    slow.failing = lambda name: True
+    with pytest.warns(UserWarning, match="goes back to step 3; .*is of step 12"):
+        fit(again, folder=tmp_path, ckpt_path=elsewhere)
+    assert names(tmp_path / "a") == {"step=12"}
+    slow.failing = lambda name: False
+    fit(again, folder=tmp_path, ckpt_path=elsewhere)
+    assert names(tmp_path / "a") == {"step=12-v1"}
+
+
 def test_nothing_to_resume_from_starts_anew(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="no last checkpoint available"):
         made = fit(AsyncCheckpoint(tmp_path), folder=tmp_path, ckpt_path="last", max_epochs=1)

@@ -54,7 +54,8 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert not result.skipped
     assert [commit.path for commit in commits] == [str(tmp_path / "step7.ckpt")]
     assert commits[0].manifest == committed_checkpoints(tmp_path)[0] == engine.committed[0]
-    assert commits[0].manifest.metadata == {"val_loss": 0.5}
+    lineage = {"commit": 1, "parent": None, "abandoned": []}
+    assert commits[0].manifest.metadata == {"val_loss": 0.5, "lineage": lineage}
     assert commits[0].persist_s > 0
     assert engine.close()
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -232,6 +233,20 @@ def test_a_name_is_never_overwritten(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="none is ever overwritten"):
         again.save(state(2), "a", 2)
     again.close()
+
+
+def test_a_file_of_something_else_is_never_overwritten(tmp_path: Path) -> None:
+    """ModelCheckpoint's files have no manifests; nor has a checkpoint whose manifest is damaged."""
+    foreign = tmp_path / "epoch=1.ckpt"
+    foreign.write_bytes(b"theirs")
+    (tmp_path / "linked.ckpt").symlink_to(foreign)
+    engine = SnapshotEngine(tmp_path)
+    for name in ("epoch=1", "linked"):
+        with pytest.raises(ValueError, match="none is ever overwritten"):
+            engine.save(state(1), name, 1)
+    engine.save(state(1), "epoch=2", 1)
+    engine.close()
+    assert foreign.read_bytes() == b"theirs"
 
 
 @pytest.mark.parametrize("name", ["", "a/b", ".hidden", "a.ckpt"])

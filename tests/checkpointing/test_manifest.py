@@ -12,8 +12,9 @@ from lightning_align.checkpointing import (
     latest_valid_checkpoint,
     load_checkpoint,
 )
+from lightning_align.checkpointing.commit import commit, sweep
 from lightning_align.checkpointing.files import Folder
-from lightning_align.checkpointing.manifest import Hashed, Manifest, StoredFile, commit, sweep
+from lightning_align.checkpointing.manifest import Hashed, Manifest, StoredFile
 from tests.helpers.faulty_files import faulty
 
 
@@ -124,7 +125,7 @@ def test_a_manifest_cannot_name_files_elsewhere(folder: Path) -> None:
     stolen = Manifest("x", 9, (StoredFile("../secret", 1, "0"),))
     (folder / "x.ckpt.json").write_bytes(stolen.to_json())
 
-    with pytest.warns(UserWarning, match="names a file in another folder"):
+    with pytest.warns(UserWarning, match="names a file that is not its own"):
         assert [found.name for found in committed_checkpoints(folder)] == [
             "step3",
             "step2",

@@ -69,3 +69,34 @@ def test_what_was_pending_is_taken_over_if_it_was_committed_meanwhile() -> None:
     assert (list(after.ranked), after.newest) == (["b"], "b")
     assert late.load_state_dict(before.state_dict(), {"a"}) == []
     assert (list(late.ranked), late.newest) == (["a"], "a")
+
+
+def test_what_was_abandoned_goes_when_its_step_is_committed_again() -> None:
+    retention = Retention(2, "min", keep_newest=False)
+    saved(retention, a=1.0, b=0.5)
+    retention.abandon({"b": 60, "c": 80})
+    assert list(retention.ranked) == ["a"], "what was left behind is not the best"
+    retention.begin("d", 0.7)
+    assert retention.commit("d", 59) == []
+    retention.begin("e", 0.9)
+    assert retention.commit("e", 60) == ["a", "b"]
+    retention.begin("f", 0.1)
+    assert retention.commit("f", 100) == ["e", "c"]
+
+
+def test_what_was_abandoned_stays_where_all_are_kept_and_where_it_is_protected() -> None:
+    everything, one = Retention(-1, "min", False), Retention(1, "min", False)
+    one.protect("a")
+    for retention in (everything, one):
+        retention.abandon({"a": 1})
+        retention.begin("b", 1.0)
+        assert retention.commit("b", 9) == []
+
+
+def test_a_state_from_before_does_not_bring_back_what_was_abandoned() -> None:
+    before, after = (Retention(2, "min", keep_newest=False) for _ in range(2))
+    saved(before, a=1.0, b=0.5)
+    after.abandon({"b": 60})
+    after.load_state_dict(before.state_dict(), {"a", "b"})
+    assert list(after.ranked) == ["a"]
+    assert after.newest == "a"

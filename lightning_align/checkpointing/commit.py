@@ -1,0 +1,102 @@
+"""How a checkpoint comes to be, goes, and what is left of one when a run is killed."""
+
+import time
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from lightning_align.checkpointing.files import Bytes, Folder
+from lightning_align.checkpointing.manifest import (
+    MANIFEST,
+    WRITING,
+    Hashed,
+    Manifest,
+    belongs,
+    check_size,
+    read_manifest,
+)
+
+
+def commit(
+    folder: Folder,
+    name: str,
+    step: int,
+    files: dict[str, Iterable[Bytes]],
+    metadata: dict[str, Any],
+) -> Manifest:
+    """Write a checkpoint's files, then its manifest.
+
+    Args:
+        folder: Where to.
+        name: Name of the checkpoint.
+        step: Its step.
+        files: Name -> bytes of its files.
+        metadata: Plain values to keep in the manifest.
+
+    Raises:
+        ValueError: If a file is gone, or cut off, when the manifest should be written.
+    """
+    folder.write(name + WRITING, [b""])
+    stored = []
+    for file_name, chunks in files.items():
+        hashed = Hashed(chunks)
+        folder.write(file_name, hashed)
+        stored.append(hashed.stored(file_name))
+    folder.sync()
+    for file in stored:  # a second run that took the folder for its own has swept them
+        check_size(folder, file)
+    manifest = Manifest(name, step, tuple(stored), metadata, time.time())
+    folder.write(name + MANIFEST, [manifest.to_json()])
+    folder.sync()
+    folder.delete(name + WRITING)
+    return manifest
+
+
+def remove(folder: Folder, name: str, files: Iterable[str], announce: bool = True) -> None:
+    """Delete a checkpoint: first what makes it one, then its files.
+
+    Args:
+        folder: Where it is.
+        name: Name of the checkpoint.
+        files: Names of its files.
+        announce: Whether to say first that they will be incomplete; a save that failed has done so.
+    """
+    if announce:
+        folder.write(name + WRITING, [b""])
+    folder.delete(name + MANIFEST)
+    folder.sync()
+    for file in files:
+        folder.delete(file)
+    folder.delete(name + WRITING)
+
+
+def sweep(folder: Folder) -> list[str]:
+    """Delete what saves that were interrupted have left; only one run may be writing here.
+
+    Args:
+        folder: Where.
+
+    Returns:
+        Names of the files that were deleted.
+    """
+    names = folder.names()
+    swept = []
+    for marker in [name for name in names if name.endswith(WRITING)]:
+        name = marker.removesuffix(WRITING)
+        try:
+            for leftover in _leftovers(folder, name, names):
+                folder.delete(leftover)
+                swept.append(leftover)
+            folder.delete(marker)
+        except OSError as error:
+            warnings.warn(f"{folder.path(marker)} is passed over: {error}.", stacklevel=2)
+    return swept
+
+
+def _leftovers(folder: Folder, name: str, names: list[str]) -> list[str]:
+    """Files of a checkpoint that was announced, unless it is whole."""
+    try:
+        read_manifest(folder, name)
+    except (ValueError, FileNotFoundError):
+        return [file for file in names if file == name + MANIFEST or belongs(file, name)]
+    return []

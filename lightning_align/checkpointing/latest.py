@@ -1,0 +1,160 @@
+"""The checkpoints of a folder: which are whole, which is the newest, and what is in one."""
+
+import os
+import warnings
+from collections.abc import Iterator
+from io import BytesIO
+from typing import Any
+
+import torch
+
+from lightning_align._errors import argument_error
+from lightning_align.checkpointing.files import CHUNK_BYTES, Folder
+from lightning_align.checkpointing.manifest import (
+    DATA,
+    MANIFEST,
+    Hashed,
+    Manifest,
+    check_size,
+    newest_first,
+    read_manifest,
+)
+
+
+def verify(folder: Folder, manifest: Manifest) -> None:
+    """Compare the files of a checkpoint with its manifest.
+
+    Args:
+        folder: Where it is.
+        manifest: What its files must be.
+
+    Raises:
+        ValueError: If a file is missing or differs.
+    """
+    for file in manifest.files:
+        check_size(folder, file)
+        hashed = Hashed(_chunks(folder, file.name))
+        for _ in hashed:
+            pass
+        if hashed.stored(file.name) != file:
+            raise ValueError(f"{file.name} is damaged: its xxh3 digest differs")
+
+
+def _chunks(folder: Folder, name: str) -> Iterator[bytes]:
+    with folder.open(name) as file:
+        while chunk := file.read(CHUNK_BYTES):
+            yield chunk
+
+
+def committed_checkpoints(
+    dirpath: str | os.PathLike[str] | Folder, storage_options: dict[str, Any] | None = None
+) -> list[Manifest]:
+    """Committed checkpoints of a folder, the newest first; those that cannot be read are left out.
+
+    The newest was committed last. What its run had left behind by going back comes at the end.
+
+    Args:
+        dirpath: Local path or URL.
+        storage_options: Passed to the filesystem of the URL.
+    """
+    folder = dirpath if isinstance(dirpath, Folder) else Folder(dirpath, storage_options)
+    manifests = []
+    for file in folder.names():
+        if not file.endswith(MANIFEST):
+            continue
+        try:
+            manifests.append(read_manifest(folder, file.removesuffix(MANIFEST)))
+        except FileNotFoundError:  # deleted since we listed
+            continue
+        except (ValueError, OSError) as error:
+            warnings.warn(f"{folder.path(file)} is passed over: {error}.", stacklevel=2)
+    return newest_first(manifests)
+
+
+def latest_valid_checkpoint(
+    dirpath: str | os.PathLike[str], storage_options: dict[str, Any] | None = None
+) -> str | None:
+    """Path of the newest checkpoint that is whole, or ``None``.
+
+    Every byte is read and compared. A damaged checkpoint is passed over with a warning.
+
+    Args:
+        dirpath: Local path or URL of the folder.
+        storage_options: Passed to the filesystem of the URL.
+    """
+    folder = Folder(dirpath, storage_options)
+    for manifest in committed_checkpoints(folder):
+        path = folder.path(manifest.name + DATA)
+        try:
+            verify(folder, manifest)
+        except (ValueError, OSError) as error:
+            warnings.warn(
+                f"{path} (step {manifest.step}) is passed over: {error}. Falling back to the"
+                " checkpoint before it.",
+                stacklevel=2,
+            )
+        else:
+            return path
+    return None
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    map_location: Any = "cpu",
+    weights_only: bool = True,
+    storage_options: dict[str, Any] | None = None,
+) -> Any:
+    """Load a committed checkpoint, after comparing its bytes with the manifest.
+
+    Args:
+        path: Path or URL of the ``.ckpt`` file.
+        map_location: Where the tensors go, as in ``torch.load``.
+        weights_only: Whether to refuse anything but tensors and plain values.
+        storage_options: Passed to the filesystem of the URL.
+
+    Raises:
+        ValueError: If the checkpoint is not committed, or a file of it is missing or damaged.
+        FileNotFoundError: If there is no such file.
+    """
+    dirpath, _, file = os.fspath(path).replace(os.sep, "/").rpartition("/")
+    folder = Folder(dirpath or ".", storage_options)
+    name = file.removesuffix(DATA)
+
+    def error(rule: str, way_out: str) -> ValueError:
+        return argument_error("load_checkpoint", "path", os.fspath(path), rule, way_out)
+
+    fall_back = "latest_valid_checkpoint(dirpath) finds the newest one that is whole"
+    if folder.size(name + MANIFEST) is None:
+        if folder.size(file) is None:
+            raise FileNotFoundError(f"load_checkpoint(path={os.fspath(path)!r}): no such file.")
+        raise error(
+            f"it has no manifest ({name + MANIFEST}), so it was never completed, or something else"
+            " wrote it",
+            f"In the first case {fall_back}; in the second use torch.load",
+        )
+    try:
+        manifest = read_manifest(folder, name)
+        data = _verified_data(folder, manifest)
+    except ValueError as damage:
+        raise error(str(damage), fall_back) from damage
+    with data:
+        return torch.load(data, map_location=map_location, weights_only=weights_only)
+
+
+def _verified_data(folder: Folder, manifest: Manifest) -> Any:
+    """The data file, open for reading, after every byte of it was compared."""
+    if folder.is_local:
+        verify(folder, manifest)
+        return folder.open(manifest.name + DATA)
+    for file in manifest.files:  # fetched once
+        check_size(folder, file)
+        content = folder.read(file.name)
+        hashed = Hashed([content])
+        for _ in hashed:
+            pass
+        if hashed.stored(file.name) != file:
+            raise ValueError(f"{file.name} is damaged: its xxh3 digest differs")
+        if file.name == manifest.name + DATA:
+            data = BytesIO(content)
+    return data

@@ -1,0 +1,65 @@
+"""Which checkpoint came from which, where a run went back and took another way.
+
+Steps do not tell: trained to 100 and again from 40 to 60, a folder's newest is 60. Clocks of two
+machines do not tell, either. So every commit is numbered, one more than any in the folder; it
+names its parent, and the checkpoints that its run had left behind by going back.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lightning_align.checkpointing.manifest import Manifest
+
+
+class Lineage:
+    """What the next commit has to say of where it comes from.
+
+    Args:
+        committed: Checkpoints in the folder.
+    """
+
+    def __init__(self, committed: Iterable[Manifest]) -> None:
+        self._number = max((manifest.commit_number for manifest in committed), default=0)
+        self._parent: str | None = None
+        self._abandoned: set[str] = set()
+
+    def continue_from(
+        self, name: str | None, step: int, committed: Mapping[str, Manifest]
+    ) -> list[Manifest]:
+        """Take note of the checkpoint that was loaded, and return those that are left by that.
+
+        Args:
+            name: Its name; None if it is in another folder.
+            step: Its step: of a checkpoint that is elsewhere nothing else is known.
+            committed: Checkpoints in the folder, by name.
+        """
+        parent = committed.get(name or "")
+        self._parent = parent.name if parent else None
+        left = [
+            found
+            for found in committed.values()
+            if (found.step > step if parent is None else _is_left(found, parent))
+        ]
+        self._abandoned = {found.name for found in left}
+        return left
+
+    def next(self, committed: Mapping[str, Manifest]) -> dict[str, Any]:
+        """The entry of the next commit.
+
+        Args:
+            committed: Checkpoints in the folder, by name.
+        """
+        abandoned = sorted(self._abandoned & committed.keys())
+        return {"commit": self._number + 1, "parent": self._parent, "abandoned": abandoned}
+
+    def commit(self, manifest: Manifest) -> None:
+        """Take note of a commit.
+
+        Args:
+            manifest: Its manifest.
+        """
+        self._number, self._parent = manifest.commit_number, manifest.name
+
+
+def _is_left(found: Manifest, parent: Manifest) -> bool:
+    return found.order > parent.order or found.name in parent.abandoned

@@ -1,0 +1,120 @@
+"""Which checkpoint is the newest, where a run went back and took another way."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_align.checkpointing import (
+    Manifest,
+    SnapshotEngine,
+    committed_checkpoints,
+    latest_valid_checkpoint,
+)
+from lightning_align.checkpointing.manifest import StoredFile, newest_first
+
+
+def train(engine: SnapshotEngine, *steps: int, suffix: str = "") -> None:
+    for step in steps:
+        engine.save({"weight": torch.full((9,), float(step))}, f"step{step}{suffix}", step)
+
+
+def stored(dirpath: Any) -> list[str]:
+    return [manifest.name for manifest in committed_checkpoints(dirpath)]
+
+
+def went_back(folder: Path) -> None:
+    """Trained to 100, again from 40 to 60."""
+    with SnapshotEngine(folder) as engine:
+        train(engine, 20, 40, 60, 80, 100)
+    with SnapshotEngine(folder) as engine:
+        left = engine.continue_from("step40", 40)
+        assert {found.name for found in left} == {"step60", "step80", "step100"}
+        train(engine, 50, 60, suffix="-v1")
+
+
+def test_the_newest_commit_is_the_latest_whatever_its_step(tmp_path: Path) -> None:
+    went_back(tmp_path)
+    assert latest_valid_checkpoint(tmp_path) == str(tmp_path / "step60-v1.ckpt")
+    assert stored(tmp_path) == [
+        *("step60-v1", "step50-v1", "step40", "step20"),
+        *("step100", "step80", "step60"),  # left behind: after all of the branch
+    ]
+    with SnapshotEngine(tmp_path) as engine:
+        assert [found.name for found in engine.committed] == stored(tmp_path)
+
+
+def test_until_the_branch_commits_the_latest_is_the_old_one(tmp_path: Path) -> None:
+    with SnapshotEngine(tmp_path) as engine:
+        train(engine, 40, 100)
+    with SnapshotEngine(tmp_path) as engine:
+        engine.continue_from("step40", 40)
+        assert latest_valid_checkpoint(tmp_path) == str(tmp_path / "step100.ckpt")
+        train(engine, 41)
+        engine.wait()
+        assert latest_valid_checkpoint(tmp_path) == str(tmp_path / "step41.ckpt")
+
+
+def test_commits_are_numbered_and_name_their_parents(tmp_path: Path) -> None:
+    went_back(tmp_path)
+    found = {each.name: each for each in committed_checkpoints(tmp_path)}
+    assert {name: (each.commit_number, each.parent) for name, each in found.items()} == {
+        "step20": (1, None),
+        "step40": (2, "step20"),
+        "step60": (3, "step40"),
+        "step80": (4, "step60"),
+        "step100": (5, "step80"),
+        "step50-v1": (6, "step40"),
+        "step60-v1": (7, "step50-v1"),
+    }
+    assert found["step60-v1"].abandoned == ("step100", "step60", "step80")
+    assert found["step100"].abandoned == ()
+
+
+def test_a_fall_back_keeps_to_the_branch(tmp_path: Path) -> None:
+    """The run went back since what it left was worse; damage must not lead there again."""
+    went_back(tmp_path)
+    for name in ("step60-v1", "step50-v1"):
+        (tmp_path / f"{name}.ckpt").write_bytes(b"damaged")
+    with pytest.warns(UserWarning, match="passed over"):
+        assert latest_valid_checkpoint(tmp_path) == str(tmp_path / "step40.ckpt")
+
+
+def test_what_was_left_is_known_to_every_run_that_follows(tmp_path: Path) -> None:
+    went_back(tmp_path)
+    with SnapshotEngine(tmp_path) as engine:
+        left = engine.continue_from("step50-v1", 50)  # back once more
+        assert {found.name for found in left} == {"step60", "step80", "step100", "step60-v1"}
+        left = engine.continue_from("step80", 80)  # or to what was left
+        assert {found.name for found in left} == {"step100", "step50-v1", "step60-v1"}
+        left = engine.continue_from(None, 55)  # from a copy in another folder
+        assert {found.step for found in left} == {60, 80, 100}
+
+
+def test_numbers_and_neither_clock_nor_step_decide_and_old_manifests_come_before() -> None:
+    def manifest(name: str, step: int, saved_at: float, commit: int = 0) -> Manifest:
+        lineage = {"lineage": {"commit": commit, "parent": None, "abandoned": []}} if commit else {}
+        file = StoredFile(f"{name}.ckpt", 1, "0" * 32)
+        return Manifest.from_json(
+            Manifest(name, step, (file,), lineage, saved_at=saved_at).to_json()
+        )
+
+    found = [
+        manifest("old 7", 7, 9e9),
+        manifest("old 9", 9, 1.0),
+        manifest("old 9, later", 9, 2.0),
+        manifest("first", 100, 5e9, commit=1),
+        manifest("second", 3, 0.0, commit=2),
+    ]
+    assert [each.name for each in newest_first(found)] == [
+        *("second", "first", "old 9, later", "old 9", "old 7")
+    ]
+
+
+def test_the_lineage_is_no_metadata_of_the_user(tmp_path: Path) -> None:
+    with (
+        SnapshotEngine(tmp_path) as engine,
+        pytest.raises(ValueError, match=r"metadata=.*: 'lineage' is the engine's own. Rename it"),
+    ):
+        engine.save({}, "a", 1, {"lineage": "mine"})
