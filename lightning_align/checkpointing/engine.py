@@ -273,8 +273,7 @@ class SnapshotEngine:
     # What the background thread calls.
 
     def _write(self, snapshot: _Snapshot) -> None:
-        if self._lock.taken_over_by:
-            raise RuntimeError(f"{self._lock.taken_over_by} has taken over the folder")
+        self._lock.ensure()
         start = time.perf_counter()
         manifest = self._commit(snapshot)
         self._committed[snapshot.name] = manifest

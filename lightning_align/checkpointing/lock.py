@@ -1,8 +1,12 @@
 """One run writes a folder: retention of two would delete each other's checkpoints.
 
-On a local filesystem the operating system holds the lock and drops it when the process dies, so
-there are no stale ones. An object store has no locks: the owner's file holds a number that goes up
-every few seconds, and an owner that stops counting is taken to be dead.
+On a local filesystem the operating system holds the lock (flock) and drops it when the process
+dies, so there are no stale ones. It belongs to the open file, not to the process: reading that file
+for a copy of the folder, and closing it, takes nothing away. But a forked child has the open file,
+too, and would hold the folder beyond the end of its parent; so it closes it.
+
+An object store has no locks, nor have some network filesystems: there the owner's file holds a
+number that goes up every few seconds, and an owner that stops counting is taken to be dead.
 """
 
 import contextlib
@@ -25,7 +29,8 @@ LOCK_FILE = ".lightning_align.lock"
 BEAT_S = 15.0
 _SILENT_BEATS = 3  # beats without a change after which an owner is dead
 
-_HELD: dict[str, int] = {}  # folder -> process: the system's locks do not tell engines apart
+_HELD: dict[str, "FolderLock"] = {}  # by folder
+_OPENING = threading.RLock()  # no fork while a lock file is open that is in no list yet
 
 
 class FolderLock:
@@ -33,6 +38,10 @@ class FolderLock:
 
     Args:
         folder: Which folder.
+
+    Attributes:
+        method: What holds it: ``flock``, or ``beats`` in the owner's file.
+        taken_over_by: Who has taken it, where it was held by beats that could not be written.
     """
 
     def __init__(self, folder: Folder) -> None:
@@ -43,8 +52,11 @@ class FolderLock:
             "started": _started(os.getpid()),
             "beat": 0,
         }
+        self._key = folder.key
+        self._path = os.path.join(folder.root, LOCK_FILE)
         self._descriptor: int | None = None
         self._stop = threading.Event()
+        self.method = ""
         self.taken_over_by: str | None = None
 
     def acquire(self) -> None:
@@ -53,48 +65,86 @@ class FolderLock:
         Raises:
             RuntimeError: If another run, or another engine of this one, holds it.
         """
-        key = str(self._folder)
-        if _HELD.get(key) == os.getpid():
-            raise RuntimeError(self._refusal(f"another engine of this process (pid {os.getpid()})"))
-        if self._folder.is_local and fcntl is not None:
+        with _OPENING:
+            if self._key in _HELD:
+                owner = f"another engine of this process (pid {os.getpid()})"
+                raise RuntimeError(self._refusal(owner))
+            _HELD[self._key] = self
+        try:
+            self.method = "flock"
+            if not (self._folder.is_local and fcntl is not None and self._lock_file()):
+                self.method = "beats"
+                self._claim()
+        except BaseException:
+            del _HELD[self._key]
+            raise
+
+    def ensure(self) -> None:
+        """Make sure that the folder is still ours, before something is written there.
+
+        Raises:
+            RuntimeError: If another run has it.
+        """
+        if self.taken_over_by:
+            raise RuntimeError(f"{self.taken_over_by} has taken over the folder")
+        if self._descriptor is not None and not _is_at(self._descriptor, self._path):
+            self._close()  # somebody has deleted the file, or the folder
             self._lock_file()
-        else:
-            self._claim()
-        _HELD[key] = os.getpid()
 
     def release(self) -> None:
         """Give the lock back."""
-        key = str(self._folder)
-        if self._owner["pid"] != os.getpid() or key not in _HELD:
+        if _HELD.get(self._key) is not self:
             return
-        del _HELD[key]
+        del _HELD[self._key]
         self._stop.set()
-        if self._descriptor is not None:
-            os.close(self._descriptor)  # the file stays: deleting it would open a race
-            self._descriptor = None
+        if self.method == "flock":
+            self._close()  # the file stays: deleting it would open a race
         elif self.taken_over_by is None:
             with contextlib.suppress(Exception):
                 self._folder.delete(LOCK_FILE)
 
-    def _lock_file(self) -> None:
-        path = os.path.join(self._folder.root, LOCK_FILE)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            owner = _described(os.pread(descriptor, 4096, 0))
-            os.close(descriptor)
-            raise RuntimeError(self._refusal(owner)) from None
-        except OSError as error:  # a filesystem without locks
-            warnings.warn(
-                f"{self._folder} cannot be locked ({error}): nothing keeps a second run from"
-                " writing there.",
-                stacklevel=5,
-            )
+    def leave_to_parent(self) -> None:
+        """In a forked child: close the file, which unlocks nothing as long as the parent has it."""
+        self._close()
+
+    def _close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _lock_file(self) -> bool:
+        """Lock the file; False on a filesystem that does not lock."""
+        with _OPENING:
+            while self._descriptor is None:
+                descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)  # closed by exec
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except (BlockingIOError, PermissionError):
+                    owner = _described(_content(descriptor))
+                    os.close(descriptor)
+                    raise RuntimeError(self._refusal(owner)) from None
+                except OSError as error:
+                    self._warn_of_beats(descriptor, error)
+                    return False
+                if _is_at(descriptor, self._path):
+                    self._descriptor = descriptor
+                else:
+                    os.close(descriptor)  # deleted in between
         with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(self._owner).encode(), 0)
-        self._descriptor = descriptor
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, json.dumps(self._owner).encode(), 0)
+        return True
+
+    def _warn_of_beats(self, descriptor: int, error: OSError) -> None:
+        if not os.fstat(descriptor).st_size:
+            os.unlink(self._path)  # ours: an owner's is never empty
+        os.close(descriptor)
+        warnings.warn(
+            f"{self._folder} cannot be locked ({error}). In the place of a lock its owner counts in"
+            f" {LOCK_FILE}: a run that died on another host is noticed after"
+            f" {_SILENT_BEATS * BEAT_S:.0f} s.",
+            stacklevel=6,
+        )
 
     def _claim(self) -> None:
         """Become the owner in the owner's file, once whoever is there is known to be dead."""
@@ -111,8 +161,8 @@ class FolderLock:
         threading.Thread(target=self._beat, name="checkpoint-lock", daemon=True).start()
 
     def _is_dead(self, owner: dict[str, Any]) -> bool:
-        if owner.get("host") == self._owner["host"]:
-            pid = owner.get("pid", 0)
+        pid = owner.get("pid")
+        if owner.get("host") == self._owner["host"] and type(pid) is int and pid > 0:
             return pid == os.getpid() or not _runs(pid) or owner.get("started") != _started(pid)
         deadline = time.monotonic() + _SILENT_BEATS * BEAT_S
         while time.monotonic() < deadline:
@@ -128,27 +178,48 @@ class FolderLock:
         while not self._stop.wait(BEAT_S):
             with contextlib.suppress(Exception):  # a store that cannot be reached for a while
                 owner = self._read()
-                if owner is not None and _identity(owner) != _identity(self._owner):
+                if owner and _identity(owner) != _identity(self._owner):
                     self.taken_over_by = _described(json.dumps(owner).encode())
                     return
                 self._owner["beat"] = self._owner["beat"] + 1
                 self._write()
 
     def _read(self) -> dict[str, Any] | None:
+        """What the owner's file says; None if there is none, and nothing if it is damaged."""
         try:
-            owner = json.loads(self._folder.read(LOCK_FILE))
-        except (FileNotFoundError, ValueError):
+            owner = json.loads(self._folder.read(LOCK_FILE, 4096))
+        except FileNotFoundError:
             return None
-        return owner if isinstance(owner, dict) else None
+        except (ValueError, RecursionError):
+            return {}
+        return owner if isinstance(owner, dict) else {}
 
     def _write(self) -> None:
-        self._folder.write(LOCK_FILE, [json.dumps(self._owner).encode()])
+        name = f"{LOCK_FILE}.{os.getpid()}" if self._folder.is_local else LOCK_FILE
+        self._folder.write(name, [json.dumps(self._owner).encode()])
+        if self._folder.is_local:  # at once, as a store does it: nobody reads half of it
+            os.replace(os.path.join(self._folder.root, name), self._path)
 
     def _refusal(self, owner: str) -> str:
         return (
             f"SnapshotEngine(dirpath={str(self._folder)!r}): {owner} is writing checkpoints there."
             " Give each run a folder of its own, or end the other one."
         )
+
+
+def _content(descriptor: int) -> bytes:
+    try:
+        return os.pread(descriptor, 4096, 0)
+    except OSError:  # where a lock keeps others from reading, too
+        return b""
+
+
+def _is_at(descriptor: int, path: str) -> bool:
+    """Whether an open file is still that of the path."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _identity(owner: dict[str, Any]) -> tuple[Any, ...]:
@@ -168,6 +239,8 @@ def _runs(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
+    except OverflowError:
+        return False
     except OSError:
         return True
     return True
@@ -180,3 +253,19 @@ def _started(pid: int) -> str | None:
             return file.read().rsplit(b")", 1)[1].split()[19].decode()
     except (OSError, IndexError):
         return None
+
+
+def _after_fork_in_child() -> None:
+    global _OPENING
+    _OPENING = threading.RLock()
+    for lock in _HELD.values():
+        lock.leave_to_parent()
+    _HELD.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=lambda: _OPENING.acquire(),
+        after_in_parent=lambda: _OPENING.release(),
+        after_in_child=_after_fork_in_child,
+    )
