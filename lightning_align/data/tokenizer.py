@@ -16,9 +16,22 @@ from typing import Any, NamedTuple
 from lightning_align._errors import argument_error
 from lightning_align.data.chat_template import read_chat_template
 from lightning_align.data.hub import resolve_pretrained
+from lightning_align.data.tokenizer_settings import plain_settings
 
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # every byte and the end-of-text token
+
+# What tokenizers treat differently: case, accents (composed and not), digits, white space,
+# punctuation, scripts without spaces, compatibility forms, control characters, text like tokens.
+PROBES = (
+    "The QUICK brown fox's naïve café can't.",
+    "nai\u0308ve e\u0301cole NAI\u0308VE E\u0301COLE ΟΔΟΣ Straße İstanbul",
+    "1234567 3.14 1,000 x2 2nd",
+    "  two  spaces,\ta tab\nand\r\n\n lines ",
+    "<s>[INST] <|user|></s> don't--stop... «quote» https://a.b/c?d=e_f",
+    "漢字とカタカナ 한국어 ไทย العربية 👩‍👩‍👧 \ufb01 ² \uff46\uff55ll",
+    "zero\u200bwidth nb\xa0space soft\xadhyphen \x01 \ufffd",
+)
 
 
 def load_tokenizer(where: str, tokenizer: Any, chat_template: str | Path | None = None) -> Any:
@@ -95,18 +108,31 @@ def trained_tokenizer(rules: str) -> Any:
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """Hash of all that decides which tokens a text becomes; equal for a copy saved and loaded.
 
-    A chat template is no part of it: it decides which text a conversation becomes.
+    Rules, every setting that transformers or a tokenizer in plain Python keeps, and, since the
+    settings of a class are what its author made them, the tokens of a probe. A chat template is no
+    part of it: it decides which text a conversation becomes.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # a tokenizer in plain Python
-        rules: Any = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+        rules: Any = sorted(tokenizer.get_vocab().items())
     else:
         rules = json.loads(backend.to_str())
         # A call with padding or truncation leaves its settings behind; ours are made without.
         rules.update(truncation=None, padding=None)
     special = [tokenizer.eos_token_id, pad_token_id(tokenizer)]
-    content = json.dumps([rules, special], sort_keys=True)
+    settings = [type(tokenizer).__name__, plain_settings(tokenizer)]
+    content = json.dumps([rules, special, settings, _probe(tokenizer)], sort_keys=True)
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+
+def _probe(tokenizer: Any) -> list[Any]:
+    tokens: list[Any] = []
+    for text in [*PROBES, *map(str, getattr(tokenizer, "all_special_tokens", ()))]:
+        try:
+            tokens += [*encode(tokenizer, [text]), "next"]
+        except Exception as error:  # noqa: PERF203  # not every tokenizer takes every text
+            tokens.append(type(error).__name__)
+    return tokens
 
 
 def pad_token_id(tokenizer: Any) -> int:

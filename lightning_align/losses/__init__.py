@@ -5,7 +5,12 @@
 each preference loss in ``LOSSES``.
 """
 
-from lightning_align.losses.dpo import Mean, dpo_loss_from_batch, preference_step
+from lightning_align.losses.dpo import (
+    Mean,
+    dpo_loss_from_batch,
+    pairs_that_count,
+    preference_step,
+)
 from lightning_align.losses.linear_cross_entropy import CrossEntropy, linear_cross_entropy
 from lightning_align.losses.linear_logprobs import TokenLogprobs, linear_logprobs
 from lightning_align.losses.preference import (
@@ -32,6 +37,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_logprobs",
     "padding_arguments",
+    "pairs_that_count",
     "preference_loss",
     "preference_step",
     "sequence_logps",

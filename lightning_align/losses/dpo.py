@@ -41,6 +41,19 @@ class Mean:
         return self.total / self.count.clamp(min=1)
 
 
+def pairs_that_count(policy: CompletionLogps) -> Tensor:
+    """Which pairs are in losses and metrics: (P,), True where either side has a completion token.
+
+    A pair without any is what a sampler fills up the last batch of a rank with. One with an empty
+    side is a preference all the same, and TRL counts it: its log-ratio on that side is 0.
+
+    Args:
+        policy: Scored completions, rows [chosen; rejected].
+    """
+    chosen_lengths_P, rejected_lengths_P = policy.lengths_B.chunk(2)
+    return (chosen_lengths_P > 0) | (rejected_lengths_P > 0)
+
+
 def preference_step(
     policy: CompletionLogps,
     reference: CompletionLogps,
@@ -51,8 +64,7 @@ def preference_step(
 ) -> tuple[Tensor, dict[str, Mean]]:
     """Losses and metrics of scored pairs.
 
-    The metrics, detached, means over pairs unless said otherwise (a pair without any completion
-    token, which pads a batch, counts in none):
+    The metrics, detached, means over ``pairs_that_count`` unless said otherwise:
 
     - ``rewards/chosen``, ``rewards/rejected``: beta times the log-ratio to the reference;
       ``rewards/margins`` is their difference, ``rewards/accuracies`` how often it is positive;
@@ -108,8 +120,7 @@ def _metrics(policy: CompletionLogps, reference: CompletionLogps, beta: float) -
     chosen_lengths_P, rejected_lengths_P = policy.lengths_B.chunk(2)
     token_logratios_BT = policy.token_logps_BT - reference.token_logps_BT
     num_tokens = policy.lengths_B.sum()
-    # A pair without completions (a sampler's padding) adds zeros to the totals, and does not count.
-    num_pairs = (policy.lengths_B.chunk(2)[0] > 0).sum()
+    num_pairs = pairs_that_count(policy).sum()  # the others add zeros to the totals
 
     def over_pairs(values_P: Tensor) -> Mean:
         return Mean(values_P.float().sum(), num_pairs)
@@ -155,7 +166,7 @@ def dpo_loss_from_batch(
         chunk_size: Rows whose logits exist at a time, see ``linear_logprobs``.
 
     Returns:
-        Mean loss over pairs that have completions, and the means that ``preference_step`` lists.
+        Mean loss over ``pairs_that_count``, and the means that ``preference_step`` lists.
 
     Raises:
         ValueError: If the batch lacks a key or has an odd number of rows, the models are one
@@ -178,14 +189,9 @@ def dpo_loss_from_batch(
     losses_P, metrics = preference_step(
         policy, reference, loss_type=loss_type, beta=beta, label_smoothing=label_smoothing
     )
-    counted_P = _has_completions(policy)
+    counted_P = pairs_that_count(policy)
     loss = (losses_P * counted_P).sum() / counted_P.sum().clamp(min=1)
     return loss, {name: mean.value for name, mean in metrics.items()}
-
-
-def _has_completions(policy: CompletionLogps) -> Tensor:
-    chosen_lengths_P, rejected_lengths_P = policy.lengths_B.chunk(2)
-    return (chosen_lengths_P > 0) | (rejected_lengths_P > 0)
 
 
 def _check_pairs(where: str, name: str, rows: Tensor) -> None:

@@ -18,6 +18,7 @@ from lightning_align.losses import (
     check_preference_arguments,
     completion_logps,
     padding_arguments,
+    pairs_that_count,
     preference_step,
 )
 from lightning_align.modules.causal_lm import CausalLMModule, Sums, rotary_in_fp32
@@ -169,8 +170,7 @@ class DPOModule(CausalLMModule):
             beta=self.beta,
             label_smoothing=self.label_smoothing,
         )
-        # A pair without completions is a sampler's padding: it teaches nothing and counts nothing.
-        counted_P = policy.lengths_B.chunk(2)[0] > 0
+        counted_P = pairs_that_count(policy)
         loss, num_pairs = (losses_P * counted_P).sum(), counted_P.sum()
         sums: Sums = {name: (mean.total, mean.count) for name, mean in metrics.items()}
         sums["loss"] = (loss, num_pairs)

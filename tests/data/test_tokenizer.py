@@ -1,4 +1,7 @@
+import copy
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +18,7 @@ from lightning_align.data.tokenizer import (
     tokenizer_fingerprint,
     train_tokenizer,
 )
+from tests.helpers.byte_tokenizer import ByteTokenizer
 
 TEXTS = ["It is a truth universally acknowledged, that a single man " * 3, "must be in want"]
 
@@ -143,6 +147,59 @@ def test_the_fingerprint_of_texts_is_not_that_of_conversations(tokenizer):
     """Text does not pass through the template, so that a token cache of it stays good."""
     other = load_tokenizer("X", tokenizer, TEMPLATE)
     assert tokenizer_fingerprint(other) == tokenizer_fingerprint(tokenizer)
+
+
+def wordpiece(folder, **settings):
+    """A tokenizer in plain Python, as the ones with custom code on the hub are."""
+    from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
+
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[SEP]", "[CLS]", "a", "A"]))
+    return BertTokenizerLegacy(str(folder / "vocab.txt"), eos_token="[SEP]", **settings)
+
+
+def test_the_fingerprint_follows_settings_of_tokenizers_in_plain_python(tmp_path):
+    one, same = (wordpiece(tmp_path, do_lower_case=True) for _ in range(2))
+    other = wordpiece(tmp_path, do_lower_case=False)
+    assert encode(one, ["A"]) != encode(other, ["A"])
+    assert one.get_vocab() == other.get_vocab()
+    assert tokenizer_fingerprint(one) == tokenizer_fingerprint(same)
+    assert tokenizer_fingerprint(one) != tokenizer_fingerprint(other)
+    one.save_pretrained(tmp_path / "saved")
+    loaded = type(one).from_pretrained(tmp_path / "saved")
+    assert tokenizer_fingerprint(one) == tokenizer_fingerprint(loaded)
+
+
+def test_the_fingerprint_follows_whether_special_tokens_are_split(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.split_special_tokens = True
+    assert encode(tokenizer, [END_OF_TEXT]) != encode(other, [END_OF_TEXT])
+    assert tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(other)
+
+
+def test_the_fingerprint_follows_what_a_class_does():
+    """No attribute tells them apart, and the second refuses some texts."""
+
+    class Bytes(ByteTokenizer):
+        def __call__(self, texts, **options):
+            return super().__call__([text.replace("e\u0301", "\xe9") for text in texts])
+
+    class Ascii(ByteTokenizer):
+        def __call__(self, texts, **options):
+            return super().__call__([text.encode("ascii").decode() for text in texts])
+
+    Bytes.__name__ = Ascii.__name__ = "ByteTokenizer"
+    prints = {tokenizer_fingerprint(one()) for one in (ByteTokenizer, Bytes, Ascii)}
+    assert len(prints) == 3
+
+
+@pytest.mark.parametrize("setting", [{"a", "b"}, {"a": 1}, [1, 2], "a", b"a", re.compile("a"), 0.5])
+def test_the_fingerprint_follows_attributes_of_any_kind(setting):
+    one, other = ByteTokenizer(), ByteTokenizer()
+    one.part, other.part = SimpleNamespace(x=setting), SimpleNamespace(x=None)
+    assert tokenizer_fingerprint(one) != tokenizer_fingerprint(other)
+    other.part.x = copy.copy(setting)
+    other.cache = {"what": "it has met"}
+    assert tokenizer_fingerprint(one) == tokenizer_fingerprint(other)
 
 
 # Prompts and completions

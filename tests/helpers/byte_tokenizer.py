@@ -1,22 +1,17 @@
 class ByteTokenizer:
-    """One token per byte, above the special ones; quick to make, and every length is known.
-
-    `before(texts)` is called ahead of every batch.
-    """
+    """One token per byte, above the special ones; quick to make, and every length is known."""
 
     eos_token_id = 0
     pad_token_id = 1
     bos_token_id = None
 
-    def __init__(self, size=258, before=lambda texts: None):
+    def __init__(self, size=258):
         self.size = size
-        self.before = before
 
     def __len__(self):
         return self.size
 
     def __call__(self, texts, **options):
-        self.before(texts)
         top = self.size - 256
         return {"input_ids": [[byte + top for byte in text.encode()] for text in texts]}
 

@@ -8,6 +8,7 @@ from lightning_align.losses import (
     Mean,
     completion_logps,
     dpo_loss_from_batch,
+    pairs_that_count,
     preference_step,
     sequence_logps,
 )
@@ -156,6 +157,24 @@ def test_a_pair_without_completions_counts_nothing(options):
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-5)
     for name, value in expected.items():
         torch.testing.assert_close(metrics[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("empty", ["chosen", "rejected"])
+def test_a_pair_with_one_empty_side_counts_once_everywhere(empty):
+    """It is a preference: TRL counts it. All rewards are right here, so the accuracy is 1."""
+    lengths = [0, 2, 3, 3] if empty == "chosen" else [2, 2, 0, 3]
+    logps = [-8.0, -8.0, -12.0, -12.0]
+    logps[0 if empty == "chosen" else 2] = 0.0
+    policy = from_sums(logps, lengths)
+    reference = from_sums([0.0 if length == 0 else -10.0 for length in lengths], lengths)
+    assert pairs_that_count(policy).tolist() == [True, True]
+    _, metrics = preference_step(policy, reference, beta=1.0)
+    assert metrics["rewards/accuracies"].value == 1
+    # Log-ratios: 2 of what was chosen, -2 of what was rejected, 0 of the empty one.
+    margins = (0 + 2, 2 + 2) if empty == "chosen" else (2 - 0, 2 + 2)
+    assert metrics["rewards/margins"].value == sum(margins) / 2
+    names = [name for name in metrics if name.split("/")[0] in ("rewards", "logps")]
+    assert all(metrics[name].count == 2 for name in names)
 
 
 def _head(model):

@@ -117,6 +117,26 @@ def test_loss_gradients_and_metrics_match_the_trl_trainer(model_name, loss_name,
             torch.testing.assert_close(our, their, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("loss_name", ["sigmoid", "hinge"])
+@pytest.mark.parametrize("row", [0, 4], ids=["chosen", "rejected"])
+def test_a_pair_with_one_empty_side_counts_as_in_the_trl_trainer(row, loss_name, tmp_path):
+    ours_options, theirs_options = LOSS_OPTIONS[loss_name]
+    model, reference = make_models("llama")
+    trainer = make_trainer(
+        copy.deepcopy(model), copy.deepcopy(reference), tmp_path, **theirs_options
+    )
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    batch["completion_mask"][row] = 0
+    ours, metrics = dpo_loss_from_batch(model, reference, batch, beta=0.3, **ours_options)
+    trainer._metrics["train"].clear()
+    theirs = trainer._compute_loss(trainer.model, batch, return_outputs=False)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    for name in METRICS:
+        (their_value,) = trainer._metrics["train"][name]
+        assert metrics[name].item() == pytest.approx(their_value, rel=1e-4, abs=1e-4), name
+
+
 def their_losses(logps, lengths, beta, loss_type, label_smoothing=0.0):
     """TRL's own `_compute_loss` on given log-probabilities: a model that says them aloud."""
     import trl

@@ -135,6 +135,22 @@ def test_pair_without_completions_teaches_and_counts_nothing() -> None:
         assert int(count) == int(alone[1][name][1]), name
 
 
+@pytest.mark.parametrize("row", [0, 2])
+def test_a_pair_with_one_empty_side_is_weighted_as_in_the_function_of_a_batch(row: int) -> None:
+    ours, batch = module(), pairs(0, 1)
+    batch["completion_mask"][row] = 0
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    loss, sums = step(ours, batch)
+    theirs, metrics = dpo_loss_from_batch(ours.model, ours.reference_layers.model, batch)
+    assert int(sums["loss"][1]) == 2
+    torch.testing.assert_close(loss / 2, theirs, rtol=1e-6, atol=0)
+    for name, value in metrics.items():
+        total, count = sums[name]
+        torch.testing.assert_close(total / count, value, rtol=1e-6, atol=1e-7)
+
+
 def test_logs_trl_names_and_validates_with_a_prefix() -> None:
     ours = module()
     trainer = pl.Trainer(
@@ -230,6 +246,7 @@ def test_turn_off_dropout_reaches_modules_and_functional_probabilities() -> None
     ("options", "message"),
     [
         ({"beta": 0.0}, r"DPOModule\(beta=0.0\): must be positive"),
+        ({"beta": 10**400}, r"DPOModule\(beta=10+\): must be positive and finite"),
         ({"loss_type": "dpo"}, r"loss_type='dpo'\): must be one of 'cdpo', 'hinge', 'ipo'"),
         ({"label_smoothing": 0.5, "loss_type": "cdpo"}, r"label_smoothing=0.5\): must be in"),
         ({"label_smoothing": 0.1}, r"must be 0 with loss_type='sigmoid'"),
