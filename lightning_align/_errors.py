@@ -1,5 +1,7 @@
 """The one shape of every error: where(argument=value), the rule, the way out."""
 
+import math
+
 
 def argument_error(
     where: str, argument: str, value: object, rule: str, way_out: str = ""
@@ -13,5 +15,23 @@ def argument_error(
         rule: What must hold, without a full stop.
         way_out: What to do instead, without a full stop.
     """
-    message = f"{where}({argument}={value!r}): {rule}."
+    message = f"{where}({argument}={_shown(value)}): {rule}."
     return ValueError(f"{message} {way_out}." if way_out else message)
+
+
+def _shown(value: object) -> str:
+    try:
+        return repr(value)
+    except (ValueError, RecursionError) as error:  # an integer of 5000 digits, lists 1000 deep
+        return f"<{type(value).__name__}: {error}>"
+
+
+def finite_number(value: object) -> float | None:
+    """``value`` as a float; None if it is no number, or NaN, infinite or too large for a float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # 10**400 is less than infinity all the same
+        return None
+    return number if math.isfinite(number) else None

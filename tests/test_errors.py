@@ -1,4 +1,8 @@
-from lightning_align._errors import argument_error
+import math
+
+import pytest
+
+from lightning_align._errors import argument_error, finite_number
 
 
 def test_message_gives_place_value_rule_and_way_out() -> None:
@@ -9,3 +13,20 @@ def test_message_gives_place_value_rule_and_way_out() -> None:
 
 def test_way_out_may_be_left_out() -> None:
     assert str(argument_error("A", "b", "c", "must be d")) == "A(b='c'): must be d."
+
+
+def test_a_value_that_cannot_be_shown_is_named_by_its_type() -> None:
+    assert str(argument_error("A", "b", 10**5000, "c")).startswith("A(b=<int: Exceeds the limit")
+    deep: list[object] = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert str(argument_error("A", "b", deep, "c")).startswith("A(b=<list: maximum recursion")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 10**400, True, "1", None])
+def test_what_is_no_finite_number(value: object) -> None:
+    assert finite_number(value) is None
+
+
+def test_a_finite_number_is_a_float() -> None:
+    assert [finite_number(value) for value in (3, -0.5)] == [3.0, -0.5]

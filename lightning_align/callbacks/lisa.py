@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_align._compat import is_accumulating, log_step_value, wrap_in_ddp_again
-from lightning_align._errors import argument_error
+from lightning_align._errors import argument_error, finite_number
 from lightning_align.callbacks.lisa_layers import (
     Partition,
     draw_blocks,
@@ -392,7 +392,7 @@ def _check_sampling(sampling: Any, activated_layers: int) -> None:
             rule = "must be 'uniform', 'weight_norm' or a list of weights"
             raise argument_error("LISA", "sampling", sampling, rule)
         return
-    if not all(0 <= weight < float("inf") for weight in sampling):
+    if any((number := finite_number(weight)) is None or number < 0 for weight in sampling):
         rule = "weights must be finite and not negative"
     elif not sum(sampling):
         rule = "the sum of the weights must be above 0"

@@ -33,10 +33,12 @@ def draw_blocks(
         weights: One for each block, at least ``num_draws`` of them above 0.
     """
     generator = random.Random(derive_seed("lisa", seed, interval))
-    logs = [math.log(1 - generator.random()) for _ in weights]  # 1 - u: never the log of 0
+    # -log(u^(1/w)) is w's exponential variable; compared by logarithms, so that no weight is too
+    # small or too large to divide by. The bound is below what 1 - u can give, but for 0.
+    exponentials = [max(-math.log(1 - generator.random()), 1e-17) for _ in weights]
     keys = [
-        (log / weight if weight > 0 else -math.inf, block)
-        for block, (log, weight) in enumerate(zip(logs, weights, strict=True))
+        (math.log(weight) - math.log(exponential) if weight > 0 else -math.inf, block)
+        for block, (exponential, weight) in enumerate(zip(exponentials, weights, strict=True))
     ]
     return tuple(sorted(block for _, block in sorted(keys, reverse=True)[:num_draws]))
 

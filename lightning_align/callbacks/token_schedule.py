@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_align._compat import is_accumulating
-from lightning_align._errors import argument_error
+from lightning_align._errors import argument_error, finite_number
 from lightning_align.schedules import DECAYS, SCHEDULES, lr_fraction
 
 
@@ -72,6 +72,10 @@ class TokenSchedule(pl.Callback):
             raise argument_error(
                 "TokenSchedule", "min_lr_ratio", min_lr_ratio, "must be in [0, 1], a fraction"
             )
+        counts = {"max_tokens": max_tokens, "warmup_tokens": warmup_tokens}
+        for argument, value in {**counts, "decay_tokens": decay_tokens or 0}.items():
+            if finite_number(value) is None:
+                raise argument_error("TokenSchedule", argument, value, "must be a finite number")
         if decay_tokens is None:
             decay_tokens = max(1, int(max_tokens) // 10)  # enough: arXiv:2404.06395, section 4.3
         _check_lengths(max_tokens, warmup_tokens, decay_tokens, schedule)

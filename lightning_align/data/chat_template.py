@@ -6,7 +6,6 @@ puts ``{% generation %}`` around what the assistant says tells exactly what is t
 
 from __future__ import annotations
 
-import json
 import re
 from datetime import datetime
 from pathlib import Path
@@ -17,7 +16,7 @@ import jinja2
 import jinja2.ext
 
 from lightning_align._errors import argument_error
-from lightning_align.data.files import InputFile, text_fault
+from lightning_align.data.files import InputFile, parse_json, text_fault
 
 Message = dict[str, Any]
 Messages = list[Message]
@@ -199,9 +198,9 @@ def read_tools(file: InputFile, place: str, record: dict[str, Any]) -> Tools | N
     tools = record.get("tools")
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools) if tools.strip() else None
-        except json.JSONDecodeError as error:
-            raise file.error(f"{place}: column 'tools' must be JSON, but {error.msg}") from None
+            tools = parse_json(tools) if tools.strip() else None
+        except ValueError as error:
+            raise file.error(f"{place}: column 'tools' {error}") from None
     if not tools:
         return None  # an empty list, too: templates write a heading for it
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):

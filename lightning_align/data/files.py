@@ -38,6 +38,7 @@ from lightning_align.data.tables import csv_rows, parquet_rows
 CHUNK = 1 << 20
 COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
 RECORD_SUFFIXES = (".jsonl", ".csv", ".parquet")
+DEEPEST = 100  # lists and objects inside each other, as in Arrow; comparing them recurses
 
 
 @dataclass(frozen=True)
@@ -149,10 +150,9 @@ class InputFile:
 
     def _record(self, number: int, line: str) -> dict[str, Any]:
         try:
-            record = json.loads(line.rstrip("\n"))
-        except json.JSONDecodeError as error:
-            rule = f"line {number} must be JSON, but {error.msg} at column {error.colno}"
-            raise self.error(rule) from None
+            record = parse_json(line.rstrip("\n"))
+        except ValueError as error:
+            raise self.error(f"line {number} {error}") from None
         if not isinstance(record, dict):
             found = type(record).__name__
             raise self.error(f"line {number} must be a JSON object, but it is a {found}")
@@ -216,6 +216,34 @@ class InputTable(InputFile):
     def _table(self) -> Any:
         # Loaded once: the hub may have another version a moment later.
         return load_hub(self.url, self.error) if self.on_hub else load_saved(self.url, self.error)
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: What is wrong, to stand behind the name of the text: "must be JSON, but ...".
+    """
+    try:
+        value = json.loads(text)
+        # Most has too few brackets to be deep, and need not be walked through.
+        if text.count("[") + text.count("{") > DEEPEST and _depth(value) > DEEPEST:
+            raise RecursionError
+    except json.JSONDecodeError as error:
+        raise ValueError(f"must be JSON, but {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise ValueError(f"must not nest lists and objects more than {DEEPEST} deep") from None
+    except ValueError:  # Python's guard against the quadratic time that a long integer takes
+        raise ValueError("holds an integer of more digits than Python reads") from None
+    return value
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while level := [item for item in level if isinstance(item, (list, dict))]:
+        depth += 1
+        level = [x for item in level for x in (item.values() if isinstance(item, dict) else item)]
+    return depth
 
 
 def text_fault(text: str) -> str | None:

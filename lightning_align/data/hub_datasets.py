@@ -50,13 +50,16 @@ def load_saved(url: str, error: Error) -> Any:
         if present:
             rule = f"must be one dataset, but it holds both {present[0]} and {DICT_FILE}"
             raise error(rule, "Save either of them to a folder of its own")
-        with filesystem.open(posixpath.join(folder, DICT_FILE), "rb") as stream:
-            splits = json.load(stream)["splits"]
+        try:
+            with filesystem.open(posixpath.join(folder, DICT_FILE), "rb") as stream:
+                splits = list(json.load(stream)["splits"])
+        except (ValueError, LookupError, TypeError, RecursionError) as problem:
+            raise error(f"its {DICT_FILE} cannot be read ({type(problem).__name__})", "") from None
         rule = f"is a DatasetDict, and one split must be named; it has {_listed(splits)}"
         raise error(rule, f"Give {url.rstrip('/')}/{splits[0] if splits else 'split'}")
     try:
         return datasets.load_from_disk(url, keep_in_memory=False)
-    except (OSError, ValueError, LookupError, TypeError) as problem:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as problem:
         rule = f"datasets cannot load this folder ({type(problem).__name__}: {problem})"
         raise error(rule, "Save it anew with save_to_disk") from problem
 

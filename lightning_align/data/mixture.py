@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 import torch
 
-from lightning_align._errors import argument_error
+from lightning_align._errors import argument_error, finite_number
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -87,6 +87,9 @@ def draw_order(size: int, *key: object) -> Order:
 
 def largest_remainder(total: int, weights: Sequence[float]) -> list[int]:
     """Whole numbers that add up to ``total``, each within 1 of its part by weight."""
+    # By a power of two, which rounds nothing: weights of 1e308 have no sum, and have ratios.
+    _, exponent = math.frexp(max(weights))
+    weights = [math.ldexp(weight, -exponent) for weight in weights]
     exact = [total * weight / math.fsum(weights) for weight in weights]
     shares = [math.floor(part) for part in exact]
     # The parts left over go to the largest remainders, of equal ones to the first.
@@ -107,8 +110,8 @@ def check_weight(where: str, argument: str, weight: object) -> None:
     Raises:
         ValueError: If it is anything else.
     """
-    number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-    if not (number and 0 < cast("float", weight) < math.inf):
+    number = finite_number(weight)
+    if number is None or number <= 0:
         way_out = "Leave the corpus out to give it no weight"
         rule = "a weight must be a positive, finite number"
         raise argument_error(where, argument, weight, rule, way_out)

@@ -159,7 +159,7 @@ def _problem(folder: Path, key: str, *, read_all: bool = True) -> str | None:
                 return f"the content of {name} has changed"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         return f"its manifest cannot be read ({type(error).__name__})"
     return None
 

@@ -10,13 +10,12 @@ Shapes: P pairs.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from lightning_align._errors import argument_error
+from lightning_align._errors import argument_error, finite_number
 
 
 def sigmoid(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float) -> Tensor:
@@ -103,7 +102,7 @@ def check_preference_arguments(
     if loss_type not in LOSSES:
         names = ", ".join(repr(name) for name in LOSSES)
         raise argument_error(where, "loss_type", loss_type, f"must be one of {names}")
-    if not 0 < beta < math.inf:
+    if (finite_number(beta) or 0) <= 0:
         raise argument_error(where, "beta", beta, "must be positive and finite")
     if not 0 <= label_smoothing < 0.5:
         raise argument_error(where, "label_smoothing", label_smoothing, "must be in [0, 0.5)")

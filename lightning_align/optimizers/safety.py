@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_align._errors import argument_error
+from lightning_align._errors import argument_error, finite_number
 
 Group = dict[str, Any]
 OnNonfinite = Literal["skip", "raise"]
@@ -68,8 +68,7 @@ def check_betas(where: str, betas: Any) -> None:
 def _number(value: Any) -> float | None:
     if isinstance(value, Tensor):
         return float(value) if value.numel() == 1 else None
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if is_number else None
+    return finite_number(value)
 
 
 def parameter_name(group: Group, index: int) -> str:

@@ -13,17 +13,27 @@ from lightning_align.pipelining.actions import KINDS, Event, Schedule
 
 Floats = NDArray[np.float64]
 Cost = float | Sequence[float]
+LARGEST = 1e100  # of a cost, in whatever unit: that sums and ratios are finite, too
+RANGE = f"must be finite and not negative, and at most {LARGEST:g}"
 
 
 def per_stage(cost: Cost, schedule: Schedule, where: str, argument: str) -> Floats:
     """One number for each stage, from one number or as many."""
-    cost_S = np.asarray(cost, dtype=np.float64)
+    cost_S = as_costs(cost)
     if cost_S.ndim and cost_S.shape != (schedule.num_stages,):
         rule = f"must be one number, or one for each of the {schedule.num_stages} stages"
         raise argument_error(where, argument, cost, rule)
-    if not (np.isfinite(cost_S).all() and (cost_S >= 0).all()):
-        raise argument_error(where, argument, cost, "must be finite and not negative")
+    if not ((cost_S >= 0) & (cost_S <= LARGEST)).all():
+        raise argument_error(where, argument, cost, RANGE)
     return np.broadcast_to(cost_S, schedule.num_stages)
+
+
+def as_costs(cost: Cost) -> Floats:
+    """As an array; an integer that no float can be is infinite."""
+    try:
+        return np.asarray(cost, dtype=np.float64)
+    except OverflowError:
+        return np.full(np.shape(np.asarray(cost, dtype=object)), np.inf)
 
 
 def action_costs(
@@ -55,9 +65,8 @@ def message_times(
     where: str,
 ) -> Floats:
     """Time from one stage to the next on another rank, and back."""
-    if not 0 <= comm_latency < np.inf:
-        rule = "must be finite and not negative"
-        raise argument_error(where, "comm_latency", comm_latency, rule)
+    if not 0 <= comm_latency <= LARGEST:
+        raise argument_error(where, "comm_latency", comm_latency, RANGE)
     if bandwidth is None:
         if activation_bytes is not None:
             rule, value = "counts only together with bandwidth", activation_bytes
@@ -69,7 +78,11 @@ def message_times(
     if not bandwidth > 0:
         raise argument_error(where, "bandwidth", bandwidth, "must be positive")
     bytes_S = per_stage(activation_bytes, schedule, where, "activation_bytes")
-    return comm_latency + bytes_S / bandwidth
+    times_S = comm_latency + bytes_S / as_costs(bandwidth)
+    if not (times_S <= LARGEST).all():
+        rule = f"a message would take more than {LARGEST:g} units of time"
+        raise argument_error(where, "bandwidth", bandwidth, rule)
+    return times_S
 
 
 def measured_costs(events: Iterable[Event]) -> dict[str, list[float]]:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_align._errors import argument_error
+from lightning_align.pipelining.costs import as_costs
 
 Floats = NDArray[np.float64]
 METHODS = "'parameters', 'uniform', 'profile', 'type:<regex>' or the number of layers of each stage"
@@ -64,7 +65,7 @@ def partition(
         )
     if not isinstance(partition_method, str):
         return _given(partition_method, num_layers, num_stages, where)
-    weights_L = np.asarray(costs, dtype=np.float64)
+    weights_L = as_costs(costs)
     if partition_method == "uniform":
         weights_L, first_cost, last_cost = np.ones(num_layers), 0.0, 0.0
     elif partition_method.startswith("type:"):
@@ -72,10 +73,12 @@ def partition(
         first_cost = last_cost = 0.0
     elif partition_method not in ("parameters", "profile"):
         raise argument_error(where, "partition_method", partition_method, f"must be {METHODS}")
-    weights = [*weights_L.tolist(), first_cost, last_cost]
-    if not (np.isfinite(weights).all() and min(weights) >= 0):
+    weights = as_costs([*weights_L.tolist(), first_cost, last_cost])
+    if not (np.isfinite(weights).all() and weights.min() >= 0):
         raise argument_error(where, "costs", list(costs), "must be finite and not negative")
-    return _balanced(weights_L, num_stages, first_cost, last_cost)
+    # By a power of two, which rounds nothing: that squares of 1e200 and of 1e-200 are numbers.
+    *_, first, last = weights = np.ldexp(weights, -np.frexp(weights.max())[1])
+    return _balanced(weights[:-2], num_stages, float(first), float(last))
 
 
 def _given(

@@ -420,6 +420,7 @@ def test_a_second_run_draws_anew_and_one_that_goes_on_does_not() -> None:
         ({"activated_layers": 0}, r"LISA\(activated_layers=0\): must be at least 1"),
         ({"interval_steps": 0}, r"LISA\(interval_steps=0\): must be at least 1"),
         ({"sampling": "random"}, "must be 'uniform', 'weight_norm' or a list of weights"),
+        ({"sampling": [1.0, 10**309]}, "weights must be finite and not negative"),
         ({"sampling": [1.0, -1.0]}, "weights must be finite and not negative"),
         ({"sampling": [1.0, float("nan")]}, "weights must be finite and not negative"),
         ({"sampling": [0.0, 0.0]}, "sum of the weights must be above 0"),

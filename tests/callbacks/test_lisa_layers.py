@@ -66,6 +66,14 @@ def test_weighted_draws_are_drawn_one_after_the_other_by_weight() -> None:
         assert counts[pair] == pytest.approx(draws * share, abs=4.5 * (draws * 0.25) ** 0.5)
 
 
+@pytest.mark.parametrize("weight", [5e-324, 1e-300, 1.7e308])
+def test_only_the_ratios_of_weights_matter(weight: float) -> None:
+    """A logarithm divided by 5e-324 is infinite: always the last blocks would train."""
+    for interval in range(40):
+        drawn = draw_blocks(3, interval, 2, [weight] * 5)
+        assert drawn == draw_blocks(3, interval, 2, [1.0] * 5)
+
+
 @given(
     seed=st.integers(0, 2**63),
     weights=st.lists(st.sampled_from([0.0, 1e-300, 0.5, 1.0, 1e300]), min_size=1, max_size=12),

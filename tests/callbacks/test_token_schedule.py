@@ -585,6 +585,12 @@ def test_batch_without_tokens_is_refused_before_a_step(batch: Any, held: str) ->
         ({"max_tokens": -5}, r"max_tokens=-5\): must be at least 1"),
         ({"schedule": "cos"}, r"schedule='cos'\): must be one of \['constant', 'cosine', 'linear'"),
         ({"warmup_tokens": -1}, r"warmup_tokens=-1\): must not be negative"),
+        ({"max_tokens": float("inf")}, r"max_tokens=inf\): must be a finite number"),
+        ({"warmup_tokens": float("nan")}, r"warmup_tokens=nan\): must be a finite number"),
+        (
+            {"decay_tokens": -float("inf"), "schedule": "wsd"},
+            r"decay_tokens=-inf\): must be a fin",
+        ),
         ({"warmup_tokens": 101}, r"max_tokens=100\): is less than .* together, 101 \+ 0 tokens"),
         ({"schedule": "wsd", "warmup_tokens": 95}, r"max_tokens=100\): is less than .* 95 \+ 10"),
         ({"schedule": "wsd", "decay_tokens": 101}, r"max_tokens=100\): is less than .* 0 \+ 101"),

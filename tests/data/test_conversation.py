@@ -356,6 +356,10 @@ BAD_RECORDS = {
         "message 1 has content of type 'image', and must have text",
     ),
     "tools": ({"messages": CHAT, "tools": "{"}, "column 'tools' must be JSON, but"),
+    "deep tools": (
+        {"messages": CHAT, "tools": "[" * 100_000 + "]" * 100_000},
+        "column 'tools' must not nest lists and objects more than 100 deep",
+    ),
     "tool names": ({"messages": CHAT, "tools": ["clock"]}, "'tools' must be a list of JSON schem"),
     "both": ({"messages": CHAT, "completion": "b"}, "has both messages and a completion"),
     "neither": (

@@ -152,6 +152,16 @@ def test_records_keep_their_line_numbers_and_the_columns_asked_for(tmp_path):
         ("{}", "line 2 has no column 'text'; columns found: none"),
         ('{"text": ', "line 2 must be JSON, but Expecting value at column 10"),
         ('["text"]', "line 2 must be a JSON object, but it is a list"),
+        (
+            '{"text": ' + "[" * 100_000 + "]" * 100_000 + "}",
+            "line 2 must not nest lists and objects",
+        ),
+        # Python reads this one, and could then neither compare nor render it.
+        ('{"text": ' + '{"a": ' * 950 + "1" + "}" * 951, "line 2 must not nest .* 100 deep"),
+        (
+            '{"text": ' + "7" * 5000 + "}",
+            "line 2 holds an integer of more digits than Python reads",
+        ),
         ('{"text": 3}', "line 2: column 'text' must be text, not int"),
         ('{"text": null}', "line 2: column 'text' must be text, not NoneType"),
     ],

@@ -86,6 +86,13 @@ def test_one_split_of_a_dict_must_be_named(tmp_path):
         find(tmp_path / "saved" / "nope")
 
 
+@pytest.mark.parametrize("content", ["{", '{"splits": 3}', "[]", "[" * 100_000])
+def test_a_dict_whose_list_of_splits_is_broken(tmp_path, content):
+    (tmp_path / "dataset_dict.json").write_text(content)
+    with pytest.raises(ValueError, match=r"its dataset_dict\.json cannot be read"):
+        list(find(tmp_path).records())
+
+
 def test_a_folder_that_is_two_things_at_once(tmp_path):
     save(tmp_path / "saved")
     (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["train"]}')

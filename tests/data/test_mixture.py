@@ -34,6 +34,13 @@ def test_worked_shares():
     assert Mixture([100, 300], [1, 1]).shares == [200, 200]
 
 
+@pytest.mark.parametrize("factor", [1e308, 1e-300])
+def test_only_the_ratios_of_weights_matter(factor):
+    """1e308 three times is more than a float holds, and three times 1e-300 its square is 0."""
+    assert Mixture([50, 50, 50], [factor, factor, factor]).shares == [50, 50, 50]
+    assert largest_remainder(10, [0.5 * factor, 0.3 * factor, 0.1 * factor]) == [6, 3, 1]
+
+
 @settings(deadline=None)
 @given(
     st.integers(0, 10**6), st.lists(st.floats(1e-9, 1e9), min_size=1, max_size=8), st.floats(0.1, 9)
@@ -120,6 +127,8 @@ def test_corpora_of_one_size_have_orders_of_their_own():
         ([3, 3], [1, 0], r"Mixture\(weights=0\): a weight must be a positive, finite number"),
         ([3, 3], [1, -2.5], r"Mixture\(weights=-2\.5\): a weight must be"),
         ([3, 3], [1, math.nan], r"Mixture\(weights=nan\): a weight must be"),
+        ([3, 3], [10**400, 1], r"Mixture\(weights=10+\): a weight must be"),
+        ([3, 3], [10**5000, 1], r"Mixture\(weights=<int: .*digits.*>\): a weight must be"),
         ([3, 3], [math.inf, 1], r"Mixture\(weights=inf\): a weight must be"),
         ([3, 3], ["1", 1], r"Mixture\(weights='1'\): a weight must be"),
         ([3, 3], [True, 1], r"Mixture\(weights=True\): a weight must be"),

@@ -11,6 +11,7 @@ import threading
 import time
 import tracemalloc
 import warnings
+from contextlib import contextmanager
 
 import filelock
 import numpy as np
@@ -23,7 +24,7 @@ from lightning_align.data.token_cache import (
     prepare_token_cache,
 )
 from lightning_align.data.tokenize_corpus import Corpus
-from lightning_align.data.tokenizer import train_tokenizer, trained_tokenizer
+from lightning_align.data.tokenizer import encode, train_tokenizer, trained_tokenizer
 from tests.helpers.byte_tokenizer import ByteTokenizer
 
 fork = multiprocessing.get_context("fork")
@@ -155,7 +156,8 @@ def test_the_key_follows_what_decides_the_tokens(tmp_path):
     renamed = write_jsonl(tmp_path / "b.jsonl", TEXTS)
     other = write_jsonl(tmp_path / "c.jsonl", [*TEXTS, "one more"])
     (tmp_path / "a.txt").write_text("x\ny")
-    trained = train_tokenizer(TEXTS, 270)
+    trained, split = train_tokenizer(TEXTS, 270), train_tokenizer(TEXTS, 270)
+    split.split_special_tokens = True
     base = corpus(path, ByteTokenizer())
     assert base.key() == corpus(renamed, ByteTokenizer()).key()
     different = [
@@ -164,6 +166,7 @@ def test_the_key_follows_what_decides_the_tokens(tmp_path):
         corpus([path, other], ByteTokenizer()),
         corpus(path, ByteTokenizer(300)),
         corpus(path, trained),
+        corpus(path, split),
         corpus(path, None),
         corpus(path, None, vocab_size=281),
         corpus(path, ByteTokenizer(), other),
@@ -187,6 +190,7 @@ DAMAGES = {
     "a file gone": lambda folder: (folder / "val.offsets").unlink(),
     "no manifest": lambda folder: (folder / "manifest.json").unlink(),
     "half a manifest": lambda folder: os.truncate(folder / "manifest.json", 50),
+    "a deep manifest": lambda folder: (folder / "manifest.json").write_text("[" * 100_000),
     "an empty manifest": lambda folder: (folder / "manifest.json").write_text("{}"),
     "not a manifest": lambda folder: (folder / "manifest.json").write_text("[1]"),
     "another manifest": lambda folder: (folder / "manifest.json").write_text('{"key": "abc"}'),
@@ -235,7 +239,20 @@ def test_default_cache_dir(monkeypatch, tmp_path):
     assert str(default_cache_dir()) == "/home/someone/.cache/lightning_align"
 
 
-def stuck_tokenizer():
+@contextmanager
+def before_each_batch(before):
+    """Have `before(texts)` called ahead of every batch that a build tokenises."""
+
+    def tokenise(tokenizer, texts):
+        before(texts)
+        return encode(tokenizer, texts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_align.data.tokenize_corpus.encode", tokenise)
+        yield
+
+
+def stuck_build(wanted, cache_dir):
     """Tokenises one batch, then waits for ever."""
     calls = []
 
@@ -244,7 +261,8 @@ def stuck_tokenizer():
             time.sleep(600)
         calls.append(1)
 
-    return ByteTokenizer(before=before)
+    with before_each_batch(before):
+        prepare_token_cache(wanted, cache_dir)
 
 
 def big_corpus(tmp_path, tokenizer):
@@ -263,7 +281,7 @@ def wait_until(condition):
 
 def start_stuck(tmp_path, cache_dir):
     process = fork.Process(
-        target=prepare_token_cache, args=(big_corpus(tmp_path, stuck_tokenizer()), cache_dir)
+        target=stuck_build, args=(big_corpus(tmp_path, ByteTokenizer()), cache_dir)
     )
     process.start()
     wait_until(lambda: any(file.stat().st_size for file in cache_dir.glob("*.tmp/train.tokens")))
@@ -318,8 +336,8 @@ def test_a_build_that_fails_leaves_nothing(tmp_path, cache_dir):
     def before(texts):
         raise RuntimeError("out of luck")
 
-    with pytest.raises(RuntimeError, match="out of luck"):
-        prepare_token_cache(big_corpus(tmp_path, ByteTokenizer(before=before)), cache_dir)
+    with before_each_batch(before), pytest.raises(RuntimeError, match="out of luck"):
+        prepare_token_cache(big_corpus(tmp_path, ByteTokenizer()), cache_dir)
     assert [path.suffix for path in cache_dir.iterdir()] == [".lock"]
 
 
@@ -329,12 +347,13 @@ def test_two_processes_that_build_at_once_both_succeed(tmp_path, cache_dir):
         with (tmp_path / "log").open("a") as stream:
             stream.write("t" * len(texts))
 
-    wanted = big_corpus(tmp_path, ByteTokenizer(before=before))
+    wanted = big_corpus(tmp_path, ByteTokenizer())
     barrier = fork.Barrier(2)
 
     def work():
         barrier.wait()
-        cache = build(wanted, cache_dir)
+        with before_each_batch(before):
+            cache = build(wanted, cache_dir)
         assert cache.train.num_documents + cache.val.num_documents == 12
 
     processes = [fork.Process(target=work) for _ in range(2)]

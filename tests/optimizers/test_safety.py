@@ -84,7 +84,19 @@ def test_check_gradients_leaves_out_none_and_refuses_sparse() -> None:
         check_gradients(optimizer)
 
 
-@pytest.mark.parametrize("value", [-1e-3, math.nan, math.inf, "1", None, True, torch.zeros(2)])
+@pytest.mark.parametrize(
+    "value",
+    [
+        -1e-3,
+        math.nan,
+        math.inf,
+        pytest.param(10**400, id="10^400"),
+        "1",
+        None,
+        True,
+        torch.zeros(2),
+    ],
+)
 def test_check_number_refuses(value: Any) -> None:
     with pytest.raises(ValueError, match=r"X\(lr=.*\): must be a number of at least 0 and finite"):
         check_number("X", "lr", value)

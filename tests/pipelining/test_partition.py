@@ -106,6 +106,7 @@ def test_the_table_shows_every_stage_with_its_rank_and_share() -> None:
         ([1.0] * 3, 2, [0, 3], r"each at least 1"),
         ([1.0, -1.0], 2, "parameters", r"\(costs=\[1.0, -1.0\]\): must be finite and not neg"),
         ([1.0, float("nan")], 2, "profile", r"must be finite"),
+        ([1.0, 10**400], 2, "profile", r"must be finite"),
         ([1.0] * 3, 2, "type:[", r"'type:\['\): is not a regular expression"),
         ([1.0] * 3, 2, "type:Norm", r"matches 1 layers of 3, for 2 stages. The layers are Block, "),
     ],
@@ -114,6 +115,13 @@ def test_bad_input_is_named(costs: list, num_stages: int, method: object, messag
     names = ["Block", "Block", "Norm"][: len(costs)]
     with pytest.raises(ValueError, match=message):
         partition(costs, num_stages, method, type_names=names)
+
+
+@pytest.mark.parametrize("factor", [1e300, 1e-300])
+def test_costs_whose_squares_are_no_numbers(factor: float) -> None:
+    costs = [5.0, 1.0, 1.0, 1.0, 3.0]
+    expected = partition(costs, 3, last_cost=1.0)
+    assert partition([factor * cost for cost in costs], 3, last_cost=factor) == expected
 
 
 def test_type_without_class_names_is_named() -> None:
