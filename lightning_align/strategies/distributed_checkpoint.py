@@ -9,8 +9,6 @@ outline, in which tensors have shapes and no values, then the values of what has
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from torch.optim import Optimizer
 from lightning_align import _compat_dcp
 from lightning_align._errors import argument_error
 from lightning_align.run.state import WINDOW_KEY
+from lightning_align.strategies import replacing
 from lightning_align.strategies.chain import WHERE
 from lightning_align.strategies.stage_parameters import StageParameters
 from lightning_align.strategies.stage_state import names_of
@@ -79,33 +78,17 @@ def save(checkpoint: dict[str, Any], filepath: str, group: Any, write: Callable[
         parts[f"{_OPTIMIZER}{number}"] = state
     if windows := checkpoint.pop(WINDOW_KEY, []):
         parts[WINDOW_KEY] = {str(rank): windows[rank]}
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    if rank == 0:
-        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
-        unfinished.mkdir(parents=True)
+    unfinished = replacing.begin(path) if rank == 0 else replacing.unfinished(path)
     distributed.barrier(group)
     state_dict_saver.save(parts, checkpoint_id=unfinished, process_group=group)
     if rank == 0:
         write(checkpoint, unfinished / META_FILE)
-        _put(unfinished, path)
+        replacing.end(path)
 
 
-def _put(folder: Path, path: Path) -> None:
-    """Move a folder to where an older one may be, or a file."""
-    old = path.with_name(f".{path.name}.old")
-    if path.exists():
-        os.replace(path, old)
-    os.replace(folder, path)
-    if old.is_dir():
-        shutil.rmtree(old)
-    old.unlink(missing_ok=True)
-
-
-def remove(filepath: Any) -> None:
-    """Make room for a file where there is a checkpoint of all ranks; nothing else is touched."""
-    path = Path(filepath)
-    if (path / META_FILE).is_file() and (path / _compat_dcp.INDEX_FILE).is_file():
-        shutil.rmtree(path)
+def is_one(path: Path) -> bool:
+    """Whether there is a checkpoint of all ranks, whole or damaged."""
+    return (path / META_FILE).is_file() and (path / _compat_dcp.INDEX_FILE).is_file()
 
 
 class DistributedCheckpoint:

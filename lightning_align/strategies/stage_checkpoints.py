@@ -8,11 +8,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_align.run.replicas import is_spread
-from lightning_align.strategies import distributed_checkpoint, stage_state
+from lightning_align.strategies import distributed_checkpoint, replacing, stage_state
 from lightning_align.strategies.distributed_checkpoint import META_FILE, DistributedCheckpoint
 from lightning_align.strategies.stage_parameters import StageParameters
 
@@ -63,11 +64,27 @@ class StageCheckpoints(ParallelStrategy):
     ) -> None:
         if not self.save_distributed_checkpoint or self._parameters is None:
             if self.is_global_zero:
-                distributed_checkpoint.remove(filepath)
-            super().save_checkpoint(checkpoint, filepath, storage_options)
+                self._save_file(checkpoint, filepath, storage_options)
             return
         group, path = self._parameters.group, str(self.broadcast(filepath))
         distributed_checkpoint.save(checkpoint, path, group, self.checkpoint_io.save_checkpoint)
+
+    def _save_file(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any) -> None:
+        place = Path(filepath)
+        replacing.finish(place)
+        if not distributed_checkpoint.is_one(place):
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        file = replacing.unfinished(place)  # in the place of a folder
+        self.checkpoint_io.save_checkpoint(checkpoint, file, storage_options)
+        replacing.end(place)
+
+    @override
+    def remove_checkpoint(self, filepath: Any) -> None:
+        if not distributed_checkpoint.is_one(Path(filepath)):
+            super().remove_checkpoint(filepath)
+        elif self.is_global_zero:
+            replacing.remove(Path(filepath))
 
     # Loading.
 
@@ -88,7 +105,14 @@ class StageCheckpoints(ParallelStrategy):
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
-        path = Path(self.broadcast(checkpoint_path))
+        named = Path(self.broadcast(checkpoint_path))
+        path = replacing.whereabouts(named)
+        if path != named:
+            rank_zero_warn(
+                f"A run that was replacing {named} was killed; the newest whole one is {path.name}"
+                " beside it, which is read. The next save puts it in its place."
+            )
+            checkpoint_path = path
         self._folder = DistributedCheckpoint(path) if path.is_dir() else None
         if self._folder is None:
             return super().load_checkpoint(checkpoint_path, weights_only)
