@@ -21,6 +21,7 @@ TABLES = (
     "Optimizers and modules",
     "Optimizers and strategies",
     "Modules and strategies",
+    "Modules that know nothing of us",
     "Modules alone",
     "Datamodules alone",
     "Callbacks alone",
@@ -34,7 +35,9 @@ This page is written by the tests in `tests/laws`, which run every law over ever
 strategy, a datamodule or a module to their lists tests it, alone and in pairs. `make composition` writes the page anew, and the
 test suite fails where it differs from what the laws found.
 
-The models are a GPT-2 in our modules and a hand-written LightningModule that knows nothing of this package.
+The models are a GPT-2 in our modules and a hand-written LightningModule that knows nothing of this package; and a zoo of
+LightningModules with one habit each (`tests/laws/zoo_rows.py`). The zoo is compared with plain Lightning under the same strategy,
+without any class of ours, and under the pipeline with plain Lightning in one process: losses, all that is logged, weights.
 
 | word | what a test has shown |
 |---|---|
@@ -43,6 +46,8 @@ The models are a GPT-2 in our modules and a hand-written LightningModule that kn
 | equal | two ranks give the losses of one process with the same global batch, up to the order of summation (1e-5) |
 | accumulates | micro-batches with unequal numbers of tokens give the losses of the one big batch (1e-5) |
 | any order | bit-identical whichever of the two callbacks comes first |
+| own order | ExactResume draws the order of rows from (seed, epoch), so it is another one than plain Lightning's |
+| warns | trains, otherwise than one process by construction, and says so |
 | refuses | raises at `setup`, before training, with the reason and the way out |
 """
 
