@@ -64,6 +64,36 @@ class BeforeDraws(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def intercept_calls(module: nn.Module, call: Callable[..., Any] | None) -> None:
+    """Have ``module(...)`` call something else, hooks included; None undoes it.
+
+    The attribute is where ``module.compile()`` puts what it makes. It is left out of copies.
+    """
+    if call is None:
+        vars(module).pop("_compiled_call_impl", None)
+    else:
+        vars(module)["_compiled_call_impl"] = call
+
+
+def call_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What ``module(...)`` does where nothing is intercepted: its hooks and its forward."""
+    call: Any = module._call_impl
+    return call(*args, **kwargs)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile(module)`` or ``module.compile()`` made it, or calls of it."""
+    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+
+
+def storage_key(tensor: Tensor) -> int | None:
+    """Equal for tensors that share memory, while both live; None for those without a storage."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
 class LeanStage(PipelineStage):
     """torch's stage, with a receive buffer only while its micro-batch is in flight.
 

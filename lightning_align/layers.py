@@ -312,7 +312,7 @@ def find_layers(model: nn.Module, layers_attribute: str | None = None) -> ModelL
         ValueError: If a part is not there, or if more than one module could be it.
     """
     _refuse_wrappers(model)
-    if _is_hugging_face(model):
+    if is_hugging_face(model):
         _refuse_headless(model)
     blocks_name = _blocks_name(model, layers_attribute)
     outside = {
@@ -350,7 +350,7 @@ def checkpoint_blocks(layers: ModelLayers) -> None:
         layers: Map of the model, whose blocks are changed in place.
     """
     model: Any = layers.model
-    if _is_hugging_face(model) and model.supports_gradient_checkpointing:
+    if is_hugging_face(model) and model.supports_gradient_checkpointing:
         # Their own blocks also keep the cache out of the recomputation.
         if hasattr(model, "activation_checkpointing_enable"):
             model.activation_checkpointing_enable(
@@ -382,19 +382,20 @@ def _checkpointed_forward(
     return forward(*args, **kwargs)
 
 
-def _is_hugging_face(model: nn.Module) -> bool:
+def is_hugging_face(model: nn.Module) -> bool:
+    """Whether it is a model of transformers."""
     # Nobody has such a model without having imported transformers, so we need not import it.
     module = sys.modules.get("transformers.modeling_utils")
     return module is not None and isinstance(model, module.PreTrainedModel)
 
 
 def _no_cache(model: nn.Module) -> dict[str, bool]:
-    return {"use_cache": False} if _is_hugging_face(model) else {}
+    return {"use_cache": False} if is_hugging_face(model) else {}
 
 
 def _base_model(model: Any) -> nn.Module | None:
     """The decoder below the head of a Hugging Face model, None where we must find out."""
-    if not _is_hugging_face(model) or model.base_model is model:
+    if not is_hugging_face(model) or model.base_model is model:
         return None
     return model.base_model  # type: ignore[no-any-return]
 
@@ -439,7 +440,7 @@ def _blocks_name(model: nn.Module, layers_attribute: str | None) -> str:
             rule = f"must name a list of blocks of {where}; candidates (lengths): {candidates}"
             raise argument_error("find_layers", "layers_attribute", layers_attribute, rule)
         return layers_attribute
-    if _is_hugging_face(model):
+    if is_hugging_face(model):
         config: Any = model.config
         length = config.get_text_config().num_hidden_layers
         found = _outermost(name for name in lists if lists[name] == length)

@@ -1,33 +1,49 @@
 """A LightningModule seen as a chain of layers that can be cut between any two of them.
 
-Three ways to have a chain, in this order: the module names it with ``pipeline_layers()``; it is one
-of ours, whose decoder is cut between blocks (decoder_chain.py); or all its parameters are in one
-``nn.Sequential``. What the user's own step does with the end of the chain stays the user's: on the
-last stage the step runs as it is, and where it would call the chain it is given the output.
+The chain is whatever the user's step calls: on every stage the step runs as it is, and only the
+layers know where they are. A micro-batch on the middle one of three stages (``passage.py``):
+
+    the step:   prepares, calls   layer 0   layer 1 | layer 2   layer 3 | layer 4 ...  loss
+    on stage 1:                   a stand-  what    | computed          | the step
+                                  in        stage 0 |                   | is left; what layer 3
+                                            has sent|                   | returned is sent on
+
+So masks, position ids and keyword arguments are made where they are needed, by the user's own code.
+The last stage runs the step to its end. This holds if each layer is given what the one before it
+has returned, itself, and if nothing but the last layer's output goes on to the loss: ``passage.py``
+checks the former at every call, ``provenance.py`` the latter at set-up.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from traceback import clear_frames
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
-from torch import Tensor, nn
-from typing_extensions import override
+from torch import nn
 
-from lightning_align._errors import argument_error
-from lightning_align.run.rng import fork_generators, seed_torch
+from lightning_align import _compat_torch
+from lightning_align.run.rng import seed_torch
+from lightning_align.strategies.passage import (
+    WHERE,
+    ChainError,
+    Left,
+    Passage,
+    Shapes,
+    chain_error,
+    drawing_for_itself,
+)
 
-WHERE = "PipelineStrategy"
+__all__ = ["WHERE", "Chain", "ChainError", "Step", "chain_error", "replaced"]
 
 
 class Step(NamedTuple):
     """A step of the user's module on one micro-batch: ``call(batch, *rest)``.
 
-    Every run of it draws the same: the first stage may run it up to the chain (noise is added to
-    the inputs there), and the last one runs it again (the loss asks for the same noise).
+    Every run of it draws the same, on all stages: the first may add noise to its inputs, for which
+    the loss asks on the last.
     """
 
     call: Callable[..., Any]
@@ -41,14 +57,19 @@ class Step(NamedTuple):
         return self.call(self.batch, *self.rest)
 
 
-class Chain(ABC):
-    """Layers in their order, and how to run a stretch of them.
+class Chain:
+    """Layers in the order in which a step calls them, and how to run a stretch of them.
 
-    Attributes:
+    Parameters that belong to no layer are on every rank.
+
+    Args:
         module: The user's module.
-        layers: Modules between which the chain may be cut.
-        before: Modules that belong to the first layer, such as the embeddings.
-        after: Modules that belong to the last layer, such as the head.
+        layers: Modules between which the chain may be cut; one that is called twice is there twice.
+        before: Modules that are called before the first layer and go with it, such as embeddings.
+        after: Modules that are called after the last layer and go with it, such as the head.
+
+    Raises:
+        ValueError: If a part of the module is compiled.
     """
 
     def __init__(
@@ -62,15 +83,16 @@ class Chain(ABC):
         self.layers = list(layers)
         self.before = list(before)
         self.after = list(after)
-        self._refuse_parameters_outside()
-
-    @abstractmethod
-    def run(self, begin: int, end: int, received: tuple[Tensor, ...], step: Step) -> Any:
-        """Layers ``begin`` to ``end - 1``: a tensor, or a tuple that the next stretch receives."""
-
-    @abstractmethod
-    def seam(self, output: Any) -> Any:
-        """Context in which the user's step finds ``output`` where it would call the chain."""
+        self._passage: Passage | None = None
+        self._is_working = False
+        refuse_compiled(module)
+        self._intercepted: list[nn.Module] = []
+        for layer in dict.fromkeys(self.layers):
+            self._intercept(layer, Passage.layer)
+        for part in self.before:
+            self._intercept(part, Passage.part_before)
+        for part in self.after:
+            self._intercept(part, Passage.part_after)
 
     def owned(self, begin: int, end: int) -> list[nn.Module]:
         """The modules whose parameters a stage of these layers needs."""
@@ -78,105 +100,92 @@ class Chain(ABC):
         last = self.after if end == len(self.layers) else []
         return [*first, *self.layers[begin:end], *last]
 
-    def close(self) -> None:  # noqa: B027  # most chains change nothing
-        """Leave the module as it was found."""
-
-    def _refuse_parameters_outside(self) -> None:
-        inside = {
-            parameter for part in self.owned(0, len(self.layers)) for parameter in part.parameters()
-        }
-        outside = [name for name, p in self.module.named_parameters() if p not in inside]
-        if outside:
-            rule = (
-                f"{len(outside)} parameter(s) are in no layer of its chain, first {outside[0]!r}:"
-                " no stage would train them"
-            )
-            way_out = "Make what holds them a layer of pipeline_layers()"
-            raise argument_error(WHERE, "model", type(self.module).__name__, rule, way_out)
-
-
-class LayerChain(Chain):
-    """Layers that are called one after the other; a tuple is handed on as arguments.
-
-    Args:
-        module: The user's module.
-        layers: The chain.
-        called: The module that stands for the chain in the user's steps: they call it once.
-        call_name: How the user writes that call, for errors.
-    """
-
-    def __init__(
+    def run(
         self,
-        module: pl.LightningModule,
-        layers: Sequence[nn.Module],
-        called: nn.Module,
-        call_name: str,
-    ) -> None:
-        super().__init__(module, layers)
-        self._called, self._call_name = called, call_name
+        begin: int,
+        end: int,
+        received: Any,
+        step: Step,
+        shapes: Shapes,
+        provenance: Any = None,
+    ) -> Any:
+        """Run a step with layers ``begin`` to ``end - 1``, and no others.
 
-    @override
-    def run(self, begin: int, end: int, received: tuple[Tensor, ...], step: Step) -> Any:
-        flow: Any = received if begin else self._first_inputs(step)
-        for layer in self.layers[begin:end]:
-            flow = layer(*flow) if isinstance(flow, tuple) else layer(flow)
-        return flow
+        Args:
+            begin: First layer.
+            end: Where the step is left; after the last layer it runs to its end.
+            received: What the layer before ``begin`` has returned.
+            step: The user's step.
+            shapes: What the layers before that return; what is run here is entered.
+            provenance: Follows what is computed between layers, if it is to be checked.
 
-    def _first_inputs(self, step: Step) -> tuple[Any, ...]:
-        """What the user's step calls the chain with; it gets no further than that call."""
-        named = getattr(self.module, "pipeline_inputs", None)
-        if named is not None:
-            inputs = named(step.batch)
-            return inputs if isinstance(inputs, tuple) else (inputs,)
+        Returns:
+            What the last of the layers returned; after the last layer, what the step returned.
 
-        def reached(*args: Any, **kwargs: Any) -> None:
-            raise _Reached(args, kwargs)
-
+        Raises:
+            ValueError: If the step does not call the layers as a chain.
+        """
+        passage = Passage(self, begin, end, received, step, shapes, provenance)
+        self._passage = passage
         try:
-            with (
-                fork_generators(self.module.device),  # the layers draw for themselves
-                replaced(self._called, "forward", reached),
-                replaced(self.module, "log", _ignore),
-            ):
-                step()
-        except _Reached as call:
-            if call.keywords:
-                rule = f"it must be called without keyword arguments, not with {call.keywords}"
-                raise self._error(rule) from None
-            return call.inputs
-        raise self._error("the step must call it once")
+            result = step()
+        except Left as left:
+            clear_frames(left.__traceback__)  # contexts that generators hold open end now
+            return passage.output
+        finally:
+            self._passage = None
+        passage.check_end()
+        return result
 
     @contextmanager
-    @override
-    def seam(self, output: Any) -> Iterator[None]:
-        calls = 0
-
-        def forward(*_: Any, **__: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            return output
-
-        with replaced(self._called, "forward", forward):
+    def working(self) -> Iterator[None]:
+        """Around a batch: layers that are called outside of ``run`` are called by backward."""
+        self._is_working = True
+        try:
             yield
-        if calls != 1:
-            raise self._error(f"the step must call it once, not {calls} times")
+        finally:
+            self._is_working = False
 
-    def _error(self, rule: str) -> ValueError:
-        name = type(self.module).__name__
-        rule = f"its chain is {self._call_name}: {rule}"
-        return argument_error(WHERE, "model", name, rule, "Call the chain that way in every step")
+    def close(self) -> None:
+        """Leave the module as it was found."""
+        for part in self._intercepted:
+            _compat_torch.intercept_calls(part, None)
+        self._intercepted.clear()
+
+    def _intercept(self, part: nn.Module, enter: Callable[..., Any]) -> None:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            if self._passage is not None:
+                return enter(self._passage, part, args, kwargs)
+            if any(parameter.is_meta for parameter in part.parameters()):
+                rule = (
+                    f"{type(part).__name__} of another stage is called outside of a step, and this"
+                    " rank has no weights for it"
+                )
+                way_out = "Call the model in the steps only, or load a checkpoint for it"
+                raise chain_error(self.module, rule, way_out)
+            if self._is_working:  # recomputed for backward, from the same place of the generators
+                with drawing_for_itself(self.module.device):
+                    return _compat_torch.call_module(part, *args, **kwargs)
+            return _compat_torch.call_module(part, *args, **kwargs)
+
+        _compat_torch.intercept_calls(part, called)
+        self._intercepted.append(part)
 
 
-class _Reached(BaseException):  # no error: the way out of the user's step
-    """The user's step has come to its chain. Not an Exception, so that no step catches it."""
+def refuse_compiled(module: pl.LightningModule) -> None:
+    """Refuse what torch has compiled: a layer could not be told from the next one.
 
-    def __init__(self, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        super().__init__()
-        self.inputs, self.keywords = inputs, sorted(keywords)
-
-
-def _ignore(*_: Any, **__: Any) -> None:
-    pass
+    Raises:
+        ValueError: If a part of the module is.
+    """
+    compiled = [name for name, part in module.named_modules() if _compat_torch.is_compiled(part)]
+    if compiled or getattr(module, "_compiler_ctx", None) is not None:
+        rule = (
+            f"its part {compiled[0]!r} is compiled"
+            if compiled and compiled[0]
+            else "it is compiled"
+        )
+        raise chain_error(module, rule, "Pass the module from before torch.compile")
 
 
 @contextmanager
@@ -192,30 +201,17 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         attributes.update(before)
 
 
-def layer_chain(module: pl.LightningModule) -> LayerChain:
-    """The chain that a module names, or its one ``nn.Sequential``.
+@contextmanager
+def quiet(module: pl.LightningModule, log: Callable[..., None] | None = None) -> Iterator[None]:
+    """Around a step of which nothing counts: what it logs goes nowhere.
 
-    Raises:
-        ValueError: If there is none.
+    Args:
+        module: The user's module.
+        log: Gets the calls of ``self.log``.
     """
-    name = type(module).__name__
-    if (pipeline_layers := getattr(module, "pipeline_layers", None)) is not None:
-        layers = list(pipeline_layers())
-        if not layers or not all(isinstance(layer, nn.Module) for layer in layers):
-            rule = "its pipeline_layers() must return modules in the order they are called"
-            raise argument_error(WHERE, "model", name, rule)
-        return LayerChain(module, layers, module, "self(...)")
-    trained = {
-        child_name: child
-        for child_name, child in module.named_children()
-        if next(child.parameters(), None) is not None
-    }
-    if len(trained) == 1:
-        ((child_name, child),) = trained.items()
-        if isinstance(child, nn.Sequential):
-            return LayerChain(module, list(child), child, f"self.{child_name}(...)")
-    rule = f"cannot tell the chain of layers that stages are cut from; it holds {sorted(trained)}"
-    way_out = (
-        "Define pipeline_layers() that returns the modules in their order, or use nn.Sequential"
-    )
-    raise argument_error(WHERE, "model", name, rule, way_out)
+    with replaced(module, "log", log or _ignore):
+        yield
+
+
+def _ignore(*_: Any, **__: Any) -> None:
+    pass

@@ -24,11 +24,12 @@ from torch import Tensor, distributed, nn
 from lightning_align._compat_resume import forget_train_loaders
 from lightning_align._errors import argument_error
 from lightning_align.pretrained_weights import weights_reader
-from lightning_align.strategies.chain import WHERE, Chain, Step
+from lightning_align.strategies.chain import WHERE, Chain, Step, quiet
 from lightning_align.strategies.failure import failing_together
 from lightning_align.strategies.microbatches import shape_key, split_batch, tensors_of
+from lightning_align.strategies.passage import Shapes
 from lightning_align.strategies.rehearsal import first_batch, step_arguments
-from lightning_align.strategies.replay import LogRecorder
+from lightning_align.strategies.trees import metas_of
 
 _REPEATS = 5  # of which the median counts; one more comes before
 # What blocks call their place in the model, which makes them no other kind.
@@ -120,16 +121,18 @@ class _Timing:
         chain, layers = self.chain, self.chain.layers
         costs, first, last = [], 0.0, 0.0
         times: dict[Hashable, float] = {}
-        passed: dict[Hashable, tuple[float, tuple[Any, ...]]] = {}
-        received: tuple[Any, ...] = ()
+        passed: dict[Hashable, tuple[float, Any]] = {}
+        received: Any = None
+        shapes = Shapes()
         for index, layer in enumerate(layers):
             kind = (_kind(layer), shape_key(received))
             if 0 < index < len(layers) - 1 and kind in passed:
                 milliseconds, received = passed[kind]
                 costs.append(milliseconds)
+                shapes.layers.append(metas_of(received))
                 continue
             with _named(index, layer), self._filled(chain.owned(index, index + 1)):
-                output, calls = self._calls(index, received, step)
+                output, calls = self._calls(index, received, step, shapes)
                 called = (_kind(layer), shape_key(calls[layer][0]))
                 if called not in times:
                     times[called] = self._time_of(layer, *calls[layer])
@@ -137,8 +140,8 @@ class _Timing:
                 first += sum(self._time_of(p, *calls[p]) for p in chain.before if p in calls)
                 last += sum(self._time_of(p, *calls[p]) for p in chain.after if p in calls)
                 if index == len(layers) - 1:
-                    last += self._time_of_loss(step, output)
-                received = _leaves(output if isinstance(output, tuple) else (output,))
+                    last += self._time_of_loss(step, output, shapes)
+                received = _leaves(output)
                 passed[kind] = (times[called], received)
         if not chain.before:  # nothing that the table would name
             costs[0], first = costs[0] + first, 0.0
@@ -146,18 +149,26 @@ class _Timing:
             costs[-1], last = costs[-1] + last, 0.0
         return LayerCosts(costs, first, last, "ms")
 
-    def _calls(self, index: int, received: tuple[Any, ...], step: Step) -> tuple[Any, _Calls]:
+    def _calls(self, index: int, received: Any, step: Step, shapes: Shapes) -> tuple[Any, _Calls]:
         """Output of a layer in its place, and what each module of the place was called with."""
         calls: _Calls = {}
+        outputs: dict[nn.Module, Any] = {}
 
         def note(part: nn.Module, args: Any, kwargs: Any) -> None:
             calls[part] = (args, kwargs)
 
-        parts = self.chain.owned(index, index + 1)
-        hooks = [part.register_forward_pre_hook(note, with_kwargs=True) for part in parts]
+        def note_output(part: nn.Module, _: Any, output: Any) -> None:
+            outputs[part] = output
+
+        chain, parts = self.chain, self.chain.owned(index, index + 1)
+        hooks: list[Any] = [
+            part.register_forward_pre_hook(note, with_kwargs=True) for part in parts
+        ]
+        hooks.append(chain.layers[index].register_forward_hook(note_output))
         try:
-            with self.context():
-                return self.chain.run(index, index + 1, received, step), calls
+            with quiet(chain.module), self.context():
+                chain.run(index, index + 1, received, step, shapes)
+            return outputs[chain.layers[index]], calls
         finally:
             for hook in hooks:
                 hook.remove()
@@ -166,13 +177,13 @@ class _Timing:
         args, kwargs = _leaves((args, kwargs))
         return self._median(lambda: part(*args, **kwargs), [*tensors_of((args, kwargs))], [part])
 
-    def _time_of_loss(self, step: Step, output: Any) -> float:
-        """Of the user's step without the chain."""
-        output = _leaves(output)
+    def _time_of_loss(self, step: Step, output: Any, shapes: Shapes) -> float:
+        """Of the user's step without the layers of the chain."""
+        output, end = _leaves(output), len(self.chain.layers)
 
         def loss() -> Any:
-            with self.chain.seam(output), LogRecorder(self.chain.module).recording(1.0):
-                return step()
+            with quiet(self.chain.module):
+                return self.chain.run(end, end, output, step, shapes)
 
         return self._median(loss, tensors_of(output), self.chain.after)
 

@@ -26,7 +26,7 @@ from lightning_align._errors import argument_error
 from lightning_align.pipelining import Event, partition, partition_table
 from lightning_align.pretrained_weights import parameters_on_meta
 from lightning_align.strategies import failure, launching, stage_state
-from lightning_align.strategies.chain import WHERE, Chain, layer_chain
+from lightning_align.strategies.chain import WHERE, Chain
 from lightning_align.strategies.checks import (
     agree_on_overflow,
     check_arguments,
@@ -36,7 +36,7 @@ from lightning_align.strategies.checks import (
     check_optimizers,
     one_optimizer,
 )
-from lightning_align.strategies.decoder_chain import DecoderChain, has_decoder
+from lightning_align.strategies.find_chain import find_chain
 from lightning_align.strategies.initial_weights import fill_empty
 from lightning_align.strategies.layer_costs import LayerCosts, count_parameters, time_layers
 from lightning_align.strategies.microbatches import batch_rows, count_that_divides
@@ -189,7 +189,7 @@ class PipelineStrategy(StageCheckpoints):
         check_module(trainer, module)
         launching.agree_on_generators(self.root_device)
         group = self.device_mesh.get_group("pipeline")
-        chain = DecoderChain(module) if has_decoder(module) else layer_chain(module)
+        chain = find_chain(module)
         stretches = self._cut(chain, self._costs(trainer, chain, group))
         check_count(self.schedule, len(stretches), self.world_size, self.num_microbatches)
         self._chain = chain

@@ -21,14 +21,15 @@ from lightning_align._compat_torch import LeanStage, load_schedule_csv
 from lightning_align.pipelining.actions import Event
 from lightning_align.strategies.chain import Chain
 from lightning_align.strategies.failure import pipeline_error
-from lightning_align.strategies.stages import Meta, StageMetas, StageModule, Work
+from lightning_align.strategies.stages import StageMetas, StageModule, Work
+from lightning_align.strategies.trees import Meta
 
 # name -> whether a rank may hold several stages
 SCHEDULES = {"GPipe": False, "1F1B": False, "Interleaved1F1B": True}
 _FALLBACKS = {"1F1B": "GPipe", "Interleaved1F1B": "LoopedBFS"}
 _KEPT_SCHEDULES = 8  # batches of many lengths would make many
 
-LossFn = Callable[[Any, int], Tensor]
+Conclude = Callable[[Callable[[], Any], int], Tensor]
 
 
 class Runtime:
@@ -75,7 +76,6 @@ class Runtime:
         self.work.stages = tuple(self.modules)
         self._metas = StageMetas(self.modules, self.num_stages, group)
         self._made: OrderedDict[Hashable, Any] = OrderedDict()
-        self._loss_fn: LossFn | None = None
         self._warned: set[str] = set()
 
     @property
@@ -83,20 +83,20 @@ class Runtime:
         """Whether stage 0 is here."""
         return 0 in self.modules
 
-    def train(self, key: Hashable, loss_fn: LossFn) -> None:
+    def train(self, key: Hashable, conclude: Conclude) -> None:
         """Forward and backward of the work at hand.
 
         Args:
             key: What two batches share if one schedule serves both.
-            loss_fn: Called on the last stage with its output and the number of the micro-batch;
-                returns what is propagated back.
+            conclude: Called on the last stage with what runs the step to its end and the number of
+                the micro-batch; returns what is propagated back.
         """
         count = len(self.work.steps)
-        metas = self._metas.of(("train", key, count), self.device)
+        self.work.shapes, metas = self._metas.of(("train", key, count), self.device)
         self.schedule_in_use, schedule = self._fetch(
             ("train", key, count), lambda: self._make_schedule(metas, count)
         )
-        self._loss_fn = loss_fn
+        self.work.conclude = conclude
         numbers = torch.arange(count)
         inputs = (numbers,) if self.has_first else ()
         with self._named_failures(), self._recorded():
@@ -110,22 +110,22 @@ class Runtime:
         """
         self._metas.of(("train", key, len(self.work.steps)), self.device)
 
-    def forward(self, key: Hashable, consume: Callable[[Any, int], None]) -> None:
+    def forward(self, key: Hashable, conclude: Conclude) -> None:
         """Forward of the work at hand, any number of micro-batches.
 
         Args:
             key: What two batches share if the same buffers serve both.
-            consume: Called on the last stage with its output and the number of the micro-batch.
+            conclude: Called on the last stage with what runs the step to its end and the number of
+                the micro-batch.
         """
         count = len(self.work.steps)
-        metas = self._metas.of(("forward", key, count), self.device)
+        self.work.shapes, metas = self._metas.of(("forward", key, count), self.device)
         stages = self._fetch(("forward", key, count), lambda: self._make_stages(metas, count))
+        self.work.conclude = conclude
         with self._named_failures():
-            self._forward(stages, count, consume)
+            self._forward(stages, count)
 
-    def _forward(
-        self, stages: list[LeanStage], count: int, consume: Callable[[Any, int], None]
-    ) -> None:
+    def _forward(self, stages: list[LeanStage], count: int) -> None:
         sent: list[Any] = []
         for stage in stages:
             for number in range(count):
@@ -135,12 +135,10 @@ class Runtime:
                 output = stage.forward_one_chunk(
                     number, (index,), {"microbatch": index}, save_forward_output=False
                 )
-                if stage.is_last:
-                    consume(output, number)
-                elif stage.stage_index + 1 in self.modules:
+                if stage.stage_index + 1 in self.modules:
                     later = next(s for s in stages if s.stage_index == stage.stage_index + 1)
                     later.set_local_fwd_input(output, number)
-                else:
+                elif not stage.is_last:
                     ops = stage.get_fwd_send_ops(number)
                     sent.append((ops, _start(ops)))  # what is on its way must not be freed
                 stage.free_forward(number)
@@ -196,7 +194,7 @@ class Runtime:
         stages = [self._stage(index, metas) for index in self.modules]
         name = self.schedule
         if self.schedule_csv is not None:
-            return "csv", load_schedule_csv(self.schedule_csv, stages, count, self._loss)
+            return "csv", load_schedule_csv(self.schedule_csv, stages, count, _loss)
         try:
             schedule = self._torch_schedule(name, stages, count)
         except ValueError as reason:  # too few micro-batches, or not a multiple of its rounds
@@ -216,15 +214,14 @@ class Runtime:
         return get_schedule_class(name)(
             stages if several else stages[0],
             n_microbatches=count,
-            loss_fn=self._loss,
+            loss_fn=_loss,
             scale_grads=False,
         )
 
-    def _loss(self, output: Any, number: Tensor) -> Tensor:
-        assert self._loss_fn is not None
-        loss = self._loss_fn(output, int(number))
-        self.work.prolong()
-        return loss
+
+def _loss(output: Tensor, number: Tensor) -> Tensor:  # noqa: ARG001  # as torch calls it
+    """The last stage has run the user's step, and returns its loss."""
+    return output
 
 
 def _start(ops: list[Any]) -> list[Any]:

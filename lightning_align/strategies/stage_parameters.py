@@ -1,8 +1,10 @@
 """Whose parameter is whose: each rank keeps those of its stages, the others are on meta.
 
 All ranks have all parameters, in the same order, so optimizers number them alike and a checkpoint
-is put together by number. A parameter that two ranks need (tied embeddings) is on both; its
-gradients are summed once the accumulation window closes, and it counts once in a norm.
+is put together by number. A parameter that several ranks need (tied embeddings, and what is in no
+layer of the chain) is on each of them; its gradients are summed once the accumulation window
+closes, and it counts once in a norm. Each gets the part that its stages make of it: before the
+chain on the first stage, after it on the last one.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from lightning_align.strategies.absent import AbsentParameter
 from lightning_align.strategies.chain import Chain
 
 
@@ -43,9 +46,15 @@ class StageParameters:
             for part in chain.owned(*stretch):
                 for tensor in [*part.parameters(), *part.buffers()]:
                     needed.setdefault(tensor, set()).add(index % size)
-        tensors = [*chain.module.named_parameters(), *chain.module.named_buffers()]
-        # A buffer outside the chain is on all ranks, and rank 0 speaks for it.
-        self.ranks = {name: sorted(needed.get(tensor, {0})) for name, tensor in tensors}
+        everywhere, last = set(range(size)), {(len(stretches) - 1) % size}
+        # A buffer outside the chain is on all ranks; only the last stage runs steps to their end.
+        self.ranks = {
+            **{
+                name: sorted(needed.get(p, everywhere))
+                for name, p in chain.module.named_parameters()
+            },
+            **{name: sorted(needed.get(b, last)) for name, b in chain.module.named_buffers()},
+        }
         shared = {
             tuple(self.ranks[name])
             for name, _ in chain.module.named_parameters()
@@ -75,11 +84,11 @@ class StageParameters:
         on_meta: dict[nn.Parameter, nn.Parameter] = {}
         for part in self.module.modules():
             for name, parameter in list(part.named_parameters(recurse=False)):
-                if parameter in here or parameter.is_meta:
+                if parameter in here:
                     continue
                 if parameter not in on_meta:
                     empty = torch.empty_like(parameter, device="meta")
-                    on_meta[parameter] = nn.Parameter(empty, parameter.requires_grad)
+                    on_meta[parameter] = AbsentParameter(empty, parameter.requires_grad)
                 setattr(part, name, on_meta[parameter])
 
     def fill(self, read: Callable[[list[str]], Tensor] | None) -> dict[str, nn.Parameter]:
@@ -116,9 +125,16 @@ class StageParameters:
     @torch.no_grad()
     def sum_shared_gradients(self) -> None:
         """Add up the gradients of parameters that several ranks hold."""
-        for parameter, group in self._shared():
-            if parameter.requires_grad:
-                if parameter.grad is None:  # the other rank may have one
+        shared = [(p, group) for p, group in self._shared() if p.requires_grad]
+        for group in dict.fromkeys(group for _, group in shared):
+            parameters = [p for p, of in shared if of is group]
+            has_one = torch.tensor([p.grad is not None for p in parameters]).int()
+            has_one = has_one.to(parameters[0].device)
+            distributed.all_reduce(has_one, distributed.ReduceOp.MAX, group=group)
+            for parameter, is_used in zip(parameters, has_one.tolist(), strict=True):
+                if not is_used:  # as without a pipeline: an optimizer leaves it alone
+                    continue
+                if parameter.grad is None:  # another rank has one
                     parameter.grad = torch.zeros_like(parameter)
                 distributed.all_reduce(parameter.grad, group=group)
 

@@ -1,39 +1,31 @@
-"""The stages of one rank: modules for torch's pipeline runtime, and their schedules.
+"""The stages of one rank, as modules for torch's pipeline runtime, and what they hand on.
 
 A schedule of torch serves one shape, one number of micro-batches and one mode, so each such key has
-its own. Shapes between stages are found by running one micro-batch through all stages once per key
-(torch would run it again at each change between training and evaluation, and call the user's loss).
+its own. What stages hand on is found by running one micro-batch through all of them once per key
+(torch would run it again at each change between training and evaluation). That run also checks that
+the step and the chain fit together, and is undone.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 from typing_extensions import override
 
-from lightning_align._errors import argument_error
 from lightning_align.pipelining.actions import Event
-from lightning_align.run.rng import fork_generators, seed_torch
-from lightning_align.seeds import derive_seed
-from lightning_align.strategies.chain import WHERE, Chain, Step
-
-
-class Meta(NamedTuple):
-    """A tensor that one stage sends to the next."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    def like(self) -> Tensor:
-        """A tensor without memory; one of floats always carries a gradient, frozen or not."""
-        grad = self.dtype.is_floating_point
-        return torch.empty(self.shape, dtype=self.dtype, device="meta", requires_grad=grad)
+from lightning_align.run.rng import fork_generators
+from lightning_align.strategies.chain import Chain, ChainError, Step, chain_error, quiet
+from lightning_align.strategies.passage import Shapes
+from lightning_align.strategies.provenance import Provenance
+from lightning_align.strategies.trees import Meta, Unknown, filled, leaves, tensors_in
+from lightning_align.strategies.unchanged import unchanged
 
 
 @dataclass
@@ -42,6 +34,9 @@ class Work:
 
     Attributes:
         steps: The user's step for each micro-batch.
+        conclude: Called on the last stage with what runs the step and the number of the
+            micro-batch; returns what is propagated back.
+        shapes: What the parts of the chain return for these micro-batches.
         context: Makes the precision plugin's context.
         seed: What the randomness of this batch follows from.
         doing: ``(action, stage, microbatch)``, for errors.
@@ -51,6 +46,8 @@ class Work:
     """
 
     steps: list[Step] = field(default_factory=list)
+    conclude: Callable[[Callable[[], Any], int], Tensor] | None = None
+    shapes: Shapes = field(default_factory=Shapes)
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     seed: int = 0
     doing: tuple[str, int, int] | None = None
@@ -81,11 +78,6 @@ class Work:
         rank = distributed.get_rank()
         self.events.append(Event(rank, kind, stage, microbatch, start, self._now()))
 
-    def prolong(self) -> None:
-        """Let the latest action last until now: a loss belongs to the last stage's forward."""
-        if self.events:
-            self.events[-1] = self.events[-1]._replace(end_s=self._now())
-
     def _now(self) -> float:
         """Wall clock, which machines agree on, once the device has done what it was given."""
         if self.device.type != "cpu":
@@ -101,31 +93,36 @@ class StageModule(nn.Module):
         self.chain, self.work = chain, work
         self.index, self.begin, self.end = index, begin, end
 
+    @property
+    def is_last(self) -> bool:
+        """Whether it runs the user's step to its end."""
+        return self.end == len(self.chain.layers)
+
     @override
     def forward(self, *received: Tensor, microbatch: Tensor) -> Any:
-        number = int(microbatch)
-        work = self.work
-        # Of the micro-batch, not of the order: every schedule draws the same.
-        seed_torch(derive_seed(work.seed, number, self.index, "stage"))
-        inputs = () if self.begin == 0 else received
-        with work.action("F", self.index, number), work.context():
-            output = self.chain.run(self.begin, self.end, inputs, work.steps[number])
-        return _contiguous(output) if self.end < len(self.chain.layers) else output
+        number, work = int(microbatch), self.work
+        run = partial(self.run, received if self.begin else (), number, work.shapes)
+        with work.action("F", self.index, number):
+            if self.is_last:
+                assert work.conclude is not None
+                return work.conclude(run, number)
+            with quiet(self.chain.module), work.context():
+                return tuple(tensor.contiguous() for tensor in tensors_in(run()))
 
-
-def output_metas(output: Any, stage: int, module: nn.Module) -> list[Meta]:
-    """What a stage sends on.
-
-    Raises:
-        ValueError: If it is anything but tensors.
-    """
-    tensors = list(output) if isinstance(output, (tuple, list)) else [output]
-    for value in tensors:
-        if not isinstance(value, Tensor):
-            rule = f"stage {stage} must hand on tensors only, and returned {type(value).__name__}"
-            way_out = "Let the layer before the cut return a tensor or a tuple of tensors"
-            raise argument_error(WHERE, "model", type(module).__name__, rule, way_out)
-    return [Meta(tuple(value.shape), value.dtype) for value in tensors]
+    def run(
+        self,
+        received: Sequence[Tensor],
+        number: int,
+        shapes: Shapes,
+        provenance: Provenance | None = None,
+    ) -> Any:
+        """The user's step with the layers of this stage; see ``Chain.run``."""
+        tensors = iter(received)
+        handed_on = (
+            filled(shapes.layers[self.begin - 1], lambda _: next(tensors)) if self.begin else None
+        )
+        step = self.work.steps[number]
+        return self.chain.run(self.begin, self.end, handed_on, step, shapes, provenance)
 
 
 class StageError(ValueError):
@@ -133,61 +130,82 @@ class StageError(ValueError):
 
 
 class StageMetas:
-    """Finds what the stages send each other for batches of a shape, once per shape."""
+    """Finds what the parts of the chain return for batches of a shape, once per shape."""
 
     def __init__(self, modules: dict[int, StageModule], num_stages: int, group: Any) -> None:
         self.modules, self.num_stages, self.group = modules, num_stages, group
-        self._known: dict[Hashable, list[list[Meta]]] = {}
+        self._known: dict[Hashable, tuple[Shapes, list[list[Meta]]]] = {}
 
-    def of(self, key: Hashable, device: torch.device) -> list[list[Meta]]:
-        """What each stage returns; collective, with one forward of a micro-batch, if unknown.
+    def of(self, key: Hashable, device: torch.device) -> tuple[Shapes, list[list[Meta]]]:
+        """All shapes, and what each stage hands on; collective, with one forward, if unknown.
 
         Raises:
-            ValueError: If a stage hands on anything but tensors, or fails, on all ranks.
+            ValueError: If a stage hands on anything but tensors, the step does not call its chain
+                as one, or it fails, on all ranks.
         """
         if key not in self._known:
             self._known[key] = self._find(device)
         return self._known[key]
 
-    def _find(self, device: torch.device) -> list[list[Meta]]:
+    def _find(self, device: torch.device) -> tuple[Shapes, list[list[Meta]]]:
         size = distributed.get_world_size(self.group)
-        metas: list[list[Meta]] = []
+        shapes, handed_on = Shapes(), list[list[Meta]]()
         for index in range(self.num_stages):
             told: list[Any] = [None]
             if index in self.modules:
-                told = [self._run(self.modules[index], metas[-1] if metas else [], device)]
+                told = [_rehearsed(self.modules[index], shapes, device)]
             source = distributed.get_global_rank(self.group, index % size)
             distributed.broadcast_object_list(told, source, group=self.group)
             if isinstance(told[0], ValueError):
                 raise told[0]
-            metas.append(told[0])
-        return metas
+            shapes, metas = told[0]
+            handed_on.append(metas)
+        return shapes, handed_on
 
-    @staticmethod
-    def _run(module: StageModule, received: list[Meta], device: torch.device) -> Any:
-        inputs = [torch.zeros(meta.shape, dtype=meta.dtype, device=device) for meta in received]
-        chain = module.chain
+
+def _rehearsed(module: StageModule, shapes: Shapes, device: torch.device) -> Any:
+    """What a stage's modules and those before it return, and what it hands on; or an error."""
+    received = []
+    if module.begin:
+        metas = [m for m in leaves(shapes.layers[module.begin - 1]) if isinstance(m, Meta)]
+        received = [torch.zeros(meta.shape, dtype=meta.dtype, device=device) for meta in metas]
+    try:
         # The run must leave no trace: not in batch norm's statistics, not in the generators.
-        buffers = [
-            (buffer, buffer.clone())
-            for part in chain.owned(module.begin, module.end)
-            for buffer in part.buffers()
-        ]
-        try:
-            with torch.no_grad(), fork_generators(device):
-                output = module(*inputs, microbatch=torch.tensor(0))
-            return output_metas(output, module.index, chain.module)
-        except Exception as error:
-            if isinstance(error, ValueError):
-                return error
-            return StageError(f"stage {module.index}: {type(error).__name__}: {error}")
-        finally:
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
+        with torch.no_grad(), fork_generators(device), unchanged(module.chain.module):
+            _run_checked(module, received, shapes)
+        loss = [Meta((), torch.float32)]
+        return shapes, loss if module.is_last else _handed_on(module, shapes)
+    except ChainError as error:
+        return error
+    except Exception as error:
+        return StageError(f"stage {module.index}: {type(error).__name__}: {error}")
 
 
-def _contiguous(output: Any) -> Any:
-    if isinstance(output, Tensor):
-        return output.contiguous()
-    return tuple(_contiguous(v) for v in output) if isinstance(output, (tuple, list)) else output
+def _run_checked(module: StageModule, received: list[Tensor], shapes: Shapes) -> None:
+    user = module.chain.module
+
+    def refuse(origin: str, what: str = "a value that the step asks for in Python") -> None:
+        rule = f"{what} depends on the output of {origin}, and only the last layer's may"
+        way_out = "Let the layers hand it on, each in a tuple with its output"
+        raise chain_error(user, rule, way_out)
+
+    def log(name: str, value: Any, *_: Any, **__: Any) -> None:
+        if (origin := provenance.of(value)) is not None:
+            refuse(origin, f"what is logged as {name!r}")
+
+    provenance = Provenance(refuse)
+    with quiet(user, log), module.work.context(), provenance:
+        result = module.run(received, 0, shapes, provenance)
+    if module.is_last and (origin := provenance.of(result)) is not None:
+        refuse(origin, "what the step returns")
+
+
+def _handed_on(module: StageModule, shapes: Shapes) -> list[Meta]:
+    metas = list(leaves(shapes.layers[module.end - 1]))
+    for meta in metas:
+        if meta is not None and not isinstance(meta, Meta):
+            told = meta.kind if isinstance(meta, Unknown) else type(meta).__name__
+            rule = f"stage {module.index} must hand on tensors only, and returned {told}"
+            way_out = "Let the layer before the cut return a tensor or a tuple of tensors"
+            raise chain_error(module.chain.module, rule, way_out)
+    return [meta for meta in metas if meta is not None]

@@ -74,15 +74,14 @@ class PipelineSteps:
         recorder = LogRecorder(module)
         losses: list[Tensor] = []
 
-        def loss_fn(output: Any, number: int) -> Tensor:
-            step = self.runtime.work.steps[number]
-            with self.chain.seam(output), recorder.recording(shares[number]), context():
-                loss = _loss(module, step())
+        def conclude(run: Callable[[], Any], number: int) -> Tensor:
+            with recorder.recording(shares[number]), context():
+                loss = _loss(module, run())
             losses.append(loss.detach() * weights[number])
             return scale(loss * (weights[number] * factor))
 
         with self._working(module.training_step, microbatches, rest, context):
-            self.runtime.train(shape_key(microbatches[0]), loss_fn)
+            self.runtime.train(shape_key(microbatches[0]), conclude)
         told = Told(sum(losses, torch.zeros(())), recorder.values()) if self._has_last else None
         return self._tell(told, SUMS[0]).loss  # type: ignore[return-value]
 
@@ -112,20 +111,20 @@ class PipelineSteps:
         recorder = LogRecorder(self.chain.module)
         outputs: list[Any] = []
 
-        def consume(output: Any, number: int) -> None:
-            step = self.runtime.work.steps[number]
-            with self.chain.seam(output), recorder.recording(shares[number]), context():
-                outputs.append(step())
+        def conclude(run: Callable[[], Any], number: int) -> Tensor:
+            with recorder.recording(shares[number]), context():
+                outputs.append(run())
+            return torch.zeros(())  # torch's stages return tensors
 
         with self._working(call, microbatches, rest, context):
-            self.runtime.forward(shape_key(microbatches[0]), consume)
+            self.runtime.forward((call.__name__, shape_key(microbatches[0])), conclude)
         told = None
         if self._has_last:
             told = Told(logs=recorder.values(), outputs=join_outputs(outputs))
         return self._tell(told, SUMS[1]).outputs
 
     def find_shapes(self, batch: Any, rest: tuple[Any, ...], count: int, context: Contexts) -> None:
-        """Run the first micro-batch through the stages, without loss and without a trace.
+        """Run the first micro-batch through the stages, and leave no trace of it.
 
         Args:
             batch: A whole training batch.
@@ -178,7 +177,7 @@ class PipelineSteps:
             Step(call, microbatch, rest, derive_seed(work.seed, number, "step"))
             for number, microbatch in enumerate(microbatches)
         ]
-        with fork_generators(self.runtime.device):
+        with fork_generators(self.runtime.device), self.chain.working():
             yield
 
 
