@@ -1,7 +1,7 @@
 """Direct preference optimisation (arXiv:2305.18290) and its relatives."""
 
 import copy
-import hashlib
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +22,7 @@ from lightning_align.losses import (
     preference_step,
 )
 from lightning_align.modules.causal_lm import CausalLMModule, Sums, rotary_in_fp32
+from lightning_align.modules.reference import fingerprint, fingerprint_until_0_1
 from lightning_align.pretrained import build_model
 
 
@@ -134,6 +135,7 @@ class DPOModule(CausalLMModule):
         self.reference_layers: ModelLayers = layers
         # Now, before a strategy casts it: a checkpoint tells whether the reference is the same.
         self._reference_fingerprint = fingerprint(reference)
+        self._reference_dtypes = {parameter.dtype for parameter in reference.parameters()}
 
     def frozen_modules(self) -> dict[str, nn.Module]:
         """Modules outside the module tree that take part in a step, for strategies."""
@@ -190,14 +192,33 @@ class DPOModule(CausalLMModule):
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        if checkpoint.get("reference", "") not in ("", self._reference_fingerprint):
-            raise argument_error(
-                "DPOModule",
-                "ref_model",
-                type(self.reference_layers.model).__name__,
-                "the checkpoint was trained against another reference",
-                "Pass the model that training began with as ref_model",
-            )
+        saved, ours = checkpoint.get("reference"), self._reference_fingerprint
+        if isinstance(saved, str):
+            self._check_older_reference(saved)
+        elif saved and ours and saved != ours:
+            what = " and ".join(name for name in ours if saved.get(name) != ours[name])
+            raise self._reference_error(f"another reference: its {what} differs")
+
+    def _check_older_reference(self, saved: str) -> None:
+        """An older version's hash tells most other weights apart, unless these were cast since."""
+        reference = self.reference_layers.model
+        is_cast = {p.dtype for p in reference.parameters()} != self._reference_dtypes
+        if saved and not is_cast and saved != fingerprint_until_0_1(reference):
+            raise self._reference_error("another reference")
+        warnings.warn(
+            "the checkpoint is of an older version, which knew little of its reference: whether"
+            " this is the model that training began with cannot be told for certain",
+            stacklevel=2,
+        )
+
+    def _reference_error(self, what: str) -> ValueError:
+        return argument_error(
+            "DPOModule",
+            "ref_model",
+            type(self.reference_layers.model).__name__,
+            f"the checkpoint was trained against {what}",
+            "Pass the model that training began with as ref_model",
+        )
 
     @override
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -216,12 +237,3 @@ def turn_off_dropout(model: nn.Module) -> None:
         for name, value in vars(module).items():
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Tells models with other weights apart; cheap, not cryptographic."""
-    hashes = {
-        name: int(torch.hash_tensor(parameter).view(torch.int64))
-        for name, parameter in model.named_parameters()
-    }
-    return hashlib.blake2b(repr(sorted(hashes.items())).encode(), digest_size=16).hexdigest()

@@ -15,6 +15,7 @@ from transformers import GPT2Config, LlamaConfig
 from lightning_align import DPOModule
 from lightning_align.losses import dpo_loss_from_batch
 from lightning_align.modules.dpo import turn_off_dropout
+from lightning_align.modules.reference import fingerprint_until_0_1
 from tests.modules.test_pretrain import fit, gpt2, llama, weights
 
 VOCABULARY = 61
@@ -216,6 +217,44 @@ def test_checkpoint_against_another_reference_is_refused(tmp_path: Path) -> None
     pl.seed_everything(2, verbose=False)
     with pytest.raises(ValueError, match="was trained against another reference"):
         DPOModule.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+
+
+def test_a_checkpoint_says_what_differs_in_the_reference(tmp_path: Path) -> None:
+    ours = module()
+    fit(ours, [pairs(0, 1)]).save_checkpoint(tmp_path / "a.ckpt")
+    torch.load(tmp_path / "a.ckpt", weights_only=True)
+    other = copy.deepcopy(module().model)
+    other.config.rope_parameters = {"rope_type": "default", "rope_theta": 500.0}
+    with pytest.raises(ValueError, match="another reference: its configuration differs"):
+        fit(module(ref_model=other), [pairs(0, 1)], ckpt_path=tmp_path / "a.ckpt")
+    with torch.no_grad():
+        other.lm_head.weight.neg_()
+    with pytest.raises(ValueError, match="its weights and configuration differs"):
+        fit(module(ref_model=other), [pairs(0, 1)], ckpt_path=tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_checkpoint_of_an_older_version_is_read_with_a_warning(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """It holds one hash, an XOR: of other weights it is refused, where they were not cast since."""
+    fit(module(), [pairs(0, 1)]).save_checkpoint(tmp_path / "new.ckpt")
+    checkpoint = torch.load(tmp_path / "new.ckpt", weights_only=True)
+
+    def resume(reference: str) -> None:
+        checkpoint["reference"] = reference
+        torch.save(checkpoint, tmp_path / "old.ckpt")
+        ours = module().to(dtype)
+        fit(ours, [pairs(0, 1)], ckpt_path=tmp_path / "old.ckpt", max_epochs=2)
+
+    with pytest.warns(UserWarning, match="cannot be told for certain"):
+        resume(fingerprint_until_0_1(module().reference_layers.model))
+    if dtype == torch.float32:
+        with pytest.raises(ValueError, match="trained against another reference"):
+            resume("0" * 32)
+    else:
+        with pytest.warns(UserWarning, match="cannot be told for certain"):
+            resume("0" * 32)
 
 
 @pytest.mark.parametrize("family", CONFIGS)
