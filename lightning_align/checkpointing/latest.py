@@ -125,17 +125,18 @@ def load_checkpoint(
         return argument_error("load_checkpoint", "path", os.fspath(path), rule, way_out)
 
     fall_back = "latest_valid_checkpoint(dirpath) finds the newest one that is whole"
-    if folder.size(name + MANIFEST) is None:
-        if folder.size(file) is None:
-            raise FileNotFoundError(f"load_checkpoint(path={os.fspath(path)!r}): no such file.")
+    try:
+        manifest = read_manifest(folder, name)
+        data = _verified_data(folder, manifest)
+    except FileNotFoundError:
+        if file not in folder.names():
+            message = f"load_checkpoint(path={os.fspath(path)!r}): no such file."
+            raise FileNotFoundError(message) from None
         raise error(
             f"it has no manifest ({name + MANIFEST}), so it was never completed, or something else"
             " wrote it",
             f"In the first case {fall_back}; in the second use torch.load",
-        )
-    try:
-        manifest = read_manifest(folder, name)
-        data = _verified_data(folder, manifest)
+        ) from None
     except ValueError as damage:
         raise error(str(damage), fall_back) from damage
     with data:
