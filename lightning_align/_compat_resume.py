@@ -101,7 +101,8 @@ _PLAIN_METADATA = (
     *("fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "enable_graph"),
     *("add_dataloader_idx", "dataloader_idx", "metric_attribute"),
 )
-_SUMS = ("value", "cumulated_batch_size")
+_SUMS = ("value", "cumulated_batch_size", "_forward_cache")
+_OF_METRICS = ("_forward_cache",)  # the value of the last step, which Lightning logs until the next
 
 
 def capture_logged_sums(trainer: pl.Trainer) -> dict[str, dict[str, Any]]:
@@ -112,7 +113,8 @@ def capture_logged_sums(trainer: pl.Trainer) -> dict[str, dict[str, Any]]:
         if meta.sync.group is not None:
             continue  # a process group cannot be written down
         plain = {name: getattr(meta, name) for name in _PLAIN_METADATA}
-        sums = {name: getattr(result, name, None) for name in _SUMS} if result.is_tensor else {}
+        names = _SUMS if result.is_tensor else _OF_METRICS
+        sums = {name: getattr(result, name, None) for name in names}
         captured[key] = {
             **plain,
             "reduce_fx": meta.reduce_fx.__name__,
@@ -124,7 +126,7 @@ def capture_logged_sums(trainer: pl.Trainer) -> dict[str, dict[str, Any]]:
             "sums": {
                 name: value.detach().to("cpu", copy=True)
                 for name, value in sums.items()
-                if value is not None
+                if isinstance(value, Tensor)
             },
         }
     return captured
