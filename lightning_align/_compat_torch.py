@@ -5,6 +5,7 @@ The twin of ``_compat.py``, which does.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, schedules
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointFunction
 from typing_extensions import override
 
 
@@ -84,6 +86,15 @@ def call_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def is_compiled(module: nn.Module) -> bool:
     """Whether ``torch.compile(module)`` or ``module.compile()`` made it, or calls of it."""
     return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+
+
+def is_in_reentrant_checkpoint() -> bool:
+    """Whether this is called by what ``checkpoint(..., use_reentrant=True)`` runs."""
+    code = CheckpointFunction.forward.__code__
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame is not None
 
 
 def storage_key(tensor: Tensor) -> int | None:

@@ -1,11 +1,22 @@
 """What we rely on in private APIs of torch, on the pinned version."""
 
+import copy
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
+from torch.utils.checkpoint import checkpoint
 
-from lightning_align._compat_torch import BeforeDraws, torch_pipeline_rank
+from lightning_align._compat_torch import (
+    BeforeDraws,
+    call_module,
+    intercept_calls,
+    is_compiled,
+    is_in_reentrant_checkpoint,
+    storage_key,
+    torch_pipeline_rank,
+)
 
 
 @pytest.mark.parametrize("name", ["InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"])
@@ -30,3 +41,43 @@ def test_every_draw_into_a_tensor_is_announced_and_nothing_else() -> None:
         nn.init.trunc_normal_(weight)
     row = weight.stride(0) * weight.element_size()
     assert seen == [weight.data_ptr(), weight.data_ptr() + row, weight.data_ptr()]
+
+
+def test_calls_are_intercepted_with_their_hooks_and_copies_are_free_of_it() -> None:
+    layer, hooked = nn.Linear(2, 2), []
+    layer.register_forward_hook(lambda *_: hooked.append(1))
+    inputs = torch.ones(1, 2)
+    theirs = layer(inputs)
+    intercept_calls(layer, lambda *args, **kwargs: ("called", args, kwargs))
+    assert is_compiled(layer)  # it is where torch puts what it compiles
+    assert layer(inputs, a=1) == ("called", (inputs,), {"a": 1})
+    assert hooked == [1]
+    assert call_module(layer, inputs).equal(theirs)
+    assert hooked == [1, 1]
+    assert copy.deepcopy(layer)(inputs).equal(theirs)
+    intercept_calls(layer, None)
+    assert layer(inputs).equal(theirs)
+    assert not is_compiled(layer)
+    layer.compile()
+    assert is_compiled(layer)
+    assert is_compiled(torch.compile(nn.Linear(2, 2)))
+
+
+def test_a_storage_is_known_through_views_and_detached_tensors() -> None:
+    tensor = torch.zeros(2, 2, requires_grad=True)
+    assert storage_key(tensor) == storage_key(tensor[0].detach()) == storage_key(tensor.view(4))
+    assert storage_key(tensor) != storage_key(tensor.clone())
+    assert storage_key(torch.ones(2, 2).to_sparse()) is None
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_reentrant_checkpoint_is_seen_from_inside(reentrant: bool) -> None:
+    seen = []
+
+    def inside(tensor: Tensor) -> Tensor:
+        seen.append(is_in_reentrant_checkpoint())
+        return tensor * 2
+
+    checkpoint(inside, torch.ones(1, requires_grad=True), use_reentrant=reentrant)
+    assert seen == [reentrant]
+    assert not is_in_reentrant_checkpoint()

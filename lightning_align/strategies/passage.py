@@ -82,6 +82,7 @@ class Passage:
         self.output: Any = None  # of the layer before it
         self._versions: list[tuple[Tensor, int]] = []
         self._is_inside = False  # of a layer
+        self._is_left = False
         self._calls_before = 0
 
     def layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -90,9 +91,13 @@ class Passage:
             return _compat_torch.call_module(layer, *args, **kwargs)
         position = self.position
         self._check_order(layer)
+        if self.provenance is not None and _compat_torch.is_in_reentrant_checkpoint():
+            rule = f"its step recomputes {self._name()} with use_reentrant=True"
+            raise self._error(rule, "Use checkpoint(..., use_reentrant=False)")
         if position >= max(self.begin, 1):  # what comes before is checked by the stage that has it
             self._check_given(args, kwargs)
         if position == self.end:
+            self._is_left = True
             raise Left
         self.position += 1
         if position < self.begin - 1:
@@ -134,12 +139,12 @@ class Passage:
         Raises:
             ValueError: If it has not.
         """
+        if self._is_left:
+            rule = "its step catches every exception, and a pipeline leaves it by one"
+            raise self._error(rule, "Catch Exception, not BaseException")
         if self.position < len(self.chain.layers):
             rule = f"a step must call each of them, and it has not called {self._name()}"
             raise self._error(rule)
-        if self.end < len(self.chain.layers):
-            rule = "its step catches every exception, and a pipeline leaves it by one"
-            raise self._error(rule, "Catch Exception, not BaseException")
 
     # What a layer is given.
 

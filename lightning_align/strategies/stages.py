@@ -189,15 +189,21 @@ def _run_checked(module: StageModule, received: list[Tensor], shapes: Shapes) ->
         way_out = "Let the layers hand it on, each in a tuple with its output"
         raise chain_error(user, rule, way_out)
 
-    def log(name: str, value: Any, *_: Any, **__: Any) -> None:
+    def check(value: Any, what: str) -> None:
         if (origin := provenance.of(value)) is not None:
-            refuse(origin, f"what is logged as {name!r}")
+            refuse(origin, what)
+        if any(tensor.is_meta for tensor in tensors_in(value)):
+            rule = f"{what} is made of weights of another stage, whose values are on another rank"
+            raise chain_error(user, rule, "Let weights be used by the layers that hold them only")
+
+    def log(name: str, value: Any, *_: Any, **__: Any) -> None:
+        check(value, f"what is logged as {name!r}")
 
     provenance = Provenance(refuse)
     with quiet(user, log), module.work.context(), provenance:
         result = module.run(received, 0, shapes, provenance)
-    if module.is_last and (origin := provenance.of(result)) is not None:
-        refuse(origin, "what the step returns")
+    if module.is_last:
+        check(result, "what the step returns")
 
 
 def _handed_on(module: StageModule, shapes: Shapes) -> list[Meta]:
