@@ -20,11 +20,36 @@ from lightning.pytorch.strategies.launchers import (
 )
 from lightning_utilities.core import rank_zero
 from torch import Tensor
+from typing_extensions import override
 
 
-def subprocess_launcher(environment: Any, num_processes: int, num_nodes: int) -> Any:
-    """Lightning's launcher that runs the script again for each further process."""
-    return _SubprocessScriptLauncher(environment, num_processes, num_nodes)
+class ScriptLauncher(_SubprocessScriptLauncher):
+    """Lightning's launcher that runs the script again for each further process, with a common end.
+
+    Where the processes are there already, it only does what comes after.
+
+    Args:
+        environment: Lightning's cluster environment.
+        num_processes: Processes on this node.
+        num_nodes: Nodes.
+        at_end: Called on every rank when ``fit`` or the like has come to its end there.
+    """
+
+    def __init__(
+        self, environment: Any, num_processes: int, num_nodes: int, at_end: Callable[[], None]
+    ) -> None:
+        super().__init__(environment, num_processes, num_nodes)
+        self._at_end = at_end
+
+    @override
+    def launch(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.cluster_environment.creates_processes_externally:
+            kwargs.pop("trainer", None)  # the launcher's own
+            result = function(*args, **kwargs)
+        else:
+            result = super().launch(function, *args, **kwargs)
+        self._at_end()
+        return result
 
 
 def multiprocessing_launcher(strategy: Any, start_method: Any) -> Any:

@@ -15,11 +15,20 @@ from tests.helpers.ranks import ForkedRanks, run_ranks
 
 
 def test_launchers_are_those_of_lightning() -> None:
-    by_script = _compat_processes.subprocess_launcher(LightningEnvironment(), 2, 1)
-    assert type(by_script).__name__ == "_SubprocessScriptLauncher"
+    by_script = _compat_processes.ScriptLauncher(LightningEnvironment(), 2, 1, lambda: None)
+    # What Lightning asks for when it ends processes on Ctrl-C.
+    assert "_SubprocessScriptLauncher" in [base.__name__ for base in type(by_script).__bases__]
     forking = _compat_processes.multiprocessing_launcher(PipelineStrategy(), "fork")
     assert type(forking).__name__ == "_MultiProcessingLauncher"
     assert forking._start_method == "fork"
+
+
+def test_processes_that_are_there_already_end_together_too() -> None:
+    order: list[Any] = []
+    environment = ForkedRanks(0, 2)
+    launcher = _compat_processes.ScriptLauncher(environment, 2, 1, lambda: order.append("end"))
+    result = launcher.launch(lambda value: order.append(value) or "result", 5, trainer=None)
+    assert (result, order) == ("result", [5, "end"])
 
 
 def test_set_rank_is_what_rank_zero_only_asks() -> None:

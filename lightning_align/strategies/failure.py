@@ -2,20 +2,26 @@
 
 A rank that only waits for its peer notices a closed connection at once, and gloo closes it when the
 process ends. So a failing rank writes down the cause in the store that the ranks met in, and leaves
-the process group, in which nothing could hold up its end.
+the process group, in which nothing could hold up its end. That store lives in the process of rank
+0 and ends with it, so the last rank holds a second one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 from torch import distributed
 
 from lightning_align._compat_torch import default_store
 
 _KEY = "lightning_align.failure"
+_ADDRESS = "lightning_align.second_store"
+
+# Like torch's default group, which it goes with, it belongs to the process.
+_second_store: Any = None
 
 
 class PipelineError(RuntimeError):
@@ -58,15 +64,53 @@ def failing_together(group: distributed.ProcessGroup) -> Iterator[None]:
 
 def leave() -> None:
     """Leave the process group, so that no collective operation holds up the end."""
+    global _second_store
+    _second_store = None
     if distributed.is_initialized():
         distributed.destroy_process_group()
 
 
+def end_together(rank: int) -> None:
+    """At the end of a run: wait until it has ended well on all ranks; collective.
+
+    The hooks of the end do without the other ranks. One that fails there would leave them, and so
+    the exit code of the script, none the wiser.
+
+    Raises:
+        PipelineError: If another rank has failed.
+    """
+    if not distributed.is_initialized():
+        return
+    try:
+        distributed.barrier()
+    except RuntimeError as error:
+        raise pipeline_error(f"rank {rank}, at the end of the run", error) from error
+
+
+def keep_second_store(host: str, num_nodes: int) -> None:
+    """Open the store that outlives rank 0, where one address serves all ranks; collective."""
+    global _second_store
+    rank, size = distributed.get_rank(), distributed.get_world_size()
+    if _second_store is not None or size == 1 or num_nodes > 1:
+        return
+    last = rank == size - 1
+    port = 0 if last else int(default_store().get(_ADDRESS))
+    store: Any = distributed.TCPStore  # type: ignore[attr-defined]
+    _second_store = store(host, port, is_master=last, wait_for_workers=False)
+    if last:
+        default_store().set(_ADDRESS, str(_second_store.port))
+
+
 def _first_failure(own: str) -> str | None:
     """What the first rank that failed has written down, which may be this one."""
-    try:
-        store = default_store()
-        store.set_timeout(timedelta(seconds=3))
-        return str(store.compare_set(_KEY, "", own), "utf-8")
-    except Exception:  # the store is gone with the rank that held it
-        return None
+    told = []
+    stores: list[Callable[[], Any]] = [default_store, lambda: _second_store]
+    for opened in stores:
+        try:
+            store = opened()
+            store.set_timeout(timedelta(seconds=3))
+            told.append(str(store.compare_set(_KEY, "", own), "utf-8"))
+        except Exception:  # noqa: PERF203  # gone with the rank that held it, or never there
+            continue
+    # A rank that another took along writes where the first could not any more.
+    return next((text for text in told if text != own), told[0] if told else None)

@@ -11,17 +11,18 @@ from lightning.fabric.utilities.seed import reset_seed
 from torch import distributed
 
 from lightning_align import _compat_processes
+from lightning_align.strategies import failure
 
 
 def launcher(strategy: Any) -> Any:
-    """What starts the processes, or None where torchrun or a cluster has."""
-    environment = strategy.cluster_environment
+    """What starts the processes, unless torchrun or a cluster has, and lets them end together."""
     if strategy.start_method != "popen":
         return _compat_processes.multiprocessing_launcher(strategy, strategy.start_method)
-    if environment.creates_processes_externally:
-        return None
-    return _compat_processes.subprocess_launcher(
-        environment, strategy.num_processes, strategy.num_nodes
+    return _compat_processes.ScriptLauncher(
+        strategy.cluster_environment,
+        strategy.num_processes,
+        strategy.num_nodes,
+        lambda: failure.end_together(strategy.global_rank),
     )
 
 
@@ -35,6 +36,7 @@ def join_ranks(strategy: Any) -> None:
     _compat_processes.join_process_group(
         environment, strategy.root_device, strategy.process_group_backend, strategy.timeout
     )
+    failure.keep_second_store(environment.main_address, strategy.num_nodes)
 
 
 def agree_on_generators(device: torch.device) -> None:

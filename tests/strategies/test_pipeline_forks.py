@@ -107,3 +107,45 @@ def test_a_script_that_goes_on_after_a_failure_waits_for_no_one(failing: int) ->
     assert not any(end.stuck for end in ended)
     assert "OSError: disk full" in ended[failing].error
     assert f"The failure was at rank {failing}, between steps" in ended[1 - failing].error
+
+
+END = """
+import lightning as L
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+import lightning_align
+
+
+class Regression(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def training_step(self, batch, batch_idx):
+        return self.layers(batch).square().mean()
+
+    def on_train_end(self):
+        print("norm", float(self.layers[0].weight.norm()))  # on the second rank it has no value
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.1)
+
+
+trainer = L.Trainer(accelerator="cpu", devices=2, max_epochs=1, logger=False,
+                    strategy="pipeline_1f1b", enable_progress_bar=False, enable_checkpointing=False)
+trainer.fit(Regression(), DataLoader(torch.linspace(-1, 1, 128).view(32, 4), batch_size=8))
+print("trained")
+"""
+
+
+def test_a_script_exits_with_an_error_when_a_rank_fails_at_the_end(tmp_path: Any) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(END)
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=150, check=False
+    )
+    assert done.returncode != 0
+    assert "trained" not in done.stdout
+    assert "The failure was at rank 1, between steps: RuntimeError: Tensor.item()" in done.stderr
