@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
-from torch import distributed
+from torch import Tensor, distributed
 from torch.optim import Optimizer
 
 from lightning_align import _compat_processes
@@ -61,6 +61,10 @@ def check_module(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     if not module.automatic_optimization:
         rule = "it optimizes manually, and a pipeline propagates back by its schedule"
         raise argument_error(WHERE, "model", name, rule, "Use automatic optimization")
+    if type(module).backward is not pl.LightningModule.backward or "backward" in vars(module):
+        rule = "it overrides backward, and a pipeline propagates back by its schedule"
+        way_out = "Change gradients in on_after_backward, or the loss in training_step"
+        raise argument_error(WHERE, "model", name, rule, way_out)
     if reason := getattr(module, "pipeline_refusal", None):
         raise argument_error(WHERE, "model", name, reason, "Use another strategy")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -108,6 +112,34 @@ def check_optimizers(optimizers: list[Optimizer]) -> None:
     if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
         rule = "it evaluates the loss several times in a step, and a pipeline once"
         raise argument_error(WHERE, "optimizers", "LBFGS", rule, "Use another optimizer")
+
+
+def check_settings(
+    optimizer: Optimizer, group: distributed.ProcessGroup, device: torch.device
+) -> None:
+    """Check that all stages would step with the same settings; collective, before each step.
+
+    A scheduler that follows what one rank alone knows would train the stages at different rates.
+
+    Raises:
+        ValueError: If a learning rate, or another number of the optimizer's groups, differs.
+    """
+    named = [
+        (f"{key!r} of group {number}", float(value))
+        for number, settings in enumerate(optimizer.param_groups)
+        for key, value in sorted(settings.items())
+        if isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
+    ]
+    values = torch.tensor([value for _, value in named], dtype=torch.float64, device=device)
+    values = values.nan_to_num()
+    both = torch.stack([values, -values])
+    distributed.all_reduce(both, distributed.ReduceOp.MAX, group=group)
+    differing = (both[0] != -both[1]).nonzero().flatten().tolist()
+    if differing:
+        name, largest, least = named[differing[0]][0], *both[:, differing[0]].tolist()
+        rule = f"stages must train with the same settings, and {name} is {-least:g} to {largest:g}"
+        way_out = "Let schedulers follow what self.log or the steps say, which all ranks have"
+        raise argument_error(WHERE, "optimizer", type(optimizer).__name__, rule, way_out)
 
 
 def check_count(schedule: str, num_stages: int, num_ranks: int, wanted: int | None) -> None:

@@ -34,6 +34,7 @@ from lightning_align.strategies.checks import (
     check_count,
     check_module,
     check_optimizers,
+    check_settings,
     one_optimizer,
 )
 from lightning_align.strategies.find_chain import find_chain
@@ -41,6 +42,7 @@ from lightning_align.strategies.initial_weights import fill_empty
 from lightning_align.strategies.layer_costs import LayerCosts, count_parameters, time_layers
 from lightning_align.strategies.microbatches import batch_rows, count_that_divides
 from lightning_align.strategies.rehearsal import rehearse
+from lightning_align.strategies.replay import keep_metrics_here
 from lightning_align.strategies.runtime import Runtime
 from lightning_align.strategies.stage_checkpoints import StageCheckpoints
 from lightning_align.strategies.stage_parameters import StageParameters, move_here
@@ -139,6 +141,7 @@ class PipelineStrategy(StageCheckpoints):
         self._timeline: list[Event] = []
         self._gradients = 0
         self._checked: dict[str, int] = {}
+        self._release_metrics: Callable[[], None] = _nothing
 
     # Processes
 
@@ -210,6 +213,7 @@ class PipelineStrategy(StageCheckpoints):
             record_timeline=self.record_timeline,
         )
         self._steps = PipelineSteps(chain, runtime)
+        self._release_metrics = keep_metrics_here(module)
         self._checked.clear()
         if trainer.state.fn == TrainerFn.FITTING:
             rehearse(trainer, self._steps, self.num_microbatches, self._count_for)
@@ -340,6 +344,18 @@ class PipelineStrategy(StageCheckpoints):
         return closure_loss
 
     @override
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        assert self._parameters is not None
+        check_settings(optimizer, self._parameters.group, self.root_device)
+        return super().optimizer_step(optimizer, closure, model, **kwargs)
+
+    @override
     def validation_step(self, batch: Any, *rest: Any, **kwargs: Any) -> Any:
         return self._evaluate("validation", batch, (*rest, *kwargs.values()))
 
@@ -438,6 +454,8 @@ class PipelineStrategy(StageCheckpoints):
         if self._chain is not None:
             self._chain.close()
         self._chain = self._steps = None
+        self._release_metrics()
+        self._release_metrics = _nothing
         vars(self.precision_plugin).pop("clip_grad_by_norm", None)
         module = self.lightning_module
         if self.start_method != "popen" and self._parameters and distributed.is_initialized():

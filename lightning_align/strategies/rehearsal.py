@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.utils.data import (
@@ -29,6 +30,7 @@ from lightning_align._compat import transferred
 from lightning_align._errors import argument_error
 from lightning_align.data.sampler import PositionSampler
 from lightning_align.strategies.checks import check_batch
+from lightning_align.strategies.comparison import keeps_statistics
 from lightning_align.strategies.microbatches import batch_rows
 from lightning_align.strategies.stages import StageError
 from lightning_align.strategies.steps import PipelineSteps
@@ -56,10 +58,16 @@ def rehearse(
 
     Raises:
         ValueError: If ranks have different batches, a batch cannot be cut into as many
-            micro-batches, or a stage hands on anything but tensors.
+            micro-batches, a stage hands on anything but tensors, or micro-batches do not come to
+            what their rows come to in one piece.
     """
     module: Any = steps.chain.module
     check_training_step(module)
+    if normed := keeps_statistics(module):
+        rank_zero_warn(
+            "PipelineStrategy: batch norm takes the statistics of one micro-batch:"
+            f" {', '.join(normed[:3])}. Another norm takes those of a row"
+        )
     if trainer.ckpt_path or steps.runtime.num_stages == 1:
         return
     trainer.fit_loop.setup_data()  # as trainer.estimated_stepping_batches does
@@ -73,7 +81,9 @@ def rehearse(
         check_batch(trainer, batch_rows(batch), num_microbatches)
         try:
             context = trainer.precision_plugin.train_step_context
-            steps.find_shapes(batch, step_arguments(module), count_for(batch), context)
+            rest, count = step_arguments(module), count_for(batch)
+            steps.find_shapes(batch, rest, count, context)
+            steps.compare(module.training_step, batch, rest, count, context)
         except StageError:
             pass  # hooks that run before the first step may be missing; if not, it says the same
 

@@ -8,20 +8,29 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, distributed
 
 from lightning_align._errors import argument_error
 from lightning_align.run.rng import fork_generators
 from lightning_align.seeds import derive_seed
 from lightning_align.strategies.chain import WHERE, Chain, Step
-from lightning_align.strategies.microbatches import (
-    checksum,
-    join_outputs,
-    shape_key,
-    split_batch,
+from lightning_align.strategies.comparison import (
+    Verdict,
+    compared_rows,
+    first_rows,
+    judge,
+    leaving_no_trace,
+    tolerance_of,
 )
-from lightning_align.strategies.replay import SUMS, LogRecorder, Teller, Told
+from lightning_align.strategies.joining import Joiner
+from lightning_align.strategies.microbatches import checksum, shape_key, split_batch
+from lightning_align.strategies.replay import Part, StepRecorder, Teller, Told
 from lightning_align.strategies.runtime import Runtime
+from lightning_align.strategies.stages import StageError
+from lightning_align.strategies.step_attributes import StepAttributes, frozen
+
+_COMPARISONS = 4  # of one step: values that are zero, or all alike, do not tell their rule
 
 Contexts = Callable[[], AbstractContextManager[Any]]
 
@@ -38,8 +47,10 @@ class PipelineSteps:
         self.chain, self.runtime = chain, runtime
         group, size = runtime.group, distributed.get_world_size(runtime.group)
         source = distributed.get_global_rank(group, (runtime.num_stages - 1) % size)
-        self._teller = Teller(chain.module, source, group, runtime.device)
-        self._has_last = runtime.num_stages - 1 in runtime.modules
+        self.attributes = StepAttributes(chain.module, chain.owned(0, len(chain.layers)))
+        self.teller = Teller(chain.module, self.attributes, source, group, runtime.device)
+        self._joiners: dict[str, Joiner] = {}
+        self.has_last = runtime.num_stages - 1 in runtime.modules
 
     def train(
         self,
@@ -71,7 +82,9 @@ class PipelineSteps:
         shares = _shares(module, microbatches)
         # A sum over rows adds up over micro-batches, a mean over rows is averaged.
         weights = [1.0] * count if loss_is_sum(module) else shares
-        recorder = LogRecorder(module)
+        call = module.training_step
+        self._compare_first(call, batch, rest, count, context)
+        recorder = StepRecorder(module, self.attributes)
         losses: list[Tensor] = []
 
         def conclude(run: Callable[[], Any], number: int) -> Tensor:
@@ -80,10 +93,11 @@ class PipelineSteps:
             losses.append(loss.detach() * weights[number])
             return scale(loss * (weights[number] * factor))
 
-        with self._working(module.training_step, microbatches, rest, context):
+        with self._working(call, microbatches, rest, context):
             self.runtime.train(shape_key(microbatches[0]), conclude)
-        told = Told(sum(losses, torch.zeros(())), recorder.values()) if self._has_last else None
-        return self._tell(told, SUMS[0]).loss  # type: ignore[return-value]
+        loss = sum(losses, torch.zeros(()))
+        told = self._tell(call, batch, rest, count, context, recorder, loss)
+        return told.loss  # type: ignore[return-value]
 
     def evaluate(
         self,
@@ -108,20 +122,17 @@ class PipelineSteps:
                 return call(batch, *rest)
         microbatches = split_batch(batch, count)
         shares = _shares(self.chain.module, microbatches)
-        recorder = LogRecorder(self.chain.module)
-        outputs: list[Any] = []
+        self._compare_first(call, batch, rest, count, context)
+        recorder = StepRecorder(self.chain.module, self.attributes)
 
         def conclude(run: Callable[[], Any], number: int) -> Tensor:
-            with recorder.recording(shares[number]), context():
-                outputs.append(run())
+            with recorder.recording(shares[number]) as part, context():
+                part.output = frozen(run(), None)
             return torch.zeros(())  # torch's stages return tensors
 
         with self._working(call, microbatches, rest, context):
             self.runtime.forward((call.__name__, shape_key(microbatches[0])), conclude)
-        told = None
-        if self._has_last:
-            told = Told(logs=recorder.values(), outputs=join_outputs(outputs))
-        return self._tell(told, SUMS[1]).outputs
+        return self._tell(call, batch, rest, count, context, recorder).outputs
 
     def find_shapes(self, batch: Any, rest: tuple[Any, ...], count: int, context: Contexts) -> None:
         """Run the first micro-batch through the stages, and leave no trace of it.
@@ -156,13 +167,149 @@ class PipelineSteps:
         """Whether this is what Lightning does without a strategy, to the bit."""
         return self.runtime.num_stages == 1 and count == 1
 
-    def _tell(self, told: Told | None, attribute: str) -> Told:
-        sums = getattr(self.chain.module, attribute, None)
-        if told is not None and isinstance(sums, dict):
-            told.sums[attribute] = dict(sums)
-        heard = self._teller.tell(told)
-        self._teller.replay(heard)
-        return heard
+    # Comparing and telling.
+
+    def compare(
+        self,
+        call: Callable[..., Any],
+        batch: Any,
+        rest: tuple[Any, ...],
+        count: int,
+        context: Contexts,
+    ) -> str | None:
+        """Compare micro-batches with some rows of a batch in one piece; collective.
+
+        Arguments are those of ``evaluate``.
+
+        Returns:
+            Why it could not be done, or None.
+
+        Raises:
+            ValueError: If they do not come to the same, on all ranks.
+        """
+        rows, parts = compared_rows(batch, count)
+        joiner = self._joiner(call, rest)
+        if parts == 1:
+            return None
+        joiner.comparisons += 1
+        batch = first_rows(batch, rows)
+        with leaving_no_trace(self.chain.module):
+            try:
+                whole = self._observe(call, [batch], rest, context)
+                pieces = self._observe(call, split_batch(batch, parts), rest, context)
+                again = self._observe(call, [batch], rest, context)
+            except StageError as error:  # on all ranks
+                return str(error)
+        judged = None
+        if self.has_last:
+            judged = self._judge(call, joiner, whole, pieces, again)
+        verdict: Verdict = self.teller.object(judged)
+        for warning in verdict.warnings:
+            rank_zero_warn(warning)
+        if verdict.error is not None:
+            raise ValueError(verdict.error)
+        joiner.is_compared = verdict.failed is None
+        return verdict.failed
+
+    def _judge(
+        self, call: Callable[..., Any], joiner: Joiner, whole: Any, pieces: Any, again: Any
+    ) -> Verdict:
+        failed = next((run for run in (whole, pieces, again) if isinstance(run, str)), None)
+        if failed is not None:
+            return Verdict(failed=failed)
+        module: Any = self.chain.module
+        trains = call == module.training_step
+        return judge(
+            module,
+            joiner,
+            whole[0],
+            pieces,
+            again[0],
+            trains=trains,
+            loss_is_sum=loss_is_sum(module),
+        )
+
+    def _observe(
+        self, call: Callable[..., Any], microbatches: list[Any], rest: Any, context: Contexts
+    ) -> list[Part] | str:
+        """What a step does, forward alone; collective. On the last stage what it raises, if so."""
+        module: Any = self.chain.module
+        shares = _shares(module, microbatches)
+        recorder = StepRecorder(module, self.attributes)
+        failed: list[str] = []
+
+        def conclude(run: Callable[[], Any], number: int) -> Tensor:
+            try:
+                with recorder.recording(shares[number]) as part, context():
+                    result = None if failed else run()
+                    is_loss = call == module.training_step and not failed
+                    part.output = frozen(_loss(module, result) if is_loss else result, None)
+            except Exception as error:
+                failed.append(f"{type(error).__name__}: {error}")
+            return torch.zeros(())  # torch's stages return tensors
+
+        with self._working(call, microbatches, rest, context):
+            self.runtime.forward((call.__name__, shape_key(microbatches[0])), conclude)
+        return failed[0] if failed else recorder.parts
+
+    def _joiner(self, call: Callable[..., Any], rest: tuple[Any, ...]) -> Joiner:
+        key = _kind(call, rest)
+        if key not in self._joiners:
+            self._joiners[key] = Joiner(tolerance_of(self.chain.module))
+        return self._joiners[key]
+
+    def _compare_first(
+        self,
+        call: Callable[..., Any],
+        batch: Any,
+        rest: tuple[Any, ...],
+        count: int,
+        context: Contexts,
+    ) -> None:
+        """Compare at the first batch, unless it was done at set-up."""
+        joiner = self._joiner(call, rest)
+        if count == 1 or joiner.is_compared or joiner.comparisons >= _COMPARISONS:
+            return
+        failed = self.compare(call, batch, rest, count, context)
+        if failed is not None:
+            joiner.comparisons = _COMPARISONS
+            rank_zero_warn(
+                f"PipelineStrategy: micro-batches of {call.__name__} could not be compared with a"
+                f" batch in one piece, so nothing says that they come to the same: {failed}"
+            )
+
+    def _tell(
+        self,
+        call: Callable[..., Any],
+        batch: Any,
+        rest: tuple[Any, ...],
+        count: int,
+        context: Contexts,
+        recorder: StepRecorder,
+        loss: Tensor | None = None,
+    ) -> Told:
+        kind, joiner = _kind(call, rest), self._joiner(call, rest)
+
+        def tell() -> Told:
+            told = recorder.told(joiner) if self.has_last else None
+            if told is not None:
+                told.loss = loss
+                told.outputs = None if loss is not None else told.outputs
+            return self.teller.tell(kind, told)
+
+        told = tell()
+        if told.undecided and joiner.comparisons < _COMPARISONS:
+            self.compare(call, batch, rest, count, context)
+            told = tell()
+        if told.unseen and joiner.is_compared and not joiner.has_warned:
+            joiner.has_warned = True
+            rank_zero_warn(
+                f"PipelineStrategy: {call.__name__} logs or changes {list(told.unseen)}, which it"
+                " did not when micro-batches were compared with a batch in one piece: numbers are"
+                " added up, and others averaged or put one below the other"
+            )
+        self.teller.replay(told)
+        return told
 
     @contextmanager
     def _working(
@@ -173,12 +320,26 @@ class PipelineSteps:
         # All ranks are at the same place of their generators, and stay so.
         work.seed = int(torch.randint(2**62, ()))
         work.context = context
+        begun = self.attributes.take()
+
+        def begin(*args: Any) -> Any:
+            self.attributes.restore(begun)  # whatever ran before on this rank
+            return call(*args)
+
         work.steps = [
-            Step(call, microbatch, rest, derive_seed(work.seed, number, "step"))
+            Step(begin, microbatch, rest, derive_seed(work.seed, number, "step"))
             for number, microbatch in enumerate(microbatches)
         ]
-        with fork_generators(self.runtime.device), self.chain.working():
-            yield
+        try:
+            with fork_generators(self.runtime.device), self.chain.working():
+                yield
+        finally:
+            self.attributes.restore(begun)
+
+
+def _kind(call: Callable[..., Any], rest: tuple[Any, ...]) -> str:
+    """A step, and the data loader of several that its batch is from."""
+    return f"{call.__name__}{rest[1:]}"
 
 
 def loss_is_sum(module: pl.LightningModule) -> bool:

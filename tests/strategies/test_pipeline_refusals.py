@@ -117,6 +117,18 @@ class WipesGradients(Chained):
             parameter.grad = None
 
 
+class PropagatesBack(Chained):
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        (2 * loss).backward()
+
+
+class RatesOfItsOwn(pl.Callback):
+    """A learning rate that follows the rank."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        trainer.optimizers[0].param_groups[0]["lr"] *= 1 + trainer.global_rank
+
+
 class EmptyChain(Chained):
     def pipeline_layers(self) -> list[nn.Module]:
         return []
@@ -220,6 +232,16 @@ REFUSED: dict[str, tuple[Callable[[], pl.LightningModule], dict[str, Any], str]]
         r"LogsATensor.log\(name='losses'\): must be a number under a pipeline, and is a Tensor",
     ),
     "gradients are wiped": (WipesGradients, {}, r"must zero gradients through optimizer.zero_grad"),
+    "own backward": (
+        PropagatesBack,
+        {},
+        r"\(model='PropagatesBack'\): it overrides backward, .* Change gradients in on_after_back",
+    ),
+    "stages with different learning rates": (
+        CHAINED,
+        {"callbacks": [RatesOfItsOwn]},
+        r"\(optimizer='AdamW'\): stages must train with the same .*'lr' of group 0 is 0.003 to",
+    ),
     "pairs": (dpo, {}, r"\(model='DPOModule'\): its rows are pairs, .* Use another strategy"),
     "LISA": (
         CHAINED,
@@ -231,6 +253,7 @@ REFUSED: dict[str, tuple[Callable[[], pl.LightningModule], dict[str, Any], str]]
 
 # What only the step itself shows; all else is told at set-up, before there is an optimizer.
 IN_THE_FIRST_STEP = (
+    "stages with different learning rates",
     "a stage fails on the first batch",
     "training_step returns None at times",
     "training_step returns more",
