@@ -7,6 +7,7 @@ never move by less than 1/256 of itself. torch.optim.AdamW keeps them in the par
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -31,6 +32,11 @@ def init_adamw_state(parameter: Tensor) -> State:
 def moment_dtype(parameter: Tensor) -> torch.dtype:
     """fp32 for 16-bit parameters, their own dtype for others."""
     return torch.promote_types(parameter.dtype, torch.float32)
+
+
+def bias_correction(beta: float, step: Tensor) -> Tensor:
+    """1 - beta^step; as a difference it would lose half of its digits in fp32, or be 0."""
+    return -torch.expm1(step * (math.log(beta) if beta else -math.inf))
 
 
 def adamw_(
@@ -147,6 +153,6 @@ def _unfused(
     parameter.mul_(1 - lr * weight_decay)
     first.lerp_(gradient, 1 - beta1)  # line 7
     second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)  # line 8
-    first_hat = first / (1 - beta1**step)  # line 9
-    second_hat = second / (1 - beta2**step)  # line 10
+    first_hat = first / bias_correction(beta1, step)  # line 9
+    second_hat = second / bias_correction(beta2, step)  # line 10
     parameter.sub_(lr * first_hat / (second_hat.sqrt() + eps))  # line 12

@@ -39,6 +39,7 @@ from lightning_align.optimizers.galore_groups import (
     state_shapes,
     without_rank_if_others_name_it,
 )
+from lightning_align.optimizers.loading import loading, refuse_other_shapes
 from lightning_align.optimizers.projection import (
     Basis,
     add_projected_back_,
@@ -54,11 +55,11 @@ from lightning_align.optimizers.safety import (
     check_on_nonfinite,
     check_parameters,
     listed,
+    loss_of,
     may_use,
+    not_compiled,
     parameter_name,
-    refuse_other_shapes,
     refuse_those_of_other_groups,
-    restore_dtypes,
     skipped_steps,
 )
 from lightning_align.seeds import derive_seed
@@ -96,8 +97,8 @@ class GaLoreAdamW(Optimizer):
             of keeping their numbers, as GaLore does.
         on_rank_change: When a state of another rank is loaded: ``"raise"``, or ``"reproject"`` it
             at the next step, with moments carried over.
-        on_nonfinite: If any gradient is not finite, ``"skip"`` the step for all parameters, which
-            ``skipped_steps`` counts, or ``"raise"``.
+        on_nonfinite: If any gradient is not finite and below 1e19, ``"skip"`` the step for all
+            parameters, which ``skipped_steps`` counts, or ``"raise"``.
         seed: Seed of what the projections draw.
 
     Raises:
@@ -219,14 +220,19 @@ class GaLoreAdamW(Optimizer):
             ValueError: If a gradient is sparse.
             FloatingPointError: If a gradient is not finite and ``on_nonfinite="raise"``.
         """
-        loss, may_step = begin_step(self, closure, self.process_group)
+        loss = loss_of(closure)
+        self._step_all()
+        return loss  # type: ignore[no-any-return]
+
+    @not_compiled
+    def _step_all(self) -> None:
+        may_step = begin_step(self, self.process_group)
         for group in self.param_groups if may_step else ():
             self._step_parameters(group, group["params"])
-        return loss  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def step_param(self, parameter: Tensor) -> None:
-        """One step of this parameter alone, if it has a gradient and that is finite.
+        """One step of this parameter alone, if it has a gradient that may be used.
 
         Args:
             parameter: One of the optimizer's.
@@ -246,17 +252,26 @@ class GaLoreAdamW(Optimizer):
             ValueError: If it is of other parameters or another ``proj_type``, or of another rank
                 and ``on_rank_change="raise"``.
         """
-        if self.defaults["on_rank_change"] == "raise":
-            self._refuse_other_ranks(state_dict)
-        refuse_other_shapes(self, state_dict, self._expected_shapes(state_dict))
-        ours = [{key: group[key] for key in _SHAPING} for group in self.param_groups]
-        super().load_state_dict(state_dict)
-        for group, shaping in zip(self.param_groups, ours, strict=True):
-            group.update(shaping)
-        restore_dtypes(self, state_dict)
-        for state in self.state.values():
-            if "step" in state:  # read at each step: a GPU would have to be waited for
-                state["step"] = state["step"].cpu()
+        ours = self.param_groups
+
+        def check(state_dict: Mapping[str, Any]) -> None:
+            if self.defaults["on_rank_change"] == "raise":
+                self._refuse_other_ranks(state_dict)
+            refuse_other_shapes(self, state_dict, self._expected_shapes(state_dict))
+            for own, group in zip(ours, state_dict["param_groups"], strict=True):
+                shaping = {key: own[key] for key in _SHAPING}
+                check_group({**own, **group, **shaping, "params": []})
+
+        def keep_shaping() -> None:
+            for group, own in zip(self.param_groups, ours, strict=True):
+                group.update({key: own[key] for key in _SHAPING})
+                for parameter in group["params"]:
+                    state = self.state.get(parameter)
+                    if state:  # read at each step: a GPU would have to be waited for
+                        state["step"] = state["step"].cpu()
+
+        with loading(self, check, keep_shaping):
+            super().load_state_dict(state_dict)
 
     # A step
 

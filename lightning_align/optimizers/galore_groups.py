@@ -14,8 +14,10 @@ from lightning_align.optimizers.projection import REFRESHES, projected_shape, si
 from lightning_align.optimizers.safety import (
     Group,
     check_betas,
+    check_eps,
     check_number,
     parameter_name,
+    refuse_other_arithmetic,
 )
 
 WHERE = "GaLoreAdamW"
@@ -67,9 +69,10 @@ def check_group(group: Group) -> None:
     """
     check_number(WHERE, "lr", group["lr"])
     check_betas(WHERE, group["betas"])
-    check_number(WHERE, "eps", group["eps"])
+    check_eps(WHERE, "eps", group["eps"], group["betas"][1])
     check_number(WHERE, "weight_decay", group["weight_decay"])
     check_number(WHERE, "scale", group["scale"], above_low=True)
+    refuse_other_arithmetic(WHERE, group)
     check_integer("update_proj_gap", group["update_proj_gap"], least=1)
     check_choice("projection", group["projection"], tuple(REFRESHES))
     sides(group["proj_type"], 1, 1)  # raises

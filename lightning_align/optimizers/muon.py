@@ -23,25 +23,29 @@ from typing_extensions import override
 
 from lightning_align._errors import argument_error
 from lightning_align.optimizers.adamw import adamw_, init_adamw_state, moment_dtype
+from lightning_align.optimizers.loading import loading, refuse_other_shapes
 from lightning_align.optimizers.orthogonalize import (
     JORDAN,
     Backend,
     Dtype,
+    check_bounded,
     orthogonalize,
-    schedule,
 )
 from lightning_align.optimizers.safety import (
     OnNonfinite,
     begin_step,
     check_betas,
+    check_eps,
     check_number,
     check_on_nonfinite,
     check_parameters,
     listed,
+    loss_of,
+    may_use,
+    not_compiled,
     parameter_name,
-    refuse_other_shapes,
+    refuse_other_arithmetic,
     refuse_those_of_other_groups,
-    restore_dtypes,
     skipped_steps,
 )
 
@@ -50,6 +54,10 @@ AdjustLr = Literal["original", "match_rms_adamw", "identity"]
 # Matrices of one shape go through a GPU together, up to so many elements at a time: launching
 # kernels is what small ones wait for. On a CPU a batch gains nothing and costs memory.
 _BATCH_ELEMENTS = 2**26
+
+# The norm of a matrix whose entries square to 0 in fp32 comes out as 0: with 1e9 of them it may be
+# 1e-14 in truth, and divided by less it would not be below 1, where the polynomial stays bounded.
+_LEAST_EPS = 1e-12
 
 
 def muon_direction(
@@ -82,12 +90,12 @@ class Muon(Optimizer):
 
     Groups with ``use_muon=True`` hold matrices only, those with ``use_muon=False`` are AdamW's.
     ``build_param_groups`` makes such groups, and the modules of this package pass them. In a group
-    that does not say, two-dimensional parameters are Muon's and others AdamW's: then it cannot be
-    known which matrices are embeddings or heads.
+    that does not say, two-dimensional parameters are Muon's, vectors and scalars AdamW's, and
+    others refused: then it cannot be known which matrices are embeddings or heads.
 
-    A step whose gradients are not all finite is skipped for all parameters, counted in
-    ``skipped_steps`` and, the first time, warned of; ranks that hold parts of the parameters do so
-    together. A parameter without a gradient stays as it is.
+    A step whose gradients are not all finite and below 1e19 is skipped for all parameters, counted
+    in ``skipped_steps`` and, the first time, warned of; ranks that hold parts of the parameters do
+    so together. A parameter without a gradient stays as it is.
 
     Args:
         params: Parameters, named parameters, or groups of either.
@@ -112,8 +120,9 @@ class Muon(Optimizer):
         on_nonfinite: If any gradient is not finite, "skip" the step for all parameters, or "raise".
 
     Raises:
-        ValueError: If an argument is out of range, a parameter of Muon is no matrix, or a
-            parameter is complex or given twice.
+        ValueError: If an argument is out of range, a parameter of Muon is no matrix, a parameter
+            is complex or given twice, or a group asks for what torch's AdamW does and this does
+            not, such as ``maximize``.
 
     Example:
         >>> groups = build_param_groups(model)
@@ -172,7 +181,7 @@ class Muon(Optimizer):
         groups = [group] if "use_muon" in group else _sorted(group)
         for group in groups:
             if not group["use_muon"]:
-                group.setdefault("lr", self.defaults["adamw_lr"])
+                group.setdefault("lr", group.get("adamw_lr", self.defaults["adamw_lr"]))
             super().add_param_group(group)
             group.pop("adamw_lr")  # a group has one learning rate, which schedulers move
             _check_settings(group)
@@ -199,7 +208,13 @@ class Muon(Optimizer):
             ValueError: If a gradient is sparse, or a parameter of Muon is no matrix any more.
             FloatingPointError: If a gradient is not finite and ``on_nonfinite="raise"``.
         """
-        loss, may_step = begin_step(self, closure, self.process_group)
+        loss = loss_of(closure)
+        self._step_all()
+        return loss
+
+    @not_compiled
+    def _step_all(self) -> None:
+        may_step = begin_step(self, self.process_group)
         for group in self.param_groups if may_step else ():
             parameters = [p for p in group["params"] if p.grad is not None]
             if group["use_muon"]:
@@ -207,12 +222,13 @@ class Muon(Optimizer):
                 self._step_matrices(group, parameters)
             else:
                 self._step_others(group, parameters)
-        return loss
 
     @torch.no_grad()
     def step_param(self, parameter: Tensor) -> None:
-        """The step of one parameter, for whoever updates inside backward; checks nothing."""
+        """The step of one parameter, for whoever updates inside backward, if it may be taken."""
         group = next(g for g in self.param_groups if any(p is parameter for p in g["params"]))
+        if parameter.grad is None or not may_use(self, [parameter.grad]):
+            return
         if group["use_muon"]:
             self._step_matrices(group, [parameter])
         else:
@@ -277,13 +293,20 @@ class Muon(Optimizer):
         Raises:
             ValueError: If it is the state of other parameters, or of other groups.
         """
-        refuse_other_shapes(self, state_dict, _expected_state)
         ours = self.param_groups
-        super().load_state_dict(dict(state_dict))
-        restore_dtypes(self, state_dict)
-        for group, own in zip(self.param_groups, ours, strict=True):
-            for name, value in own.items():  # a state of torch.optim.Muon has fewer settings
-                group.setdefault(name, value)
+
+        def check(state_dict: Mapping[str, Any]) -> None:
+            refuse_other_shapes(self, state_dict, _expected_state)
+            for own, group in zip(ours, state_dict["param_groups"], strict=True):
+                _check_settings({**own, **group})
+
+        def keep_settings() -> None:
+            for group, own in zip(self.param_groups, ours, strict=True):
+                for name, value in own.items():  # a state of torch.optim.Muon has fewer settings
+                    group.setdefault(name, value)
+
+        with loading(self, check, keep_settings):
+            super().load_state_dict(dict(state_dict))
 
 
 def _sorted(group: dict[str, Any]) -> list[dict[str, Any]]:
@@ -292,6 +315,12 @@ def _sorted(group: dict[str, Any]) -> list[dict[str, Any]]:
     if isinstance(params, set):
         return [{**group, "use_muon": True}]  # torch refuses it: a set has no order
     tensors = [item[1] if isinstance(item, tuple) else item for item in params]
+    for item, tensor in zip(params, tensors, strict=True):
+        if tensor.ndim > 2:  # a convolution, or the matrices of several experts
+            told = item[0] if isinstance(item, tuple) else f"of shape {tuple(tensor.shape)}"
+            rule = "has more than two dimensions, and its group does not say use_muon"
+            way_out = "Pass build_param_groups(module), or a group of it with use_muon=False"
+            raise argument_error("Muon", "params", told, rule, way_out)
     parts = {
         is_matrix: [
             item for item, p in zip(params, tensors, strict=True) if (p.ndim == 2) is is_matrix
@@ -346,11 +375,14 @@ def _refuse_no_matrices(group: dict[str, Any]) -> None:
 
 
 def _check_settings(group: dict[str, Any]) -> None:
-    for argument in ("lr", "weight_decay", "eps", "adamw_eps"):
+    for argument in ("lr", "weight_decay"):
         check_number("Muon", argument, group[argument])
+    check_number("Muon", "eps", group["eps"], low=_LEAST_EPS)
     check_number("Muon", "momentum", group["momentum"], high=1)
     check_betas("Muon", group["betas"])
-    schedule(group["ns_coefficients"], group["ns_steps"], "Muon")
+    check_eps("Muon", "adamw_eps", group["adamw_eps"], group["betas"][1])
+    check_bounded(group["ns_coefficients"], group["ns_steps"], "Muon")
+    refuse_other_arithmetic("Muon", group)
     choices = {
         "adjust_lr_fn": (None, *get_args(AdjustLr)),
         "backend": get_args(Backend),

@@ -64,7 +64,7 @@ def schedule(coefficients: Any, steps: int, where: str = "orthogonalize") -> lis
     Raises:
         ValueError: If they are something else.
     """
-    if not isinstance(steps, int) or not 1 <= steps < 100:
+    if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps < 100:
         raise argument_error(where, "ns_steps", steps, "must be a whole number from 1 to 99")
     if coefficients == "polar_express":
         *first, last = _POLAR_EXPRESS
@@ -86,6 +86,21 @@ def schedule(coefficients: Any, steps: int, where: str = "orthogonalize") -> lis
 def _is_triple(value: Any) -> bool:
     is_sequence = isinstance(value, (list, tuple)) and len(value) == 3
     return is_sequence and all(isinstance(number, (int, float)) for number in value)
+
+
+def check_bounded(coefficients: Any, steps: int, where: str) -> None:
+    """Refuse a schedule that takes a singular value somewhere else than near 1.
+
+    Raises:
+        ValueError: If it makes more than 100 of one in [0, 1], or is no schedule.
+    """
+    values = [number / 64 for number in range(65)]
+    for a, b, c in schedule(coefficients, steps, where):
+        values = [s * (a + s * s * (b + s * s * c)) for s in values]
+    for value in values:
+        if not abs(value) <= 100:  # NaN, too
+            rule = f"must keep singular values near 1, and make {value:g} of one"
+            raise argument_error(where, "ns_coefficients", coefficients, rule)
 
 
 def choose_backend(rows: int, columns: int, device: torch.device) -> Backend:

@@ -1,8 +1,8 @@
-"""What keeps an optimizer from training on garbage: checks of arguments, gradients and states.
+"""What keeps an optimizer from training on garbage: checks of arguments and gradients.
 
-torch's own optimizers write a NaN gradient into weights and moments, take the state of parameters
-of other shapes without a word (fused kernels then write beyond it), and cast every loaded state to
-the dtype of its parameter. Functions only: each optimizer says in its own methods what it calls.
+torch's own optimizers write a NaN gradient into weights and moments; one of 1e20 makes a second
+moment infinite, and its weight never moves again. Functions only: each optimizer says in its own
+methods what it calls. What it loads is checked in loading.py.
 """
 
 from __future__ import annotations
@@ -18,15 +18,22 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from typing_extensions import ParamSpec
 
 from lightning_align._errors import argument_error, finite_number
 
+_P = ParamSpec("_P")
 Group = dict[str, Any]
 OnNonfinite = Literal["skip", "raise"]
 
 # Keys of the first parameter group, where they are saved and loaded by themselves: how many steps
 # were skipped, and how many there were, those included.
 SKIPPED, STEPS = "skipped_steps", "steps"
+
+# Second moments and norms square: at this size the square is still a number of fp32, with room for
+# the rounding of sums, and at its inverse (times ten, where kernels flush denormals) it is above 0.
+LARGEST = 1e19
+SMALLEST = 1e-18
 
 
 # Arguments
@@ -38,7 +45,7 @@ def check_number(
     value: Any,
     *,
     low: float = 0.0,
-    high: float = math.inf,
+    high: float = LARGEST,
     above_low: bool = False,
 ) -> None:
     """Refuse what is not a number in [low, high), or in (low, high) if ``above_low``.
@@ -49,8 +56,47 @@ def check_number(
     number = _number(value)
     if number is None or not low <= number < high or (above_low and number == low):
         least = f"above {low:g}" if above_low else f"of at least {low:g}"
-        most = "and finite" if high == math.inf else f"and below {high:g}"
-        raise argument_error(where, argument, value, f"must be a number {least} {most}")
+        raise argument_error(where, argument, value, f"must be a number {least}, below {high:g}")
+
+
+def check_eps(where: str, argument: str, value: Any, beta2: Any) -> None:
+    """Refuse an eps that does not stand in for a second moment that is too small for fp32.
+
+    (1 - beta2) g^2 is 0 for a small gradient g; without eps, g would be divided by nothing.
+
+    Raises:
+        ValueError: If ``value`` is no number, or too small a one.
+    """
+    check_number(where, argument, value)
+    least = SMALLEST / math.sqrt(1 - float(beta2))
+    if float(value) < least:
+        rule = f"must be at least {least:.0e} with beta2 {float(beta2):g}: the square of a smaller "
+        rule += "gradient is 0 in fp32, and it would be divided by nothing"
+        raise argument_error(where, argument, value, rule, "The default does")
+
+
+# What groups, and states of other optimizers, may ask for that is not done here -> what asks for
+# nothing. foreach, fused and capturable say how to compute the same.
+_NOT_DONE = {
+    "maximize": False,
+    "amsgrad": False,
+    "differentiable": False,
+    "decoupled_weight_decay": True,  # torch's Adam and AdamW
+    "weight_decouple": True,  # pytorch-optimizer
+}
+
+
+def refuse_other_arithmetic(where: str, group: Mapping[str, Any]) -> None:
+    """Refuse a group that asks for what other optimizers do and ours do not.
+
+    Raises:
+        ValueError: If it does, by the name of the setting.
+    """
+    for setting, nothing in _NOT_DONE.items():
+        is_about_no_decay = nothing and not group.get("weight_decay")
+        if bool(group.get(setting, nothing)) is not nothing and not is_about_no_decay:
+            rule = "it would be ignored: weights are minimized, with decoupled weight decay"
+            raise argument_error(where, setting, group[setting], rule, "Take torch.optim.AdamW")
 
 
 def check_betas(where: str, betas: Any) -> None:
@@ -123,22 +169,31 @@ def check_parameters(where: str, group: Group) -> None:
 # Gradients
 
 
-def all_finite(gradients: list[Tensor]) -> bool:
-    """Whether no gradient has an infinity or a NaN; waits for the device once.
+def are_usable(gradients: list[Tensor]) -> bool:
+    """Whether every gradient is finite and of a norm below 1e19; waits for the device once.
 
     Of a DTensor only this rank's part is looked at.
     """
-    parts = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-    filled = [part for part in parts if part.numel()]
+    filled = [part for part in map(_local, gradients) if part.numel()]
     if not filled:
         return True
-    # The norm over all is one fused pass, but it may overflow where no gradient has: then look.
-    if bool(nn.utils.get_total_norm(filled).isfinite()):
-        return True
-    return bool(torch.stack([part.isfinite().all().cpu() for part in filled]).all())
+    # The norm over all is one fused pass, but several may exceed together what none does alone,
+    # and that of fp16 overflows: then look at each.
+    return bool(nn.utils.get_total_norm(filled) < LARGEST) or all(
+        norm < LARGEST for norm in map(_norm, filled)
+    )
 
 
-def all_finite_on_all_ranks(gradients: list[Tensor], process_group: ProcessGroup | None) -> bool:
+def _local(gradient: Tensor) -> Tensor:
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+
+
+def _norm(gradient: Tensor) -> float:
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    return float(torch.linalg.vector_norm(gradient, dtype=wide))
+
+
+def are_usable_on_all_ranks(gradients: list[Tensor], process_group: ProcessGroup | None) -> bool:
     """The same, agreed upon by all ranks that hold other parts of the same model.
 
     Args:
@@ -146,7 +201,7 @@ def all_finite_on_all_ranks(gradients: list[Tensor], process_group: ProcessGroup
         process_group: Ranks that hold other parameters; None asks those that DTensors lie on, and
             where there are none, nobody: under DDP all ranks have the same gradients.
     """
-    finite = all_finite(gradients)
+    usable = are_usable(gradients)
     if process_group:
         groups = [(process_group, gradients[0].device.type if gradients else "cpu")]
     else:
@@ -154,10 +209,10 @@ def all_finite_on_all_ranks(gradients: list[Tensor], process_group: ProcessGroup
         # Gradients that were moved to the CPU still lie on a mesh of GPUs, whose group talks there.
         groups = [(group, mesh.device_type) for mesh in meshes for group in mesh.get_all_groups()]
     for group, device in groups:
-        flag = torch.tensor(float(finite), device=device)
+        flag = torch.tensor(float(usable), device=device)
         dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=group)
-        finite = bool(flag)
-    return finite
+        usable = bool(flag)
+    return usable
 
 
 def check_gradients(optimizer: Optimizer) -> list[Tensor]:
@@ -179,43 +234,51 @@ def check_gradients(optimizer: Optimizer) -> list[Tensor]:
     return gradients
 
 
-def begin_step(
-    optimizer: Optimizer,
-    closure: Callable[[], Any] | None,
-    process_group: ProcessGroup | None = None,
-) -> tuple[Any, bool]:
-    """What comes before a step is taken.
+def loss_of(closure: Callable[[], Any] | None) -> Any:
+    """What a closure returns, which computes the gradients; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
+def begin_step(optimizer: Optimizer, process_group: ProcessGroup | None = None) -> bool:
+    """Whether the gradients may be used, for the step that is counted here.
 
     Args:
         optimizer: Whose step it is.
-        closure: Computes the loss and the gradients.
-        process_group: See ``all_finite_on_all_ranks``.
-
-    Returns:
-        What the closure returned, and whether the gradients may be used.
+        process_group: See ``are_usable_on_all_ranks``.
     """
-    loss = None
-    if closure is not None:
-        with torch.enable_grad():
-            loss = closure()
     may_step = may_use(optimizer, check_gradients(optimizer), process_group)
     first = optimizer.param_groups[0]
     first[STEPS] = first.get(STEPS, 0) + 1
-    return loss, may_step
+    return may_step
+
+
+def not_compiled(step: Callable[_P, None]) -> Callable[_P, None]:
+    """A step that ``torch.compile`` leaves as it is.
+
+    Whether it is taken depends on its gradients, and its settings move with every schedule: it
+    would be compiled anew again and again. Its kernels are fused ones and matrix products already.
+    A closure is called outside of it: what compiles a whole training step compiles that, too.
+    """
+    reason = "whether and how a step is taken depends on its gradients and its learning rate"
+    disable: Any = torch.compiler.disable
+    return disable(step, reason=reason)  # type: ignore[no-any-return]
 
 
 def may_use(
     optimizer: Optimizer, gradients: list[Tensor], process_group: ProcessGroup | None = None
 ) -> bool:
-    """False if a gradient is not finite and this step is to be skipped for all groups.
+    """False if a gradient is not usable and this step is to be skipped for all groups.
 
     One bad gradient says that the whole backward was bad. Skipped steps are counted in the first
     group, and the first one is warned of.
 
     Raises:
-        FloatingPointError: If a gradient is not finite and ``on_nonfinite`` is "raise".
+        FloatingPointError: If a gradient is not usable and ``on_nonfinite`` is "raise".
     """
-    if all_finite_on_all_ranks(gradients, process_group):
+    if are_usable_on_all_ranks(gradients, process_group):
         return True
     name = type(optimizer).__name__
     first = optimizer.param_groups[0]
@@ -230,17 +293,20 @@ def may_use(
         warnings.warn(
             f"{name}: {found}. The step is skipped for all parameters; skipped_steps counts such "
             "steps, of which only this first one is warned of.",
-            stacklevel=4,
+            stacklevel=8,  # whoever called step
         )
     return False
 
 
 def _culprit(optimizer: Optimizer) -> str:
-    """Which gradient is not finite, and where."""
+    """Which gradient is not usable, where, and why."""
     rank = f" on rank {dist.get_rank()}" if dist.is_available() and dist.is_initialized() else ""
     for group, index, parameter in _each(optimizer):
-        if parameter.grad is not None and not all_finite([parameter.grad]):
-            return f"the gradient of parameter {parameter_name(group, index)} is not finite{rank}"
+        if parameter.grad is not None and not are_usable([parameter.grad]):
+            name = f"the gradient of parameter {parameter_name(group, index)}"
+            if bool(_local(parameter.grad).isfinite().all()):
+                return f"{name} has a norm above {LARGEST:g}, whose square is no fp32 number{rank}"
+            return f"{name} is not finite{rank}"
     return f"a gradient is not finite on another rank; all are{rank}"
 
 
@@ -263,70 +329,3 @@ def _each(optimizer: Optimizer) -> Iterator[tuple[Group, int, Tensor]]:
     for group in optimizer.param_groups:
         for index, parameter in enumerate(group["params"]):
             yield group, index, parameter
-
-
-# States
-
-
-def refuse_other_shapes(
-    optimizer: Optimizer,
-    state_dict: Mapping[str, Any],
-    expected: Callable[[Group, Tensor], Mapping[str, torch.Size]],
-) -> None:
-    """Refuse a state that is not one of these parameters.
-
-    Args:
-        optimizer: Whose ``load_state_dict`` was called.
-        state_dict: What it was given.
-        expected: What the state of a parameter of a group holds: name -> shape. Asked with the
-            optimizer's own groups.
-
-    Raises:
-        ValueError: If the number of groups or of parameters, the names of parameters, or what the
-            state of one holds is another.
-    """
-    where = f"{type(optimizer).__name__}.load_state_dict"
-    way_out = "Build the optimizer as it was built for the run that saved this state"
-    saved_groups = state_dict["param_groups"]
-    ours = [len(group["params"]) for group in optimizer.param_groups]
-    theirs = [len(group["params"]) for group in saved_groups]
-    if ours != theirs:
-        rule = f"its groups must have {ours} parameters, and they have {theirs}"
-        raise argument_error(where, "state_dict", "...", rule, way_out)
-    for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
-        names = group.get("param_names", []), saved.get("param_names", [])
-        for ours_name, name in zip(*names, strict=False):
-            if ours_name != name:
-                rule = f"in the place of parameter {ours_name!r} it has {name!r}"
-                raise argument_error(where, "state_dict", "...", rule, way_out)
-        for index, key in enumerate(saved["params"]):
-            state = state_dict["state"].get(key)
-            if not state:
-                continue  # it never had a gradient
-            shapes = _shapes(expected(group, group["params"][index]))
-            tensors = {n: value.shape for n, value in state.items() if isinstance(value, Tensor)}
-            if _shapes(tensors) != shapes:
-                rule = (
-                    f"the state of parameter {parameter_name(group, index)} must hold {shapes}, "
-                    f"and it holds {_shapes(tensors)}"
-                )
-                raise argument_error(where, "state_dict", "...", rule, way_out)
-
-
-def _shapes(shapes: Mapping[str, torch.Size]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(shapes[name]) for name in sorted(shapes)}
-
-
-def restore_dtypes(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
-    """Put the tensors of ``state_dict`` back as they were saved; call after torch's own loading.
-
-    torch casts all but "step" to the parameter's dtype, so the fp32 moments of bf16 parameters
-    lose 16 bits. The tensors are copied: one that a snapshot still holds must not move with ours.
-    """
-    saved_groups = state_dict["param_groups"]
-    for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
-        for parameter, key in zip(group["params"], saved["params"], strict=True):
-            for name, value in state_dict["state"].get(key, {}).items():
-                if isinstance(value, Tensor):
-                    copied = value.detach().to(parameter.device, copy=True)
-                    optimizer.state[parameter][name] = copied

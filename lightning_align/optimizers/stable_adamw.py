@@ -8,7 +8,6 @@ tensor by the root mean square of g / sqrt(v) where that is above 1.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,18 +18,22 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
-from lightning_align.optimizers.adamw import adamw_, init_adamw_state
+from lightning_align.optimizers.adamw import adamw_, bias_correction, init_adamw_state
+from lightning_align.optimizers.loading import loading, refuse_other_shapes
 from lightning_align.optimizers.safety import (
     OnNonfinite,
     begin_step,
     check_betas,
+    check_eps,
     check_number,
     check_on_nonfinite,
     check_parameters,
     listed,
-    refuse_other_shapes,
+    loss_of,
+    may_use,
+    not_compiled,
+    refuse_other_arithmetic,
     refuse_those_of_other_groups,
-    restore_dtypes,
     skipped_steps,
 )
 
@@ -42,9 +45,7 @@ def update_rms(gradient: Tensor, state: dict[str, Any], beta2: float, eps: float
 
     with u_t the second moment after this step, bias corrected.
     """
-    step = state["step"] + 1
-    # 1 - beta2^t; as a difference it would lose half of its digits in fp32.
-    correction = -torch.expm1(step * (math.log(beta2) if beta2 else -math.inf))
+    correction = bias_correction(beta2, state["step"] + 1)
     squares = gradient.to(state["exp_avg_sq"].dtype).square()
     second = state["exp_avg_sq"].mul(beta2).add_(squares, alpha=1 - beta2).div_(correction)
     return squares.div_(second.clamp_(min=eps**2)).mean().sqrt()
@@ -54,8 +55,8 @@ class StableAdamW(Optimizer):
     """AdamW with update clipping (arXiv:2304.13013, Algorithm 2).
 
     Its state is that of AdamW: a run may change from one to the other. A step whose gradients are
-    not all finite is skipped for all parameters, counted in ``skipped_steps`` and, the first time,
-    warned of.
+    not all finite and below 1e19 is skipped for all parameters, counted in ``skipped_steps`` and,
+    the first time, warned of.
 
     Args:
         params: Parameters, named parameters, or groups of either.
@@ -119,31 +120,38 @@ class StableAdamW(Optimizer):
             ValueError: If a gradient is sparse.
             FloatingPointError: If a gradient is not finite and ``on_nonfinite="raise"``.
         """
-        loss, may_step = begin_step(self, closure, self.process_group)
+        loss = loss_of(closure)
+        self._step_all()
+        return loss
+
+    @not_compiled
+    def _step_all(self) -> None:
+        may_step = begin_step(self, self.process_group)
         for group in self.param_groups if may_step else ():
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._step_one(group, parameter)
-        return loss
 
     @torch.no_grad()
     def step_param(self, parameter: Tensor) -> None:
-        """The step of one parameter, for whoever updates inside backward; checks nothing."""
+        """The step of one parameter, for whoever updates inside backward, if it may be taken."""
         group = next(g for g in self.param_groups if any(p is parameter for p in g["params"]))
-        self._step_one(group, parameter)
+        if parameter.grad is not None and may_use(self, [parameter.grad]):
+            self._step_one(group, parameter)
 
     def _step_one(self, group: dict[str, Any], parameter: Tensor) -> None:
         state = self.state[parameter]
         if not state:
             state.update(init_adamw_state(parameter))
         gradient: Any = parameter.grad
-        rms = update_rms(gradient, state, group["betas"][1], group["eps"])
+        beta1, beta2 = map(float, group["betas"])
+        rms = update_rms(gradient, state, beta2, group["eps"])
         adamw_(
             [parameter],
             [gradient],
             [state],
             lr=group["lr"] / rms.clamp(min=1),  # eta_t = alpha_t / max(1, RMS_t)
-            betas=group["betas"],
+            betas=(beta1, beta2),
             eps=group["eps"],
             weight_decay=group["weight_decay"],
         )
@@ -155,9 +163,13 @@ class StableAdamW(Optimizer):
         Raises:
             ValueError: If it is the state of other parameters.
         """
+        with loading(self, self._check_state):
+            super().load_state_dict(dict(state_dict))
+
+    def _check_state(self, state_dict: Mapping[str, Any]) -> None:
         refuse_other_shapes(self, state_dict, _expected_state)
-        super().load_state_dict(dict(state_dict))
-        restore_dtypes(self, state_dict)
+        for group in state_dict["param_groups"]:
+            _check_settings({**self.defaults, **group})
 
 
 def _expected_state(_: dict[str, Any], parameter: Tensor) -> dict[str, torch.Size]:
@@ -165,6 +177,8 @@ def _expected_state(_: dict[str, Any], parameter: Tensor) -> dict[str, torch.Siz
 
 
 def _check_settings(group: dict[str, Any]) -> None:
-    for argument in ("lr", "eps", "weight_decay"):
+    for argument in ("lr", "weight_decay"):
         check_number("StableAdamW", argument, group[argument])
     check_betas("StableAdamW", group["betas"])
+    check_eps("StableAdamW", "eps", group["eps"], group["betas"][1])
+    refuse_other_arithmetic("StableAdamW", group)

@@ -150,6 +150,15 @@ class PicklingAdamW(torch.optim.AdamW):
         return {**super().state_dict(), "keepsake": Keepsake()}
 
 
+class StubbornAdamW(torch.optim.AdamW):
+    """Puts back what it was given, whatever hooks made of it."""
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        super().load_state_dict(state_dict)
+        for state, saved in zip(self.state.values(), state_dict["state"].values(), strict=True):
+            state.update(saved)
+
+
 class ObligingSGD(torch.optim.SGD):
     """Takes any state, without a word."""
 

@@ -1,5 +1,6 @@
 """Laws of an optimizer alone, on a few parameters."""
 
+import copy
 import io
 import pickle
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from tests.laws.composition import note
 from tests.laws.members import OPTIMIZERS, Member, build, spec
 
 SHAPES = ((6, 4), (4, 6), (5,), ())
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
 def start(member: Member, dtype: torch.dtype = torch.float32) -> tuple[list[nn.Parameter], Any]:
@@ -67,6 +69,24 @@ def skips_a_non_finite_gradient(member: Member) -> None:
         assert all(value.isfinite().all() for value in after), "the state is spoilt"
 
 
+def goes_on_after_a_huge_gradient(member: Member) -> None:
+    """1e21 is finite, and its square is not in fp32."""
+    parameters, optimizer = start(member)
+    steps(parameters, optimizer, range(2))
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 1e21)
+    optimizer.step()
+    ends = []
+    for sign in (1.0, -1.0):
+        copied, resumed = copy.deepcopy((parameters, optimizer))
+        for parameter in copied:
+            parameter.grad = torch.full_like(parameter, sign)
+        resumed.step()
+        ends.append([parameter.detach() for parameter in copied])
+    assert all(value.isfinite().all() for value in ends[0]), "the weights are spoilt"
+    assert not any(map(torch.equal, *ends)), "a weight follows its gradient no more"
+
+
 def has_plain_state(member: Member) -> None:
     parameters, optimizer = start(member)
     steps(parameters, optimizer, range(2))
@@ -83,6 +103,24 @@ def resumes(member: Member) -> None:
     fresh.load_state_dict(reloaded(optimizer.state_dict()))
     ours = steps(again, fresh, range(3, 5))
     assert all(map(torch.equal, ours, expected)), "the run after a load differs"
+
+
+def honours_hooks_of_loading(member: Member) -> None:
+    parameters, optimizer = start(member)
+    steps(parameters, optimizer, range(2))
+
+    def cleared(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+        state = {
+            key: {n: torch.zeros_like(v) if n in MOMENTS else v for n, v in value.items()}
+            for key, value in state_dict["state"].items()
+        }
+        return {**state_dict, "state": state}
+
+    optimizer.register_load_state_dict_pre_hook(cleared)
+    optimizer.load_state_dict(reloaded(optimizer.state_dict()))
+    moments = [v for p in parameters for n, v in optimizer.state[p].items() if n in MOMENTS]
+    assert len(moments) >= len(parameters), "it has no moments"
+    assert not any(moment.any() for moment in moments), "what the hook did is undone"
 
 
 def refuses_other_shapes(member: Member) -> None:
@@ -112,8 +150,10 @@ LAWS: dict[str, Law] = {
     "dtypes are kept": keeps_dtypes,
     "without a gradient nothing moves": leaves_alone_what_has_no_gradient,
     "a non-finite gradient is skipped": skips_a_non_finite_gradient,
+    "goes on after a gradient of 1e21": goes_on_after_a_huge_gradient,
     "state loads as plain data": has_plain_state,
     "resumes": resumes,
+    "hooks of loading are honoured": honours_hooks_of_loading,
     "a state of other shapes is refused": refuses_other_shapes,
 }
 
@@ -135,8 +175,10 @@ BROKEN: dict[str, tuple[str, type[Exception]]] = {
     "dtypes are kept": ("WideningAdamW", AssertionError),
     "without a gradient nothing moves": ("GreedyAdamW", AssertionError),
     "a non-finite gradient is skipped": ("ForgetfulAdamW", AssertionError),
+    "goes on after a gradient of 1e21": ("ForgetfulAdamW", AssertionError),
     "state loads as plain data": ("PicklingAdamW", pickle.UnpicklingError),
     "resumes": ("ForgetfulAdamW", AssertionError),
+    "hooks of loading are honoured": ("StubbornAdamW", AssertionError),
     "a state of other shapes is refused": ("ObligingSGD", AssertionError),
 }
 

@@ -153,6 +153,13 @@ def test_adamw_lr_is_for_groups_that_name_none() -> None:
     assert [g["lr"] for g in Muon(groups[:2], lr=0.02).param_groups] == [0.02, 0.02]
 
 
+def test_a_group_may_name_an_adamw_lr_of_its_own() -> None:
+    """It was dropped without a word."""
+    matrix, vector = parameters_of([(4, 6), (5,)])
+    groups = in_groups([matrix], [vector], adamw_lr=0.5)
+    assert [g["lr"] for g in Muon(groups, lr=0.02, adamw_lr=3e-3).param_groups] == [0.02, 0.5]
+
+
 def test_plain_matrices_are_all_muons_without_a_word() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -332,7 +339,7 @@ def test_state_of_other_groups_is_refused() -> None:
 @pytest.mark.parametrize(
     ("settings", "rule"),
     [
-        ({"lr": -1.0}, r"Muon\(lr=-1.0\): must be a number of at least 0 and finite"),
+        ({"lr": -1.0}, r"Muon\(lr=-1.0\): must be a number of at least 0, below 1e\+19"),
         ({"lr": float("nan")}, "lr=nan"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1.*at least 0"),
         ({"momentum": 1.0}, "momentum=1.0.*below 1"),
@@ -362,6 +369,21 @@ def test_a_vector_among_matrices_is_refused_by_name() -> None:
     matrix, vector = parameters_of([(4, 6), (5,)])
     with pytest.raises(ValueError, match=r"must hold matrices, and 'b' has the shape \(5,\)"):
         Muon([{"params": [("w", matrix), ("b", vector)], "use_muon": True}])
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 6), (2, 3, 3, 3)])
+def test_more_than_two_dimensions_are_refused_unless_a_group_says_that_they_are_adamws(
+    shape: Any,
+) -> None:
+    """torch's Muon refuses them, too; ours stepped the experts of a mixture by AdamW, unasked."""
+    experts, matrix = parameters_of([shape, (4, 6)])
+    rule = "'experts'.*more than two dimensions.*use_muon=False"
+    for named in ([("w", matrix), ("experts", experts)], [{"params": [("experts", experts)]}]):
+        with pytest.raises(ValueError, match=rule):
+            Muon(named)
+    with pytest.raises(ValueError, match=r"of shape \(.*more than two dimensions"):
+        Muon([experts])
+    Muon(in_groups([matrix], [experts]))
 
 
 def test_a_matrix_that_was_flattened_later_is_refused_by_name() -> None:
