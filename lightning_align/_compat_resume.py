@@ -91,6 +91,11 @@ def validation_follows(trainer: pl.Trainer) -> bool:
     return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
 
 
+def validation_has_run(trainer: pl.Trainer) -> bool:
+    """Whether the last validation of this fit came to a batch; the sanity check is none."""
+    return trainer.fit_loop.epoch_loop.val_loop._has_run
+
+
 def step_plateau_schedulers(trainer: pl.Trainer, interval: str) -> None:
     """Step every ``ReduceLROnPlateau`` of an interval by the metric that it monitors."""
     loop = trainer.fit_loop.epoch_loop

@@ -83,6 +83,13 @@ def test_validation_follows_the_batches_it_is_due_after() -> None:
     assert not any(watched(_compat_resume.validation_follows, limit_val_batches=0)[0])
 
 
+def test_a_validation_has_run_once_it_came_to_a_batch() -> None:
+    has_run, _ = watched(_compat_resume.validation_has_run, val_check_interval=3)
+    assert has_run[:3] == [False, False, False]
+    assert all(has_run[3:])
+    assert not any(watched(_compat_resume.validation_has_run, limit_val_batches=0)[0])
+
+
 def test_wrapped_loaders_are_what_lightning_iterates_over() -> None:
     seen: list[Any] = []
 

@@ -12,21 +12,33 @@ import os
 import time
 import uuid
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal
-from weakref import proxy
+from weakref import proxy, ref
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_align import _compat_resume
-from lightning_align._errors import argument_error
-from lightning_align.callbacks.checkpoint_checks import check, check_strategy, check_triggers
+from lightning_align.callbacks.checkpoint_checks import (
+    check_folders,
+    check_kept,
+    check_strategy,
+    check_triggers,
+    check_writing,
+)
 from lightning_align.callbacks.checkpoint_folder import CheckpointFolder, path_in
-from lightning_align.checkpointing import committed_checkpoints, latest_valid_checkpoint
+from lightning_align.callbacks.checkpoint_monitor import check_logged, is_logged, score_of
+from lightning_align.callbacks.checkpoint_names import check_filename, file_name, warn_of_unlogged
+from lightning_align.callbacks.checkpoint_standing import standing
+from lightning_align.checkpointing import (
+    Commit,
+    committed_checkpoints,
+    latest_valid_checkpoint,
+)
 from lightning_align.checkpointing.files import Folder
 from lightning_align.checkpointing.retention import Retention
 from lightning_align.run.exact_resume import ExactResume
@@ -50,6 +62,7 @@ class AsyncCheckpoint(ModelCheckpoint):
         filename: Name with metrics in braces, such as ``"{epoch}-{val_loss:.2f}"``; by default
             ``"{epoch}-{step}"``. A name that is taken gets ``-v1``, ``-v2``, ...
         monitor: Logged value that ranks the checkpoints; by default the newest is best.
+        verbose: Whether to say of every checkpoint what it reached and where it is.
         mode: Whether the ``min`` or the ``max`` value is best.
         save_top_k: Number of best checkpoints to keep; -1 keeps all, 0 none.
         save_last: Whether the newest checkpoint is saved and kept whatever its rank.
@@ -62,6 +75,7 @@ class AsyncCheckpoint(ModelCheckpoint):
             several ranks, Ctrl-C and SIGTERM on one stop and save all; other exceptions do not.
         save_weights_only: Whether to leave out all that a resume needs.
         auto_insert_metric_name: Whether names of metrics stand in the filename before their values.
+        enable_version_counter: Must be True, since no file is overwritten.
         backpressure: If the earlier save is still being written: ``wait`` for it, ``skip`` this
             one, or keep only the ``latest`` of those that wait.
         flush_timeout_s: Seconds that writing may take after an exception, SIGTERM or Ctrl-C.
@@ -69,8 +83,8 @@ class AsyncCheckpoint(ModelCheckpoint):
 
     Raises:
         ValueError: If an argument is out of range, the strategy shards its state, another
-            CheckpointIO is in use, ``monitor`` is never logged, or ``dirpath`` holds checkpoints of
-            another run.
+            CheckpointIO is in use, a validation has run without logging ``monitor``, ``dirpath``
+            holds checkpoints of another run, or another callback of the Trainer writes there.
         RuntimeError: If another run is writing to ``dirpath``.
 
     Example:
@@ -87,6 +101,7 @@ class AsyncCheckpoint(ModelCheckpoint):
         filename: str | None = None,
         monitor: str | None = None,
         *,
+        verbose: bool = False,
         mode: Literal["min", "max"] = "min",
         save_top_k: int = 1,
         save_last: bool = False,
@@ -97,32 +112,19 @@ class AsyncCheckpoint(ModelCheckpoint):
         save_on_exception: bool = False,
         save_weights_only: bool = False,
         auto_insert_metric_name: bool = True,
+        enable_version_counter: bool = True,
         backpressure: Literal["wait", "skip", "latest"] = "wait",
         flush_timeout_s: float = 60.0,
         storage_options: dict[str, Any] | None = None,
     ) -> None:
         check_triggers(every_n_train_steps, train_time_interval, every_n_epochs)
-        check("mode", mode, mode in ("min", "max"), "must be 'min' or 'max'")
-        check("save_top_k", save_top_k, save_top_k >= -1, "must be at least -1")
-        check(
-            "save_top_k",
-            save_top_k,
-            monitor is not None or save_top_k in (-1, 0, 1),
-            "without monitor there is no best to keep more than one of",
-            "Set monitor, or save_top_k to -1, 0 or 1",
-        )
-        check(
-            "backpressure",
-            backpressure,
-            backpressure in ("wait", "skip", "latest"),
-            "must be 'wait', 'skip' or 'latest'",
-        )
-        check("flush_timeout_s", flush_timeout_s, flush_timeout_s > 0, "must be above 0")
-        check("save_last", save_last, isinstance(save_last, bool), "must be True or False")
+        check_kept(monitor, mode, save_top_k, save_last, enable_version_counter)
+        check_writing(backpressure, flush_timeout_s)
         super().__init__(
             os.fspath(dirpath) if dirpath is not None else None,
             filename,
             monitor,
+            verbose=verbose,
             save_last=save_last,
             save_top_k=save_top_k,
             save_on_exception=save_on_exception,
@@ -137,12 +139,21 @@ class AsyncCheckpoint(ModelCheckpoint):
         self.backpressure = backpressure
         self.flush_timeout_s = flush_timeout_s
         self.storage_options = storage_options
+        self._untold_fields: set[str] = set()  # metrics in the filename, until a save lacked them
+        if filename is not None:
+            self._untold_fields = check_filename(filename, self._formatted)
         self.run_id = uuid.uuid4().hex
+        self._trainer: ref[pl.Trainer] | None = None  # whose run it is
         self._folder: CheckpointFolder | None = None  # on rank zero while fitting
         self._retention = self._new_retention()
         self._due: dict[str, Tensor] | None = None  # the metrics when a save became due
         self._interrupt = DeferredInterrupt()
         self._stopping_together = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what belongs to this process: its run, folder and signals."""
+        here = {"_trainer": None, "_folder": None, "_interrupt": DeferredInterrupt()}
+        return {**vars(self), **here}
 
     # Where and whether.
 
@@ -169,13 +180,30 @@ class AsyncCheckpoint(ModelCheckpoint):
             exact_resume = ExactResume()
             trainer.callbacks = [exact_resume, *trainer.callbacks]  # type: ignore[attr-defined]
             exact_resume.setup(trainer, pl_module, stage)
-        self._retention = self._new_retention()
-        self._due = None
-        self._on_rank_zero(trainer, self._open)
+        self._due, self._defer_save_until_validation = None, False
+        self._join_run(trainer)
+        self._on_rank_zero(trainer, partial(self._open, trainer))
 
-    def _open(self) -> None:
+    def _join_run(self, trainer: pl.Trainer) -> None:
+        """One id for all callbacks of a Trainer. Another one is another run, until it resumes."""
+        if self._trainer is None or self._trainer() is not trainer:
+            self._trainer, self.run_id = ref(trainer), uuid.uuid4().hex
+            self._retention = self._new_retention()
+            self._publish()
+        elif trainer.ckpt_path is not None:
+            self._retention = self._new_retention()
+        ours = (each for each in trainer.checkpoint_callbacks if isinstance(each, AsyncCheckpoint))
+        self.run_id = next(ours, self).run_id  # set up before this one, if it is another
+
+    def _open(self, trainer: pl.Trainer) -> None:
         assert self.dirpath is not None
+        check_folders(self, trainer)
         self._close(self.flush_timeout_s)
+        surplus: list[str] = []
+        if self._retention.newest:  # of an earlier fit of this Trainer
+            found = committed_checkpoints(self.dirpath, self.storage_options)
+            names = {manifest.name for manifest in found}
+            surplus = self._retention.load_state_dict(self._retention.state_dict(), names)
         self._folder = CheckpointFolder(
             str(self.dirpath),
             self._retention,
@@ -183,6 +211,7 @@ class AsyncCheckpoint(ModelCheckpoint):
             storage_options=self.storage_options,
             on_change=self._publish,
         )
+        self._folder.delete(surplus)
 
     def _on_rank_zero(self, trainer: pl.Trainer, action: Any) -> None:
         """Run ``action`` where the files are; what it raises is raised on every rank."""
@@ -249,6 +278,8 @@ class AsyncCheckpoint(ModelCheckpoint):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
+        if self._defer_save_until_validation:
+            self._mark_due(trainer)
         if not self._should_save_on_train_epoch_end(trainer):
             self._mark_due_by_epoch(trainer)
         self._save_if_due(trainer)
@@ -257,6 +288,8 @@ class AsyncCheckpoint(ModelCheckpoint):
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._hear(trainer)
+        if self._defer_save_until_validation:
+            self._mark_due(trainer)
         if self._should_save_on_train_epoch_end(trainer):
             self._mark_due_by_epoch(trainer)
         self._save_if_due(trainer)
@@ -286,46 +319,51 @@ class AsyncCheckpoint(ModelCheckpoint):
         # that came since is of the same weights.
         of_the_step = _compat_resume.logged_in_training(trainer, self._due)
         metrics = {**self._monitor_candidates(trainer), **of_the_step}
-        if self.monitor is not None and self.monitor not in metrics:
-            if trainer.training and not _epoch_is_closed(trainer):
-                return  # validation may log it
-            raise argument_error(
-                "AsyncCheckpoint",
-                "monitor",
-                self.monitor,
-                f"was not logged; these values were: {sorted(metrics)}",
-                f"Log it with self.log({self.monitor!r}, ...)",
-            )
-        self._due = None
-        self._save(trainer, metrics)
+        self._due, self._defer_save_until_validation = None, False
+        if self.monitor is None or is_logged(trainer, self.monitor, metrics):
+            self._save(trainer, metrics, self._score(metrics))
+            return
+        # A step's save waits for the validation that logs the value; an epoch's comes again anyway.
+        self._defer_save_until_validation = self._every_n_epochs == 0
+        if not trainer.training or _epoch_is_closed(trainer):
+            check_logged(trainer, self.monitor, metrics)
 
     # What.
 
-    def _save(self, trainer: pl.Trainer, metrics: dict[str, Tensor]) -> None:
-        score = float(metrics[self.monitor]) if self.monitor else float(trainer.global_step)
-        ranked = trainer.is_global_zero and self._retention.admits(score)
-        wanted = ranked or (trainer.is_global_zero and bool(self.save_last))
+    def _score(self, metrics: dict[str, Tensor]) -> float:
+        if self.monitor is None:
+            return float(metrics["step"])
+        return score_of(metrics, self.monitor, self.mode)
+
+    def _save(
+        self,
+        trainer: pl.Trainer,
+        metrics: dict[str, Tensor],
+        score: float | None,
+        *,
+        keep: bool = False,
+    ) -> None:
+        """Save what is among the best, the newest if that is wanted, and what is to be kept."""
+        ranked = trainer.is_global_zero and score is not None and self._retention.admits(score)
+        wanted = ranked or (trainer.is_global_zero and (keep or bool(self.save_last)))
         if not trainer.strategy.reduce_boolean_decision(wanted, all=False):
+            self._tell_of_what_was_not_saved(trainer, score)
             return
         start = time.perf_counter()
         name = ""
         if self._folder is not None:
             name = self._folder.free_name(
-                lambda version: self._formatted(metrics, version), self.STARTING_VERSION
+                partial(self._formatted, dict(metrics)), self.STARTING_VERSION
             )
+            if keep and not ranked:
+                self._retention.protect(name)
             self._retention.begin(name, score if ranked else None)
         checkpoint = _compat_resume.dump_checkpoint(trainer, self.save_weights_only)  # collective
         self._last_global_step_saved = trainer.global_step
         if self._folder is None:
             return
-        metadata = {
-            "run": self.run_id,
-            "monitor": self.monitor,
-            "score": score if self.monitor and math.isfinite(score) else None,
-            "epoch": trainer.current_epoch,
-            "world_size": trainer.world_size,
-            "wandb_run_id": _compat_resume.wandb_run_id(trainer),
-        }
+        self._untold_fields -= warn_of_unlogged(str(self.filename), self._untold_fields, metrics)
+        metadata = self._metadata(trainer, score)
         result = self._folder.save(checkpoint, name, trainer.global_step, metadata)
         self._log(
             trainer,
@@ -336,10 +374,26 @@ class AsyncCheckpoint(ModelCheckpoint):
             },
         )
 
-    def _formatted(self, metrics: dict[str, Tensor], version: int | None) -> str:
-        path = self.format_checkpoint_name(dict(metrics), ver=version)
-        inner = path[len(os.path.join(str(self.dirpath), "")) :]
-        return inner.removesuffix(self.FILE_EXTENSION).replace("/", "_")
+    def _metadata(self, trainer: pl.Trainer, score: float | None) -> dict[str, Any]:
+        return {
+            "run": self.run_id,
+            "monitor": self.monitor,
+            "score": score if self.monitor and score is not None and math.isfinite(score) else None,
+            "epoch": trainer.current_epoch,
+            "world_size": trainer.world_size,
+            "wandb_run_id": _compat_resume.wandb_run_id(trainer),
+        }
+
+    def _formatted(self, metrics: dict[str, Tensor], version: int | None = None) -> str:
+        path = self.format_checkpoint_name(metrics, ver=version)
+        return file_name(path[len(os.path.join(str(self.dirpath), "")) :] if self.dirpath else path)
+
+    def _tell_of_what_was_not_saved(self, trainer: pl.Trainer, score: float | None) -> None:
+        if self.verbose:
+            rank_zero_info(
+                f"Epoch {trainer.current_epoch}, global step {trainer.global_step}:"
+                f" {self.monitor!r} was {score}, not in top {self.save_top_k}"
+            )
 
     def _log(self, trainer: pl.Trainer, metrics: dict[str, float]) -> None:
         for logger in trainer.loggers:
@@ -349,19 +403,10 @@ class AsyncCheckpoint(ModelCheckpoint):
 
     def _publish(self) -> None:
         """Name what is committed, and nothing else; on the writing thread, too."""
-        ranked = self._retention.ranked
-        scores = {self._path(name): torch.tensor(score) for name, score in ranked.items()}
-        newest = self._retention.newest
-        self.last_model_path = self._path(newest) if newest else ""
-        self.best_model_path = next(iter(scores), self.last_model_path)
-        if self.monitor is None:
-            return
-        self.best_model_score = scores.get(self.best_model_path)
-        self.current_score = scores.get(self.last_model_path, self.current_score)
-        if self.save_top_k > 0 and len(scores) == self.save_top_k:
-            self.kth_best_model_path = next(reversed(scores))
-            self.kth_value = scores[self.kth_best_model_path]
-        self.best_k_models = scores
+        self.__dict__.update(self._standing(self._retention))
+
+    def _standing(self, retention: Retention) -> dict[str, Any]:
+        return standing(retention, self._path, monitored=self.monitor is not None)
 
     def _path(self, name: str) -> str:
         return path_in(str(self.dirpath), name, self.storage_options)
@@ -372,10 +417,21 @@ class AsyncCheckpoint(ModelCheckpoint):
             return
         for commit in self._folder.new_commits():
             self._log(trainer, {"checkpoint/persist_s": commit.persist_s})
+            if self.verbose:
+                self._tell_of(commit)
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(proxy(self))
         for error in self._folder.new_errors():
             rank_zero_warn(f"AsyncCheckpoint: {error.message} Training goes on.")
+
+    def _tell_of(self, commit: Commit) -> None:
+        epoch, score = commit.manifest.metadata["epoch"], commit.manifest.metadata["score"]
+        reached = ""
+        if score is not None and self.best_model_score is not None:
+            best = float(self.best_model_score)
+            reached = f" {self.monitor!r} reached {score:.5f} (best {best:.5f}),"
+        where = f"Epoch {epoch}, global step {commit.manifest.step}"
+        rank_zero_info(f"{where}:{reached} saved {commit.path!r}")
 
     # The end of a run.
 
@@ -384,11 +440,11 @@ class AsyncCheckpoint(ModelCheckpoint):
         if trainer.world_size == 1:
             self._interrupt.release()
         self._interrupt.uninstall()
+        if self.save_last and not self._last_global_step_saved and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._save(trainer, self._monitor_candidates(trainer), None)
         self._flush(trainer, None)
-        names = ("best_model_path", "best_model_score", "last_model_path", "best_k_models")
-        published = trainer.strategy.broadcast({name: getattr(self, name) for name in names})
-        for name, value in published.items():  # fit(ckpt_path="best") asks on every rank
-            setattr(self, name, value)
+        standing = trainer.strategy.broadcast(self._standing(self._retention))
+        self.__dict__.update(standing)  # fit(ckpt_path="best") asks on every rank
 
     def _flush(self, trainer: pl.Trainer, timeout_s: float | None) -> None:
         if self._folder is None:
@@ -427,7 +483,8 @@ class AsyncCheckpoint(ModelCheckpoint):
             )
         elif trainer.world_size == 1 or self._stopping_together:
             # Saving is collective: of several ranks all must have stopped at the same batch.
-            self._save(trainer, self._monitor_candidates(trainer))
+            score = float(trainer.global_step) if self.monitor is None else None
+            self._save(trainer, self._monitor_candidates(trainer), score, keep=True)
             rank_zero_info(f"AsyncCheckpoint: saved step {trainer.global_step} before stopping.")
 
     @override
@@ -489,7 +546,9 @@ class AsyncCheckpoint(ModelCheckpoint):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "retention": self._retention.state_dict()}
+        """As it will be where this can be read: once what is being written now is committed."""
+        expected = self._standing(self._retention.expected())
+        return {**super().state_dict(), **expected, "retention": self._retention.state_dict()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -502,9 +561,6 @@ class AsyncCheckpoint(ModelCheckpoint):
         assert self.dirpath is not None
         found = committed_checkpoints(self.dirpath, self.storage_options)
         names = {manifest.name for manifest in found}
-        self.current_score = state_dict["current_score"]
-        self.kth_value = state_dict["kth_value"]
-        self.kth_best_model_path = state_dict["kth_best_model_path"]
         surplus = self._retention.load_state_dict(state_dict["retention"], names)
         self._publish()
         if self._folder is not None:

@@ -1,11 +1,15 @@
-"""What AsyncCheckpoint refuses: arguments out of range, strategies whose state it cannot copy."""
+"""What AsyncCheckpoint refuses: arguments out of range, shared folders, states it cannot copy."""
 
 from datetime import timedelta
 
+import lightning.pytorch as pl
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import Strategy
 
+from lightning_align import _compat_resume
 from lightning_align._errors import argument_error
+from lightning_align.checkpointing.files import Folder
 
 
 def check(argument: str, value: object, holds: bool, rule: str, way_out: str = "") -> None:
@@ -46,6 +50,84 @@ def check_triggers(
             f"cannot be combined with {asked[1]}",
             "Add a second AsyncCheckpoint with a dirpath of its own",
         )
+
+
+def check_kept(
+    monitor: str | None,
+    mode: str,
+    save_top_k: int,
+    save_last: bool,
+    enable_version_counter: bool,
+) -> None:
+    """Refuse what says which checkpoints are kept, where that cannot be.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    check("mode", mode, mode in ("min", "max"), "must be 'min' or 'max'")
+    check("save_top_k", save_top_k, save_top_k >= -1, "must be at least -1")
+    check(
+        "save_top_k",
+        save_top_k,
+        monitor is not None or save_top_k in (-1, 0, 1),
+        "without monitor there is no best to keep more than one of",
+        "Set monitor, or save_top_k to -1, 0 or 1",
+    )
+    check(
+        "save_last",
+        save_last,
+        isinstance(save_last, bool),
+        "must be True or False; there is no last.ckpt that could be a link",
+        "With True the newest checkpoint is kept under its own name",
+    )
+    check(
+        "enable_version_counter",
+        enable_version_counter,
+        bool(enable_version_counter),
+        "must be True: a file that is overwritten is lost if the new one fails",
+        "Leave it out; what is no longer among the best is deleted behind the next commit",
+    )
+
+
+def check_writing(backpressure: str, flush_timeout_s: float) -> None:
+    """Refuse what says how checkpoints are written, where that cannot be.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    check(
+        "backpressure",
+        backpressure,
+        backpressure in ("wait", "skip", "latest"),
+        "must be 'wait', 'skip' or 'latest'",
+    )
+    check("flush_timeout_s", flush_timeout_s, flush_timeout_s > 0, "must be above 0")
+
+
+def check_folders(callback: ModelCheckpoint, trainer: pl.Trainer) -> None:
+    """Refuse two callbacks of a Trainer that write to one folder.
+
+    Raises:
+        ValueError: If another one writes where ``callback`` does.
+    """
+    ours = _where(callback, trainer)
+    for other in trainer.checkpoint_callbacks:
+        if other is callback or not isinstance(other, ModelCheckpoint):
+            continue
+        if _where(other, trainer) == ours:
+            raise argument_error(
+                "AsyncCheckpoint",
+                "dirpath",
+                ours,
+                f"{callback.state_key} and {other.state_key} would both write there, and each"
+                " delete what the other keeps",
+                "Give one of them another dirpath",
+            )
+
+
+def _where(callback: ModelCheckpoint, trainer: pl.Trainer) -> str:
+    dirpath = str(_compat_resume.resolve_checkpoint_dir(callback, trainer))
+    return Folder(dirpath, getattr(callback, "storage_options", None)).key
 
 
 def check_strategy(strategy: Strategy) -> None:

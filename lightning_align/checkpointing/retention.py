@@ -21,18 +21,38 @@ class Retention:
     def __init__(self, save_top_k: int, mode: str, keep_newest: bool) -> None:
         self.save_top_k, self.keep_newest = save_top_k, keep_newest
         self._sign = 1.0 if mode == "min" else -1.0
-        self._ranked: dict[str, float] = {}  # committed -> score
+        self._ranked: dict[str, float] = {}  # committed -> score, in the order of the commits
         self._pending: dict[str, float | None] = {}  # being written -> score; None: newest only
         self._stored: dict[str, None] = {}  # committed and not given up, in order
         self._protected: set[str] = set()
         self._abandoned: dict[str, int] = {}  # committed, and left by going back -> step
+        self.latest_score: float | None = None  # of the last commit that was ranked
         self._lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.RLock())
 
     @property
     def ranked(self) -> dict[str, float]:
         """Committed checkpoints that are kept for their score, the best first."""
         with self._lock:
             return dict(sorted(self._ranked.items(), key=lambda item: self._cost(item[1])))
+
+    @property
+    def worst(self) -> str:
+        """The one that a better checkpoint takes the place of; empty while there is room."""
+        with self._lock:
+            full = self.save_top_k < 0 or len(self._ranked) == self.save_top_k
+            return self._worst() if full and self._ranked else ""
+
+    @property
+    def worst_score(self) -> float:
+        """What a score must be better than; of a run that has room, the worst that there is."""
+        with self._lock:
+            return self._ranked[worst] if (worst := self.worst) else self._sign * math.inf
 
     @property
     def newest(self) -> str:
@@ -84,9 +104,9 @@ class Retention:
             self._stored.pop(name, None)
             self._stored[name] = None
             if score is not None:
-                self._ranked[name] = score
-            if self.save_top_k >= 0:
-                self._ranked = dict(list(self.ranked.items())[: self.save_top_k])
+                self._ranked[name] = self.latest_score = score
+            while 0 <= self.save_top_k < len(self._ranked):
+                del self._ranked[self._worst()]
             kept = {*self._ranked, *self._protected, *([name] if self.keep_newest else [])}
             surplus = [stored for stored in self._stored if stored not in kept]
             for stored in surplus:
@@ -116,6 +136,17 @@ class Retention:
                 self._stored.pop(name, None)
                 self._ranked.pop(name, None)
 
+    def expected(self) -> "Retention":
+        """What this will be once all that is being written is committed."""
+        after = Retention(self.save_top_k, "min" if self._sign > 0 else "max", self.keep_newest)
+        with self._lock:
+            after._ranked, after._stored = dict(self._ranked), dict(self._stored)
+            after._protected, after._pending = set(self._protected), dict(self._pending)
+            after.latest_score = self.latest_score
+        for name in list(after._pending):
+            after.commit(name)
+        return after
+
     def protect(self, name: str) -> None:
         """Never give up this one.
 
@@ -131,6 +162,7 @@ class Retention:
                 "ranked": dict(self._ranked),
                 "pending": dict(self._pending),
                 "stored": list(self._stored),
+                "latest_score": self.latest_score,
             }
 
     def load_state_dict(self, state: dict[str, Any], committed: set[str]) -> list[str]:
@@ -141,15 +173,21 @@ class Retention:
             committed: Names of the checkpoints that are there now.
         """
         surplus = []
+        self._pending = {}
         committed = committed - self._abandoned.keys()
         with self._lock:
             self._stored = {name: None for name in state["stored"] if name in committed}
             self._ranked = {n: score for n, score in state["ranked"].items() if n in committed}
+            self.latest_score = state.get("latest_score")
             for name, score in state["pending"].items():
                 if name in committed:
                     self._pending[name] = score
                     surplus += self.commit(name)
         return surplus
+
+    def _worst(self) -> str:
+        """Of equal scores the earliest, as ModelCheckpoint has it."""
+        return max(self._ranked, key=lambda name: self._cost(self._ranked[name]))
 
     def _cost(self, score: float) -> float:
         """Lower is better; NaN is worst."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_align import AsyncCheckpoint, ExactResume
@@ -185,7 +186,7 @@ def test_paths_name_committed_files_only_also_inside_checkpoints(
         earlier = {
             str(tmp_path / f"{found.name}.ckpt")
             for found in committed_checkpoints(tmp_path)
-            if found.step < manifest.step
+            if found.step <= manifest.step
         }
         named = {state["best_model_path"], state["last_model_path"], *state["best_k_models"]}
         assert named - {""} <= earlier
@@ -454,8 +455,10 @@ def test_last_is_of_the_way_that_was_taken_last(tmp_path: Path) -> None:
     fit(saving(), folder=tmp_path)
     middle, resumed = str(tmp_path / "step=4.ckpt"), saving()
     told = r"goes back to step 4; the newest .* is of step 12. Until .*'last' still means 'step=12'"
+    resumed.save_last = False  # or the end is saved, since nothing else was
     with pytest.warns(UserWarning, match=told):
         fit(resumed, folder=tmp_path, ckpt_path=middle, max_epochs=-1, max_steps=5)
+    resumed.save_last = True
     assert AsyncCheckpoint.latest(tmp_path) == str(tmp_path / "step=12.ckpt")
     fit(resumed, folder=tmp_path, ckpt_path=middle, max_epochs=-1, max_steps=8)
 
@@ -589,6 +592,21 @@ def test_saves_are_deferred_to_safe_points(tmp_path: Path) -> None:
     assert order == ["validation", "save 3", "validation", "epoch end", "save 6"]
 
 
+# Processes that are spawned
+
+
+@pytest.mark.slow
+def test_ddp_spawn_saves_and_resumes(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"strategy": "ddp_spawn", "devices": 2}
+    callback = AsyncCheckpoint(tmp_path, monitor="loss", every_n_train_steps=2, save_last=True)
+    fit(callback, folder=tmp_path, **options)
+    steps = {found.step for found in committed_checkpoints(tmp_path)}
+    assert max(steps) == 6, "two epochs of three batches a rank"
+    assert os.path.exists(callback.best_model_path)
+    fit(callback, folder=tmp_path, ckpt_path="last", max_epochs=3, **options)
+    assert max(found.step for found in committed_checkpoints(tmp_path)) == 8
+
+
 # W&B
 
 
@@ -634,7 +652,14 @@ def test_resumed_run_continues_the_wandb_run(tmp_path: Path) -> None:
         ({"save_top_k": 3}, r"save_top_k=3\): without monitor there is no best"),
         ({"backpressure": "drop"}, r"backpressure='drop'\): must be 'wait', 'skip' or 'latest'"),
         ({"flush_timeout_s": 0}, r"flush_timeout_s=0\): must be above 0"),
-        ({"save_last": "link"}, r"save_last='link'\): must be True or False"),
+        (
+            {"save_last": "link"},
+            r"save_last='link'\): must be True or False; there is no last.ckpt",
+        ),
+        (
+            {"enable_version_counter": False},
+            r"enable_version_counter=False\): must be True: a file that is overwritten is lost",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -643,9 +668,19 @@ def test_arguments_out_of_range_are_refused(options: dict[str, Any], message: st
         AsyncCheckpoint("checkpoints", **options)
 
 
-def test_monitor_that_is_never_logged_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"monitor='nothing'\): was not logged; these values were"):
-        fit(AsyncCheckpoint(tmp_path, monitor="nothing"), folder=tmp_path)
+def test_another_checkpoint_io_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    class Own(TorchCheckpointIO):
+        pass
+
+    started: list[str] = []
+
+    class Started(pl.Callback):
+        def on_train_start(self, *args: Any) -> None:
+            started.append("training")
+
+    with pytest.raises(ValueError, match=r"plugins='Own'\): would be passed over: .* Take it out"):
+        fit(Started(), AsyncCheckpoint(tmp_path), folder=tmp_path, plugins=[Own()])
+    assert started == []
 
 
 def test_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,101 @@
+"""Names of AsyncCheckpoint's files: what a ``filename`` may be, and what a name lacks."""
+
+import re
+from collections.abc import Callable, Mapping
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lightning_align.callbacks.checkpoint_checks import check
+from lightning_align.checkpointing.manifest import DATA
+
+_MAX_BYTES = 200  # filesystems take 255, and a version and the manifest's suffix follow the name
+
+
+class _Anything(dict[str, Tensor]):
+    """Metrics that hold whatever is asked for, and note what that was.
+
+    Lightning turns what is logged into floats; only epoch and step are integers.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(epoch=torch.tensor(0), step=torch.tensor(0))
+        self.asked: set[str] = set()
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+    def __missing__(self, name: str) -> Tensor:
+        self.asked.add(name)
+        return torch.tensor(0.5)
+
+
+def check_filename(filename: str, formatted: Callable[[dict[str, Tensor]], str]) -> set[str]:
+    """Refuse a filename that no checkpoint could have; returns the metrics that stand in it.
+
+    Args:
+        filename: With metrics in braces.
+        formatted: Puts metrics into it, as ``format_checkpoint_name`` does.
+
+    Raises:
+        ValueError: If its braces cannot be filled, or what comes out is no name of a file.
+    """
+
+    def must(holds: bool, rule: str, way_out: str) -> None:
+        check("filename", filename, holds, rule, way_out)
+
+    must(isinstance(filename, str), "must be a text", "Write it as '{epoch}-{step}'")
+    must(bool(filename.strip()), "must not be empty", "Leave it out for '{epoch}-{step}'")
+    text = re.sub(r"\{.*?\}", "", filename)
+    must(
+        "/" not in text and "\\" not in text,
+        "must be a file name, without folders",
+        "The folder is dirpath",
+    )
+    metrics = _Anything()
+    try:
+        name = formatted(metrics)
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        must(
+            False,
+            f"cannot be filled with numbers ({error})",
+            "Write metrics as {val_loss:.2f}; the integers {epoch:03d} and {step:06d} take d, too",
+        )
+    must(DATA not in name, f"must not hold {DATA!r}, which is added", "Leave it out")
+    must(not name.startswith("."), "must not begin with a dot", "Begin with a letter")
+    must(
+        name.isprintable() and "::" not in name,
+        "must be printable, and without '::', where a URL ends",
+        "Use letters, digits, '-', '_' and '='",
+    )
+    must(
+        len(name.encode()) <= _MAX_BYTES, f"must fit into {_MAX_BYTES} bytes", "Name fewer metrics"
+    )
+    return metrics.asked
+
+
+def file_name(formatted: str) -> str:
+    """Name of a checkpoint, from what ModelCheckpoint makes of the filename.
+
+    Args:
+        formatted: With extension; the slash of a metric such as ``val/loss`` makes no folder.
+    """
+    return formatted.removesuffix(DATA).replace("/", "_")
+
+
+def warn_of_unlogged(filename: str, fields: set[str], metrics: Mapping[str, Tensor]) -> set[str]:
+    """Tell which metrics of a filename stand as 0 in it because nobody logged them; returns those.
+
+    Args:
+        filename: With metrics in braces.
+        fields: The metrics that stand in it, less those that were told of before.
+        metrics: What was logged.
+    """
+    unlogged = fields - metrics.keys()
+    if unlogged:
+        rank_zero_warn(
+            f"AsyncCheckpoint(filename={filename!r}): {', '.join(sorted(unlogged))} was not logged"
+            f" and stands as 0 in the name. These values were: {sorted(metrics)}."
+        )
+    return unlogged

@@ -1,0 +1,112 @@
+"""More than one checkpoint callback in a Trainer: one run, and a folder for each."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_align import AsyncCheckpoint
+from tests.callbacks.test_async_checkpoint import fit, names
+from tests.helpers.ranks import ForkedRanks, run_ranks
+
+
+def three(folder: Path) -> list[ModelCheckpoint]:
+    """By steps, by epochs and by a validated value; and Lightning's own."""
+    return [
+        AsyncCheckpoint(folder / "steps", every_n_train_steps=2, save_top_k=-1, filename="{step}"),
+        AsyncCheckpoint(folder / "epochs", filename="{step}"),
+        AsyncCheckpoint(
+            folder / "best", monitor="val_loss", every_n_train_steps=3, filename="{step}"
+        ),
+        ModelCheckpoint(folder / "theirs", every_n_train_steps=4, filename="{step}"),
+    ]
+
+
+def weights(trainer: pl.Trainer) -> dict[str, torch.Tensor]:
+    return trainer.lightning_module.state_dict()
+
+
+@pytest.mark.parametrize(
+    "source", ["steps/step=4", "epochs/step=6", "best/step=*", "theirs/step=4", "last"]
+)
+def test_a_run_is_resumed_from_any_of_its_folders(tmp_path: Path, source: str) -> None:
+    whole = weights(fit(*three(tmp_path / "whole"), folder=tmp_path))
+    fit(*three(tmp_path / "half"), folder=tmp_path, max_epochs=1)
+    path = source if source == "last" else str(next((tmp_path / "half").glob(f"{source}.ckpt")))
+    callbacks = three(tmp_path / "half")
+    made = fit(*callbacks, folder=tmp_path, ckpt_path=path)
+    assert all(torch.equal(ours, whole[name]) for name, ours in weights(made).items())
+    assert "step=12" in names(tmp_path / "half" / "epochs")
+    assert len({callback.run_id for callback in callbacks[:3]}) == 1
+
+
+def test_two_ranks_save_and_resume_several(tmp_path: Path) -> None:
+    def train(rank: int, folder: Path, **options: Any) -> dict[str, torch.Tensor]:
+        plugins = [ForkedRanks(rank, 2)]
+        options = {"strategy": "ddp", "devices": 2, "plugins": plugins, **options}
+        callbacks = three(folder)[:3]
+        made = fit(*callbacks, folder=tmp_path, **options)
+        assert len({Path(callback.best_model_path).parent for callback in callbacks}) == 3
+        return weights(made)
+
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    expected = run_ranks(lambda rank: train(rank, whole))
+    run_ranks(lambda rank: train(rank, half, max_epochs=1))
+    path = str(half / "steps" / "step=2.ckpt")
+    for ours, theirs in zip(
+        run_ranks(lambda rank: train(rank, half, ckpt_path=path)), expected, strict=True
+    ):
+        assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+@pytest.mark.parametrize("other", [AsyncCheckpoint, ModelCheckpoint])
+@pytest.mark.parametrize("link", [False, True], ids=["", "by a link"])
+def test_one_folder_for_two_callbacks_is_refused_by_name(
+    tmp_path: Path, other: type[ModelCheckpoint], link: bool
+) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    ours = AsyncCheckpoint(tmp_path / "a", every_n_train_steps=2)
+    theirs = other(tmp_path / ("b" if link else "a"), monitor="val_loss")
+    either = rf"(AsyncCheckpoint|{other.__name__})\{{'monitor'.*\}}"
+    message = (
+        rf"AsyncCheckpoint\(dirpath='.*a'\): {either} and {either} would both write there, and each"
+        " delete what the other keeps. Give one of them another dirpath"
+    )
+    with pytest.raises(ValueError, match=message):
+        fit(ours, theirs, folder=tmp_path)
+    assert names(tmp_path / "a") == set()
+    again = fit(AsyncCheckpoint(tmp_path / "a"), folder=tmp_path, max_epochs=1)
+    assert again.global_step == 6, "the folder was given free"
+
+
+def test_the_default_folder_for_two_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="would both write there"):
+        fit(AsyncCheckpoint(), ModelCheckpoint(monitor="val_loss"), folder=tmp_path)
+
+
+def test_a_callback_in_another_trainer_is_another_run(tmp_path: Path) -> None:
+    """Nothing would tell the checkpoints of the two apart."""
+    callback = AsyncCheckpoint(tmp_path)
+    fit(callback, folder=tmp_path, max_epochs=1)
+    with pytest.raises(ValueError, match="holds checkpoints of another run"):
+        fit(callback, folder=tmp_path, max_epochs=1)
+    made = fit(callback, folder=tmp_path, ckpt_path="last")
+    assert made.global_step == 12
+
+
+def test_a_second_fit_of_a_trainer_goes_on_with_what_is_kept(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"monitor": "loss", "mode": "max", "save_top_k": 2}
+    theirs = ModelCheckpoint(tmp_path / "theirs", filename="{step}", **options)
+    ours = AsyncCheckpoint(tmp_path / "ours", filename="{step}", **options)
+    made = fit(theirs, ours, folder=tmp_path, max_epochs=3)
+    made.fit_loop.max_epochs = 5
+    made.fit(made.lightning_module)
+    kept = {path.stem for path in (tmp_path / "theirs").glob("*.ckpt")}
+    assert names(tmp_path / "ours") == kept
+    assert set(map(float, ours.best_k_models.values())) == set(
+        map(float, theirs.best_k_models.values())
+    )
