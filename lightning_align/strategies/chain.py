@@ -68,6 +68,9 @@ class Chain:
         before: Modules that are called before the first layer and go with it, such as embeddings.
         after: Modules that are called after the last layer and go with it, such as the head.
 
+    Attributes:
+        reached: First layers of the stages to whose input backward has come, in this process.
+
     Raises:
         ValueError: If a part of the module is compiled.
     """
@@ -83,6 +86,7 @@ class Chain:
         self.layers = list(layers)
         self.before = list(before)
         self.after = list(after)
+        self.reached: set[int] = set()
         self._passage: Passage | None = None
         self._is_working = False
         refuse_compiled(module)

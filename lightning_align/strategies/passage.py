@@ -13,9 +13,10 @@ checkpointing calls it again in backward, from the same place of the generators.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -105,7 +106,7 @@ class Passage:
             self._returns(filled(self.shapes.layers[position], self._stand_in))
         elif position == self.begin - 1:
             torch.randint(2**62, ())
-            self._returns(apply_to_collection(self.received, Tensor, _received))
+            self._returns(apply_to_collection(self.received, Tensor, self._taken))
         else:
             args = self._inputs(args) if position == 0 else args
             self._returns(self._computed(layer, args, kwargs))
@@ -215,6 +216,13 @@ class Passage:
             self.provenance.mark(output, origin)
         return output
 
+    def _taken(self, tensor: Tensor) -> Tensor:
+        if not tensor.requires_grad:
+            return tensor
+        apply: Any = _Received.apply
+        output: Tensor = apply(tensor, partial(self.chain.reached.add, self.begin))
+        return output
+
     def _stand_in(self, meta: Meta) -> Tensor:
         """Shape, dtype and device of an output, and one value for all: NaN, which shows."""
         return self._value(meta).expand(meta.shape)
@@ -246,21 +254,15 @@ class _Received(torch.autograd.Function):
 
     @staticmethod
     @override
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, note: Callable[[], None]) -> Tensor:
+        ctx.note = note
         return tensor.data  # no view of the leaf, which must not be changed in place
 
     @staticmethod
     @override
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient
-
-
-def _received(tensor: Tensor) -> Tensor:
-    if not tensor.requires_grad:
-        return tensor
-    apply: Any = _Received.apply
-    output: Tensor = apply(tensor)
-    return output
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.note()
+        return gradient, None
 
 
 @contextmanager

@@ -61,6 +61,7 @@ class Runtime:
         *,
         record_timeline: bool = False,
     ) -> None:
+        self._chain = chain
         self.work = Work(device=device)
         self.record_timeline = record_timeline
         self.timeline: list[Event] = []
@@ -77,6 +78,7 @@ class Runtime:
         self._metas = StageMetas(self.modules, self.num_stages, group)
         self._made: OrderedDict[Hashable, Any] = OrderedDict()
         self._warned: set[str] = set()
+        self._unreached: dict[Hashable, int] = {}
 
     @property
     def has_first(self) -> bool:
@@ -97,10 +99,39 @@ class Runtime:
             ("train", key, count), lambda: self._make_schedule(metas, count)
         )
         self.work.conclude = conclude
+        self._chain.reached.clear()
         numbers = torch.arange(count)
         inputs = (numbers,) if self.has_first else ()
         with self._named_failures(), self._recorded():
             schedule.step(*inputs, target=numbers, microbatch=numbers, return_outputs=False)
+        self._drop_gradients_of_nothing(("train", key, count))
+
+    def _drop_gradients_of_nothing(self, key: Hashable) -> None:
+        """Where a layer detaches its input, stages before it have no gradient, as in one process.
+
+        They are sent zeros, by which an optimizer with weight decay would move their weights. Which
+        stages backward comes to is found out once for a key; collective.
+        """
+        stages = self.modules.values()
+        if key not in self._unreached:
+            reached = torch.ones(self.num_stages, dtype=torch.int32, device=self.device)
+            for stage in stages:
+                reached[stage.index] = stage.index == 0 or stage.begin in self._chain.reached
+            distributed.all_reduce(reached, distributed.ReduceOp.MIN, group=self.group)
+            unreached = (reached == 0).nonzero().flatten().tolist()
+            self._unreached[key] = max(unreached, default=0)
+        first = self._unreached[key]  # of the stages that have gradients
+        if first == 0:
+            return
+        chain = self._chain
+        kept = {p for stage in stages if stage.index >= first for p in stage.parameters_here()}
+        layers = {p for part in chain.owned(0, len(chain.layers)) for p in part.parameters()}
+        for parameter in chain.module.parameters():
+            if parameter.grad is None or parameter in kept:
+                continue
+            # What is in no layer may have a gradient from after the chain.
+            if parameter in layers or not parameter.grad.any():
+                parameter.grad = None
 
     def find_shapes(self, key: Hashable) -> None:
         """Find what the stages send each other in ``train``, which then need not; collective.

@@ -98,6 +98,11 @@ class StageModule(nn.Module):
         """Whether it runs the user's step to its end."""
         return self.end == len(self.chain.layers)
 
+    def parameters_here(self) -> Iterator[nn.Parameter]:
+        """Those of its layers."""
+        for part in self.chain.owned(self.begin, self.end):
+            yield from part.parameters()
+
     @override
     def forward(self, *received: Tensor, microbatch: Tensor) -> Any:
         number, work = int(microbatch), self.work

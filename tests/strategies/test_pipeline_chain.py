@@ -240,6 +240,22 @@ class Spectral(Foreign):
         return (args[0] + layer.weight.mean(),)
 
 
+class DetachesInside(Foreign):
+    """No gradient comes to the first layers, which weight decay then leaves alone."""
+
+    class Detaching(nn.Linear):
+        def forward(self, hidden: Tensor) -> Tensor:
+            return super().forward(hidden.detach())
+
+    def make(self) -> None:
+        super().make()
+        self.model.third = self.Detaching(WIDTH, WIDTH)
+        self.before = nn.Linear(WIDTH, WIDTH)
+
+    def output(self, inputs: Tensor) -> Any:
+        return self.model(self.before(inputs))
+
+
 class LanguageModel(pl.LightningModule):
     """The commonest module of all: around a model of transformers, which computes the loss."""
 
