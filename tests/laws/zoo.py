@@ -50,6 +50,7 @@ class Row:
         trainer: Arguments of its Trainer that differ.
         draws: Whether its steps draw random numbers: plain Lightning is then seeded as we seed.
         draws_order: Whether the order of its rows is drawn, which ExactResume does by the epoch.
+        tokens: Whether its batches are of tokens, which TokenSchedule counts.
         unused: Whether DDP must look for parameters that a step leaves out.
         ddp: Against plain Lightning on two ranks.
         pipeline: Two stages against plain Lightning in one process.
@@ -60,6 +61,7 @@ class Row:
     trainer: dict[str, Any] = field(default_factory=dict)
     draws: bool = False
     draws_order: bool = False
+    tokens: bool = False
     unused: bool = False
     ddp: Verdict = EXACT
     pipeline: Verdict = EQUAL

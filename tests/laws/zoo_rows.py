@@ -1,8 +1,11 @@
 """The zoo: every member with what the laws must find."""
 
+from functools import partial
+
 from tests.laws import zoo, zoo_parts, zoo_tokens
 from tests.laws.zoo import Row, refuses, warns
 
+of_tokens = partial(Row, tokens=True)
 BY_HAND = {"accumulate_grad_batches": 1, "gradient_clip_val": None}
 MANUAL = refuses("it optimizes manually")
 
@@ -67,31 +70,33 @@ ZOO = [
     ),
     Row("shuffled rows", zoo_parts.Shuffles, draws_order=True),
     # Tokens
-    Row("self.model(x)", zoo_tokens.CallsModel),
-    Row("self(batch)", zoo_tokens.CallsSelf),
-    Row("keywords", zoo_tokens.Keywords),
-    Row("mean over labelled rows", zoo_tokens.LabelledRows, pipeline=refuses("microbatch_weight")),
-    Row("the same, weighed", zoo_tokens.WeighedRows),
-    Row(
+    of_tokens("self.model(x)", zoo_tokens.CallsModel),
+    of_tokens("self(batch)", zoo_tokens.CallsSelf),
+    of_tokens("keywords", zoo_tokens.Keywords),
+    of_tokens(
+        "mean over labelled rows", zoo_tokens.LabelledRows, pipeline=refuses("microbatch_weight")
+    ),
+    of_tokens("the same, weighed", zoo_tokens.WeighedRows),
+    of_tokens(
         "F.linear with another weight",
         zoo_tokens.TiedByHand,
         pipeline=refuses("weight of another stage"),
     ),
-    Row("tied head", zoo_tokens.TiedHead),
-    Row(
+    of_tokens("tied head", zoo_tokens.TiedHead),
+    of_tokens(
         "code between layers",
         zoo_tokens.CodeBetweenLayers,
         pipeline=refuses("its step computes between layer 1"),
     ),
-    Row(
+    of_tokens(
         "loss on an early layer",
         zoo_tokens.AuxiliaryLoss,
         pipeline=refuses("depends on the output of layer 1"),
     ),
-    Row("tuples between layers", zoo_tokens.Tuples),
-    Row("Hugging Face, labels=", zoo_tokens.HuggingFace),
-    Row("Hugging Face, labels= with gaps", zoo_tokens.HuggingFaceMasked),
-    Row("Hugging Face, logits and mask", zoo_tokens.HuggingFaceLogits),
+    of_tokens("tuples between layers", zoo_tokens.Tuples),
+    of_tokens("Hugging Face, labels=", zoo_tokens.HuggingFace),
+    of_tokens("Hugging Face, labels= with gaps", zoo_tokens.HuggingFaceMasked),
+    of_tokens("Hugging Face, logits and mask", zoo_tokens.HuggingFaceLogits),
 ]
 
 # Column -> members whose verdict does not hold yet

@@ -16,10 +16,17 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import DDPStrategy
 
-from lightning_align import AsyncCheckpoint, ExactResume, MetricPlot, PipelineStrategy
+from lightning_align import (
+    AsyncCheckpoint,
+    ExactResume,
+    MetricPlot,
+    PipelineStrategy,
+    TokenSchedule,
+)
 from lightning_align.run.position import batches_consumed
 from lightning_align.run.replicas import replica
 from lightning_align.run.rng import reseed
@@ -34,6 +41,9 @@ OURS = (
     lambda folder: AsyncCheckpoint(folder, every_n_train_steps=3, save_top_k=-1),
     lambda folder: MetricPlot(metrics=["train_loss", "val_loss"]),
 )
+LOGGED_BY_US = ("checkpoint/", "lr", "tokens_seen")
+# Neutral, for its learning rate is always the one that the optimizer was built with.
+OF_TOKENS = (lambda folder: TokenSchedule(max_tokens=10**6, schedule="constant"),)
 
 
 @dataclass
@@ -74,8 +84,8 @@ class Writer(DummyLogger):
         self.record, self.consumed = record, lambda: 0
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        if not any(name.startswith("checkpoint/") for name in metrics):  # AsyncCheckpoint's own
-            self.record.events.append((self.consumed(), f"logged at {step}", numbers(metrics)))
+        if values := numbers(metrics):
+            self.record.events.append((self.consumed(), f"logged at {step}", values))
 
 
 class Watch(pl.Callback):
@@ -90,7 +100,7 @@ class Watch(pl.Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
         rates = [group["lr"] for one in trainer.optimizers for group in one.param_groups]
         loss = outputs["loss"] if isinstance(outputs, dict) and outputs else math.pi  # no loss
-        values = {f"lr {number}": rate for number, rate in enumerate(rates)} | {"loss": loss}
+        values = {f"rate {number}": rate for number, rate in enumerate(rates)} | {"loss": loss}
         self.note(trainer, "batch", values)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
@@ -113,7 +123,7 @@ class Seeded(pl.Callback):
         reseed(SEED, batches_consumed(trainer), replica(trainer)[1], "validate")
 
 
-class SaveAt(pl.Callback):
+class SaveAt(Checkpoint):
     """A user's own callback that saves in the middle of a window."""
 
     def __init__(self, folder: str) -> None:
@@ -153,7 +163,7 @@ def fit(
     writer = Writer(record)
     callbacks: list[pl.Callback] = [Seeded()] if row.draws and not ours else []
     if ours:
-        callbacks += [make(folder) for make in OURS]
+        callbacks += [make(folder) for make in (*OURS, *(OF_TOKENS if row.tokens else ()))]
     with quiet() as warned:
         try:
             pl.seed_everything(SEED, verbose=False)
@@ -192,9 +202,11 @@ def fit(
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """Values as numbers; a tensor of several is one entry for each."""
+    """Values as numbers, without those of our callbacks; a tensor of several is several."""
     flat = {}
     for name, value in values.items():
+        if name.startswith(LOGGED_BY_US):
+            continue
         many = torch.as_tensor(value).flatten().tolist()
         flat |= {f"{name}[{i}]" if len(many) > 1 else name: float(x) for i, x in enumerate(many)}
     return flat
