@@ -32,7 +32,12 @@ from lightning_align.callbacks.checkpoint_checks import (
 )
 from lightning_align.callbacks.checkpoint_folder import CheckpointFolder, path_in
 from lightning_align.callbacks.checkpoint_monitor import check_logged, is_logged, score_of
-from lightning_align.callbacks.checkpoint_names import check_filename, file_name, warn_of_unlogged
+from lightning_align.callbacks.checkpoint_names import (
+    check_constants,
+    check_filename,
+    file_name,
+    warn_of_unlogged,
+)
 from lightning_align.callbacks.checkpoint_standing import standing
 from lightning_align.checkpointing import (
     Commit,
@@ -139,9 +144,7 @@ class AsyncCheckpoint(ModelCheckpoint):
         self.backpressure = backpressure
         self.flush_timeout_s = flush_timeout_s
         self.storage_options = storage_options
-        self._untold_fields: set[str] = set()  # metrics in the filename, until a save lacked them
-        if filename is not None:
-            self._untold_fields = check_filename(filename, self._formatted)
+        self._untold_fields = self._check_names()
         self.run_id = uuid.uuid4().hex
         self._trainer: ref[pl.Trainer] | None = None  # whose run it is
         self._folder: CheckpointFolder | None = None  # on rank zero while fitting
@@ -154,6 +157,11 @@ class AsyncCheckpoint(ModelCheckpoint):
         """All but what belongs to this process: its run, folder and signals."""
         here = {"_trainer": None, "_folder": None, "_interrupt": DeferredInterrupt()}
         return {**vars(self), **here}
+
+    def _check_names(self) -> set[str]:
+        """Metrics in the filename, of which nobody was told that they are not logged."""
+        check_constants(self)
+        return set() if self.filename is None else check_filename(self.filename, self._formatted)
 
     # Where and whether.
 
@@ -176,6 +184,7 @@ class AsyncCheckpoint(ModelCheckpoint):
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         check_strategy(trainer.strategy)
+        self._untold_fields = self._check_names()  # all of it may have been set since
         if not any(isinstance(callback, ExactResume) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             exact_resume = ExactResume()
             trainer.callbacks = [exact_resume, *trainer.callbacks]  # type: ignore[attr-defined]
@@ -352,6 +361,7 @@ class AsyncCheckpoint(ModelCheckpoint):
         start = time.perf_counter()
         name = ""
         if self._folder is not None:
+            self._folder.make_room()
             name = self._folder.free_name(
                 partial(self._formatted, dict(metrics)), self.STARTING_VERSION
             )

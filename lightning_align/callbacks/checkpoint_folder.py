@@ -120,6 +120,11 @@ class CheckpointFolder:
             self._retention.drop(lost)
         return result
 
+    def make_room(self) -> None:
+        """Give up what the next save takes the place of, so that its state does not count on it."""
+        for lost in self._engine.replace_waiting():
+            self._retention.drop(lost)
+
     def delete(self, names: list[str]) -> None:
         """Delete checkpoints behind the commits made before.
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Mapping
 
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -29,6 +30,27 @@ class _Anything(dict[str, Tensor]):
     def __missing__(self, name: str) -> Tensor:
         self.asked.add(name)
         return torch.tensor(0.5)
+
+
+def check_constants(callback: ModelCheckpoint) -> None:
+    """Refuse what ModelCheckpoint calls files by, where AsyncCheckpoint would not follow.
+
+    Raises:
+        ValueError: If a subclass or an instance has set one of its constants.
+    """
+    check(
+        "FILE_EXTENSION",
+        callback.FILE_EXTENSION,
+        callback.FILE_EXTENSION == DATA,
+        f"must be {DATA!r}, by which checkpoints are found",
+    )
+    check(
+        "CHECKPOINT_NAME_LAST",
+        callback.CHECKPOINT_NAME_LAST,
+        callback.CHECKPOINT_NAME_LAST == ModelCheckpoint.CHECKPOINT_NAME_LAST,
+        "must stay as it is: the newest checkpoint keeps its own name",
+        "ckpt_path='last' and last_model_path tell which it is",
+    )
 
 
 def check_filename(filename: str, formatted: Callable[[dict[str, Tensor]], str]) -> set[str]:

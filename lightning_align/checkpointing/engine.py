@@ -146,7 +146,7 @@ class SnapshotEngine:
         self._check_name(name)
         plain = _plain(metadata or {})
         self._report()
-        replaced = self._replace_waiting() if self.backpressure == "latest" else ()
+        replaced = self.replace_waiting()
         snapshot = self._free_snapshot()
         waited_s = time.perf_counter() - start
         if snapshot is None:
@@ -174,6 +174,20 @@ class SnapshotEngine:
             step: Its step.
         """
         return self._lineage.continue_from(name, step, self._committed)
+
+    def replace_waiting(self) -> tuple[str, ...]:
+        """Give up the saves that the next one takes the place of: only the ``latest`` may wait.
+
+        Returns:
+            Their names; :meth:`save` does it, too.
+        """
+        if self.backpressure != "latest":
+            return ()
+        cancelled = self._writer.cancel(lambda job: isinstance(job, _Write))
+        for job in cancelled:
+            assert isinstance(job, _Write)
+            job.snapshot.pending = False
+        return tuple(job.name for job in cancelled if isinstance(job, _Write))
 
     def delete(self, name: str) -> None:
         """Delete a checkpoint, once the saves made before this call are durable.
@@ -341,13 +355,6 @@ class SnapshotEngine:
         if name in self._committed or name in taken or name in self._foreign:
             rule = f"{self.folder} has a checkpoint of that name, and none is ever overwritten"
             raise argument_error(where, "name", name, rule, f"Use another one, such as '{name}-v1'")
-
-    def _replace_waiting(self) -> tuple[str, ...]:
-        cancelled = self._writer.cancel(lambda job: isinstance(job, _Write))
-        for job in cancelled:
-            assert isinstance(job, _Write)
-            job.snapshot.pending = False
-        return tuple(job.name for job in cancelled if isinstance(job, _Write))
 
     def _free_snapshot(self) -> _Snapshot | None:
         """A buffer to copy into: a new one while there may be more, else the oldest written one."""

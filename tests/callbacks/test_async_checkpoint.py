@@ -172,14 +172,21 @@ class Watch(pl.Callback):
         return paths - {""}
 
 
+@pytest.mark.parametrize("backpressure", ["wait", "skip", "latest"])
 def test_paths_name_committed_files_only_also_inside_checkpoints(
-    tmp_path: Path, slow: Slow
+    tmp_path: Path, slow: Slow, backpressure: Any
 ) -> None:
     slow.seconds = 0.05
-    callback = AsyncCheckpoint(tmp_path, monitor="loss", save_top_k=-1, every_n_train_steps=1)
+    callback = AsyncCheckpoint(
+        tmp_path,
+        monitor="loss",
+        save_top_k=-1,
+        every_n_train_steps=1,
+        backpressure=backpressure,
+    )
     watch = Watch(callback)
     fit(callback, watch, folder=tmp_path)
-    assert len(watch.seen) > 5
+    assert len(watch.seen) > (5 if backpressure == "wait" else 0)
     for manifest in committed_checkpoints(tmp_path):
         path = tmp_path / f"{manifest.name}.ckpt"
         state = load_checkpoint(path)["callbacks"][callback.state_key]

@@ -139,6 +139,22 @@ def test_a_save_that_was_replaced_is_no_rival_any_more(gate: Gate) -> None:
     assert stored(URL) == ["step3"]
 
 
+def test_what_will_be_replaced_is_no_rival_before_the_save(gate: Gate) -> None:
+    """The state that is saved says what will be stored, and that one will not."""
+    retention = Retention(1, "min", keep_newest=False)
+    folder = folder_of(URL, retention, "latest")
+    save(folder, 1, 3.0)
+    assert gate.reached.wait(10)
+    save(folder, 2, 1.0)
+    assert retention.expected().newest == "step2"
+    folder.make_room()
+    assert retention.expected().newest == "step1"
+    assert save(folder, 3, 2.0).replaced == ()
+    gate.opened.set()
+    folder.close(10)
+    assert stored(URL) == ["step3"]
+
+
 def test_a_failure_is_told_once_counted_and_no_rival_any_more() -> None:
     def before(operation: str, name: str) -> None:
         if name == "step1.ckpt" and operation == "write":

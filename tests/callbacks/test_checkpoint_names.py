@@ -45,6 +45,30 @@ def test_impossible_filenames_are_refused_at_construction(filename: str, rule: s
         AsyncCheckpoint("checkpoints", filename)
 
 
+def test_a_filename_that_was_set_later_is_refused_before_training(tmp_path: Path) -> None:
+    callback = AsyncCheckpoint(tmp_path)
+    callback.filename = "best.ckpt"
+    with pytest.raises(ValueError, match=r"filename='best.ckpt'\): must not hold '.ckpt'"):
+        fit(callback, BoringModel())
+
+
+@pytest.mark.parametrize(
+    ("constant", "rule"),
+    [
+        ("FILE_EXTENSION", "must be '.ckpt', by which"),
+        ("CHECKPOINT_NAME_LAST", "must stay as it is: the newest checkpoint keeps its own name"),
+    ],
+)
+def test_other_constants_are_refused(tmp_path: Path, constant: str, rule: str) -> None:
+    rule = rf"AsyncCheckpoint\({constant}='other'\): {rule}"
+    with pytest.raises(ValueError, match=rule):
+        type("Subclass", (AsyncCheckpoint,), {constant: "other"})(tmp_path)
+    callback = AsyncCheckpoint(tmp_path)
+    setattr(callback, constant, "other")
+    with pytest.raises(ValueError, match=rule):
+        fit(callback, BoringModel())
+
+
 @pytest.mark.parametrize(
     ("filename", "name"),
     [

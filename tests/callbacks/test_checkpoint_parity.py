@@ -17,11 +17,16 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_align import AsyncCheckpoint
+from lightning_align.callbacks.checkpoint_monitor import score_of
+from lightning_align.callbacks.checkpoint_standing import standing
+from lightning_align.checkpointing.retention import Retention
 
 BATCHES = 6  # of an epoch
 nan, inf = math.nan, math.inf
@@ -192,6 +197,50 @@ def test_a_validated_step_ranks_by_its_own_validation(tmp_path: Path, run: str) 
     assert kept(callbacks[0]).ranked == scores
     best = [score for _, score in sorted(kept(callbacks[1]).ranked.items())]
     assert sorted(best) == sorted(scores.values())[:2]
+
+
+class Offline:
+    """As much of a Trainer as ModelCheckpoint asks when it ranks."""
+
+    current_epoch, is_global_zero, loggers, ckpt_path = 0, True, (), None
+
+    def __init__(self, step: int) -> None:
+        self.global_step, self.strategy = step, self
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        return decision
+
+    def save_checkpoint(self, *_: Any) -> None:
+        pass
+
+    def remove_checkpoint(self, path: str) -> None:
+        pass
+
+
+@given(
+    st.lists(st.sampled_from([0.0, 1.0, 2.0, 3.0, nan, inf, -inf]), max_size=12),
+    st.sampled_from(["min", "max"]),
+    st.integers(-1, 4),
+    st.integers(0, 3),
+)
+def test_any_scores_rank_as_model_checkpoint_ranks_them(
+    scores: list[float], mode: str, k: int, lag: int
+) -> None:
+    """Commits come up to ``lag`` saves late, which changes nothing."""
+    theirs = ModelCheckpoint("folder", "{step}", "score", mode=mode, save_top_k=k)
+    ours, waiting = Retention(k, mode, keep_newest=False), []
+    for step, score in enumerate(scores):
+        metrics = {"score": torch.tensor(score), "step": torch.tensor(step), "epoch": 0}
+        theirs._save_topk_checkpoint(Offline(step), metrics)
+        ranked = score_of(metrics, "score", mode)
+        if ours.admits(ranked):
+            ours.begin(f"step={step}", ranked)
+            waiting.append(f"step={step}")
+        while len(waiting) > lag:
+            ours.commit(waiting.pop(0))
+        said = standing(ours.expected(), f"{theirs.dirpath}/{{}}.ckpt".format, monitored=True)
+        del said["last_model_path"]
+        assert said == {word: getattr(theirs, word) for word in said}
 
 
 @pytest.mark.parametrize(("mode", "worst"), [("min", inf), ("max", -inf)])
