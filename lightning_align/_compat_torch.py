@@ -6,13 +6,14 @@ The twin of ``_compat.py``, which does.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, schedules
+from torch.nn.utils import clip_grad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointFunction
 from typing_extensions import override
@@ -199,3 +200,22 @@ def load_schedule_csv(
 def default_store() -> Any:
     """The key-value store that the ranks of the default process group met in."""
     return torch.distributed.distributed_c10d._get_default_store()
+
+
+@contextmanager
+def one_group_of_gradients(device: torch.device) -> Iterator[None]:
+    """Let torch's norm and clipping of gradients take all of them at once, wherever they are.
+
+    They go by device and dtype otherwise, so that ranks which have the values of different
+    gradients would take them in different orders.
+    """
+    by_device = vars(clip_grad)["_group_tensors_by_device_and_dtype"]
+
+    def one_group(lists: list[list[Tensor]], *_: Any, **__: Any) -> Any:
+        return {(device, None): (lists, [*range(len(lists[0]))])}
+
+    vars(clip_grad)["_group_tensors_by_device_and_dtype"] = one_group
+    try:
+        yield
+    finally:
+        vars(clip_grad)["_group_tensors_by_device_and_dtype"] = by_device

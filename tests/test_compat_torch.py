@@ -1,11 +1,13 @@
 """What we rely on in private APIs of torch, on the pinned version."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from lightning_align._compat_torch import (
@@ -14,6 +16,7 @@ from lightning_align._compat_torch import (
     intercept_calls,
     is_compiled,
     is_in_reentrant_checkpoint,
+    one_group_of_gradients,
     storage_key,
     torch_pipeline_rank,
 )
@@ -81,3 +84,21 @@ def test_a_reentrant_checkpoint_is_seen_from_inside(reentrant: bool) -> None:
     checkpoint(inside, torch.ones(1, requires_grad=True), use_reentrant=reentrant)
     assert seen == [reentrant]
     assert not is_in_reentrant_checkpoint()
+
+
+def test_a_norm_takes_gradients_of_all_dtypes_in_one_group() -> None:
+    seen = []
+
+    class Seeing(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func is torch._foreach_norm:
+                seen.append(len(args[0]))
+            return func(*args, **(kwargs or {}))
+
+    gradients = [torch.ones(2), torch.ones(2, dtype=torch.float64), torch.ones(2)]
+    with one_group_of_gradients(torch.device("cpu")), Seeing():
+        ours = nn.utils.get_total_norm(gradients)
+    assert seen == [3]
+    torch.testing.assert_close(ours, nn.utils.get_total_norm(gradients))

@@ -47,6 +47,7 @@ from lightning_align.strategies.runtime import Runtime
 from lightning_align.strategies.stage_checkpoints import StageCheckpoints
 from lightning_align.strategies.stage_parameters import StageParameters, move_here
 from lightning_align.strategies.steps import PipelineSteps
+from lightning_align.strategies.whole_values import WholeValues, as_it_is_here
 
 _CHECKED_BATCHES = 3  # of each loop, that all ranks have the same
 
@@ -141,7 +142,7 @@ class PipelineStrategy(StageCheckpoints):
         self._timeline: list[Event] = []
         self._gradients = 0
         self._checked: dict[str, int] = {}
-        self._release_metrics: Callable[[], None] = _nothing
+        self._undo: list[Callable[[], None]] = []
 
     # Processes
 
@@ -213,7 +214,10 @@ class PipelineStrategy(StageCheckpoints):
             record_timeline=self.record_timeline,
         )
         self._steps = PipelineSteps(chain, runtime)
-        self._release_metrics = keep_metrics_here(module)
+        self._undo = [keep_metrics_here(module)]
+        if self._num_stages > 1:
+            values = WholeValues(module, self._parameters.ranks, group, self.root_device)
+            self._undo.append(values.wrap([module, *trainer.callbacks]))  # type: ignore[attr-defined]
         self._checked.clear()
         if trainer.state.fn == TrainerFn.FITTING:
             rehearse(trainer, self._steps, self.num_microbatches, self._count_for)
@@ -404,12 +408,14 @@ class PipelineStrategy(StageCheckpoints):
     def total_grad_norm(self) -> Tensor:
         """Norm of the gradients of all stages; collective."""
         assert self._parameters is not None
-        return self._parameters.total_norm()
+        with as_it_is_here():
+            return self._parameters.total_norm()
 
     def _clip_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         assert self._parameters is not None
-        parameters = self.precision_plugin.main_params(optimizer)
-        self._parameters.clip_by_norm(parameters, clip_val)
+        with as_it_is_here():
+            parameters = self.precision_plugin.main_params(optimizer)
+            self._parameters.clip_by_norm(parameters, clip_val)
 
     # Collectives
 
@@ -454,8 +460,8 @@ class PipelineStrategy(StageCheckpoints):
         if self._chain is not None:
             self._chain.close()
         self._chain = self._steps = None
-        self._release_metrics()
-        self._release_metrics = _nothing
+        while self._undo:
+            self._undo.pop()()
         vars(self.precision_plugin).pop("clip_grad_by_norm", None)
         module = self.lightning_module
         if self.start_method != "popen" and self._parameters and distributed.is_initialized():

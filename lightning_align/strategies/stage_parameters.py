@@ -165,7 +165,7 @@ class StageParameters:
 
     def clip_by_norm(self, parameters: Iterable[Tensor], max_norm: float) -> None:
         """What ``clip_grad_norm_`` does, with the norm over all stages."""
-        here = [parameter for parameter in parameters if parameter.grad is not None]
+        here = [p for p in parameters if not p.is_meta and p.grad is not None]
         norm = self.total_norm(here)
         nn.utils.clip_grads_with_norm_(here, max_norm, norm)
 

@@ -244,8 +244,8 @@ class Overflow(pl.Callback):
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.global_rank == self.rank and trainer.global_step == 1:
-            grad = next(p.grad for p in pl_module.parameters() if p.grad is not None)
-            grad.flatten()[0] = torch.inf
+            layers = pl_module.embedding, pl_module.head  # of the first stage and of the last
+            layers[self.rank].weight.grad.flatten()[0] = torch.inf
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         here = [p for p in pl_module.parameters() if not p.is_meta]
