@@ -225,16 +225,16 @@ def parse_json(text: str) -> Any:
         ValueError: What is wrong, to stand behind the name of the text: "must be JSON, but ...".
     """
     try:
-        value = json.loads(text)
-        # Most has too few brackets to be deep, and need not be walked through.
-        if text.count("[") + text.count("{") > DEEPEST and _depth(value) > DEEPEST:
-            raise RecursionError
+        value, too_deep = json.loads(text), False
     except json.JSONDecodeError as error:
         raise ValueError(f"must be JSON, but {error.msg} at column {error.colno}") from None
     except RecursionError:
-        raise ValueError(f"must not nest lists and objects more than {DEEPEST} deep") from None
+        value, too_deep = None, True
     except ValueError:  # Python's guard against the quadratic time that a long integer takes
         raise ValueError("holds an integer of more digits than Python reads") from None
+    # Most has too few brackets to be deep, and need not be walked through.
+    if too_deep or (text.count("[") + text.count("{") > DEEPEST and _depth(value) > DEEPEST):
+        raise ValueError(f"must not nest lists and objects more than {DEEPEST} deep")
     return value
 
 

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -9,6 +10,12 @@ from torch.nn import functional as F  # noqa: N812
 
 from lightning_align.layers import Head
 from lightning_align.losses import linear_cross_entropy
+from tests.helpers.exact import (
+    assert_as_exact_as,
+    assert_rounded_once,
+    in_float64,
+    value_and_gradients,
+)
 from tests.helpers.largest_tensor import LargestTensor
 
 N, V, D = 13, 29, 6
@@ -47,14 +54,21 @@ def full_loss(hidden, head, labels, label_smoothing=0.0, z_loss=0.0, ignore_inde
     return cross_entropy + z_loss * log_z.square().sum()
 
 
-def assert_equal_with_gradients(ours, theirs, tensors, tolerance):
-    """Equal in value and gradient, relative to the largest entry of each."""
-    # Not 1 from above: the factor must arrive in the gradients.
-    ours_all = [ours, *torch.autograd.grad(0.3 * ours, tensors)]
-    theirs_all = [theirs, *torch.autograd.grad(0.3 * theirs, tensors)]
-    for our, their in zip(ours_all, theirs_all, strict=True):
-        assert our.dtype == their.dtype
-        assert (our - their).abs().max() <= tolerance * their.abs().max()
+def assert_equals_full_logits(hidden, head, labels, chunk_size=None, **options):
+    """As near to float64, in value and gradients, as the full logits of all rows or of chunks."""
+    tensors = leaves(hidden, head)
+    ours = linear_cross_entropy(hidden, head, labels, chunk_size=chunk_size, **options)
+    theirs = [full_loss(hidden, head, labels, **options)]
+    if chunk_size is not None:
+        chunks = zip(hidden.split(chunk_size), labels.split(chunk_size), strict=True)
+        theirs.append(sum(full_loss(rows, head, some, **options) for rows, some in chunks))
+    wide = in_float64(tensors)
+    wide_head = Head(wide[1], *(wide[2:] or [None]), head.logit_scale, head.softcap)
+    exact = full_loss(wide[0], wide_head, labels, **options)
+    results = [value_and_gradients(loss, tensors) for loss in (ours.loss, *theirs)]
+    for our, *their, true in zip(*results, value_and_gradients(exact, wide), strict=True):
+        assert_as_exact_as(our, their, true)
+    return ours
 
 
 HEADS = {
@@ -73,23 +87,19 @@ HEADS = {
 def test_chunked_equals_full_logits(head_name, options, ignored, chunk_size):
     head = make_head(**HEADS[head_name])
     hidden, labels = make_rows(ignored=ignored)
-    ours = linear_cross_entropy(hidden, head, labels, chunk_size=chunk_size, **options)
-    theirs = full_loss(hidden, head, labels, **options)
-    assert_equal_with_gradients(ours.loss, theirs, leaves(hidden, head), tolerance=1e-6)
+    ours = assert_equals_full_logits(hidden, head, labels, chunk_size, **options)
     assert ours.num_tokens == N - len(ignored)
     torch.testing.assert_close(ours.nll, full_loss(hidden, head, labels).detach())
     assert not ours.nll.requires_grad
 
 
 def test_chunked_equals_full_logits_at_a_real_size():
-    """The bar of the project: 1e-6 in value and gradient; here 300 rows over 8000 tokens."""
+    """300 rows over 8000 tokens: sums that are long enough to round differently."""
     torch.manual_seed(0)
     weight = torch.randn(8000, 64).mul_(0.1).requires_grad_()
     hidden = torch.randn(300, 64).requires_grad_()
     labels = torch.randint(8000, (300,))
-    ours = linear_cross_entropy(hidden, Head(weight), labels, chunk_size=77).loss
-    theirs = full_loss(hidden, Head(weight), labels)
-    assert_equal_with_gradients(ours, theirs, [hidden, weight], tolerance=1e-6)
+    assert_equals_full_logits(hidden, Head(weight), labels, chunk_size=77)
 
 
 def test_all_options_at_once_match_finite_differences():
@@ -179,8 +189,11 @@ def test_batches_keep_their_shape_in_the_gradient():
     hidden = torch.randn(2, 5, D, requires_grad=True)
     labels = torch.randint(V, (2, 5))
     ours = linear_cross_entropy(hidden, head, labels, chunk_size=3).loss
-    theirs = full_loss(hidden.flatten(0, 1), head, labels.flatten())
-    assert_equal_with_gradients(ours, theirs, [hidden, head.weight], tolerance=1e-6)
+    flat = linear_cross_entropy(hidden.flatten(0, 1), head, labels.flatten(), chunk_size=3).loss
+    gradients = [torch.autograd.grad(loss, [hidden, head.weight]) for loss in (ours, flat)]
+    assert gradients[0][0].shape == hidden.shape
+    assert ours == flat
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("rows", [N, 0])
@@ -209,9 +222,7 @@ def test_ignored_rows_may_hold_anything():
 def test_another_ignore_index():
     head = make_head()
     hidden, labels = make_rows()
-    ours = linear_cross_entropy(hidden, head, labels, ignore_index=int(labels[0])).loss
-    theirs = full_loss(hidden, head, labels, ignore_index=int(labels[0]))
-    assert_equal_with_gradients(ours, theirs, [hidden, head.weight], tolerance=1e-6)
+    assert_equals_full_logits(hidden, head, labels, ignore_index=int(labels[0]))
 
 
 class TiedModel(nn.Module):
@@ -231,9 +242,12 @@ def test_a_tied_head_adds_its_gradient_to_the_embedding():
         linear_cross_entropy(model(tokens[:-1]), Head(model.embedding.weight), tokens[1:]).loss,
         full_loss(model(tokens[:-1]), Head(model.embedding.weight), tokens[1:]),
     )
+    wide = copy.deepcopy(model).double()
+    exact = full_loss(wide(tokens[:-1]), Head(wide.embedding.weight), tokens[1:])
     ours, theirs = (torch.autograd.grad(loss, list(model.parameters())) for loss in losses)
-    for our, their in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(our, their, rtol=1e-5, atol=1e-5)
+    true = torch.autograd.grad(exact, list(wide.parameters()))
+    for our, their, expected in zip(ours, theirs, true, strict=True):
+        assert_as_exact_as(our, their, expected)
 
 
 @pytest.mark.parametrize("trained", ["hidden", "weight", "bias", "nothing"])
@@ -300,16 +314,17 @@ def test_16_bit_models_have_fp32_logits_and_sums(dtype):
     loss = linear_cross_entropy(hidden, Head(weight), labels, chunk_size=4).loss
     wide = [tensor.detach().float().requires_grad_() for tensor in (hidden, weight)]
     theirs = full_loss(wide[0], Head(wide[1]), labels)
+    widest = in_float64([hidden, weight])
+    exact = full_loss(widest[0], Head(widest[1]), labels)
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, theirs, rtol=1e-6, atol=0)
-    for ours, exact in zip(
+    assert_as_exact_as(loss, theirs, exact)
+    for ours, true in zip(
         torch.autograd.grad(loss, [hidden, weight]),
-        torch.autograd.grad(theirs, wide),
+        torch.autograd.grad(exact, widest),
         strict=True,
     ):
         assert ours.dtype == dtype
-        # The only rounding is the last one.
-        torch.testing.assert_close(ours, exact.to(dtype), rtol=0, atol=0)
+        assert_rounded_once(ours, true)
 
 
 def test_autocast_changes_nothing_on_a_cpu():

@@ -8,6 +8,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from lightning_align.layers import Head
 from lightning_align.losses import linear_cross_entropy, linear_logprobs
+from tests.helpers.exact import assert_as_exact_as, assert_rounded_once, in_float64
 from tests.helpers.largest_tensor import LargestTensor
 
 N, V, D = 11, 23, 6
@@ -43,9 +44,20 @@ def full_logps(hidden, head, targets):
     return head.logits(hidden).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
 
 
-def assert_close_to_scale(ours, theirs, tolerance):
-    assert ours.dtype == theirs.dtype
-    assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
+def assert_equals_full_logits(hidden, head, targets, ours, tensors, weights, chunk_size=None):
+    """As near to float64, in values and gradients, as the full logits of all rows or of chunks."""
+    theirs = [full_logps(hidden, head, targets)]
+    if chunk_size is not None:
+        chunks = zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)
+        theirs.append(torch.cat([full_logps(rows, head, some) for rows, some in chunks]))
+    wide = in_float64(leaves(hidden, head))
+    wide_head = Head(wide[1], *(wide[2:] or [None]), head.logit_scale, head.softcap)
+    exact = full_logps(wide[0], wide_head, targets)
+    assert_as_exact_as(ours, theirs, exact)
+    results = [torch.autograd.grad((weights * logps).sum(), tensors) for logps in (ours, *theirs)]
+    true = torch.autograd.grad((weights * exact).sum(), wide[: len(tensors)])
+    for our, *their, expected in zip(*results, true, strict=True):
+        assert_as_exact_as(our, their, expected)
 
 
 # One chunk keeps the softmax for backward, more than one compute it again.
@@ -56,15 +68,8 @@ def test_chunked_equals_full_logits(head_name, bias, chunk_size):
     hidden, head, targets = make_inputs(bias=bias, **HEADS[head_name])
     weights = torch.linspace(-1, 2, N)  # Each row has a gradient of its own.
     ours = linear_logprobs(hidden, head, targets, chunk_size=chunk_size).logps_N
-    theirs = full_logps(hidden, head, targets)
-    assert_close_to_scale(ours, theirs, 1e-6)
     tensors = leaves(hidden, head)
-    for our, their in zip(
-        torch.autograd.grad((weights * ours).sum(), tensors),
-        torch.autograd.grad((weights * theirs).sum(), tensors),
-        strict=True,
-    ):
-        assert_close_to_scale(our, their, 1e-6)
+    assert_equals_full_logits(hidden, head, targets, ours, tensors, weights, chunk_size)
 
 
 @pytest.mark.parametrize("chunk_size", [4, N])
@@ -74,10 +79,9 @@ def test_a_frozen_head_gives_the_same_gradient_without_a_product_in_backward(hea
     weights = torch.linspace(-1, 2, N)
     logps = linear_logprobs(hidden, frozen(head), targets, chunk_size=chunk_size).logps_N
     with LargestTensor() as record:
-        (ours,) = torch.autograd.grad((weights * logps).sum(), hidden)
+        torch.autograd.grad((weights * logps).sum(), hidden, retain_graph=True)
     assert record.matrix_products == 0
-    theirs = full_logps(hidden, head, targets)
-    assert_close_to_scale(ours, torch.autograd.grad((weights * theirs).sum(), hidden)[0], 1e-6)
+    assert_equals_full_logits(hidden, head, targets, logps, [hidden], weights, chunk_size)
 
 
 @pytest.mark.parametrize("chunk_size", [5, N])
@@ -189,10 +193,8 @@ def test_a_second_backward_gives_the_same_again(chunk_size, head_is_frozen):
     head = frozen(head) if head_is_frozen else head
     logps = linear_logprobs(hidden, head, targets, chunk_size=chunk_size).logps_N
     torch.autograd.grad(logps, tensors, torch.zeros(N), retain_graph=True)
-    ours = torch.autograd.grad(logps.sum(), tensors)
-    theirs = torch.autograd.grad(full_logps(hidden, head, targets).sum(), tensors)
-    for our, their in zip(ours, theirs, strict=True):
-        assert_close_to_scale(our, their, 1e-6)
+    full = Head(head.weight, head.bias, head.logit_scale, head.softcap)
+    assert_equals_full_logits(hidden, full, targets, logps, tensors, torch.ones(N), chunk_size)
 
 
 @pytest.mark.parametrize("chunk_size", [4, N])
@@ -204,15 +206,16 @@ def test_16_bit_models_have_fp32_logprobs(dtype, chunk_size):
     wide = [tensor.detach().float().requires_grad_() for tensor in tensors]
     ours = linear_logprobs(hidden, head, targets, chunk_size=chunk_size).logps_N
     theirs = full_logps(wide[0], Head(*wide[1:], logit_scale=8.0), targets)
-    assert_close_to_scale(ours, theirs, 1e-6)
-    for our, exact in zip(
+    widest = in_float64(tensors)
+    exact = full_logps(widest[0], Head(*widest[1:], logit_scale=8.0), targets)
+    assert_as_exact_as(ours, theirs, exact)
+    for our, true in zip(
         torch.autograd.grad(ours.sum(), tensors),
-        torch.autograd.grad(theirs.sum(), wide),
+        torch.autograd.grad(exact.sum(), widest),
         strict=True,
     ):
         assert our.dtype == dtype
-        # One unit in the last place, where fp32 sums in another order round the other way.
-        torch.testing.assert_close(our.float(), exact, rtol=torch.finfo(dtype).eps, atol=1e-5)
+        assert_rounded_once(our, true)
 
 
 def test_softmax_may_overwrite_its_input():
