@@ -13,6 +13,7 @@ from lightning_align.losses import (
     sequence_logps,
 )
 from lightning_align.losses.sequence_logps import CompletionLogps
+from tests.helpers.exact import assert_as_exact_as, value_and_gradients
 from tests.helpers.largest_tensor import LargestTensor
 from tests.helpers.tiny_models import TINY_MODELS, VOCAB_SIZE
 
@@ -196,14 +197,15 @@ def test_the_batch_function_is_the_step_on_sequence_logps(options, chunk_size):
     lengths = batch["completion_mask"].sum(1)
     logps = [sequence_logps(m, **batch) for m in (model, reference)]
     losses, _ = preference_step(*(from_sums(values, lengths) for values in logps), **options)
-    torch.testing.assert_close(loss, losses.mean(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(metrics["logps/chosen"], logps[0].detach()[:3].mean())
-    for ours, theirs in zip(
-        torch.autograd.grad(loss, list(model.parameters())),
-        torch.autograd.grad(losses.mean(), list(model.parameters())),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    wide, wide_reference = (copy.deepcopy(m).double() for m in (model, reference))
+    exact, _ = dpo_loss_from_batch(wide, wide_reference, batch, **options)
+    results = (
+        value_and_gradients(value, list(m.parameters()))
+        for value, m in ((loss, model), (losses.mean(), model), (exact, wide))
+    )
+    for ours, theirs, true in zip(*results, strict=True):
+        assert_as_exact_as(ours, theirs, true)
 
 
 def test_the_reference_runs_without_gradients():

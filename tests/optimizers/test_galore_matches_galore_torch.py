@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lightning_align.optimizers.galore import GaLoreAdamW
+from tests.helpers.exact import FACTOR
 
 pytestmark = pytest.mark.peer
 
@@ -20,15 +21,18 @@ def peer(groups, **options):
     return Peer(groups, no_deprecation_warning=True, **options)
 
 
-def train(make, *, proj_type="std", steps=STEPS, **options):
+def train(make, *, proj_type="std", steps=STEPS, dtype=torch.float32, **options):
     """What 30 steps change; the gradients are those of a loss, so that errors feed back."""
     generator = torch.Generator().manual_seed(0)
-    weights = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in (*SHAPES, (16,))]
+    weights = [
+        nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
+        for shape in (*SHAPES, (16,))
+    ]
     group = {"rank": RANK, "update_proj_gap": GAP, "scale": 0.25, "proj_type": proj_type}
     optimizer = make([{"params": weights[3:]}, {"params": weights[:3], **group}], **options)
     before = [weight.detach().clone() for weight in weights]
     for _ in range(steps):
-        inputs = torch.randn(8, 24, generator=generator)
+        inputs = torch.randn(8, 24, generator=generator).to(dtype)
         hidden = torch.tanh(inputs @ weights[0] + weights[3])
         loss = (torch.tanh(hidden @ weights[2]) @ weights[1] - inputs).square().mean()
         optimizer.zero_grad()
@@ -48,8 +52,14 @@ def test_svd_matches_galore_torch_over_several_refreshes(proj_type, weight_decay
     options = {"lr": 0.01, "proj_type": proj_type, "weight_decay": weight_decay}
     ours, _ = train(partial(GaLoreAdamW, projection="svd", stagger=False), **options)
     theirs, _ = train(peer, **options)
-    differences = list(map(relative_difference, ours, theirs))
-    assert max(differences) < 1e-4, differences  # the bias, which is not projected, among them
+    exact, _ = train(peer, dtype=torch.float64, **options)
+    # What 30 steps make of rounding depends on the processor: theirs alone differ from theirs in
+    # float64 by 1e-5 to 5e-3.
+    errors = [
+        max(map(relative_difference, changes, exact))  # the bias, which is not projected, as well
+        for changes in (ours, theirs)
+    ]
+    assert errors[0] < FACTOR * errors[1], errors
 
 
 def test_the_default_projection_takes_the_same_steps_but_for_the_basis():
