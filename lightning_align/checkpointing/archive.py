@@ -23,14 +23,20 @@ from typing import Any
 
 import torch
 
-from lightning_align._compat_storage import identity, is_storage, pickled_type, untyped
+from lightning_align._compat_storage import (
+    identity,
+    is_storage,
+    pickled_type,
+    rebuild_typed,
+    untyped,
+)
 
 ALIGNMENT = 64  # bytes, as torch.save: any dtype can be read from a memory map
 _ROOT = "archive"  # any word will do: torch.load takes the folder of the first record
 _LIMIT_32 = 0xFFFFFFFF  # sizes and offsets from here on live in zip64 fields
 _VERSION_NEEDED = 45  # zip64
 _DATE_1980 = 0x21
-_PROTOCOL = 2  # what torch.save uses, and what weights_only=True reads
+PROTOCOL = 2  # what torch.save uses, and what weights_only=True reads
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,7 @@ class StorageKey:
     persistent_id: tuple[str, type, str, str, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Reduced:
     """An object whose pickling was worked out in advance, as ``__reduce_ex__`` returns it."""
 
@@ -126,11 +132,20 @@ class Leaf:
     index: int
 
 
+@dataclass(frozen=True, eq=False)
+class TypedLeaf:
+    """Takes the place of a tensor of a subclass, or with attributes, over tensor ``index``."""
+
+    index: int
+    kind: type
+    attributes: Any
+
+
 class _Pickler(pickle.Pickler):
     """Pickles a frozen state; storages that are in no record yet are collected in ``strays``."""
 
     def __init__(self, file: io.BytesIO, leaves: list[Reduced], num_records: int) -> None:
-        super().__init__(file, protocol=_PROTOCOL)
+        super().__init__(file, protocol=PROTOCOL)
         self._leaves = leaves
         self._num_records = num_records
         self._keys: dict[int, StorageKey] = {}
@@ -148,6 +163,9 @@ class _Pickler(pickle.Pickler):
             return self._leaves[obj.index].value
         if type(obj) is Reduced:
             return obj.value
+        if type(obj) is TypedLeaf:
+            function, arguments = self._leaves[obj.index].value
+            return rebuild_typed, (function, obj.kind, arguments, obj.attributes)
         return NotImplemented
 
     def _stray(self, storage: Any) -> StorageKey:
@@ -166,7 +184,7 @@ def reduce_ex(value: Any) -> tuple[Any, ...]:
     Args:
         value: A tensor or parameter.
     """
-    function, arguments = value.__reduce_ex__(_PROTOCOL)
+    function, arguments = value.__reduce_ex__(PROTOCOL)
     return function, arguments
 
 

@@ -14,12 +14,13 @@ from typing import Any, Literal
 from lightning_align._errors import argument_error
 from lightning_align.checkpointing.commit import commit, remove, sweep
 from lightning_align.checkpointing.files import Bytes, Folder
+from lightning_align.checkpointing.frozen import freeze, thaw
 from lightning_align.checkpointing.latest import committed_checkpoints, load_checkpoint
 from lightning_align.checkpointing.lineage import Lineage
 from lightning_align.checkpointing.lock import FolderLock
 from lightning_align.checkpointing.manifest import DATA, LINEAGE, Manifest, newest_first
 from lightning_align.checkpointing.results import Commit, SaveError, SaveResult
-from lightning_align.checkpointing.snapshot import HostBuffer, freeze, thaw
+from lightning_align.checkpointing.snapshot import HostBuffer
 from lightning_align.checkpointing.writer import Writer
 
 Backpressure = Literal["wait", "skip", "latest"]

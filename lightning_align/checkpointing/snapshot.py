@@ -7,14 +7,11 @@ archive.py), and the layout is kept for as long as the state's tensors stay wher
 Storage that several tensors share is copied once, and only the bytes that they cover.
 """
 
-import mmap
-import os
-import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from operator import attrgetter, eq
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,21 +20,20 @@ from lightning_align._compat_storage import negative_view, rebuild_with_dtype
 from lightning_align._errors import argument_error
 from lightning_align.checkpointing.archive import (
     Archive,
-    Leaf,
     Reduced,
     ending,
     reduce_ex,
     storage_key,
 )
 from lightning_align.checkpointing.files import Bytes
+from lightning_align.checkpointing.host_block import HostBlock
 from lightning_align.checkpointing.memory import Copies
-from lightning_align.checkpointing.structure import Copier, place_of
+from lightning_align.checkpointing.structure import cannot_be_saved, place_of
 
 _GROWTH = 1.125  # a state that grows at every save is not laid out anew at every save
 _WIDEST_DTYPE = 16  # bytes, complex128
 
 # torch leaves these without types.
-_cudart: Any = torch.cuda.cudart
 _Stream: Any = torch.cuda.Stream
 _Storage: Any = torch.UntypedStorage
 
@@ -53,64 +49,6 @@ _LOOKS: tuple[Any, ...] = (
 _AT_A_TIME = 64  # tensors
 
 _STREAMS: dict[torch.device, torch.cuda.Stream] = {}
-_MEMORIES: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()  # of all blocks
-_INHERITED: list[mmap.mmap] = []  # of the process that forked this one
-
-
-class HostBlock:
-    """Host memory that child processes do not inherit, registered with CUDA where that is used.
-
-    A forked worker would otherwise make every page copy-on-write, and the next save as slow as
-    the first.
-
-    Args:
-        nbytes: Size in bytes.
-        pinned: Whether to register the block, so that copies from the device need not wait.
-    """
-
-    def __init__(self, nbytes: int, pinned: bool) -> None:
-        self.nbytes = max(nbytes, mmap.PAGESIZE)
-        private = {}
-        if hasattr(mmap, "MAP_PRIVATE"):
-            private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
-        self.memory = mmap.mmap(-1, self.nbytes, **private)
-        for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
-            if hasattr(mmap, advice):
-                self.memory.madvise(getattr(mmap, advice))
-        _MEMORIES.add(self.memory)
-        self.bytes = torch.frombuffer(self.memory, dtype=torch.uint8)
-        self.pinned = pinned
-        if pinned:
-            cudart = _cudart()
-            address = self.bytes.data_ptr()
-            torch.cuda.check_error(int(cudart.cudaHostRegister(address, self.nbytes, 0)))
-            # Holds the memory, so that it is unregistered before it is given back.
-            weakref.finalize(self, _unregister, os.getpid(), address, self.memory)
-
-    def record(self, offset: int, nbytes: int) -> torch.UntypedStorage:
-        """Part of the block as a storage of its own."""
-        if not nbytes:
-            return cast(torch.UntypedStorage, _Storage(0))
-        part = memoryview(self.memory)[offset : offset + nbytes]
-        return torch.frombuffer(part, dtype=torch.uint8).untyped_storage()
-
-
-def _unregister(owner: int, address: int, _: mmap.mmap) -> None:
-    if os.getpid() == owner:
-        cudart = _cudart()
-        cudart.cudaHostUnregister(address)
-
-
-def _keep_unmapped() -> None:
-    """In a forked process, where our memory is a hole that its own allocations may fill.
-
-    To free an inherited block there would unmap whatever lies in its place by then.
-    """
-    _INHERITED.extend(_MEMORIES)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_keep_unmapped)
 
 
 @dataclass
@@ -121,7 +59,8 @@ class _Range:
     """
 
     address: int  # of the storage
-    limit: int  # size of the storage in bytes
+    limit: int = 0  # size of the storage in bytes
+    longest: int = -1  # the member that it is of: arrays of NumPy are one storage for each view
     members: list[int] = field(default_factory=list)
     start: int = 0
     stop: int = 0
@@ -137,6 +76,9 @@ class _Range:
         if stop > start:
             self.start = min(self.start, start) if self.stop else start
             self.stop = max(self.stop, stop)
+        nbytes = tensor.untyped_storage().nbytes()
+        if nbytes > self.limit or self.longest < 0:
+            self.limit, self.longest = nbytes, index
         self.members.append(index)
 
     def round_out(self) -> None:
@@ -153,7 +95,9 @@ class _Range:
     def is_in(self, tensors: list[Tensor]) -> bool:
         """Whether the tensors still share the storage."""
         storages = [tensors[index].untyped_storage() for index in self.members]
-        return {(s.data_ptr(), s.nbytes()) for s in storages} == {(self.address, self.limit)}
+        return {storage.data_ptr() for storage in storages} == {self.address} and (
+            max(storage.nbytes() for storage in storages) == self.limit
+        )
 
 
 @dataclass
@@ -276,7 +220,7 @@ class HostBuffer:
                 source = [tensors[index].detach() for index in plan.by_tensor]
                 torch._foreach_copy_(to, source, non_blocking=stream is not None)
             for view, part in plan.by_range:
-                storage = tensors[part.members[0]].untyped_storage()
+                storage = tensors[part.longest].untyped_storage()
                 whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
                 view.copy_(whole[part.start : part.stop], non_blocking=stream is not None)
         self._copied = None
@@ -311,7 +255,7 @@ class HostBuffer:
             for start, header in headers:
                 block.memory[start : start + len(header)] = header
             plan = _Plan(pointers, looks, odd, bits, shape, archive, ranges, offsets)
-            _make_views(plan, tensors, block)
+            _make_views(plan, tensors, block, state)
         _choose_copies(plan, tensors)
         self._plan = plan
 
@@ -341,37 +285,6 @@ def covered_bytes(tensor: Tensor) -> tuple[int, int]:
     return start * size, (last + 1) * size
 
 
-def freeze(state: Any) -> tuple[Any, list[Tensor]]:
-    """Copy a state with a :class:`Leaf` in the place of each dense tensor, and list those tensors.
-
-    Args:
-        state: Nested dicts, lists and tuples.
-    """
-    tensors: list[Tensor] = []
-
-    def take(tensor: Tensor) -> Any:
-        if tensor.layout is not torch.strided or tensor.is_quantized:
-            return tensor.detach().cpu().clone()
-        tensors.append(tensor)
-        if len(tensors) > len(_LEAVES):
-            _LEAVES.append(Leaf(len(_LEAVES)))
-        return _LEAVES[len(tensors) - 1]
-
-    return Copier({Tensor: take, nn.Parameter: take}).copy(state), tensors
-
-
-def thaw(structure: Any, buffer: HostBuffer) -> Any:
-    """The state that was frozen, with tensors of its own.
-
-    Args:
-        structure: What :func:`freeze` returned.
-        buffer: Where its tensors were copied to.
-    """
-    buffer.ready()
-    storages: dict[int, torch.UntypedStorage] = {}
-    return Copier({Leaf: lambda leaf: buffer.tensor(leaf.index, storages)}).copy(structure)
-
-
 def _may_be_odd(tensor: Tensor) -> bool:
     """Whether it could be a conjugate, or ``x.conj().imag``, of what is in memory."""
     return tensor.is_complex() or tensor.numel() == 1 or not tensor.is_contiguous()
@@ -385,25 +298,25 @@ def _ranges(tensors: list[Tensor], state: Any) -> list[_Range]:
     """Which bytes to copy: one range for each storage."""
     ranges: dict[Any, _Range] = {}
     for index, tensor in enumerate(tensors):
-        if tensor.is_meta:
+        storage = tensor.untyped_storage()
+        key: Any = (tensor.device, storage.data_ptr()) if tensor.numel() else index
+        if key not in ranges:
+            ranges[key] = _Range(storage.data_ptr())
+        ranges[key].add(index, tensor)
+        if covered_bytes(tensor)[1] > storage.nbytes():
             raise argument_error(
                 "SnapshotEngine.save",
                 "state",
                 place_of(state, tensor),
-                "a tensor on the meta device has no data",
-                "Materialise it first",
+                f"its storage holds {storage.nbytes()} bytes, and it shows more",
+                "Save it while its values are there",
             )
-        storage = tensor.untyped_storage()
-        key: Any = (tensor.device, storage.data_ptr()) if tensor.numel() else index
-        if key not in ranges:
-            ranges[key] = _Range(storage.data_ptr(), storage.nbytes())
-        ranges[key].add(index, tensor)
     for part in ranges.values():
         part.round_out()
     return list(ranges.values())
 
 
-def _make_views(plan: _Plan, tensors: list[Tensor], block: HostBlock) -> None:
+def _make_views(plan: _Plan, tensors: list[Tensor], block: HostBlock, state: Any) -> None:
     """A tensor in the block for each tensor of the state, and how it is pickled."""
     views: dict[int, Tensor] = {}
     leaves: dict[int, Reduced] = {}
@@ -417,7 +330,10 @@ def _make_views(plan: _Plan, tensors: list[Tensor], block: HostBlock) -> None:
             begin = tensor.storage_offset() - shift if tensor.numel() else 0
             view = _with_bits_of(tensor, view.set_(storage, begin, tensor.shape, tensor.stride()))
             is_parameter = type(tensor) is nn.Parameter
-            leaf = _reduce(view, number, mixed, tensor.requires_grad and not is_parameter)
+            try:
+                leaf = _reduce(view, number, mixed, tensor.requires_grad and not is_parameter)
+            except Exception as error:  # a dtype that torch.save does not know
+                raise cannot_be_saved(tensor, state, error) from error
             if is_parameter:
                 view = nn.Parameter(view, tensor.requires_grad)
                 function, arguments = reduce_ex(view)  # (data, requires_grad, hooks)
@@ -464,9 +380,6 @@ def _choose_copies(plan: _Plan, tensors: list[Tensor]) -> None:
         else:
             plan.by_range.append((torch.empty(0, dtype=torch.uint8).set_(to), part))
     plan.copies = Copies(pieces)
-
-
-_LEAVES: list[Leaf] = []  # they differ in their numbers only
 
 
 def _side_stream(tensors: list[Tensor]) -> torch.cuda.Stream:

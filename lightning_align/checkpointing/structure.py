@@ -1,13 +1,17 @@
 """A nested state taken apart and put together: containers copied, tensors handed to the caller.
 
 Containers that occur twice stay one object, cycles included. What is neither a container, a tensor
-nor immutable is deep-copied, so nothing in the copy changes when training goes on.
+nor immutable is deep-copied (by torch.save where it does not let itself), so nothing in the copy
+changes when training goes on.
 """
 
 import copy
+import io
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from lightning_align._errors import argument_error
 
@@ -19,10 +23,16 @@ class Copier:
 
     Args:
         replace: Exact type -> function of the object.
+        replace_kin: Type -> function of the objects of it and its subclasses.
     """
 
-    def __init__(self, replace: dict[type, Callable[[Any], Any]]) -> None:
+    def __init__(
+        self,
+        replace: dict[type, Callable[[Any], Any]],
+        replace_kin: dict[type, Callable[[Any], Any]] | None = None,
+    ) -> None:
         self._replace = replace
+        self._replace_kin = replace_kin or {}
         self._memo: dict[int, Any] = {}
         self._state: Any = None
 
@@ -31,16 +41,29 @@ class Copier:
 
         Args:
             state: Nested dicts, lists and tuples.
+
+        Raises:
+            ValueError: If something in it cannot be copied.
         """
         self._state = state
         self._memo = {}
         try:
-            return self._walk(state)
+            return self.walk(state)
+        except RecursionError:
+            rule = "it is nested too deeply, as for torch.save"
+            raise argument_error(
+                "SnapshotEngine.save", "state", type(state).__name__, rule, "Flatten it"
+            ) from None
         finally:
             self._state = None
             self._memo = {}
 
-    def _walk(self, value: Any) -> Any:
+    def walk(self, value: Any) -> Any:
+        """Copy a part of the state, or of what a function returns; it must live until the end.
+
+        Args:
+            value: What to copy.
+        """
         kind = type(value)
         if kind in _IMMUTABLE:
             return value
@@ -53,14 +76,19 @@ class Copier:
             return self._walk_dict(value)
         elif kind is list:
             result = self._memo[id(value)] = []
-            result.extend([self._walk(item) for item in value])
+            for item in value:  # a comprehension would be a frame more for each level
+                result.append(self.walk(item))
             return result
         elif kind is tuple:
-            result = tuple([self._walk(item) for item in value])
+            items = []
+            for item in value:
+                items.append(self.walk(item))  # noqa: PERF401
+            result = tuple(items)
         elif isinstance(value, tuple) and hasattr(value, "_fields"):
-            result = kind(*[self._walk(item) for item in value])
+            result = kind(*[self.walk(item) for item in value])
         else:
-            result = self._deepcopy(value)
+            kin = next((k for k in self._replace_kin if isinstance(value, k)), None)
+            result = self._replace_kin[kin](value) if kin else self._deepcopy(value)
         self._memo[id(value)] = result
         return result
 
@@ -69,9 +97,10 @@ class Copier:
         plain = kind is dict or kind is OrderedDict
         result: dict[Any, Any] = kind() if plain else copy.copy(value)
         self._memo[id(value)] = result
-        walk, immutable = self._walk, _IMMUTABLE
+        walk, immutable = self.walk, _IMMUTABLE
         for key, item in value.items():
-            result[key] = item if type(item) in immutable else walk(item)
+            own_key = walk(key) if plain and type(key) not in immutable else key
+            result[own_key] = item if type(item) in immutable else walk(item)
         attributes = getattr(value, "__dict__", None)  # state_dict() keeps versions in _metadata
         if attributes:
             result.__dict__.update({key: walk(item) for key, item in attributes.items()})
@@ -80,14 +109,31 @@ class Copier:
     def _deepcopy(self, value: Any) -> Any:
         try:
             return copy.deepcopy(value)
-        except Exception as error:
-            raise argument_error(
-                "SnapshotEngine.save",
-                "state",
-                place_of(self._state, value),
-                f"a {type(value).__name__} cannot be copied ({error})",
-                "Keep it out of the state, or give it a state_dict of plain values",
-            ) from error
+        except Exception:  # such as a tensor with a history, in an object
+            try:
+                return _saved_and_loaded(value)
+            except Exception as error:
+                raise cannot_be_saved(value, self._state, error) from error
+
+
+def cannot_be_saved(value: Any, state: Any, error: Exception) -> ValueError:
+    """The error for what torch.save does not take either.
+
+    Args:
+        value: What cannot be saved.
+        state: The state that it is in.
+        error: Why.
+    """
+    rule = f"a {type(value).__name__} cannot be copied or saved ({error})"
+    way_out = "Keep it out of the state, or give it a state_dict of plain values"
+    return argument_error("SnapshotEngine.save", "state", place_of(state, value), rule, way_out)
+
+
+def _saved_and_loaded(value: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
 def place_of(state: Any, wanted: Any) -> str:

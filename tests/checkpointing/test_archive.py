@@ -16,7 +16,8 @@ from lightning_align.checkpointing.archive import (
     reduce_ex,
     storage_key,
 )
-from lightning_align.checkpointing.snapshot import HostBuffer, freeze
+from lightning_align.checkpointing.frozen import freeze
+from lightning_align.checkpointing.snapshot import HostBuffer
 
 
 def file_of(state: Any) -> bytes:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from lightning_align.checkpointing import SnapshotEngine
-from lightning_align.checkpointing.snapshot import HostBuffer, freeze, thaw
+from lightning_align.checkpointing.frozen import freeze, thaw
+from lightning_align.checkpointing.snapshot import HostBuffer
 
 pytestmark = [
     pytest.mark.gpu,

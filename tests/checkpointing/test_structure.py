@@ -145,8 +145,8 @@ def test_what_cannot_be_copied_is_named_and_the_next_copy_works() -> None:
     copier = Copier({})
     state: dict[str, Any] = {"callbacks": [{"file": io.TextIOWrapper(io.BytesIO())}]}
     message = (
-        r"SnapshotEngine\.save\(state='callbacks/0/file'\): a TextIOWrapper cannot be copied"
-        r" \(.*\)\. Keep it out of the state"
+        r"SnapshotEngine\.save\(state='callbacks/0/file'\): a TextIOWrapper cannot be copied or"
+        r" saved \(.*\)\. Keep it out of the state"
     )
     with pytest.raises(ValueError, match=message):
         copier.copy(state)
