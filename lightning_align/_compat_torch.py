@@ -98,6 +98,14 @@ def is_in_reentrant_checkpoint() -> bool:
     return frame is not None
 
 
+def has_spectral_norm(module: nn.Module) -> bool:
+    """Whether calls of a layer iterate towards the largest singular value of its weight."""
+    parametrized: Any = getattr(module, "parametrizations", {})
+    steps = [step for steps in parametrized.values() for step in steps]
+    steps += module._forward_pre_hooks.values()
+    return any(type(step).__name__.lstrip("_") == "SpectralNorm" for step in steps)
+
+
 def storage_key(tensor: Tensor) -> int | None:
     """Equal for tensors that share memory, while both live; None for those without a storage."""
     try:

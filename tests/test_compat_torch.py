@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_align._compat_torch import (
     BeforeDraws,
     call_module,
+    has_spectral_norm,
     intercept_calls,
     is_compiled,
     is_in_reentrant_checkpoint,
@@ -102,3 +103,11 @@ def test_a_norm_takes_gradients_of_all_dtypes_in_one_group() -> None:
         ours = nn.utils.get_total_norm(gradients)
     assert seen == [3]
     torch.testing.assert_close(ours, nn.utils.get_total_norm(gradients))
+
+
+def test_spectral_norms_of_both_kinds_are_known() -> None:
+    kinds = [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm]
+    normed = [kind(nn.Linear(2, 2)) for kind in kinds]
+    assert all(has_spectral_norm(layer) for layer in normed)
+    weight_normed = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
+    assert not has_spectral_norm(weight_normed)

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from lightning_align._compat_torch import has_spectral_norm
 from lightning_align._errors import argument_error
 from lightning_align.strategies.joining import Joiner, Mismatch, as_tensor, distance, is_number
 from lightning_align.strategies.microbatches import batch_rows, count_that_divides
@@ -291,5 +292,9 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def keeps_statistics(module: nn.Module) -> list[str]:
-    """Layers whose statistics are those of a micro-batch."""
-    return [name for name, part in module.named_modules() if isinstance(part, _NORMS)]
+    """Layers whose statistics, or power iterations, are those of a micro-batch."""
+    return [
+        name
+        for name, part in module.named_modules()
+        if isinstance(part, _NORMS) or has_spectral_norm(part)
+    ]

@@ -65,8 +65,8 @@ def rehearse(
     check_training_step(module)
     if normed := keeps_statistics(module):
         rank_zero_warn(
-            "PipelineStrategy: batch norm takes the statistics of one micro-batch:"
-            f" {', '.join(normed[:3])}. Another norm takes those of a row"
+            "PipelineStrategy: batch norm takes the statistics of one micro-batch, and spectral"
+            f" norm iterates with each: {', '.join(normed[:3])}. LayerNorm does not"
         )
     if trainer.ckpt_path or steps.runtime.num_stages == 1:
         return

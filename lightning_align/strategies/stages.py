@@ -24,8 +24,8 @@ from lightning_align.run.rng import fork_generators
 from lightning_align.strategies.chain import Chain, ChainError, Step, chain_error, quiet
 from lightning_align.strategies.passage import Shapes
 from lightning_align.strategies.provenance import Provenance
+from lightning_align.strategies.step_attributes import StepAttributes
 from lightning_align.strategies.trees import Meta, Unknown, filled, leaves, tensors_in
-from lightning_align.strategies.unchanged import unchanged
 
 
 @dataclass
@@ -176,7 +176,8 @@ def _rehearsed(module: StageModule, shapes: Shapes, device: torch.device) -> Any
         received = [torch.zeros(meta.shape, dtype=meta.dtype, device=device) for meta in metas]
     try:
         # The run must leave no trace: not in batch norm's statistics, not in the generators.
-        with torch.no_grad(), fork_generators(device), unchanged(module.chain.module):
+        attributes = StepAttributes(module.chain.module)
+        with torch.no_grad(), fork_generators(device), attributes.untouched():
             _run_checked(module, received, shapes)
         loss = [Meta((), torch.float32)]
         return shapes, loss if module.is_last else _handed_on(module, shapes)

@@ -242,8 +242,12 @@ def _attributes(
     owner: Any, prefix: str, seen: set[int], depth: int = 0
 ) -> Iterator[tuple[str, tuple[dict[str, Any], str]]]:
     base = _OF_ANY_MODULE if isinstance(owner, nn.Module) else set()
+    # What its models note of themselves, such as that they have hooks, is no state of a step.
+    of_library = any(kind.__module__.startswith("transformers.") for kind in type(owner).__mro__)
     for key, value in list(vars(owner).items()):
         if key in base or key.startswith("_hparams") or isinstance(value, _CODE):
+            continue
+        if of_library and key.startswith("_"):
             continue
         if isinstance(value, nn.Module) or (callable(value) and not hasattr(value, "__dict__")):
             continue

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -291,6 +291,16 @@ class LanguageModel(pl.LightningModule):
         return SGD(self.parameters())
 
 
+class HiddenStates(LanguageModel):
+    """Asks for what hooks collect; of it only the last state is used."""
+
+    def loss(self, batch: dict[str, Tensor]) -> Any:
+        out = self.model(batch["input_ids"], labels=batch["labels"], output_hidden_states=True)
+        hooks = len(self.model.model.layers[-1]._forward_hooks)
+        assert hooks <= 2, hooks
+        return out.loss + 0.01 * out.hidden_states[-1].square().mean()
+
+
 class Subclassed(PretrainModule):
     """Of our own module, with a step that calls the model for its loss."""
 
@@ -325,6 +335,7 @@ TRAINED: dict[str, Callable[[], Any]] = {
     **{kind.__name__: kind for kind in [Foreign, *Foreign.__subclasses__(), Nested]},
     "Subclassed": Subclassed,
     **HUGGING_FACE,
+    "hidden states": partial(HiddenStates, "llama"),
     "tied llama": partial(LanguageModel, "llama", tie_word_embeddings=True),
     "gemma2": partial(LanguageModel, "gemma2"),
 }
@@ -603,3 +614,56 @@ def test_what_is_absent_can_be_loaded_moved_and_copied() -> None:
         layer(torch.ones(1, 2, dtype=torch.float64))
     with pytest.raises(ValueError, match="add is given a weight of another stage"):
         torch.ones(()) + layer.weight.norm()
+
+
+@pytest.mark.parametrize("kind", [nn.utils.parametrizations.spectral_norm, nn.BatchNorm1d])
+def test_what_differs_by_micro_batch_is_warned_of(kind: Any) -> None:
+    class Normed(InPlace):
+        def make(self) -> None:
+            linear = nn.Linear(WIDTH, WIDTH)
+            normed = nn.Sequential(linear, kind(WIDTH)) if kind is nn.BatchNorm1d else kind(linear)
+            self.net = nn.Sequential(normed, nn.Tanh(), nn.Linear(WIDTH, WIDTH))
+
+    def warns(rank: int) -> None:
+        warning = r"spectral norm iterates with each: net\.0.* LayerNorm"
+        told = pytest.warns(UserWarning, match=warning) if rank == 0 else nullcontext()
+        with RUN.setting(rank) as (trainer, _), told:
+            trainer.fit(Normed(), rows())
+
+    run_ranks(warns)
+
+
+class Dropping(Foreign):
+    """One layer drops out, and may be recomputed for backward."""
+
+    recomputes = False
+
+    def make(self) -> None:
+        super().make()
+        self.model.third = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.5))
+
+    def output(self, inputs: Tensor) -> Any:
+        hidden = self.model.second(self.model.first(inputs))
+        if self.recomputes:
+            hidden = checkpoint(self.model.third, hidden, use_reentrant=False)
+        else:
+            hidden = self.model.third(hidden)
+        return self.model.last(hidden)
+
+
+def test_a_layer_that_is_recomputed_drops_out_the_same_on_any_number_of_ranks() -> None:
+    class Recomputing(Dropping):
+        recomputes = True
+
+    def losses(make: Callable[[], Any], ranks: int) -> Any:
+        def fit(rank: int) -> Any:
+            pl.seed_everything(1, verbose=False)
+            with RUN.setting(rank, ranks) as (trainer, seen):
+                trainer.fit(make(), rows())
+            return seen.losses
+
+        return run_ranks(fit, ranks)[0]
+
+    expected = losses(Dropping, 2)
+    assert losses(Recomputing, 2) == expected
+    assert losses(Recomputing, 1) == losses(Dropping, 1) == expected
