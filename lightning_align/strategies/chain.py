@@ -26,6 +26,7 @@ from torch import nn
 
 from lightning_align import _compat_torch
 from lightning_align.run.rng import seed_torch
+from lightning_align.strategies.absent import AbsentParameter
 from lightning_align.strategies.passage import (
     WHERE,
     ChainError,
@@ -160,7 +161,7 @@ class Chain:
         def called(*args: Any, **kwargs: Any) -> Any:
             if self._passage is not None:
                 return enter(self._passage, part, args, kwargs)
-            if any(parameter.is_meta for parameter in part.parameters()):
+            if any(isinstance(parameter, AbsentParameter) for parameter in part.parameters()):
                 rule = (
                     f"{type(part).__name__} of another stage is called outside of a step, and this"
                     " rank has no weights for it"
