@@ -230,7 +230,7 @@ def _described(data: bytes) -> str:
     try:
         owner = json.loads(data)
         return f"another run (host {owner['host']}, pid {owner['pid']})"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return "another run"
 
 

@@ -23,6 +23,7 @@ LINEAGE = "lineage"  # key of the metadata that SnapshotEngine writes itself
 
 _LARGEST_BYTES = 1 << 26  # of a manifest: what is larger was not written here, and is not read
 _LARGEST_INT = 1 << 63
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 _DIGEST = re.compile("[0-9a-f]{32}")
 
 
@@ -98,7 +99,7 @@ class Manifest:
                 raise ValueError(fault)
             if manifest.to_json() != data:  # keys that occur twice, another encoding
                 raise ValueError("it is not as it was written")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except _DAMAGE as error:
             raise ValueError(f"the manifest is damaged ({error})") from error
         return manifest
 

@@ -119,6 +119,7 @@ FIELDS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "abandoned by number": lambda good: lineage(abandoned=[3]),
     "abandoned in a dict": lambda good: lineage(abandoned={"a": 1}),
     "a time that is infinite": lambda good: {"saved_at": float("inf")},
+    "a time beyond all numbers": lambda good: {"saved_at": 10**400},
     "a time in words": lambda good: {"saved_at": "today"},
     "a name that is a list": lambda good: {"name": ["b"]},
     "another name": lambda good: {"name": "a"},
@@ -217,7 +218,7 @@ junk = st.recursive(
     | st.integers()
     | st.floats()
     | st.text(max_size=4)
-    | st.sampled_from(["", "b", "b.ckpt", "/b.ckpt", "0" * 32, 2**63, -1, 1e400]),
+    | st.sampled_from(["", "b", "b.ckpt", "/b.ckpt", "0" * 32, 2**63, -1, 1e400, 10**400]),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(

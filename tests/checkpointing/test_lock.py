@@ -224,6 +224,14 @@ def test_a_link_to_the_folder_is_the_folder(run_folder: Path, tmp_path: Path) ->
     through_link.close()
 
 
+@pytest.mark.parametrize("content", [b"", b"[" * 4096, b'{"host": [1]}', b"\xff"])
+def test_a_lock_is_a_lock_whatever_the_file_says(content: bytes, run_folder: Path) -> None:
+    engine = SnapshotEngine(run_folder)
+    (run_folder / LOCK_FILE).write_bytes(content)
+    assert is_refused(run_folder)
+    engine.close()
+
+
 def test_a_forked_child_closes_the_file_and_unlocks_nothing(run_folder: Path) -> None:
     engine = SnapshotEngine(run_folder)
 
