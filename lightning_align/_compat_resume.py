@@ -6,12 +6,14 @@ A part of ``_compat.py`` with a file of its own, for its length.
 import os
 import signal
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.logger_connector.result import (
     _Metadata,
     _ResultMetric,
@@ -20,7 +22,8 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import (
 from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompose
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.combined_loader import _shutdown_workers_and_reset_iterator
-from torch import Tensor
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
@@ -28,6 +31,101 @@ from torchmetrics import Metric
 def begin_epoch(trainer: pl.Trainer) -> None:
     """Let the loop over batches begin instead of going on; with ``max_steps`` it goes on."""
     trainer.fit_loop.epoch_loop.restarting = False
+
+
+def call_before_epochs(trainer: pl.Trainer, function: Callable[[], None]) -> None:
+    """Call a function once, behind all hooks of the start of training and before any of an epoch.
+
+    No hook is there: where a run goes on in mid-epoch, no ``on_train_epoch_start`` is called.
+    """
+    loop: Any = trainer.fit_loop
+
+    def once() -> None:
+        vars(loop).pop("on_advance_start")
+        function()
+        loop.on_advance_start()
+
+    loop.on_advance_start = once
+
+
+def call_module_hook_early(trainer: pl.Trainer, name: str, *arguments: Any) -> None:
+    """Call a hook of the module now, and not when Lightning comes to it, after all callbacks."""
+    module = trainer.lightning_module
+    if not is_overridden(name, module):
+        return
+    call._call_lightning_module_hook(trainer, name, *arguments)
+    own = {name: vars(module)[name]} if name in vars(module) else {}
+
+    def called_already(*_: Any) -> None:
+        del vars(module)[name]
+        vars(module).update(own)
+
+    vars(module)[name] = called_already
+
+
+class _BlankMetric(Metric):
+    def update(self) -> None:
+        """Nothing."""
+
+    def compute(self) -> None:
+        """Nothing."""
+
+
+@cache
+def _own_attributes() -> dict[type, frozenset[str]]:
+    in_checkpoints = {"_hparams_initial", "_hparams_name"}
+    names = set(vars(pl.LightningModule())) | in_checkpoints
+    return {
+        pl.LightningModule: frozenset(names - {"_param_requires_grad_state"}),
+        Metric: frozenset(vars(_BlankMetric())),
+        nn.Module: frozenset(vars(nn.Module())),
+    }
+
+
+def own_attributes(module: nn.Module) -> frozenset[str]:
+    """Names of a module's attributes that are Lightning's, torchmetrics' or torch's own affair.
+
+    Not among them are the hyperparameters, which Lightning saves and does not resume, and what
+    ``toggle_optimizer`` has to undo.
+    """
+    own = next(names for kind, names in _own_attributes().items() if isinstance(module, kind))
+    return own | module._defaults.keys() if isinstance(module, Metric) else own
+
+
+def lightning_optimizers(trainer: pl.Trainer) -> list[Any]:
+    """What ``LightningModule.optimizers()`` returns."""
+    return list(trainer.strategy._lightning_optimizers)
+
+
+def training_modes(trainer: pl.Trainer) -> dict[str, bool]:
+    """Which modules are in training mode while training, by name; also asked during validation."""
+    if trainer.validating:
+        return dict(trainer.fit_loop.epoch_loop.val_loop._module_mode.mode)
+    return {name: part.training for name, part in trainer.lightning_module.named_modules()}
+
+
+def averaging_in_checkpoint(trainer: pl.Trainer) -> list[StochasticWeightAveraging]:
+    """Callbacks that average weights and had begun to when the checkpoint was written."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    averaging = [each for each in callbacks if isinstance(each, StochasticWeightAveraging)]
+    return [each for each in averaging if each._scheduler_state is not None]
+
+
+def resume_averaging(trainer: pl.Trainer, averaging: StochasticWeightAveraging) -> None:
+    """Do what its hook of an epoch's beginning does; it puts a scheduler in the others' place.
+
+    Building that scheduler sets learning rates, though they have been restored.
+    """
+    if (
+        averaging._initialized
+        or not averaging.swa_start <= trainer.current_epoch <= averaging.swa_end
+    ):
+        return
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    restored = [dict(group) for group in groups]
+    averaging.on_train_epoch_start(trainer, trainer.lightning_module)
+    for group, values in zip(groups, restored, strict=True):
+        group.update(values)
 
 
 def receive_sigterm(trainer: pl.Trainer) -> None:
@@ -170,8 +268,18 @@ def logged_in_training(trainer: pl.Trainer, metrics: dict[str, Tensor]) -> dict[
 
 def logged_metrics_of_epoch(trainer: pl.Trainer) -> list[Metric]:
     """The torchmetrics objects that ``self.log`` was given; Lightning resets them at its end."""
-    results = trainer.fit_loop.epoch_loop._results.values()
-    return [result.value for result in results if not result.is_tensor]
+    return _logged_metrics(trainer.fit_loop.epoch_loop._results)
+
+
+def logged_metrics_of_validation(trainer: pl.Trainer) -> list[Metric]:
+    """Those of the validation that runs now, if one does; Lightning resets them at its end."""
+    return _logged_metrics(
+        trainer.fit_loop.epoch_loop.val_loop._results if trainer.validating else {}
+    )
+
+
+def _logged_metrics(results: Any) -> list[Metric]:
+    return [result.value for result in results.values() if not result.is_tensor]
 
 
 def capture_metric(metric: Metric) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader
@@ -119,6 +119,115 @@ def test_forgotten_train_loaders_are_asked_for_once_more() -> None:
     assert _compat_resume.train_loaders(trainer) not in (before, None)
 
 
+def test_call_before_epochs_is_behind_the_start_and_before_an_epoch() -> None:
+    order: list[str] = []
+
+    class Starts(Stranger):
+        def on_train_start(self) -> None:
+            _compat_resume.call_before_epochs(self.trainer, lambda: order.append("called"))
+            order.append("start")
+
+        def on_train_epoch_start(self) -> None:
+            order.append("epoch")
+
+    _, trainer = watched(lambda trainer: None, Starts())
+    assert order == ["start", "called", "epoch"]
+    assert "on_advance_start" not in vars(trainer.fit_loop)
+
+
+def test_a_hook_of_the_module_that_was_called_early_is_not_called_again() -> None:
+    order: list[str] = []
+
+    class Ends(Stranger):
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            order.append(f"module {batch_idx} {self._current_fx_name}")
+
+    class Early(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *arguments: Any) -> None:
+            _compat_resume.call_module_hook_early(trainer, "on_train_batch_end", *arguments)
+            _compat_resume.call_module_hook_early(trainer, "on_validation_end")  # has none
+            order.append("callback")
+
+    trainer = pl.Trainer(
+        max_steps=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        limit_val_batches=0,
+        callbacks=[Early()],
+    )
+    module = Ends()
+    trainer.fit(module)
+    hook = "on_train_batch_end"
+    assert order == [f"module 0 {hook}", "callback", f"module 1 {hook}", "callback"]
+    assert hook not in vars(module)
+
+
+def test_own_attributes_are_those_a_user_has_not_written() -> None:
+    def written(module: torch.nn.Module) -> set[str]:
+        return vars(module).keys() - _compat_resume.own_attributes(module)
+
+    class Written(pl.LightningModule):
+        def __init__(self, rate: float) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+            self.count, self.layer = 0, torch.nn.Linear(1, 1)
+
+    toggled = "_param_requires_grad_state"
+    assert written(Written(0.1)) == {"count", "_hparams", toggled}
+    _, trainer = watched(lambda trainer: None)
+    names = {"loader_name", "reads_stepping_batches", "plateau", "_hparams", toggled}
+    assert written(trainer.lightning_module) == names
+    assert written(torch.nn.Linear(1, 2)) == {"in_features", "out_features"}
+    assert not {"mean_value", "_update_count", "_computed"} & written(MeanMetric())
+
+
+def test_lightning_optimizers_are_what_a_module_gets() -> None:
+    _, trainer = watched(lambda trainer: None)
+    assert _compat_resume.lightning_optimizers(trainer) == [trainer.lightning_module.optimizers()]
+
+
+def test_training_modes_are_told_during_a_validation_too() -> None:
+    modes: list[dict[str, bool]] = []
+
+    class Rests(Stranger):
+        def on_validation_end(self) -> None:
+            assert not self.body.training
+            modes.append(_compat_resume.training_modes(self.trainer))
+
+        def on_train_start(self) -> None:
+            self.body[2].eval()
+
+    found, _ = watched(_compat_resume.training_modes, Rests())
+    assert found[0] == modes[0]
+    assert [name for name, training in found[0].items() if not training] == ["body.2"]
+
+
+def test_averaging_of_a_checkpoint_goes_on_without_new_learning_rates() -> None:
+    averaging = StochasticWeightAveraging(swa_lrs=0.5, swa_epoch_start=1)
+    module = Stranger()
+    trainer = pl.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        limit_val_batches=0,
+        callbacks=[averaging],
+    )
+    trainer.fit(module)
+    assert not _compat_resume.averaging_in_checkpoint(trainer)
+    averaging._scheduler_state = averaging.state_dict()["scheduler_state"]
+    assert _compat_resume.averaging_in_checkpoint(trainer) == [averaging]
+    averaging._initialized, trainer.fit_loop.epoch_progress.current.completed = False, 1
+    groups = trainer.optimizers[0].param_groups
+    groups[0]["lr"] = 0.125
+    _compat_resume.resume_averaging(trainer, averaging)
+    assert averaging._initialized
+    assert groups[0]["lr"] == 0.125
+
+
 def test_begin_epoch_takes_back_that_the_loop_restarts() -> None:
     _, trainer = watched(lambda trainer: None)
     trainer.fit_loop.epoch_loop.restarting = True
@@ -169,12 +278,29 @@ def test_logged_sums_go_over_to_another_trainer_as_plain_data(tmp_path: Path) ->
 def test_metrics_of_the_epoch_and_their_state() -> None:
     found, _ = watched(_compat_resume.logged_metrics_of_epoch)
     assert isinstance(found[0][0], MeanMetric)
+    assert not watched(_compat_resume.logged_metrics_of_validation)[0][0], "none runs now"
     ours, theirs = MeanMetric(), MeanMetric()
     theirs.update(torch.tensor([1.0, 2.0]))
     theirs.update(torch.tensor([9.0]))
     _compat_resume.restore_metric(ours, _compat_resume.capture_metric(theirs))
     assert ours.compute() == theirs.compute() == 4.0
     assert ours.update_called
+
+
+def test_metrics_of_the_validation_that_runs() -> None:
+    found: list[Any] = []
+
+    class Measures(Stranger):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.mean_loss.update(1.0)
+            self.log("val_metric", self.mean_loss)
+
+        def on_validation_end(self) -> None:
+            found.extend(_compat_resume.logged_metrics_of_validation(self.trainer))
+
+    module = Measures()
+    watched(lambda trainer: None, module)
+    assert found == [module.mean_loss]
 
 
 def test_what_training_logged_is_told_from_what_validation_logged() -> None:

@@ -59,12 +59,14 @@ class PositionSampler(DistributedSampler[list[int]]):
         shuffle: Draw an order per pass; otherwise samples come in their own order.
         num_replicas: Number of ranks that share a batch.
         rank: This process, counted from 0.
-        position: Called once when an iteration starts; returns the number of its first batch.
+        position: Called once when an iteration starts; returns the number of its first batch. By
+            default ``ExactResume`` knows it, and without that each epoch is one pass.
         mixture: Corpora of unequal weight that the samples belong to; None takes every sample once
             per pass.
 
     Attributes:
         start: Position at which the latest iteration began; None before the first.
+        run_position: What ``ExactResume`` puts in the place of ``position``.
 
     Raises:
         ValueError: If a count is below 1, ``rank`` is outside ``[0, num_replicas)``, or a mixture
@@ -85,7 +87,7 @@ class PositionSampler(DistributedSampler[list[int]]):
         shuffle: bool = True,
         num_replicas: int = 1,
         rank: int = 0,
-        position: Callable[[], int] = lambda: 0,
+        position: Callable[[], int] | None = None,
         mixture: Mixture | None = None,
     ) -> None:
         sizes = {"num_samples": num_samples, "batch_size": batch_size, "num_replicas": num_replicas}
@@ -106,6 +108,7 @@ class PositionSampler(DistributedSampler[list[int]]):
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)
         self.batch_size = batch_size
         self.position = position
+        self.run_position: Callable[[], int] | None = None
         self.mixture = mixture
         self.start: int | None = None
         self._order: tuple[int, NDArray[np.integer]] | None = None
@@ -117,7 +120,8 @@ class PositionSampler(DistributedSampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         """One window of ``len(self)`` batches that begins at the run's position."""
         # Not a generator: the position must be read now, not when the first batch is asked for.
-        self.start = self.position()
+        position = self.run_position or self.position
+        self.start = position() if position is not None else self.epoch * len(self)
         return map(self.batch, range(self.start, self.start + len(self)))
 
     def batch(self, n: int) -> list[int]:
@@ -135,11 +139,13 @@ class PositionSampler(DistributedSampler[list[int]]):
         return self._samples_at(pass_number, first, last)
 
     def set_epoch(self, epoch: int) -> None:
-        """Does nothing: the pass follows from the position, and an epoch is only a window of it.
+        """Chooses the pass of a sampler that is told no position; else it does nothing.
 
-        Lightning calls this before each epoch. If it changed the order, a batch would depend on how
-        the run was cut into epochs, and no longer on (seed, n) alone.
+        Lightning calls this before each epoch. If it changed the order of a run that has a
+        position, a batch would depend on how the run was cut into epochs, and no longer on (seed,
+        n) alone.
         """
+        self.epoch = epoch
 
     @property
     def _samples(self) -> range:

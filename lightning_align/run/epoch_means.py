@@ -21,7 +21,9 @@ from lightning_align.run.position import next_place
 def capture_means(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[dict[str, Any]]:
     """What every rank has summed up so far. Collective: every rank must call it."""
     epoch_goes_on = next_place(trainer.fit_loop.state_dict()).batch > 0
-    reset_by_lightning = [] if epoch_goes_on else _compat_resume.logged_metrics_of_epoch(trainer)
+    reset_by_lightning = _compat_resume.logged_metrics_of_validation(trainer)
+    if not epoch_goes_on:
+        reset_by_lightning += _compat_resume.logged_metrics_of_epoch(trainer)
     # Reading the property computes the means of a closed epoch, which plateau schedulers look at.
     latest = _compat_resume.latest_metrics(trainer) if epoch_goes_on else trainer.callback_metrics
     means = {

@@ -6,17 +6,20 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from lightning_align import _compat_resume
 from lightning_align._compat import restart_train_iteration
 from lightning_align._errors import argument_error
+from lightning_align.run.attributes import Attributes
 from lightning_align.run.epoch_means import capture_means, restore_means
 from lightning_align.run.loader import PositionedLoader
 from lightning_align.run.position import Place, batches_consumed, close_epoch, next_place
 from lightning_align.run.replicas import replica
 from lightning_align.run.rng import reseed
+from lightning_align.run.settings import restore_settings, resume_averaging, settings_in_force
 from lightning_align.run.state import (
     WINDOW_KEY,
     capture_accumulation,
@@ -26,6 +29,8 @@ from lightning_align.run.state import (
 
 _MEANS_KEY = "lightning_align.epoch_means"
 _PLATEAU_KEY = "lightning_align.plateau"
+_SETTINGS_KEY = "lightning_align.settings"
+_ATTRIBUTES_KEY = "lightning_align.attributes"
 
 
 class ExactResume(pl.Callback):
@@ -59,9 +64,9 @@ class ExactResume(pl.Callback):
             raise argument_error("ExactResume", "seed", seed, "must not be negative")
         self.seed = seed
         self._effective_seed = seed or 0
-        self._windows: list[Any] = []
-        self._means: list[Any] = []
-        self._plateau = ""  # interval whose plateau schedulers have yet to step
+        self._saved: dict[str, Any] = {}  # what of the checkpoint is yet to be restored
+        self._attributes: Attributes | None = None  # of the latest fit
+        self._start: dict[str, Any] = {}  # settings with which the fit began
         self._resumed: Place | None = None  # where the checkpoint goes on, until training starts
 
     @override
@@ -73,12 +78,14 @@ class ExactResume(pl.Callback):
             )
         # Lightning looks for a stateful loader; whatever it finds, we make it follow the position.
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that")
-        if hasattr(getattr(trainer, "datamodule", None), "position"):
-            _compat_resume.wrap_train_loaders(trainer, None)  # its sampler does so already
-        else:
-            _compat_resume.wrap_train_loaders(trainer, partial(self._follow, trainer))
+        _compat_resume.wrap_train_loaders(trainer, partial(self._follow, trainer))
         # First in line, so that what other callbacks draw for a batch follows the position too.
-        trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore[attr-defined]
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        others = [c for c in callbacks if c is not self and not isinstance(c, HooksBeforeSaving)]
+        saving = [number for number, c in enumerate(others) if isinstance(c, Checkpoint)]
+        if saving:
+            others.insert(saving[0], HooksBeforeSaving())
+        trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
 
     def _follow(self, trainer: pl.Trainer, loaders: Any) -> PositionedLoader:
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
@@ -87,6 +94,8 @@ class ExactResume(pl.Callback):
             seed=lambda: self._effective_seed,
             place=lambda: self._place(trainer),
             consumed=lambda: int(progress.processed),
+            position=lambda: batches_consumed(trainer),
+            replica=replica(trainer),
         )
 
     def _place(self, trainer: pl.Trainer) -> Place:
@@ -95,12 +104,23 @@ class ExactResume(pl.Callback):
         return self._resumed or Place(int(progress.processed), 0)
 
     @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._start = settings_in_force(trainer, pl_module)
+        self._attributes = Attributes(trainer, pl_module)
+
+    @override
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self._attributes is not None
+        self._attributes.note_sanity_check(begins=True)
+
+    @override
+    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self._attributes is not None
+        self._attributes.note_sanity_check(begins=False)
+
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        restore_accumulation(trainer, pl_module, self._windows)
-        restore_means(trainer, pl_module, self._means)
-        if self._plateau:
-            _compat_resume.step_plateau_schedulers(trainer, self._plateau)
-        self._windows, self._means, self._plateau = [], [], ""
+        _compat_resume.call_before_epochs(trainer, partial(self._go_on, trainer, pl_module))
         pending = _compat_resume.load_pending_loader_states(trainer)
         loaders = _compat_resume.train_loaders(trainer)
         if isinstance(loaders, PositionedLoader) and (
@@ -116,6 +136,25 @@ class ExactResume(pl.Callback):
         start = getattr(getattr(data, "train_sampler", None), "start", None)
         if start is not None and start != getattr(data, "position", start):
             restart_train_iteration(trainer)
+
+    def _go_on(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put back what a checkpoint holds, once all hooks of the start have run."""
+        assert self._attributes is not None
+        self._attributes.begin()
+        saved, self._saved = self._saved, {}
+        windows = saved.get(WINDOW_KEY, [])
+        if _SETTINGS_KEY in saved:
+            before, then = saved[_SETTINGS_KEY]["start"], saved[_SETTINGS_KEY]["now"]
+            restore_settings(
+                trainer, pl_module, (before, then), self._start, window_is_open=bool(windows)
+            )
+        if saved:
+            resume_averaging(trainer)
+        self._attributes.restore(saved.get(_ATTRIBUTES_KEY, []))
+        restore_accumulation(trainer, pl_module, windows)
+        restore_means(trainer, pl_module, saved.get(_MEANS_KEY, []))
+        if interval := saved.get(_PLATEAU_KEY, ""):
+            _compat_resume.step_plateau_schedulers(trainer, interval)
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -139,16 +178,20 @@ class ExactResume(pl.Callback):
             checkpoint[WINDOW_KEY] = windows
         checkpoint[_MEANS_KEY] = capture_means(trainer, pl_module)
         checkpoint[_PLATEAU_KEY] = pending_plateau(trainer)
+        if self._attributes is None:
+            return
+        now = settings_in_force(trainer, pl_module)
+        checkpoint[_SETTINGS_KEY] = {"start": self._start, "now": now}
+        checkpoint[_ATTRIBUTES_KEY] = self._attributes.changed()
 
     @override
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self._windows = checkpoint.get(WINDOW_KEY, [])
-        self._means = checkpoint.get(_MEANS_KEY, [])
-        self._plateau = checkpoint.get(_PLATEAU_KEY, "")
         if trainer.state.fn != TrainerFn.FITTING or "loops" not in checkpoint:
             return
+        keys = (WINDOW_KEY, _MEANS_KEY, _PLATEAU_KEY, _SETTINGS_KEY, _ATTRIBUTES_KEY)
+        self._saved = {key: checkpoint[key] for key in keys if key in checkpoint}
         loop = checkpoint["loops"]["fit_loop"]
         self._resumed = next_place(loop)
         if self._resumed.batch == 0 and loop["epoch_loop.batch_progress"]["is_last_batch"]:
@@ -157,6 +200,7 @@ class ExactResume(pl.Callback):
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         _compat_resume.wrap_train_loaders(trainer, None)
+        self._saved = {}
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -173,3 +217,29 @@ class ExactResume(pl.Callback):
                 "Leave seed out to continue that run, or start a new one without ckpt_path",
             )
         self._effective_seed = state_dict["seed"]
+
+
+class HooksBeforeSaving(pl.Callback):
+    """Lets the module's hooks run before checkpoints are written, and not behind them.
+
+    Lightning calls the hooks of callbacks first, and on a resume those of the module that followed
+    a save not at all: what they had done for that batch or that validation would be lost.
+    """
+
+    @override
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        _compat_resume.call_module_hook_early(
+            trainer, "on_train_batch_end", outputs, batch, batch_idx
+        )
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            _compat_resume.call_module_hook_early(trainer, "on_validation_end")

@@ -41,9 +41,14 @@ class PositionedLoader(CombinedLoader):
         seed: Seed of the run; asked for whenever an epoch begins.
         place: Where the next batch is to come from; asked for whenever an epoch begins.
         consumed: How many batches of this epoch are part of the weights.
+        position: How many batches of all epochs are.
+        replica: Number of replicas that share a batch, and that of this rank.
 
     Attributes:
         started: Where the present iteration began, or None before the first.
+
+    Raises:
+        ValueError: If a ``PositionSampler`` is one of another number of replicas.
     """
 
     def __init__(
@@ -53,6 +58,8 @@ class PositionedLoader(CombinedLoader):
         seed: Callable[[], int],
         place: Callable[[], Place],
         consumed: Callable[[], int],
+        position: Callable[[], int],
+        replica: tuple[int, int],
     ) -> None:
         mode: Any = "max_size_cycle"  # Lightning's default
         if isinstance(loaders, CombinedLoader):
@@ -60,6 +67,9 @@ class PositionedLoader(CombinedLoader):
         super().__init__(loaders, mode)
         self.started: Place | None = None
         self._seed, self._place, self._consumed = seed, place, consumed
+        self._position = position
+        for sampler in (sampler for loader in self.flattened for sampler in _samplers(loader)):
+            _check_replica(sampler, replica)
         self._drawn = 0  # batches of this epoch taken from the loaders
         self._drawn_ahead = False  # Lightning does so to notice the end of data without a length
         self._states: dict[int, list[dict[str, Any]]] = {}  # batches drawn -> states of the loaders
@@ -118,10 +128,20 @@ class PositionedLoader(CombinedLoader):
             if isinstance(generator, torch.Generator) and not restored:
                 own = self._own_seeds.setdefault(id(generator), generator.initial_seed())
                 generator.manual_seed(derive_seed(own, self._seed(), 0, f"epoch {epoch}"))
+        for sampler in _samplers(loader):
+            self._let_follow(sampler, consumed)
         persistent = isinstance(loader, DataLoader) and loader.persistent_workers
         if persistent and not first and not _is_stateful(loader):
             # The draws of a worker that lives on depend on all the epochs before.
             shut_down_workers(loader)
+
+    def _let_follow(self, sampler: PositionSampler, consumed: int) -> None:
+        """Batch n of the run is batch n of the sampler, however often it is begun in an epoch."""
+        own = sampler.position
+        position = own() if own is not None else self._position()
+        # Batches are counted as they are drawn: on a resume those that are dropped are, too.
+        first = position - consumed if position >= consumed else position
+        sampler.run_position = lambda: first + self._drawn
 
     @property
     def _are_stateful(self) -> bool:
@@ -131,7 +151,9 @@ class PositionedLoader(CombinedLoader):
     def _resume_themselves(self) -> bool:
         """Whether the loaders skip what was consumed; if one cannot, batches of all are dropped."""
         return self._are_stateful or all(
-            isinstance(getattr(loader, "sampler", None), PositionSampler)
+            isinstance(loader, DataLoader)
+            and isinstance(loader.sampler, PositionSampler)
+            and loader.batch_sampler is None
             for loader in self.flattened
         )
 
@@ -163,3 +185,31 @@ def _parts(loader: Any) -> Iterator[Any]:
         getattr(batch_sampler, "sampler", None),
     )
     yield from {id(part): part for part in parts if part is not None}.values()
+
+
+def _samplers(loader: Any, depth: int = 3) -> Iterator[PositionSampler]:
+    """Samplers of ours in a loader, those in wrappers of them included."""
+    for part in _parts(loader):
+        yield from _unwrapped(part, 0 if part is loader else depth)
+
+
+def _unwrapped(part: Any, depth: int) -> Iterator[PositionSampler]:
+    if isinstance(part, PositionSampler):
+        yield part
+    elif depth:
+        for inner in getattr(part, "__dict__", {}).values():
+            yield from _unwrapped(inner, depth - 1)
+
+
+def _check_replica(sampler: PositionSampler, replica: tuple[int, int]) -> None:
+    if (sampler.num_replicas, sampler.rank) == replica:
+        return
+    raise argument_error(
+        "PositionSampler",
+        "num_replicas, rank",
+        (sampler.num_replicas, sampler.rank),
+        f"this is number {replica[1]} of the {replica[0]} rank(s) that share a batch, and others"
+        " would train on the same samples",
+        f"Give it num_replicas={replica[0]}, rank={replica[1]}: see"
+        " trainer.distributed_sampler_kwargs",
+    )

@@ -1,16 +1,14 @@
-"""What decides the next step besides what Lightning saves, and when it is safe to save.
+"""The open window of accumulation, and when it is safe to save.
 
-Lightning's checkpoint holds parameters, optimizer, schedulers, scaler, loops and callbacks.
-Randomness is a function of the position (rng.py). What is left is the open accumulation window:
-gradients that wait for their optimizer step and, for modules that weight by tokens, the sums
-collected so far.
+Gradients wait for their optimizer step and, in modules that weight by tokens, the sums collected so
+far with them; Lightning's checkpoint holds neither.
 """
 
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_align._compat import is_accumulating
 from lightning_align._compat_resume import validation_follows
@@ -51,27 +49,31 @@ def capture_accumulation(
 ) -> list[dict[str, dict[str, Tensor]]]:
     """The open accumulation window of every rank, or an empty list when no gradient is waiting.
 
+    Of a manual optimization every gradient may be waiting.
+
     Collective: every rank must call it. Ranks hold different gradients until the window closes,
     and a checkpoint that is written by rank 0 alone needs all of them. Where each rank writes its
     own part, the windows of others are empty.
     """
-    if not is_accumulating(trainer):
+    manual = not pl_module.automatic_optimization
+    # Lightning empties the gradients of a manual step before a validation, and knows no window.
+    if validation_follows(trainer) and trainer.training if manual else not is_accumulating(trainer):
         return []
     window = {
         "gradients": {
             name: parameter.grad.detach().to("cpu", copy=True)
-            for name, parameter in pl_module.named_parameters()
+            for name, parameter in _parameters(trainer, pl_module).items()
             if parameter.grad is not None
         },
         "sums": {name: value.to("cpu", copy=True) for name, value in _sums(pl_module).items()},
     }
     if trainer.world_size == 1:
-        return [window]
+        return [window] if not manual or window["gradients"] else []
     if getattr(trainer.strategy, "save_distributed_checkpoint", False):
         return [window if rank == trainer.global_rank else {} for rank in range(trainer.world_size)]
     windows: list[Any] = [None] * trainer.world_size
     torch.distributed.all_gather_object(windows, window)
-    return windows
+    return windows if not manual or any(each["gradients"] for each in windows) else []
 
 
 def restore_accumulation(
@@ -96,11 +98,25 @@ def restore_accumulation(
             "Resume with as many ranks, or from a checkpoint written at an optimizer step",
         )
     window = windows[trainer.global_rank]
-    parameters = dict(pl_module.named_parameters())
+    parameters = _parameters(trainer, pl_module)
     for name, gradient in window["gradients"].items():
         parameters[name].grad = gradient.to(parameters[name], copy=True)
     sums = _sums(pl_module)
     sums.update({name: value.to(pl_module.device) for name, value in window["sums"].items()})
+
+
+def _parameters(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, nn.Parameter]:
+    """Parameters of the module, and those that only an optimizer knows."""
+    named = dict(pl_module.named_parameters())
+    known = set(map(id, named.values()))
+    for number, optimizer in enumerate(trainer.optimizers):
+        every = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        named |= {
+            f"optimizer {number}, {place}": parameter
+            for place, parameter in enumerate(every)
+            if id(parameter) not in known
+        }
+    return named
 
 
 def _sums(pl_module: pl.LightningModule) -> dict[str, Tensor]:

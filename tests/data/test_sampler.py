@@ -142,3 +142,18 @@ def test_a_hundred_million_samples():
 def test_refuses(options, message):
     with pytest.raises(ValueError, match=message):
         PositionSampler(**{"num_samples": 3, "batch_size": 1, **options})
+
+
+def test_without_a_position_an_epoch_is_one_pass_as_in_a_distributed_sampler() -> None:
+    """A Trainer without ExactResume has nothing else to tell it."""
+    sampler = PositionSampler(10, 4)
+    passes = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        passes.append(list(sampler))
+        assert sampler.start == 3 * epoch
+        assert sorted(index for batch in passes[-1] for index in batch) == list(range(10))
+    assert passes[0] != passes[1] != passes[2] != passes[0]
+    followed = PositionSampler(10, 4, position=lambda: 3)
+    followed.set_epoch(7)
+    assert list(followed) == passes[1]

@@ -1,0 +1,261 @@
+"""Attributes that a run changes, as plain data in its checkpoint.
+
+A LightningModule counts, collects and averages in attributes that are neither parameters nor
+buffers, and Lightning saves none of them. What training has changed since it began goes into the
+checkpoint, with a digest of how it began: a module that begins otherwise today was given another
+argument by its user, and that wins. Attributes of submodules count as well; metrics do elsewhere
+(epoch_means.py), and whoever has a ``state_dict`` of its own is asked for it.
+
+What can neither be written down nor built anew, an open file or a generator, is named in a warning.
+"""
+
+import hashlib
+import io
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+
+from lightning_align import _compat_resume
+from lightning_align._errors import argument_error
+from lightning_align.run.plain import Encoder, LostError, Rebuilder, UnknownTypeError
+
+Digests = dict[str, str]
+_ABSENT = ("absent",)  # what an attribute is that is not there
+
+
+class Attributes:
+    """The attributes of a module in one fit.
+
+    Args:
+        trainer: Who fits it; its optimizers and schedulers are in the checkpoint already.
+        module: The module.
+
+    Attributes:
+        start: Digest of each attribute as training began.
+    """
+
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.start: Digests = {}
+        self._begun = False
+        self._trainer, self._module = trainer, module
+        self._opaque: dict[str, bytes | None] = {}  # how what cannot be saved was as it began
+        self._before_sanity_check: Digests = {}
+        self._after_sanity_check: Digests = {}
+        self._named: set[str] = set()  # what was warned of
+
+    def note_sanity_check(self, *, begins: bool) -> None:
+        """A resumed run has no sanity check: what it changes is no part of how a run begins."""
+        digests = _digests(self._encoded()[0])
+        if begins:
+            self._before_sanity_check = digests
+        else:
+            self._after_sanity_check = digests
+
+    def begin(self) -> None:
+        """Note how training begins."""
+        self._begun = True
+        encoded, encoder = self._encoded()
+        self.start, self._opaque = _digests(encoded), _opaque_now(encoder)
+        for name, after in self._after_sanity_check.items():
+            before = self._before_sanity_check.get(name, _digest(_ABSENT))
+            if before != after == self.start.get(name):
+                self.start[name] = before
+
+    def changed(self) -> list[dict[str, tuple[str, Any]]]:
+        """Of each rank: name -> (digest as training began, what it is now as plain data).
+
+        Collective: every rank must call it. What is the same on all ranks is one object.
+        """
+        if not self._begun:
+            return []
+        encoded, encoder = self._encoded()
+        self._name_what_is_lost(encoder)
+        now = _digests(encoded)
+        absent = _digest(_ABSENT)
+        changed = {
+            name: (self.start.get(name, absent), encoded.get(name, _ABSENT))
+            for name in now.keys() | self.start.keys()
+            if now.get(name, absent) != self.start.get(name, absent)
+            and not _is_lost(encoded.get(name))
+        }
+        if self._trainer.world_size == 1:
+            return [changed]
+        return _of_every_rank(self._trainer, changed, now)
+
+    def restore(self, saved: list[dict[str, tuple[str, Any]]]) -> None:
+        """Put this rank's attributes back, where they begin today as they began then.
+
+        Raises:
+            ValueError: If one is of a class that is not there today.
+        """
+        if not saved:
+            return
+        ours = saved[min(self._trainer.global_rank, len(saved) - 1)]
+        if len(saved) != self._trainer.world_size:
+            ours = _common(saved, self._trainer.world_size)
+        encoded, encoder = self._encoded()
+        rebuilder = Rebuilder(encoder, type(self._module), self._module.device)
+        today, absent, kept = _digests(encoded), _digest(_ABSENT), []
+        for name in sorted(ours):
+            start, value = ours[name]
+            if today.get(name, absent) == start:
+                self._set(name, value, rebuilder)
+            elif today.get(name, absent) != _digest(value):
+                kept.append(name)
+        if kept:
+            rank_zero_warn(
+                f"ExactResume: {kept} of {type(self._module).__name__} begin otherwise than in the"
+                " run that wrote the checkpoint, and stay as they are now."
+            )
+
+    def _set(self, name: str, value: Any, rebuilder: Rebuilder) -> None:
+        path, _, attribute = name.rpartition(".")
+        owner = dict(self._module.named_modules()).get(path)
+        if owner is None:
+            return  # a submodule of that run only; Lightning has compared the parameters
+        if value == _ABSENT:
+            owner.__dict__.pop(attribute, None)
+            return
+        try:
+            today = owner.__dict__.get(attribute)
+            owner.__dict__[attribute] = rebuilder.build(today, value, name)
+        except LostError as error:
+            rank_zero_warn(f"ExactResume: {name} begins anew: {error} could not be saved in it.")
+        except UnknownTypeError as error:
+            rule = f"the checkpoint holds {error} in it, of which this process knows no example"
+            way_out = (
+                "Import it, make it a dataclass, or keep it in on_save_checkpoint and"
+                " on_load_checkpoint"
+            )
+            raise argument_error(
+                type(self._module).__name__, name, "checkpoint", rule, way_out
+            ) from None
+
+    def _encoded(self) -> tuple[dict[str, Any], Encoder]:
+        encoder = Encoder(_elsewhere(self._trainer, self._module))
+        encoded = {name: encoder.encode(value, name) for name, value in _attributes(self._module)}
+        return encoded, encoder
+
+    def _name_what_is_lost(self, encoder: Encoder) -> None:
+        now = _opaque_now(encoder)
+        lost = sorted(
+            name
+            for name, state in now.items()
+            if (state is None or self._opaque.get(name) != state) and name not in self._named
+        )
+        self._named |= set(lost)
+        if lost:
+            rank_zero_warn(
+                f"ExactResume: {lost} of {type(self._module).__name__} cannot be written into a"
+                " checkpoint; a resumed run has them as it begins. If they decide anything, keep"
+                " what matters in plain attributes, or in on_save_checkpoint."
+            )
+
+
+def _attributes(module: pl.LightningModule) -> Iterator[tuple[str, Any]]:
+    """Names and values of all attributes that are neither Lightning's nor torch's own."""
+    for path, submodule in module.named_modules():
+        known = _compat_resume.own_attributes(submodule)
+        for name, value in vars(submodule).items():
+            if name not in known:
+                yield (f"{path}.{name}" if path else name), value
+
+
+def _elsewhere(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
+    """What is saved or built by others: a link to it is enough."""
+    configs = trainer.lr_scheduler_configs
+    lists = {
+        "callback": trainer.callbacks,  # type: ignore[attr-defined]
+        "logger": trainer.loggers,
+        "optimizer": trainer.optimizers,
+        "wrapped optimizer": _compat_resume.lightning_optimizers(trainer),
+        "scheduler config": configs,
+        "scheduler": [config.scheduler for config in configs],
+        "loader": getattr(_compat_resume.train_loaders(trainer), "flattened", []),
+    }
+    links: dict[str, Any] = {"trainer": trainer, "strategy": trainer.strategy}
+    links |= {f"{kind} {n}": item for kind, items in lists.items() for n, item in enumerate(items)}
+    if (datamodule := getattr(trainer, "datamodule", None)) is not None:
+        links["datamodule"] = datamodule
+    frozen: dict[str, nn.Module] = getattr(module, "frozen_modules", dict)()
+    for root, owner in {"": module, **frozen}.items():
+        for items in (owner.named_modules(), owner.named_parameters(), owner.named_buffers()):
+            links |= {f"{root}:{name}": item for name, item in items}
+    return links
+
+
+def _digest(encoded: Any) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    _update(digest, encoded)
+    return digest.hexdigest()
+
+
+def _digests(encoded: dict[str, Any]) -> Digests:
+    return {name: _digest(value) for name, value in encoded.items()}
+
+
+def _update(digest: Any, encoded: Any) -> None:
+    if isinstance(encoded, torch.Tensor):
+        digest.update(f"{encoded.dtype}{tuple(encoded.shape)}".encode())
+        flat = encoded.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().data)
+    elif isinstance(encoded, (list, tuple)):
+        digest.update(f"{type(encoded).__name__}{len(encoded)}(".encode())
+        for item in encoded:
+            _update(digest, item)
+    else:
+        digest.update(f"{encoded!r},".encode())
+
+
+def _is_lost(encoded: Any) -> bool:
+    return isinstance(encoded, tuple) and encoded[0] in ("constant", "opaque")
+
+
+def _opaque_now(encoder: Encoder) -> dict[str, bytes | None]:
+    """Digest of each object that cannot be saved, or None where not even that is possible."""
+    return {path: _pickled(value) for path, value in encoder.opaque.items()}
+
+
+def _pickled(value: Any) -> bytes | None:
+    try:
+        buffer = io.BytesIO()
+        pickle.Pickler(buffer).dump(value)
+    except Exception:
+        return None
+    return hashlib.blake2b(buffer.getbuffer(), digest_size=16).digest()
+
+
+def _of_every_rank(
+    trainer: pl.Trainer, changed: dict[str, tuple[str, Any]], now: Digests
+) -> list[dict[str, tuple[str, Any]]]:
+    """Values of all ranks; only those that differ are sent."""
+    mine = {name: (start, now.get(name, "")) for name, (start, _) in changed.items()}
+    digests: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(digests, mine)
+    same = {name for name in mine if all(d.get(name) == mine[name] for d in digests)}
+    gathered: list[Any] = [{} for _ in digests]
+    if any(d.keys() != same for d in digests):
+        own = {name: value for name, value in changed.items() if name not in same}
+        torch.distributed.all_gather_object(gathered, own)
+    return [{**{name: changed[name] for name in sorted(same)}, **own} for own in gathered]
+
+
+def _common(saved: list[dict[str, tuple[str, Any]]], world_size: int) -> dict[str, Any]:
+    """What was the same on all ranks; the rest belongs to ranks that are no more."""
+    first = {name: _digest(value) for name, value in saved[0].items()}
+    same = {
+        name
+        for name, digest in first.items()
+        if all(name in rank and _digest(rank[name]) == digest for rank in saved)
+    }
+    if different := sorted({name for rank in saved for name in rank} - same):
+        rank_zero_warn(
+            f"ExactResume: the checkpoint was written by {len(saved)} rank(s), and is resumed by"
+            f" {world_size}: {different} had another value on each, and begin anew."
+        )
+    return {name: saved[0][name] for name in same}

@@ -1,0 +1,120 @@
+"""What hooks of an epoch's beginning set: no such hook runs where a run goes on in mid-epoch.
+
+How many batches an optimizer step takes, at which norm gradients are clipped, which parameters are
+frozen and which modules are in eval mode: saved as they were when the fit began and as they are.
+The latter is put back only where the fit begins today as it did then; where it does not, the user
+wants another setting, and has it from the first batch on.
+"""
+
+from typing import Any
+
+import lightning.pytorch as pl
+
+from lightning_align import _compat_resume
+from lightning_align._errors import argument_error
+
+Settings = dict[str, Any]
+_OF_TRAINER = ("accumulate_grad_batches", "gradient_clip_val")
+
+
+def settings_in_force(trainer: pl.Trainer, module: pl.LightningModule) -> Settings:
+    """Settings of now, as plain data.
+
+    Args:
+        trainer: Who fits.
+        module: What is fitted.
+    """
+    modes = _compat_resume.training_modes(trainer)
+    return {
+        **{name: getattr(trainer, name) for name in _OF_TRAINER},
+        "frozen": [name for name, p in module.named_parameters() if not p.requires_grad],
+        "eval": [name for name, training in modes.items() if not training],
+    }
+
+
+def restore_settings(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    saved: tuple[Settings, Settings],
+    start: Settings,
+    *,
+    window_is_open: bool,
+) -> None:
+    """Go on with the settings of a checkpoint.
+
+    Args:
+        trainer: Who fits.
+        module: What is fitted.
+        saved: Settings of the checkpoint's run as it began, and as it was saved.
+        start: Settings with which this fit has begun.
+        window_is_open: Whether gradients of the checkpoint wait for their optimizer step.
+
+    Raises:
+        ValueError: If a window of accumulation would be of batches that are weighted differently.
+    """
+    before, then = saved
+    for name in _OF_TRAINER:
+        if start[name] == before[name]:
+            setattr(trainer, name, then[name])
+    _check_window(trainer, then["accumulate_grad_batches"], window_is_open)
+    changed = set()
+    for name, parameter in module.named_parameters():
+        if (name in start["frozen"]) == (name in before["frozen"]):
+            learns = name not in then["frozen"]
+            if parameter.requires_grad != learns:
+                parameter.requires_grad_(learns)
+        else:
+            changed.add(name)
+    if changed and window_is_open:
+        rule = (
+            f"the checkpoint was written in mid-accumulation, when {min(changed)!r} began"
+            f" {'frozen' if min(changed) in before['frozen'] else 'trainable'}"
+        )
+        raise argument_error(
+            type(module).__name__,
+            "requires_grad",
+            min(changed) not in start["frozen"],
+            rule,
+            "Freeze what that run froze, or resume from a checkpoint written at an optimizer step",
+        )
+    for name, part in module.named_modules():
+        if (name in start["eval"]) == (name in before["eval"]):
+            part.training = name not in then["eval"]
+
+
+def _check_window(trainer: pl.Trainer, then: int, window_is_open: bool) -> None:
+    """Each batch of a window counts by the number of batches in it, as it was when it came."""
+    now = trainer.accumulate_grad_batches
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    batch = progress.processed
+    if now == then or not (window_is_open or batch % now):
+        return
+    boundary = f"multiple of {now} batches in its epoch and at an optimizer step"
+    raise argument_error(
+        "Trainer",
+        "accumulate_grad_batches",
+        now,
+        f"the checkpoint lies after {batch} batches of an epoch in which a step took {then}, so"
+        " that the next step would be of batches with other weights",
+        f"Resume with accumulate_grad_batches={then}, or from a checkpoint after a {boundary}",
+    )
+
+
+def resume_averaging(trainer: pl.Trainer) -> None:
+    """Let ``StochasticWeightAveraging`` go on, which begins by such a hook.
+
+    Raises:
+        ValueError: If the epoch is the last one, which only takes BatchNorm's statistics.
+    """
+    for averaging in _compat_resume.averaging_in_checkpoint(trainer):
+        if trainer.current_epoch == averaging.swa_end + 1:
+            # It ends with an optimizer step by the gradients of the last batch before it.
+            raise argument_error(
+                "StochasticWeightAveraging",
+                "ckpt_path",
+                str(trainer.ckpt_path),
+                f"all {averaging.swa_end + 1} epochs of training are over, and of the one behind"
+                " them, which takes BatchNorm's statistics, the beginning is not in a checkpoint",
+                "Resume from a checkpoint of an earlier batch",
+            )
+        _compat_resume.resume_averaging(trainer, averaging)
