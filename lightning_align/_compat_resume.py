@@ -48,19 +48,51 @@ def call_before_epochs(trainer: pl.Trainer, function: Callable[[], None]) -> Non
     loop.on_advance_start = once
 
 
-def call_module_hook_early(trainer: pl.Trainer, name: str, *arguments: Any) -> None:
-    """Call a hook of the module now, and not when Lightning comes to it, after all callbacks."""
+def offer_module_hook(trainer: pl.Trainer, name: str, *arguments: Any) -> Callable[[], None]:
+    """Return what calls a hook of the module early, before Lightning comes to it, and once in all.
+
+    Lightning calls it after those of the callbacks, of which some save. In a save by the hook
+    itself there is nothing left to call.
+    """
     module = trainer.lightning_module
     if not is_overridden(name, module):
-        return
-    call._call_lightning_module_hook(trainer, name, *arguments)
-    own = {name: vars(module)[name]} if name in vars(module) else {}
+        return lambda: None
+    hook, own, called = getattr(module, name), vars(module).get(name), False
 
-    def called_already(*_: Any) -> None:
-        del vars(module)[name]
-        vars(module).update(own)
+    def restore() -> None:
+        vars(module).pop(name)
+        vars(module).update({} if own is None else {name: own})
 
-    vars(module)[name] = called_already
+    def once(*given: Any) -> Any:
+        nonlocal called
+        restore()
+        before, called = called, True
+        return None if before else hook(*given)
+
+    def early() -> None:
+        nonlocal called
+        if not called:
+            called = True
+            restore()
+            call._call_lightning_module_hook(trainer, name, *arguments)
+            vars(module)[name] = once
+
+    vars(module)[name] = once
+    return early
+
+
+def call_before_saving(trainer: pl.Trainer, function: Callable[[], None] | None) -> None:
+    """Call a function whenever a checkpoint is about to be put together; None undoes it."""
+    connector: Any = trainer._checkpoint_connector
+    vars(connector).pop("dump_checkpoint", None)
+    if function is not None:
+        dump = connector.dump_checkpoint
+
+        def call_and_dump(*arguments: Any, **options: Any) -> Any:
+            function()
+            return dump(*arguments, **options)
+
+        connector.dump_checkpoint = call_and_dump
 
 
 class _BlankMetric(Metric):

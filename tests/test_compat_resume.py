@@ -135,21 +135,35 @@ def test_call_before_epochs_is_behind_the_start_and_before_an_epoch() -> None:
     assert "on_advance_start" not in vars(trainer.fit_loop)
 
 
-def test_a_hook_of_the_module_that_was_called_early_is_not_called_again() -> None:
-    order: list[str] = []
+class Ends(Stranger):
+    """Notes when its hook runs; at batch 2 it saves in it."""
 
-    class Ends(Stranger):
-        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-            order.append(f"module {batch_idx} {self._current_fx_name}")
+    def __init__(self) -> None:
+        super().__init__()
+        self.order: list[str] = []
 
-    class Early(pl.Callback):
-        def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *arguments: Any) -> None:
-            _compat_resume.call_module_hook_early(trainer, "on_train_batch_end", *arguments)
-            _compat_resume.call_module_hook_early(trainer, "on_validation_end")  # has none
-            order.append("callback")
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.order.append(f"module {batch_idx} {self._current_fx_name}")
+        if batch_idx == 2:
+            _compat_resume.dump_checkpoint(self.trainer, weights_only=False)
 
+
+class Early(pl.Callback):
+    """Asks for the module's hook at batch 0, and offers it always."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *arguments: Any) -> None:
+        early = _compat_resume.offer_module_hook(trainer, "on_train_batch_end", *arguments)
+        _compat_resume.call_before_saving(trainer, early)
+        _compat_resume.offer_module_hook(trainer, "on_validation_end")()  # it has none
+        if arguments[-1] == 0:
+            _compat_resume.dump_checkpoint(trainer, weights_only=False)
+            _compat_resume.dump_checkpoint(trainer, weights_only=False)
+        module.order.append("callback")
+
+
+def test_a_hook_of_the_module_is_called_once_and_before_a_save() -> None:
     trainer = pl.Trainer(
-        max_steps=2,
+        max_steps=3,
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
@@ -160,8 +174,11 @@ def test_a_hook_of_the_module_that_was_called_early_is_not_called_again() -> Non
     module = Ends()
     trainer.fit(module)
     hook = "on_train_batch_end"
-    assert order == [f"module 0 {hook}", "callback", f"module 1 {hook}", "callback"]
+    first, others = [f"module 0 {hook}", "callback"], [f"module {n} {hook}" for n in (1, 2)]
+    assert module.order == [*first, "callback", others[0], "callback", others[1]]
     assert hook not in vars(module)
+    _compat_resume.call_before_saving(trainer, None)
+    assert "dump_checkpoint" not in vars(trainer._checkpoint_connector)
 
 
 def test_own_attributes_are_those_a_user_has_not_written() -> None:

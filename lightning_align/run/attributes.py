@@ -2,20 +2,25 @@
 
 A LightningModule counts, collects and averages in attributes that are neither parameters nor
 buffers, and Lightning saves none of them. What training has changed since it began goes into the
-checkpoint, with a digest of how it began: a module that begins otherwise today was given another
-argument by its user, and that wins. Attributes of submodules count as well; metrics do elsewhere
-(epoch_means.py), and whoever has a ``state_dict`` of its own is asked for it.
+checkpoint, with a mark of how it began: a module that begins otherwise today was given another
+argument by its user, and that wins. What tensors begin with does not count: it comes of weights.
+Attributes of submodules count as well; metrics do elsewhere (epoch_means.py), and whoever has a
+``state_dict`` of its own is asked for it.
 
 What can neither be written down nor built anew, an open file or a generator, is named in a warning.
 """
 
 import hashlib
 import io
+import operator
 import pickle
+import random
+from collections import deque
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
@@ -24,8 +29,19 @@ from lightning_align import _compat_resume
 from lightning_align._errors import argument_error
 from lightning_align.run.plain import Encoder, LostError, Rebuilder, UnknownTypeError
 
-Digests = dict[str, str]
 _ABSENT = ("absent",)  # what an attribute is that is not there
+_FILLED = (list, dict, set, deque, np.ndarray, torch.Tensor, torch.Generator, random.Random)
+
+
+class Mark(NamedTuple):
+    """What tells a value from others: digests with and without what is in its tensors."""
+
+    exact: str
+    outline: str
+
+
+Marks = dict[str, Mark]
+Changed = dict[str, tuple[list[str], Any]]  # name -> outlines of how it began, and what it is now
 
 
 class Attributes:
@@ -36,38 +52,39 @@ class Attributes:
         module: The module.
 
     Attributes:
-        start: Digest of each attribute as training began.
+        start: How each attribute was as training began, behind all hooks of the start.
     """
 
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.start: Digests = {}
-        self._begun = False
+        self.start: Marks = {}
         self._trainer, self._module = trainer, module
+        self._built = _marks(self._encoded()[0])  # before any hook of the start
+        self._begun = False
         self._opaque: dict[str, bytes | None] = {}  # how what cannot be saved was as it began
-        self._before_sanity_check: Digests = {}
-        self._after_sanity_check: Digests = {}
+        self._before_sanity_check: Marks = {}
+        self._after_sanity_check: Marks = {}
         self._named: set[str] = set()  # what was warned of
 
     def note_sanity_check(self, *, begins: bool) -> None:
         """A resumed run has no sanity check: what it changes is no part of how a run begins."""
-        digests = _digests(self._encoded()[0])
+        marks = _marks(self._encoded()[0])
         if begins:
-            self._before_sanity_check = digests
+            self._before_sanity_check = marks
         else:
-            self._after_sanity_check = digests
+            self._after_sanity_check = marks
 
     def begin(self) -> None:
         """Note how training begins."""
         self._begun = True
         encoded, encoder = self._encoded()
-        self.start, self._opaque = _digests(encoded), _opaque_now(encoder)
+        self.start, self._opaque = _marks(encoded), _opaque_now(encoder)
         for name, after in self._after_sanity_check.items():
-            before = self._before_sanity_check.get(name, _digest(_ABSENT))
+            before = self._before_sanity_check.get(name, _mark(_ABSENT))
             if before != after == self.start.get(name):
                 self.start[name] = before
 
-    def changed(self) -> list[dict[str, tuple[str, Any]]]:
-        """Of each rank: name -> (digest as training began, what it is now as plain data).
+    def changed(self) -> list[Changed]:
+        """What each rank has changed since training began, as plain data.
 
         Collective: every rank must call it. What is the same on all ranks is one object.
         """
@@ -75,10 +92,9 @@ class Attributes:
             return []
         encoded, encoder = self._encoded()
         self._name_what_is_lost(encoder)
-        now = _digests(encoded)
-        absent = _digest(_ABSENT)
+        now, absent = _marks(encoded), _mark(_ABSENT)
         changed = {
-            name: (self.start.get(name, absent), encoded.get(name, _ABSENT))
+            name: (self._outlines(name), encoded.get(name, _ABSENT))
             for name in now.keys() | self.start.keys()
             if now.get(name, absent) != self.start.get(name, absent)
             and not _is_lost(encoded.get(name))
@@ -87,7 +103,12 @@ class Attributes:
             return [changed]
         return _of_every_rank(self._trainer, changed, now)
 
-    def restore(self, saved: list[dict[str, tuple[str, Any]]]) -> None:
+    def _outlines(self, name: str) -> list[str]:
+        """How an attribute was when the fit and when training began."""
+        absent = _mark(_ABSENT)
+        return [marks.get(name, absent).outline for marks in (self._built, self.start)]
+
+    def restore(self, saved: list[Changed]) -> None:
         """Put this rank's attributes back, where they begin today as they began then.
 
         Raises:
@@ -100,12 +121,13 @@ class Attributes:
             ours = _common(saved, self._trainer.world_size)
         encoded, encoder = self._encoded()
         rebuilder = Rebuilder(encoder, type(self._module), self._module.device)
-        today, absent, kept = _digests(encoded), _digest(_ABSENT), []
+        today, kept = _marks(encoded), []
         for name in sorted(ours):
-            start, value = ours[name]
-            if today.get(name, absent) == start:
+            began, value = ours[name]
+            # A hook of the start may make it of weights, which on a resume are those of the save.
+            if any(map(operator.eq, began, self._outlines(name))):
                 self._set(name, value, rebuilder)
-            elif today.get(name, absent) != _digest(value):
+            elif today.get(name, _mark(_ABSENT)) != _mark(value):
                 kept.append(name)
         if kept:
             rank_zero_warn(
@@ -161,9 +183,18 @@ def _attributes(module: pl.LightningModule) -> Iterator[tuple[str, Any]]:
     """Names and values of all attributes that are neither Lightning's nor torch's own."""
     for path, submodule in module.named_modules():
         known = _compat_resume.own_attributes(submodule)
-        for name, value in vars(submodule).items():
+        for name, value in {**_of_class(type(submodule)), **vars(submodule)}.items():
             if name not in known:
                 yield (f"{path}.{name}" if path else name), value
+
+
+def _of_class(kind: type) -> dict[str, Any]:
+    """What a class holds that its instances may fill: ``losses = []`` in its body."""
+    shared: dict[str, Any] = {}
+    for base in reversed(kind.__mro__):
+        if base.__module__.partition(".")[0] not in ("builtins", "torch", "lightning", "typing"):
+            shared |= {n: v for n, v in vars(base).items() if not n.startswith("__")}
+    return {name: value for name, value in shared.items() if isinstance(value, _FILLED)}
 
 
 def _elsewhere(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
@@ -189,27 +220,35 @@ def _elsewhere(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any
     return links
 
 
-def _digest(encoded: Any) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    _update(digest, encoded)
-    return digest.hexdigest()
+def _marks(encoded: dict[str, Any]) -> Marks:
+    return {name: _mark(value) for name, value in encoded.items()}
 
 
-def _digests(encoded: dict[str, Any]) -> Digests:
-    return {name: _digest(value) for name, value in encoded.items()}
+def _mark(encoded: Any) -> Mark:
+    exact, outline = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
+    for part in _parts(encoded):
+        if isinstance(part, torch.Tensor):
+            kind = f"{part.dtype}{tuple(part.shape)}".encode()
+            exact.update(kind)
+            outline.update(kind)
+            flat = part.detach().cpu().contiguous().flatten()
+            exact.update(flat.view(torch.uint8).numpy().data)
+        else:
+            exact.update(part)
+            outline.update(part)
+    return Mark(exact.hexdigest(), outline.hexdigest())
 
 
-def _update(digest: Any, encoded: Any) -> None:
+def _parts(encoded: Any) -> Iterator[Any]:
+    """The tensors of plain data, and the bytes of all else."""
     if isinstance(encoded, torch.Tensor):
-        digest.update(f"{encoded.dtype}{tuple(encoded.shape)}".encode())
-        flat = encoded.detach().cpu().contiguous().flatten()
-        digest.update(flat.view(torch.uint8).numpy().data)
+        yield encoded
     elif isinstance(encoded, (list, tuple)):
-        digest.update(f"{type(encoded).__name__}{len(encoded)}(".encode())
+        yield f"{type(encoded).__name__}{len(encoded)}(".encode()
         for item in encoded:
-            _update(digest, item)
+            yield from _parts(item)
     else:
-        digest.update(f"{encoded!r},".encode())
+        yield f"{encoded!r},".encode()
 
 
 def _is_lost(encoded: Any) -> bool:
@@ -230,29 +269,24 @@ def _pickled(value: Any) -> bytes | None:
     return hashlib.blake2b(buffer.getbuffer(), digest_size=16).digest()
 
 
-def _of_every_rank(
-    trainer: pl.Trainer, changed: dict[str, tuple[str, Any]], now: Digests
-) -> list[dict[str, tuple[str, Any]]]:
+def _of_every_rank(trainer: pl.Trainer, changed: Changed, now: Marks) -> list[Changed]:
     """Values of all ranks; only those that differ are sent."""
-    mine = {name: (start, now.get(name, "")) for name, (start, _) in changed.items()}
-    digests: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(digests, mine)
-    same = {name for name in mine if all(d.get(name) == mine[name] for d in digests)}
-    gathered: list[Any] = [{} for _ in digests]
-    if any(d.keys() != same for d in digests):
+    absent = _mark(_ABSENT)
+    mine = {name: (began, *now.get(name, absent)) for name, (began, _) in changed.items()}
+    marks: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(marks, mine)
+    same = {name for name in mine if all(other.get(name) == mine[name] for other in marks)}
+    gathered: list[Any] = [{} for _ in marks]
+    if any(other.keys() != same for other in marks):
         own = {name: value for name, value in changed.items() if name not in same}
         torch.distributed.all_gather_object(gathered, own)
     return [{**{name: changed[name] for name in sorted(same)}, **own} for own in gathered]
 
 
-def _common(saved: list[dict[str, tuple[str, Any]]], world_size: int) -> dict[str, Any]:
+def _common(saved: list[Changed], world_size: int) -> Changed:
     """What was the same on all ranks; the rest belongs to ranks that are no more."""
-    first = {name: _digest(value) for name, value in saved[0].items()}
-    same = {
-        name
-        for name, digest in first.items()
-        if all(name in rank and _digest(rank[name]) == digest for rank in saved)
-    }
+    marks = [{name: _mark(value) for name, value in rank.items()} for rank in saved]
+    same = {name for name, mark in marks[0].items() if all(m.get(name) == mark for m in marks)}
     if different := sorted({name for rank in saved for name in rank} - same):
         rank_zero_warn(
             f"ExactResume: the checkpoint was written by {len(saved)} rank(s), and is resumed by"

@@ -2,11 +2,11 @@
 
 import os
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
@@ -67,6 +67,7 @@ class ExactResume(pl.Callback):
         self._saved: dict[str, Any] = {}  # what of the checkpoint is yet to be restored
         self._attributes: Attributes | None = None  # of the latest fit
         self._start: dict[str, Any] = {}  # settings with which the fit began
+        self._module_hook: Callable[[], None] = _nothing  # runs before a save, if not yet run
         self._resumed: Place | None = None  # where the checkpoint goes on, until training starts
 
     @override
@@ -80,12 +81,8 @@ class ExactResume(pl.Callback):
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that")
         _compat_resume.wrap_train_loaders(trainer, partial(self._follow, trainer))
         # First in line, so that what other callbacks draw for a batch follows the position too.
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        others = [c for c in callbacks if c is not self and not isinstance(c, HooksBeforeSaving)]
-        saving = [number for number, c in enumerate(others) if isinstance(c, Checkpoint)]
-        if saving:
-            others.insert(saving[0], HooksBeforeSaving())
-        trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
+        trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore[attr-defined]
+        _compat_resume.call_before_saving(trainer, lambda: self._module_hook())
 
     def _follow(self, trainer: pl.Trainer, loaders: Any) -> PositionedLoader:
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
@@ -170,6 +167,27 @@ class ExactResume(pl.Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         reseed(self._effective_seed, batches_consumed(trainer), replica(trainer)[1], "validate")
 
+    # Lightning calls the module's hooks behind those of callbacks that save, and on a resume not at
+    # all: what they do for that batch, or that validation, would be lost.
+
+    @override
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        self._module_hook = _compat_resume.offer_module_hook(
+            trainer, "on_train_batch_end", outputs, batch, batch_idx
+        )
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._module_hook = _compat_resume.offer_module_hook(trainer, "on_validation_end")
+
     @override
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -200,7 +218,8 @@ class ExactResume(pl.Callback):
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         _compat_resume.wrap_train_loaders(trainer, None)
-        self._saved = {}
+        _compat_resume.call_before_saving(trainer, None)
+        self._module_hook, self._saved = _nothing, {}
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -219,27 +238,5 @@ class ExactResume(pl.Callback):
         self._effective_seed = state_dict["seed"]
 
 
-class HooksBeforeSaving(pl.Callback):
-    """Lets the module's hooks run before checkpoints are written, and not behind them.
-
-    Lightning calls the hooks of callbacks first, and on a resume those of the module that followed
-    a save not at all: what they had done for that batch or that validation would be lost.
-    """
-
-    @override
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        _compat_resume.call_module_hook_early(
-            trainer, "on_train_batch_end", outputs, batch, batch_idx
-        )
-
-    @override
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.sanity_checking:
-            _compat_resume.call_module_hook_early(trainer, "on_validation_end")
+def _nothing() -> None:
+    """No hook waits."""

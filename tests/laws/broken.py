@@ -35,15 +35,14 @@ class ForgetfulCallback(pl.Callback):
                 parameter.grad /= self.count
 
 
-class OwnGenerator(HandWritten):
-    """Draws from a generator that is not reseeded with the position, nor saved."""
+GENERATOR = torch.Generator().manual_seed(0)
 
-    def __init__(self, optimizer: OptimizerCallable, dropout: float = 0.0) -> None:
-        super().__init__(optimizer, dropout)
-        self.generator = torch.Generator().manual_seed(0)
+
+class OwnGenerator(HandWritten):
+    """Draws from a generator outside of it, not reseeded with the position, nor saved."""
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        return super().loss(batch) * torch.rand((), generator=self.generator)
+        return super().loss(batch) * torch.rand((), generator=GENERATOR)
 
 
 class OrdinaryLoader(TextDataModule):

@@ -166,6 +166,39 @@ def test_unregistered_parameters_keep_their_waiting_gradients(tmp_path: Path) ->
     resumes(Fit(tmp_path, Collects, every_batch, trainer=trainer), 2)
 
 
+class Averages(Plain):
+    """Its average begins as the weights, which are those of the save on a resume."""
+
+    losses: list[float] = []  # of the class  # noqa: RUF012
+
+    def __init__(self, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        super().__init__()
+        self.built = [p.detach().clone() for p in self.parameters()]
+        self.losses.clear()
+
+    def on_fit_start(self) -> None:
+        self.average = [p.detach().clone() for p in self.parameters()]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = self.loss(batch)
+        self.losses.append(float(loss))
+        distance = 0.0
+        for mean, slow, parameter in zip(self.average, self.built, self.parameters(), strict=True):
+            for each in (mean, slow):
+                each.lerp_(parameter.detach(), 0.1)
+                distance += (parameter - each).square().sum()
+        return loss + distance + len(self.losses) * loss
+
+
+def test_what_began_as_weights_goes_on(tmp_path: Path) -> None:
+    fit = Fit(tmp_path, Averages)
+    whole = fit.run()
+    with warnings_are_errors():
+        resumed = fit.run("other", ckpt_path=fit.checkpoint(8), module=lambda: Averages(5))
+    assert later(resumed, 8) == later(whole, 8)
+
+
 class Inner(nn.Module):
     """A layer with a temperature of its own."""
 
@@ -237,7 +270,7 @@ class AtTheEnd(WithValidation):
         self.epoch_losses.clear()
 
 
-@pytest.mark.parametrize("savers", [model_checkpoint, async_checkpoint])
+@pytest.mark.parametrize("savers", [model_checkpoint, async_checkpoint, every_batch])
 def test_what_the_modules_own_hooks_do_at_the_end_of_a_batch_is_saved(
     tmp_path: Path, savers: Any
 ) -> None:
