@@ -24,6 +24,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.combined_loader import _shutdown_workers_and_reset_iterator
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
@@ -134,6 +135,21 @@ def training_modes(trainer: pl.Trainer) -> dict[str, bool]:
     if trainer.validating:
         return dict(trainer.fit_loop.epoch_loop.val_loop._module_mode.mode)
     return {name: part.training for name, part in trainer.lightning_module.named_modules()}
+
+
+def sync_of_buffers(trainer: pl.Trainer, now: bool | None = None) -> bool:
+    """Whether DDP's next forward takes rank zero's buffers; the one after a batch without does not.
+
+    Args:
+        trainer: Who trains.
+        now: What it is to do.
+    """
+    model = trainer.strategy.model
+    if not isinstance(model, DistributedDataParallel):
+        return True
+    if now is not None:
+        model.require_forward_param_sync = now
+    return model.require_forward_param_sync
 
 
 def averaging_in_checkpoint(trainer: pl.Trainer) -> list[StochasticWeightAveraging]:

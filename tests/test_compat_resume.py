@@ -16,6 +16,7 @@ from torchmetrics import MeanMetric
 
 from lightning_align import _compat_resume
 from tests.helpers.foreign import Resumable, Stranger
+from tests.helpers.ranks import ForkedRanks, run_ranks
 
 
 class At(pl.Callback):
@@ -219,6 +220,17 @@ def test_training_modes_are_told_during_a_validation_too() -> None:
     found, _ = watched(_compat_resume.training_modes, Rests())
     assert found[0] == modes[0]
     assert [name for name, training in found[0].items() if not training] == ["body.2"]
+
+
+def test_sync_of_buffers_is_ddps_and_off_after_a_batch_without() -> None:
+    def on(rank: int) -> list[bool]:
+        options = {"devices": 2, "strategy": "ddp", "plugins": [ForkedRanks(rank, 2)]}
+        options |= {"accumulate_grad_batches": 2, "limit_val_batches": 0}
+        found, trainer = watched(_compat_resume.sync_of_buffers, **options)
+        return [*found, _compat_resume.sync_of_buffers(trainer, True)]
+
+    assert run_ranks(on)[0][:2] == [False, True]
+    assert all(watched(_compat_resume.sync_of_buffers)[0])
 
 
 def test_averaging_of_a_checkpoint_goes_on_without_new_learning_rates() -> None:

@@ -28,6 +28,7 @@ from torch import nn
 from lightning_align import _compat_resume
 from lightning_align._errors import argument_error
 from lightning_align.run.plain import Encoder, LostError, Rebuilder, UnknownTypeError
+from lightning_align.run.replicas import replica
 
 _ABSENT = ("absent",)  # what an attribute is that is not there
 _FILLED = (list, dict, set, deque, np.ndarray, torch.Tensor, torch.Generator, random.Random)
@@ -101,7 +102,13 @@ class Attributes:
         }
         if self._trainer.world_size == 1:
             return [changed]
-        return _of_every_rank(self._trainer, changed, now)
+        # Rank zero's are Lightning's; replicas of BatchNorm have statistics of their own.
+        buffers = dict(_buffers(self._module, persistent=True))
+        if replica(self._trainer)[0] == 1:
+            buffers.clear()
+        plain = {name: encoder.plain_tensor(value) for name, value in buffers.items()}
+        changed |= {name: (self._outlines(name), value) for name, value in plain.items()}
+        return _of_every_rank(self._trainer, changed, now | _marks(plain), unless_same=set(plain))
 
     def _outlines(self, name: str) -> list[str]:
         """How an attribute was when the fit and when training began."""
@@ -140,6 +147,10 @@ class Attributes:
         owner = dict(self._module.named_modules()).get(path)
         if owner is None:
             return  # a submodule of that run only; Lightning has compared the parameters
+        if attribute in owner._buffers:
+            if value[0] == "tensor":
+                self._fill(owner._buffers[attribute], value[1])
+            return
         if value == _ABSENT:
             owner.__dict__.pop(attribute, None)
             return
@@ -158,9 +169,17 @@ class Attributes:
                 type(self._module).__name__, name, "checkpoint", rule, way_out
             ) from None
 
+    def _fill(self, buffer: Any, value: torch.Tensor) -> None:
+        if buffer.shape == value.shape:
+            buffer.data.copy_(value)  # DDP holds the tensor itself
+        else:
+            buffer.data = value.to(self._module.device, copy=True)
+
     def _encoded(self) -> tuple[dict[str, Any], Encoder]:
         encoder = Encoder(_elsewhere(self._trainer, self._module))
         encoded = {name: encoder.encode(value, name) for name, value in _attributes(self._module)}
+        for name, value in _buffers(self._module, persistent=False):
+            encoded[name] = encoder.plain_tensor(value)
         return encoded, encoder
 
     def _name_what_is_lost(self, encoder: Encoder) -> None:
@@ -185,6 +204,15 @@ def _attributes(module: pl.LightningModule) -> Iterator[tuple[str, Any]]:
         known = _compat_resume.own_attributes(submodule)
         for name, value in {**_of_class(type(submodule)), **vars(submodule)}.items():
             if name not in known:
+                yield (f"{path}.{name}" if path else name), value
+
+
+def _buffers(module: pl.LightningModule, *, persistent: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """Buffers that are in the ``state_dict``, or those that are not."""
+    for path, submodule in module.named_modules():
+        for name, value in submodule._buffers.items():
+            plain = type(value) is torch.Tensor and value.layout == torch.strided
+            if plain and (name not in submodule._non_persistent_buffers_set) is persistent:
                 yield (f"{path}.{name}" if path else name), value
 
 
@@ -269,8 +297,10 @@ def _pickled(value: Any) -> bytes | None:
     return hashlib.blake2b(buffer.getbuffer(), digest_size=16).digest()
 
 
-def _of_every_rank(trainer: pl.Trainer, changed: Changed, now: Marks) -> list[Changed]:
-    """Values of all ranks; only those that differ are sent."""
+def _of_every_rank(
+    trainer: pl.Trainer, changed: Changed, now: Marks, *, unless_same: set[str]
+) -> list[Changed]:
+    """Values of all ranks; only those that differ are sent, and some are left out otherwise."""
     absent = _mark(_ABSENT)
     mine = {name: (began, *now.get(name, absent)) for name, (began, _) in changed.items()}
     marks: list[Any] = [None] * trainer.world_size
@@ -280,7 +310,8 @@ def _of_every_rank(trainer: pl.Trainer, changed: Changed, now: Marks) -> list[Ch
     if any(other.keys() != same for other in marks):
         own = {name: value for name, value in changed.items() if name not in same}
         torch.distributed.all_gather_object(gathered, own)
-    return [{**{name: changed[name] for name in sorted(same)}, **own} for own in gathered]
+    shared = {name: changed[name] for name in sorted(same - unless_same)}
+    return [{**shared, **own} for own in gathered]
 
 
 def _common(saved: list[Changed], world_size: int) -> Changed:

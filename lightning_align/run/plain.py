@@ -95,7 +95,7 @@ class Encoder:
 
     def _structure(self, value: Any, path: str) -> Any:
         if isinstance(value, Tensor):
-            return self._tensor(value)
+            return self.plain_tensor(value)
         if isinstance(value, (np.ndarray, np.generic)):
             return self._array(value)
         if isinstance(value, enum.Enum):
@@ -113,7 +113,15 @@ class Encoder:
         items = [(name, self.encode(item, f"{path}.{name}")) for name, item in fields.items()]
         return ("object", _name(type(value)), items)
 
-    def _tensor(self, value: Tensor) -> Any:
+    def plain_tensor(self, value: Tensor) -> Any:
+        """Plain form of a tensor, even one that is a link.
+
+        Args:
+            value: The tensor.
+
+        Raises:
+            TypeError: If it is of a subclass of torch's, or not strided.
+        """
         if type(value) not in (Tensor, nn.Parameter) or value.layout != torch.strided:
             raise TypeError("no plain tensor")
         if value.is_meta:

@@ -29,6 +29,7 @@ def settings_in_force(trainer: pl.Trainer, module: pl.LightningModule) -> Settin
         **{name: getattr(trainer, name) for name in _OF_TRAINER},
         "frozen": [name for name, p in module.named_parameters() if not p.requires_grad],
         "eval": [name for name, training in modes.items() if not training],
+        "sync_of_buffers": _compat_resume.sync_of_buffers(trainer),
     }
 
 
@@ -77,6 +78,7 @@ def restore_settings(
             rule,
             "Freeze what that run froze, or resume from a checkpoint written at an optimizer step",
         )
+    _compat_resume.sync_of_buffers(trainer, then["sync_of_buffers"])
     for name, part in module.named_modules():
         if (name in start["eval"]) == (name in before["eval"]):
             part.training = name not in then["eval"]

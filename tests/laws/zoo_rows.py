@@ -102,31 +102,6 @@ ZOO = [
 
 # Column -> members whose verdict does not hold yet
 PENDING: dict[str, set[str]] = {
-    "resumes in one process": {
-        "GradientAccumulationScheduler",
-        "LSTM state in an attribute",
-        "count in on_train_batch_end",
-        "counter in an attribute",
-        "factor drawn as an epoch begins",
-        "list in training",
-        "manual optimization",
-        "metric object in validation",
-        "moving average in a dict",
-        "thawed in the second epoch",
-    },
-    "resumes under DDP": {
-        "GradientAccumulationScheduler",
-        "LSTM state in an attribute",
-        "buffer written in the step",
-        "count in on_train_batch_end",
-        "counter in an attribute",
-        "factor drawn as an epoch begins",
-        "list in training",
-        "manual optimization",
-        "metric object in validation",
-        "moving average in a dict",
-        "thawed in the second epoch",
-    },
     "pipeline": {
         "BatchNorm",
         "Hugging Face, labels= with gaps",
@@ -135,13 +110,5 @@ PENDING: dict[str, set[str]] = {
         "moving average in a dict",
         "spectral norm",
     },
-    "resumes under the pipeline": {
-        "GradientAccumulationScheduler",
-        "Hugging Face, labels= with gaps",
-        "count in on_train_batch_end",
-        "factor drawn as an epoch begins",
-        "list in training",
-        "metric object in validation",
-        "thawed in the second epoch",
-    },
+    "resumes under the pipeline": {"Hugging Face, labels= with gaps"},
 }

@@ -411,3 +411,40 @@ def test_what_a_validated_checkpoint_holds_is_not_put_into_a_fit(tmp_path: Path)
     module.load_state_dict(state)
     again.fit(module)
     assert weights_hash(module) == whole[-1]
+
+
+class Buffers(WithValidation):
+    """A buffer that no state_dict holds, and BatchNorm, whose statistics are each rank's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body.insert(1, nn.BatchNorm1d(8))
+        self.register_buffer("hidden", torch.zeros(2), persistent=False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = self.loss(batch)
+        self.hidden += loss.detach()
+        return loss * self.hidden.sum()
+
+
+@pytest.mark.parametrize("savers", [model_checkpoint, async_checkpoint])
+def test_buffers_outside_of_the_state_dict_go_on(tmp_path: Path, savers: Any) -> None:
+    resumes(Fit(tmp_path, Buffers, savers), 8)
+
+
+def test_buffers_of_each_rank_go_on(tmp_path: Path) -> None:
+    def on(rank: int) -> None:
+        ranks = {"devices": 2, "strategy": "ddp", "plugins": [ForkedRanks(rank, 2)]}
+        trainer = {**ranks, "val_check_interval": 1, "num_sanity_val_steps": 0}
+        resumes(Fit(tmp_path, Buffers, after_validation, trainer=trainer), 2, 4)
+
+    run_ranks(on)
+
+
+def test_buffers_of_each_rank_go_on_in_an_open_window(tmp_path: Path) -> None:
+    def on(rank: int) -> None:
+        ranks = {"devices": 2, "strategy": "ddp", "plugins": [ForkedRanks(rank, 2)]}
+        trainer = {**ranks, "accumulate_grad_batches": 3}
+        resumes(Fit(tmp_path, Buffers, every_batch, trainer=trainer), 1, 2)
+
+    run_ranks(on)
