@@ -21,7 +21,7 @@ ifeq ($(GPU)$(filter Darwin,$(shell uname -s)),)
 TORCH := $(TORCH)+cpu
 endif
 
-.PHONY: setup demo test test-peer test-laws test-all composition check lint format imports types docstrings docs bench clean
+.PHONY: setup demo test test-kernels test-peer test-laws test-all composition check lint format imports types docstrings docs bench clean
 
 setup: $(STAMP)
 
@@ -52,6 +52,12 @@ test: $(STAMP)
 ifeq ($(ARGS),)
 	$(BIN)/pytest --markdown-docs --markdown-docs-syntax=superfences README.md docs/*.md
 endif
+
+# The arithmetic once more, with the kernels of older processors; `make test` takes the machine's own.
+MATHS := tests/losses tests/optimizers tests/pipelining tests/test_layers.py tests/test_schedules.py
+test-kernels: $(STAMP)
+	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/pytest -m "not gpu" $(MATHS) $(ARGS)
+	ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/pytest -m "not gpu" $(MATHS) $(ARGS)
 
 test-peer: $(STAMP)
 	$(BIN)/pytest -m peer $(ARGS)

@@ -119,7 +119,7 @@ def test_the_exported_folder_is_that_of_the_checkpoint_and_of_one_process(
     train(Run(model, None, sgd, steps=4), None, SavePretrained(str(alone)))
     theirs = AutoModelForCausalLM.from_pretrained(alone)
     for name, value in exported.state_dict().items():
-        torch.testing.assert_close(value, theirs.state_dict()[name], rtol=0, atol=1e-6)
+        torch.testing.assert_close(value, theirs.state_dict()[name], rtol=2e-5, atol=2e-6)
 
 
 def test_a_run_with_nothing_left_to_train_exports_what_it_was_given(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_sequential_is_found_with_what_the_step_calls_it_with() -> None:
     theirs, _ = fit_sequential(None, GPIPE)
     strategy = {**ONE_F_ONE_B, "partition_method": [2, 1]}
     (ours, _), _ = run_ranks(lambda rank: fit_sequential(rank, strategy))
-    assert ours == pytest.approx(theirs, abs=1e-6)
+    assert ours == pytest.approx(theirs, rel=2e-5)
 
 
 def test_finding_shapes_leaves_no_trace_in_batch_norm() -> None:
@@ -110,7 +110,7 @@ def test_validate_test_and_predict_without_fit() -> None:
     ours = run_ranks(evaluate)
     assert ours[0] == ours[1]
     assert ours[0][1] == theirs[1]
-    assert ours[0][0] == pytest.approx(theirs[0], abs=1e-6)
+    assert ours[0][0] == pytest.approx(theirs[0], rel=2e-5)
 
 
 @pytest.mark.parametrize("schedule", [ONE_F_ONE_B, INTERLEAVED], ids=lambda s: s["schedule"])
@@ -306,7 +306,7 @@ def test_schedule_csv_runs_in_place_of_the_schedule(tmp_path: Path) -> None:
     run = replace(RUN, strategy={"num_microbatches": 4, "schedule_csv": str(path)})
     ours = pipeline(run)[0]
     assert ours["schedule"] == "csv"
-    assert ours["losses"] == pytest.approx(one_process(run)["losses"], abs=1e-6)
+    assert ours["losses"] == pytest.approx(one_process(run)["losses"], rel=2e-5)
 
 
 def test_one_rank_gives_the_bits_of_no_pipeline() -> None:
