@@ -38,6 +38,15 @@ from lightning_align.run.replicas import is_spread, replica, total_grad_norm
 Sums = dict[str, tuple[Tensor, Tensor]]
 
 
+class Clock:
+    """When the present step began, by this process's clock: no state of a run."""
+
+    step_began: float | None = None
+
+    def __getstate__(self) -> dict[str, float]:
+        return {}
+
+
 class CausalLMModule(pl.LightningModule, ABC):
     """Common base of the objectives; a subclass says what a batch's summed loss is.
 
@@ -98,7 +107,7 @@ class CausalLMModule(pl.LightningModule, ABC):
         # strategy that runs steps on one rank only tells both sums to the others.
         self.accumulated: dict[str, Tensor] = {}
         self.evaluated: dict[str, Tensor] = {}
-        self._window_start: float | None = None
+        self._clock = Clock()
         self._saved_groups: list[dict[str, Any]] | None = None
 
     def _save_plain_hyperparameters(
@@ -211,15 +220,15 @@ class CausalLMModule(pl.LightningModule, ABC):
         values["lr"] = torch.tensor(float(optimizer.param_groups[0]["lr"]), device=self.device)
         values["tokens_seen"] = self._tokens_seen.float()
         now = time.perf_counter()
-        if self._window_start is not None:
-            values["tokens_per_second"] = tokens / (now - self._window_start)
+        if self._clock.step_began is not None:
+            values["tokens_per_second"] = tokens / (now - self._clock.step_began)
         for name, value in values.items():
             log_step_value(self, name, value, prog_bar=name in ("train_loss", "tokens_per_second"))
-        self._window_start = now
+        self._clock.step_began = now
 
     @override
     def on_train_epoch_start(self) -> None:
-        self._window_start = None
+        self._clock.step_began = None
 
     @override
     def on_validation_epoch_start(self) -> None:
@@ -228,7 +237,7 @@ class CausalLMModule(pl.LightningModule, ABC):
     @override
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("val_")
-        self._window_start = None  # a step's throughput does not count the validation before it
+        self._clock.step_began = None  # a step's throughput does not count the validation before it
 
     @override
     def on_test_epoch_start(self) -> None:

@@ -97,6 +97,15 @@ def test_resume_in_mid_accumulation_keeps_the_gradients(tmp_path: Path, module: 
         assert resumed_digest == digest
 
 
+def test_of_our_module_no_attribute_of_this_process_is_saved(tmp_path: Path) -> None:
+    """A clock's reading means nothing to another process."""
+    run = Run(str(tmp_path), module="gpt2", checkpoint=EVERY_STEP, max_epochs=1)
+    run.fit()
+    for path in checkpoints(run.folder):
+        (attributes,) = torch.load(path, weights_only=True)["lightning_align.attributes"]
+        assert attributes.keys() == {"_tokens_seen"}
+
+
 def test_loader_started_before_the_restore_is_started_again(tmp_path: Path) -> None:
     """configure_optimizers may read trainer.estimated_stepping_batches, which starts the
     workers."""
