@@ -199,8 +199,6 @@ class AsyncCheckpoint(ModelCheckpoint):
             self._trainer, self.run_id = ref(trainer), uuid.uuid4().hex
             self._retention = self._new_retention()
             self._publish()
-        elif trainer.ckpt_path is not None:
-            self._retention = self._new_retention()
         ours = (each for each in trainer.checkpoint_callbacks if isinstance(each, AsyncCheckpoint))
         self.run_id = next(ours, self).run_id  # set up before this one, if it is another
 

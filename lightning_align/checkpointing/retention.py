@@ -131,7 +131,7 @@ class Retention:
             steps: Their names and steps.
         """
         with self._lock:
-            self._abandoned.update(steps)
+            self._abandoned = dict(steps)
             for name in steps:
                 self._stored.pop(name, None)
                 self._ranked.pop(name, None)

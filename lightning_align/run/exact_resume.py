@@ -16,7 +16,13 @@ from lightning_align._errors import argument_error
 from lightning_align.run.attributes import Attributes
 from lightning_align.run.epoch_means import capture_means, restore_means
 from lightning_align.run.loader import PositionedLoader
-from lightning_align.run.position import Place, batches_consumed, close_epoch, next_place
+from lightning_align.run.position import (
+    Place,
+    batches_consumed,
+    begin_interrupted_epoch_anew,
+    close_epoch,
+    next_place,
+)
 from lightning_align.run.replicas import replica
 from lightning_align.run.rng import reseed
 from lightning_align.run.settings import restore_settings, resume_averaging, settings_in_force
@@ -124,7 +130,9 @@ class ExactResume(pl.Callback):
             pending or (self._resumed and loaders.started != self._resumed)
         ):
             restart_train_iteration(trainer)
-        if self._resumed and self._resumed.batch == 0:
+        if self._resumed is None:
+            begin_interrupted_epoch_anew(trainer)
+        elif self._resumed.batch == 0:
             _compat_resume.begin_epoch(trainer)
         self._resumed = None
         # Reading trainer.estimated_stepping_batches in configure_optimizers starts the loader

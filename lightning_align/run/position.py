@@ -25,6 +25,20 @@ def batches_consumed(trainer: pl.Trainer) -> int:
     return int(total.processed)
 
 
+def begin_interrupted_epoch_anew(trainer: pl.Trainer) -> None:
+    """Forget an epoch that an exception ended in an earlier ``fit`` of this Trainer.
+
+    Lightning begins it anew, but counts it as one more that was started: no later epoch would ever
+    look closed, neither to what saves at its end nor to whoever resumes from there.
+    """
+    for counters in (
+        trainer.fit_loop.epoch_progress.total,
+        trainer.fit_loop.epoch_progress.current,
+    ):
+        counts: Any = counters
+        counts.ready = counts.started = counts.processed
+
+
 def next_place(fit_loop: Mapping[str, Any]) -> Place:
     """Where a run goes on that is resumed from a checkpoint.
 

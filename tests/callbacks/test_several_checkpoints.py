@@ -1,5 +1,6 @@
 """More than one checkpoint callback in a Trainer: one run, and a folder for each."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_align import AsyncCheckpoint
-from tests.callbacks.test_async_checkpoint import fit, names
+from tests.callbacks.test_async_checkpoint import fit, names, trainer
+from tests.helpers.foreign import Stranger
 from tests.helpers.ranks import ForkedRanks, run_ranks
 
 
@@ -98,15 +100,52 @@ def test_a_callback_in_another_trainer_is_another_run(tmp_path: Path) -> None:
     assert made.global_step == 12
 
 
-def test_a_second_fit_of_a_trainer_goes_on_with_what_is_kept(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"monitor": "loss", "mode": "max", "save_top_k": 2}
-    theirs = ModelCheckpoint(tmp_path / "theirs", filename="{step}", **options)
-    ours = AsyncCheckpoint(tmp_path / "ours", filename="{step}", **options)
-    made = fit(theirs, ours, folder=tmp_path, max_epochs=3)
-    made.fit_loop.max_epochs = 5
-    made.fit(made.lightning_module)
-    kept = {path.stem for path in (tmp_path / "theirs").glob("*.ckpt")}
-    assert names(tmp_path / "ours") == kept
-    assert set(map(float, ours.best_k_models.values())) == set(
-        map(float, theirs.best_k_models.values())
+@pytest.mark.parametrize("resumes", [False, True])
+def test_a_second_fit_of_a_trainer_goes_on_with_what_is_kept(tmp_path: Path, resumes: bool) -> None:
+    options: dict[str, Any] = {"monitor": "loss", "mode": "max", "every_n_train_steps": 1}
+    theirs, ours = (
+        kind(tmp_path / kind.__name__, filename="{step}", save_top_k=2, **options)
+        for kind in (ModelCheckpoint, AsyncCheckpoint)
+    )
+    made = fit(theirs, ours, folder=tmp_path, max_epochs=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made.fit_loop.max_epochs = 2
+        made.fit(made.lightning_module, ckpt_path=ours.last_model_path if resumes else None)
+        made.fit_loop.max_epochs = 4
+        made.fit(made.lightning_module)
+    assert made.global_step == 24
+    kept = {path.stem for path in (tmp_path / "ModelCheckpoint").glob("*.ckpt")}
+    resumed_from = {"step=6"} if resumes else set()  # stays as long as the run lasts
+    assert names(tmp_path / "AsyncCheckpoint") == kept | resumed_from
+    assert {Path(path).stem for path in ours.best_k_models} == {
+        Path(path).stem for path in theirs.best_k_models
+    }
+
+
+class RaiseOnce(pl.Callback):
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step == 4 and not hasattr(self, "raised"):
+            self.raised = True
+            raise ArithmeticError
+
+
+@pytest.mark.parametrize("source", ["step=5", "step=10", "step=13"])
+def test_a_fit_after_an_exception_saves_and_resumes_as_any(tmp_path: Path, source: str) -> None:
+    """The epoch begins anew, at step 4: its end is step 10, that of the next one step 16."""
+    callback = AsyncCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    made = trainer(RaiseOnce(), callback, folder=tmp_path)
+    pl.seed_everything(5, verbose=False)
+    module = Stranger()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ArithmeticError):
+            made.fit(module)
+        made.fit(module)
+    assert names(tmp_path) == {f"step={step}" for step in range(1, 17) if step != 4}
+    path = str(tmp_path / f"{source}.ckpt")
+    resumed = fit(AsyncCheckpoint(tmp_path), folder=tmp_path, ckpt_path=path)
+    assert resumed.global_step == 16
+    assert all(
+        torch.equal(ours, module.state_dict()[name]) for name, ours in weights(resumed).items()
     )

@@ -3,7 +3,13 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 
-from lightning_align.run.position import Place, batches_consumed, close_epoch, next_place
+from lightning_align.run.position import (
+    Place,
+    batches_consumed,
+    begin_interrupted_epoch_anew,
+    close_epoch,
+    next_place,
+)
 from tests.helpers.resume import HandWritten, SequenceData
 
 
@@ -21,6 +27,17 @@ class Positions(pl.Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, *args: Any) -> None:
         self.seen["validation"].append(batches_consumed(trainer))
+
+
+def test_an_interrupted_epoch_is_not_counted_as_one_that_is_open() -> None:
+    trainer = pl.Trainer(logger=False, enable_checkpointing=False)
+    counters = trainer.fit_loop.epoch_progress
+    for each in (counters.total, counters.current):
+        each.ready = each.started = 3
+        each.processed = each.completed = 2
+    begin_interrupted_epoch_anew(trainer)
+    for each in (counters.total, counters.current):
+        assert (each.ready, each.started, each.processed, each.completed) == (2, 2, 2, 2)
 
 
 def test_counts_completed_batches_over_epochs_whatever_validation_does() -> None:
