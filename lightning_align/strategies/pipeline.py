@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -47,7 +48,7 @@ from lightning_align.strategies.runtime import Runtime
 from lightning_align.strategies.stage_checkpoints import StageCheckpoints
 from lightning_align.strategies.stage_parameters import StageParameters, move_here
 from lightning_align.strategies.steps import PipelineSteps
-from lightning_align.strategies.whole_values import WholeValues, as_it_is_here
+from lightning_align.strategies.whole_values import WholeValues
 
 _CHECKED_BATCHES = 3  # of each loop, that all ranks have the same
 
@@ -215,9 +216,6 @@ class PipelineStrategy(StageCheckpoints):
         )
         self._steps = PipelineSteps(chain, runtime)
         self._undo = [keep_metrics_here(module)]
-        if self._num_stages > 1:
-            values = WholeValues(module, self._parameters.ranks, group, self.root_device)
-            self._undo.append(values.wrap([module, *trainer.callbacks]))  # type: ignore[attr-defined]
         self._checked.clear()
         if trainer.state.fn == TrainerFn.FITTING:
             rehearse(trainer, self._steps, self.num_microbatches, self._count_for)
@@ -231,6 +229,8 @@ class PipelineStrategy(StageCheckpoints):
         agree_on_overflow(self.precision_plugin, group)
         # Lightning clips by the norm of what a rank holds.
         vars(self.precision_plugin)["clip_grad_by_norm"] = self._clip_by_norm
+        if self._num_stages > 1:
+            self._see_whole_values(trainer, module, group)
 
     @contextmanager
     @override
@@ -408,14 +408,26 @@ class PipelineStrategy(StageCheckpoints):
     def total_grad_norm(self) -> Tensor:
         """Norm of the gradients of all stages; collective."""
         assert self._parameters is not None
-        with as_it_is_here():
-            return self._parameters.total_norm()
+        return self._parameters.total_norm()
 
     def _clip_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         assert self._parameters is not None
-        with as_it_is_here():
-            parameters = self.precision_plugin.main_params(optimizer)
-            self._parameters.clip_by_norm(parameters, clip_val)
+        parameters = self.precision_plugin.main_params(optimizer)
+        self._parameters.clip_by_norm(parameters, clip_val)
+
+    def _see_whole_values(self, trainer: Any, module: pl.LightningModule, group: Any) -> None:
+        """Let the user's hooks find gradients and weights of all stages."""
+        assert self._parameters is not None
+        values = WholeValues(module, self._parameters.ranks, group, self.root_device)
+        self._undo.append(values.wrap([module, *trainer.callbacks]))
+        outside = [
+            (trainer, "save_checkpoint"),
+            (self, "total_grad_norm"),
+            (self.precision_plugin, "clip_grad_by_norm"),
+        ]
+        for owner, name in outside:
+            vars(owner)[name] = values.outside(getattr(owner, name))
+            self._undo.append(partial(vars(owner).pop, name, None))
 
     # Collectives
 

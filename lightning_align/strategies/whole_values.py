@@ -9,8 +9,8 @@ those of one process, on every rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import wraps
 from typing import Any
@@ -94,6 +94,28 @@ class WholeValues(TorchFunctionMode):
 
         return undo
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what knows that this rank has a part of the model only, such as a checkpoint."""
+        lent, self._lent = self._lent, []
+        for parameter in lent:
+            parameter.grad = None
+        try:
+            with torch._C.DisableTorchFunction():
+                yield
+        finally:
+            self._lend(lent)
+
+    def outside(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, run outside of here."""
+
+        @wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self.paused():
+                return function(*args, **kwargs)
+
+        return run
+
     def _inside(self, hook: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(hook)
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -169,10 +191,16 @@ class WholeValues(TorchFunctionMode):
         has = torch.tensor([not p.is_meta and p.grad is not None for _, p in named])
         has = has.int().to(self._device)
         self._collective(lambda: distributed.all_reduce(has, group=self._group))
-        for (_, parameter), count in zip(named, has.tolist(), strict=True):
-            if parameter.is_meta and count and parameter.grad is None:
+        everywhere = zip(named, has.tolist(), strict=True)
+        self._lend([p for (_, p), count in everywhere if p.is_meta and count])
+
+    def _lend(self, parameters: Iterable[Tensor]) -> None:
+        for parameter in parameters:
+            if parameter.grad is None:
                 parameter.grad = torch.empty_like(parameter.detach().as_subclass(Tensor))
                 self._lent.append(parameter)
+                if self._depth:
+                    self._follow(_plain_grad(parameter), self._owners[id(parameter)][1])
 
     # What is computed of it.
 
@@ -264,9 +292,3 @@ def _on_meta(values: Any) -> Any:
     if isinstance(values, (list, tuple)):
         return type(values)(_on_meta(value) for value in values)
     return values
-
-
-def as_it_is_here() -> AbstractContextManager[Any]:
-    """Context in which this rank computes with its own values again, inside of ``WholeValues``."""
-    without: AbstractContextManager[Any] = torch._C.DisableTorchFunction()
-    return without
