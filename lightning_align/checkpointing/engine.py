@@ -8,7 +8,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from lightning_align._errors import argument_error
@@ -19,8 +19,8 @@ from lightning_align.checkpointing.latest import committed_checkpoints, load_che
 from lightning_align.checkpointing.lineage import Lineage
 from lightning_align.checkpointing.lock import FolderLock
 from lightning_align.checkpointing.manifest import DATA, LINEAGE, Manifest, newest_first
+from lightning_align.checkpointing.pool import Snapshot, SnapshotPool
 from lightning_align.checkpointing.results import Commit, SaveError, SaveResult
-from lightning_align.checkpointing.snapshot import HostBuffer
 from lightning_align.checkpointing.writer import Writer
 
 Backpressure = Literal["wait", "skip", "latest"]
@@ -28,19 +28,6 @@ _POLICIES = ("wait", "skip", "latest")
 _REMOTE_ATTEMPTS = 3
 _RETRY_S = 1.0
 _EXIT_TIMEOUT_S = 60.0
-
-
-@dataclass(eq=False)
-class _Snapshot:
-    """A buffer and what is in it."""
-
-    buffer: HostBuffer = field(default_factory=HostBuffer)
-    structure: Any = None
-    name: str = ""
-    step: int = -1
-    metadata: dict[str, Any] = field(default_factory=dict)
-    number: int = -1  # of the save; -1: nothing whole in it
-    pending: bool = False  # queued or being written
 
 
 class SnapshotEngine:
@@ -90,8 +77,8 @@ class SnapshotEngine:
         self._on_commit = on_commit
         self._wait_timeout_s = wait_timeout_s
         # The latest of those that wait must not take the place of the one being written.
-        self._limit = max(keep_last, 2) if backpressure == "latest" and persist else keep_last
-        self._snapshots: list[_Snapshot] = []
+        limit = max(keep_last, 2) if backpressure == "latest" and persist else keep_last
+        self._pool = SnapshotPool(limit)
         self._saves = 0
         self._committed: dict[str, Manifest] = {}
         self._lineage = Lineage([])
@@ -231,7 +218,7 @@ class SnapshotEngine:
         Raises:
             ValueError: If none of that step is held.
         """
-        for snapshot in self._held():
+        for snapshot in self._pool.newest(self.keep_last):
             if snapshot.step == step:
                 return thaw(snapshot.structure, snapshot.buffer)
         rule = f"steps in memory: {self.steps or 'none'}"
@@ -240,7 +227,7 @@ class SnapshotEngine:
     @property
     def steps(self) -> list[int]:
         """Steps of the snapshots in memory, the newest first."""
-        return [snapshot.step for snapshot in self._held()]
+        return [snapshot.step for snapshot in self._pool.newest(self.keep_last)]
 
     @property
     def committed(self) -> list[Manifest]:
@@ -287,7 +274,7 @@ class SnapshotEngine:
 
     # What the background thread calls.
 
-    def _write(self, snapshot: _Snapshot) -> None:
+    def _write(self, snapshot: Snapshot) -> None:
         self._lock.ensure()
         start = time.perf_counter()
         manifest = self._commit(snapshot)
@@ -307,7 +294,7 @@ class SnapshotEngine:
         except Exception as error:
             self._failed(manifest.name, manifest.step, "on_commit raised", error)
 
-    def _commit(self, snapshot: _Snapshot) -> Manifest:
+    def _commit(self, snapshot: Snapshot) -> Manifest:
         name, step = snapshot.name, snapshot.step
         metadata = {**snapshot.metadata, LINEAGE: self._lineage.next(self._committed)}
         attempt = 0
@@ -346,34 +333,23 @@ class SnapshotEngine:
     # Small questions.
 
     def _check_name(self, name: str) -> None:
-        where, taken = (
-            "SnapshotEngine.save",
-            {each.name for each in self._snapshots if each.pending},
-        )
+        where, taken = "SnapshotEngine.save", self._pool.pending | self._foreign
         if not name or "/" in name or os.sep in name or name.startswith(".") or name.endswith(DATA):
             rule = "must be a file name, without folder and extension"
             raise argument_error(where, "name", name, rule)
-        if name in self._committed or name in taken or name in self._foreign:
+        if name in self._committed or name in taken:
             rule = f"{self.folder} has a checkpoint of that name, and none is ever overwritten"
             raise argument_error(where, "name", name, rule, f"Use another one, such as '{name}-v1'")
 
-    def _free_snapshot(self) -> _Snapshot | None:
-        """A buffer to copy into: a new one while there may be more, else the oldest written one."""
-        if len(self._snapshots) < self._limit:
-            self._snapshots.append(_Snapshot())
-            return self._snapshots[-1]
+    def _free_snapshot(self) -> Snapshot | None:
+        """A buffer to copy into, waited for where that is the policy."""
         if self.backpressure == "wait" and not self._writer.wait(
-            lambda: any(not each.pending for each in self._snapshots), self._wait_timeout_s
+            self._pool.has_room, self._wait_timeout_s
         ):
             waited = f"earlier saves were not written within {self._wait_timeout_s} s"
             self._failed("", -1, "A save was skipped", TimeoutError(waited))
             self._report()
-        free = [each for each in self._snapshots if not each.pending]
-        return min(free, key=lambda each: each.number, default=None)
-
-    def _held(self) -> list[_Snapshot]:
-        whole = [snapshot for snapshot in self._snapshots if snapshot.number >= 0]
-        return sorted(whole, key=lambda each: each.number, reverse=True)[: self.keep_last]
+        return self._pool.take()
 
     def _report(self) -> None:
         errors, self._unreported = self._unreported, []
@@ -412,7 +388,7 @@ class _Write:
     """Job: write a snapshot."""
 
     engine: SnapshotEngine
-    snapshot: _Snapshot
+    snapshot: Snapshot
 
     @property
     def name(self) -> str:

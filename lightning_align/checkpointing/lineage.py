@@ -8,7 +8,7 @@ names its parent, and the checkpoints that its run had left behind by going back
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lightning_align.checkpointing.manifest import Manifest
+from lightning_align.checkpointing.manifest import Manifest, newest_first
 
 
 class Lineage:
@@ -29,19 +29,22 @@ class Lineage:
         """Take note of the checkpoint that was loaded, and return those that are left by that.
 
         Args:
-            name: Its name; None if it is in another folder.
+            name: Its name; None if it is in another folder, as of two callbacks that save a run.
             step: Its step: of a checkpoint that is elsewhere nothing else is known.
             committed: Checkpoints in the folder, by name.
         """
         parent = committed.get(name or "")
-        self._parent = parent.name if parent else None
-        left = [
-            found
-            for found in committed.values()
-            if (found.step > step if parent is None else _is_left(found, parent))
-        ]
+        if parent is not None:
+            left = [found for found in committed.values() if found.order > parent.order]
+        else:
+            left = [found for found in committed.values() if found.step > step]
+            before = (found for found in newest_first(committed.values()) if found.step <= step)
+            parent = next(before, None)
+        if parent is not None:
+            left += [committed[name] for name in parent.abandoned if name in committed]
+            self._parent = parent.name
         self._abandoned = {found.name for found in left}
-        return left
+        return list({found.name: found for found in left}.values())
 
     def next(self, committed: Mapping[str, Manifest]) -> dict[str, Any]:
         """The entry of the next commit.
@@ -59,7 +62,3 @@ class Lineage:
             manifest: Its manifest.
         """
         self._number, self._parent = manifest.commit_number, manifest.name
-
-
-def _is_left(found: Manifest, parent: Manifest) -> bool:
-    return found.order > parent.order or found.name in parent.abandoned

@@ -88,8 +88,21 @@ def test_what_was_left_is_known_to_every_run_that_follows(tmp_path: Path) -> Non
         assert {found.name for found in left} == {"step60", "step80", "step100", "step60-v1"}
         left = engine.continue_from("step80", 80)  # or to what was left
         assert {found.name for found in left} == {"step100", "step50-v1", "step60-v1"}
-        left = engine.continue_from(None, 55)  # from a copy in another folder
-        assert {found.step for found in left} == {60, 80, 100}
+
+
+def test_a_run_that_goes_on_from_another_folder_is_told_by_its_step(tmp_path: Path) -> None:
+    """As where two callbacks save a run, and it is resumed from the other one's checkpoint."""
+    went_back(tmp_path)
+    with SnapshotEngine(tmp_path) as engine:
+        left = engine.continue_from(None, 55)
+        assert {found.name for found in left} == {"step60", "step60-v1", "step80", "step100"}
+        train(engine, 58)
+    newest = committed_checkpoints(tmp_path)[0]
+    assert (newest.name, newest.parent) == ("step58", "step50-v1")
+    with SnapshotEngine(tmp_path) as engine:
+        left = engine.continue_from(None, 200)
+        assert {found.name for found in left} == {"step60", "step60-v1", "step80", "step100"}
+        assert engine.continue_from(None, 10)  # before all of them
 
 
 def test_numbers_and_neither_clock_nor_step_decide_and_old_manifests_come_before() -> None:
