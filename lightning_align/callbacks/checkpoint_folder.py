@@ -79,15 +79,16 @@ class CheckpointFolder:
         """
         left = self._engine.continue_from(name, step)
         self._retention.abandon({found.name: found.step for found in left})
-        newest = self._engine.committed[0] if left else None
-        if newest is not None and newest.name != name:
-            goes = self._retention.save_top_k >= 0
+        newest = next(iter(self._engine.committed), None)
+        if newest is not None and newest in left:
+            kept = (
+                "stays" if self._retention.save_top_k < 0 else "goes when this run has come to it"
+            )
             rank_zero_warn(
                 f"AsyncCheckpoint: this run goes back to step {step}; the newest checkpoint in"
                 f" {self.dirpath} is of step {newest.step}. Until this run has committed one,"
-                f" ckpt_path='last' still means {newest.name!r}, if that is whole."
-                + " What is left behind goes when this run has come to its step."
-                * goes
+                f" ckpt_path='last' still means {newest.name!r}, if that is whole. What is left"
+                f" behind {kept}."
             )
 
     def free_name(self, formatted: Callable[[int | None], str], version: int) -> str:

@@ -41,8 +41,8 @@ class Lineage:
             before = (found for found in newest_first(committed.values()) if found.step <= step)
             parent = next(before, None)
         if parent is not None:
-            left += [committed[name] for name in parent.abandoned if name in committed]
-            self._parent = parent.name
+            left += [committed[each] for each in parent.abandoned if each in committed]
+        self._parent = parent.name if parent is not None else None
         self._abandoned = {found.name for found in left}
         return list({found.name: found for found in left}.values())
 

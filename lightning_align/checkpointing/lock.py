@@ -71,13 +71,13 @@ class FolderLock:
                 raise RuntimeError(self._refusal(owner))
             _HELD[self._key] = self
         try:
-            self.method = "flock"
-            if not (self._folder.is_local and fcntl is not None and self._lock_file()):
-                self.method = "beats"
+            locks = self._folder.is_local and fcntl is not None and self._lock_file()
+            if not locks:
                 self._claim()
-        except BaseException:
-            del _HELD[self._key]
-            raise
+            self.method = "flock" if locks else "beats"
+        finally:
+            if not self.method:
+                del _HELD[self._key]
 
     def ensure(self) -> None:
         """Make sure that the folder is still ours, before something is written there.
