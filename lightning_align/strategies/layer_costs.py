@@ -108,7 +108,7 @@ class _Timing:
         module: Any = self.chain.module
         self._move_buffers()
         with isolate_rng(include_cuda=self.device.type == "cuda"):
-            batch = first_batch(self.trainer)
+            batch = first_batch(self.trainer, self.trainer.train_dataloader)
             if batch is None:
                 rule = "its first batch cannot be made, or not without a trace in the loader"
                 way_out = "a DataLoader over a dataset with __getitem__ and a sampler of torch"

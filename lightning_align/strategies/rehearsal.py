@@ -11,6 +11,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import lightning.pytorch as pl
@@ -34,6 +35,7 @@ from lightning_align.strategies.comparison import keeps_statistics
 from lightning_align.strategies.microbatches import batch_rows
 from lightning_align.strategies.stages import StageError
 from lightning_align.strategies.steps import PipelineSteps
+from lightning_align.strategies.trees import leaves
 
 # Iterating over one of these changes nothing but generators, which are put back.
 _PURE_SAMPLERS = (SequentialSampler, RandomSampler, DistributedSampler, PositionSampler)
@@ -65,27 +67,62 @@ def rehearse(
     check_training_step(module)
     if normed := keeps_statistics(module):
         rank_zero_warn(
-            "PipelineStrategy: batch norm takes the statistics of one micro-batch, and spectral"
-            f" norm iterates with each: {', '.join(normed[:3])}. LayerNorm does not"
+            "PipelineStrategy: batch norm and spectral norm go by the statistics of one"
+            f" micro-batch: {', '.join(normed[:3])}. LayerNorm does not"
         )
     if trainer.ckpt_path or steps.runtime.num_stages == 1:
         return
+    _rehearse_training(trainer, steps, num_microbatches, count_for)
+    # Lightning's own first batches of validation come before training, if it has any.
+    if trainer.enable_validation and not trainer.num_sanity_val_steps:
+        _rehearse_validation(trainer, steps, count_for)
+
+
+def _rehearse_training(
+    trainer: pl.Trainer,
+    steps: PipelineSteps,
+    num_microbatches: int | None,
+    count_for: Callable[[Any], int],
+) -> None:
+    module: Any = steps.chain.module
     trainer.fit_loop.setup_data()  # as trainer.estimated_stepping_batches does
     if getattr(trainer.train_dataloader, "batch_size", None):  # a sampler's may count batches
         check_batch(trainer, 0, num_microbatches)
     with isolate_rng():
-        batch = first_batch(trainer)
+        batch = first_batch(trainer, trainer.train_dataloader)
         if not trainer.strategy.reduce_boolean_decision(batch is not None):
             return
         steps.check_same(batch)
         check_batch(trainer, batch_rows(batch), num_microbatches)
-        try:
+        # Hooks that run before the first step may be missing; if not, it says the same.
+        with suppress(StageError):
             context = trainer.precision_plugin.train_step_context
-            rest, count = step_arguments(module), count_for(batch)
-            steps.find_shapes(batch, rest, count, context)
-            steps.compare(module.training_step, batch, rest, count, context)
-        except StageError:
-            pass  # hooks that run before the first step may be missing; if not, it says the same
+            rest = step_arguments(module)
+            steps.rehearse(module.training_step, batch, rest, count_for(batch), context)
+
+
+def _rehearse_validation(
+    trainer: pl.Trainer, steps: PipelineSteps, count_for: Callable[[Any], int]
+) -> None:
+    """With the first batch of each loader, so that no epoch is trained before a refusal."""
+    module: Any = steps.chain.module
+    trainer.fit_loop.epoch_loop.val_loop.setup_data()
+    loaders = list(leaves(trainer.val_dataloaders))
+    was_training = [part for part in module.modules() if part.training]
+    module.eval()
+    with isolate_rng():
+        for number, loader in enumerate(loaders):
+            batch = first_batch(trainer, loader)
+            if not trainer.strategy.reduce_boolean_decision(batch is not None):
+                continue
+            steps.check_same(batch)
+            has_index = is_param_in_hook_signature(module.validation_step, "batch_idx", min_args=2)
+            rest = (*[0] * has_index, *[number] * (len(loaders) > 1))
+            context = trainer.precision_plugin.val_step_context
+            with suppress(StageError):
+                steps.rehearse(module.validation_step, batch, rest, count_for(batch), context)
+    for part in was_training:
+        part.training = True
 
 
 def step_arguments(module: pl.LightningModule) -> tuple[int, ...]:
@@ -128,9 +165,8 @@ def _gives_value(node: ast.AST) -> bool:
     return value is not None and not (isinstance(value, ast.Constant) and value.value is None)
 
 
-def first_batch(trainer: pl.Trainer) -> Any:
+def first_batch(trainer: pl.Trainer, loader: Any) -> Any:
     """The first batch as a step gets it, or None if it cannot be had without a trace."""
-    loader = trainer.train_dataloader
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return None
     order: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler

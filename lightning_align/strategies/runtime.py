@@ -133,13 +133,14 @@ class Runtime:
             if parameter in layers or not parameter.grad.any():
                 parameter.grad = None
 
-    def find_shapes(self, key: Hashable) -> None:
-        """Find what the stages send each other in ``train``, which then need not; collective.
+    def find_shapes(self, mode: str, key: Hashable) -> None:
+        """Find what the stages send each other, which a batch then need not; collective.
 
         Args:
+            mode: ``"train"`` or ``"forward"``.
             key: What two batches share if one schedule serves both.
         """
-        self._metas.of(("train", key, len(self.work.steps)), self.device)
+        self._metas.of((mode, key, len(self.work.steps)), self.device)
 
     def forward(self, key: Hashable, conclude: Conclude) -> None:
         """Forward of the work at hand, any number of micro-batches.

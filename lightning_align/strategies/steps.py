@@ -134,18 +134,30 @@ class PipelineSteps:
             self.runtime.forward((call.__name__, shape_key(microbatches[0])), conclude)
         return self._tell(call, batch, rest, count, context, recorder).outputs
 
-    def find_shapes(self, batch: Any, rest: tuple[Any, ...], count: int, context: Contexts) -> None:
-        """Run the first micro-batch through the stages, and leave no trace of it.
+    def rehearse(
+        self,
+        call: Callable[..., Any],
+        batch: Any,
+        rest: tuple[Any, ...],
+        count: int,
+        context: Contexts,
+    ) -> None:
+        """Run micro-batches through the stages, compare them, and leave no trace; collective.
 
-        Args:
-            batch: A whole training batch.
-            rest: What Lightning passes ``training_step`` after the batch.
-            count: Number of micro-batches.
-            context: Makes the precision plugin's context.
+        Arguments are those of ``evaluate``.
+
+        Raises:
+            ValueError: If the step does not call its chain as one, or fails, or its micro-batches
+                do not come to what their rows come to in one piece, on all ranks.
         """
         microbatches = split_batch(batch, count)
-        with self._working(self.chain.module.training_step, microbatches, rest, context):
-            self.runtime.find_shapes(shape_key(microbatches[0]))
+        key = shape_key(microbatches[0])
+        with self._working(call, microbatches, rest, context):
+            if call == self.chain.module.training_step:
+                self.runtime.find_shapes("train", key)
+            else:
+                self.runtime.find_shapes("forward", (call.__name__, key))
+        self.compare(call, batch, rest, count, context)
 
     def check_same(self, batch: Any) -> None:
         """Check that every rank of the pipeline has the same batch; collective.

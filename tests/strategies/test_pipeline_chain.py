@@ -566,6 +566,27 @@ def test_refused_at_set_up_on_all_ranks(kind: type[Foreign], mode: str) -> None:
     run_ranks(refused)
 
 
+class ValidatesOtherwise(Foreign):
+    """It trains; only its validation does what cannot be cut."""
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.log("val_loss", F.linear(self.model(batch[0]), self.model.first.weight).mean())
+
+
+@pytest.mark.parametrize("sanity_steps", [0, 1])
+def test_validation_is_rehearsed_before_anything_is_trained(sanity_steps: int) -> None:
+    run = replace(RUN, trainer={"num_sanity_val_steps": sanity_steps})
+
+    def refused(rank: int) -> None:
+        told = "linear is given a weight of another stage"
+        with run.setting(rank) as (trainer, _):
+            trainer.callbacks.append(Trains())
+            with pytest.raises(ValueError, match=told):
+                trainer.fit(ValidatesOtherwise(), rows(), [rows(), rows()][: 1 + sanity_steps])
+
+    run_ranks(refused)
+
+
 class CallsTheModelInAHook(Foreign):
     def on_train_epoch_end(self) -> None:
         self.model(torch.zeros(1, WIDTH))
@@ -605,7 +626,7 @@ def test_what_differs_by_micro_batch_is_warned_of(kind: Any) -> None:
             self.net = nn.Sequential(normed, nn.Tanh(), nn.Linear(WIDTH, WIDTH))
 
     def warns(rank: int) -> None:
-        warning = r"spectral norm iterates with each: net\.0.* LayerNorm"
+        warning = r"spectral norm go by the statistics of one micro-batch: net\.0.* LayerNorm"
         told = pytest.warns(UserWarning, match=warning) if rank == 0 else nullcontext()
         with RUN.setting(rank) as (trainer, _), told:
             trainer.fit(Normed(), rows())
