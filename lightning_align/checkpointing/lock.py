@@ -27,6 +27,7 @@ except ImportError:  # Windows
 
 LOCK_FILE = ".lightning_align.lock"
 BEAT_S = 15.0
+_LAST_BEAT_S = 5.0
 _SILENT_BEATS = 3  # beats without a change after which an owner is dead
 
 _HELD: dict[str, "FolderLock"] = {}  # by folder
@@ -56,6 +57,7 @@ class FolderLock:
         self._path = os.path.join(folder.root, LOCK_FILE)
         self._descriptor: int | None = None
         self._stop = threading.Event()
+        self._beats = threading.Thread(target=self._beat, name="checkpoint-lock", daemon=True)
         self.method = ""
         self.taken_over_by: str | None = None
 
@@ -100,6 +102,7 @@ class FolderLock:
         if self.method == "flock":
             self._close()  # the file stays: deleting it would open a race
         elif self.taken_over_by is None:
+            self._beats.join(_LAST_BEAT_S)  # else it may write the file after we deleted it
             with contextlib.suppress(Exception):
                 self._folder.delete(LOCK_FILE)
 
@@ -158,7 +161,7 @@ class FolderLock:
                 stacklevel=5,
             )
         self._write()
-        threading.Thread(target=self._beat, name="checkpoint-lock", daemon=True).start()
+        self._beats.start()
 
     def _is_dead(self, owner: dict[str, Any]) -> bool:
         pid = owner.get("pid")

@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,22 @@ def test_an_owner_counts() -> None:
         time.sleep(0.5)
         assert owner_of(URL)["beat"] > before  # type: ignore[operator]
         held.release()
+
+
+def test_a_beat_that_is_under_way_does_not_outlive_the_lock() -> None:
+    held, beating = FolderLock(Folder(URL)), threading.Event()
+
+    def before(operation: str, name: str) -> None:
+        if held.method and operation == "write" and name == LOCK_FILE:
+            beating.set()
+            time.sleep(0.1)
+
+    with faulty(before):
+        held.acquire()
+        assert beating.wait(10)
+        held.release()
+        held._beats.join(10)
+        assert LOCK_FILE not in Folder(URL).names()
 
 
 # What flock is asked for
