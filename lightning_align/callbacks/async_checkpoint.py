@@ -30,7 +30,12 @@ from lightning_align.callbacks.checkpoint_checks import (
     check_triggers,
     check_writing,
 )
-from lightning_align.callbacks.checkpoint_folder import CheckpointFolder, path_in
+from lightning_align.callbacks.checkpoint_folder import (
+    SAVES,
+    CheckpointFolder,
+    order_in_run,
+    path_in,
+)
 from lightning_align.callbacks.checkpoint_monitor import check_logged, is_logged, score_of
 from lightning_align.callbacks.checkpoint_names import (
     check_constants,
@@ -45,6 +50,7 @@ from lightning_align.checkpointing import (
     latest_valid_checkpoint,
 )
 from lightning_align.checkpointing.files import Folder
+from lightning_align.checkpointing.manifest import Manifest
 from lightning_align.checkpointing.retention import Retention
 from lightning_align.run.exact_resume import ExactResume
 from lightning_align.run.interrupt import DeferredInterrupt
@@ -147,6 +153,7 @@ class AsyncCheckpoint(ModelCheckpoint):
         self._untold_fields = self._check_names()
         self.run_id = uuid.uuid4().hex
         self._trainer: ref[pl.Trainer] | None = None  # whose run it is
+        self._saves = 0  # of the run, with those of other callbacks, up to the last of this one
         self._folder: CheckpointFolder | None = None  # on rank zero while fitting
         self._retention = self._new_retention()
         self._due: dict[str, Tensor] | None = None  # the metrics when a save became due
@@ -199,8 +206,11 @@ class AsyncCheckpoint(ModelCheckpoint):
             self._trainer, self.run_id = ref(trainer), uuid.uuid4().hex
             self._retention = self._new_retention()
             self._publish()
-        ours = (each for each in trainer.checkpoint_callbacks if isinstance(each, AsyncCheckpoint))
-        self.run_id = next(ours, self).run_id  # set up before this one, if it is another
+        self.run_id = self._of_one_run(trainer)[0].run_id  # the first is set up before the others
+
+    def _of_one_run(self, trainer: pl.Trainer) -> "list[AsyncCheckpoint]":
+        ours = [each for each in trainer.checkpoint_callbacks if isinstance(each, AsyncCheckpoint)]
+        return ours or [self]
 
     def _open(self, trainer: pl.Trainer) -> None:
         assert self.dirpath is not None
@@ -219,6 +229,7 @@ class AsyncCheckpoint(ModelCheckpoint):
             on_change=self._publish,
         )
         self._folder.delete(surplus)
+        self._saves = self._folder.saves_of_run
 
     def _on_rank_zero(self, trainer: pl.Trainer, action: Any) -> None:
         """Run ``action`` where the files are; what it raises is raised on every rank."""
@@ -383,8 +394,10 @@ class AsyncCheckpoint(ModelCheckpoint):
         )
 
     def _metadata(self, trainer: pl.Trainer, score: float | None) -> dict[str, Any]:
+        self._saves = 1 + max(each._saves for each in self._of_one_run(trainer))
         return {
             "run": self.run_id,
+            SAVES: self._saves,
             "monitor": self.monitor,
             "score": score if self.monitor and score is not None and math.isfinite(score) else None,
             "epoch": trainer.current_epoch,
@@ -509,16 +522,28 @@ class AsyncCheckpoint(ModelCheckpoint):
 
     @override
     def _find_last_checkpoints(self, trainer: pl.Trainer) -> set[str]:
-        """What ``ckpt_path="last"`` may choose from; Lightning asks before loggers start a run."""
+        """What ``ckpt_path="last"`` may choose from; Lightning asks before loggers start a run.
+
+        The first callback answers for all, since Lightning would go by the time of the files, which
+        a copy of them changes.
+        """
+        ours = self._of_one_run(trainer)
+        if ours[0] is not self:
+            return set()
+        found = [found for each in ours if (found := each._newest(trainer)) is not None]
+        if not found:
+            return set()
+        newest, path = max(found, key=lambda each: order_in_run(each[0]))
+        if newest.metadata.get("wandb_run_id"):
+            _compat_resume.continue_wandb_run(trainer, newest.metadata["wandb_run_id"])
+        return {path}
+
+    def _newest(self, trainer: pl.Trainer) -> tuple[Manifest, str] | None:
         dirpath = str(_compat_resume.resolve_checkpoint_dir(self, trainer))
         path = self.latest(dirpath, self.storage_options)
-        if path is None:
-            return set()
-        name = path.rsplit("/", 1)[-1].removesuffix(self.FILE_EXTENSION)
-        for found in committed_checkpoints(dirpath, self.storage_options):
-            if found.name == name and found.metadata.get("wandb_run_id"):
-                _compat_resume.continue_wandb_run(trainer, found.metadata["wandb_run_id"])
-        return {path}
+        committed = committed_checkpoints(dirpath, self.storage_options) if path else []
+        name = str(path).rsplit("/", 1)[-1].removesuffix(self.FILE_EXTENSION)
+        return next(((found, str(path)) for found in committed if found.name == name), None)
 
     @override
     def on_save_checkpoint(

@@ -14,8 +14,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_align._errors import argument_error
 from lightning_align.checkpointing import Commit, SaveError, SaveResult, SnapshotEngine
 from lightning_align.checkpointing.files import Folder
-from lightning_align.checkpointing.manifest import DATA
+from lightning_align.checkpointing.manifest import DATA, Manifest
 from lightning_align.checkpointing.retention import Retention
+
+SAVES = "saves_of_run"  # in the metadata of a manifest
 
 
 class CheckpointFolder:
@@ -69,6 +71,11 @@ class CheckpointFolder:
                     " and a resume could not tell them apart",
                     "Resume that run with fit(ckpt_path='last'), or choose another dirpath",
                 )
+
+    @property
+    def saves_of_run(self) -> int:
+        """How many saves the run had made, here and in other folders, up to the last one here."""
+        return max((order_in_run(found)[0] for found in self._engine.committed), default=0)
 
     def continue_from(self, name: str | None, step: int) -> None:
         """Say which checkpoint the run goes on from; newer ones are abandoned by that.
@@ -181,3 +188,12 @@ def path_in(dirpath: str, name: str, storage_options: dict[str, Any] | None) -> 
         storage_options: Passed to the filesystem of a URL.
     """
     return Folder(dirpath, storage_options).path(name + DATA)
+
+
+def order_in_run(manifest: Manifest) -> tuple[int, float]:
+    """Sorts the checkpoints of one run that are in several folders, the newest last.
+
+    Args:
+        manifest: Of a checkpoint; one without a number comes before the others, by its time.
+    """
+    return int(manifest.metadata.get(SAVES, 0)), manifest.saved_at

@@ -8,8 +8,14 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from lightning_align.callbacks.checkpoint_folder import CheckpointFolder, path_in
+from lightning_align.callbacks.checkpoint_folder import (
+    SAVES,
+    CheckpointFolder,
+    order_in_run,
+    path_in,
+)
 from lightning_align.checkpointing import committed_checkpoints
+from lightning_align.checkpointing.manifest import Manifest
 from lightning_align.checkpointing.retention import Retention
 from tests.helpers.faulty_files import Gate, faulty
 
@@ -178,3 +184,15 @@ def test_a_failure_is_told_once_counted_and_no_rival_any_more() -> None:
 def test_a_checkpoint_has_a_path_or_a_url(tmp_path: Path) -> None:
     assert path_in(str(tmp_path), "a", None) == str(tmp_path / "a.ckpt")
     assert path_in("memory://run/", "a", {}) == "memory:///run/a.ckpt"
+
+
+def test_checkpoints_of_several_folders_are_ordered_by_the_saves_of_their_run() -> None:
+    first, second, old = (
+        Manifest(name, step, (), {SAVES: saves} if saves else {}, saved_at)
+        for name, step, saves, saved_at in (
+            ("a", 9, 1, 30.0),
+            ("b", 3, 2, 10.0),
+            ("c", 12, 0, 99.0),
+        )
+    )
+    assert sorted((second, first, old), key=order_in_run) == [old, first, second]

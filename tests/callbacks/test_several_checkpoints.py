@@ -1,5 +1,6 @@
 """More than one checkpoint callback in a Trainer: one run, and a folder for each."""
 
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,13 @@ def weights(trainer: pl.Trainer) -> dict[str, torch.Tensor]:
     return trainer.lightning_module.state_dict()
 
 
+class RaiseOnce(pl.Callback):
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step == 4 and not hasattr(self, "raised"):
+            self.raised = True
+            raise ArithmeticError
+
+
 @pytest.mark.parametrize(
     "source", ["steps/step=4", "epochs/step=6", "best/step=*", "theirs/step=4", "last"]
 )
@@ -43,6 +51,25 @@ def test_a_run_is_resumed_from_any_of_its_folders(tmp_path: Path, source: str) -
     assert all(torch.equal(ours, whole[name]) for name, ours in weights(made).items())
     assert "step=12" in names(tmp_path / "half" / "epochs")
     assert len({callback.run_id for callback in callbacks[:3]}) == 1
+
+
+def test_last_is_the_newest_of_all_folders_whatever_the_time_of_their_files(tmp_path: Path) -> None:
+    """To step 12, back to 2, on to 3: there only one folder has come to a commit."""
+    steps, epochs = (
+        AsyncCheckpoint(tmp_path / "steps", "{step}", every_n_train_steps=1, save_top_k=-1),
+        AsyncCheckpoint(tmp_path / "epochs", "{step}"),
+    )
+    fit(steps, epochs, folder=tmp_path)
+    back = str(tmp_path / "steps" / "step=2.ckpt")
+    with pytest.raises(ArithmeticError):
+        fit(RaiseOnce(), steps, epochs, folder=tmp_path, ckpt_path=back)
+    for number, folder in enumerate(("steps", "epochs")):  # as a copy would date them
+        for file in (tmp_path / folder).iterdir():
+            os.utime(file, (1e9 + number, 1e9 + number))
+    for callbacks in ((steps, epochs), (epochs, steps)):
+        made = trainer(*callbacks, folder=tmp_path)
+        made.validate(Stranger(), ckpt_path="last", verbose=False)
+        assert made.ckpt_path == str(tmp_path / "steps" / "step=3-v1.ckpt")
 
 
 def test_two_ranks_save_and_resume_several(tmp_path: Path) -> None:
@@ -121,13 +148,6 @@ def test_a_second_fit_of_a_trainer_goes_on_with_what_is_kept(tmp_path: Path, res
     assert {Path(path).stem for path in ours.best_k_models} == {
         Path(path).stem for path in theirs.best_k_models
     }
-
-
-class RaiseOnce(pl.Callback):
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        if trainer.global_step == 4 and not hasattr(self, "raised"):
-            self.raised = True
-            raise ArithmeticError
 
 
 @pytest.mark.parametrize("source", ["step=5", "step=10", "step=13"])
