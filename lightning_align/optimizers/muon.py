@@ -334,6 +334,8 @@ def _sorted(group: dict[str, Any]) -> list[dict[str, Any]]:
             "add the callback OptimizerSwap.",
             stacklevel=4,
         )
+    if not params:
+        return [{**group, "use_muon": False}]
     return [
         {**group, "params": part, "use_muon": is_matrix}
         for is_matrix, part in parts.items()

@@ -153,6 +153,14 @@ def test_adamw_lr_is_for_groups_that_name_none() -> None:
     assert [g["lr"] for g in Muon(groups[:2], lr=0.02).param_groups] == [0.02, 0.02]
 
 
+def test_an_empty_group_is_added_as_torchs_optimizers_do() -> None:
+    """It was dropped, so that whoever counts groups counted wrongly."""
+    optimizer = Muon(parameters_of())
+    optimizer.add_param_group({"params": []})
+    assert [len(group["params"]) for group in optimizer.param_groups] == [len(SHAPES), 0]
+    train(optimizer, optimizer.param_groups[0]["params"], range(1))
+
+
 def test_a_group_may_name_an_adamw_lr_of_its_own() -> None:
     """It was dropped without a word."""
     matrix, vector = parameters_of([(4, 6), (5,)])
