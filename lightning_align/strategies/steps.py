@@ -27,6 +27,7 @@ from lightning_align.strategies.joining import Joiner
 from lightning_align.strategies.microbatches import checksum, shape_key, split_batch
 from lightning_align.strategies.replay import Part, StepRecorder, Teller, Told
 from lightning_align.strategies.runtime import Runtime
+from lightning_align.strategies.shares import loss_is_sum, shares_of
 from lightning_align.strategies.stages import StageError
 from lightning_align.strategies.step_attributes import StepAttributes, frozen
 
@@ -79,9 +80,8 @@ class PipelineSteps:
             torch.autograd.backward(scale(loss * factor))
             return loss.detach()
         microbatches = split_batch(batch, count)
-        shares = _shares(module, microbatches)
-        # A sum over rows adds up over micro-batches, a mean over rows is averaged.
-        weights = [1.0] * count if loss_is_sum(module) else shares
+        shares: list[float] = []
+        is_sum = loss_is_sum(module)
         call = module.training_step
         self._compare_first(call, batch, rest, count, context)
         recorder = StepRecorder(module, self.attributes)
@@ -90,10 +90,13 @@ class PipelineSteps:
         def conclude(run: Callable[[], Any], number: int) -> Tensor:
             with recorder.recording(shares[number]), context():
                 loss = _loss(module, run())
-            losses.append(loss.detach() * weights[number])
-            return scale(loss * (weights[number] * factor))
+            # A sum over rows adds up over micro-batches, a mean over rows is averaged.
+            weight = 1.0 if is_sum else shares[number]
+            losses.append(loss.detach() * weight)
+            return scale(loss * (weight * factor))
 
         with self._working(call, microbatches, rest, context):
+            shares += shares_of(module, self.runtime.work.steps)
             self.runtime.train(shape_key(microbatches[0]), conclude)
         loss = sum(losses, torch.zeros(()))
         told = self._tell(call, batch, rest, count, context, recorder, loss)
@@ -121,7 +124,7 @@ class PipelineSteps:
             with context():
                 return call(batch, *rest)
         microbatches = split_batch(batch, count)
-        shares = _shares(self.chain.module, microbatches)
+        shares: list[float] = []
         self._compare_first(call, batch, rest, count, context)
         recorder = StepRecorder(self.chain.module, self.attributes)
 
@@ -131,6 +134,7 @@ class PipelineSteps:
             return torch.zeros(())  # torch's stages return tensors
 
         with self._working(call, microbatches, rest, context):
+            shares += shares_of(self.chain.module, self.runtime.work.steps)
             self.runtime.forward((call.__name__, shape_key(microbatches[0])), conclude)
         return self._tell(call, batch, rest, count, context, recorder).outputs
 
@@ -246,7 +250,7 @@ class PipelineSteps:
     ) -> list[Part] | str:
         """What a step does, forward alone; collective. On the last stage what it raises, if so."""
         module: Any = self.chain.module
-        shares = _shares(module, microbatches)
+        shares: list[float] = []
         recorder = StepRecorder(module, self.attributes)
         failed: list[str] = []
 
@@ -261,6 +265,7 @@ class PipelineSteps:
             return torch.zeros(())  # torch's stages return tensors
 
         with self._working(call, microbatches, rest, context):
+            shares += shares_of(module, self.runtime.work.steps)
             self.runtime.forward((call.__name__, shape_key(microbatches[0])), conclude)
         return failed[0] if failed else recorder.parts
 
@@ -352,21 +357,6 @@ class PipelineSteps:
 def _kind(call: Callable[..., Any], rest: tuple[Any, ...]) -> str:
     """A step, and the data loader of several that its batch is from."""
     return f"{call.__name__}{rest[1:]}"
-
-
-def loss_is_sum(module: pl.LightningModule) -> bool:
-    """Whether the loss of a module's step is a sum over rows, as the module itself declares."""
-    return getattr(module, "loss_reduction", "mean") == "sum"
-
-
-def _shares(module: Any, microbatches: list[Any]) -> list[float]:
-    """Which part of the batch each micro-batch is: of its rows, or of what the module weighs."""
-    weigh = getattr(module, "pipeline_microbatch_weight", None)
-    if weigh is None:
-        return [1 / len(microbatches)] * len(microbatches)
-    weights = [float(weigh(microbatch)) for microbatch in microbatches]
-    total = sum(weights) or 1.0
-    return [weight / total for weight in weights]
 
 
 def _loss(module: pl.LightningModule, output: Any) -> Tensor:

@@ -18,6 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 
 from tests.helpers.pipelines import Run
 from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny_models import TINY_MODELS
 
 CLASSES = 3
 RUN = Run("chain", {"schedule": "1F1B", "num_microbatches": 4}, steps=3)
@@ -353,3 +354,37 @@ def test_early_stopping_sees_an_attribute_on_every_rank() -> None:
         return stop.stopped_epoch
 
     assert run_ranks(train) == [train(None)] * 2 == [1, 1]
+
+
+class AroundGPT2(pl.LightningModule):
+    """The model of transformers takes the mean over labels that count, as many as there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.model = TINY_MODELS["gpt2"](attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        output = self.model(input_ids=batch["input_ids"], labels=batch["labels"])
+        self.log("loss", output.loss)
+        return output.loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.training_step(batch, batch_idx))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.3)
+
+
+def test_labels_of_a_transformers_model_are_weighed_by_those_that_count() -> None:
+    def train(rank: int | None) -> Any:
+        run = replace(RUN, data={"masked": True})
+        with run.setting(rank) as (trainer, seen):
+            trainer.fit(AroundGPT2(), run.loader(), run.loader())
+            return seen.losses, float(trainer.callback_metrics["val_loss"])
+
+    theirs = train(None)
+    for ours in run_ranks(train):
+        assert ours[0] == pytest.approx(theirs[0], abs=1e-5)
+        assert ours[1] == pytest.approx(theirs[1], abs=1e-5)
