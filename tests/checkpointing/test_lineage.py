@@ -1,10 +1,15 @@
 """Which checkpoint is the newest, where a run went back and took another way."""
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lightning_align.checkpointing import (
     Manifest,
@@ -103,6 +108,51 @@ def test_a_run_that_goes_on_from_another_folder_is_told_by_its_step(tmp_path: Pa
         left = engine.continue_from(None, 200)
         assert {found.name for found in left} == {"step60", "step60-v1", "step80", "step100"}
         assert engine.continue_from(None, 10)  # before all of them
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["save", "back", "delete"]), st.integers(0, 99))))
+def test_any_number_of_ways(actions: list[tuple[str, int]]) -> None:
+    """Against a list of parents: the last commit is the latest; what leads to it is not left."""
+    parents: dict[str, str | None] = {}
+    steps: dict[str, int] = {}
+    there: list[str] = []
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
+        engine = opened.enter_context(SnapshotEngine(folder))
+        at: str | None = None
+        for action, number in actions:
+            if action == "save":
+                name = f"save{len(parents)}"
+                parents[name], steps[name] = at, steps.get(at or "", 0) + 1 + number % 3
+                engine.save({}, name, steps[name])
+                engine.wait()
+                there.append(name)
+                at = name
+            elif there and action == "back":
+                at = there[number % len(there)]
+                opened.close()
+                engine = opened.enter_context(SnapshotEngine(folder))
+                way = {at, *ancestors(at, parents)}
+                left = engine.continue_from(at, steps[at])
+                assert {found.name for found in left} == {*there} - way
+            elif there and (gone := there[number % len(there)]) not in (at, there[-1]):
+                engine.delete(gone)
+                engine.wait()
+                there.remove(gone)
+        if there:
+            newest = committed_checkpoints(folder)[0]
+            assert (newest.name, newest.parent) == (there[-1], parents[there[-1]])
+            way = {newest.name, *ancestors(newest.name, parents)}
+            found = stored(folder)
+            assert {*found} == {*there}
+            on_the_way = [name for name in reversed(there) if name in way]
+            assert found[: len(on_the_way)] == on_the_way, "a fall back keeps to it"
+
+
+def ancestors(name: str, parents: dict[str, str | None]) -> Iterator[str]:
+    while (parent := parents[name]) is not None:
+        yield parent
+        name = parent
 
 
 def test_numbers_and_neither_clock_nor_step_decide_and_old_manifests_come_before() -> None:
