@@ -40,11 +40,34 @@ def parameters_on_meta() -> Iterator[None]:
     nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign,assignment]
     token = _BUILDING.set(True)
     try:
-        with torch.device("cpu"):
+        with torch.device("cpu"), _remembering_pretrained():
             yield
     finally:
         _BUILDING.reset(token)
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+@contextmanager
+def _remembering_pretrained() -> Iterator[None]:
+    """Note where the weights are of models that transformers' ``from_pretrained`` makes."""
+    from transformers import PreTrainedModel
+
+    base: Any = PreTrainedModel
+    load = vars(base)["from_pretrained"]
+
+    def from_pretrained(cls: Any, name: Any, *args: Any, **options: Any) -> Any:
+        made = load.__func__(cls, name, *args, **options)
+        if name is not None:
+            model = made[0] if isinstance(made, tuple) else made
+            folder = Path(str(name), options.get("subfolder") or "")
+            remember_weights(model, str(folder), options.get("revision") or "main")
+        return made
+
+    base.from_pretrained = classmethod(from_pretrained)
+    try:
+        yield
+    finally:
+        base.from_pretrained = load
 
 
 def is_built_on_meta() -> bool:

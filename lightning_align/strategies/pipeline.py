@@ -57,13 +57,15 @@ class PipelineStrategy(StageCheckpoints):
     """Train an ordinary LightningModule with its layers spread over several processes.
 
     The batch of a step is cut into micro-batches, which follow each other through the stages. Every
-    rank loads the same batch; the last stage runs the module's own step on each micro-batch, and
-    what it logs is logged on every rank. A module names its chain of layers with
-    ``pipeline_layers()`` (and what the first is called with by ``pipeline_inputs(batch)``, if that
-    is not what its step passes on), or holds all its parameters in one ``nn.Sequential``;
-    ``PretrainModule`` is cut between the blocks of its decoder. A loss that is a mean is averaged
-    over micro-batches, weighted by ``pipeline_microbatch_weight(batch)`` if the module has it; one
-    that is a sum (``loss_reduction = "sum"`` on the module) is added up.
+    rank loads the same batch and runs the module's own step on each micro-batch, up to the end of
+    its stage; what the last stage logs is logged on every rank. The chain of layers is what the
+    step calls: the blocks of a ``PretrainModule`` or of one language model of transformers, the
+    layers of one ``nn.Sequential`` that holds all parameters, or what ``pipeline_layers()`` of the
+    module returns (and ``pipeline_inputs(batch)``, if the first is to be called with something
+    else than its step passes on). Each layer must get what the one before it returned, and only the
+    last one's output may go on. A loss that is a mean is averaged over micro-batches, weighted by
+    ``pipeline_microbatch_weight(batch)`` if the module has it; one that is a sum
+    (``loss_reduction = "sum"`` on the module) is added up.
 
     Args:
         schedule: ``"GPipe"``, ``"1F1B"`` or ``"Interleaved1F1B"``.

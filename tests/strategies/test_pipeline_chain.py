@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
+from transformers import AutoModelForCausalLM
 
 from lightning_align import PretrainModule
 from lightning_align.strategies.absent import AbsentParameter
@@ -393,6 +395,28 @@ def test_trains_as_in_one_process(case: str) -> None:
 @pytest.mark.parametrize("case", TRAINED)
 def test_trains_with_stages_in_the_middle(case: str) -> None:
     check_trains_alike(case, schedule="Interleaved1F1B")
+
+
+def test_a_model_from_a_folder_keeps_its_weights_where_no_rank_holds_them_all(
+    tmp_path: Path,
+) -> None:
+    """Without values at first; they were drawn anew, in place of the folder's."""
+    TINY_MODELS["llama"](num_hidden_layers=4).save_pretrained(tmp_path)
+
+    class FromFolder(LanguageModel):
+        def __init__(self) -> None:
+            pl.LightningModule.__init__(self)
+            self.model = AutoModelForCausalLM.from_pretrained(tmp_path).train()
+
+    def losses(rank: int | None) -> Any:
+        with RUN.setting(rank) as (trainer, seen):
+            with trainer.init_module(empty_init=rank is not None):
+                module = FromFolder()
+            assert all(parameter.is_meta is (rank is not None) for parameter in module.parameters())
+            trainer.fit(module, tokens())
+        return seen.losses
+
+    assert run_ranks(losses)[0] == pytest.approx(losses(None), abs=2e-6)
 
 
 # What is refused, and what it says.
