@@ -19,7 +19,10 @@ from lightning_align.strategies.chain import WHERE
 from lightning_align.strategies.microbatches import count_that_divides
 from lightning_align.strategies.runtime import SCHEDULES
 
-_REFUSED_CALLBACKS = ("LISA", "LayerwiseStep", "StochasticWeightAveraging", "WeightAveraging")
+# With all classes that inherit from them.
+_REFUSED_CALLBACKS = {
+    *("LISA", "LayerwiseStep", "StochasticWeightAveraging", "WeightAveraging", "BaseFinetuning"),
+}
 
 
 def check_arguments(
@@ -68,7 +71,8 @@ def check_module(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     if reason := getattr(module, "pipeline_refusal", None):
         raise argument_error(WHERE, "model", name, reason, "Use another strategy")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if (name := type(callback).__name__) in _REFUSED_CALLBACKS:
+        name = type(callback).__name__
+        if _REFUSED_CALLBACKS & {kind.__name__ for kind in type(callback).__mro__}:
             rule = "it needs the whole model, and a rank holds a part of it"
             way_out = "Leave the callback out, or use another strategy"
             raise argument_error(WHERE, "callbacks", name, rule, way_out)

@@ -47,6 +47,7 @@ without any class of ours, and under the pipeline with plain Lightning in one pr
 | accumulates | micro-batches with unequal numbers of tokens give the losses of the one big batch (1e-5) |
 | any order | bit-identical whichever of the two callbacks comes first |
 | own order | ExactResume draws the order of rows from (seed, epoch), so it is another one than plain Lightning's |
+| ranks drift apart | what is thawed after DDP has wrapped the module is not averaged, in plain Lightning neither; a checkpoint has rank 0's |
 | warns | trains, otherwise than one process by construction, and says so |
 | refuses | raises at `setup`, before training, with the reason and the way out |
 """

@@ -106,6 +106,11 @@ TRAIN_UNDER_DDP = [row for row in ZOO if row.ddp is EXACT]
 
 @pytest.mark.parametrize("row", members("resumes under DDP", TRAIN_UNDER_DDP))
 def test_resumes_under_ddp(row: Row) -> None:
+    if row.drifts:
+        with pytest.raises(AssertionError, match="not the same bits"):
+            resumes(runs(row, "ddp"))
+        note(TABLE, row.name, "DDP, 2 ranks", "ranks drift apart")
+        return
     resumes(runs(row, "ddp"))
     note(TABLE, row.name, "DDP, 2 ranks", "resumes")
 

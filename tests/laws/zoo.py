@@ -10,7 +10,11 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+)
 from lightning.pytorch.utilities import grad_norm
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
@@ -52,6 +56,8 @@ class Row:
         draws_order: Whether the order of its rows is drawn, which ExactResume does by the epoch.
         tokens: Whether its batches are of tokens, which TokenSchedule counts.
         unused: Whether DDP must look for parameters that a step leaves out.
+        drifts: Whether plain Lightning lets the weights of DDP's ranks drift apart, so that no
+            checkpoint holds those of all.
         ddp: Against plain Lightning on two ranks.
         pipeline: Two stages against plain Lightning in one process.
     """
@@ -63,6 +69,7 @@ class Row:
     draws_order: bool = False
     tokens: bool = False
     unused: bool = False
+    drifts: bool = False
     ddp: Verdict = EXACT
     pipeline: Verdict = EQUAL
 
@@ -276,6 +283,34 @@ class AccumulateByEpoch(Regression):
 
     def configure_callbacks(self) -> Any:
         return GradientAccumulationScheduler({0: 2, 1: 3})
+
+
+class Unfreeze(BaseFinetuning):
+    """Lightning's callback, with a layer that joins the optimizer in the second epoch."""
+
+    def freeze_before_training(self, pl_module: Any) -> None:
+        self.freeze(pl_module.net[0])
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.net[0], optimizer)
+
+
+class Finetuned(Regression):
+    """Trains its head first."""
+
+    def configure_callbacks(self) -> Any:
+        return Unfreeze()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=3e-3)
+
+
+class Averaged(Regression):
+    """Averages its weights by Lightning's callback."""
+
+    def configure_callbacks(self) -> Any:
+        return EMAWeightAveraging(decay=0.8)
 
 
 class OwnClipping(Regression):

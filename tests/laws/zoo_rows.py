@@ -7,6 +7,9 @@ from tests.laws.zoo import Row, refuses, warns
 
 of_tokens = partial(Row, tokens=True)
 BY_HAND = {"accumulate_grad_batches": 1, "gradient_clip_val": None}
+MICROBATCH = warns("batch norm and spectral norm go by")
+RANDOM = warns("is another with other random numbers")
+WHOLE_MODEL = refuses("it needs the whole model")
 MANUAL = refuses("it optimizes manually")
 BY_ROWS = refuses("that of the same rows in one piece is")
 
@@ -31,6 +34,8 @@ ZOO = [
         zoo.AccumulateByEpoch,
         trainer={"accumulate_grad_batches": 1},
     ),
+    Row("BaseFinetuning", zoo.Finetuned, unused=True, drifts=True, pipeline=WHOLE_MODEL),
+    Row("EMAWeightAveraging", zoo.Averaged, pipeline=WHOLE_MODEL),
     Row("own clipping", zoo.OwnClipping, trainer={"gradient_clip_val": None}),
     Row("clips with torch", zoo.ClipsByTorch),
     Row("logs grad_norm", zoo.LogsNorms),
@@ -56,15 +61,11 @@ ZOO = [
     # Layers
     Row("in-place layers", zoo_parts.InPlace),
     Row("shared layer", zoo_parts.SharedLayer),
-    Row("BatchNorm", zoo_parts.Norms, pipeline=warns("batch norm and spectral norm go by")),
-    Row(
-        "spectral norm",
-        zoo_parts.SpectralNorm,
-        pipeline=warns("batch norm and spectral norm go by"),
-    ),
+    Row("BatchNorm", zoo_parts.Norms, pipeline=MICROBATCH),
+    Row("spectral norm", zoo_parts.SpectralNorm, pipeline=MICROBATCH),
     Row("detach in the chain", zoo_parts.Detached),
     Row("activation checkpointing", zoo_parts.Checkpointed),
-    Row("noise and dropout in the step", zoo_parts.DropPath, draws=True, pipeline=warns("random")),
+    Row("noise and dropout in the step", zoo_parts.DropPath, draws=True, pipeline=RANDOM),
     # Logs and loaders
     Row("reduce_fx max, min and sum", zoo_parts.Reductions),
     Row("two validation loaders", zoo_parts.TwoValidations),
