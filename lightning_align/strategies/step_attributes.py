@@ -101,7 +101,7 @@ class _Copy:
         """The same object with what it held."""
         value, inner = self.value, self.inner
         if isinstance(value, Tensor):
-            if inner is not None and self.is_changed(value):
+            if inner is not None and not _alike(value, inner):
                 with torch.no_grad():
                     value.copy_(inner)
                 self.version = _version(value)
@@ -211,13 +211,19 @@ class StepAttributes:
             found[path] = (copy.kept(), frozen(mapping[key], copy))
         return found
 
-    def restore(self, taken: Taken) -> None:
-        """Everything as it was; what has come since is gone."""
+    def restore(self, taken: Taken, *, by_value: bool = False) -> None:
+        """Everything as it was; what has come since is gone.
+
+        Args:
+            taken: How it was.
+            by_value: Whether tensors are compared, too, that count no change: batch norm writes its
+                statistics so. Not between a forward and its backward, which may have saved them.
+        """
         for path, (mapping, key) in self.slots().items():
             if path not in taken:
                 del mapping[key]
         for (mapping, key), copy in taken.values():
-            if key not in mapping or copy.is_changed(mapping[key]):
+            if by_value or key not in mapping or copy.is_changed(mapping[key]):
                 mapping[key] = copy.back()
 
     @contextmanager
@@ -227,7 +233,7 @@ class StepAttributes:
         try:
             yield
         finally:
-            self.restore(taken)
+            self.restore(taken, by_value=True)
 
     def assign(self, path: str, value: Any) -> None:
         """Give an attribute the value that the batch came to, where it is if it is a container."""

@@ -128,3 +128,17 @@ def test_tensors_of_inference_mode_are_known_by_their_values() -> None:
         assert attributes.changed(taken).keys() == {"tensor"}
         attributes.restore(taken)
         assert kept.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.BatchNorm1d(4), nn.InstanceNorm1d(4, track_running_stats=True)]
+)
+def test_statistics_that_count_no_change_are_put_back(norm: nn.Module) -> None:
+    """torch's batch norm writes them without a new version of the tensor."""
+    module = pl.LightningModule()
+    module.norm = norm
+    before = {name: value.clone() for name, value in module.named_buffers()}
+    with StepAttributes(module).untouched():
+        module.norm(torch.randn(8, 4, 3))
+        assert not before["norm.running_mean"].equal(module.norm.running_mean)
+    assert all(value.equal(before[name]) for name, value in module.named_buffers())
