@@ -1,4 +1,4 @@
-"""A batch cut into micro-batches of one size, put together again, and told from another."""
+"""A batch cut into micro-batches of one size, and told from another."""
 
 from __future__ import annotations
 
@@ -41,25 +41,6 @@ def split_batch(batch: Any, count: int) -> list[Any]:
 def count_that_divides(rows: int, wanted: int) -> int:
     """The largest number of micro-batches, up to ``wanted``, that ``rows`` can be cut into."""
     return next(count for count in range(min(rows, wanted), 0, -1) if rows % count == 0)
-
-
-def join_outputs(outputs: list[Any]) -> Any:
-    """What a step returned for each micro-batch, as it would have been for the batch.
-
-    Tensors with rows are put one below the other, scalars averaged, lists joined, dicts and tuples
-    by entry; anything else comes as a list.
-    """
-    first = outputs[0]
-    if isinstance(first, Tensor):
-        stacked = torch.cat(outputs) if first.ndim else torch.stack(outputs)
-        return stacked if first.ndim else stacked.mean()
-    if isinstance(first, dict):
-        return {key: join_outputs([output[key] for output in outputs]) for key in first}
-    if isinstance(first, tuple):
-        return tuple(join_outputs(list(entries)) for entries in zip(*outputs, strict=True))
-    if isinstance(first, list):
-        return [entry for output in outputs for entry in output]
-    return None if first is None else outputs
 
 
 def tensors_of(batch: Any) -> list[Tensor]:

@@ -160,6 +160,21 @@ def test_what_was_not_learned_is_named() -> None:
     assert joiner.unseen == {"n", "p"}
 
 
+def test_outputs_that_nothing_was_learned_of_are_joined_by_their_kind() -> None:
+    first = {"logits": torch.ones(2, 3), "loss": torch.tensor(1.0), "texts": ["a", "b"], "no": None}
+    second = {"logits": torch.zeros(2, 3), "loss": torch.tensor(3.0), "texts": ["c"], "no": None}
+    joined = Joiner().join("output", None, [first, second], [0.5, 0.5])
+    assert joined["logits"].shape == (4, 3)
+    assert joined["loss"] == 2.0
+    assert joined["texts"] == ["a", "b", "c"]
+    assert joined["no"] is None
+    rows, count = Joiner().join(
+        "output", None, [(torch.zeros(1), 1), (torch.ones(1), 1)], [0.5] * 2
+    )
+    assert torch.equal(rows, torch.tensor([0.0, 1.0]))
+    assert count == 2
+
+
 def test_appended_entries_of_lists_and_of_bounded_deques() -> None:
     first, second, third = object(), object(), object()
     assert appended([first], [first, second]) == [second]

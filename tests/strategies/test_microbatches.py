@@ -19,19 +19,6 @@ def test_a_batch_is_cut_into_equal_parts_that_make_it_up(rows: int, wanted: int)
     assert not any(rows % other == 0 for other in larger)
 
 
-def test_outputs_are_those_of_the_whole_batch() -> None:
-    first = {"logits": torch.ones(2, 3), "loss": torch.tensor(1.0), "texts": ["a", "b"], "no": None}
-    second = {"logits": torch.zeros(2, 3), "loss": torch.tensor(3.0), "texts": ["c"], "no": None}
-    joined = microbatches.join_outputs([first, second])
-    assert joined["logits"].shape == (4, 3)
-    assert joined["loss"] == 2.0
-    assert joined["texts"] == ["a", "b", "c"]
-    assert joined["no"] is None
-    pairs = microbatches.join_outputs([(torch.zeros(1), 1), (torch.ones(1), 2)])
-    assert torch.equal(pairs[0], torch.tensor([0.0, 1.0]))
-    assert pairs[1] == [1, 2]
-
-
 @pytest.mark.parametrize(
     "other",
     [
