@@ -30,7 +30,7 @@ def test_each_rank_reads_its_own_stages_and_goes_on_exactly(tmp_path: Path) -> N
     def train(rank: int) -> list[float]:
         with RUN.setting(rank) as (trainer, seen):
             trainer.callbacks.append(SaveAt(2, folder))
-            trainer.fit(RUN.module(), datamodule=PositionedBatches(4))
+            trainer.fit(RUN.module(), datamodule=PositionedBatches(4, masked=False))
         losses: list[float] = seen.losses
         return losses
 
@@ -46,7 +46,7 @@ def test_each_rank_reads_its_own_stages_and_goes_on_exactly(tmp_path: Path) -> N
         with run.setting(rank) as (trainer, seen), pytest.MonkeyPatch.context() as patch:
             patch.setattr(_compat_dcp, "read", note)
             module = run.module()
-            trainer.fit(module, datamodule=PositionedBatches(4), ckpt_path=folder)
+            trainer.fit(module, datamodule=PositionedBatches(4, masked=False), ckpt_path=folder)
         here = {name for name, value in module.named_parameters() if not value.is_meta}
         return seen.losses, keys, here
 
@@ -168,7 +168,7 @@ def test_a_killed_replacement_is_read_with_a_warning_and_goes_on_exactly(tmp_pat
     def train(rank: int) -> list[float]:
         with RUN.setting(rank) as (trainer, seen):
             trainer.callbacks.append(SaveAt(2, path))
-            trainer.fit(RUN.module(), datamodule=PositionedBatches(4))
+            trainer.fit(RUN.module(), datamodule=PositionedBatches(4, masked=False))
         losses: list[float] = seen.losses
         return losses
 
@@ -176,7 +176,9 @@ def test_a_killed_replacement_is_read_with_a_warning_and_goes_on_exactly(tmp_pat
         with RUN.setting(rank) as (trainer, seen):
             told = pytest.warns(UserWarning, match=r"replacing .*step2 was killed; .*\.step2\.new")
             with told if rank == 0 else warnings.catch_warnings():
-                trainer.fit(RUN.module(), datamodule=PositionedBatches(4), ckpt_path=path)
+                trainer.fit(
+                    RUN.module(), datamodule=PositionedBatches(4, masked=False), ckpt_path=path
+                )
             trainer.save_checkpoint(path)
         losses: list[float] = seen.losses
         return losses
