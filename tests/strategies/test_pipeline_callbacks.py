@@ -28,7 +28,11 @@ GPT2 = Run("gpt2", ONE_F_ONE_B, clip=0.5, steps=6, overrides=DROPOUT)
 def train(run: Run, rank: int | None, *callbacks: Any, **options: Any) -> list[float]:
     with run.setting(rank) as (trainer, seen):
         trainer.callbacks.extend(callbacks)
-        trainer.fit(run.module(), datamodule=PositionedBatches(run.steps), **options)
+        trainer.fit(
+            run.module(),
+            datamodule=PositionedBatches(run.steps, masked=run.model != "chain"),
+            **options,
+        )
     losses: list[float] = seen.losses
     return losses
 

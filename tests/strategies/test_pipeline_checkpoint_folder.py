@@ -44,7 +44,11 @@ def fit(run: Run, rank: int | None, ranks: int = 2, **options: Any) -> list[floa
     saved = options.pop("save", {})
     with run.setting(rank, ranks) as (trainer, seen):
         trainer.callbacks.extend(SaveAt(step, path) for step, path in saved.items())
-        trainer.fit(run.module(), datamodule=PositionedBatches(run.steps), **options)
+        trainer.fit(
+            run.module(),
+            datamodule=PositionedBatches(run.steps, masked=run.model != "chain"),
+            **options,
+        )
     return seen.losses
 
 
@@ -197,7 +201,11 @@ def test_a_model_without_memory_takes_its_values_from_the_folder(
         with run.setting(rank, ranks) as (trainer, seen):
             with trainer.init_module(empty_init=True):
                 module = PretrainModule(str(weights), optimizer=ADAMW)
-            trainer.fit(module, datamodule=PositionedBatches(run.steps), ckpt_path=folder)
+            trainer.fit(
+                module,
+                datamodule=PositionedBatches(run.steps, masked=run.model != "chain"),
+                ckpt_path=folder,
+            )
         losses: list[float] = seen.losses
         return losses
 
@@ -212,7 +220,7 @@ def test_model_checkpoint_keeps_the_newest_folder_and_evaluates_it(tmp_path: Pat
             callback = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_last=True)
             trainer.callbacks.append(callback)
             module = run.module()
-            trainer.fit(module, datamodule=PositionedBatches(6))
+            trainer.fit(module, datamodule=PositionedBatches(6, masked=False))
 
             def loss(module: Any, **options: Any) -> float:
                 (metrics,) = trainer.validate(module, run.loader(), verbose=False, **options)
@@ -312,7 +320,7 @@ def test_other_groups_of_parameters_are_refused(tmp_path: Path) -> None:
             run.setting(rank) as (trainer, _),
             pytest.raises(ValueError, match="its optimizer has other groups of parameters"),
         ):
-            trainer.fit(Other(), datamodule=PositionedBatches(6), ckpt_path=folder)
+            trainer.fit(Other(), datamodule=PositionedBatches(6, masked=False), ckpt_path=folder)
 
     run_ranks(refused)
 
@@ -361,7 +369,7 @@ def test_a_folder_in_use_and_a_url_are_not_written_to(tmp_path: Path) -> None:
     def train(rank: int) -> None:
         run = MODELS["chain"]
         with run.setting(rank) as (trainer, _):
-            trainer.fit(run.module(), datamodule=PositionedBatches(1))
+            trainer.fit(run.module(), datamodule=PositionedBatches(1, masked=False))
             with pytest.raises(ValueError, match="the folder is in use"):
                 trainer.save_checkpoint(tmp_path / "notes")
             with pytest.raises(ValueError, match="not to a URL"):
@@ -377,7 +385,7 @@ def test_a_save_that_fails_leaves_the_older_checkpoint(tmp_path: Path) -> None:
     def train(rank: int) -> list[float]:
         with run.setting(rank) as (trainer, seen):
             trainer.callbacks.append(SaveAt(2, folder))
-            trainer.fit(run.module(), datamodule=PositionedBatches(6))
+            trainer.fit(run.module(), datamodule=PositionedBatches(6, masked=False))
 
             def fail(*_: Any, **__: Any) -> None:
                 raise OSError("no space left on device")

@@ -37,7 +37,11 @@ def fit(run: Run, folder: Path, rank: int | None, ranks: int = 2, **options: Any
     with run.setting(rank, ranks) as (trainer, seen):
         if "ckpt_path" not in options:
             trainer.callbacks.append(SaveAt(5, folder / "middle.ckpt"))
-        trainer.fit(run.module(), datamodule=PositionedBatches(run.steps), **options)
+        trainer.fit(
+            run.module(),
+            datamodule=PositionedBatches(run.steps, masked=run.model != "chain"),
+            **options,
+        )
         name = "resumed" if "ckpt_path" in options else "end"
         trainer.save_checkpoint(folder / f"{name}.ckpt")
     return seen.losses
