@@ -34,6 +34,19 @@ def begin_epoch(trainer: pl.Trainer) -> None:
     trainer.fit_loop.epoch_loop.restarting = False
 
 
+def finish_epoch(trainer: pl.Trainer) -> None:
+    """Let a loop that restarts behind an epoch's last batch run what is left of the epoch.
+
+    Where no validation is due, it would train another batch to look for one; and where it
+    restarts, it does not step the schedulers that watch a metric.
+    """
+    loop = trainer.fit_loop
+    loop._restarting = False
+    if not validation_follows(trainer):
+        loop.epoch_loop.val_loop._has_run = True
+        loop.epoch_loop._batches_that_stepped += 1
+
+
 def call_before_epochs(trainer: pl.Trainer, function: Callable[[], None]) -> None:
     """Call a function once, behind all hooks of the start of training and before any of an epoch.
 

@@ -3,6 +3,7 @@
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -255,6 +256,21 @@ def test_averaging_of_a_checkpoint_goes_on_without_new_learning_rates() -> None:
     _compat_resume.resume_averaging(trainer, averaging)
     assert averaging._initialized
     assert groups[0]["lr"] == 0.125
+
+
+@pytest.mark.parametrize("due", [True, False])
+def test_finish_epoch_leaves_the_loop_with_what_is_left(due: bool) -> None:
+    _, trainer = watched(lambda trainer: None, limit_val_batches=int(due))
+    trainer.fit(Stranger())  # its loaders are those of a run
+    loop = trainer.fit_loop
+    loop._data_fetcher = SimpleNamespace()
+    loop.epoch_loop.val_loop._has_run, loop._restarting = False, True
+    loop.epoch_loop.batch_progress.current.ready = trainer.num_training_batches
+    stepped = loop.epoch_loop._batches_that_stepped
+    _compat_resume.finish_epoch(trainer)
+    assert not loop.restarting
+    assert loop.epoch_loop.val_loop._has_run is not due
+    assert loop.epoch_loop._batches_that_stepped == stepped + (not due)
 
 
 def test_begin_epoch_takes_back_that_the_loop_restarts() -> None:

@@ -15,12 +15,13 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_align import _compat_resume
-from lightning_align.run.position import next_place
+from lightning_align.run.position import epoch_is_open, next_place
 
 
 def capture_means(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[dict[str, Any]]:
     """What every rank has summed up so far. Collective: every rank must call it."""
-    epoch_goes_on = next_place(trainer.fit_loop.state_dict()).batch > 0
+    loops = trainer.fit_loop.state_dict()
+    epoch_goes_on = next_place(loops).batch > 0 or epoch_is_open(loops)
     reset_by_lightning = _compat_resume.logged_metrics_of_validation(trainer)
     if not epoch_goes_on:
         reset_by_lightning += _compat_resume.logged_metrics_of_epoch(trainer)

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_align import _compat_resume
 from lightning_align._compat import restart_train_iteration
+from lightning_align._compat_resume import validation_follows
 from lightning_align._errors import argument_error
 from lightning_align.run.attributes import Attributes
 from lightning_align.run.epoch_means import capture_means, restore_means
@@ -21,6 +22,8 @@ from lightning_align.run.position import (
     batches_consumed,
     begin_interrupted_epoch_anew,
     close_epoch,
+    epoch_is_open,
+    leave_validation_to_do,
     next_place,
 )
 from lightning_align.run.replicas import replica
@@ -31,12 +34,15 @@ from lightning_align.run.state import (
     capture_accumulation,
     pending_plateau,
     restore_accumulation,
+    validation_is_to_do,
 )
 
 _MEANS_KEY = "lightning_align.epoch_means"
 _PLATEAU_KEY = "lightning_align.plateau"
+_FOLLOWS_KEY = "lightning_align.follows"  # whether a batch had its end before it, when saved
 _SETTINGS_KEY = "lightning_align.settings"
 _ATTRIBUTES_KEY = "lightning_align.attributes"
+_KEYS = (WINDOW_KEY, _MEANS_KEY, _PLATEAU_KEY, _FOLLOWS_KEY, _SETTINGS_KEY, _ATTRIBUTES_KEY)
 
 
 class ExactResume(pl.Callback):
@@ -74,6 +80,7 @@ class ExactResume(pl.Callback):
         self._attributes: Attributes | None = None  # of the latest fit
         self._start: dict[str, Any] = {}  # settings with which the fit began
         self._module_hook: Callable[[], None] = _nothing  # runs before a save, if not yet run
+        self._epoch_is_open = False  # whether it goes on behind the last batch of an epoch
         self._resumed: Place | None = None  # where the checkpoint goes on, until training starts
 
     @override
@@ -132,7 +139,7 @@ class ExactResume(pl.Callback):
             restart_train_iteration(trainer)
         if self._resumed is None:
             begin_interrupted_epoch_anew(trainer)
-        elif self._resumed.batch == 0:
+        elif self._resumed.batch == 0 and not self._epoch_is_open:
             _compat_resume.begin_epoch(trainer)
         self._resumed = None
         # Reading trainer.estimated_stepping_batches in configure_optimizers starts the loader
@@ -158,11 +165,18 @@ class ExactResume(pl.Callback):
         self._attributes.restore(saved.get(_ATTRIBUTES_KEY, []))
         restore_accumulation(trainer, pl_module, windows)
         restore_means(trainer, pl_module, saved.get(_MEANS_KEY, []))
-        if interval := saved.get(_PLATEAU_KEY, ""):
+        interval = saved.get(_PLATEAU_KEY, "")
+        validation_steps = saved.get(_FOLLOWS_KEY) and validation_follows(trainer)
+        if interval and not (interval == "step" and validation_steps):
             _compat_resume.step_plateau_schedulers(trainer, interval)
+        if self._epoch_is_open:
+            _compat_resume.finish_epoch(trainer)
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._epoch_is_open:
+            self._epoch_is_open = False
+            _compat_resume.begin_epoch(trainer)  # the one before had no batch to train
         reseed(self._effective_seed, batches_consumed(trainer), replica(trainer)[1], "epoch")
 
     @override
@@ -203,6 +217,7 @@ class ExactResume(pl.Callback):
         if windows := capture_accumulation(trainer, pl_module):
             checkpoint[WINDOW_KEY] = windows
         checkpoint[_MEANS_KEY] = capture_means(trainer, pl_module)
+        checkpoint[_FOLLOWS_KEY] = validation_is_to_do(trainer)
         checkpoint[_PLATEAU_KEY] = pending_plateau(trainer)
         if self._attributes is None:
             return
@@ -216,18 +231,21 @@ class ExactResume(pl.Callback):
     ) -> None:
         if trainer.state.fn != TrainerFn.FITTING or "loops" not in checkpoint:
             return
-        keys = (WINDOW_KEY, _MEANS_KEY, _PLATEAU_KEY, _SETTINGS_KEY, _ATTRIBUTES_KEY)
-        self._saved = {key: checkpoint[key] for key in keys if key in checkpoint}
+        self._saved = {key: checkpoint[key] for key in _KEYS if key in checkpoint}
         loop = checkpoint["loops"]["fit_loop"]
         self._resumed = next_place(loop)
-        if self._resumed.batch == 0 and loop["epoch_loop.batch_progress"]["is_last_batch"]:
+        at_last = loop["epoch_loop.batch_progress"]["is_last_batch"]
+        self._epoch_is_open = at_last and _FOLLOWS_KEY in checkpoint and epoch_is_open(loop)
+        if checkpoint.get(_FOLLOWS_KEY):
+            leave_validation_to_do(loop)
+        elif self._resumed.batch == 0 and at_last and not self._epoch_is_open:
             close_epoch(loop)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         _compat_resume.wrap_train_loaders(trainer, None)
         _compat_resume.call_before_saving(trainer, None)
-        self._module_hook, self._saved = _nothing, {}
+        self._module_hook, self._saved, self._epoch_is_open = _nothing, {}, False
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -74,3 +74,36 @@ def close_epoch(fit_loop: dict[str, Any]) -> None:
     batches["current"].update(dict.fromkeys(batches["current"], 0))
     batches["is_last_batch"] = False
     fit_loop["state_dict"].pop("combined_loader", None)  # at its end; the next one is a new one
+
+
+def epoch_is_open(fit_loop: Mapping[str, Any]) -> bool:
+    """Whether the hooks of an epoch's end have yet to run.
+
+    Args:
+        fit_loop: ``checkpoint["loops"]["fit_loop"]``.
+    """
+    epochs: Mapping[str, int] = fit_loop["epoch_progress"]["current"]
+    return epochs["processed"] != epochs["started"]
+
+
+def leave_validation_to_do(fit_loop: dict[str, Any]) -> None:
+    """Let a resumed run begin behind its last batch with what followed it there, in place.
+
+    What a batch still had before it when it was saved, Lightning leaves out: the validation that
+    was due, and at an epoch's end its hooks. It comes to them where its counters say that the batch
+    is over and that a validation has just begun.
+
+    Args:
+        fit_loop: ``checkpoint["loops"]["fit_loop"]``.
+    """
+    batches = fit_loop["epoch_loop.batch_progress"]
+    for counters in (batches["total"], batches["current"]):
+        counters["completed"] = counters["processed"]
+    validation = fit_loop["epoch_loop.val_loop.batch_progress"]
+    validated = validation["total"]["completed"]
+    begun = {"ready": validated + 1, "started": validated + 1}
+    validation["total"].update(begun, processed=validated, completed=validated)
+    validation["current"].update(dict.fromkeys(validation["current"], 0))
+    validation["is_last_batch"] = False
+    if batches["is_last_batch"]:
+        fit_loop["state_dict"].pop("combined_loader", None)  # at its end; the next is a new one

@@ -21,8 +21,8 @@ def is_safe_point(trainer: pl.Trainer) -> bool:
     """Whether a checkpoint written now resumes without skipping anything.
 
     False after a batch that a validation follows, until it has run, and at the last batch of an
-    epoch until its end hooks have run: Lightning resumes such a checkpoint behind them, so they
-    would never run. The weights stay exact either way.
+    epoch until its end hooks have run: Lightning resumes such a checkpoint behind them. ExactResume
+    sees to it that they run; whoever can wait spares the resumed run from them.
     """
     progress: Any = trainer.fit_loop.epoch_progress.current
     if progress.processed == progress.started:  # the epoch is closed
@@ -30,6 +30,20 @@ def is_safe_point(trainer: pl.Trainer) -> bool:
     if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
         return False
     return not (trainer.training and validation_follows(trainer))
+
+
+def validation_is_to_do(trainer: pl.Trainer) -> bool:
+    """Whether a batch is saved before what follows it: a validation, or the end of its epoch.
+
+    A validation that has come to its first batch is none that could be run anew: the module has
+    begun to collect.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    batches: Any = loop.batch_progress.current
+    if trainer.validating:
+        validated: Any = loop.val_loop.batch_progress.current
+        return bool(validated.ready == 0)
+    return bool(batches.completed < batches.processed) and not is_safe_point(trainer)
 
 
 def pending_plateau(trainer: pl.Trainer) -> str:

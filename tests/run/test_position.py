@@ -8,6 +8,8 @@ from lightning_align.run.position import (
     batches_consumed,
     begin_interrupted_epoch_anew,
     close_epoch,
+    epoch_is_open,
+    leave_validation_to_do,
     next_place,
 )
 from tests.helpers.resume import HandWritten, SequenceData
@@ -67,6 +69,11 @@ def counters(epoch: tuple[int, int], batches: int, last: bool) -> dict[str, Any]
     batch = dict.fromkeys(("ready", "started", "processed"), batches) | {"completed": batches - 1}
     return {
         "state_dict": {"combined_loader": []},
+        "epoch_loop.val_loop.batch_progress": {
+            "total": dict.fromkeys(("ready", "started", "processed", "completed"), 4),
+            "current": dict.fromkeys(("ready", "started", "processed", "completed"), 2),
+            "is_last_batch": True,
+        },
         "epoch_progress": {"total": dict(current), "current": current},
         "epoch_loop.state_dict": {"_batches_that_stepped": batches - 1},
         "epoch_loop.batch_progress": {
@@ -103,3 +110,20 @@ def test_close_epoch_leaves_nothing_of_the_old_one(processed: int) -> None:
     assert loop["epoch_loop.state_dict"]["_batches_that_stepped"] == 6 - processed
     assert loop["state_dict"] == {}
     assert next_place(loop) == Place(1, 0)
+
+
+def test_an_epoch_is_open_until_its_hooks_have_run() -> None:
+    assert epoch_is_open(counters((1, 0), 6, last=True))
+    assert not epoch_is_open(counters((1, 1), 6, last=True))
+
+
+def test_a_validation_that_is_to_do_has_begun_and_its_batch_is_over() -> None:
+    loop = counters((1, 0), 6, last=True)
+    leave_validation_to_do(loop)
+    batches, validation = (loop[f"epoch_loop.{name}batch_progress"] for name in ("", "val_loop."))
+    assert batches["current"]["completed"] == batches["total"]["completed"] == 6
+    begun = {"ready": 5, "started": 5, "processed": 4, "completed": 4}
+    assert validation["total"] == begun
+    assert set(validation["current"].values()) == {0}
+    assert not validation["is_last_batch"]
+    assert loop["state_dict"] == {}
