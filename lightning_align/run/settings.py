@@ -9,6 +9,7 @@ wants another setting, and has it from the first batch on.
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 
 from lightning_align import _compat_resume
 from lightning_align._errors import argument_error
@@ -87,8 +88,8 @@ def restore_settings(
 def _check_window(trainer: pl.Trainer, then: int, window_is_open: bool) -> None:
     """Each batch of a window counts by the number of batches in it, as it was when it came."""
     now = trainer.accumulate_grad_batches
-    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-    batch = progress.processed
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+    batch = 0 if progress.is_last_batch else progress.current.processed
     if now == then or not (window_is_open or batch % now):
         return
     boundary = f"multiple of {now} batches in its epoch and at an optimizer step"
@@ -108,8 +109,13 @@ def resume_averaging(trainer: pl.Trainer) -> None:
     Raises:
         ValueError: If the epoch is the last one, which only takes BatchNorm's statistics.
     """
+    has_statistics = StochasticWeightAveraging.pl_module_contains_batch_norm(
+        trainer.lightning_module
+    )
+    # Behind the last batch of an epoch it is the next one that begins.
+    epoch = trainer.current_epoch + trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
     for averaging in _compat_resume.averaging_in_checkpoint(trainer):
-        if trainer.current_epoch == averaging.swa_end + 1:
+        if epoch == averaging.swa_end + 1 and has_statistics:
             # It ends with an optimizer step by the gradients of the last batch before it.
             raise argument_error(
                 "StochasticWeightAveraging",
