@@ -59,6 +59,19 @@ class OrdinaryLoader(TextDataModule):
         )
 
 
+class OwnDraws(TextDataModule):
+    """Draws its samples from a generator that nobody seeds or saves."""
+
+    def train_dataloader(self) -> Any:
+        dataset = self.train_dataset
+
+        def draw(indices: list[int]) -> dict[str, Tensor]:
+            drawn = torch.randint(len(dataset), (len(indices),), generator=GENERATOR)  # type: ignore[arg-type]
+            return dataset[drawn.tolist()]  # type: ignore[index]
+
+        return DataLoader(range(len(dataset)), self.batch_size, collate_fn=draw)  # type: ignore[arg-type]
+
+
 class WorkerDependent(TextDataModule):
     """Its samples are not the same in a worker process."""
 
@@ -254,6 +267,8 @@ SGD = Member("SGD", spec("torch.optim.SGD", lr=0.1))
 LOUDER = Member("Louder", spec(HERE + "Louder"))
 UNSYNCHRONISED = Member("Unsynchronised", spec(HERE + "Unsynchronised"), ranks=2)
 UNTIED = Member("Untied", spec(HERE + "Untied", start_method="fork"), ranks=2, splits_batch=False)
+OWN_DRAWS = Member("OwnDraws", spec(HERE + "OwnDraws", **LAWFUL[0].spec["init_args"]))
+
 DATAMODULES = {
     law: Member(name, spec(HERE + name, **LAWFUL[0].spec["init_args"]))
     for law, name in {

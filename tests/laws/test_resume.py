@@ -96,7 +96,7 @@ _RUN = on_its_data(MODULES[-1])
 BROKEN = {
     "callback": replace(_RUN, callbacks=(broken.callback("ForgetfulCallback"),)),
     "module": replace(_RUN, module=broken.OWN_GENERATOR),
-    "datamodule": replace(_RUN, data=broken.DATAMODULES["starts anywhere"]),
+    "datamodule": replace(_RUN, data=broken.OWN_DRAWS),
     "optimizer": replace(_RUN, optimizer=broken.FORGETFUL_ADAMW),
 }
 
