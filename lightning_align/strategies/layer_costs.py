@@ -34,7 +34,7 @@ from lightning_align.strategies.trees import metas_of
 _REPEATS = 5  # of which the median counts; one more comes before
 # What blocks call their place in the model, which makes them no other kind.
 _NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number")
-_OF_ANY_MODULE = {*vars(nn.Module()), "forward"}
+_OF_ANY_MODULE = {*vars(nn.Module()), "forward", "_compiled_call_impl"}
 
 _Calls = dict[nn.Module, tuple[Any, Any]]
 

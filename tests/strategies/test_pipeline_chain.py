@@ -194,6 +194,41 @@ class FrozenFirst(Foreign):
         return self.model.last(self.model.third(hidden))
 
 
+class FrozenStage(FrozenFirst):
+    """The same, with a graph for nobody."""
+
+    def output(self, inputs: Tensor) -> Any:
+        return self.model(inputs)
+
+
+class Mixing(nn.Module):
+    """Takes and returns a dict with a tensor of floats, one of integers, one of bools, and None."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, state: dict[str, Any]) -> dict[str, Any]:
+        hidden = self.linear(state["hidden"]).masked_fill(state["mask"], 0.0)
+        count = state["counts"][0] + 1
+        return {**state, "hidden": hidden * count / 16, "counts": (count, None)}
+
+
+class Dicts(Foreign):
+    def make(self) -> None:
+        self.blocks = nn.ModuleList(Mixing() for _ in range(4))
+
+    def pipeline_layers(self) -> list[nn.Module]:
+        return [*self.blocks]
+
+    def output(self, inputs: Tensor) -> Any:
+        counts = torch.arange(WIDTH).expand(len(inputs), -1)
+        state = {"hidden": inputs, "mask": inputs > 1, "counts": (counts, None)}
+        for block in self.blocks:
+            state = block(state)
+        return state["hidden"]
+
+
 class PenaltyOfTheLast(Foreign):
     """Of weights of the last stage, which runs the step to its end."""
 
@@ -334,7 +369,7 @@ HUGGING_FACE = {
     for recompute in ("", "again", "reentrant")
 }
 TRAINED: dict[str, Callable[[], Any]] = {
-    **{kind.__name__: kind for kind in [Foreign, *Foreign.__subclasses__(), Nested]},
+    **{kind.__name__: kind for kind in [Foreign, *Foreign.__subclasses__(), Nested, FrozenStage]},
     "Subclassed": Subclassed,
     **HUGGING_FACE,
     "hidden states": partial(HiddenStates, "llama"),
@@ -349,9 +384,9 @@ def results(make: Callable[[], Any], rank: int | None, **strategy: Any) -> Any:
     with run.setting(rank) as (trainer, seen):
         module = make()
         trainer.fit(module, module.loader(), module.loader())
+        values = {name: float(value) for name, value in trainer.callback_metrics.items()}
         weights = {name: p for name, p in module.named_parameters() if not p.is_meta}
         predicted = trainer.predict(module, module.loader())
-        values = {name: float(value) for name, value in trainer.callback_metrics.items()}
     weights = {name: p.detach().numpy().copy() for name, p in weights.items()}
     return seen.losses, seen.logged, values, weights, torch.cat(predicted).numpy()
 
