@@ -213,7 +213,7 @@ def test_a_model_without_memory_takes_its_values_from_the_folder(
 
 
 def test_model_checkpoint_keeps_the_newest_folder_and_evaluates_it(tmp_path: Path) -> None:
-    run = MODELS["chain"]
+    run = changed(MODELS["chain"], data={"masked": False})
 
     def train(rank: int) -> tuple[str, list[float]]:
         with run.setting(rank) as (trainer, _):
