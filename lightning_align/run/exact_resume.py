@@ -52,16 +52,18 @@ class ExactResume(pl.Callback):
     batches consumed, rank), so dropout and every other draw are the same after a kill and
     ``fit(ckpt_path=...)``. The order in which a loader shuffles becomes a function of (seed,
     epoch), and a resumed epoch goes on with its next batch. The checkpoint also holds the gradients
-    of an open accumulation window and the sums behind the epoch means of logged values. Our modules
-    and ``AsyncCheckpoint`` bring this callback themselves; add it to the Trainer of a
-    LightningModule of your own. Costs microseconds a step.
+    of an open accumulation window, the sums behind the epoch means of logged values, attributes
+    that the run has changed, and what hooks of an epoch's beginning have set; docs/contract.md has
+    the whole list. Our modules and ``AsyncCheckpoint`` bring this callback themselves; add it to
+    the Trainer of a LightningModule of your own. Costs microseconds a step.
 
     Args:
         seed: Seed of the run; by default the datamodule's ``seed``, else the one of
             ``seed_everything``, else 0.
 
     Raises:
-        ValueError: If ``seed`` is negative, or a checkpoint was written with another explicit seed.
+        ValueError: If ``seed`` is negative, a checkpoint was written with another explicit seed, or
+            a step would be of batches that another ``accumulate_grad_batches`` has weighted.
 
     Example:
         >>> callback = ExactResume(seed=1)

@@ -77,7 +77,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("savers", [model_checkpoint, every_batch])
+@pytest.mark.parametrize(
+    "savers", [model_checkpoint, pytest.param(every_batch, marks=pytest.mark.slow)]
+)
 def test_the_end_of_an_epoch_runs_once(tmp_path: Path, savers: Any, name: str) -> None:
     last = 5 if name == "short" else 6
     fit = Fit(tmp_path, Ends, savers, trainer=SETTINGS[name])

@@ -100,7 +100,12 @@ LOADERS = [
 ]
 
 
-@pytest.mark.parametrize("name", LOADERS)
+FEW = ("plain", "wrapped, followed", "two", "mixed, followed")
+
+
+@pytest.mark.parametrize(
+    "name", [*FEW, *(pytest.param(n, marks=pytest.mark.slow) for n in LOADERS if n not in FEW)]
+)
 def test_a_sampler_of_ours_in_any_loader_is_resumed(tmp_path: Path, name: str) -> None:
     positions = (2, 4) if name == "shorter" else (2, 8)
     resumes(Fit(tmp_path, lambda: Loads(name), model_checkpoint), *positions)
