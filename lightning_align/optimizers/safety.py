@@ -72,7 +72,7 @@ def check_eps(where: str, argument: str, value: Any, beta2: Any) -> None:
     if float(value) < least:
         rule = f"must be at least {least:.0e} with beta2 {float(beta2):g}: the square of a smaller "
         rule += "gradient is 0 in fp32, and it would be divided by nothing"
-        raise argument_error(where, argument, value, rule, "The default does")
+        raise argument_error(where, argument, value, rule, "Leave it at its default")
 
 
 # What groups, and states of other optimizers, may ask for that is not done here -> what asks for
