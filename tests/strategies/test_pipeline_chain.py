@@ -394,8 +394,8 @@ def results(make: Callable[[], Any], rank: int | None, **strategy: Any) -> Any:
 def assert_same(ours: Any, theirs: Any) -> None:
     losses, logged, values, weights, predicted = ours
     assert losses == pytest.approx(theirs[0], rel=2e-5, abs=2e-6)
-    assert [entry.get("train_loss") for entry in logged] == pytest.approx(
-        [entry.get("train_loss") for entry in theirs[1]], rel=2e-5, abs=2e-6
+    assert [entry.get("train_loss", 0.0) for entry in logged] == pytest.approx(
+        [entry.get("train_loss", 0.0) for entry in theirs[1]], rel=2e-5, abs=2e-6
     )
     assert values.get("val_loss") == pytest.approx(theirs[2].get("val_loss"), rel=2e-5, abs=2e-6)
     assert predicted == pytest.approx(theirs[4], abs=2e-5)
