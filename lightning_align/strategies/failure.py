@@ -74,10 +74,7 @@ def end_together(rank: int) -> None:
     """At the end of a run: wait until it has ended well on all ranks; collective.
 
     The hooks of the end do without the other ranks. One that fails there would leave them, and so
-    the exit code of the script, none the wiser.
-
-    Raises:
-        PipelineError: If another rank has failed.
+    the exit code of the script, none the wiser: now each has the first failure as a PipelineError.
     """
     if not distributed.is_initialized():
         return
