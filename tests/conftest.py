@@ -2,6 +2,7 @@ import os
 import sys
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import torch
 
@@ -10,6 +11,9 @@ import torch
 os.environ["OMP_NUM_THREADS"] = "1"
 # Forking after a multi-threaded backward hangs; after a single-threaded one it does not.
 torch.set_num_threads(1)
+# A drawn example may take as long as a busy machine makes it take.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 
 @pytest.fixture(autouse=True)

@@ -197,7 +197,7 @@ class DPOModule(CausalLMModule):
             self._check_older_reference(saved)
         elif saved and ours and saved != ours:
             what = " and ".join(name for name in ours if saved.get(name) != ours[name])
-            raise self._reference_error(f"another reference: its {what} differs")
+            raise self._reference_error(f"another reference, which differs in its {what}")
 
     def _check_older_reference(self, saved: str) -> None:
         """An older version's hash tells most other weights apart, unless these were cast since."""
