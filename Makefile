@@ -47,17 +47,21 @@ endif
 demo: $(STAMP)
 	$(BIN)/lightning-align demo $(ARGS)
 
+# The whole suite in two processes, what measures time after it; what ARGS picks in one.
 test: $(STAMP)
+ifneq ($(ARGS),)
 	$(BIN)/pytest -m "not slow and not peer and not gpu" $(ARGS)
-ifeq ($(ARGS),)
+else
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not peer and not gpu and not alone"
+	$(BIN)/pytest -m "alone and not slow and not peer and not gpu"
 	$(BIN)/pytest --markdown-docs --markdown-docs-syntax=superfences README.md docs/*.md
 endif
 
 # The arithmetic once more, with the kernels of older processors; `make test` takes the machine's own.
 MATHS := tests/losses tests/optimizers tests/pipelining tests/test_layers.py tests/test_schedules.py
 test-kernels: $(STAMP)
-	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/pytest -m "not gpu" $(MATHS) $(ARGS)
-	ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/pytest -m "not gpu" $(MATHS) $(ARGS)
+	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/pytest -m "not gpu and not alone" $(MATHS) $(ARGS)
+	ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/pytest -m "not gpu and not alone" $(MATHS) $(ARGS)
 
 test-peer: $(STAMP)
 	$(BIN)/pytest -m peer $(ARGS)

@@ -7,6 +7,8 @@ import pytest
 from lightning_align.pipelining import Action, build_schedule, measured_costs, simulate
 from tests.helpers.sleeping_pipeline import sleeping_steps, step_time
 
+pytestmark = pytest.mark.alone
+
 F, B = 0.02, 0.04
 
 
