@@ -96,6 +96,7 @@ def keep_second_store(host: str, num_nodes: int) -> None:
     _second_store = store(host, port, is_master=last, wait_for_workers=False)
     if last:
         default_store().set(_ADDRESS, str(_second_store.port))
+    distributed.barrier()  # it must be there until all have found it
 
 
 def _first_failure(own: str) -> str | None:
