@@ -1,6 +1,7 @@
 """What a user gets from `pip install` and `import`: names, files, pins and no slow imports."""
 
 import ast
+import importlib
 import importlib.metadata
 import re
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -39,22 +41,37 @@ def test_public_classes_load_no_heavy_library_that_lightning_does_not():
     assert "transformers" not in added
 
 
+ROOMS = {
+    room: importlib.import_module(f"lightning_align.{room}")
+    for room in ("callbacks", "data", "modules", "optimizers", "run", "strategies")
+}
+PACKAGES = pytest.mark.parametrize("package", [lightning_align, *ROOMS.values()])
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_importing_a_room_loads_nothing_before_a_name_of_it_is_used(room):
+    added = modules_added("import importlib, typing", f"import lightning_align.{room}")
+    assert added == {"lightning_align"}
+
+
 def in_order(names):
     """As ruff sorts them: names in capitals come first."""
     return sorted(names, key=lambda name: (not name.isupper(), name[0].islower(), name))
 
 
-def test_public_names_are_sorted_and_resolve():
-    assert lightning_align.__all__ == in_order(lightning_align.__all__)
-    for name in lightning_align.__all__:
-        value = getattr(lightning_align, name)
+@PACKAGES
+def test_public_names_are_sorted_and_resolve(package):
+    assert package.__all__ == in_order(package.__all__)
+    for name in package.__all__:
+        value = getattr(package, name)
         assert value.__name__.rpartition(".")[2] == name
-    assert set(lightning_align.__all__) <= set(dir(lightning_align))
+    assert set(package.__all__) <= set(dir(package))
 
 
-def test_type_checkers_see_the_same_names_from_the_same_modules():
+@PACKAGES
+def test_type_checkers_see_the_same_names_from_the_same_modules(package):
     """The lazy table and the TYPE_CHECKING block are written by hand: they must not drift apart."""
-    tree = ast.parse(Path(lightning_align.__file__).read_text())
+    tree = ast.parse(Path(package.__file__).read_text())
     block = next(node for node in tree.body if isinstance(node, ast.If))
     static = {
         alias.name: node.module
@@ -62,14 +79,35 @@ def test_type_checkers_see_the_same_names_from_the_same_modules():
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    lazy = lightning_align._HOMES | dict.fromkeys(lightning_align._ROOMS, "lightning_align")
+    lazy = {
+        name: package.__name__ if name == home else f"{package.__name__}.{home}"
+        for name, home in package._HOMES.items()
+    }
     assert static == lazy
-    assert in_order(static) == lightning_align.__all__
+    assert in_order(static) == package.__all__
 
 
-def test_an_unknown_name_is_an_attribute_error():
+def test_each_public_class_is_a_name_of_the_room_that_holds_it():
+    """`data` is apart: its names are building blocks, and the top level has none of them."""
+    held = {
+        name: value.__module__.split(".")[1]
+        for name in lightning_align.__all__
+        if not isinstance(value := getattr(lightning_align, name), ModuleType)
+    }
+    exported = {
+        name: room for room, package in ROOMS.items() if room != "data" for name in package.__all__
+    }
+    assert exported | {"ModelLayers": "layers", "find_layers": "layers"} == held
+    assert not set(ROOMS["data"].__all__) & set(held)
+    for name, room in held.items():
+        room = importlib.import_module(f"lightning_align.{room}")
+        assert getattr(room, name) is getattr(lightning_align, name)
+
+
+@PACKAGES
+def test_an_unknown_name_is_an_attribute_error(package):
     with pytest.raises(AttributeError, match="has no attribute 'PretrainModul'"):
-        lightning_align.PretrainModul  # noqa: B018
+        package.PretrainModul  # noqa: B018
 
 
 def test_the_wheel_holds_types_corpus_licence_and_command(tmp_path):

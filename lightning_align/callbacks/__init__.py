@@ -1,1 +1,35 @@
 """Callbacks: WHEN something happens during a run."""
+
+from typing import TYPE_CHECKING
+
+from lightning_align._lazy import lazy
+
+if TYPE_CHECKING:
+    from lightning_align.callbacks.async_checkpoint import AsyncCheckpoint
+    from lightning_align.callbacks.generate_samples import GenerateSamples
+    from lightning_align.callbacks.lisa import LISA
+    from lightning_align.callbacks.metric_plot import MetricPlot
+    from lightning_align.callbacks.optimizer_swap import OptimizerSwap
+    from lightning_align.callbacks.save_pretrained import SavePretrained
+    from lightning_align.callbacks.token_schedule import TokenSchedule
+else:
+    _HOMES = {
+        "LISA": "lisa",
+        "AsyncCheckpoint": "async_checkpoint",
+        "GenerateSamples": "generate_samples",
+        "MetricPlot": "metric_plot",
+        "OptimizerSwap": "optimizer_swap",
+        "SavePretrained": "save_pretrained",
+        "TokenSchedule": "token_schedule",
+    }
+    __getattr__, __dir__ = lazy(__name__, _HOMES)
+
+__all__ = [
+    "LISA",
+    "AsyncCheckpoint",
+    "GenerateSamples",
+    "MetricPlot",
+    "OptimizerSwap",
+    "SavePretrained",
+    "TokenSchedule",
+]

@@ -1,15 +1,34 @@
 """Data on disk, in memory and in batches (knows torch, never Lightning)."""
 
-from lightning_align.data.conversation import (
-    ConversationDataset,
-    collate_conversations,
-    read_conversations,
-)
-from lightning_align.data.mixture import Mixture
-from lightning_align.data.packing import PackedDataset
-from lightning_align.data.pair_formats import Pair
-from lightning_align.data.preference import PreferenceDataset, collate_pairs, read_pairs
-from lightning_align.data.sampler import PositionSampler
+from typing import TYPE_CHECKING
+
+from lightning_align._lazy import lazy
+
+if TYPE_CHECKING:
+    from lightning_align.data.conversation import (
+        ConversationDataset,
+        collate_conversations,
+        read_conversations,
+    )
+    from lightning_align.data.mixture import Mixture
+    from lightning_align.data.packing import PackedDataset
+    from lightning_align.data.pair_formats import Pair
+    from lightning_align.data.preference import PreferenceDataset, collate_pairs, read_pairs
+    from lightning_align.data.sampler import PositionSampler
+else:
+    _HOMES = {
+        "ConversationDataset": "conversation",
+        "Mixture": "mixture",
+        "PackedDataset": "packing",
+        "Pair": "pair_formats",
+        "PositionSampler": "sampler",
+        "PreferenceDataset": "preference",
+        "collate_conversations": "conversation",
+        "collate_pairs": "preference",
+        "read_conversations": "conversation",
+        "read_pairs": "preference",
+    }
+    __getattr__, __dir__ = lazy(__name__, _HOMES)
 
 __all__ = [
     "ConversationDataset",
