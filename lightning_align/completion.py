@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
-
-import shtab
 
 import lightning_align
 from lightning_align._errors import argument_error
@@ -25,8 +24,9 @@ def script(shell: str) -> str:
     """The completion script for ``shell``.
 
     Raises:
-        ValueError: If shtab knows no such shell.
+        ValueError: If shtab is not installed, or knows no such shell.
     """
+    shtab = _shtab(shell)
     if shell not in shtab.SUPPORTED_SHELLS:
         rule = f"must be one of {', '.join(shtab.SUPPORTED_SHELLS)}"
         raise argument_error("completion", "shell", shell, rule)
@@ -45,7 +45,17 @@ def script(shell: str) -> str:
                 argument.complete = shtab.FILE
         if "--config" in options:
             added.add_argument("-c").complete = shtab.FILE  # type: ignore[attr-defined]
-    return shtab.complete(plain, shell)
+    completed: str = shtab.complete(plain, shell)
+    return completed
+
+
+def _shtab(shell: str) -> ModuleType:
+    try:
+        import shtab
+    except ImportError as error:
+        rule, way_out = "needs shtab", "Run: pip install 'lightning-align[completion]'"
+        raise argument_error("completion", "shell", shell, rule, way_out) from error
+    return shtab
 
 
 def _values() -> dict[str, list[str]]:
@@ -101,7 +111,7 @@ def parser() -> CommandParser:
         f"{PROGRAM} completion",
         "Print a script that completes commands, options and class names by TAB.",
     )
-    help_shell = f"One of {', '.join(shtab.SUPPORTED_SHELLS)}."
+    help_shell = "bash, zsh, tcsh, or another shell that shtab knows."
     parser.add_argument("shell", type=str, help=help_shell)
     return parser
 

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,27 @@ def test_another_shell_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["completion", "dos"])
     assert "completion(shell='dos'): must be one of bash, zsh" in str(stopped.value)
+
+
+def run_without_shtab(*arguments: str) -> subprocess.CompletedProcess[str]:
+    code = (
+        "import sys; sys.modules['shtab'] = None;"
+        f" from lightning_align.__main__ import main; main({list(arguments)})"
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_without_shtab_the_way_out_is_named_in_one_line() -> None:
+    run = run_without_shtab("completion", "bash")
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr.strip() == (
+        "lightning-align: completion(shell='bash'): needs shtab."
+        " Run: pip install 'lightning-align[completion]'."
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["completion", "--help"]])
+def test_all_else_works_without_shtab(arguments: list[str]) -> None:
+    run = run_without_shtab(*arguments)
+    assert run.returncode == 0, run.stderr
+    assert "completion" in run.stdout
