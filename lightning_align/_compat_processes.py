@@ -30,8 +30,8 @@ class ScriptLauncher(_SubprocessScriptLauncher):
 
     Args:
         environment: Lightning's cluster environment.
-        num_processes: Processes on this node.
-        num_nodes: Nodes.
+        num_processes: Processes on this machine.
+        num_nodes: Machines that the run is on.
         at_end: Called on every rank when ``fit`` or the like has come to its end there.
     """
 

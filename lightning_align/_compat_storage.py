@@ -13,11 +13,7 @@ _REBUILD_DENSE: tuple[Any, ...] = (rebuild_with_dtype, torch._utils._rebuild_ten
 
 
 def is_storage(value: Any) -> bool:
-    """Whether a pickler of tensors meets a value as a storage.
-
-    Args:
-        value: Anything.
-    """
+    """Whether a pickler of tensors meets a value as a storage."""
     return isinstance(value, (torch.TypedStorage, torch.UntypedStorage))
 
 
@@ -34,11 +30,7 @@ def untyped(storage: Any) -> torch.UntypedStorage:
 
 
 def identity(storage: torch.UntypedStorage) -> int:
-    """The same for two Python objects of one storage.
-
-    Args:
-        storage: Which storage.
-    """
+    """The same for two Python objects of one storage."""
     return int(storage._cdata)
 
 
@@ -56,11 +48,7 @@ def pickled_type(storage: Any, nbytes: int) -> tuple[type, int]:
 
 
 def negative_view(tensor: Tensor) -> Tensor:
-    """A view that shows the negative of what is in memory, like ``x.conj().imag``.
-
-    Args:
-        tensor: A tensor.
-    """
+    """A view that shows the negative of what is in memory, like ``x.conj().imag``."""
     return torch._neg_view(tensor)
 
 

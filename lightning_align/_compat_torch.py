@@ -122,7 +122,7 @@ class LeanStage(PipelineStage):
 
     Args:
         submodule: What the stage runs.
-        stage_index: Its number.
+        stage_index: Place in the chain of stages, counted from 0.
         num_stages: Stages in all.
         device: Where it runs.
         around_backward: Makes the context for the backward of a micro-batch.

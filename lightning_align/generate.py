@@ -30,7 +30,7 @@ def stream(
 
     Args:
         model: A Hugging Face model in evaluation mode.
-        tokenizer: Its tokenizer.
+        tokenizer: The one that the model was trained with; its chat template is for ``chat``.
         prompt: Text to go on from, or with ``chat`` what the user says.
         max_new_tokens: Tokens to generate at most.
         temperature: Above 1 more varied, below 1 more predictable, 0 without chance.

@@ -81,8 +81,8 @@ class CheckpointFolder:
         """Say which checkpoint the run goes on from; newer ones are abandoned by that.
 
         Args:
-            name: Its name; None if it is in another folder.
-            step: Its step.
+            name: Checkpoint that was loaded; None if it is in another folder.
+            step: Optimizer steps that the run had taken in it.
         """
         left = self._engine.continue_from(name, step)
         self._retention.abandon({found.name: found.step for found in left})
@@ -118,9 +118,9 @@ class CheckpointFolder:
 
         Args:
             checkpoint: What to write.
-            name: Its name.
-            step: Its step.
-            metadata: For its manifest.
+            name: Its files begin with it.
+            step: Optimizer steps taken, of all optimizers.
+            metadata: Plain values to keep in the manifest.
         """
         result = self._engine.save(checkpoint, name, step, metadata)
         self.num_saved += 1
@@ -134,11 +134,7 @@ class CheckpointFolder:
             self._retention.drop(lost)
 
     def delete(self, names: list[str]) -> None:
-        """Delete checkpoints behind the commits made before.
-
-        Args:
-            names: Which ones.
-        """
+        """Delete checkpoints behind the commits made before."""
         for name in names:
             self._engine.delete(name)
 

@@ -54,7 +54,7 @@ class LISA(pl.Callback):
         train_head: Whether head and final norm train.
         reactivation_warmup_steps: Steps over which the updates of a block that comes back grow
             from a fraction to their full size.
-        seed: Seed of the draw.
+        seed: Seed of the draws of blocks, apart from that of the run.
         filename: PNG to write, relative to ``trainer.default_root_dir``; None draws nothing.
 
     Attributes:

@@ -28,7 +28,7 @@ def draw_blocks(
 
     Args:
         seed: Of the run.
-        interval: Number of the interval.
+        interval: Which interval of the run, counted from 0.
         num_draws: How many blocks.
         weights: One for each block, at least ``num_draws`` of them above 0.
     """

@@ -37,7 +37,7 @@ def make_pairs(
 
     Args:
         model: A Hugging Face causal language model.
-        tokenizer: Its tokenizer.
+        tokenizer: Turns documents and continuations into text and, to check, back into tokens.
         documents: Token ids of each document; a passage never crosses two of them.
         num_pairs: Pairs wanted.
         prompt_tokens: Length of each prompt.

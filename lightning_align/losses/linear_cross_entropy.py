@@ -68,7 +68,7 @@ def linear_cross_entropy(
 
     Args:
         hidden: Hidden states after the final norm, (..., D).
-        head: The output projection.
+        head: Output projection (V, D), with its bias, scale and softcap.
         labels: Token id that each hidden state should predict, (...): shifted already.
         ignore_index: Label of rows that do not count.
         label_smoothing: Share of the target that is spread evenly over the vocabulary, in [0, 1].

@@ -67,7 +67,7 @@ def linear_logprobs(
 
     Args:
         hidden_ND: Hidden states after the final norm, (N, D).
-        head: The output projection.
+        head: Output projection (V, D), with its bias, scale and softcap.
         targets_N: Token id whose log-probability is wanted, (N,).
         chunk_size: Rows whose logits exist at a time; their probabilities are kept for backward
             only if all rows are one chunk. Default: chunks of 24 MiB (CPU), and probabilities of up

@@ -91,7 +91,7 @@ def check_preference_arguments(
 
     Args:
         where: Class or function the user called.
-        loss_type: Name of the loss.
+        loss_type: Key of ``LOSSES``.
         beta: Strength of the pull to the reference.
         label_smoothing: Probability that a preference is the wrong way round.
 

@@ -23,7 +23,7 @@ class CompletionLogps(NamedTuple):
         logps_B: Log-probability of the completion given its prompt, in nats. Differentiable.
         lengths_B: Completion tokens that were predicted.
         entropy_B: Sum of the entropies, in nats.
-        mean_logit_B: Sum of the mean logits.
+        mean_logit_B: Sum of each token's mean logit over the vocabulary.
         top1_B: Completion tokens that were the likeliest.
         token_logps_BT: Log-probability of each token, (B, T - 1): entry t is of token t + 1, zero
             outside the completion.
@@ -52,7 +52,7 @@ def completion_logps(
 
     Args:
         hidden_BTD: Hidden states after the final norm.
-        head: The output projection.
+        head: Output projection (V, D), with its bias, scale and softcap.
         input_ids_BT: Prompt, completion and padding, in the order the model saw them.
         completion_mask_BT: 1 for completion tokens, 0 for prompt and padding.
         chunk_size: Rows whose logits exist at a time, see ``linear_logprobs``.

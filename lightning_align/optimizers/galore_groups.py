@@ -33,7 +33,7 @@ def is_projected(group: Group, parameter: Tensor) -> bool:
 
 
 def rank_of(group: Group, parameter: Tensor) -> int:
-    """Rank of its projection."""
+    """Rank of its projection: that of the group, at most its shorter side."""
     return int(min(group["rank"], *parameter.shape))
 
 

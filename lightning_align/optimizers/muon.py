@@ -101,7 +101,7 @@ class Muon(Optimizer):
         params: Parameters, named parameters, or groups of either.
         lr: Learning rate of Muon's parameters.
         weight_decay: Share of a parameter that lr times this takes away.
-        momentum: Decay of the momentum.
+        momentum: Share of the momentum that a step keeps, in [0, 1).
         nesterov: Whether to look one step ahead.
         ns_coefficients: Of the polynomial, (a, b, c); a list of them, one for each step; or
             "polar_express", the best ones for each step (arXiv:2505.16932).

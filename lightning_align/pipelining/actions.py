@@ -75,7 +75,7 @@ class Schedule:
 
     @property
     def num_ranks(self) -> int:
-        """Pipeline ranks."""
+        """Number of pipeline ranks, one for each row."""
         return len(self.rows)
 
     @cached_property
