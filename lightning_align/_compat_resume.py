@@ -95,6 +95,12 @@ def offer_module_hook(trainer: pl.Trainer, name: str, *arguments: Any) -> Callab
     return early
 
 
+def has_own_hook(owner: Any, name: str) -> bool:
+    """Whether a LightningModule or callback has more than Lightning's empty hook of a name."""
+    base = pl.Callback if isinstance(owner, pl.Callback) else pl.LightningModule
+    return is_overridden(name, owner, parent=base)
+
+
 def call_before_saving(trainer: pl.Trainer, function: Callable[[], None] | None) -> None:
     """Call a function whenever a checkpoint is about to be put together; None undoes it."""
     connector: Any = trainer._checkpoint_connector

@@ -10,6 +10,7 @@ Attributes of submodules count as well; metrics do elsewhere (epoch_means.py), a
 What can neither be written down nor built anew, an open file or a generator, is named in a warning.
 """
 
+import enum
 import hashlib
 import io
 import operator
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import numpy as np
 import torch
+import xxhash
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
@@ -238,6 +240,11 @@ def _elsewhere(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any
         "loader": getattr(_compat_resume.train_loaders(trainer), "flattened", []),
     }
     links: dict[str, Any] = {"trainer": trainer, "strategy": trainer.strategy}
+    loop = trainer.fit_loop
+    for name, whole in (*links.items(), ("loop", loop), ("epoch loop", loop.epoch_loop)):
+        links |= {
+            f"{name}: {part}": item for part, item in vars(whole).items() if _is_lightnings(item)
+        }
     links |= {f"{kind} {n}": item for kind, items in lists.items() for n, item in enumerate(items)}
     if (datamodule := getattr(trainer, "datamodule", None)) is not None:
         links["datamodule"] = datamodule
@@ -248,12 +255,18 @@ def _elsewhere(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any
     return links
 
 
+def _is_lightnings(value: Any) -> bool:
+    """Whether it is part of how Lightning works, and not of what it works on."""
+    of_the_user = isinstance(value, (nn.Module, dict, enum.Enum))
+    return type(value).__module__.startswith("lightning.") and not of_the_user
+
+
 def _marks(encoded: dict[str, Any]) -> Marks:
     return {name: _mark(value) for name, value in encoded.items()}
 
 
 def _mark(encoded: Any) -> Mark:
-    exact, outline = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
+    exact, outline = xxhash.xxh3_128(), hashlib.blake2b(digest_size=16)  # all tensors go by xxh3
     for part in _parts(encoded):
         if isinstance(part, torch.Tensor):
             kind = f"{part.dtype}{tuple(part.shape)}".encode()

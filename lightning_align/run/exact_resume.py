@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_align import _compat_resume
@@ -28,7 +29,12 @@ from lightning_align.run.position import (
 )
 from lightning_align.run.replicas import replica
 from lightning_align.run.rng import reseed
-from lightning_align.run.settings import restore_settings, resume_averaging, settings_in_force
+from lightning_align.run.settings import (
+    LeftOut,
+    restore_settings,
+    resume_averaging,
+    settings_in_force,
+)
 from lightning_align.run.state import (
     WINDOW_KEY,
     capture_accumulation,
@@ -81,9 +87,11 @@ class ExactResume(pl.Callback):
         self._saved: dict[str, Any] = {}  # what of the checkpoint is yet to be restored
         self._attributes: Attributes | None = None  # of the latest fit
         self._start: dict[str, Any] = {}  # settings with which the fit began
+        self._left_out = LeftOut()  # by DDP
         self._module_hook: Callable[[], None] = _nothing  # runs before a save, if not yet run
         self._epoch_is_open = False  # whether it goes on behind the last batch of an epoch
         self._resumed: Place | None = None  # where the checkpoint goes on, until training starts
+        self._ended_early: Place | None = None  # the same, if the end of its epoch has been there
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -119,6 +127,7 @@ class ExactResume(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start = settings_in_force(trainer, pl_module)
         self._attributes = Attributes(trainer, pl_module)
+        self._left_out.warn_of_thawed(trainer, pl_module)  # it has just been wrapped
 
     @override
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -139,11 +148,13 @@ class ExactResume(pl.Callback):
             pending or (self._resumed and loaders.started != self._resumed)
         ):
             restart_train_iteration(trainer)
+        if self._ended_early is not None:
+            _name_what_ran_early(trainer, self._ended_early)
         if self._resumed is None:
             begin_interrupted_epoch_anew(trainer)
         elif self._resumed.batch == 0 and not self._epoch_is_open:
             _compat_resume.begin_epoch(trainer)
-        self._resumed = None
+        self._resumed = self._ended_early = None
         # Reading trainer.estimated_stepping_batches in configure_optimizers starts the loader
         # before Lightning has restored the position: workers would already hold the wrong batches.
         data = getattr(trainer, "datamodule", None)
@@ -186,6 +197,7 @@ class ExactResume(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         reseed(self._effective_seed, batches_consumed(trainer), replica(trainer)[1], "train")
+        self._left_out.warn_of_thawed(trainer, pl_module)
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -236,6 +248,9 @@ class ExactResume(pl.Callback):
         self._saved = {key: checkpoint[key] for key in _KEYS if key in checkpoint}
         loop = checkpoint["loops"]["fit_loop"]
         self._resumed = next_place(loop)
+        self._ended_early = None
+        if self._resumed.batch > 0 and not epoch_is_open(loop):
+            self._ended_early = self._resumed
         at_last = loop["epoch_loop.batch_progress"]["is_last_batch"]
         self._epoch_is_open = at_last and _FOLLOWS_KEY in checkpoint and epoch_is_open(loop)
         if checkpoint.get(_FOLLOWS_KEY):
@@ -264,6 +279,23 @@ class ExactResume(pl.Callback):
                 "Leave seed out to continue that run, or start a new one without ckpt_path",
             )
         self._effective_seed = state_dict["seed"]
+
+
+def _name_what_ran_early(trainer: pl.Trainer, place: Place) -> None:
+    """Lightning ends an epoch where ``max_steps`` does, and once more when the run is prolonged."""
+    module: Any = trainer.lightning_module
+    names = [
+        type(each).__name__
+        for each in (module, *trainer.callbacks)  # type: ignore[attr-defined]
+        if not type(each).__module__.startswith(("lightning.", "lightning_align."))
+        and _compat_resume.has_own_hook(each, "on_train_epoch_end")
+    ]
+    if names:
+        rank_zero_warn(
+            f"ExactResume: max_steps had ended epoch {place.epoch} after {place.batch} batches, and"
+            f" on_train_epoch_end of {names} was called; it will be called again at its end."
+            " A run that had not been stopped comes to it only there."
+        )
 
 
 def _nothing() -> None:

@@ -10,6 +10,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lightning_align import _compat_resume
 from lightning_align._errors import argument_error
@@ -101,6 +104,44 @@ def _check_window(trainer: pl.Trainer, then: int, window_is_open: bool) -> None:
         " that the next step would be of batches with other weights",
         f"Resume with accumulate_grad_batches={then}, or from a checkpoint after a {boundary}",
     )
+
+
+class LeftOut:
+    """Parameters that DDP does not average, since they were frozen when it wrapped the module.
+
+    One that is thawed later (``BaseFinetuning``) is trained by each rank for itself, and a
+    checkpoint has those of rank zero only. LISA wraps the module anew whenever it thaws a layer.
+    """
+
+    def __init__(self) -> None:
+        self._wrapped: object = None
+        self._parameters: dict[str, nn.Parameter] = {}
+
+    def warn_of_thawed(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Name, once, what ranks train apart. Called when the module is wrapped, and each batch.
+
+        Args:
+            trainer: Who fits.
+            module: What is fitted.
+        """
+        model = trainer.strategy.model
+        if not isinstance(model, DistributedDataParallel):
+            return
+        if model is not self._wrapped:
+            self._wrapped = model
+            named = module.named_parameters()
+            self._parameters = {name: p for name, p in named if not p.requires_grad}
+        thawed = [name for name, p in self._parameters.items() if p.requires_grad]
+        if thawed:
+            for name in thawed:
+                del self._parameters[name]
+            rank_zero_warn(
+                f"ExactResume: {thawed} of {type(module).__name__} were frozen when DDP wrapped it"
+                " and learn now. DDP does not average their gradients: every rank trains weights"
+                " of its own, a checkpoint holds those of rank zero, and a resumed run differs."
+                " Leave them trainable with a learning rate of zero until then, or begin another"
+                " fit in which they are trainable from the start."
+            )
 
 
 def resume_averaging(trainer: pl.Trainer) -> None:

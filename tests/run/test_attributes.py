@@ -341,6 +341,31 @@ def test_what_cannot_be_saved_is_named_once(tmp_path: Path) -> None:
     assert "['log_file', 'numbers'] of Lost" in named[0]
 
 
+class Refers(Counts):
+    """Keeps what belongs to the Trainer at hand, beside what counts."""
+
+    def on_train_start(self) -> None:
+        self.at_hand = {"trainer": self.trainer, "loggers": self.trainer.loggers, "count": 0}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loop = self.trainer.fit_loop
+        self.loop, self.parts = loop, [loop.epoch_loop.val_loop, loop.epoch_progress]
+        self.precision = self.trainer.strategy.precision_plugin
+        self.state, self.saver = self.trainer.state, self.trainer.checkpoint_callback
+        self.at_hand["count"] += 1
+        return super().training_step(batch, batch_idx) * (1 + self.at_hand["count"] % 5)
+
+
+def test_what_is_the_trainers_is_a_link(tmp_path: Path) -> None:
+    fit = Fit(tmp_path, Refers, every_batch)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="ExactResume")
+        resumes(fit, 8)
+    saved = torch.load(fit.checkpoint(8), weights_only=True)["lightning_align.attributes"][0]
+    assert saved["loop"][1] == ("link", "trainer: fit_loop")
+    assert {kind for kind, _ in saved["parts"][1][2]} == {"link"}
+
+
 def test_checkpoints_load_as_plain_data_and_old_ones_still_resume(tmp_path: Path) -> None:
     fit = Fit(tmp_path, Counts)
     fit.run()

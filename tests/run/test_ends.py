@@ -1,5 +1,6 @@
 """A checkpoint of a batch that a validation or an epoch's end follows is resumed with them."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from torchmetrics import MeanMetric
 
-from lightning_align import ExactResume
+from lightning_align import AsyncCheckpoint, ExactResume
 from lightning_align.run.position import batches_consumed
 from tests.helpers.ranks import ForkedRanks, run_ranks
 from tests.helpers.resumable import (
@@ -99,6 +100,32 @@ def test_a_validation_in_mid_epoch_runs_once(tmp_path: Path, interval: str) -> N
 
 def test_an_epochs_end_behind_its_validation_runs_once(tmp_path: Path) -> None:
     resumes_with_the_end(Fit(tmp_path, Ends, after_validation), 6, 12)
+
+
+class EndsAlike(Ends):
+    """Ends an epoch as often as Lightning says, and nothing comes of it."""
+
+    on_train_epoch_end = pl.LightningModule.on_train_epoch_end
+
+
+def at_the_end(folder: Path) -> list[pl.Callback]:
+    return [AsyncCheckpoint(folder, "{step}", save_top_k=-1, save_on_train_epoch_end=True)]
+
+
+@pytest.mark.parametrize("module", [Ends, EndsAlike])
+def test_an_epoch_that_max_steps_has_ended_ends_again_and_says_so(
+    tmp_path: Path, module: Any
+) -> None:
+    steps = {"max_epochs": -1, "max_steps": 4}
+    fit = Fit(tmp_path, module, at_the_end, trainer=steps)
+    fit.run()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit.run("longer", ckpt_path=fit.checkpoint(4), max_steps=9)
+    named = [str(w.message) for w in caught if "ended epoch 0 after 4" in str(w.message)]
+    assert len(named) == 1
+    whose = ["Ends", "WriteDown"] if module is Ends else ["WriteDown"]
+    assert f"on_train_epoch_end of {whose} was called" in named[0]
 
 
 class SaveBefore(pl.Callback):

@@ -1,5 +1,6 @@
 """What hooks of an epoch's beginning set goes on in mid-epoch, and windows are never mixed."""
 
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,21 @@ FINETUNING = {
 @pytest.mark.parametrize("savers", [model_checkpoint, async_checkpoint])
 def test_finetuning_goes_on(tmp_path: Path, savers: Any, name: str) -> None:
     resumes(Fit(tmp_path, WithBackbone, savers, FINETUNING[name]), 4, 9, 15)
+
+
+def test_what_ddp_does_not_average_is_named(tmp_path: Path) -> None:
+    def on(rank: int) -> list[str]:
+        strategy = "ddp_find_unused_parameters_true"
+        trainer = {"devices": 2, "strategy": strategy, "plugins": [ForkedRanks(rank, 2)]}
+        with warnings.catch_warnings(record=True) as caught:
+            Fit(tmp_path, WithBackbone, callbacks=FINETUNING["own"], trainer=trainer).run()
+            Fit(tmp_path, Freezes, trainer=trainer).run("frozen by epoch")
+        return [str(w.message) for w in caught if "frozen when DDP" in str(w.message)]
+
+    of_rank_zero, of_rank_one = run_ranks(on)
+    assert len(of_rank_zero) == 1
+    assert "['body.0.weight', 'body.0.bias', 'body.1.weight'" in of_rank_zero[0]
+    assert not of_rank_one
 
 
 def test_averaged_weights_go_on(tmp_path: Path) -> None:
