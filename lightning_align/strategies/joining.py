@@ -43,6 +43,7 @@ RULES: dict[str, Callable[[_Parts], Tensor]] = {
     "norm": lambda m: m.values.square().sum(0).sqrt(),
 }
 _SHORT = 16  # elements
+_CANCELS = 0.05  # of the summands: where their rounding in 24 bits is what 2e-5 of the sum is
 _NUMBERS = (bool, int, float, np.number, np.bool_)
 
 
@@ -66,8 +67,14 @@ def as_tensor(value: Any) -> Tensor:
     return torch.as_tensor(0 if value is None else value, dtype=torch.float64)
 
 
-def distance(ours: Any, theirs: Any) -> float:
-    """Largest difference relative to the largest value; infinite between different shapes."""
+def distance(ours: Any, theirs: Any, least: float = 0.0) -> float:
+    """Largest difference relative to the largest value; infinite between different shapes.
+
+    Args:
+        ours: Numbers.
+        theirs: Others.
+        least: What it is relative to at least.
+    """
     a, b = as_tensor(ours), as_tensor(theirs)
     if a.shape != b.shape:
         return float("inf")
@@ -75,9 +82,13 @@ def distance(ours: Any, theirs: Any) -> float:
         return 0.0
     b = b.to(a.device)
     same = (a == b) | (a.isnan() & b.isnan())
-    size = max(float(a.nan_to_num().abs().max()), float(b.nan_to_num().abs().max()))
+    size = max(_largest(a), _largest(b), least)
     apart = (a - b).abs().masked_fill(same, 0.0).nan_to_num(nan=float("inf"))
     return float(apart.max()) / (size or 1.0)
+
+
+def _largest(values: Tensor) -> float:
+    return float(values.nan_to_num(posinf=0.0, neginf=0.0).abs().max()) if values.numel() else 0.0
 
 
 def fitting(
@@ -97,7 +108,9 @@ def fitting(
         return ["rows"] if distance(stacked, whole) <= tolerance else []
     if {as_tensor(part).shape for part in parts} != {as_tensor(whole).shape}:
         return []
-    apart = {name: distance(_applied(name, before, parts, shares), whole) for name in RULES}
+    # A sum that comes to nearly nothing is as exact as what was added up.
+    least = _CANCELS * max(_largest(as_tensor(part)) for part in parts)
+    apart = {name: distance(_applied(name, before, parts, shares), whole, least) for name in RULES}
     # Rounding differs between the rules, too: what is as near as the best cannot be told from it.
     near = min(max(4 * min(apart.values()), tolerance / 10), tolerance)
     return [name for name, error in apart.items() if error <= near]
@@ -220,18 +233,19 @@ class Joiner:
                 if before is None or any(value is not before[number] for value in [*inner, entry]):
                     begun = before[number] if before is not None else None
                     self.learn(f"{path}[{number}]", begun, inner, entry, shares)
-        elif {len(entries) for entries in new} == {len(whole_new)}:
-            note(path, ["one each"])
-            for number, entry in enumerate(whole_new):
-                values = [entries[number] for entries in new]
-                self.learn(f"{path}[+{number}]", None, values, entry, shares)
         else:
             joined = [entry for entries in new for entry in entries]
-            equal = len(joined) == len(whole_new) and all(
+            is_extended = len(joined) == len(whole_new) and all(
                 _equal(ours, theirs, self.tolerance)
                 for ours, theirs in zip(joined, whole_new, strict=True)
             )
-            note(path, ["extend"] if equal else [])
+            is_one_each = {len(entries) for entries in new} == {len(whole_new)}
+            # Both where only one of the micro-batches has the list.
+            note(path, ["one each"] * is_one_each + ["extend"] * is_extended)
+            if "one each" in self.rules[path]:
+                for number, entry in enumerate(whole_new):
+                    values = [entries[number] for entries in new]
+                    self.learn(f"{path}[+{number}]", None, values, entry, shares)
 
     def join(self, path: str, before: Any, parts: Sequence[Any], shares: Sequence[float]) -> Any:
         """The value of the batch; arguments as of ``fitting``."""
@@ -311,10 +325,12 @@ class Joiner:
                 else self.join(f"{path}[{number}]", value, [p[number] for p in parts], shares)
                 for number, value in enumerate(before)
             ]
-        rule = self.rules.get(path, ["extend" if before is None else "one each"])[0]
+        rules = self.rules.get(path, ["extend" if before is None else "one each"])
         if path not in self.rules:
             self.unseen.add(path)
-        if rule == "one each" and len({len(entries) for entries in new}) == 1:
+        if len(rules) > 1 and sum(map(bool, new)) > 1:
+            self.undecided.add(path)
+        if rules[0] == "one each" and len({len(entries) for entries in new}) == 1:
             added = [
                 self.join(f"{path}[+{number}]", None, [entries[number] for entries in new], shares)
                 for number in range(len(new[0]))

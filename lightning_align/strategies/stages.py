@@ -112,7 +112,21 @@ class StageModule(nn.Module):
                 assert work.conclude is not None
                 return work.conclude(run, number)
             with quiet(self.chain.module), work.context():
-                return tuple(tensor.contiguous() for tensor in tensors_in(run()))
+                tensors = tuple(tensor.contiguous() for tensor in tensors_in(run()))
+            self._check_shapes(tensors, number)
+            return tensors
+
+    def _check_shapes(self, tensors: Sequence[Tensor], number: int) -> None:
+        known = [m for m in leaves(self.work.shapes.layers[self.end - 1]) if isinstance(m, Meta)]
+        ours = [Meta(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
+        if ours != known:
+            sizes, first = ([tuple(meta.shape) for meta in metas] for metas in (ours, known))
+            rule = (
+                f"stage {self.index} hands on tensors of {sizes} for micro-batch {number}, and of"
+                f" {first} for the first one: those of a batch must be alike"
+            )
+            way_out = "Leave rows out, and shorten them, in the collate function or after the chain"
+            raise chain_error(self.chain.module, rule, way_out)
 
     def run(
         self,

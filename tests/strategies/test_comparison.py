@@ -243,6 +243,12 @@ class LogsAMetricOfTheBatch(Classifier):
         return F.cross_entropy(logits, batch[1])
 
 
+class LeavesRowsOut(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        inputs, targets, masked = batch
+        return F.cross_entropy(self.net(inputs[~masked]), targets[~masked])
+
+
 REFUSED: dict[str, tuple[type[Classifier], str]] = {
     "a mean over some rows": (
         MeanOverSome,
@@ -253,6 +259,7 @@ REFUSED: dict[str, tuple[type[Classifier], str]] = {
     "a ratio is logged": (LogsARatio, r"\(name='ratio'\): it is .* no mean, sum, .* Log it at the"),
     "a ratio is kept": (KeepsARatio, r"changes 'ratio' to .* Change it in on_train_batch_end"),
     "a metric of the batch": (LogsAMetricOfTheBatch, r"\(name='accuracy'\): .* on_step=False"),
+    "shapes": (LeavesRowsOut, r"of \[.*\] for micro-batch \d, and of .* first .* Leave rows out,"),
 }
 
 

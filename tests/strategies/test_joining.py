@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_align.strategies.joining import Joiner, Mismatch, appended
+from lightning_align.strategies.joining import Joiner, Mismatch, appended, fitting
 
 EACH = [0.25] * 4
 ROWS = torch.randn(8, 3, generator=torch.Generator().manual_seed(0)).double()
@@ -96,6 +96,7 @@ class State:
 
 @settings(deadline=None, max_examples=20)
 @given(seed=st.integers(0, 10**6))
+@example(seed=383)  # 3.0 and a sum of nearly -3.0
 def test_attributes_of_every_kind_come_to_those_of_one_process(seed: int) -> None:
     """Learned on some rows, applied to others, from the state that the former left."""
     joiner, state = Joiner(), State()
@@ -128,7 +129,10 @@ def assert_same(ours: Any, theirs: Any) -> None:
         for our, their in zip(ours, theirs, strict=True):
             assert_same(our, their)
     elif isinstance(theirs, (float, Tensor, np.ndarray)):
-        torch.testing.assert_close(torch.as_tensor(ours), torch.as_tensor(theirs))
+        # Rules whose values are nearer than this are not told apart.
+        torch.testing.assert_close(
+            torch.as_tensor(ours), torch.as_tensor(theirs), rtol=1e-4, atol=1e-4
+        )
     else:
         assert ours == theirs
 
@@ -182,3 +186,20 @@ def test_appended_entries_of_lists_and_of_bounded_deques() -> None:
     assert appended([first], [second]) == []  # put in its place
     bounded = deque([first, second], maxlen=2)
     assert appended(bounded, deque([second, third], maxlen=2)) == [third]
+
+
+def test_a_list_that_one_micro_batch_began_may_have_an_entry_each_or_all() -> None:
+    """As in ``by_class[predicted].append(target)``, where only one had the class at first."""
+    joiner = Joiner()
+    joiner.learn("by_class", {}, [{1: [5]}, {}], {1: [5]}, [0.5, 0.5])
+    begun, parts = {1: [5]}, [{1: [5, 6]}, {1: [5, 7]}]
+    joiner.join("by_class", begun, parts, [0.5, 0.5])
+    assert "by_class[1]" in joiner.undecided
+    joiner.learn("by_class", begun, parts, {1: [5, 6, 7]}, [0.5, 0.5])
+    assert joiner.join("by_class", begun, parts, [0.5, 0.5]) == {1: [5, 6, 7]}
+
+
+def test_a_sum_that_cancels_is_as_exact_as_its_summands() -> None:
+    before, parts = torch.tensor(3.0), [torch.tensor(v) for v in (3.5966, 3.5316, 4.0472, -2.1831)]
+    whole = before + sum(part - before for part in parts) + 2e-7
+    assert fitting(before, parts, whole, [0.25] * 4, 2e-5) == ["sum"]
