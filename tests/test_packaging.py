@@ -85,6 +85,13 @@ def test_type_checkers_see_the_same_names_from_the_same_modules(package):
     }
     assert static == lazy
     assert in_order(static) == package.__all__
+    # A `__getattr__` that they saw would make every name one of the package's.
+    hidden = {node.id for part in block.orelse for node in ast.walk(part) if is_assigned(node)}
+    assert {"__getattr__", "__dir__"} <= hidden
+
+
+def is_assigned(node):
+    return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
 
 
 def test_each_public_class_is_a_name_of_the_room_that_holds_it():
