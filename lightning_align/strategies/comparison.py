@@ -168,6 +168,7 @@ def judge(
             random.append(found.path)
         else:
             verdict.error = verdict.error or found.error
+    joiner.random.update(random)
     if random:
         verdict.warnings.append(
             f"PipelineStrategy: in {type(module).__name__} {', '.join(random)} is another with"
@@ -221,6 +222,9 @@ def _of_loss(
             ' return a sum and set loss_reduction = "sum"; or use schedule="GPipe",'
             " num_microbatches=1"
         )
+    if counted := [path for path, (_, value) in whole.changes.items() if is_number(value)]:
+        rule += f"; its step changes {counted[:3]}, which are those of a micro-batch within it"
+        way_out = f"If the loss goes by them, change them in on_train_batch_start. Else: {way_out}"
     return [Finding("loss", str(argument_error("PipelineStrategy", "model", name, rule, way_out)))]
 
 

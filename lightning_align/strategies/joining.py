@@ -158,6 +158,7 @@ class Joiner:
         comparisons: How often there was something to learn from.
         is_compared: Whether it has learned.
         has_warned: Whether a value that it has not learned was reported.
+        random: Paths of values that other random numbers change, which were said to be so.
         undecided: Paths whose possible rules have come to different values.
     """
 
@@ -167,6 +168,7 @@ class Joiner:
         self.is_compared = self.has_warned = False
         self.rules: dict[str, list[str]] = {}
         self.unseen: set[str] = set()
+        self.random: set[str] = set()
         self.undecided: set[str] = set()
 
     def learn(

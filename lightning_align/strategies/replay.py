@@ -148,7 +148,7 @@ class StepRecorder:
         if any(output is not None for output in outputs):
             told.outputs = joiner.join("output", None, outputs, shares)
         told.undecided = tuple(sorted(joiner.undecided))
-        told.unseen = tuple(sorted(path for path in joiner.unseen if path != "output"))
+        told.unseen = tuple(sorted(joiner.unseen - joiner.random - {"output"}))
         return told
 
     def _joined_log(self, name: str, joiner: Joiner) -> tuple[dict[str, Any], Any]:

@@ -325,6 +325,13 @@ class PipelineSteps:
                 " did not when micro-batches were compared with a batch in one piece: numbers are"
                 " added up, and others averaged or put one below the other"
             )
+        elif told.undecided and not joiner.has_warned:
+            joiner.has_warned = True
+            rank_zero_warn(
+                f"PipelineStrategy: {call.__name__} logs, returns or changes"
+                f" {list(told.undecided)}, of which {joiner.comparisons} comparison(s) with a batch"
+                " in one piece do not tell what it is of its micro-batches: the likeliest is taken"
+            )
         self.teller.replay(told)
         return told
 

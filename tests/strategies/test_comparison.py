@@ -3,6 +3,7 @@
 Each module is foreign: it knows a chain of layers, and nothing else of us.
 """
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -249,6 +250,15 @@ class LeavesRowsOut(Classifier):
         return F.cross_entropy(self.net(inputs[~masked]), targets[~masked])
 
 
+class CounterWeighsLoss(Classifier):
+    def made(self) -> None:
+        self.seen = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.seen += len(batch[1])
+        return super().training_step(batch, batch_idx) * min(1.0, self.seen / 20)
+
+
 REFUSED: dict[str, tuple[type[Classifier], str]] = {
     "a mean over some rows": (
         MeanOverSome,
@@ -259,6 +269,7 @@ REFUSED: dict[str, tuple[type[Classifier], str]] = {
     "a ratio is logged": (LogsARatio, r"\(name='ratio'\): it is .* no mean, sum, .* Log it at the"),
     "a ratio is kept": (KeepsARatio, r"changes 'ratio' to .* Change it in on_train_batch_end"),
     "a metric of the batch": (LogsAMetricOfTheBatch, r"\(name='accuracy'\): .* on_step=False"),
+    "a counter weighs": (CounterWeighsLoss, r"changes \['seen'\], .* them in on_train_batch_start"),
     "shapes": (LeavesRowsOut, r"of \[.*\] for micro-batch \d, and of .* first .* Leave rows out,"),
 }
 
@@ -313,6 +324,38 @@ def test_a_random_loss_trains_with_a_warning() -> None:
     first, second = run_ranks(train)
     assert first == second
     assert len(first) == 4
+
+
+class LogsNoise(AddsNoise):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.log("noisy", loss)
+        return loss
+
+
+class LogsACountLate(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.log("late", float(len(batch[1])) if batch_idx else 0.0)
+        return super().training_step(batch, batch_idx)
+
+
+def test_what_cannot_be_told_is_warned_of_once_for_what_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lightning_align.strategies.steps._COMPARISONS", 1)
+
+    def warned(rank: int, make: type[Classifier]) -> list[str]:
+        with RUN.setting(rank) as (trainer, _), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.fit(make(), rows())
+        return [str(w.message) for w in caught if "PipelineStrategy: " in str(w.message)]
+
+    noise, _ = run_ranks(lambda rank: warned(rank, LogsNoise))
+    assert len(noise) == 1
+    assert "loss, log noisy is another with other random numbers" in noise[0]
+    late, _ = run_ranks(lambda rank: warned(rank, LogsACountLate))
+    assert len(late) == 1
+    assert "['log late'], of which 1 comparison" in late[0]
 
 
 class Normed(Classifier):
