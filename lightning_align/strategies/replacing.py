@@ -43,6 +43,16 @@ def whereabouts(path: Path) -> Path:
     return next((place for place in places if os.path.lexists(place)), path)
 
 
+def empty_places(folder: Path) -> list[Path]:
+    """Where a killed run has yet to put a checkpoint that is whole; nobody who lists it sees one.
+
+    Args:
+        folder: What checkpoints are in.
+    """
+    places = [new.with_name(new.name[1:-4]) for new in folder.glob(".*.ckpt.new")]
+    return sorted(place for place in places if not os.path.lexists(place))
+
+
 def begin(path: Path) -> Path:
     """Make an empty folder to write a new checkpoint into, and return where.
 

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_align._errors import argument_error
 from lightning_align.run.replicas import is_spread
 from lightning_align.strategies import distributed_checkpoint, replacing, stage_state
 from lightning_align.strategies.distributed_checkpoint import META_FILE, DistributedCheckpoint
@@ -104,6 +105,12 @@ class StageCheckpoints(ParallelStrategy):
         return self._restores_late
 
     @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        assert self.lightning_module is not None
+        _refuse_to_begin_anew(self.lightning_module.trainer)
+
+    @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
         named = Path(self.broadcast(checkpoint_path))
         path = replacing.whereabouts(named)
@@ -148,3 +155,15 @@ class StageCheckpoints(ParallelStrategy):
                 groups = saved["param_groups"]
                 state = self._folder.optimizer_state(number, groups, self._parameters, optimizer)
             stage_state.load_optimizer(self._parameters, optimizer, state)
+
+
+def _refuse_to_begin_anew(trainer: pl.Trainer) -> None:
+    """Where ``ckpt_path="last"`` finds nothing Lightning begins anew, and would overwrite it."""
+    if trainer.ckpt_path:
+        return
+    folders = [Path(each.dirpath) for each in trainer.checkpoint_callbacks if each.dirpath]  # type: ignore[attr-defined]
+    for place in (place for folder in folders for place in replacing.empty_places(folder)):
+        new = replacing.whereabouts(place)
+        rule = f"a run was killed before it had renamed {new}, so that 'last' does not find it"
+        way_out = f"Resume with ckpt_path={str(place)!r}, or delete it to begin anew"
+        raise argument_error("Trainer.fit", "ckpt_path", None, rule, way_out)

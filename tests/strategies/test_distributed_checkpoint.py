@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import distributed
 
 from lightning_align import _compat_dcp
@@ -187,3 +188,32 @@ def test_a_killed_replacement_is_read_with_a_warning_and_goes_on_exactly(tmp_pat
     path.rename(tmp_path / ".step2.new")
     assert run_ranks(resume)[0] == whole[2:]
     assert [entry.name for entry in tmp_path.iterdir()] == ["step2"]
+
+
+def test_a_run_does_not_begin_anew_beside_a_killed_replacement(tmp_path: Path) -> None:
+    """Lightning finds no last checkpoint there, and would train from scratch."""
+
+    def train(rank: int, ckpt_path: Any) -> list[float]:
+        with RUN.setting(rank) as (trainer, seen):
+            trainer.callbacks.append(
+                ModelCheckpoint(tmp_path, every_n_train_steps=3, save_last=True)
+            )
+            data = PositionedBatches(4, masked=False)
+            trainer.fit(RUN.module(), datamodule=data, ckpt_path=ckpt_path)
+        losses: list[float] = seen.losses
+        return losses
+
+    whole = run_ranks(partial(train, ckpt_path=None))[0]
+    path = tmp_path / "last.ckpt"
+    path.rename(tmp_path / ".last.ckpt.new")
+
+    def refused(rank: int) -> str:
+        with pytest.raises(ValueError, match="killed before it had renamed") as raised:
+            train(rank, "last")
+        return str(raised.value)
+
+    for message in run_ranks(refused):
+        assert f"Resume with ckpt_path={str(path)!r}" in message
+    assert replacing.empty_places(tmp_path) == [path]
+    assert run_ranks(partial(train, ckpt_path=path))[0] == whole[3:]
+    assert path.is_dir()
