@@ -34,9 +34,11 @@ class LayeredConfigFile(ConfigFile):  # type: ignore[misc]
         """Apply one file to what was read so far."""
         try:
             forget_lists(_content(values), cfg)
+            super().__call__(parser, cfg, values, option_string)
         except yaml.YAMLError as error:  # jsonargparse would not say in which file
             parser.error(f"{values}: must be YAML. {error}")
-        super().__call__(parser, cfg, values, option_string)
+        except RecursionError:
+            parser.error(f"{values}: must not nest lists and mappings that deep")
 
 
 def forget_lists(layer: Mapping[str, Any], config: Namespace, above: str = "") -> None:
@@ -53,7 +55,10 @@ def _content(values: Any) -> Mapping[str, Any]:
     """The file's mapping; empty for what is no file or no mapping: the parser knows better."""
     try:
         with fsspec.open(values, encoding="utf-8", mode="rt") as file:
-            content = yaml.safe_load(file)
+            try:
+                content = yaml.safe_load(file)
+            except ValueError as error:  # an integer of 5000 digits, bytes that are no text
+                raise yaml.YAMLError(error) from None
     except (OSError, ValueError, ImportError):
         return {}
     return content if isinstance(content, Mapping) else {}

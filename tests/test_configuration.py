@@ -372,6 +372,26 @@ def test_a_broken_file_is_named(
     assert "line 2" in message
 
 
+@pytest.mark.parametrize(
+    ("content", "rule"),
+    [
+        (b"[" * 100_000, "must not nest lists and mappings that deep"),
+        (b"a: &a [*a]", "must not nest lists and mappings that deep"),
+        (b"trainer:\n  max_steps: " + b"9" * 5000, "must be YAML. Exceeds the limit"),
+        (b"trainer:\n  max_steps: 2020-99-99", "must be YAML. month must be in 1..12"),
+        (b"trainer: \xff", "must be YAML. 'utf-8' codec can't decode byte 0xff"),
+    ],
+    ids=["deep", "endless", "integer", "date", "bytes"],
+)
+def test_a_hostile_file_ends_in_two_lines(
+    read: Read, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, rule: str
+) -> None:
+    (tmp_path / "hostile.yaml").write_bytes(content)
+    message = error_of(read, capsys, "-c", str(tmp_path / "hostile.yaml"))
+    assert f"hostile.yaml: {rule}" in message
+    assert len(message.splitlines()) == 2
+
+
 def test_the_whole_message_is_one_variable_away(
     read: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
