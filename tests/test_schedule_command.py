@@ -92,7 +92,7 @@ def test_of_many_ranks_the_first_and_the_last_are_shown(
             r"schedule\(schedule='2F2B'\): must be one",
         ),
         ("--schedule 1F1B --num_microbatches 4", r"schedule\(pp=None\): must be given with"),
-        ("--pp 0 --num_microbatches 4", r"schedule\(pp=0\): must be at least 1"),
+        ("--pp 0 --num_microbatches 4", r"schedule\(pp=0\): must be an integer of at least 1"),
         (
             "--pp 2 --num_microbatches 4 --forward_cost 1,2",
             r"all of them are compared. Give --sche",

@@ -378,7 +378,12 @@ class LISA(pl.Callback):
 def held_bytes(pl_module: nn.Module, optimizer: Optimizer) -> dict[str, int]:
     """Bytes of weights, gradients and optimizer state that are held now."""
     parameters = list(pl_module.parameters())
-    states = [value for state in optimizer.state.values() for value in state.values()]
+    states = [  # other code may keep something that is no dict there
+        value
+        for state in optimizer.state.values()
+        if isinstance(state, Mapping)
+        for value in state.values()
+    ]
     return {
         "weights_bytes": num_bytes(parameters),
         "gradients_bytes": num_bytes(p.grad for p in parameters if p.grad is not None),

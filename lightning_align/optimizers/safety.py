@@ -307,7 +307,7 @@ def _culprit(optimizer: Optimizer) -> str:
             if bool(_local(parameter.grad).isfinite().all()):
                 return f"{name} has a norm above {LARGEST:g}, whose square is no fp32 number{rank}"
             return f"{name} is not finite{rank}"
-    return f"a gradient is not finite on another rank; all are{rank}"
+    return f"a gradient is not finite or too large on another rank; all are usable{rank}"
 
 
 def check_on_nonfinite(where: str, value: Any) -> None:

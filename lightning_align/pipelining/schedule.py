@@ -56,8 +56,8 @@ def build_schedule(
 
 def _check_numbers(name: str, pp: int, m: int, v: int, where: str) -> None:
     for argument, value in (("pp", pp), ("num_microbatches", m), ("num_stages_per_rank", v)):
-        if value < 1:
-            raise argument_error(where, argument, value, "must be at least 1")
+        if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
+            raise argument_error(where, argument, value, "must be an integer of at least 1")
     if name in _SINGLE and v > 1:
         rule, way_out = f"{name} has one stage on each rank", f"Use {_SINGLE[name]}"
         raise argument_error(where, "num_stages_per_rank", v, rule, way_out)

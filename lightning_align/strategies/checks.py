@@ -41,8 +41,8 @@ def check_arguments(
         ("num_microbatches", num_microbatches),
         ("num_stages_per_rank", num_stages_per_rank),
     ):
-        if value is not None and value < 1:
-            raise argument_error(WHERE, name, value, "must be at least 1")
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise argument_error(WHERE, name, value, "must be an integer of at least 1")
     several = SCHEDULES[schedule]
     if not several and num_stages_per_rank not in (None, 1):
         rule = f"{schedule} has one stage on each rank"

@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_align import LISA, DPOModule, ExactResume
 from lightning_align.callbacks import lisa as lisa_file
+from lightning_align.callbacks.lisa import held_bytes
 from lightning_align.callbacks.lisa_layers import draw_blocks
 from lightning_align.strategies.pipeline import PipelineStrategy
 from tests.helpers.lisa import (
@@ -358,6 +359,16 @@ def test_logs_active_blocks_and_held_bytes(tmp_path: Path) -> None:
     rows_of_file = (Path(trainer.logger.log_dir) / "metrics.csv").read_text().splitlines()
     assert "lisa/active_0" in rows_of_file[0]
     assert len(rows_of_file) == 7
+
+
+def test_what_other_code_keeps_in_the_state_is_no_moment() -> None:
+    module = nn.Linear(2, 1)
+    optimizer = torch.optim.AdamW(module.parameters())
+    module(torch.ones(2)).sum().backward()
+    optimizer.step()
+    before = held_bytes(module, optimizer)
+    optimizer.state["a hook's"] = ["no", "dict"]
+    assert held_bytes(module, optimizer) == before
 
 
 def test_picture_is_written_at_the_end(tmp_path: Path) -> None:

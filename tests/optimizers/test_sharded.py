@@ -62,11 +62,11 @@ def whole(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def spoil(model: nn.Module, name: str) -> None:
-    """A NaN into what this rank holds of a gradient."""
+def spoil(model: nn.Module, name: str, value: float = float("nan")) -> None:
+    """A NaN, or another value, into what this rank holds of a gradient."""
     gradient = dict(model.named_parameters())[name].grad
     part = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-    part.view(-1)[-1] = float("nan")  # type: ignore[union-attr]
+    part.view(-1)[-1] = value  # type: ignore[union-attr]
 
 
 def test_dtensors_step_as_whole_parameters_do() -> None:
@@ -92,8 +92,17 @@ def test_dtensors_step_as_whole_parameters_do() -> None:
                 torch.testing.assert_close(ours, theirs[key], rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("bad_rank", [0, 1])
-def test_a_nan_in_one_ranks_part_skips_the_step_on_all(bad_rank: int) -> None:
+@pytest.mark.parametrize(
+    ("bad_rank", "value", "fault"),
+    [
+        (0, float("nan"), "is not finite"),
+        (1, float("nan"), "is not finite"),
+        (1, 1e20, "has a norm above 1e+19, whose square is no fp32 number"),
+    ],
+)
+def test_a_bad_value_in_one_ranks_part_skips_the_step_on_all(
+    bad_rank: int, value: float, fault: str
+) -> None:
     def on_a_rank(rank: int) -> list[str]:
         told = []
         for build in SHARDED.values():
@@ -102,7 +111,7 @@ def test_a_nan_in_one_ranks_part_skips_the_step_on_all(bad_rank: int) -> None:
             before = train(model, optimizer, range(1))
             backward(model, 1)
             if rank == bad_rank:
-                spoil(model, "2.weight")
+                spoil(model, "2.weight", value)
             with pytest.warns(UserWarning, match="at step 2") as caught:
                 optimizer.step()
             told += [str(warning.message) for warning in caught]
@@ -114,9 +123,9 @@ def test_a_nan_in_one_ranks_part_skips_the_step_on_all(bad_rank: int) -> None:
         return told
 
     for rank, told in enumerate(run_ranks(on_a_rank)):
-        where = "of parameter '2.weight' is not finite on rank {}"
+        where = "of parameter '2.weight' " + fault + " on rank {}"
         if rank != bad_rank:
-            where = "is not finite on another rank; all are on rank {}"
+            where = "is not finite or too large on another rank; all are usable on rank {}"
         assert len(told) == len(SHARDED)
         assert all(where.format(rank) in message for message in told)
 

@@ -123,8 +123,12 @@ def test_stages_go_round_the_ranks_or_up_and_down_a_v() -> None:
     ("arguments", "message"),
     [
         (("1f1b_interleaved", 2, 4), r"build_schedule\(schedule='1f1b_.*one of GPipe, 1F1B, Inter"),
-        (("1F1B", 0, 4), r"\(pp=0\): must be at least 1"),
-        (("1F1B", 2, 0), r"\(num_microbatches=0\): must be at least 1"),
+        (("1F1B", 0, 4), r"\(pp=0\): must be an integer of at least 1"),
+        (("1F1B", 2, float("nan")), r"\(num_microbatches=nan\): must be an integer of at least 1"),
+        (("1F1B", 2, True), r"\(num_microbatches=True\): must be an integer of at least 1"),
+        (("1F1B", 2.0, 4), r"\(pp=2.0\): must be an integer of at least 1"),
+        (("1F1B", "2", 4), r"\(pp='2'\): must be an integer of at least 1"),
+        (("1F1B", 2, 0), r"\(num_microbatches=0\): must be an integer of at least 1"),
         (
             ("1F1B", 2, 4, 2),
             r"\(num_stages_per_rank=2\): 1F1B has one stage .* Use Interleaved1F1B",

@@ -25,8 +25,12 @@ RUN = Run("chain", {"schedule": "1F1B", "num_microbatches": 4}, steps=2, data={"
     ("arguments", "message"),
     [
         ({"schedule": "1f1b"}, r"\(schedule='1f1b'\): must be one of \['GPipe', '1F1B', 'Inter"),
-        ({"num_microbatches": 0}, r"\(num_microbatches=0\): must be at least 1"),
-        ({"num_stages_per_rank": 0}, r"\(num_stages_per_rank=0\): must be at least 1"),
+        ({"num_microbatches": 2.5}, r"\(num_microbatches=2.5\): must be an integer"),
+        ({"num_microbatches": 0}, r"\(num_microbatches=0\): must be an integer of at least 1"),
+        (
+            {"num_stages_per_rank": 0},
+            r"\(num_stages_per_rank=0\): must be an integer of at least 1",
+        ),
         (
             {"num_stages_per_rank": 2},
             r"\(num_stages_per_rank=2\): 1F1B has one stage .* Use schedule='Interleaved1F1B'",
