@@ -22,13 +22,16 @@ NO_EFFECT = re.compile(
     r"|id2label|label2id|problem_type|summary_.*"
 )
 
+ADAPTER_STATE = ("active_adapters", "disable_adapters")
+
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
     """Hashes ``weights`` and ``configuration``; empty for a model whose weights are on meta.
 
     Reads each weight once, as fast as memory gives it; not cryptographic.
     """
-    state = {name: x for name, x in model.state_dict().items() if isinstance(x, Tensor)}
+    tensors = {name: x for name, x in model.state_dict().items() if isinstance(x, Tensor)}
+    state = {name: x if x.layout == torch.strided else x.to_dense() for name, x in tensors.items()}
     if any(tensor.is_meta for tensor in state.values()):
         return {}
     weights = xxhash.xxh3_128()
@@ -38,7 +41,9 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
         if place not in digests:
             digests[place] = xxhash.xxh3_128_hexdigest(_bytes(tensor))
         weights.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {digests[place]}\n".encode())
-    text = json.dumps(configuration(model), sort_keys=True, default=str)
+    adapters = _adapters(model)
+    settings = [configuration(model), adapters] if adapters else configuration(model)
+    text = json.dumps(settings, sort_keys=True, default=str)
     return {
         "weights": weights.hexdigest(),
         "configuration": xxhash.xxh3_128_hexdigest(text.encode()),
@@ -46,7 +51,8 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
 
 
 def _bytes(tensor: Tensor) -> Any:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg()
+    return plain.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def configuration(model: nn.Module) -> Any:
@@ -71,6 +77,15 @@ def _with_effect(value: Any) -> Any:
         for name, item in value.items()
         if not NO_EFFECT.fullmatch(str(name))
     }
+
+
+def _adapters(model: nn.Module) -> list[Any]:
+    """What LoRA's layers multiply by, and whether they do: peft keeps it beside both."""
+    return [
+        [name, sorted(scaling.items()), *(getattr(layer, key, None) for key in ADAPTER_STATE)]
+        for name, layer in model.named_modules()
+        if isinstance(scaling := getattr(layer, "scaling", None), dict)
+    ]
 
 
 def fingerprint_until_0_1(model: nn.Module) -> str:

@@ -119,3 +119,31 @@ def test_any_layout_and_dtype(dtype: torch.dtype) -> None:
 def test_weights_that_are_not_there_have_none() -> None:
     with torch.device("meta"):
         assert fingerprint(nn.Linear(2, 2)) == {}
+
+
+def test_lora_is_told_apart_by_what_it_does() -> None:
+    peft = pytest.importorskip("peft")
+
+    def adapted(alpha: int) -> nn.Module:
+        base = model()
+        torch.manual_seed(0)
+        return peft.get_peft_model(base, peft.LoraConfig(r=2, lora_alpha=alpha))
+
+    ours: Any = adapted(4)
+    before = fingerprint(ours)
+    assert before == fingerprint(adapted(4)) == fingerprint(copy.deepcopy(ours))
+    assert before != fingerprint(adapted(8))
+    ours.base_model.disable_adapter_layers()
+    assert before != fingerprint(ours)
+
+
+def test_tensors_of_any_layout_have_a_fingerprint() -> None:
+    def module(value: float) -> nn.Module:
+        made = nn.Module()
+        made.register_buffer("sparse", (value * torch.eye(3)).to_sparse())
+        made.register_buffer("conjugate", torch.full((2,), value * 1j).conj())
+        made.register_buffer("none", torch.empty(0))
+        return made
+
+    assert fingerprint(module(1.0)) == fingerprint(module(1.0))
+    assert fingerprint(module(1.0))["weights"] != fingerprint(module(2.0))["weights"]
