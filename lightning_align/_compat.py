@@ -3,12 +3,9 @@
 When one of them changes, ``tests/test_compat.py`` names it before a user meets it.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
-from jsonargparse import _typehints
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
@@ -73,62 +70,3 @@ def log_step_value(
         module.log(name, value, prog_bar=prog_bar)
     else:
         results.update_metrics(key, value, batch_size=1)
-
-
-@contextmanager
-def whole_class_switches(notice: Callable[[str, str, list[str]], None]) -> Iterator[None]:
-    """Let no argument of a class reach another one that a later layer of configuration chose.
-
-    jsonargparse hands on every argument whose name the new class accepts as well: weight_decay
-    of an AdamW to an SGD, the monitor of a ModelCheckpoint to an EarlyStopping.
-
-    Args:
-        notice: Called with the old class path, the new one and the names of the arguments that
-            were dropped; for one switch more than once, because parsing goes in rounds.
-    """
-    inherit = _typehints.discard_init_args_on_class_path_change
-
-    def discard(_: object, previous: Any, value: Any) -> None:
-        if previous and "init_args" in previous and previous["class_path"] != value["class_path"]:
-            names = list(dict(previous["init_args"].items(branches=True, nested=False)))
-            for name in names:
-                previous["init_args"].pop(name)
-            if names:
-                notice(previous["class_path"], value["class_path"], names)
-
-    _typehints.discard_init_args_on_class_path_change = discard
-    try:
-        yield
-    finally:
-        _typehints.discard_init_args_on_class_path_change = inherit
-
-
-# Whose classes a short name means, where another package has one of the same name.
-AT_HOME = ("torch", "lightning", "lightning_align")
-
-
-@contextmanager
-def short_names_at_home() -> Iterator[None]:
-    """Let ``AdamW`` be torch's, whatever else has been imported.
-
-    jsonargparse refuses a short name that several imported classes have, and transformers imports
-    PEFT where it is installed, which imports bitsandbytes, which has an AdamW, an Adam and an SGD.
-    """
-    resolve = _typehints.resolve_class_path_by_name
-
-    def resolve_at_home(cls: Any, name: str) -> str:
-        try:
-            return resolve(cls, name)
-        except ValueError:
-            paths = _typehints.get_all_subclass_paths(cls)
-            named = [path for path in paths if path.rpartition(".")[2] == name]
-            home = [path for path in named if path.partition(".")[0] in AT_HOME]
-            if len(home) != 1:
-                raise
-            return home[0]
-
-    _typehints.resolve_class_path_by_name = resolve_at_home
-    try:
-        yield
-    finally:
-        _typehints.resolve_class_path_by_name = resolve

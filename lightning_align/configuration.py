@@ -13,7 +13,6 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-import fsspec
 import jsonargparse
 import yaml
 from jsonargparse import Namespace
@@ -21,8 +20,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
-from lightning_align._compat import short_names_at_home, whole_class_switches
-from lightning_align.did_you_mean import PROGRAM, report
+from lightning_align._compat_jsonargparse import short_names_at_home, whole_class_switches
+from lightning_align.did_you_mean import PROGRAM, read_layer, report
 
 ConfigFile: Any = jsonargparse.ActionConfigFile  # type: ignore[attr-defined]  # in no __all__
 
@@ -36,9 +35,9 @@ class LayeredConfigFile(ConfigFile):  # type: ignore[misc]
             forget_lists(_content(values), cfg)
             super().__call__(parser, cfg, values, option_string)
         except yaml.YAMLError as error:  # jsonargparse would not say in which file
-            parser.error(f"{values}: must be YAML. {error}")
-        except RecursionError:
-            parser.error(f"{values}: must not nest lists and mappings that deep")
+            parser.error(f"{values}: must be YAML. {error}", error)
+        except RecursionError as error:
+            parser.error(f"{values}: must not nest lists and mappings that deep", error)
 
 
 def forget_lists(layer: Mapping[str, Any], config: Namespace, above: str = "") -> None:
@@ -54,11 +53,7 @@ def forget_lists(layer: Mapping[str, Any], config: Namespace, above: str = "") -
 def _content(values: Any) -> Mapping[str, Any]:
     """The file's mapping; empty for what is no file or no mapping: the parser knows better."""
     try:
-        with fsspec.open(values, encoding="utf-8", mode="rt") as file:
-            try:
-                content = yaml.safe_load(file)
-            except ValueError as error:  # an integer of 5000 digits, bytes that are no text
-                raise yaml.YAMLError(error) from None
+        content = read_layer(values)
     except (OSError, ValueError, ImportError):
         return {}
     return content if isinstance(content, Mapping) else {}
@@ -96,7 +91,7 @@ class AlignParser(LightningArgumentParser):
         """Print what was wrong in one line, or jsonargparse's own words, and exit with 2."""
         if not self.exit_on_error:  # a parser inside, whose message becomes part of the outer one
             super().error(message, ex)
-        report(message, ex, self, self.commands.choices.values() if self.commands else ())
+        report(message, ex, self, self.commands.choices if self.commands else {})
         self.exit(2)
 
 

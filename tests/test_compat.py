@@ -3,12 +3,10 @@
 import inspect
 import json
 import weakref
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import pytest
 import torch
 from torch.utils.data import DataLoader
 
@@ -90,37 +88,6 @@ def test_built_by_cli_sees_the_context_of_lightning_cli() -> None:
     assert not _compat.built_by_cli()
     with _given_hyperparameters_context({"lr": 1.0}, "instantiator"):
         assert _compat.built_by_cli()
-
-
-def test_whole_class_switches_drop_what_jsonargparse_would_hand_on() -> None:
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser()
-    parser.add_argument("--optimizer", type=Callable[[Iterable], torch.optim.Optimizer])
-    adam, sgd = "--optimizer=torch.optim.Adam", "--optimizer=torch.optim.SGD"
-    options = [adam, "--optimizer.lr=3", "--optimizer.eps=2", sgd]
-    told = set()
-    with _compat.whole_class_switches(lambda *switch: told.add(repr(switch))):
-        assert parser.parse_args(options).optimizer.init_args.lr == 1e-3
-    assert told == {"('torch.optim.Adam', 'torch.optim.SGD', ['lr', 'eps'])"}
-    assert parser.parse_args(options).optimizer.init_args.lr == 3, "jsonargparse as it was"
-
-
-class Adagrad(torch.optim.SGD):
-    """Another package's class of a name that torch has."""
-
-
-def test_short_names_at_home_means_torch_where_another_package_has_the_name_too() -> None:
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--optimizer", type=Callable[[Iterable], torch.optim.Optimizer])
-    with _compat.short_names_at_home():
-        assert parser.parse_args(["--optimizer=Adagrad"]).optimizer.class_path.startswith("torch.")
-        foreign = f"{__name__}.Adagrad"
-        assert parser.parse_args([f"--optimizer={foreign}"]).optimizer.class_path == foreign
-    with pytest.raises(ArgumentError, match="Multiple subclasses with name Adagrad"):
-        parser.parse_args(["--optimizer=Adagrad"])  # jsonargparse as it was
 
 
 def test_lightning_puts_the_hyperparameters_of_a_checkpoint_over_the_configuration() -> None:

@@ -334,7 +334,7 @@ def error_of(read: Read, capsys: pytest.CaptureFixture[str], *arguments: str) ->
         ),
         (
             {"data": {"class_path": "TextDataModule", "block_size": 8}},
-            "data.class_path: a class is given by class_path and init_args."
+            "data.block_size: a class is given by class_path and init_args."
             " Arguments of the class go under init_args.",
         ),
         (

@@ -1,136 +1,263 @@
-"""What jsonargparse says in a page, said in a line: the sentences are those of version 4.53."""
+"""Mistakes in a configuration, found where they are: in what was given, against what is known."""
+
+from collections.abc import Callable, Iterable
+from enum import Enum
+from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
+import yaml
+from jsonargparse import ArgumentParser
+from torch.optim import Optimizer
 
-from lightning_align.did_you_mean import argument_names, did_you_mean, explain
-
-UNION = """  Does not validate against any of the Union subtypes
-  Subtypes: [<class 'lightning.pytorch.core.datamodule.LightningDataModule'>, <class 'NoneType'>]
-  Errors:
-    - {}
-    - Expected a <class 'NoneType'>
-  Given value type: <class 'dict'>
-  Given value: {}"""
+from lightning_align.cli import build_parser
+from lightning_align.did_you_mean import argument_names, did_you_mean, explain, report
 
 
-def page(sentence: str, given: str = "{}") -> str:
-    return 'Parser key "data":\n' + UNION.format(sentence, given)
+class Color(Enum):
+    RED = 1
+
+
+class Recognisable(Optimizer):
+    """A class that only this file knows."""
+
+
+class Data:
+    def __init__(
+        self,
+        paths: str,
+        tokenizer: str,
+        optimizer: Callable[[Iterable], Optimizer] | None = None,
+        block_size: int = 8,
+        betas: tuple[float, float] = (0.5, 0.75),
+        length: int | float | None = None,
+        color: Color = Color.RED,
+        inner: "Data | None" = None,
+    ) -> None:
+        pass
+
+
+DATA = f"{__name__}.Data"
+SGD = "torch.optim.SGD"
+CLASS = "a class is given by class_path and init_args."
+
+
+@pytest.fixture(scope="module")
+def parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="here", exit_on_error=False)
+    parser.add_argument("--config", "-c")
+    parser.add_argument("--data", type=Data)
+    parser.add_argument("--optimizers", type=list[Callable[[Iterable], Optimizer]])
+    parser.add_argument("--trainer.max_steps", type=int, default=1)
+    parser.add_argument("--trainer.max_epochs", type=int, default=1)
+    parser.add_argument("--overwrite", action="store_true")
+    return parser
+
+
+def data(**init_args: Any) -> dict[str, Any]:
+    return {"class_path": DATA, "init_args": {"paths": "x", "tokenizer": "y", **init_args}}
 
 
 @pytest.mark.parametrize(
-    ("message", "line"),
+    ("layer", "line"),
     [
+        # keys, at any depth
+        ({"dta": data()}, "dta: no such key of here. Did you mean data?"),
+        ({"trainr": {"max_steps": 3}}, "trainr: no such key of here. Did you mean trainer?"),
         (
-            page(
-                "Problem with given class_path 'torch.optim.SGD':\n"
-                "        Option 'momentm' is not accepted"
-            ),
-            "data.init_args.momentm: no such argument of SGD. Did you mean momentum?",
+            {"trainer": {"max_step": 3}},
+            "trainer.max_step: no such key of here. Did you mean trainer.max_steps?",
         ),
         (
-            page(
-                "Type typing.Callable[[x], y] expects a function or a callable class: Option 'lrr'"
-                " is not accepted. Got value: Namespace(class_path='torch.optim.SGD', lrr=1)"
-            ),
-            "data.init_args.lrr: no such argument of SGD. Did you mean lr?",
+            {"data": data(blok_size=3)},
+            "data.init_args.blok_size: no such argument of Data. Did you mean block_size?",
         ),
         (
-            page(
-                "Problem with given class_path 'torch.optim.Sgd':\n"
-                "        module 'torch.optim' has no attribute 'Sgd'"
-            ),
-            "data: no class Sgd in torch.optim. Did you mean SGD?",
+            {"data": data(optimzer={"class_path": SGD})},
+            "data.init_args.optimzer: no such argument of Data. Did you mean optimizer?",
         ),
         (
-            page("Expected a dot import path string: Nonsense"),
+            {"data": data(inner=data(inner=data(innr=data())))},
+            "data.init_args.inner.init_args.inner.init_args.innr: no such argument of Data."
+            " Did you mean inner?",
+        ),
+        (
+            {"optimizers": [{"class_path": SGD}, {"class_path": SGD, "init_args": {"lrr": 1}}]},
+            "optimizers[1].init_args.lrr: no such argument of SGD. Did you mean lr?",
+        ),
+        (
+            {"optimizers": [{"class_path": SGD, "init_arg": {"lr": 1}}]},
+            f"optimizers.init_arg: {CLASS} Did you mean init_args?",
+        ),
+        ({"data": {"clas_path": DATA}}, f"data.clas_path: {CLASS} Did you mean class_path?"),
+        (
+            {"data": {**data(), "lr": 1}},
+            f"data.lr: {CLASS} Arguments of the class go under init_args.",
+        ),
+        # classes
+        (
+            {"data": data(optimizer={"class_path": "torch.optim.Sgd"})},
+            "data.init_args.optimizer: no class Sgd in torch.optim. Did you mean SGD?",
+        ),
+        (
+            {"optimizers": ["Recognizable"]},
+            "optimizers: no class of the name Recognizable. Did you mean Recognisable?",
+        ),
+        (
+            {"data": {"class_path": "Nonsense"}},
             "data: no class of the name Nonsense. Give its full path.",
         ),
         (
-            page(
-                "Not a valid subclass of LightningDataModule", "{'clas_path': 'X', 'init_args': {}}"
-            ),
-            "data.clas_path: a LightningDataModule is given by class_path and init_args."
-            " Did you mean class_path?",
+            {"data": {"class_path": "torch.optm.SGD"}},
+            "data: torch.optm.SGD cannot be imported: No module named 'torch.optm'.",
         ),
+        ({"data": {"class_path": SGD}}, "data: torch.optim.SGD is no Data."),
+        # what is missing, and values
         (
-            page("Not a valid subclass of LightningDataModule", "Namespace(class_path='X', lr=1)"),
-            "data.lr: a LightningDataModule is given by class_path and init_args."
-            " Arguments of the class go under init_args.",
+            {"data": {"class_path": DATA}},
+            "data.init_args.paths, data.init_args.tokenizer: must be given for Data.",
         ),
+        ({"data": data(block_size="many")}, "data.init_args.block_size: must be int, not many."),
         (
-            page(
-                "Problem with given class_path 'torch.optim.SGD':\n"
-                '        Parser key "lr":\n'
-                "          Expected a <class 'float'>. Got value: fast"
-            ),
-            "data.init_args.lr: must be float, not fast.",
+            {"data": data(betas=[0.5, "x"])},
+            "data.init_args.betas: must be tuple[float, float], not [0.5, 'x'].",
         ),
+        ({"data": data(length="x")}, "data.init_args.length: must be int or float, not x."),
+        # a misspelt name is why something is missing
         (
-            page(
-                "Problem with given class_path 'a.B':\n"
-                "        the following arguments are required: paths, tokenizer"
-            ),
-            "data.init_args.paths, data.init_args.tokenizer: must be given for B.",
+            {"data": {"class_path": DATA, "init_args": {"pahts": "x", "tokenizer": "y"}}},
+            "data.init_args.pahts: no such argument of Data. Did you mean paths?",
         ),
-        (
-            page(
-                "Import path torch.optim.SGD does not correspond to a subclass of LightningModule"
-            ),
-            "data: torch.optim.SGD is no LightningModule.",
-        ),
-        ("the following arguments are required: fit.model", "model: must be given."),
-        (
-            "Parser key \"config\": File does not exist: '/x/a.yaml'",
-            "--config: there is no file /x/a.yaml.",
-        ),
-        (
-            "Subcommand 'fit' does not accept option 'trainer.max_step'",
-            "trainer.max_step: no such key of fit. Did you mean trainer.max_steps?",
-        ),
-        (
-            "unrecognized arguments: --modle.optimizer.lr=3",
-            "--modle.optimizer.lr: no such option. Did you mean --model.optimizer.lr?",
-        ),
-        (
-            "argument subcommand: invalid choice: 'fitt' (choose from 'fit', 'test')",
-            "fitt: no such command. Did you mean fit?",
-        ),
-        (
-            "argument subcommand: invalid choice: 'x' (choose from fit, test)",
-            "x: no such command. There are: fit, test.",
-        ),
-        ("a sentence that no version of jsonargparse has said", None),
+        # nothing is wrong
+        ({"data": data(optimizer={"class_path": SGD, "init_args": {"lr": "1e-3"}})}, None),
+        ({"trainer": {"max_steps": 3}}, None),
+        ([], None),
     ],
 )
-def test_explains(message: str, line: str | None) -> None:
-    options = ["--model", "--trainer.max_steps", "--trainer.max_epochs", "--data"]
-    assert explain(message, options) == line
+def test_explains_a_layer(
+    parser: ArgumentParser, tmp_path: Path, layer: Any, line: str | None
+) -> None:
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(layer))
+    assert explain(parser, ["-c", str(tmp_path / "mine.yaml")]) == line
 
 
-def test_the_deepest_mistake_counts() -> None:
-    """A union tells of every type it tried; the one that got furthest is the one that was meant."""
-    inner = (
-        "Problem with given class_path 'a.Shallow':\n        Option 'shallow' is not accepted\n"
-        "    - Problem with given class_path 'a.Deep':\n"
-        '        Parser key "optimizer":\n'
-        "          Problem with given class_path 'torch.optim.SGD':\n"
-        "            Option 'deep' is not accepted"
+CHOSEN = ["--data", "Data", "--data.paths=x", "--data.tokenizer", "y"]
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["-cabsent.yaml"], "--config: there is no file absent.yaml."),
+        (["--overwrit"], "--overwrit: no such option. Did you mean --overwrite?"),
+        (
+            ["--trainr.max_steps=3"],
+            "--trainr.max_steps: no such option. Did you mean --trainer.max",
+        ),
+        (["--data", DATA, "--data.paths=x"], "data.init_args.tokenizer: must be given for Data."),
+        ([*CHOSEN, "--data.block_size=many"], "data.init_args.block_size: must be int, not many."),
+        (
+            [*CHOSEN, "--data.optimizer=SGD", "--data.optimizer.momentm", "1"],
+            "data.init_args.optimizer.init_args.momentm: no such argument of SGD."
+            " Did you mean momentum?",
+        ),
+        (
+            [*CHOSEN, "--data.optimizer=SGD", "--data.optimizer.init_args.momentm", "1"],
+            "data.init_args.optimizer.init_args.momentm: no such argument of SGD."
+            " Did you mean momentum?",
+        ),
+        (
+            ["--optimizers+=SGD", "--optimizers+=Adam", "--optimizers.bets=1"],
+            "optimizers[1].init_args.bets: no such argument of Adam. Did you mean betas?",
+        ),
+        (["--trainer.max_steps"], None),
+        (["--data", "absent.yaml"], None),
+        ([*CHOSEN, "--data", DATA, "--overwrite", "--trainer.max_steps", "-1"], None),
+    ],
+)
+def test_explains_options(parser: ArgumentParser, options: list[str], line: str | None) -> None:
+    found = explain(parser, options)
+    assert found == line or (line and found and found.startswith(line))
+
+
+def test_layers_lie_over_each_other(parser: ArgumentParser, tmp_path: Path) -> None:
+    """The class comes from the first file, the mistake from the second, in short form."""
+    layers = [{"data": data(optimizer={"class_path": SGD})}, {"data": {"blok_size": 3}}]
+    options = []
+    for i, layer in enumerate(layers):
+        (tmp_path / f"{i}.yaml").write_text(yaml.safe_dump(layer))
+        options += ["-c", str(tmp_path / f"{i}.yaml")]
+    mistake = "data.init_args.blok_size: no such argument of Data. Did you mean block_size?"
+    assert explain(parser, options) == mistake
+    another = ["--data.optimizer", "torch.optim.Adam", "--data.optimizer.momentum=1"]
+    assert explain(parser, [*options[:2], *another]) == (
+        "data.init_args.optimizer.init_args.momentum: no such argument of Adam."
     )
-    line = explain(page(inner))
-    assert line == "data.init_args.optimizer.init_args.deep: no such argument of SGD."
 
 
-def test_short_names_of_subclasses_are_candidates() -> None:
-    class Recognisable(torch.optim.Optimizer):
-        pass
+def test_a_class_in_a_file_of_its_own(parser: ArgumentParser, tmp_path: Path) -> None:
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump(data(blok_size=3)))
+    mistake = "data.init_args.blok_size: no such argument of Data. Did you mean block_size?"
+    assert explain(parser, ["--data", str(tmp_path / "data.yaml")]) == mistake
 
-    message = page("Expected a dot import path string: Recognizable").replace(
-        "lightning.pytorch.core.datamodule.LightningDataModule", "torch.optim.optimizer.Optimizer"
-    )
-    assert explain(message) == (
-        "data: no class of the name Recognizable. Did you mean Recognisable?"
-    )
+
+def test_commands() -> None:
+    commands = {"fit": ArgumentParser(prog="here fit"), "test": ArgumentParser(prog="here test")}
+    top = ArgumentParser(prog="here")
+    assert explain(top, ["fitt"], commands) == "fitt: no such command. Did you mean fit?"
+    assert explain(top, ["x", "--y"], commands) == "x: no such command. There are: fit, test."
+    assert explain(top, ["fit", "--hlp"], commands) == "--hlp: no such option."
+    assert explain(top, [], commands) is None
+
+
+MODEL = {"class_path": "lightning_align.PretrainModule", "init_args": {"model": "base/model"}}
+ADAMW = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.125}}
+
+
+@pytest.mark.parametrize(
+    ("layer", "line"),
+    [
+        (
+            {"model": {**MODEL, "init_args": {**MODEL["init_args"], "optimzer": ADAMW}}},
+            "model.init_args.optimzer: no such argument of PretrainModule. Did you mean optimizer?",
+        ),
+        (
+            {"trainr": {"max_steps": 3}},
+            "trainr: no such key of fit. Did you mean trainer?",
+        ),
+        (
+            {"trainer": {"strategy": {"class_path": "DDPStrategy", "init_args": {"timeot": 1}}}},
+            "trainer.strategy.init_args.timeot: no such argument of DDPStrategy."
+            " Did you mean timeout?",
+        ),
+        (
+            {"trainer": {"callbacks": [{"class_path": "ModelCheckpoint", "init_arg": {}}]}},
+            f"trainer.callbacks.init_arg: {CLASS} Did you mean init_args?",
+        ),
+        ({"trainer": {"max_steps": 3}}, "model: must be given."),
+    ],
+)
+def test_the_whole_command_answers_in_two_lines(
+    tmp_path: Path, layer: Any, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"model": MODEL, **layer}))
+    if line.startswith("model:"):
+        (tmp_path / "mine.yaml").write_text(yaml.safe_dump(layer))
+    with pytest.raises(SystemExit) as end:
+        build_parser().parse_args(["fit", "-c", str(tmp_path / "mine.yaml")])
+    assert end.value.code == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == f"lightning-align: {line}"
+    assert second.startswith("Options: lightning-align")
+
+
+def test_what_cannot_be_explained_is_told_as_it_is(
+    parser: ArgumentParser, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report("the parser's own words", None, parser)
+    monkeypatch.setattr("lightning_align.did_you_mean.explain", lambda *_: 1 / 0)
+    report("the parser's own words", None, parser)
+    told = "lightning-align: the parser's own words\nOptions: here --help.\n"
+    assert capsys.readouterr().err == 2 * told
 
 
 def test_did_you_mean_ignores_case_and_keeps_quiet_when_nothing_is_near() -> None:

@@ -1,0 +1,118 @@
+"""Every private API of jsonargparse that we touch, with a test each.
+
+The dependency is capped below the next minor version, because functions are replaced here.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+from jsonargparse import ArgumentParser, _typehints
+from jsonargparse._actions import _ActionHelpClassPath
+from jsonargparse._common import parser_context
+from jsonargparse._required import iter_required_keys
+
+
+def arguments(parser: ArgumentParser) -> dict[str, argparse.Action]:
+    """What a parser takes by the name that a configuration gives it, such as trainer.max_steps."""
+    actions = [action for action in parser._actions if not isinstance(action, _ActionHelpClassPath)]
+    return {action.dest: action for action in actions}
+
+
+def type_of(action: argparse.Action) -> Any:
+    """The annotation that the values of an argument must fit; None if it takes no single value."""
+    return None if action.nargs else getattr(action, "_typehint", None)
+
+
+def required(parser: ArgumentParser) -> set[str]:
+    """Names of the arguments that must be given."""
+    return set(iter_required_keys(parser))
+
+
+def accepts(parser: ArgumentParser, name: str, value: Any) -> bool:
+    """Whether the parser takes the value, with all that is nested in it, for this argument."""
+    action = arguments(parser)[name]
+    with parser_context(lenient_check=False, load_value_mode=parser.parser_mode):
+        try:
+            parser._check_value_key(action, deepcopy(value), name, None)
+        except (TypeError, ValueError, argparse.ArgumentError):
+            return False
+    return True
+
+
+def class_path(base: type, name: str) -> str:
+    """Import path of the class that ``name``, short or already a path, means below ``base``.
+
+    Raises:
+        ValueError: If several imported classes have the name.
+    """
+    path: str = _typehints.resolve_class_path_by_name(base, name)
+    return path
+
+
+def class_paths(base: type) -> list[str]:
+    """Import paths, as short as they get, of ``base`` and its imported public subclasses."""
+    return list(_typehints.get_all_subclass_paths(base, include_abstract=True))
+
+
+@contextmanager
+def whole_class_switches(notice: Callable[[str, str, list[str]], None]) -> Iterator[None]:
+    """Let no argument of a class reach another one that a later layer of configuration chose.
+
+    jsonargparse hands on every argument whose name the new class accepts as well: weight_decay
+    of an AdamW to an SGD, the monitor of a ModelCheckpoint to an EarlyStopping.
+
+    Args:
+        notice: Called with the old class path, the new one and the names of the arguments that
+            were dropped; for one switch more than once, because parsing goes in rounds.
+    """
+    inherit = _typehints.discard_init_args_on_class_path_change
+
+    def discard(_: object, previous: Any, value: Any) -> None:
+        if previous and "init_args" in previous and previous["class_path"] != value["class_path"]:
+            names = list(dict(previous["init_args"].items(branches=True, nested=False)))
+            for name in names:
+                previous["init_args"].pop(name)
+            if names:
+                notice(previous["class_path"], value["class_path"], names)
+
+    _typehints.discard_init_args_on_class_path_change = discard
+    try:
+        yield
+    finally:
+        _typehints.discard_init_args_on_class_path_change = inherit
+
+
+# Whose classes a short name means, where another package has one of the same name.
+AT_HOME = ("torch", "lightning", "lightning_align")
+
+
+@contextmanager
+def short_names_at_home() -> Iterator[None]:
+    """Let ``AdamW`` be torch's, whatever else has been imported.
+
+    jsonargparse refuses a short name that several imported classes have, and transformers imports
+    PEFT where it is installed, which imports bitsandbytes, which has an AdamW, an Adam and an SGD.
+    """
+    resolve = _typehints.resolve_class_path_by_name
+
+    def resolve_at_home(cls: Any, name: str) -> str:
+        try:
+            return resolve(cls, name)
+        except ValueError:
+            paths = _typehints.get_all_subclass_paths(cls)
+            named = [path for path in paths if path.rpartition(".")[2] == name]
+            home = [path for path in named if path.partition(".")[0] in AT_HOME]
+            if len(home) != 1:
+                raise
+            return home[0]
+
+    _typehints.resolve_class_path_by_name = resolve_at_home
+    try:
+        yield
+    finally:
+        _typehints.resolve_class_path_by_name = resolve
