@@ -28,7 +28,7 @@ def plain_settings(tokenizer: Any) -> Any:
 def _attributes(owner: Any, depth: int) -> dict[str, Any]:
     return {
         name: _plain(value, depth - 1)
-        for name, value in sorted(vars(owner).items())
+        for name, value in sorted(getattr(owner, "__dict__", {}).items())
         if not NO_SETTINGS.fullmatch(name)
     }
 

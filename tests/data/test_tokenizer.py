@@ -2,6 +2,7 @@ import copy
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -247,3 +248,18 @@ def test_offsets_tell_the_characters_of_each_token(tokenizer):
     assert encoded.ids == encode(tokenizer, ["aé "])[0]
     assert encoded.offsets == [(0, 1), (1, 2), (1, 2), (2, 3)]
     assert encode_with_offsets(tokenizer, []) == []
+
+
+def test_a_tokenizer_with_slots_has_a_fingerprint() -> None:
+    class Slotted:
+        __slots__ = ("eos_token_id", "pad_token_id")
+
+        def get_vocab(self) -> dict[str, int]:
+            return {"a": 0}
+
+        def __call__(self, texts: list[str], **_: Any) -> dict[str, Any]:
+            return {"input_ids": [list(text.encode()) for text in texts]}
+
+    tokenizer: Any = Slotted()
+    tokenizer.eos_token_id, tokenizer.pad_token_id = 0, None
+    assert tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(tokenizer)
