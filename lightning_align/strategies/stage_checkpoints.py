@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
@@ -161,7 +162,8 @@ def _refuse_to_begin_anew(trainer: pl.Trainer) -> None:
     """Where ``ckpt_path="last"`` finds nothing Lightning begins anew, and would overwrite it."""
     if trainer.ckpt_path:
         return
-    folders = [Path(each.dirpath) for each in trainer.checkpoint_callbacks if each.dirpath]  # type: ignore[attr-defined]
+    callbacks = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
+    folders = [Path(each.dirpath) for each in callbacks if each.dirpath]
     for place in (place for folder in folders for place in replacing.empty_places(folder)):
         new = replacing.whereabouts(place)
         rule = f"a run was killed before it had renamed {new}, so that 'last' does not find it"
