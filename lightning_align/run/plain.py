@@ -10,7 +10,6 @@ import dataclasses
 import enum
 import functools
 import logging
-import random
 import sys
 import threading
 import types
@@ -24,6 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+
+from lightning_align.run.rng import generator_state, set_generator_state
 
 _LEAVES = frozenset(
     {*(type(None), bool, int, float, complex, str, bytes), torch.dtype, torch.device}
@@ -101,7 +102,7 @@ class Encoder:
         if isinstance(value, enum.Enum):
             member = value.value if isinstance(value, enum.Flag) else value.name
             return ("enum", _name(type(value)), member)
-        if (state := _generator_state(value)) is not None:
+        if (state := generator_state(value)) is not None:
             return ("generator", _name(type(value)), self.encode(state, f"{path}.state"))
         if isinstance(value, (list, tuple, set, frozenset, deque)):
             return self._sequence(value, path)
@@ -229,7 +230,7 @@ class Rebuilder:
     def _generator(self, today: Any, path: str, kind: str, state: Any) -> Any:
         if _name(type(today)) != kind:
             raise UnknownTypeError(kind)
-        _set_generator_state(today, self.build(None, state, f"{path}.state"))
+        set_generator_state(today, self.build(None, state, f"{path}.state"))
         return today
 
     def _sequence(
@@ -314,26 +315,6 @@ def _mapping_name(value: Any) -> str:
     if type(value) is defaultdict:
         return f"defaultdict of {getattr(value.default_factory, '__name__', None)}"
     return _name(type(value))
-
-
-def _generator_state(value: Any) -> Any:
-    """State of a generator of random numbers; None of anything else."""
-    if isinstance(value, random.Random):
-        return value.getstate()
-    if isinstance(value, torch.Generator):
-        return value.get_state()
-    if isinstance(value, np.random.RandomState):
-        return value.get_state(legacy=False)
-    return value.bit_generator.state if isinstance(value, np.random.Generator) else None
-
-
-def _set_generator_state(value: Any, state: Any) -> None:
-    if isinstance(value, random.Random):
-        value.setstate(state)
-    elif isinstance(value, np.random.Generator):
-        value.bit_generator.state = state
-    else:
-        value.set_state(state)
 
 
 def _has_own_state(value: Any) -> bool:

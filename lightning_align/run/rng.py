@@ -7,6 +7,7 @@ rank, stage) before every batch makes the draws of batch n the same however the 
 
 import random
 from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,3 +48,24 @@ def seed_torch(seed: int) -> None:
         device_module = torch.get_device_module(accelerator)
         # MPS has one device, and no function for all.
         getattr(device_module, "manual_seed_all", device_module.manual_seed)(seed)
+
+
+def generator_state(value: Any) -> Any:
+    """State of a generator of Python, NumPy or torch; None of anything else."""
+    if isinstance(value, random.Random):
+        return value.getstate()
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    if isinstance(value, np.random.RandomState):
+        return value.get_state(legacy=False)
+    return value.bit_generator.state if isinstance(value, np.random.Generator) else None
+
+
+def set_generator_state(value: Any, state: Any) -> None:
+    """Put back what ``generator_state`` gave."""
+    if isinstance(value, random.Random):
+        value.setstate(state)
+    elif isinstance(value, np.random.Generator):
+        value.bit_generator.state = state
+    else:
+        value.set_state(state)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_align._errors import argument_error
+from lightning_align.run.rng import generator_state, set_generator_state
 
 WHERE = "PipelineStrategy"
 _OF_ANY_MODULE = {*vars(pl.LightningModule()), *vars(nn.Module())}
@@ -228,12 +229,16 @@ class StepAttributes:
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
-        """Around what must leave no trace in them."""
+        """Around what must leave no trace in them, nor in generators that the module has."""
         taken = self.take()
+        owned = [value for part in self.module.modules() for value in vars(part).values()]
+        generators = [(v, state) for v in owned if (state := generator_state(v)) is not None]
         try:
             yield
         finally:
             self.restore(taken, by_value=True)
+            for generator, state in generators:
+                set_generator_state(generator, state)
 
     def assign(self, path: str, value: Any) -> None:
         """Give an attribute the value that the batch came to, where it is if it is a container."""

@@ -1,13 +1,16 @@
 import random
 import traceback
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from lightning_align.run.rng import reseed
+from lightning_align.run.rng import generator_state, reseed, set_generator_state
 from lightning_align.seeds import derive_seed
 
 
@@ -47,3 +50,26 @@ def test_costs_no_note_of_the_callers_stack(monkeypatch: pytest.MonkeyPatch) -> 
     """For each accelerator that was not started ``torch.manual_seed`` takes one, 0.2 ms each."""
     monkeypatch.setattr(traceback, "format_stack", lambda: pytest.fail("a stack was noted"))
     reseed(1, 7, 0, "train")
+
+
+OWN: dict[str, tuple[Any, Callable[[Any], float]]] = {
+    "random": (random.Random(1), lambda own: own.random()),
+    "RandomState": (np.random.RandomState(1), lambda own: own.rand()),
+    "default_rng": (np.random.default_rng(1), lambda own: own.random()),
+    "torch": (torch.Generator().manual_seed(1), lambda own: float(torch.rand((), generator=own))),
+}
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_a_generator_goes_on_from_a_state_of_it(kind: str) -> None:
+    own, draw = OWN[kind]
+    state = generator_state(own)
+    first = [draw(own), draw(own)]
+    set_generator_state(own, state)
+    assert [draw(own), draw(own)] == first
+
+
+def test_only_generators_have_such_a_state() -> None:
+    assert [generator_state(value) for value in (1, "random", torch.zeros(1), nn.ReLU())] == [
+        None
+    ] * 4

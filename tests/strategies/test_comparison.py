@@ -3,11 +3,13 @@
 Each module is foreign: it knows a chain of layers, and nothing else of us.
 """
 
+import random
 import warnings
 from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
@@ -376,6 +378,23 @@ def test_batch_norm_trains_with_a_warning() -> None:
     assert run_ranks(train) == [4, 4]
 
 
+class DrawsForItself(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.generators = nn.Module()  # as a part of the model has its own
+        self.generators.dice = random.Random(1)
+        self.generators.numbers = np.random.default_rng(1)
+        self.noise = torch.Generator().manual_seed(1)
+
+    def draw(self) -> list[float]:
+        numbers = [self.generators.dice.random(), float(self.generators.numbers.random())]
+        return [*numbers, float(torch.rand(1, generator=self.noise))]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.draw()
+        return super().training_step(batch, batch_idx)
+
+
 def test_comparing_leaves_no_trace() -> None:
     """The bits are those of a run that compares nothing."""
     from lightning_align.strategies.steps import PipelineSteps
@@ -385,11 +404,12 @@ def test_comparing_leaves_no_trace() -> None:
             PipelineSteps.compare = lambda *_: None  # type: ignore[assignment]
         with RUN.setting(rank) as (trainer, seen):
             pl.seed_everything(4, verbose=False)
-            module = Classifier()
+            module = DrawsForItself()
             module.net.insert(1, nn.BatchNorm1d(16))
             module.net.append(nn.Dropout(0.5))
             trainer.fit(module, rows())
-            return seen.losses, [b.tolist() for b in module.buffers()], torch.rand(3).tolist()
+            drawn = [*torch.rand(3).tolist(), *module.draw()]
+            return seen.losses, [b.tolist() for b in module.buffers()], drawn
 
     theirs = run_ranks(lambda rank: train(rank, compares=False))
     assert run_ranks(lambda rank: train(rank, compares=True)) == theirs
