@@ -1,6 +1,6 @@
 """Mistakes in a configuration, found where they are: in what was given, against what is known."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from torch.optim import Optimizer
 
+from lightning_align._compat_jsonargparse import short_names_at_home
 from lightning_align.cli import build_parser
 from lightning_align.did_you_mean import argument_names, did_you_mean, explain, report
 
@@ -40,6 +41,13 @@ class Data:
 DATA = f"{__name__}.Data"
 SGD = "torch.optim.SGD"
 CLASS = "a class is given by class_path and init_args."
+
+
+@pytest.fixture(autouse=True)
+def as_in_the_command() -> Iterator[None]:
+    """Where another test has imported bitsandbytes, SGD is torch's none the less."""
+    with short_names_at_home():
+        yield
 
 
 @pytest.fixture(scope="module")
