@@ -164,6 +164,8 @@ def judge(
     """
     verdict, random = Verdict(), []
     for found in findings(module, joiner, whole, parts, trains=trains, loss_is_sum=loss_is_sum):
+        if found.path in joiner.random:
+            continue
         if is_random(found.path, whole, again, joiner.tolerance):
             random.append(found.path)
         else:

@@ -155,8 +155,10 @@ class Joiner:
     Attributes:
         rules: path of a value -> rules that may hold for it, the preferred one first.
         unseen: Paths that were joined without having been learned.
+        batches: How many were joined.
         comparisons: How often there was something to learn from.
         is_compared: Whether it has learned.
+        has_changed: Whether a later batch was found not to come to the same.
         has_warned: Whether a value that it has not learned was reported.
         random: Paths of values that other random numbers change, which were said to be so.
         undecided: Paths whose possible rules have come to different values.
@@ -164,8 +166,8 @@ class Joiner:
 
     def __init__(self, tolerance: float = 2e-5) -> None:
         self.tolerance = tolerance
-        self.comparisons = 0
-        self.is_compared = self.has_warned = False
+        self.batches = self.comparisons = 0
+        self.is_compared = self.has_changed = self.has_warned = False
         self.rules: dict[str, list[str]] = {}
         self.unseen: set[str] = set()
         self.random: set[str] = set()

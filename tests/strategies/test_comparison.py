@@ -337,7 +337,7 @@ class LogsNoise(AddsNoise):
 
 class LogsACountLate(Classifier):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        self.log("late", float(len(batch[1])) if batch_idx else 0.0)
+        self.log("late", float(len(batch[1])) if batch_idx > 1 else 0.0)
         return super().training_step(batch, batch_idx)
 
 
@@ -358,6 +358,25 @@ def test_what_cannot_be_told_is_warned_of_once_for_what_it_is(
     late, _ = run_ranks(lambda rank: warned(rank, LogsACountLate))
     assert len(late) == 1
     assert "['log late'], of which 1 comparison" in late[0]
+
+
+class TurnsToTheBatch(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        logits = self.net(batch[0])
+        loss = F.cross_entropy(logits, batch[1])
+        return loss + logits.std(0).mean() if batch_idx > 1 else loss
+
+
+def test_a_loss_that_turns_to_what_micro_batches_do_not_come_to_is_warned_of() -> None:
+    def warned(rank: int) -> list[str]:
+        with RUN.setting(rank) as (trainer, _), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.fit(TurnsToTheBatch(), rows())
+        return [str(w.message) for w in caught if "PipelineStrategy(" in str(w.message)]
+
+    (told,), _ = run_ranks(warned)
+    assert "the loss of 4 micro-batches comes to" in told
+    assert told.endswith("It did come to the same in the first batch.")
 
 
 class Normed(Classifier):
@@ -401,7 +420,7 @@ def test_comparing_leaves_no_trace() -> None:
 
     def train(rank: int, compares: bool) -> Any:
         if not compares:
-            PipelineSteps.compare = lambda *_: None  # type: ignore[assignment]
+            PipelineSteps.compare = lambda *_, **__: None  # type: ignore[assignment]
         with RUN.setting(rank) as (trainer, seen):
             pl.seed_everything(4, verbose=False)
             module = DrawsForItself()
