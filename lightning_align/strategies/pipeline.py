@@ -48,7 +48,7 @@ from lightning_align.strategies.runtime import Runtime
 from lightning_align.strategies.stage_checkpoints import StageCheckpoints
 from lightning_align.strategies.stage_parameters import StageParameters, move_here
 from lightning_align.strategies.steps import PipelineSteps
-from lightning_align.strategies.whole_values import WholeValues
+from lightning_align.strategies.whole_values import WholeValues, own_group
 
 _CHECKED_BATCHES = 3  # of each loop, that all ranks have the same
 
@@ -184,6 +184,7 @@ class PipelineStrategy(StageCheckpoints):
         self.device_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = self.device_mesh
+        self._hooks_group = own_group()
 
     # Set-up
 
@@ -232,7 +233,7 @@ class PipelineStrategy(StageCheckpoints):
         # Lightning clips by the norm of what a rank holds.
         vars(self.precision_plugin)["clip_grad_by_norm"] = self._clip_by_norm
         if self._num_stages > 1:
-            self._see_whole_values(trainer, module, group)
+            self._see_whole_values(trainer, module)
 
     @contextmanager
     @override
@@ -417,10 +418,10 @@ class PipelineStrategy(StageCheckpoints):
         parameters = self.precision_plugin.main_params(optimizer)
         self._parameters.clip_by_norm(parameters, clip_val)
 
-    def _see_whole_values(self, trainer: Any, module: pl.LightningModule, group: Any) -> None:
+    def _see_whole_values(self, trainer: Any, module: pl.LightningModule) -> None:
         """Let the user's hooks find gradients and weights of all stages."""
         assert self._parameters is not None
-        values = WholeValues(module, self._parameters.ranks, group, self.root_device)
+        values = WholeValues(module, self._parameters.ranks, self._hooks_group, self.root_device)
         self._undo.append(values.wrap([module, *trainer.callbacks]))
         outside = [
             (trainer, "save_checkpoint"),

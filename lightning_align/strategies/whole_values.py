@@ -49,13 +49,21 @@ _READS = (Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__float__, Tensor.
 _KEEP = (_GRAD, _TENSOR.data.__get__, Tensor.detach)
 
 
+def own_group() -> Any:
+    """All ranks, for messages of hooks only: one that is alone in a hook gets no other; collective.
+
+    To be made where the ranks have just met, for nobody notices there that a peer has failed.
+    """
+    return distributed.new_group(timeout=_TIMEOUT)
+
+
 class WholeValues(TorchFunctionMode):
     """Context in which hooks find gradients of all stages, and numbers made of any weight.
 
     Args:
         module: The user's module.
         ranks: name -> ranks (in the group) that have the parameter; the first one speaks for it.
-        group: The ranks of the pipeline.
+        group: What ``own_group`` has made.
         device: Where this rank has its values.
     """
 
@@ -68,10 +76,7 @@ class WholeValues(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self._module, self._ranks, self._device = module, ranks, device
-        self._rank = distributed.get_rank(group)
-        members = [distributed.get_global_rank(group, r) for r in range(group.size())]
-        # Of its own, so that a rank that is alone in here gets no other message.
-        self._group = distributed.new_group(members, timeout=_TIMEOUT)
+        self._group, self._rank = group, distributed.get_rank(group)
         self._hook, self._depth = "", 0
         self._owners: dict[int, tuple[Tensor, int]] = {}
         self._lent: list[Tensor] = []  # parameters that were given a gradient
