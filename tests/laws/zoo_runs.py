@@ -230,8 +230,10 @@ def all_runs(
             if path.stem != "end"
         ]
         found = sorted(entry for entry in found if entry[0] < ends)
-        for batches, path in {found[0], found[-1]}:
+        for batches, path in dict.fromkeys((found[0], found[-1])):
             resumed[batches] = fit(row, places[2], strategy, ours=True, ckpt_path=path)
+            if resumed[batches].error:
+                break  # ranks of a pipeline that failed have left their group: the next would wait
     return Runs(theirs, ours, resumed)
 
 
