@@ -8,6 +8,7 @@ nor transformers is imported before something needs it. Each is also a name of i
 from typing import TYPE_CHECKING
 
 from lightning_align._lazy import lazy
+from lightning_align._moved import find_moved
 from lightning_align.strategies.registry import register_on_import
 
 if TYPE_CHECKING:
@@ -113,4 +114,5 @@ __all__ = [
     "strategies",
 ]
 
+find_moved(__name__)
 register_on_import()

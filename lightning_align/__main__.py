@@ -3,8 +3,8 @@
 import sys
 from collections.abc import Sequence
 
-from lightning_align.commands import COMMANDS
-from lightning_align.did_you_mean import PROGRAM
+from lightning_align.cli.commands import COMMANDS
+from lightning_align.cli.mistakes import PROGRAM
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -14,7 +14,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if name in COMMANDS and name != "demo":
         run_command(name, rest)
         return
-    from lightning_align.cli import AlignCLI  # seconds, for Lightning
+    from lightning_align.cli.app import AlignCLI  # seconds, for Lightning
 
     if name == "demo":
         COMMANDS[name].load().main(rest, fit=AlignCLI)

@@ -26,9 +26,9 @@ from lightning_align import (
     PreferenceDataModule,
     PretrainModule,
 )
+from lightning_align.cli.export import main as export
 from lightning_align.data.corpora import embedded_path
 from lightning_align.demo.pairs import make_pairs, write_jsonl
-from lightning_align.export import main as export
 from tests.helpers.smollm2 import SAMPLING, smollm2_folder
 
 pytestmark = pytest.mark.slow

@@ -19,7 +19,7 @@ from torch import nn
 sys.path.append(str(Path(__file__).parents[2]))  # tests.helpers: forked ranks
 
 from tests.helpers.ranks import end_of_ranks
-from tests.strategies.test_pipeline_failures import RUN, Fault
+from tests.strategies.pipeline.test_failures import RUN, Fault
 
 # Ranks -> layers of each stage: embedding, four blocks, head. The fault is in block 1.
 PARTITIONS = {2: [3, 3], 4: [2, 1, 1, 2]}

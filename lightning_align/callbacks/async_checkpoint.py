@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_align import _compat_resume
+from lightning_align._compat import lightning_logged, lightning_resume
 from lightning_align.callbacks.checkpoint_checks import (
     check_folders,
     check_kept,
@@ -52,9 +52,9 @@ from lightning_align.checkpointing import (
 from lightning_align.checkpointing.files import Folder
 from lightning_align.checkpointing.manifest import Manifest
 from lightning_align.checkpointing.retention import Retention
+from lightning_align.run.accumulation import is_safe_point
 from lightning_align.run.exact_resume import ExactResume
 from lightning_align.run.interrupt import DeferredInterrupt
-from lightning_align.run.state import is_safe_point
 
 _RUN_KEY = "lightning_align.run"
 
@@ -186,7 +186,7 @@ class AsyncCheckpoint(ModelCheckpoint):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        dirpath = _compat_resume.resolve_checkpoint_dir(self, trainer)
+        dirpath = lightning_resume.resolve_checkpoint_dir(self, trainer)
         self.dirpath = trainer.strategy.broadcast(dirpath)
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -335,7 +335,7 @@ class AsyncCheckpoint(ModelCheckpoint):
             return
         # Where the save had to wait, what a training step logged is of that step; the validation
         # that came since is of the same weights.
-        of_the_step = _compat_resume.logged_in_training(trainer, self._due)
+        of_the_step = lightning_logged.logged_in_training(trainer, self._due)
         metrics = {**self._monitor_candidates(trainer), **of_the_step}
         self._due, self._defer_save_until_validation = None, False
         if self.monitor is None or is_logged(trainer, self.monitor, metrics):
@@ -377,7 +377,7 @@ class AsyncCheckpoint(ModelCheckpoint):
             if keep and not ranked:
                 self._retention.protect(name)
             self._retention.begin(name, score if ranked else None)
-        checkpoint = _compat_resume.dump_checkpoint(trainer, self.save_weights_only)  # collective
+        checkpoint = lightning_resume.dump_checkpoint(trainer, self.save_weights_only)  # collective
         self._last_global_step_saved = trainer.global_step
         if self._folder is None:
             return
@@ -402,7 +402,7 @@ class AsyncCheckpoint(ModelCheckpoint):
             "score": score if self.monitor and score is not None and math.isfinite(score) else None,
             "epoch": trainer.current_epoch,
             "world_size": trainer.world_size,
-            "wandb_run_id": _compat_resume.wandb_run_id(trainer),
+            "wandb_run_id": lightning_resume.wandb_run_id(trainer),
         }
 
     def _formatted(self, metrics: dict[str, Tensor], version: int | None = None) -> str:
@@ -535,11 +535,11 @@ class AsyncCheckpoint(ModelCheckpoint):
             return set()
         newest, path = max(found, key=lambda each: order_in_run(each[0]))
         if newest.metadata.get("wandb_run_id"):
-            _compat_resume.continue_wandb_run(trainer, newest.metadata["wandb_run_id"])
+            lightning_resume.continue_wandb_run(trainer, newest.metadata["wandb_run_id"])
         return {path}
 
     def _newest(self, trainer: pl.Trainer) -> tuple[Manifest, str] | None:
-        dirpath = str(_compat_resume.resolve_checkpoint_dir(self, trainer))
+        dirpath = str(lightning_resume.resolve_checkpoint_dir(self, trainer))
         path = self.latest(dirpath, self.storage_options)
         committed = committed_checkpoints(dirpath, self.storage_options) if path else []
         name = str(path).rsplit("/", 1)[-1].removesuffix(self.FILE_EXTENSION)
@@ -551,7 +551,7 @@ class AsyncCheckpoint(ModelCheckpoint):
     ) -> None:
         checkpoint[_RUN_KEY] = {
             "id": self.run_id,
-            "wandb_run_id": _compat_resume.wandb_run_id(trainer),
+            "wandb_run_id": lightning_resume.wandb_run_id(trainer),
         }
 
     @override
@@ -569,7 +569,7 @@ class AsyncCheckpoint(ModelCheckpoint):
             self._retention.protect(name)
         if self._folder is not None:
             self._folder.continue_from(name, checkpoint["global_step"])
-        before, now = run["wandb_run_id"], _compat_resume.wandb_run_id(trainer)
+        before, now = run["wandb_run_id"], lightning_resume.wandb_run_id(trainer)
         if before and now and before != now:
             rank_zero_warn(
                 f"The checkpoint is of the W&B run {before}, and this run logs to {now}. To"

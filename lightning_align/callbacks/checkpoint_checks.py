@@ -7,7 +7,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import Strategy
 
-from lightning_align import _compat_resume
+from lightning_align._compat import lightning_resume
 from lightning_align._errors import argument_error
 from lightning_align.checkpointing.files import Folder
 
@@ -126,7 +126,7 @@ def check_folders(callback: ModelCheckpoint, trainer: pl.Trainer) -> None:
 
 
 def _where(callback: ModelCheckpoint, trainer: pl.Trainer) -> str:
-    dirpath = str(_compat_resume.resolve_checkpoint_dir(callback, trainer))
+    dirpath = str(lightning_resume.resolve_checkpoint_dir(callback, trainer))
     return Folder(dirpath, getattr(callback, "storage_options", None)).key
 
 

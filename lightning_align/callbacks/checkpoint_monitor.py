@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_align import _compat_resume
+from lightning_align._compat import lightning_resume
 from lightning_align._errors import argument_error
 
 
@@ -59,6 +59,6 @@ def check_logged(trainer: pl.Trainer, monitor: str, metrics: Mapping[str, Tensor
         f"was not logged; these values were: {sorted(metrics)}",
         f"Log it with self.log({monitor!r}, ...)",
     )
-    if _compat_resume.validation_has_run(trainer):
+    if lightning_resume.validation_has_run(trainer):
         raise error
     rank_zero_warn(f"Nothing is saved at step {trainer.global_step}. {error}")

@@ -14,8 +14,8 @@ from typing_extensions import override
 
 from lightning_align._errors import argument_error
 from lightning_align.data.tokenizer import encode, load_tokenizer, pad_token_id
+from lightning_align.reports.texts import log_rows
 from lightning_align.run.rng import reseed
-from lightning_align.run.texts import log_rows
 
 
 class GenerateSamples(pl.Callback):

@@ -18,7 +18,11 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_align._compat import is_accumulating, log_step_value, wrap_in_ddp_again
+from lightning_align._compat.lightning_trainer import (
+    is_accumulating,
+    log_step_value,
+    wrap_in_ddp_again,
+)
 from lightning_align._errors import argument_error, finite_number
 from lightning_align.callbacks.lisa_layers import (
     Partition,
@@ -30,7 +34,7 @@ from lightning_align.callbacks.lisa_layers import (
 )
 from lightning_align.callbacks.lisa_picture import draw_history
 from lightning_align.layers import ModelLayers
-from lightning_align.run.pictures import log_figure, new_figure
+from lightning_align.reports.pictures import log_figure, new_figure
 
 
 class LISA(pl.Callback):

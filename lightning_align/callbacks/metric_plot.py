@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_align._errors import argument_error
-from lightning_align.run.pictures import log_figure, new_figure
+from lightning_align.reports.pictures import log_figure, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,7 +7,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_align._errors import argument_error
-from lightning_align.pretrained import save_pretrained
+from lightning_align.models.build import save_pretrained
 
 
 class SavePretrained(pl.Callback):

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_align._compat import is_accumulating
+from lightning_align._compat.lightning_trainer import is_accumulating
 from lightning_align._errors import argument_error, finite_number
 from lightning_align.schedules import DECAYS, SCHEDULES, lr_fraction
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from lightning_align._compat_storage import (
+from lightning_align._compat.torch_storage import (
     identity,
     is_storage,
     pickled_type,

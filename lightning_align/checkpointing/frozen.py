@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_align._compat_storage import (
+from lightning_align._compat.torch_storage import (
     plain_alias,
     rebuild_typed,
     rebuilds_dense,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_align._compat_storage import negative_view, rebuild_with_dtype
+from lightning_align._compat.torch_storage import negative_view, rebuild_with_dtype
 from lightning_align._errors import argument_error
 from lightning_align.checkpointing.archive import (
     Archive,

@@ -20,7 +20,7 @@ from lightning.pytorch.cli import LightningCLI
 from torch import nn
 
 from lightning_align import recipes
-from lightning_align.commands import CommandParser
+from lightning_align.cli.commands import CommandParser
 from lightning_align.data import PackedDataset, PreferenceDataset
 from lightning_align.data.token_cache import TokenSplit
 from lightning_align.demo.ngram import (
@@ -32,11 +32,11 @@ from lightning_align.demo.pairs import Tokens, continue_prompts, make_pairs, wri
 from lightning_align.demo.report import before_after_table, sample_block
 from lightning_align.layers import find_layers
 from lightning_align.losses import completion_logps, sequence_logps
+from lightning_align.models.build import build_model
 from lightning_align.modules.dpo import DPOModule
 from lightning_align.modules.preference_data import PreferenceDataModule
 from lightning_align.modules.pretrain import PretrainModule
 from lightning_align.modules.text_data import TextDataModule
-from lightning_align.pretrained import build_model
 
 Table = dict[str, tuple[float | None, float]]  # metric -> (before, after)
 Rule = Callable[[list[dict[str, str]]], float]  # preference pairs -> accuracy

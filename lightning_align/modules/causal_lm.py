@@ -22,15 +22,15 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from typing_extensions import Self, override
 
-from lightning_align._compat import built_by_cli, log_step_value
+from lightning_align._compat.lightning_trainer import built_by_cli, log_step_value
 from lightning_align._errors import argument_error
 from lightning_align.layers import ModelLayers, checkpoint_blocks, find_layers
+from lightning_align.models.build import build_model, plain_model, save_pretrained
 from lightning_align.optimizers.param_groups import (
     build_param_groups,
     learning_rates,
     warn_of_lost_ratios,
 )
-from lightning_align.pretrained import build_model, plain_model, save_pretrained
 from lightning_align.run.exact_resume import ExactResume
 from lightning_align.run.replicas import is_spread, replica, total_grad_norm
 

@@ -21,9 +21,9 @@ from lightning_align.losses import (
     pairs_that_count,
     preference_step,
 )
+from lightning_align.models.build import build_model
 from lightning_align.modules.causal_lm import CausalLMModule, Sums, rotary_in_fp32
 from lightning_align.modules.reference import fingerprint, fingerprint_until_0_1
-from lightning_align.pretrained import build_model
 
 
 class DPOModule(CausalLMModule):

@@ -16,8 +16,8 @@ from typing_extensions import override
 from lightning_align._errors import argument_error
 from lightning_align.data.mixture import Mixture
 from lightning_align.data.sampler import BatchDataset, PositionSampler
+from lightning_align.models.tokenizer_state import pack_tokenizer
 from lightning_align.run.position import batches_consumed
-from lightning_align.tokenizer_state import pack_tokenizer
 
 Paths = str | Path | list[str]
 

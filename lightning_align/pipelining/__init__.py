@@ -1,6 +1,6 @@
 """Pipeline parallelism as arithmetic: where to cut, what runs when, and how long it takes.
 
-Pure functions of numbers, without processes: ``strategies/pipeline.py`` runs what is planned here.
+Pure functions of numbers, without processes: ``strategies/pipeline`` runs what is planned here.
 """
 
 from lightning_align.pipelining.actions import Action, Event, Schedule

@@ -5,7 +5,7 @@
     rank 2         F0 B0 F1 B1 F2 B2 ...     turn, then the backwards that are left
 
 Only the order is fixed here. When an action starts follows from what it waits for, which
-``simulate`` works out and ``strategies/pipeline.py`` finds out. GPipe, 1F1B, interleaved 1F1B and
+``simulate`` works out and ``strategies/pipeline`` finds out. GPipe, 1F1B, interleaved 1F1B and
 breadth-first differ in nothing but the order of the forwards, that of the backwards and how many
 forwards come first. The zero-bubble schedules are taken from torch, which runs them.
 """
@@ -126,7 +126,9 @@ def _breadth_first(rank: int, pp: int, m: int, v: int) -> Rows:
 
 def _of_torch(name: str) -> Callable[[int, int, int, int], Rows]:
     def rows(rank: int, pp: int, m: int, v: int) -> Rows:
-        from lightning_align._compat_torch import torch_pipeline_rank  # torch takes a second
+        from lightning_align._compat.torch_pipelining import (
+            torch_pipeline_rank,  # torch takes a second
+        )
 
         actions = torch_pipeline_rank(name, rank, pp, m, v)
         triples = [

@@ -10,8 +10,8 @@ from importlib.resources import files
 from pathlib import Path
 
 from lightning_align._errors import argument_error
-from lightning_align.commands import CommandParser
-from lightning_align.did_you_mean import did_you_mean
+from lightning_align.cli.commands import CommandParser
+from lightning_align.cli.mistakes import did_you_mean
 
 
 def names() -> list[str]:

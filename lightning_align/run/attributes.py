@@ -27,7 +27,7 @@ import xxhash
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lightning_align import _compat_resume
+from lightning_align._compat import lightning_resume
 from lightning_align._errors import argument_error
 from lightning_align.run.plain import Encoder, LostError, Rebuilder, UnknownTypeError
 from lightning_align.run.replicas import replica
@@ -203,7 +203,7 @@ class Attributes:
 def _attributes(module: pl.LightningModule) -> Iterator[tuple[str, Any]]:
     """Names and values of all attributes that are neither Lightning's nor torch's own."""
     for path, submodule in module.named_modules():
-        known = _compat_resume.own_attributes(submodule)
+        known = lightning_resume.own_attributes(submodule)
         for name, value in {**_of_class(type(submodule)), **vars(submodule)}.items():
             if name not in known:
                 yield (f"{path}.{name}" if path else name), value
@@ -234,10 +234,10 @@ def _elsewhere(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any
         "callback": trainer.callbacks,  # type: ignore[attr-defined]
         "logger": trainer.loggers,
         "optimizer": trainer.optimizers,
-        "wrapped optimizer": _compat_resume.lightning_optimizers(trainer),
+        "wrapped optimizer": lightning_resume.lightning_optimizers(trainer),
         "scheduler config": configs,
         "scheduler": [config.scheduler for config in configs],
-        "loader": getattr(_compat_resume.train_loaders(trainer), "flattened", []),
+        "loader": getattr(lightning_resume.train_loaders(trainer), "flattened", []),
     }
     links: dict[str, Any] = {"trainer": trainer, "strategy": trainer.strategy}
     loop = trainer.fit_loop

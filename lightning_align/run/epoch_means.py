@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_align import _compat_resume
+from lightning_align._compat import lightning_logged
 from lightning_align.run.position import epoch_is_open, next_place
 
 
@@ -22,15 +22,15 @@ def capture_means(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[di
     """What every rank has summed up so far. Collective: every rank must call it."""
     loops = trainer.fit_loop.state_dict()
     epoch_goes_on = next_place(loops).batch > 0 or epoch_is_open(loops)
-    reset_by_lightning = _compat_resume.logged_metrics_of_validation(trainer)
+    reset_by_lightning = lightning_logged.logged_metrics_of_validation(trainer)
     if not epoch_goes_on:
-        reset_by_lightning += _compat_resume.logged_metrics_of_epoch(trainer)
+        reset_by_lightning += lightning_logged.logged_metrics_of_epoch(trainer)
     # Reading the property computes the means of a closed epoch, which plateau schedulers look at.
-    latest = _compat_resume.latest_metrics(trainer) if epoch_goes_on else trainer.callback_metrics
+    latest = lightning_logged.latest_metrics(trainer) if epoch_goes_on else trainer.callback_metrics
     means = {
-        "sums": _compat_resume.capture_logged_sums(trainer) if epoch_goes_on else {},
+        "sums": lightning_logged.capture_logged_sums(trainer) if epoch_goes_on else {},
         "metrics": {
-            name: _compat_resume.capture_metric(metric)
+            name: lightning_logged.capture_metric(metric)
             for name, metric in _metrics(pl_module).items()
             if metric.update_called and not any(metric is reset for reset in reset_by_lightning)
         },
@@ -54,7 +54,7 @@ def restore_means(
     if not captured:
         return
     means = captured[min(trainer.global_rank, len(captured) - 1)]
-    _compat_resume.latest_metrics(trainer).update(
+    lightning_logged.latest_metrics(trainer).update(
         {name: value.to(pl_module.device) for name, value in means["latest"].items()}
     )
     if len(captured) != trainer.world_size:
@@ -67,9 +67,9 @@ def restore_means(
     metrics = _metrics(pl_module)
     for name, state in means["metrics"].items():
         if name in metrics:
-            _compat_resume.restore_metric(metrics[name], state)
+            lightning_logged.restore_metric(metrics[name], state)
     if means["sums"]:
-        _compat_resume.restore_logged_sums(trainer, means["sums"])
+        lightning_logged.restore_logged_sums(trainer, means["sums"])
 
 
 def _metrics(pl_module: pl.LightningModule) -> dict[str, Metric]:

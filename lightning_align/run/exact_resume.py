@@ -11,10 +11,17 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
-from lightning_align import _compat_resume
-from lightning_align._compat import restart_train_iteration
-from lightning_align._compat_resume import validation_follows
+from lightning_align._compat import lightning_resume
+from lightning_align._compat.lightning_resume import validation_follows
+from lightning_align._compat.lightning_trainer import restart_train_iteration
 from lightning_align._errors import argument_error
+from lightning_align.run.accumulation import (
+    WINDOW_KEY,
+    capture_accumulation,
+    pending_plateau,
+    restore_accumulation,
+    validation_is_to_do,
+)
 from lightning_align.run.attributes import Attributes
 from lightning_align.run.epoch_means import capture_means, restore_means
 from lightning_align.run.loader import PositionedLoader
@@ -34,13 +41,6 @@ from lightning_align.run.settings import (
     restore_settings,
     resume_averaging,
     settings_in_force,
-)
-from lightning_align.run.state import (
-    WINDOW_KEY,
-    capture_accumulation,
-    pending_plateau,
-    restore_accumulation,
-    validation_is_to_do,
 )
 
 _MEANS_KEY = "lightning_align.epoch_means"
@@ -102,10 +102,10 @@ class ExactResume(pl.Callback):
             )
         # Lightning looks for a stateful loader; whatever it finds, we make it follow the position.
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that")
-        _compat_resume.wrap_train_loaders(trainer, partial(self._follow, trainer))
+        lightning_resume.wrap_train_loaders(trainer, partial(self._follow, trainer))
         # First in line, so that what other callbacks draw for a batch follows the position too.
         trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore[attr-defined]
-        _compat_resume.call_before_saving(trainer, lambda: self._module_hook())
+        lightning_resume.call_before_saving(trainer, lambda: self._module_hook())
 
     def _follow(self, trainer: pl.Trainer, loaders: Any) -> PositionedLoader:
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
@@ -141,9 +141,9 @@ class ExactResume(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        _compat_resume.call_before_epochs(trainer, partial(self._go_on, trainer, pl_module))
-        pending = _compat_resume.load_pending_loader_states(trainer)
-        loaders = _compat_resume.train_loaders(trainer)
+        lightning_resume.call_before_epochs(trainer, partial(self._go_on, trainer, pl_module))
+        pending = lightning_resume.load_pending_loader_states(trainer)
+        loaders = lightning_resume.train_loaders(trainer)
         if isinstance(loaders, PositionedLoader) and (
             pending or (self._resumed and loaders.started != self._resumed)
         ):
@@ -153,7 +153,7 @@ class ExactResume(pl.Callback):
         if self._resumed is None:
             begin_interrupted_epoch_anew(trainer)
         elif self._resumed.batch == 0 and not self._epoch_is_open:
-            _compat_resume.begin_epoch(trainer)
+            lightning_resume.begin_epoch(trainer)
         self._resumed = self._ended_early = None
         # Reading trainer.estimated_stepping_batches in configure_optimizers starts the loader
         # before Lightning has restored the position: workers would already hold the wrong batches.
@@ -181,15 +181,15 @@ class ExactResume(pl.Callback):
         interval = saved.get(_PLATEAU_KEY, "")
         validation_steps = saved.get(_FOLLOWS_KEY) and validation_follows(trainer)
         if interval and not (interval == "step" and validation_steps):
-            _compat_resume.step_plateau_schedulers(trainer, interval)
+            lightning_resume.step_plateau_schedulers(trainer, interval)
         if self._epoch_is_open:
-            _compat_resume.finish_epoch(trainer)
+            lightning_resume.finish_epoch(trainer)
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._epoch_is_open:
             self._epoch_is_open = False
-            _compat_resume.begin_epoch(trainer)  # the one before had no batch to train
+            lightning_resume.begin_epoch(trainer)  # the one before had no batch to train
         reseed(self._effective_seed, batches_consumed(trainer), replica(trainer)[1], "epoch")
 
     @override
@@ -215,14 +215,14 @@ class ExactResume(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        self._module_hook = _compat_resume.offer_module_hook(
+        self._module_hook = lightning_resume.offer_module_hook(
             trainer, "on_train_batch_end", outputs, batch, batch_idx
         )
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._module_hook = _compat_resume.offer_module_hook(trainer, "on_validation_end")
+            self._module_hook = lightning_resume.offer_module_hook(trainer, "on_validation_end")
 
     @override
     def on_save_checkpoint(
@@ -260,8 +260,8 @@ class ExactResume(pl.Callback):
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        _compat_resume.wrap_train_loaders(trainer, None)
-        _compat_resume.call_before_saving(trainer, None)
+        lightning_resume.wrap_train_loaders(trainer, None)
+        lightning_resume.call_before_saving(trainer, None)
         self._module_hook, self._saved, self._epoch_is_open = _nothing, {}, False
 
     @override
@@ -288,7 +288,7 @@ def _name_what_ran_early(trainer: pl.Trainer, place: Place) -> None:
         type(each).__name__
         for each in (module, *trainer.callbacks)  # type: ignore[attr-defined]
         if not type(each).__module__.startswith(("lightning.", "lightning_align."))
-        and _compat_resume.has_own_hook(each, "on_train_epoch_end")
+        and lightning_resume.has_own_hook(each, "on_train_epoch_end")
     ]
     if names:
         rank_zero_warn(

@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_align import _compat_resume
+from lightning_align._compat import lightning_resume
 
 
 class DeferredInterrupt:
@@ -43,7 +43,7 @@ class DeferredInterrupt:
             self._told_to_end = True
 
         self._told_to_end = False
-        _compat_resume.replace_sigterm_notice(trainer, note)
+        lightning_resume.replace_sigterm_notice(trainer, note)
 
     def uninstall(self) -> None:
         """Give SIGINT back."""
@@ -75,7 +75,7 @@ class DeferredInterrupt:
         if not any_rank(self._came or self._told_to_end, all=False):
             return False
         if any_rank(self._told_to_end, all=False):
-            _compat_resume.receive_sigterm(trainer)  # raised after the batch
+            lightning_resume.receive_sigterm(trainer)  # raised after the batch
             self._came = False
         else:
             self._came = True

@@ -25,7 +25,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader
 from typing_extensions import Self, override
 
-from lightning_align._compat_resume import combined_mode, shut_down_workers
+from lightning_align._compat.lightning_resume import combined_mode, shut_down_workers
 from lightning_align._errors import argument_error
 from lightning_align.data.sampler import PositionSampler
 from lightning_align.run.position import Place

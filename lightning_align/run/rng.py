@@ -6,13 +6,12 @@ rank, stage) before every batch makes the draws of batch n the same however the 
 """
 
 import random
-from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 import torch
 
-from lightning_align.seeds import derive_seed
+from lightning_align.seeds import derive_seed, seed_torch
 
 
 def reseed(seed: int, position: int, rank: int, stage: str) -> None:
@@ -28,26 +27,6 @@ def reseed(seed: int, position: int, rank: int, stage: str) -> None:
     random.seed(derived)
     np.random.seed(derived & 0xFFFF_FFFF)  # NumPy's legacy generator takes 32 bits
     seed_torch(derived)
-
-
-def fork_generators(device: torch.device) -> AbstractContextManager[None]:
-    """Context behind which torch's generators (of the CPU and ``device``) are as they were."""
-    devices = [] if device.type == "cpu" else [device]
-    return torch.random.fork_rng(devices, device_type=device.type if devices else "cuda")
-
-
-def seed_torch(seed: int) -> None:
-    """Seed the CPU's generator and those of the accelerator in use.
-
-    ``torch.manual_seed`` means every kind of device: for each of CUDA, XPU and MTIA that has not
-    been started it notes the caller's stack, which takes half a millisecond at every step.
-    """
-    torch.default_generator.manual_seed(seed)
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is not None:
-        device_module = torch.get_device_module(accelerator)
-        # MPS has one device, and no function for all.
-        getattr(device_module, "manual_seed_all", device_module.manual_seed)(seed)
 
 
 def generator_state(value: Any) -> Any:

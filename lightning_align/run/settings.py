@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_align import _compat_resume
+from lightning_align._compat import lightning_resume
 from lightning_align._errors import argument_error
 
 Settings = dict[str, Any]
@@ -28,12 +28,12 @@ def settings_in_force(trainer: pl.Trainer, module: pl.LightningModule) -> Settin
         trainer: Who fits.
         module: What is fitted.
     """
-    modes = _compat_resume.training_modes(trainer)
+    modes = lightning_resume.training_modes(trainer)
     return {
         **{name: getattr(trainer, name) for name in _OF_TRAINER},
         "frozen": [name for name, p in module.named_parameters() if not p.requires_grad],
         "eval": [name for name, training in modes.items() if not training],
-        "sync_of_buffers": _compat_resume.sync_of_buffers(trainer),
+        "sync_of_buffers": lightning_resume.sync_of_buffers(trainer),
     }
 
 
@@ -82,7 +82,7 @@ def restore_settings(
             rule,
             "Freeze what that run froze, or resume from a checkpoint written at an optimizer step",
         )
-    _compat_resume.sync_of_buffers(trainer, then["sync_of_buffers"])
+    lightning_resume.sync_of_buffers(trainer, then["sync_of_buffers"])
     for name, part in module.named_modules():
         if (name in start["eval"]) == (name in before["eval"]):
             part.training = name not in then["eval"]
@@ -155,7 +155,7 @@ def resume_averaging(trainer: pl.Trainer) -> None:
     )
     # Behind the last batch of an epoch it is the next one that begins.
     epoch = trainer.current_epoch + trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-    for averaging in _compat_resume.averaging_in_checkpoint(trainer):
+    for averaging in lightning_resume.averaging_in_checkpoint(trainer):
         if epoch == averaging.swa_end + 1 and has_statistics:
             # It ends with an optimizer step by the gradients of the last batch before it.
             raise argument_error(
@@ -166,4 +166,4 @@ def resume_averaging(trainer: pl.Trainer) -> None:
                 " them, which takes BatchNorm's statistics, the beginning is not in a checkpoint",
                 "Resume from a checkpoint of an earlier batch",
             )
-        _compat_resume.resume_averaging(trainer, averaging)
+        lightning_resume.resume_averaging(trainer, averaging)

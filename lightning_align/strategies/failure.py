@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import distributed
 
-from lightning_align._compat_torch import default_store
+from lightning_align._compat.torch_modules import default_store
 
 _KEY = "lightning_align.failure"
 _ADDRESS = "lightning_align.second_store"

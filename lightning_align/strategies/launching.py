@@ -10,15 +10,15 @@ import torch
 from lightning.fabric.utilities.seed import reset_seed
 from torch import distributed
 
-from lightning_align import _compat_processes
+from lightning_align._compat import lightning_processes
 from lightning_align.strategies import failure
 
 
 def launcher(strategy: Any) -> Any:
     """What starts the processes, unless torchrun or a cluster has, and lets them end together."""
     if strategy.start_method != "popen":
-        return _compat_processes.multiprocessing_launcher(strategy, strategy.start_method)
-    return _compat_processes.ScriptLauncher(
+        return lightning_processes.multiprocessing_launcher(strategy, strategy.start_method)
+    return lightning_processes.ScriptLauncher(
         strategy.cluster_environment,
         strategy.num_processes,
         strategy.num_nodes,
@@ -32,8 +32,8 @@ def join_ranks(strategy: Any) -> None:
     environment = strategy.cluster_environment
     environment.set_global_rank(strategy.node_rank * strategy.num_processes + strategy.local_rank)
     environment.set_world_size(strategy.num_nodes * strategy.num_processes)
-    _compat_processes.set_rank(strategy.global_rank)
-    _compat_processes.join_process_group(
+    lightning_processes.set_rank(strategy.global_rank)
+    lightning_processes.join_process_group(
         environment, strategy.root_device, strategy.process_group_backend, strategy.timeout
     )
     failure.keep_second_store(environment.main_address, strategy.num_nodes)

@@ -16,7 +16,7 @@ _PIPELINES = {
 
 
 def _pipeline(**arguments: Any) -> Any:
-    from lightning_align.strategies.pipeline import PipelineStrategy
+    from lightning_align.strategies.pipeline.strategy import PipelineStrategy
 
     return PipelineStrategy(**arguments)
 

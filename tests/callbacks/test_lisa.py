@@ -32,7 +32,7 @@ from lightning_align import LISA, DPOModule, ExactResume
 from lightning_align.callbacks import lisa as lisa_file
 from lightning_align.callbacks.lisa import held_bytes
 from lightning_align.callbacks.lisa_layers import draw_blocks
-from lightning_align.strategies.pipeline import PipelineStrategy
+from lightning_align.strategies.pipeline.strategy import PipelineStrategy
 from tests.helpers.lisa import (
     ADAMW,
     BATCHES,

@@ -29,7 +29,7 @@ from torch.optim.lr_scheduler import (
 from transformers import GPT2LMHeadModel
 
 from lightning_align import Muon, OptimizerSwap, PretrainModule
-from lightning_align.cli import AlignCLI
+from lightning_align.cli.app import AlignCLI
 from tests.helpers.ranks import ForkedRanks, run_ranks
 from tests.laws.members import HandWritten
 from tests.modules.test_pretrain import fit, gpt2, llama, rows

@@ -250,7 +250,7 @@ class OtherUnderYaml(HandWritten):
 
     def __init__(self, optimizer: OptimizerCallable, dropout: float = 0.0) -> None:
         super().__init__(optimizer, dropout)
-        from lightning_align._compat import built_by_cli
+        from lightning_align._compat.lightning_trainer import built_by_cli
 
         if built_by_cli():
             self.save_hyperparameters("dropout")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_align import LISA
-from lightning_align.cli import AlignCLI
+from lightning_align.cli.app import AlignCLI
 from tests.helpers.lisa import (
     BLOCKS,
     MODELS,

@@ -234,7 +234,7 @@ def test_fine_tuning_from_yaml_learns_the_answers(tmp_path, chats):
     """A tiny Llama memorises two answers; what it saved answers with the template it was given."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from lightning_align.cli import AlignCLI
+    from lightning_align.cli.app import AlignCLI
 
     tokenizer = chat_tokenizer()
     tokenizer.save_pretrained(tmp_path / "tokenizer")

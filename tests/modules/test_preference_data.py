@@ -178,7 +178,7 @@ def test_another_template_is_other_data_on_resume(tmp_path, chats):
 
 def test_dpo_on_conversations_prefers_the_chosen_answers(tmp_path, chats):
     """A tiny Llama learns from messages, through the command line's own classes."""
-    from lightning_align.cli import AlignCLI
+    from lightning_align.cli.app import AlignCLI
 
     tokenizer = chat_tokenizer()
     tokenizer.save_pretrained(tmp_path / "tokenizer")

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from lightning_align.run.replicas import is_spread, replica, total_grad_norm
-from lightning_align.strategies.pipeline import PipelineStrategy
+from lightning_align.strategies.pipeline.strategy import PipelineStrategy
 
 
 def one_process() -> pl.Trainer:

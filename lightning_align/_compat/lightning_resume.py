@@ -1,0 +1,285 @@
+"""Private APIs of Lightning that resuming and checkpoints touch."""
+
+import os
+import signal
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.trainer import call
+from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompose
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.combined_loader import _shutdown_workers_and_reset_iterator
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from torchmetrics import Metric
+
+
+def begin_epoch(trainer: pl.Trainer) -> None:
+    """Let the loop over batches begin instead of going on; with ``max_steps`` it goes on."""
+    trainer.fit_loop.epoch_loop.restarting = False
+
+
+def finish_epoch(trainer: pl.Trainer) -> None:
+    """Let a loop that restarts behind an epoch's last batch run what is left of the epoch.
+
+    Where no validation is due, it would train another batch to look for one; and where it
+    restarts, it does not step the schedulers that watch a metric.
+    """
+    loop = trainer.fit_loop
+    loop._restarting = False
+    if not validation_follows(trainer):
+        loop.epoch_loop.val_loop._has_run = True
+        loop.epoch_loop._batches_that_stepped += 1
+
+
+def call_before_epochs(trainer: pl.Trainer, function: Callable[[], None]) -> None:
+    """Call a function once, behind all hooks of the start of training and before any of an epoch.
+
+    No hook is there: where a run goes on in mid-epoch, no ``on_train_epoch_start`` is called.
+    """
+    loop: Any = trainer.fit_loop
+
+    def once() -> None:
+        vars(loop).pop("on_advance_start")
+        function()
+        loop.on_advance_start()
+
+    loop.on_advance_start = once
+
+
+def offer_module_hook(trainer: pl.Trainer, name: str, *arguments: Any) -> Callable[[], None]:
+    """Return what calls a hook of the module early, before Lightning comes to it, and once in all.
+
+    Lightning calls it after those of the callbacks, of which some save. In a save by the hook
+    itself there is nothing left to call.
+    """
+    module = trainer.lightning_module
+    if not is_overridden(name, module):
+        return lambda: None
+    hook, own, called = getattr(module, name), vars(module).get(name), False
+
+    def restore() -> None:
+        vars(module).pop(name)
+        vars(module).update({} if own is None else {name: own})
+
+    def once(*given: Any) -> Any:
+        nonlocal called
+        restore()
+        before, called = called, True
+        return None if before else hook(*given)
+
+    def early() -> None:
+        nonlocal called
+        if not called:
+            called = True
+            restore()
+            call._call_lightning_module_hook(trainer, name, *arguments)
+            vars(module)[name] = once
+
+    vars(module)[name] = once
+    return early
+
+
+def has_own_hook(owner: Any, name: str) -> bool:
+    """Whether a LightningModule or callback has more than Lightning's empty hook of a name."""
+    base = pl.Callback if isinstance(owner, pl.Callback) else pl.LightningModule
+    return is_overridden(name, owner, parent=base)
+
+
+def call_before_saving(trainer: pl.Trainer, function: Callable[[], None] | None) -> None:
+    """Call a function whenever a checkpoint is about to be put together; None undoes it."""
+    connector: Any = trainer._checkpoint_connector
+    vars(connector).pop("dump_checkpoint", None)
+    if function is not None:
+        dump = connector.dump_checkpoint
+
+        def call_and_dump(*arguments: Any, **options: Any) -> Any:
+            function()
+            return dump(*arguments, **options)
+
+        connector.dump_checkpoint = call_and_dump
+
+
+class _BlankMetric(Metric):
+    def update(self) -> None:
+        """Nothing."""
+
+    def compute(self) -> None:
+        """Nothing."""
+
+
+@cache
+def _own_attributes() -> dict[type, frozenset[str]]:
+    in_checkpoints = {"_hparams_initial", "_hparams_name"}
+    names = set(vars(pl.LightningModule())) | in_checkpoints
+    return {
+        pl.LightningModule: frozenset(names - {"_param_requires_grad_state"}),
+        Metric: frozenset(vars(_BlankMetric())),
+        nn.Module: frozenset(vars(nn.Module())),
+    }
+
+
+def own_attributes(module: nn.Module) -> frozenset[str]:
+    """Names of a module's attributes that are Lightning's, torchmetrics' or torch's own affair.
+
+    Not among them are the hyperparameters, which Lightning saves and does not resume, and what
+    ``toggle_optimizer`` has to undo.
+    """
+    own = next(names for kind, names in _own_attributes().items() if isinstance(module, kind))
+    return own | module._defaults.keys() if isinstance(module, Metric) else own
+
+
+def lightning_optimizers(trainer: pl.Trainer) -> list[Any]:
+    """What ``LightningModule.optimizers()`` returns."""
+    return list(trainer.strategy._lightning_optimizers)
+
+
+def training_modes(trainer: pl.Trainer) -> dict[str, bool]:
+    """Which modules are in training mode while training, by name; also asked during validation."""
+    if trainer.validating:
+        return dict(trainer.fit_loop.epoch_loop.val_loop._module_mode.mode)
+    return {name: part.training for name, part in trainer.lightning_module.named_modules()}
+
+
+def sync_of_buffers(trainer: pl.Trainer, now: bool | None = None) -> bool:
+    """Whether DDP's next forward takes rank zero's buffers; the one after a batch without does not.
+
+    Args:
+        trainer: Who trains.
+        now: What it is to do.
+    """
+    model = trainer.strategy.model
+    if not isinstance(model, DistributedDataParallel):
+        return True
+    if now is not None:
+        model.require_forward_param_sync = now
+    return model.require_forward_param_sync
+
+
+def averaging_in_checkpoint(trainer: pl.Trainer) -> list[StochasticWeightAveraging]:
+    """Callbacks that average weights and had begun to when the checkpoint was written."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    averaging = [each for each in callbacks if isinstance(each, StochasticWeightAveraging)]
+    return [each for each in averaging if each._scheduler_state is not None]
+
+
+def resume_averaging(trainer: pl.Trainer, averaging: StochasticWeightAveraging) -> None:
+    """Do what its hook of an epoch's beginning does; it puts a scheduler in the others' place.
+
+    Building that scheduler sets learning rates, though they have been restored.
+    """
+    if (
+        averaging._initialized
+        or not averaging.swa_start <= trainer.current_epoch <= averaging.swa_end
+    ):
+        return
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    restored = [dict(group) for group in groups]
+    averaging.on_train_epoch_start(trainer, trainer.lightning_module)
+    for group, values in zip(groups, restored, strict=True):
+        group.update(values)
+
+
+def receive_sigterm(trainer: pl.Trainer) -> None:
+    """Let the trainer stop after this batch as if the signal had come to this process."""
+    trainer._signal_connector.received_sigterm = True
+
+
+def replace_sigterm_notice(trainer: pl.Trainer, notice: Callable[[int, Any], None]) -> None:
+    """Call ``notice`` where Lightning would broadcast that this process got a SIGTERM."""
+    handler: Any = signal.getsignal(signal.SIGTERM)
+    if isinstance(handler, _HandlersCompose):
+        lightnings = trainer._signal_connector._sigterm_notifier_fn
+        handler.signal_handlers = [
+            notice if each == lightnings else each for each in handler.signal_handlers
+        ]
+
+
+def load_pending_loader_states(trainer: pl.Trainer) -> bool:
+    """Hand stateful loaders the states of the checkpoint if Lightning has not yet done so.
+
+    It has not where something asked for the loaders before the loops were restored.
+    """
+    loop = trainer.fit_loop
+    pending = bool(loop._combined_loader_states_to_load) and loop.restarting
+    loop._load_combined_loader_states()
+    return pending
+
+
+def wrap_train_loaders(trainer: pl.Trainer, wrap: Callable[[Any], CombinedLoader] | None) -> None:
+    """Let Lightning iterate over ``wrap(what train_dataloader returned)``; None undoes it."""
+    source: Any = trainer.fit_loop._data_source
+    vars(source).pop("dataloader", None)
+    if wrap is not None:
+        request = source.dataloader
+        source.dataloader = lambda: wrap(request())
+
+
+def train_loaders(trainer: pl.Trainer) -> CombinedLoader | None:
+    """What the training loop iterates over."""
+    return trainer.fit_loop._combined_loader
+
+
+def forget_train_loaders(trainer: pl.Trainer) -> None:
+    """Let ``fit_loop.setup_data`` ask for the training loaders once more."""
+    trainer.fit_loop._combined_loader = None
+
+
+def combined_mode(loaders: CombinedLoader) -> str:
+    """How several loaders are combined."""
+    return loaders._mode
+
+
+def shut_down_workers(loader: DataLoader[Any]) -> None:
+    """End persistent workers, so that the next iteration starts new ones."""
+    _shutdown_workers_and_reset_iterator(loader)
+
+
+def validation_follows(trainer: pl.Trainer) -> bool:
+    """Whether a validation runs between this training batch and the next one."""
+    fetcher = trainer.fit_loop._data_fetcher
+    return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+
+
+def validation_has_run(trainer: pl.Trainer) -> bool:
+    """Whether the last validation of this fit came to a batch; the sanity check is none."""
+    return trainer.fit_loop.epoch_loop.val_loop._has_run
+
+
+def step_plateau_schedulers(trainer: pl.Trainer, interval: str) -> None:
+    """Step every ``ReduceLROnPlateau`` of an interval by the metric that it monitors."""
+    loop = trainer.fit_loop.epoch_loop
+    loop.update_lr_schedulers(interval, update_plateau_schedulers=True)
+
+
+def resolve_checkpoint_dir(callback: ModelCheckpoint, trainer: pl.Trainer) -> Any:
+    """The folder that a ModelCheckpoint writes to, from dirpath, logger or default_root_dir."""
+    return callback._ModelCheckpoint__resolve_ckpt_dir(trainer)  # type: ignore[attr-defined]
+
+
+def dump_checkpoint(trainer: pl.Trainer, weights_only: bool) -> dict[str, Any]:
+    """What ``trainer.save_checkpoint`` would write. Collective where the strategy's state is."""
+    return trainer._checkpoint_connector.dump_checkpoint(weights_only)
+
+
+def wandb_run_id(trainer: pl.Trainer) -> str | None:
+    """Id of the W&B run that the trainer logs to, if it does and it has begun."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            return logger._experiment.id if logger._experiment is not None else logger._id
+    return None
+
+
+def continue_wandb_run(trainer: pl.Trainer, run_id: str) -> None:
+    """Let a W&B logger that was given no id, and has not begun a run, go on with one."""
+    for logger in trainer.loggers:
+        if not isinstance(logger, WandbLogger) or "WANDB_RUN_ID" in os.environ:
+            continue
+        if logger._experiment is None and logger._wandb_init.get("id") is None:
+            logger._wandb_init["id"] = logger._id = run_id

@@ -1,0 +1,53 @@
+"""Modules that have another place now: what saved files and users' code name is still found."""
+
+import importlib
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+# Old place -> new place, within the package. Frozen: nothing is ever taken out.
+MOVED = {
+    "completion": "cli.completion",
+    "export": "cli.export",
+    "generate": "cli.generate",
+    "pretrained": "models.build",
+    "pretrained_weights": "models.weights",
+    "run.pictures": "reports.pictures",
+    "run.texts": "reports.texts",
+    "schedule_command": "cli.schedule",
+    "strategies.chain": "strategies.pipeline.chain",
+    "tokenizer_state": "models.tokenizer_state",
+    "trained": "models.trained",
+}
+
+
+class _Moved:
+    """Finds a module under its old name; the new one is imported when a name of it is asked for."""
+
+    def __init__(self, package: str) -> None:
+        self._package = package
+
+    def find_spec(self, name: str, *_: Any) -> ModuleSpec | None:
+        """A stand-in for what has moved, and nothing else."""
+        old = name.removeprefix(f"{self._package}.")
+        if old == name or old not in MOVED:
+            return None
+        return ModuleSpec(name, self, origin=f"{self._package}.{MOVED[old]}")  # type: ignore[arg-type]
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """An ordinary module."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Let it answer with what is in the new place."""
+        spec = module.__spec__
+        assert spec is not None
+        assert spec.origin is not None
+        place = spec.origin
+        vars(module)["__getattr__"] = lambda name: getattr(importlib.import_module(place), name)
+
+
+def find_moved(package: str) -> None:
+    """Find modules of a package under the names that they had."""
+    if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
+        sys.meta_path.append(_Moved(package))

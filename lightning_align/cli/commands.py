@@ -1,0 +1,55 @@
+"""The commands that are not Lightning's, by name: a line of help and the module that runs it.
+
+Each module has ``parser()`` and ``main(arguments)``. Modules are named, not imported: a command
+then starts without loading what only another one needs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from types import ModuleType
+from typing import NoReturn
+
+from jsonargparse import ArgumentParser
+from typing_extensions import override
+
+from lightning_align.cli.mistakes import report
+
+
+class CommandParser(ArgumentParser):
+    """The parser of one of these commands."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        # A prefix such as --temp would change its meaning with the next new option.
+        super().__init__(prog=prog, description=description, allow_abbrev=False)
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print what was wrong in one line, and exit with 2."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        report(message, ex, self)
+        self.exit(2)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command and where it lives."""
+
+    help: str
+    module: str
+
+    def load(self) -> ModuleType:
+        """Import the module that runs it."""
+        return importlib.import_module(self.module)
+
+
+COMMANDS = {
+    "recipes": Command("List, print and copy configurations.", "lightning_align.recipes"),
+    "generate": Command("Write text with a trained model.", "lightning_align.cli.generate"),
+    "export": Command("Write a checkpoint as a Hugging Face folder.", "lightning_align.cli.export"),
+    "schedule": Command("Simulate and draw a pipeline.", "lightning_align.cli.schedule"),
+    "completion": Command("Print a completion script.", "lightning_align.cli.completion"),
+    "demo": Command("The whole job on a novel, in a few minutes.", "lightning_align.demo.run"),
+}

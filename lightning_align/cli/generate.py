@@ -1,0 +1,197 @@
+"""Text from a checkpoint, a folder or a hub name, written as it is made."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_align._errors import argument_error
+from lightning_align.cli.commands import CommandParser
+
+
+def stream(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    max_new_tokens: int = 100,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int = 0,
+    chat: bool = False,
+) -> Iterator[str]:
+    """Yield what follows ``prompt``, piece by piece, up to an end-of-text token.
+
+    Where a value is None, the model's generation config decides; a temperature of 0 takes the
+    likeliest token each time.
+
+    Args:
+        model: A Hugging Face model in evaluation mode.
+        tokenizer: The one that the model was trained with; its chat template is for ``chat``.
+        prompt: Text to go on from, or with ``chat`` what the user says.
+        max_new_tokens: Tokens to generate at most.
+        temperature: Above 1 more varied, below 1 more predictable, 0 without chance.
+        top_p: Keep the likeliest tokens that together have this probability.
+        top_k: Keep this many of the likeliest tokens.
+        seed: Seed of the samples.
+        chat: Whether the prompt is a message, to be put into the tokenizer's chat template.
+
+    Raises:
+        ValueError: If a number is out of its range, or a chat template is missing.
+    """
+    check_sampling(max_new_tokens, temperature, top_p, top_k)
+    import torch
+
+    ids = _prompt_ids(tokenizer, prompt, chat)
+    options = _sampling(temperature, top_p, top_k)
+    torch.manual_seed(seed)
+    yield from _generate(model, tokenizer, ids.to(model.device), max_new_tokens, options)
+
+
+def check_sampling(
+    max_new_tokens: int, temperature: float | None, top_p: float | None, top_k: int | None
+) -> None:
+    """Refuse numbers out of their range.
+
+    Raises:
+        ValueError: If one is.
+    """
+    if max_new_tokens < 1:
+        raise argument_error("generate", "max_new_tokens", max_new_tokens, "must be at least 1")
+    if temperature is not None and not temperature >= 0:
+        raise argument_error("generate", "temperature", temperature, "must be 0 or more")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise argument_error("generate", "top_p", top_p, "must be in (0, 1]")
+    if top_k is not None and top_k < 1:
+        raise argument_error("generate", "top_k", top_k, "must be at least 1")
+
+
+def _prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> Any:
+    import torch
+
+    if not chat:
+        ids = tokenizer(prompt)["input_ids"]
+        if not ids:  # an empty prompt begins where documents begin
+            ids = [tokenizer.eos_token_id if (b := tokenizer.bos_token_id) is None else b]
+        return torch.tensor([ids])
+    if not getattr(tokenizer, "chat_template", None):
+        rule = "the tokenizer has no chat template"
+        raise argument_error("generate", "chat", True, rule, "Leave --chat out to continue a text")
+    messages = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+
+
+def _sampling(temperature: float | None, top_p: float | None, top_k: int | None) -> dict[str, Any]:
+    """Arguments of ``model.generate``; sampling is on as soon as one of its numbers is given."""
+    if temperature == 0:
+        # transformers refuses a temperature of 0, and warns of top_p and top_k without sampling.
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    options = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    given = {name: value for name, value in options.items() if value is not None}
+    return {"do_sample": True, **given} if given else {}
+
+
+def _generate(
+    model: Any, tokenizer: Any, ids_1T: Any, max_new_tokens: int, options: dict[str, Any]
+) -> Iterator[str]:
+    """Run ``model.generate`` beside the reader of its text."""
+    from threading import Thread
+
+    import torch
+    from transformers import TextIteratorStreamer
+
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    failures: list[BaseException] = []
+    ends = model.generation_config.eos_token_id
+    pad = model.generation_config.pad_token_id
+
+    def run() -> None:
+        try:
+            with torch.inference_mode():
+                model.generate(
+                    ids_1T,
+                    attention_mask=torch.ones_like(ids_1T),
+                    max_new_tokens=max_new_tokens,
+                    eos_token_id=tokenizer.eos_token_id if ends is None else ends,
+                    pad_token_id=tokenizer.eos_token_id if pad is None else pad,
+                    streamer=streamer,
+                    **options,
+                )
+        except BaseException as error:
+            failures.append(error)
+            streamer.end()  # type: ignore[no-untyped-call]  # or the reader would wait for ever
+
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+    yield from streamer
+    thread.join()
+    if failures:
+        raise failures[0]
+
+
+def parser() -> CommandParser:
+    """Options of ``lightning-align generate``."""
+    parser = CommandParser("lightning-align generate", "Write text with a trained model.")
+    help_ckpt = "Lightning checkpoint, Hugging Face folder or hub name."
+    parser.add_argument("--ckpt", type=str, required=True, help=help_ckpt)
+    help_prompt = "Text to go on from; may be repeated, and - reads it from standard input."
+    parser.add_argument("--prompt", type=str, action="append", required=True, help=help_prompt)
+    parser.add_function_arguments(stream, skip={"model", "tokenizer", "prompt", "chat"})
+    help_chat = "Take the prompt for a message, and use the chat template."
+    parser.add_argument("--chat", action="store_true", help=help_chat)
+    help_model = "Folder or hub name of the architecture, if the checkpoint does not tell its own."
+    parser.add_argument("--model", type=str | None, help=help_model)
+    help_tokenizer = "Folder or hub name of another tokenizer than the checkpoint's."
+    parser.add_argument("--tokenizer", type=str | None, help=help_tokenizer)
+    help_dtype = "float32, bfloat16 or float16; left out, that of the checkpoint."
+    parser.add_argument("--dtype", type=str | None, help=help_dtype)
+    help_device = "cpu, cuda, mps ...; left out, an accelerator if there is one."
+    parser.add_argument("--device", type=str | None, help=help_device)
+    help_revision = "Branch, tag or commit of a hub name."
+    parser.add_argument("--revision", type=str, default="main", help=help_revision)
+    help_trust = "Allow code that comes with the model to run."
+    parser.add_argument("--trust_remote_code", action="store_true", help=help_trust)
+    return parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run ``lightning-align generate``."""
+    options = parser().parse_args(list(arguments)).as_dict()
+    sampling = {name: options[name] for name in ("max_new_tokens", "temperature", "top_p", "top_k")}
+    check_sampling(**sampling)  # before seconds of loading
+    prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in options["prompt"]]
+    import torch
+
+    from lightning_align.models.trained import load_trained
+
+    names = ("model", "tokenizer", "dtype", "revision", "trust_remote_code")
+    loading = {name: options[name] for name in names}
+    trained = load_trained(Path(options["ckpt"]), where="generate", **loading)
+    if trained.tokenizer is None:
+        rule = "has no tokenizer"
+        raise argument_error("generate", "ckpt", options["ckpt"], rule, "Give one with --tokenizer")
+    device = options["device"] or str(torch.accelerator.current_accelerator() or "cpu")
+    model: Any = trained.model.to(torch.device(device))  # type: ignore[arg-type]
+    for prompt in prompts:
+        if not options["chat"]:
+            write(prompt)
+        for piece in stream(
+            model,
+            trained.tokenizer,
+            prompt,
+            seed=options["seed"],
+            chat=options["chat"],
+            **sampling,
+        ):
+            write(piece)
+        write("\n")
+
+
+def write(text: str) -> None:
+    """Write to standard output at once, also into a pipe."""
+    sys.stdout.write(text)
+    sys.stdout.flush()

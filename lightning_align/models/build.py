@@ -1,0 +1,134 @@
+"""Turn what a user passes as ``model`` into a module in training mode and the wanted dtype."""
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from lightning_align._errors import argument_error
+from lightning_align.data.hub import resolve_pretrained
+from lightning_align.models.weights import (
+    is_built_on_meta,
+    parameters_on_meta,
+    remember_weights,
+)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def build_model(
+    model: nn.Module | str | Path | PretrainedConfig,
+    *,
+    where: str,
+    argument: str = "model",
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    revision: str = "main",
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """Build or load a causal language model.
+
+    Under ``trainer.init_module(empty_init=True)`` of a strategy that spreads models, the model
+    comes without its weights, which that strategy loads or draws in parts (models/weights.py).
+
+    Args:
+        model: A module (used as it is, in its own dtype), a Hugging Face name or folder, a
+            configuration to build random weights from, or such a configuration as JSON text (as our
+            checkpoints keep it).
+        where: Class the user called, for error messages.
+        argument: Argument the user passed, for error messages.
+        dtype: Data type of the parameters; ``from_pretrained`` alone would take the folder's.
+        attn_implementation: ``"sdpa"``, ``"eager"``, ``"flash_attention_2"`` ...; None leaves the
+            choice to transformers.
+        revision: Branch, tag or commit of a hub name.
+        trust_remote_code: Whether code that comes with the model may run.
+
+    Raises:
+        ValueError: If the dtype or model name is unknown, or the folder holds no causal language
+            model.
+    """
+    if dtype not in DTYPES:
+        raise argument_error(where, "dtype", dtype, f"must be one of {sorted(DTYPES)}")
+    if isinstance(model, nn.Module):
+        return model.train()
+    options: dict[str, Any] = {"dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    if isinstance(model, str) and model.lstrip().startswith("{"):
+        model = AutoConfig.for_model(**json.loads(model))
+    on_meta = is_built_on_meta()
+    if isinstance(model, PretrainedConfig):
+        with parameters_on_meta() if on_meta else nullcontext():
+            return _from_config(model, options, where, argument)
+    if not isinstance(model, (str, Path)):
+        rule = "must be a module, a Hugging Face name or folder, or a transformers configuration"  # type: ignore[unreachable]
+        raise argument_error(where, argument, model, rule)
+    resolve_pretrained(where, argument, str(model), revision)
+    if on_meta:
+        with parameters_on_meta():
+            settings = AutoConfig.from_pretrained(
+                model, revision=revision, trust_remote_code=trust_remote_code
+            )
+            empty = _from_config(settings, options, where, argument)
+        remember_weights(empty, str(model), revision)
+        return empty
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(model, revision=revision, **options)
+    except (OSError, ValueError) as error:
+        rule = f"transformers cannot load a causal language model from it ({error})"
+        raise argument_error(where, argument, model, rule) from error
+    return _module(loaded).train()  # from_pretrained returns eval mode
+
+
+def plain_model(model: nn.Module | str | PretrainedConfig | None) -> str | None:
+    """``model`` as text that hyperparameters can keep, or None for a module object."""
+    if isinstance(model, PretrainedConfig):
+        return json.dumps(model.to_dict(), default=str)
+    return model if isinstance(model, str) else None
+
+
+def save_pretrained(
+    model: nn.Module,
+    folder: str | Path,
+    tokenizer: Any = None,
+    state: dict[str, Any] | None = None,
+) -> Path:
+    """Write a folder that ``AutoModelForCausalLM.from_pretrained`` loads, with its tokenizer.
+
+    Args:
+        model: A Hugging Face model.
+        folder: Where to write.
+        tokenizer: Goes with it, if there is one.
+        state: The model's state; None takes it from the model.
+
+    Raises:
+        ValueError: If the model is not a Hugging Face model.
+    """
+    save = getattr(model, "save_pretrained", None)
+    if save is None:
+        rule = f"{type(model).__name__} has no save_pretrained"
+        raise argument_error("save_pretrained", "model", type(model).__name__, rule)
+    save(folder, **({} if state is None else {"state_dict": state}))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return Path(folder)
+
+
+def _from_config(
+    config: PretrainedConfig, options: dict[str, Any], where: str, argument: str
+) -> nn.Module:
+    auto: Any = AutoModelForCausalLM
+    try:
+        return _module(auto.from_config(config, **options)).train()
+    except ValueError as error:
+        rule = "transformers has no causal language model for this configuration"
+        raise argument_error(where, argument, type(config).__name__, rule) from error
+
+
+def _module(model: Any) -> nn.Module:
+    assert isinstance(model, nn.Module)
+    return model

@@ -1,0 +1,239 @@
+"""A trained model and its tokenizer, from wherever they are: a checkpoint, a folder or the hub.
+
+A Lightning checkpoint of ours has the weights, what the model was built from (a name, a folder or a
+configuration) and the tokenizer. It is read as plain data and runs no code.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from lightning_align._errors import argument_error
+from lightning_align.data.hub import resolve_pretrained
+from lightning_align.data.tokenizer import load_tokenizer, pad_token_id
+from lightning_align.models.build import DTYPES, build_model
+from lightning_align.models.tokenizer_state import unpack_tokenizer
+
+GIVE_MODEL = "Give its name or folder as model (--model)"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A Hugging Face model in evaluation mode, and its tokenizer if there is one."""
+
+    model: PreTrainedModel
+    tokenizer: Any | None
+
+
+def load_trained(
+    source: str | Path,
+    *,
+    where: str,
+    model: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    dtype: str | None = None,
+    revision: str = "main",
+    trust_remote_code: bool = False,
+) -> Trained:
+    """Load a model for use.
+
+    Args:
+        source: A Lightning checkpoint, a Hugging Face folder, or a hub name.
+        where: Function the user called, for error messages.
+        model: Folder or hub name of the architecture, for a checkpoint that does not tell its own.
+        tokenizer: Folder or hub name of another tokenizer.
+        dtype: Data type of the parameters; None leaves them in the one that they are stored in.
+        revision: Branch, tag or commit of a hub name.
+        trust_remote_code: Whether code that comes with the model may run.
+
+    Raises:
+        ValueError: If the source cannot be read, or does not fit the model.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise argument_error(where, "dtype", dtype, f"must be one of {sorted(DTYPES)}")
+    hub = {"revision": revision, "trust_remote_code": trust_remote_code}
+    source = str(source)
+    if Path(source).is_file():
+        trained = _from_checkpoint(source, where, None if model is None else str(model), dtype, hub)
+    elif model is not None:
+        rule = f"{source!r} is no checkpoint file, and tells its architecture itself"
+        raise argument_error(where, "model", str(model), rule, "Leave model out")
+    else:
+        trained = _from_folder(source, where, dtype, hub)
+    if tokenizer is not None:
+        trained = Trained(trained.model, load_tokenizer(where, str(tokenizer)))
+    _check_vocabulary(trained, where)
+    trained.model.eval()  # type: ignore[no-untyped-call]
+    return trained
+
+
+def _from_folder(source: str, where: str, dtype: str | None, hub: dict[str, Any]) -> Trained:
+    folder = Path(source)
+    if folder.suffix == ".ckpt" or (folder.is_dir() and not (folder / "config.json").exists()):
+        rule = "must be a checkpoint file, a folder with a config.json, or a name on the hub"
+        way_out = ""
+        if (folder / "meta.pt").exists():  # written by all ranks of a pipeline, or by FSDP
+            tool = "python -m lightning.pytorch.utilities.consolidate_checkpoint"
+            way_out = f"Make one file of it: {tool} {source}"
+        raise argument_error(where, "ckpt", source, rule, way_out)
+    resolve_pretrained(where, "ckpt", source, hub["revision"])
+    stored = AutoConfig.from_pretrained(source, **hub).dtype
+    dtype = dtype or next((name for name, kind in DTYPES.items() if kind == stored), "float32")
+    model = build_model(source, where=where, argument="ckpt", dtype=dtype, **hub)
+    assert isinstance(model, PreTrainedModel)
+    return Trained(model, _tokenizer_of(source, hub))
+
+
+def _from_checkpoint(
+    path: str, where: str, model_name: str | None, dtype: str | None, hub: dict[str, Any]
+) -> Trained:
+    checkpoint = _read(path, where)
+    weights = {
+        name.removeprefix("model."): value
+        for name, value in checkpoint["state_dict"].items()
+        if name.startswith("model.")
+    }
+    hyper = checkpoint.get("hyper_parameters", {})
+    if model_name is None:  # the module's own revision belongs to its model's name
+        hub = {**hub, "revision": hyper.get("revision", hub["revision"])}
+    spec = hyper.get("model") if model_name is None else model_name
+    config = _config(spec, path, where, hub)
+    stored = next((w.dtype for w in weights.values() if w.is_floating_point()), torch.float32)
+    auto: Any = AutoModelForCausalLM
+    try:
+        model = auto.from_config(
+            config,
+            dtype=DTYPES[dtype] if dtype else stored,
+            trust_remote_code=hub["trust_remote_code"],
+        )
+    except ValueError as error:
+        rule = f"transformers has no causal language model for its {type(config).__name__}"
+        raise argument_error(where, "ckpt", path, rule) from error
+    _check_weights(model.state_dict(), weights, path, where)
+    model.load_state_dict(weights)
+    name = spec if isinstance(spec, str) and not _is_json(spec) else None
+    tokenizer = _checkpoint_tokenizer(checkpoint, name, where, hub)
+    if name is not None:
+        model.generation_config = _generation_config(name, hub) or model.generation_config
+    elif tokenizer is not None:
+        # Built from a configuration, whose default ids (2 ends a text for Llama) nobody chose.
+        model.generation_config.bos_token_id = tokenizer.bos_token_id
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+        model.generation_config.pad_token_id = pad_token_id(tokenizer)
+    return Trained(model, tokenizer)
+
+
+def _read(path: str, where: str) -> dict[str, Any]:
+    try:
+        # mmap: the optimizer's state, twice the weights, is never read.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        rule = f"cannot be read as plain data ({str(error).splitlines()[0]})"
+        way_out = "Give a checkpoint that Lightning wrote"
+        raise argument_error(where, "ckpt", path, rule, way_out) from error
+    weights = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(weights, dict) or not any(name.startswith("model.") for name in weights):
+        rule = "must be a checkpoint of a PretrainModule or DPOModule: it has no weights of a model"
+        raise argument_error(where, "ckpt", path, rule)
+    content: dict[str, Any] = checkpoint
+    return content
+
+
+def _config(spec: Any, path: str, where: str, hub: dict[str, Any]) -> PretrainedConfig:
+    """The configuration that the checkpoint's model was built from."""
+    if spec is None:
+        rule = "does not tell its architecture: the module was given a model that was built already"
+        raise argument_error(where, "ckpt", path, rule, GIVE_MODEL)
+    if isinstance(spec, dict):
+        # A class in a checkpoint is run by instantiating it: transformers' own only.
+        module, _, name = str(spec.get("class_path", "")).rpartition(".")
+        found = getattr(transformers, name, None) if module.startswith("transformers") else None
+        if not (isinstance(found, type) and issubclass(found, PretrainedConfig)):
+            rule = f"its model {spec.get('class_path')!r} is no configuration of transformers"
+            way_out = f"Only Hugging Face models can be loaded. {GIVE_MODEL} if it is one"
+            raise argument_error(where, "ckpt", path, rule, way_out)
+        return found(**spec.get("init_args", {}))
+    if _is_json(spec):
+        config: PretrainedConfig = AutoConfig.for_model(**json.loads(spec))
+        return config
+    try:
+        resolve_pretrained(where, "model", spec, hub["revision"])
+        config = AutoConfig.from_pretrained(spec, **hub)
+    except (OSError, ValueError) as error:
+        rule = f"was trained from {spec!r}, which cannot be found or read ({error})"
+        raise argument_error(where, "ckpt", path, rule, GIVE_MODEL) from error
+    return config
+
+
+def _is_json(text: str) -> bool:
+    return text.lstrip().startswith("{")
+
+
+def _check_weights(
+    ours: dict[str, Tensor], theirs: dict[str, Tensor], path: str, where: str
+) -> None:
+    """Refuse a checkpoint of another architecture, naming the first difference."""
+    shapes = [{name: tuple(w.shape) for name, w in weights.items()} for weights in (ours, theirs)]
+    names = sorted(n for n in shapes[0].keys() | shapes[1].keys() if _differ(n, *shapes))
+    if names:
+        rule = (
+            f"holds another model: {len(names)} parameter(s) differ, first {names[0]!r} with shape"
+            f" {shapes[0].get(names[0])} in the architecture and {shapes[1].get(names[0])} in the"
+            " checkpoint"
+        )
+        raise argument_error(where, "ckpt", path, rule, GIVE_MODEL)
+
+
+def _differ(name: str, ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
+    return bool(ours.get(name) != theirs.get(name))
+
+
+def _generation_config(name: str, hub: dict[str, Any]) -> GenerationConfig | None:
+    try:
+        return GenerationConfig.from_pretrained(name, revision=hub["revision"])
+    except OSError:  # a folder without one
+        return None
+
+
+def _tokenizer_of(name: str, hub: dict[str, Any]) -> Any | None:
+    try:
+        return AutoTokenizer.from_pretrained(name, **hub)
+    except (OSError, ValueError, KeyError):  # a folder without one
+        return None
+
+
+def _checkpoint_tokenizer(
+    checkpoint: dict[str, Any], name: str | None, where: str, hub: dict[str, Any]
+) -> Any | None:
+    """The datamodule's, or else the one that came with the model."""
+    for state in checkpoint.values():
+        # Empty for a tokenizer that cannot be saved.
+        if isinstance(state, dict) and "fingerprint" in state and state.get("tokenizer"):
+            return unpack_tokenizer(state["tokenizer"], where=where)
+    return _tokenizer_of(name, hub) if name is not None else None
+
+
+def _check_vocabulary(trained: Trained, where: str) -> None:
+    embedding: Any = trained.model.get_input_embeddings()
+    rows = int(embedding.num_embeddings)
+    if trained.tokenizer is not None and len(trained.tokenizer) > rows:
+        rule = f"makes ids up to {len(trained.tokenizer) - 1}, but the model has {rows} rows"
+        raise argument_error(
+            where, "tokenizer", type(trained.tokenizer).__name__, rule, "Give the model's own"
+        )

@@ -1,0 +1,1 @@
+"""Pictures and texts, through whatever loggers the run has."""

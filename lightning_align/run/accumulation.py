@@ -1,0 +1,139 @@
+"""The open window of accumulation, and when it is safe to save.
+
+Gradients wait for their optimizer step and, in modules that weight by tokens, the sums collected so
+far with them; Lightning's checkpoint holds neither.
+"""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from lightning_align._compat.lightning_resume import validation_follows
+from lightning_align._compat.lightning_trainer import is_accumulating
+from lightning_align._errors import argument_error
+
+WINDOW_KEY = "lightning_align.accumulation"  # of the checkpoint
+
+
+def is_safe_point(trainer: pl.Trainer) -> bool:
+    """Whether a checkpoint written now resumes without skipping anything.
+
+    False after a batch that a validation follows, until it has run, and at the last batch of an
+    epoch until its end hooks have run: Lightning resumes such a checkpoint behind them. ExactResume
+    sees to it that they run; whoever can wait spares the resumed run from them.
+    """
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    if progress.processed == progress.started:  # the epoch is closed
+        return True
+    if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        return False
+    return not (trainer.training and validation_follows(trainer))
+
+
+def validation_is_to_do(trainer: pl.Trainer) -> bool:
+    """Whether a batch is saved before what follows it: a validation, or the end of its epoch.
+
+    A validation that has come to its first batch is none that could be run anew: the module has
+    begun to collect.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    batches: Any = loop.batch_progress.current
+    if trainer.validating:
+        validated: Any = loop.val_loop.batch_progress.current
+        return bool(validated.ready == 0)
+    return bool(batches.completed < batches.processed) and not is_safe_point(trainer)
+
+
+def pending_plateau(trainer: pl.Trainer) -> str:
+    """Interval, or "", whose ``ReduceLROnPlateau`` schedulers Lightning steps after this hook.
+
+    They step after the hooks in which checkpoints are written, and not on a resume.
+    """
+    epochs: Any = trainer.fit_loop.epoch_progress.current
+    batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    if batches.completed < batches.processed:
+        return "step"
+    return "epoch" if epochs.completed < epochs.processed == epochs.started else ""
+
+
+def capture_accumulation(
+    trainer: pl.Trainer, pl_module: pl.LightningModule
+) -> list[dict[str, dict[str, Tensor]]]:
+    """The open accumulation window of every rank, or an empty list when no gradient is waiting.
+
+    Of a manual optimization every gradient may be waiting.
+
+    Collective: every rank must call it. Ranks hold different gradients until the window closes,
+    and a checkpoint that is written by rank 0 alone needs all of them. Where each rank writes its
+    own part, the windows of others are empty.
+    """
+    manual = not pl_module.automatic_optimization
+    # Lightning empties the gradients of a manual step before a validation, and knows no window.
+    if validation_follows(trainer) and trainer.training if manual else not is_accumulating(trainer):
+        return []
+    window = {
+        "gradients": {
+            name: parameter.grad.detach().to("cpu", copy=True)
+            for name, parameter in _parameters(trainer, pl_module).items()
+            if parameter.grad is not None
+        },
+        "sums": {name: value.to("cpu", copy=True) for name, value in _sums(pl_module).items()},
+    }
+    if trainer.world_size == 1:
+        return [window] if not manual or window["gradients"] else []
+    if getattr(trainer.strategy, "save_distributed_checkpoint", False):
+        return [window if rank == trainer.global_rank else {} for rank in range(trainer.world_size)]
+    windows: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(windows, window)
+    return windows if not manual or any(each["gradients"] for each in windows) else []
+
+
+def restore_accumulation(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    windows: list[dict[str, dict[str, Tensor]]],
+) -> None:
+    """Put this rank's open accumulation window back into the module's gradients.
+
+    Raises:
+        ValueError: If the checkpoint was written in mid-accumulation by another number of ranks.
+    """
+    if not windows:
+        return
+    if len(windows) != trainer.world_size:
+        raise argument_error(
+            "ExactResume",
+            "world_size",
+            trainer.world_size,
+            f"the checkpoint was written in mid-accumulation by {len(windows)} rank(s), whose"
+            " gradients cannot be redistributed",
+            "Resume with as many ranks, or from a checkpoint written at an optimizer step",
+        )
+    window = windows[trainer.global_rank]
+    parameters = _parameters(trainer, pl_module)
+    for name, gradient in window["gradients"].items():
+        parameters[name].grad = gradient.to(parameters[name], copy=True)
+    sums = _sums(pl_module)
+    sums.update({name: value.to(pl_module.device) for name, value in window["sums"].items()})
+
+
+def _parameters(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, nn.Parameter]:
+    """Parameters of the module, and those that only an optimizer knows."""
+    named = dict(pl_module.named_parameters())
+    known = set(map(id, named.values()))
+    for number, optimizer in enumerate(trainer.optimizers):
+        every = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        named |= {
+            f"optimizer {number}, {place}": parameter
+            for place, parameter in enumerate(every)
+            if id(parameter) not in known
+        }
+    return named
+
+
+def _sums(pl_module: pl.LightningModule) -> dict[str, Tensor]:
+    """Sums that a module collects over a window; one without them need not know of this."""
+    sums = getattr(pl_module, "accumulated", None)
+    return sums if isinstance(sums, dict) else {}

@@ -1,0 +1,191 @@
+"""What a pipeline refuses, before it trains anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from torch import Tensor, distributed
+from torch.optim import Optimizer
+
+from lightning_align._compat import lightning_processes
+from lightning_align._errors import argument_error
+from lightning_align.strategies.pipeline.chain import WHERE
+from lightning_align.strategies.pipeline.microbatches import count_that_divides
+from lightning_align.strategies.pipeline.runtime import SCHEDULES
+
+# With all classes that inherit from them.
+_REFUSED_CALLBACKS = {
+    *("LISA", "LayerwiseStep", "StochasticWeightAveraging", "WeightAveraging", "BaseFinetuning"),
+}
+
+
+def check_arguments(
+    schedule: str,
+    num_microbatches: int | None,
+    num_stages_per_rank: int | None,
+) -> bool:
+    """Check arguments; returns whether the schedule is for several stages on each rank.
+
+    Raises:
+        ValueError: If one is out of its range.
+    """
+    if schedule not in SCHEDULES:
+        raise argument_error(WHERE, "schedule", schedule, f"must be one of {list(SCHEDULES)}")
+    for name, value in (
+        ("num_microbatches", num_microbatches),
+        ("num_stages_per_rank", num_stages_per_rank),
+    ):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise argument_error(WHERE, name, value, "must be an integer of at least 1")
+    several = SCHEDULES[schedule]
+    if not several and num_stages_per_rank not in (None, 1):
+        rule = f"{schedule} has one stage on each rank"
+        way_out = "Use schedule='Interleaved1F1B'"
+        raise argument_error(WHERE, "num_stages_per_rank", num_stages_per_rank, rule, way_out)
+    if several and num_stages_per_rank == 1:
+        rule = f"{schedule} needs at least 2 stages on each rank"
+        raise argument_error(WHERE, "num_stages_per_rank", 1, rule, "Use schedule='1F1B'")
+    return several
+
+
+def check_module(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Refuse what a pipeline cannot train.
+
+    Raises:
+        ValueError: If the module or a callback of the trainer cannot work with it.
+    """
+    name = type(module).__name__
+    if not module.automatic_optimization:
+        rule = "it optimizes manually, and a pipeline propagates back by its schedule"
+        raise argument_error(WHERE, "model", name, rule, "Use automatic optimization")
+    if type(module).backward is not pl.LightningModule.backward or "backward" in vars(module):
+        rule = "it overrides backward, and a pipeline propagates back by its schedule"
+        way_out = "Change gradients in on_after_backward, or the loss in training_step"
+        raise argument_error(WHERE, "model", name, rule, way_out)
+    if reason := getattr(module, "pipeline_refusal", None):
+        raise argument_error(WHERE, "model", name, reason, "Use another strategy")
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        name = type(callback).__name__
+        if _REFUSED_CALLBACKS & {kind.__name__ for kind in type(callback).__mro__}:
+            rule = "it needs the whole model, and a rank holds a part of it"
+            way_out = "Leave the callback out, or use another strategy"
+            raise argument_error(WHERE, "callbacks", name, rule, way_out)
+        if trainer.world_size > 1 and _saves_on_exception(callback):
+            rule = "it saves when a rank fails, and a checkpoint takes all ranks: they would wait"
+            way_out = "Save every few steps, or at SIGTERM: AsyncCheckpoint(save_on_exception=True)"
+            raise argument_error(WHERE, "callbacks", name, rule, way_out)
+
+
+def _saves_on_exception(callback: pl.Callback) -> bool:
+    if isinstance(callback, ModelCheckpoint):
+        inherited = type(callback).on_exception is ModelCheckpoint.on_exception
+        return inherited and bool(callback.save_on_exception)
+    return isinstance(callback, OnExceptionCheckpoint)
+
+
+@contextmanager
+def one_optimizer() -> Iterator[None]:
+    """Around the making of optimizers; Lightning's way out of several is to optimize manually.
+
+    Raises:
+        ValueError: If there are several.
+        RuntimeError: If Lightning refuses them for another reason.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "multiple optimizers" not in str(error):
+            raise
+        rule = "the module must have one optimizer, and has several"
+        way_out = "Put all parameters into groups of one"
+        raise argument_error(WHERE, "optimizers", "...", rule, way_out) from error
+
+
+def check_optimizers(optimizers: list[Optimizer]) -> None:
+    """Refuse an optimizer that a pipeline cannot step.
+
+    Raises:
+        ValueError: If it calls its closure more than once.
+    """
+    if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
+        rule = "it evaluates the loss several times in a step, and a pipeline once"
+        raise argument_error(WHERE, "optimizers", "LBFGS", rule, "Use another optimizer")
+
+
+def check_settings(
+    optimizer: Optimizer, group: distributed.ProcessGroup, device: torch.device
+) -> None:
+    """Check that all stages would step with the same settings; collective, before each step.
+
+    A scheduler that follows what one rank alone knows would train the stages at different rates.
+
+    Raises:
+        ValueError: If a learning rate, or another number of the optimizer's groups, differs.
+    """
+    named = [
+        (f"{key!r} of group {number}", float(value))
+        for number, settings in enumerate(optimizer.param_groups)
+        for key, value in sorted(settings.items())
+        if isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
+    ]
+    values = torch.tensor([value for _, value in named], dtype=torch.float64, device=device)
+    values = values.nan_to_num()
+    both = torch.stack([values, -values])
+    distributed.all_reduce(both, distributed.ReduceOp.MAX, group=group)
+    differing = (both[0] != -both[1]).nonzero().flatten().tolist()
+    if differing:
+        name, largest, least = named[differing[0]][0], *both[:, differing[0]].tolist()
+        rule = f"stages must train with the same settings, and {name} is {-least:g} to {largest:g}"
+        way_out = "Let schedulers follow what self.log or the steps say, which all ranks have"
+        raise argument_error(WHERE, "optimizer", type(optimizer).__name__, rule, way_out)
+
+
+def check_count(schedule: str, num_stages: int, num_ranks: int, wanted: int | None) -> None:
+    """Refuse a number of micro-batches that the schedule cannot run.
+
+    Raises:
+        ValueError: If it is too small, or no multiple of the schedule's rounds.
+    """
+    if wanted is None:
+        return
+    rounds = max(1, wanted // num_ranks)
+    if schedule == "1F1B" and wanted < num_stages:
+        rule = f"1F1B needs at least as many micro-batches as stages, {num_stages}"
+        raise argument_error(WHERE, "num_microbatches", wanted, rule, "Use schedule='GPipe'")
+    if schedule == "Interleaved1F1B" and wanted % rounds:
+        rule = f"Interleaved1F1B needs a multiple of {rounds} micro-batches"
+        way_out = f"Use {wanted - wanted % num_ranks}"
+        raise argument_error(WHERE, "num_microbatches", wanted, rule, way_out)
+
+
+def check_batch(trainer: pl.Trainer, rows: int, wanted: int | None) -> None:
+    """Refuse a number of micro-batches that the loader's batches cannot be cut into.
+
+    A ragged last batch is another matter: it is cut into fewer.
+
+    Raises:
+        ValueError: If full batches are no multiple of it.
+    """
+    loader: Any = trainer.train_dataloader
+    sampler = getattr(loader, "sampler", None)
+    # Of the loader, if it says: the run may begin with a batch that is smaller.
+    told = getattr(loader, "batch_size", None) or getattr(sampler, "batch_size", None) or 0
+    full = max(rows, told)
+    if wanted is not None and full % wanted:
+        rule = f"batches of {full} rows cannot be cut into as many equal parts"
+        way_out = f"Use {count_that_divides(full, wanted)}, or another batch_size"
+        raise argument_error(WHERE, "num_microbatches", wanted, rule, way_out)
+
+
+def agree_on_overflow(precision: Any, group: distributed.ProcessGroup) -> None:
+    """Let all stages skip the optimizer step if the gradients of one have overflown in fp16."""
+    scaler = getattr(precision, "scaler", None)
+    if scaler is not None:
+        add_up = partial(distributed.all_reduce, group=group)
+        lightning_processes.share_overflow(scaler, add_up)

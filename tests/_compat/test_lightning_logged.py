@@ -1,0 +1,69 @@
+"""What we rely on in Lightning's records of what is logged, on the pinned version."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchmetrics import MeanMetric
+
+from lightning_align._compat import lightning_logged
+from tests._compat.test_lightning_resume import watched
+from tests.helpers.foreign import Stranger
+
+
+def test_logged_sums_go_over_to_another_trainer_as_plain_data(tmp_path: Path) -> None:
+    captured, _ = watched(lightning_logged.capture_logged_sums, limit_train_batches=3)
+    torch.save(captured[1], tmp_path / "sums")
+    plain = torch.load(tmp_path / "sums", weights_only=True)
+
+    class Continued(Stranger):
+        def on_train_start(self) -> None:
+            lightning_logged.restore_logged_sums(self.trainer, plain)
+
+    sums, trainer = watched(
+        lightning_logged.capture_logged_sums, Continued(), limit_train_batches=1
+    )
+    key = "training_step.loss"
+    assert plain[key]["sums"]["cumulated_batch_size"] == 8
+    assert sums[0][key]["sums"]["cumulated_batch_size"] == 12
+    assert "seldom" in trainer.callback_metrics, "logged in the second batch only"
+
+
+def test_metrics_of_the_epoch_and_their_state() -> None:
+    found, _ = watched(lightning_logged.logged_metrics_of_epoch)
+    assert isinstance(found[0][0], MeanMetric)
+    assert not watched(lightning_logged.logged_metrics_of_validation)[0][0], "none runs now"
+    ours, theirs = MeanMetric(), MeanMetric()
+    theirs.update(torch.tensor([1.0, 2.0]))
+    theirs.update(torch.tensor([9.0]))
+    lightning_logged.restore_metric(ours, lightning_logged.capture_metric(theirs))
+    assert ours.compute() == theirs.compute() == 4.0
+    assert ours.update_called
+
+
+def test_metrics_of_the_validation_that_runs() -> None:
+    found: list[Any] = []
+
+    class Measures(Stranger):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.mean_loss.update(1.0)
+            self.log("val_metric", self.mean_loss)
+
+        def on_validation_end(self) -> None:
+            found.extend(lightning_logged.logged_metrics_of_validation(self.trainer))
+
+    module = Measures()
+    watched(lambda trainer: None, module)
+    assert found == [module.mean_loss]
+
+
+def test_what_training_logged_is_told_from_what_validation_logged() -> None:
+    metrics = {"loss": torch.tensor(1.0), "val_loss": torch.tensor(2.0)}
+    found, _ = watched(lambda trainer: lightning_logged.logged_in_training(trainer, metrics))
+    assert list(found[-1]) == ["loss"]
+
+
+def test_latest_metrics_are_what_monitors_see() -> None:
+    _, trainer = watched(lambda trainer: None)
+    lightning_logged.latest_metrics(trainer)["planted"] = torch.tensor(3.0)
+    assert trainer.callback_metrics["planted"] == 3.0

@@ -1,0 +1,158 @@
+"""One test for each private API we touch: what we rely on, on the pinned versions."""
+
+import inspect
+import json
+import weakref
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_align._compat import lightning_trainer
+from tests.helpers.resume import HandWritten, SequenceData
+
+
+class Watch(pl.Callback):
+    """Notes what the private APIs say after every batch."""
+
+    def __init__(self) -> None:
+        self.accumulating: list[bool] = []
+        self.starts: list[int | None] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.accumulating.append(lightning_trainer.is_accumulating(trainer))
+        self.starts.append(trainer.datamodule.train_sampler.start)
+        if len(self.starts) == 2:
+            lightning_trainer.restart_train_iteration(trainer)
+            self.starts.append(trainer.datamodule.train_sampler.start)
+
+
+def watched() -> Watch:
+    watch = Watch()
+    trainer = pl.Trainer(
+        max_epochs=1,
+        limit_train_batches=5,
+        limit_val_batches=0,
+        accumulate_grad_batches=3,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[watch],
+    )
+    trainer.fit(HandWritten(), SequenceData())
+    return watch
+
+
+def test_is_accumulating_is_false_exactly_after_an_optimizer_step() -> None:
+    assert watched().accumulating == [True, True, False, True, False]
+
+
+def test_restart_train_iteration_makes_the_sampler_read_the_position_again() -> None:
+    assert watched().starts[:3] == [0, 0, 2]
+
+
+def test_transferred_is_what_the_step_gets() -> None:
+    class Doubling(HandWritten):
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return {**batch, "doubled": batch["input_ids"] * 2}
+
+    equal = []
+
+    class Compare(pl.Callback):
+        def on_train_batch_start(
+            self, trainer: pl.Trainer, module: Any, batch: Any, index: int
+        ) -> None:
+            ours = lightning_trainer.transferred(trainer, trainer.datamodule.one)
+            equal.append(all(torch.equal(ours[name], batch[name]) for name in batch))
+
+    class Data(SequenceData):
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            self.one = {n: v for n, v in batch.items() if n != "doubled"}
+            return batch
+
+    options = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
+    trainer = pl.Trainer(
+        max_steps=2, limit_val_batches=0, accelerator="cpu", callbacks=[Compare()], **options
+    )
+    trainer.fit(Doubling(), Data())
+    assert equal == [True, True]
+
+
+def test_built_by_cli_sees_the_context_of_lightning_cli() -> None:
+    from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters_context
+
+    assert not lightning_trainer.built_by_cli()
+    with _given_hyperparameters_context({"lr": 1.0}, "instantiator"):
+        assert lightning_trainer.built_by_cli()
+
+
+def test_lightning_puts_the_hyperparameters_of_a_checkpoint_over_the_configuration() -> None:
+    """If that method is gone or renamed, ``AlignCLI`` overrides nothing."""
+    from lightning.pytorch.cli import LightningCLI
+
+    from lightning_align.cli.app import AlignCLI
+
+    assert "hyper_parameters" in inspect.getsource(LightningCLI._parse_ckpt_path)
+    assert AlignCLI._parse_ckpt_path is not LightningCLI._parse_ckpt_path
+
+
+class Layered(pl.LightningModule):
+    """Two layers, of which one is frozen from the second batch on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lower, self.upper = torch.nn.Linear(3, 3), torch.nn.Linear(3, 1)
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return self.upper(self.lower(batch)).mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class WrapAgain(pl.Callback):
+    """Freezes the lower layer, wraps again, and notes what becomes of both wrappers."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == 1:
+            pl_module.lower.requires_grad_(False)
+            pl_module.upper.weight.data += trainer.global_rank  # nothing may be sent to the others
+            old = weakref.ref(trainer.strategy.model)
+            lightning_trainer.wrap_in_ddp_again(trainer.strategy, pl_module)
+            gone = old() is None  # and with it its buckets, which are as large as all gradients
+            difference = float(trainer.strategy.reduce(pl_module.upper.weight.mean(), None, "sum"))
+            theirs = 2 * float(pl_module.upper.weight.mean())
+            note = {"gone": gone, "kept": abs(difference - theirs) > 0.9}
+            (self.folder / f"rank.{trainer.global_rank}").write_text(json.dumps(note))
+            assert trainer.strategy._ddp_kwargs == {}
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        gradients = trainer.strategy.all_gather(pl_module.upper.weight.grad)
+        assert torch.equal(gradients[0], gradients[1])  # reduced, before and after
+
+
+def test_wrap_in_ddp_again_leaves_nothing_of_the_old_wrapper(tmp_path: Path) -> None:
+    pl.seed_everything(0, verbose=False)
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        strategy="ddp_fork",
+        devices=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[WrapAgain(tmp_path)],
+    )
+    trainer.fit(Layered(), DataLoader(torch.randn(12, 3), batch_size=2))
+    notes = [json.loads((tmp_path / f"rank.{rank}").read_text()) for rank in range(2)]
+    assert notes == [{"gone": True, "kept": True}] * 2

@@ -1,0 +1,78 @@
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint import state_dict_saver
+
+from lightning_align._compat import torch_dcp
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+STATE = {
+    "model": {"a.b": torch.arange(3.0), "c": torch.ones((), dtype=torch.bfloat16)},
+    "optimizer_0": {
+        "state": {"a.b": {"step": torch.tensor(2), "rank": 4, "nothing": None}},
+        "param_groups": [{"lr": 0.1, "betas": (0.9, 0.99), "params": ["a.b"]}, {"params": ["c"]}],
+    },
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    state_dict_saver.save(STATE, checkpoint_id=tmp_path, no_dist=True)
+    return tmp_path
+
+
+def test_a_folder_is_read_as_it_was_saved(folder: Path) -> None:
+    index = torch_dcp.read_index(folder)
+    names = torch_dcp.names(index)
+    state = torch_dcp.read(folder, index, names)
+    torch.testing.assert_close(state["model"], STATE["model"], rtol=0, atol=0)
+    assert state["model"]["c"].dtype == torch.bfloat16
+    entry = state["optimizer_0"]["state"]["a.b"]
+    assert (int(entry["step"]), entry["rank"], entry["nothing"]) == (2, 4, None)
+    assert state["optimizer_0"]["param_groups"] == STATE["optimizer_0"]["param_groups"]
+
+
+def test_only_what_is_asked_for_is_read(folder: Path) -> None:
+    index = torch_dcp.read_index(folder)
+    keys = [key for key, levels in torch_dcp.names(index).items() if levels == ("model", "c")]
+    assert torch_dcp.read(folder, index, keys) == {"model": {"c": STATE["model"]["c"]}}
+
+
+def test_shapes_and_sizes_are_known_without_reading(folder: Path) -> None:
+    index = torch_dcp.read_index(folder)
+    (key,) = (k for k, levels in torch_dcp.names(index).items() if levels == ("model", "a.b"))
+    outline = torch_dcp.on_meta(index, key)
+    assert outline.is_meta
+    assert (outline.shape, outline.dtype) == ((3,), torch.float32)
+    assert torch_dcp.files(index) == {
+        path.name: path.stat().st_size for path in folder.glob("*.distcp")
+    }
+
+
+class Harm:
+    def __init__(self, action: Any, *arguments: Any) -> None:
+        self.call = action, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+@pytest.mark.parametrize("harm", [Harm(os.system, "true"), Harm(torch.load, "x"), Harm(eval, "1")])
+def test_an_index_runs_no_code(harm: Harm, tmp_path: Path) -> None:
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(harm))
+    with pytest.raises(torch_dcp.UnreadableError, match="is not part of a checkpoint's index"):
+        torch_dcp.read_index(tmp_path)
+
+
+def test_a_value_runs_no_code(tmp_path: Path) -> None:
+    state = {"value": Harm(os.mkdir, str(tmp_path / "made"))}
+    state_dict_saver.save(state, checkpoint_id=tmp_path, no_dist=True)
+    index = torch_dcp.read_index(tmp_path)
+    with pytest.raises(torch_dcp.UnreadableError, match="Weights only load failed"):
+        torch_dcp.read(tmp_path, index, torch_dcp.names(index))
+    assert not (tmp_path / "made").exists()

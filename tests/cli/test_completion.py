@@ -1,0 +1,93 @@
+"""The script is what a shell takes, and answers a TAB."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_align.__main__ import main
+from lightning_align.cli.commands import COMMANDS
+from lightning_align.cli.completion import script
+
+
+@pytest.fixture(scope="module")
+def bash(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("completion") / "lightning-align"
+    path.write_text(script("bash"))
+    return path
+
+
+def answers(bash: Path, *words: str) -> set[str]:
+    """What TAB offers after ``words``, the last of which is not finished."""
+    found = re.search(r"^complete .*-F (\S+) lightning-align$", bash.read_text(), re.M)
+    assert found, "the script registers a function for the command"
+    line = " ".join(f"'{word}'" for word in ("lightning-align", *words))
+    asked = (
+        f"source {bash}; COMP_WORDS=({line}); COMP_CWORD={len(words)}; {found[1]}"
+        ' && printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    done = subprocess.run(["bash", "-c", asked], capture_output=True, text=True)
+    return set(done.stdout.split())
+
+
+def test_is_valid_bash(bash: Path) -> None:
+    subprocess.run(["bash", "-n", str(bash)], check=True)
+
+
+def test_completes_commands(bash: Path) -> None:
+    assert {"fit", "validate", "test", "predict", *COMMANDS} <= answers(bash, "")
+    assert answers(bash, "gen") == {"generate"}
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (["fit", "--trainer.max_st"], "--trainer.max_steps"),
+        (["fit", "--data.block"], "--data.block_size"),
+        (["fit", "--model.optimizer.w"], "--model.optimizer.weight_decay"),
+        (["fit", "--model", "Pre"], "PretrainModule"),
+        (["fit", "--data", "Pref"], "PreferenceDataModule"),
+        (["fit", "--trainer.strategy", "dd"], "ddp"),
+        (["fit", "--trainer.callbacks+", "SaveP"], "SavePretrained"),
+        (["generate", "--max"], "--max_new_tokens"),
+        (["export", "--over"], "--overwrite"),
+    ],
+)
+def test_completes(bash: Path, words: list[str], offered: str) -> None:
+    assert offered in answers(bash, *words)
+
+
+def test_commands_without_a_trainer_offer_none_of_its_options(bash: Path) -> None:
+    assert answers(bash, "export", "--tr") == {"--trust_remote_code"}
+
+
+def test_another_shell_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["completion", "dos"])
+    assert "completion(shell='dos'): must be one of bash, zsh" in str(stopped.value)
+
+
+def run_without_shtab(*arguments: str) -> subprocess.CompletedProcess[str]:
+    code = (
+        "import sys; sys.modules['shtab'] = None;"
+        f" from lightning_align.__main__ import main; main({list(arguments)})"
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_without_shtab_the_way_out_is_named_in_one_line() -> None:
+    run = run_without_shtab("completion", "bash")
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr.strip() == (
+        "lightning-align: completion(shell='bash'): needs shtab."
+        " Run: pip install 'lightning-align[completion]'."
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["completion", "--help"]])
+def test_all_else_works_without_shtab(arguments: list[str]) -> None:
+    run = run_without_shtab(*arguments)
+    assert run.returncode == 0, run.stderr
+    assert "completion" in run.stdout
