@@ -23,28 +23,27 @@ MOVED = {
 
 
 class _Moved:
-    """Finds a module under its old name; the new one is imported when a name of it is asked for."""
+    """Finds a module under its old name: it is the one in the new place, imported then."""
 
     def __init__(self, package: str) -> None:
         self._package = package
 
     def find_spec(self, name: str, *_: Any) -> ModuleSpec | None:
-        """A stand-in for what has moved, and nothing else."""
+        """A spec for what has moved, and for nothing else."""
         old = name.removeprefix(f"{self._package}.")
         if old == name or old not in MOVED:
             return None
         return ModuleSpec(name, self, origin=f"{self._package}.{MOVED[old]}")  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> None:
-        """An ordinary module."""
+        """An ordinary one, until it is executed."""
 
     def exec_module(self, module: ModuleType) -> None:
-        """Let it answer with what is in the new place."""
+        """Put the module of the new place where importlib looks for the one that it asked for."""
         spec = module.__spec__
         assert spec is not None
         assert spec.origin is not None
-        place = spec.origin
-        vars(module)["__getattr__"] = lambda name: getattr(importlib.import_module(place), name)
+        sys.modules[spec.name] = importlib.import_module(spec.origin)
 
 
 def find_moved(package: str) -> None:

@@ -7,6 +7,7 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser
 
 from lightning_align._compat import jsonargparse_parsing
+from tests.helpers import namesake
 
 
 def test_whole_class_switches_drop_what_jsonargparse_would_hand_on() -> None:
@@ -21,16 +22,13 @@ def test_whole_class_switches_drop_what_jsonargparse_would_hand_on() -> None:
     assert parser.parse_args(options).optimizer.init_args.lr == 3, "jsonargparse as it was"
 
 
-class Adagrad(torch.optim.SGD):
-    """Another package's class of a name that torch has."""
-
-
 def test_short_names_at_home_means_torch_where_another_package_has_the_name_too() -> None:
+    assert namesake.Adagrad is not torch.optim.Adagrad
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--optimizer", type=Callable[[Iterable], torch.optim.Optimizer])
     with jsonargparse_parsing.short_names_at_home():
         assert parser.parse_args(["--optimizer=Adagrad"]).optimizer.class_path.startswith("torch.")
-        foreign = f"{__name__}.Adagrad"
+        foreign = "tests.helpers.namesake.Adagrad"
         assert parser.parse_args([f"--optimizer={foreign}"]).optimizer.class_path == foreign
     with pytest.raises(ArgumentError, match="Multiple subclasses with name Adagrad"):
         parser.parse_args(["--optimizer=Adagrad"])  # jsonargparse as it was

@@ -114,7 +114,7 @@ def test_what_nothing_fills_is_refused_by_its_class() -> None:
             return x * self.scale
 
     message = (
-        r"PipelineStrategy\(model='Sequential'\): .* neither reset_parameters\(\) of Gain nor"
+        r"Test\(model='Sequential'\): .* neither reset_parameters\(\) of Gain nor"
         r" _init_weights\(\) .* gives values to 'scale' of '1\.scale'\. Define Gain\.reset_par"
     )
     with pytest.raises(ValueError, match=message):

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lightning_align import PretrainModule, trained
+from lightning_align import PretrainModule
 from lightning_align.data.tokenizer import tokenizer_fingerprint, train_tokenizer
+from lightning_align.models import trained
 from lightning_align.models.trained import load_trained
 from tests.helpers.checkpoints import SIZES, llama_folder, save_checkpoint, small_tokenizer
 from tests.helpers.tiny_models import VOCAB_SIZE, PlainDecoder
