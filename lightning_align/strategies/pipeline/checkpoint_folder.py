@@ -23,26 +23,28 @@ from lightning_align._errors import argument_error
 from lightning_align.run.accumulation import WINDOW_KEY
 from lightning_align.strategies.pipeline import replacing
 from lightning_align.strategies.pipeline.chain import WHERE
-from lightning_align.strategies.pipeline.ownership import StageParameters
+from lightning_align.strategies.pipeline.ownership import Ownership
 from lightning_align.strategies.pipeline.whole_state import names_of
 
 META_FILE = "meta.pt"
 _MODEL, _OPTIMIZER = "model", "optimizer_"
 
 
-def module_part(owners: StageParameters) -> dict[str, Any]:
+def module_part(ownership: Ownership) -> dict[str, Any]:
     """What this rank writes of the module's state; of what several ranks have, the first one."""
-    state = owners.module.state_dict()
-    return {key: value for key, value in state.items() if _writes(owners, owners.name_of(key))}
+    state = ownership.module.state_dict()
+    return {
+        key: value for key, value in state.items() if _writes(ownership, ownership.name_of(key))
+    }
 
 
-def optimizer_part(owners: StageParameters, optimizer: Optimizer) -> dict[str, Any]:
+def optimizer_part(ownership: Ownership, optimizer: Optimizer) -> dict[str, Any]:
     """What this rank writes of the optimizer's state, by name of parameter."""
-    state, names = optimizer.state_dict(), names_of(owners, optimizer)
+    state, names = optimizer.state_dict(), names_of(ownership, optimizer)
     named = {names[key] if isinstance(key, int) else key: v for key, v in state["state"].items()}
-    mine = {name: entry for name, entry in named.items() if _writes(owners, name)}
+    mine = {name: entry for name, entry in named.items() if _writes(ownership, name)}
     part: dict[str, Any] = {"state": mine}
-    if owners.rank == 0:
+    if ownership.rank == 0:
         part["param_groups"] = [
             {**group, "params": [names[number] for number in group["params"]]}
             for group in state["param_groups"]
@@ -50,8 +52,8 @@ def optimizer_part(owners: StageParameters, optimizer: Optimizer) -> dict[str, A
     return part
 
 
-def _writes(owners: StageParameters, name: str) -> bool:
-    return owners.ranks.get(name, [0])[0] == owners.rank
+def _writes(ownership: Ownership, name: str) -> bool:
+    return ownership.ranks.get(name, [0])[0] == ownership.rank
 
 
 def save(checkpoint: dict[str, Any], filepath: str, group: Any, write: Callable[..., Any]) -> None:
@@ -209,7 +211,7 @@ class DistributedCheckpoint:
         self,
         number: int,
         groups: list[dict[str, Any]],
-        owners: StageParameters,
+        ownership: Ownership,
         optimizer: Optimizer,
     ) -> dict[str, Any]:
         """State of the parameters that are on this rank, by their numbers in this run.
@@ -217,14 +219,14 @@ class DistributedCheckpoint:
         Args:
             number: Which optimizer.
             groups: Its settings, from the outline.
-            owners: Whose parameters are whose.
+            ownership: Whose parameters are whose.
             optimizer: The optimizer of this run.
 
         Raises:
             ValueError: If its groups hold other parameters than those that were saved.
         """
         first = f"{_OPTIMIZER}{number}"
-        names = names_of(owners, optimizer)
+        names = names_of(ownership, optimizer)
         ours = optimizer.state_dict()["param_groups"]
         theirs = self._param_groups()[number]
         if [{names[n] for n in group["params"]} for group in ours] != [
@@ -235,7 +237,7 @@ class DistributedCheckpoint:
         read = self._read(
             lambda levels: (
                 levels[:2] == [first, "state"]
-                and (levels[2] not in owners.ranks or owners.is_here(levels[2]))
+                and (levels[2] not in ownership.ranks or ownership.is_here(levels[2]))
             )
         )
         numbers = {name: n for n, name in enumerate(names)}

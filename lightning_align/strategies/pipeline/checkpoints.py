@@ -17,7 +17,7 @@ from lightning_align._errors import argument_error
 from lightning_align.run.replicas import is_spread
 from lightning_align.strategies.pipeline import checkpoint_folder, replacing, whole_state
 from lightning_align.strategies.pipeline.checkpoint_folder import META_FILE, DistributedCheckpoint
-from lightning_align.strategies.pipeline.ownership import StageParameters
+from lightning_align.strategies.pipeline.ownership import Ownership
 
 
 class StageCheckpoints(ParallelStrategy):
@@ -28,7 +28,7 @@ class StageCheckpoints(ParallelStrategy):
     """
 
     save_distributed_checkpoint: bool
-    _parameters: StageParameters | None = None
+    _parameters: Ownership | None = None
     _folder: DistributedCheckpoint | None = None  # what is resumed from, if it is a folder
     _restores_late: bool | None = None  # None: not asked yet
 

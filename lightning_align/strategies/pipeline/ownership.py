@@ -19,7 +19,7 @@ from lightning_align.strategies.pipeline.absent import AbsentParameter
 from lightning_align.strategies.pipeline.chain import Chain
 
 
-class StageParameters:
+class Ownership:
     """The parameters of a module, by the ranks that need them.
 
     Args:

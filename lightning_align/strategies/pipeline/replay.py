@@ -44,7 +44,7 @@ class Part:
 
 
 @dataclass
-class Told:
+class StepResult:
     """What a step over all micro-batches came to.
 
     Attributes:
@@ -127,9 +127,9 @@ class StepRecorder:
             raise argument_error(f"{type(self._module).__name__}.log", "name", name, rule, way_out)
         return torch.as_tensor(value, device=self._module.device).detach().double().reshape(())
 
-    def told(self, joiner: Joiner) -> Told:
+    def told(self, joiner: Joiner) -> StepResult:
         """What the batch came to, but for its loss."""
-        told, shares = Told(), [part.share for part in self.parts]
+        told, shares = StepResult(), [part.share for part in self.parts]
         joiner.undecided.clear()
         joiner.unseen.clear()
         for name in dict.fromkeys(name for part in self.parts for name in part.logs):
@@ -169,7 +169,7 @@ def log_path(name: str) -> str:
     return f"log {name}"
 
 
-class Teller:
+class ResultBroadcaster:
     """Sends what the last stage has to tell: one message, unless its form has changed.
 
     Args:
@@ -192,7 +192,7 @@ class Teller:
         self._source, self._group, self._device = source, group, device
         self._forms: dict[str, tuple[int, Any]] = {}
 
-    def tell(self, kind: str, told: Told | None) -> Told:
+    def tell(self, kind: str, told: StepResult | None) -> StepResult:
         """What the last stage gives here, on all ranks; collective.
 
         Args:
@@ -212,10 +212,10 @@ class Teller:
         distributed.broadcast(message, self._source, group=self._group)
         heard_version = int(message[:8].cpu().view(torch.int64))
         if heard_version == version:
-            return Told(**unpacked(form, message[8:]))
+            return StepResult(**unpacked(form, message[8:]))
         form, data = self.object(None if own is None else (own.form, own.data.cpu()))
         self._forms[kind] = heard_version, form
-        return Told(**unpacked(form, data.to(self._device)))
+        return StepResult(**unpacked(form, data.to(self._device)))
 
     def object(self, value: Any) -> Any:
         """Any object of the last stage, on all ranks; collective."""
@@ -223,7 +223,7 @@ class Teller:
         distributed.broadcast_object_list(box, self._source, group=self._group)
         return box[0]
 
-    def replay(self, told: Told) -> None:
+    def replay(self, told: StepResult) -> None:
         """Do on this rank what the step did on the last stage."""
         slots: Callable[[], Any] = self._attributes.slots
         for path, change in told.changes.items():

@@ -21,7 +21,7 @@ from lightning_align._compat.torch_pipelining import LeanStage, load_schedule_cs
 from lightning_align.pipelining.actions import Event
 from lightning_align.strategies.failure import pipeline_error
 from lightning_align.strategies.pipeline.chain import Chain
-from lightning_align.strategies.pipeline.stages import StageMetas, StageModule, Work
+from lightning_align.strategies.pipeline.stages import BatchInProgress, StageMetas, StageModule
 from lightning_align.strategies.pipeline.trees import Meta
 
 # name -> whether a rank may hold several stages
@@ -62,7 +62,7 @@ class Runtime:
         record_timeline: bool = False,
     ) -> None:
         self._chain = chain
-        self.work = Work(device=device)
+        self.work = BatchInProgress(device=device)
         self.record_timeline = record_timeline
         self.timeline: list[Event] = []
         self.schedule, self.schedule_csv = schedule, schedule_csv

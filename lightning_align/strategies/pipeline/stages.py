@@ -29,7 +29,7 @@ from lightning_align.strategies.pipeline.trees import Meta, Unknown, filled, lea
 
 
 @dataclass
-class Work:
+class BatchInProgress:
     """What the stages of this rank work on, and what they are doing.
 
     Attributes:
@@ -88,7 +88,9 @@ class Work:
 class StageModule(nn.Module):
     """A stretch of the chain, run on micro-batch ``microbatch`` of the work at hand."""
 
-    def __init__(self, chain: Chain, index: int, begin: int, end: int, work: Work) -> None:
+    def __init__(
+        self, chain: Chain, index: int, begin: int, end: int, work: BatchInProgress
+    ) -> None:
         super().__init__()
         self.chain, self.work = chain, work
         self.index, self.begin, self.end = index, begin, end

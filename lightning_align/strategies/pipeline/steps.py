@@ -24,7 +24,12 @@ from lightning_align.strategies.pipeline.comparison import (
 )
 from lightning_align.strategies.pipeline.joining import Joiner
 from lightning_align.strategies.pipeline.microbatches import checksum, shape_key, split_batch
-from lightning_align.strategies.pipeline.replay import Part, StepRecorder, Teller, Told
+from lightning_align.strategies.pipeline.replay import (
+    Part,
+    ResultBroadcaster,
+    StepRecorder,
+    StepResult,
+)
 from lightning_align.strategies.pipeline.runtime import Runtime
 from lightning_align.strategies.pipeline.shares import loss_is_sum, shares_of
 from lightning_align.strategies.pipeline.stages import StageError
@@ -48,7 +53,9 @@ class PipelineSteps:
         group, size = runtime.group, distributed.get_world_size(runtime.group)
         source = distributed.get_global_rank(group, (runtime.num_stages - 1) % size)
         self.attributes = StepAttributes(chain.module, chain.owned(0, len(chain.layers)))
-        self.teller = Teller(chain.module, self.attributes, source, group, runtime.device)
+        self.broadcaster = ResultBroadcaster(
+            chain.module, self.attributes, source, group, runtime.device
+        )
         self._joiners: dict[str, Joiner] = {}
         self.has_last = runtime.num_stages - 1 in runtime.modules
 
@@ -221,7 +228,7 @@ class PipelineSteps:
         judged = None
         if self.has_last:
             judged = self._judge(call, joiner, whole, pieces, other)
-        verdict: Verdict = self.teller.object(judged)
+        verdict: Verdict = self.broadcaster.object(judged)
         for warning in verdict.warnings:
             rank_zero_warn(warning)
         if verdict.error is not None:
@@ -320,15 +327,15 @@ class PipelineSteps:
         context: Contexts,
         recorder: StepRecorder,
         loss: Tensor | None = None,
-    ) -> Told:
+    ) -> StepResult:
         kind, joiner = _kind(call, rest), self._joiner(call, rest)
 
-        def tell() -> Told:
+        def tell() -> StepResult:
             told = recorder.told(joiner) if self.has_last else None
             if told is not None:
                 told.loss = loss
                 told.outputs = None if loss is not None else told.outputs
-            return self.teller.tell(kind, told)
+            return self.broadcaster.tell(kind, told)
 
         told = tell()
         if told.undecided and joiner.comparisons < _COMPARISONS:
@@ -348,7 +355,7 @@ class PipelineSteps:
                 f" {list(told.undecided)}, of which {joiner.comparisons} comparison(s) with a batch"
                 " in one piece do not tell what it is of its micro-batches: the likeliest is taken"
             )
-        self.teller.replay(told)
+        self.broadcaster.replay(told)
         return told
 
     @contextmanager

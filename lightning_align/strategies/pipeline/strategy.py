@@ -48,7 +48,7 @@ from lightning_align.strategies.pipeline.layer_costs import (
     time_layers,
 )
 from lightning_align.strategies.pipeline.microbatches import batch_rows, count_that_divides
-from lightning_align.strategies.pipeline.ownership import StageParameters, move_here
+from lightning_align.strategies.pipeline.ownership import Ownership, move_here
 from lightning_align.strategies.pipeline.rehearsal import rehearse
 from lightning_align.strategies.pipeline.replay import keep_metrics_here
 from lightning_align.strategies.pipeline.runtime import Runtime
@@ -206,7 +206,7 @@ class PipelineStrategy(StageCheckpoints):
         stretches = self._cut(chain, self._costs(trainer, chain, group))
         check_count(self.schedule, len(stretches), self.world_size, self.num_microbatches)
         self._chain = chain
-        self._parameters = StageParameters(chain, stretches, group)
+        self._parameters = Ownership(chain, stretches, group)
         self._parameters.leave_others_on_meta()
         fill_empty(trainer, self._parameters, where=WHERE)
         self._load_values()

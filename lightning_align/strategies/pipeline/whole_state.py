@@ -15,71 +15,75 @@ import torch
 from torch import Tensor, distributed
 from torch.optim import Optimizer
 
-from lightning_align.strategies.pipeline.ownership import StageParameters
+from lightning_align.strategies.pipeline.ownership import Ownership
 
 
-def gather_module(owners: StageParameters) -> dict[str, Any]:
+def gather_module(ownership: Ownership) -> dict[str, Any]:
     """The module's state, complete on rank 0 and empty elsewhere; collective."""
-    state = owners.module.state_dict()
+    state = ownership.module.state_dict()
     gathered: dict[str, Any] = {}
     seen: dict[str, Tensor] = {}
     for key, value in state.items():
-        name = owners.name_of(key)
+        name = ownership.name_of(key)
         if name not in seen:
-            seen[name] = _to_first_rank(owners, value, owners.ranks.get(name, [0])[0])
+            seen[name] = _to_first_rank(ownership, value, ownership.ranks.get(name, [0])[0])
         gathered[key] = seen[name]
-    return gathered if owners.rank == 0 else {}
+    return gathered if ownership.rank == 0 else {}
 
 
-def complete_first_rank(owners: StageParameters) -> None:
+def complete_first_rank(ownership: Ownership) -> None:
     """Put the whole model into the module of rank 0; collective."""
-    state = gather_module(owners)
-    if owners.rank == 0:
-        owners.module.load_state_dict(state, assign=True)
+    state = gather_module(ownership)
+    if ownership.rank == 0:
+        ownership.module.load_state_dict(state, assign=True)
 
 
-def _to_first_rank(owners: StageParameters, value: Any, owner: int) -> Any:
+def _to_first_rank(ownership: Ownership, value: Any, owner: int) -> Any:
     if owner == 0 or not isinstance(value, Tensor):
         return value
-    first = distributed.get_global_rank(owners.group, 0)
-    if owners.rank == owner:
-        distributed.send(value.contiguous(), first, group=owners.group)
-    elif owners.rank == 0:
-        device = owners.module.device
+    first = distributed.get_global_rank(ownership.group, 0)
+    if ownership.rank == owner:
+        distributed.send(value.contiguous(), first, group=ownership.group)
+    elif ownership.rank == 0:
+        device = ownership.module.device
         received = torch.empty(value.shape, dtype=value.dtype, device=device)
-        distributed.recv(received, distributed.get_global_rank(owners.group, owner), owners.group)
+        distributed.recv(
+            received, distributed.get_global_rank(ownership.group, owner), ownership.group
+        )
         return received.cpu()  # an accelerator need not have room for the whole model
     return None
 
 
-def gather_optimizer(owners: StageParameters, optimizer: Optimizer) -> dict[str, Any]:
+def gather_optimizer(ownership: Ownership, optimizer: Optimizer) -> dict[str, Any]:
     """The optimizer's state by number of parameter, complete on rank 0; collective."""
     state = optimizer.state_dict()
-    names = names_of(owners, optimizer)
+    names = names_of(ownership, optimizer)
     whole: dict[Any, Any] = {}
     for number, name in enumerate(names):
-        entry = _object_to_first_rank(owners, state["state"].get(number), owners.ranks[name][0])
+        entry = _object_to_first_rank(
+            ownership, state["state"].get(number), ownership.ranks[name][0]
+        )
         if entry is not None:
             whole[number] = entry
     others = {key: value for key, value in state["state"].items() if not isinstance(key, int)}
-    return {**state, "state": {**whole, **others}} if owners.rank == 0 else {}
+    return {**state, "state": {**whole, **others}} if ownership.rank == 0 else {}
 
 
-def _object_to_first_rank(owners: StageParameters, value: Any, owner: int) -> Any:
+def _object_to_first_rank(ownership: Ownership, value: Any, owner: int) -> Any:
     if owner == 0:
         return value
-    first, source = (distributed.get_global_rank(owners.group, rank) for rank in (0, owner))
+    first, source = (distributed.get_global_rank(ownership.group, rank) for rank in (0, owner))
     box = [value]
-    if owners.rank == owner:
-        distributed.send_object_list(box, first, group=owners.group)
-    elif owners.rank == 0:
-        distributed.recv_object_list(box, source, group=owners.group)
+    if ownership.rank == owner:
+        distributed.send_object_list(box, first, group=ownership.group)
+    elif ownership.rank == 0:
+        distributed.recv_object_list(box, source, group=ownership.group)
     return box[0]
 
 
-def names_of(owners: StageParameters, optimizer: Optimizer) -> list[str]:
+def names_of(ownership: Ownership, optimizer: Optimizer) -> list[str]:
     """Names of the optimizer's parameters, by their numbers."""
-    names = {parameter: name for name, parameter in owners.module.named_parameters()}
+    names = {parameter: name for name, parameter in ownership.module.named_parameters()}
     return [names[p] for group in optimizer.param_groups for p in group["params"]]
 
 
@@ -91,12 +95,12 @@ def load_module(module: pl.LightningModule, state: Mapping[str, Any], strict: bo
         module.load_state_dict(state, strict=strict)
 
 
-def load_optimizer(owners: StageParameters, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+def load_optimizer(ownership: Ownership, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     """Load the entries of the parameters that are here."""
-    names = dict(enumerate(names_of(owners, optimizer)))
+    names = dict(enumerate(names_of(ownership, optimizer)))
     here = {
         number: entry
         for number, entry in state["state"].items()
-        if number not in names or owners.is_here(names[number])
+        if number not in names or ownership.is_here(names[number])
     }
     optimizer.load_state_dict({**state, "state": here})
