@@ -1,8 +1,9 @@
-"""A filesystem behind a URL, ``faulty://``, that fails when told to."""
+"""A filesystem behind a URL, ``faulty://``, that fails when told to, and files with a wrong bit."""
 
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -82,3 +83,10 @@ class Gate:
         if operation == "write" and name.endswith(".ckpt"):
             self.reached.set()
             assert self.opened.wait(30)
+
+
+def flip(path: Path, place: int) -> None:
+    """Damage one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
