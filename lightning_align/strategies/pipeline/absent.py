@@ -18,8 +18,14 @@ from lightning_align.strategies.pipeline.passage import WHERE, ChainError
 from lightning_align.strategies.pipeline.trees import tensors_in
 
 # Loading, moving and saving a whole module passes by what is absent.
-_SETTERS: Any = (Tensor.data, Tensor.grad)
-_LEAVE_ABSENT_ALONE = (Tensor.copy_, *(attribute.__set__ for attribute in _SETTERS))
+_TENSOR: Any = Tensor
+_LEAVE_ABSENT_ALONE = (Tensor.copy_, _TENSOR.data.__set__, _TENSOR.grad.__set__)
+# Attributes that need no values. Every look at a gradient comes by here, some 20 times a step for
+# each parameter, so these skip the search for values among the arguments.
+_OF_FORM = frozenset(
+    getattr(_TENSOR, name).__get__
+    for name in ("grad", "is_meta", "requires_grad", "device", "shape")
+)
 _NEED_VALUES = (Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__float__, Tensor.__int__)
 
 
@@ -33,6 +39,8 @@ class Absent(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
+            if func in _OF_FORM:
+                return _absent(func(*args))
             if func not in _LEAVE_ABSENT_ALONE and (
                 func in _NEED_VALUES or not all(t.is_meta for t in tensors_in((args, kwargs)))
             ):

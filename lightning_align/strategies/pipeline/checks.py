@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -120,13 +120,15 @@ def check_optimizers(optimizers: list[Optimizer]) -> None:
 
 def check_settings(
     optimizer: Optimizer, group: distributed.ProcessGroup, device: torch.device
-) -> None:
-    """Check that all stages would step with the same settings; collective, before each step.
+) -> Callable[[], None]:
+    """Begin to compare the settings that stages would step with; collective, before each step.
 
     A scheduler that follows what one rank alone knows would train the stages at different rates.
+    The comparison is under way while the batch runs, and keeps no rank waiting for another.
 
-    Raises:
-        ValueError: If a learning rate, or another number of the optimizer's groups, differs.
+    Returns:
+        What ends it: it raises ``ValueError``, on all ranks, if a learning rate or another number
+        of the optimizer's groups differs.
     """
     named = [
         (f"{key!r} of group {number}", float(value))
@@ -137,13 +139,19 @@ def check_settings(
     values = torch.tensor([value for _, value in named], dtype=torch.float64, device=device)
     values = values.nan_to_num()
     both = torch.stack([values, -values])
-    distributed.all_reduce(both, distributed.ReduceOp.MAX, group=group)
-    differing = (both[0] != -both[1]).nonzero().flatten().tolist()
-    if differing:
-        name, largest, least = named[differing[0]][0], *both[:, differing[0]].tolist()
-        rule = f"stages must train with the same settings, and {name} is {-least:g} to {largest:g}"
-        way_out = "Let schedulers follow what self.log or the steps say, which all ranks have"
-        raise argument_error(WHERE, "optimizer", type(optimizer).__name__, rule, way_out)
+    answer: Any = distributed.all_reduce(both, distributed.ReduceOp.MAX, group, async_op=True)
+
+    def check() -> None:
+        answer.wait()
+        differing = (both[0] != -both[1]).nonzero().flatten().tolist()
+        if differing:
+            name, largest, least = named[differing[0]][0], *both[:, differing[0]].tolist()
+            told = f"{name} is {-least:g} to {largest:g}"
+            rule = f"stages must train with the same settings, and {told}"
+            way_out = "Let schedulers follow what self.log or the steps say, which all ranks have"
+            raise argument_error(WHERE, "optimizer", type(optimizer).__name__, rule, way_out)
+
+    return check
 
 
 def check_count(schedule: str, num_stages: int, num_ranks: int, wanted: int | None) -> None:

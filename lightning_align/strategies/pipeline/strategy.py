@@ -364,8 +364,14 @@ class PipelineStrategy(StageCheckpoints):
         **kwargs: Any,
     ) -> Any:
         assert self._parameters is not None
-        check_settings(optimizer, self._parameters.group, self.root_device)
-        return super().optimizer_step(optimizer, closure, model, **kwargs)
+        check = check_settings(optimizer, self._parameters.group, self.root_device)
+
+        def checked() -> Any:  # after the batch has run, and before the optimizer steps
+            result = closure()
+            check()
+            return result
+
+        return super().optimizer_step(optimizer, checked, model, **kwargs)
 
     @override
     def validation_step(self, batch: Any, *rest: Any, **kwargs: Any) -> Any:

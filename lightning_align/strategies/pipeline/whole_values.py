@@ -78,6 +78,7 @@ class WholeValues(TorchFunctionMode):
         self._module, self._ranks, self._device = module, ranks, device
         self._group, self._rank = group, distributed.get_rank(group)
         self._hook, self._depth = "", 0
+        self._asked: tuple[Tensor, Any] | None = None  # who has gradients, while on its way
         self._owners: dict[int, tuple[Tensor, int]] = {}
         self._lent: list[Tensor] = []  # parameters that were given a gradient
         self._patches = ExitStack()
@@ -126,7 +127,7 @@ class WholeValues(TorchFunctionMode):
         def run(*args: Any, **kwargs: Any) -> Any:
             self._hook = hook.__qualname__
             if hook.__name__ in _WITH_GRADIENTS and self._depth == 0:
-                self._lend_gradients()
+                self._ask_for_gradients()
             try:
                 with self:
                     return hook(*args, **kwargs)
@@ -141,10 +142,6 @@ class WholeValues(TorchFunctionMode):
     def __enter__(self) -> Any:
         self._depth += 1
         if self._depth == 1:
-            for name, parameter in self._module.named_parameters():
-                self._follow(parameter, self._ranks[name][0])
-                if parameter.grad is not None:
-                    self._follow(_plain_grad(parameter), self._ranks[name][0])
             self._patches.enter_context(torch_modules.one_group_of_gradients(self._device))
         return super().__enter__()  # type: ignore[no-untyped-call]
 
@@ -155,6 +152,7 @@ class WholeValues(TorchFunctionMode):
         if self._depth == 0:
             self._patches.close()
             self._owners.clear()
+            self._asked = None
             for parameter in self._lent:
                 parameter.grad = None
             self._lent.clear()
@@ -164,6 +162,10 @@ class WholeValues(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if not self._owners:  # most hooks compute nothing, and are not kept waiting
+            self._follow_all()
+        if func == _GRAD and self._asked is not None:
+            self._lend_gradients()
         name = getattr(func, "__name__", "")
         if name.startswith("_foreach_"):
             return self._each(func, args, kwargs)
@@ -190,14 +192,30 @@ class WholeValues(TorchFunctionMode):
             raise self._error(f"{name} is given values of several stages")
         return found.pop() if found else None
 
+    def _follow_all(self) -> None:
+        for name, parameter in self._module.named_parameters():
+            self._follow(parameter, self._ranks[name][0])
+            if parameter.grad is not None:
+                self._follow(_plain_grad(parameter), self._ranks[name][0])
+
+    def _ask_for_gradients(self) -> None:
+        """Ask which parameters have a gradient on their rank; collective.
+
+        The answer comes while the hook runs, and is waited for by the ranks that look at a gradient
+        in it: one may look alone.
+        """
+        parameters = self._module.parameters()
+        has = torch.tensor([not p.is_meta and p.grad is not None for p in parameters])
+        has = has.int().to(self._device)
+        self._asked = has, distributed.all_reduce(has, group=self._group, async_op=True)
+
     def _lend_gradients(self) -> None:
         """Give every parameter the gradient that it has on its own rank, without values."""
-        named = list(self._module.named_parameters())
-        has = torch.tensor([not p.is_meta and p.grad is not None for _, p in named])
-        has = has.int().to(self._device)
-        self._collective(lambda: distributed.all_reduce(has, group=self._group))
-        everywhere = zip(named, has.tolist(), strict=True)
-        self._lend([p for (_, p), count in everywhere if p.is_meta and count])
+        assert self._asked is not None
+        (has, answer), self._asked = self._asked, None
+        self._collective(answer.wait)
+        everywhere = zip(self._module.parameters(), has.tolist(), strict=True)
+        self._lend([p for p, count in everywhere if p.is_meta and count])
 
     def _lend(self, parameters: Iterable[Tensor]) -> None:
         for parameter in parameters:
