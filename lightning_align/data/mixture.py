@@ -22,7 +22,7 @@ from lightning_align._errors import argument_error, finite_number
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    Order = NDArray[np.integer]
+    Permutation = NDArray[np.integer]
 
 
 class Mixture:
@@ -76,13 +76,13 @@ class Mixture:
         return np.concatenate(orders)[begin - first * size : end - first * size].astype(np.int64)
 
 
-def draw_order(size: int, *key: object) -> Order:
+def draw_order(size: int, *key: object) -> Permutation:
     """A permutation of ``size`` samples that is a pure function of ``key``."""
     digest = hashlib.blake2b(",".join(map(str, key)).encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
     # 32 bits where they suffice: 1e8 samples then cost 400 MB and not 800.
     dtype = torch.int32 if size < 2**31 else torch.int64
-    return cast("Order", torch.randperm(size, generator=generator, dtype=dtype).numpy())
+    return cast("Permutation", torch.randperm(size, generator=generator, dtype=dtype).numpy())
 
 
 def largest_remainder(total: int, weights: Sequence[float]) -> list[int]:

@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING, Protocol, cast
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_align._errors import argument_error
-from lightning_align.data.mixture import Mixture, draw_order
+from lightning_align.data.mixture import Mixture
+from lightning_align.data.order import Order, Sequential, mixed, shuffled
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from torch import Tensor
     from torch.utils.data import Dataset
 
@@ -65,6 +64,7 @@ class PositionSampler(DistributedSampler[list[int]]):
             per pass.
 
     Attributes:
+        order: The stream of samples that batches are cut from; another one may be put in its place.
         start: Position at which the latest iteration began; None before the first.
         run_position: What ``ExactResume`` puts in the place of ``position``.
 
@@ -97,21 +97,22 @@ class PositionSampler(DistributedSampler[list[int]]):
         if not 0 <= rank < num_replicas:
             rule = f"must be in [0, {num_replicas})"
             raise argument_error("PositionSampler", "rank", rank, rule)
-        if mixture is not None and sum(mixture.sizes) != num_samples:
-            rule = f"must be all samples of the mixture's corpora, {sum(mixture.sizes)}"
-            raise argument_error("PositionSampler", "num_samples", num_samples, rule)
-        if mixture is not None and not shuffle:
-            rule = "a mixture must be shuffled: its corpora would come one after the other"
-            raise argument_error("PositionSampler", "shuffle", shuffle, rule)
+        self.order: Order = shuffled(num_samples, seed) if shuffle else Sequential(num_samples)
+        if mixture is not None:
+            if sum(mixture.sizes) != num_samples:
+                rule = f"must be all samples of the mixture's corpora, {sum(mixture.sizes)}"
+                raise argument_error("PositionSampler", "num_samples", num_samples, rule)
+            if not shuffle:
+                rule = "a mixture must be shuffled: its corpora would come one after the other"
+                raise argument_error("PositionSampler", "shuffle", shuffle, rule)
+            self.order = mixed(mixture, seed)
         # The parent only ever asks a dataset for its length.
         dataset = cast("Dataset[list[int]]", range(num_samples))
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)
         self.batch_size = batch_size
         self.position = position
         self.run_position: Callable[[], int] | None = None
-        self.mixture = mixture
         self.start: int | None = None
-        self._order: tuple[int, NDArray[np.integer]] | None = None
 
     def __len__(self) -> int:
         """Batches per pass, the same on every rank."""
@@ -130,13 +131,14 @@ class PositionSampler(DistributedSampler[list[int]]):
         global_size = self.batch_size * self.num_replicas
         begin = batch_number * global_size
         size = min(global_size, len(self._samples) - begin)
+        begin += pass_number * len(self._samples)
         # The first `extra` ranks take one sample more, as numpy.array_split would have it.
         share, extra = divmod(size, self.num_replicas)
         first = begin + self.rank * share + min(self.rank, extra)
         last = first + share + (self.rank < extra)
         if first == last:
-            return [padding(index) for index in self._samples_at(pass_number, begin, begin + 1)]
-        return self._samples_at(pass_number, first, last)
+            return [padding(index) for index in self.order.indices(begin, begin + 1)]
+        return self.order.indices(first, last)
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the pass of a sampler that is told no position; else it does nothing.
@@ -150,17 +152,3 @@ class PositionSampler(DistributedSampler[list[int]]):
     @property
     def _samples(self) -> range:
         return cast("range", self.dataset)
-
-    def _samples_at(self, pass_number: int, first: int, last: int) -> list[int]:
-        """Samples ``first`` to ``last`` (exclusive) in the order of one pass."""
-        if not self.shuffle:
-            return list(range(first, last))
-        if self._order is None or self._order[0] != pass_number:
-            self._order = (pass_number, self._draw_order(pass_number))
-        return cast("list[int]", self._order[1][first:last].tolist())
-
-    def _draw_order(self, pass_number: int) -> NDArray[np.integer]:
-        order = draw_order(len(self._samples), self.seed, pass_number)
-        if self.mixture is None:
-            return order
-        return self.mixture.samples(self.seed, pass_number)[order]
