@@ -164,7 +164,7 @@ def run_demo(fit: Fit, *, fast: bool, output: Path, seed: int) -> Report:
 
     _say("Report")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    aligned = DPOModule(after, ref_model=before, beta=module.beta, loss_type=module.loss_type)
+    aligned = DPOModule(after, ref_model=before, **asdict(module.options))
     table = _compare(before, aligned, text, output)
     perplexities, accuracies = _yardsticks(before, text, pairs, seed)
     report = Report(table, perplexities, accuracies)

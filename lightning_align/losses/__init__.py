@@ -2,7 +2,7 @@
 
 ``linear_cross_entropy`` for pretraining and supervised fine-tuning; ``linear_logprobs`` and
 ``completion_logps`` for everything that needs the log-probability of given tokens; one function for
-each preference loss in ``LOSSES``.
+each preference loss in ``LOSSES``, from the ``PairScores`` and the ``PreferenceOptions``.
 """
 
 from lightning_align.losses.dpo import (
@@ -13,11 +13,9 @@ from lightning_align.losses.dpo import (
 )
 from lightning_align.losses.linear_cross_entropy import CrossEntropy, linear_cross_entropy
 from lightning_align.losses.linear_logprobs import TokenLogprobs, linear_logprobs
-from lightning_align.losses.preference import (
-    LOSSES,
-    check_preference_arguments,
-    preference_loss,
-)
+from lightning_align.losses.options import PreferenceOptions, check_preference_arguments
+from lightning_align.losses.preference import LOSSES, pair_losses, preference_loss
+from lightning_align.losses.scores import CompletionScores, PairScores, pair_scores
 from lightning_align.losses.sequence_logps import (
     CompletionLogps,
     completion_logps,
@@ -28,8 +26,11 @@ from lightning_align.losses.sequence_logps import (
 __all__ = [
     "LOSSES",
     "CompletionLogps",
+    "CompletionScores",
     "CrossEntropy",
     "Mean",
+    "PairScores",
+    "PreferenceOptions",
     "TokenLogprobs",
     "check_preference_arguments",
     "completion_logps",
@@ -37,6 +38,8 @@ __all__ = [
     "linear_cross_entropy",
     "linear_logprobs",
     "padding_arguments",
+    "pair_losses",
+    "pair_scores",
     "pairs_that_count",
     "preference_loss",
     "preference_step",

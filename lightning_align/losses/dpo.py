@@ -15,11 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_align._errors import argument_error
-from lightning_align.losses.preference import (
-    check_preference_arguments,
-    preference_loss,
-    uses,
-)
+from lightning_align.losses.options import PreferenceOptions
+from lightning_align.losses.preference import pair_losses
+from lightning_align.losses.scores import PairScores, check_pairs, pair_scores
 from lightning_align.losses.sequence_logps import CompletionLogps, model_completion_logps
 
 
@@ -57,10 +55,7 @@ def pairs_that_count(policy: CompletionLogps) -> Tensor:
 def preference_step(
     policy: CompletionLogps,
     reference: CompletionLogps,
-    *,
-    loss_type: str = "sigmoid",
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
+    options: PreferenceOptions | None = None,
 ) -> tuple[Tensor, dict[str, Mean]]:
     """Losses and metrics of scored pairs.
 
@@ -80,42 +75,26 @@ def preference_step(
     Args:
         policy: Scored by the model in training, rows [chosen; rejected].
         reference: The same rows scored by the frozen reference.
-        loss_type: A name in ``LOSSES``. ``ipo`` gets the lengths, as in TRL.
-        beta: Strength of the pull to the reference.
-        label_smoothing: Probability that a preference is the wrong way round, for cdpo.
+        options: Which loss, and its constants; default DPO's. ``ipo`` gets the lengths, as in TRL.
 
     Returns:
         Loss of each pair, (P,), and the metrics.
 
     Raises:
-        ValueError: If a log-probability of the reference is not finite, the number of rows is odd,
-            or an option is outside its range.
+        ValueError: If a log-probability of the reference is not finite, or the number of rows is
+            odd.
     """
-    where = "preference_step"
-    check_preference_arguments(where, loss_type, beta, label_smoothing)
-    _check_pairs(where, "policy.logps_B.shape", policy.logps_B)
-    if not torch.isfinite(reference.logps_B).all():
-        rule = "must be finite; the reference gives some completion no probability, or is broken"
-        raise argument_error(where, "reference.logps_B", reference.logps_B.tolist(), rule)
-    lengths = {}
-    if uses(loss_type, "chosen_lengths"):
-        chosen_lengths, rejected_lengths = policy.lengths_B.chunk(2)
-        lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
-    losses_P = preference_loss(
-        *policy.logps_B.chunk(2),
-        *reference.logps_B.detach().chunk(2),
-        loss_type=loss_type,
-        beta=beta,
-        label_smoothing=label_smoothing,
-        **lengths,
-    )
-    return losses_P, _metrics(policy, reference, beta)
+    options = options or PreferenceOptions()
+    scores = pair_scores(policy, reference, "preference_step")
+    return pair_losses(scores, options), _metrics(policy, reference, scores, options.beta)
 
 
 @torch.no_grad()
-def _metrics(policy: CompletionLogps, reference: CompletionLogps, beta: float) -> dict[str, Mean]:
-    chosen_rewards_P, rejected_rewards_P = (beta * (policy.logps_B - reference.logps_B)).chunk(2)
-    chosen_logps_P, rejected_logps_P = policy.logps_B.chunk(2)
+def _metrics(
+    policy: CompletionLogps, reference: CompletionLogps, scores: PairScores, beta: float
+) -> dict[str, Mean]:
+    chosen_rewards_P = beta * scores.chosen.logratios
+    rejected_rewards_P = beta * scores.rejected.logratios
     chosen_logits_P, rejected_logits_P = policy.mean_logit_B.chunk(2)
     chosen_lengths_P, rejected_lengths_P = policy.lengths_B.chunk(2)
     token_logratios_BT = policy.token_logps_BT - reference.token_logps_BT
@@ -130,8 +109,8 @@ def _metrics(policy: CompletionLogps, reference: CompletionLogps, beta: float) -
         "rewards/rejected": over_pairs(rejected_rewards_P),
         "rewards/accuracies": over_pairs(chosen_rewards_P > rejected_rewards_P),
         "rewards/margins": over_pairs(chosen_rewards_P - rejected_rewards_P),
-        "logps/chosen": over_pairs(chosen_logps_P),
-        "logps/rejected": over_pairs(rejected_logps_P),
+        "logps/chosen": over_pairs(scores.chosen.logps),
+        "logps/rejected": over_pairs(scores.rejected.logps),
         "logits/chosen": Mean(chosen_logits_P.sum(), chosen_lengths_P.sum()),
         "logits/rejected": Mean(rejected_logits_P.sum(), rejected_lengths_P.sum()),
         "entropy": Mean(policy.entropy_B.sum(), num_tokens),
@@ -173,7 +152,7 @@ def dpo_loss_from_batch(
             object, the reference is not finite, or an option is outside its range.
     """
     where = "dpo_loss_from_batch"
-    check_preference_arguments(where, loss_type, beta, label_smoothing)
+    options = PreferenceOptions(loss_type, beta, label_smoothing, where)
     if ref_model is model:
         rule = "must be another object than model: it stays what it is while model learns"
         raise argument_error(where, "ref_model", "model", rule, "Use copy.deepcopy(model)")
@@ -182,19 +161,11 @@ def dpo_loss_from_batch(
     if missing:
         raise argument_error(where, "batch", sorted(batch), f"must have the keys {missing}, too")
     rows = tuple(batch[key] for key in keys)
-    _check_pairs(where, "batch['input_ids'].shape", rows[0])
+    check_pairs(where, "batch['input_ids'].shape", rows[0])
     with torch.no_grad():
         reference = model_completion_logps(ref_model, *rows, chunk_size=chunk_size)
     policy = model_completion_logps(model, *rows, chunk_size=chunk_size)
-    losses_P, metrics = preference_step(
-        policy, reference, loss_type=loss_type, beta=beta, label_smoothing=label_smoothing
-    )
+    losses_P, metrics = preference_step(policy, reference, options)
     counted_P = pairs_that_count(policy)
     loss = (losses_P * counted_P).sum() / counted_P.sum().clamp(min=1)
     return loss, {name: mean.value for name, mean in metrics.items()}
-
-
-def _check_pairs(where: str, name: str, rows: Tensor) -> None:
-    if len(rows) == 0 or len(rows) % 2:
-        rule = "the number of rows must be even and not 0: [chosen; rejected]"
-        raise argument_error(where, name, tuple(rows.shape), rule)

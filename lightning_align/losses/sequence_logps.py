@@ -17,7 +17,7 @@ from lightning_align.losses.linear_logprobs import linear_logprobs
 
 
 class CompletionLogps(NamedTuple):
-    """Sums over the completion tokens of each sequence. All but ``logps_B`` is detached.
+    """Sums over the completion tokens of each sequence; only log-probabilities keep gradients.
 
     Attributes:
         logps_B: Log-probability of the completion given its prompt, in nats. Differentiable.
@@ -26,7 +26,7 @@ class CompletionLogps(NamedTuple):
         mean_logit_B: Sum of each token's mean logit over the vocabulary.
         top1_B: Completion tokens that were the likeliest.
         token_logps_BT: Log-probability of each token, (B, T - 1): entry t is of token t + 1, zero
-            outside the completion.
+            outside the completion. Differentiable.
     """
 
     logps_B: Tensor
@@ -89,7 +89,7 @@ def completion_logps(
         entropy_B=scattered(tokens.entropy_N).sum(1),
         mean_logit_B=scattered(tokens.mean_logit_N).sum(1),
         top1_B=scattered(tokens.is_top1_N).sum(1),
-        token_logps_BT=token_logps_BT.detach(),
+        token_logps_BT=token_logps_BT,
     )
 
 

@@ -15,7 +15,7 @@ from lightning_align._errors import argument_error
 from lightning_align.layers import ModelLayers, find_layers
 from lightning_align.losses import (
     CompletionLogps,
-    check_preference_arguments,
+    PreferenceOptions,
     completion_logps,
     padding_arguments,
     pairs_that_count,
@@ -87,7 +87,7 @@ class DPOModule(CausalLMModule):
         revision: str = "main",
         trust_remote_code: bool = False,
     ) -> None:
-        check_preference_arguments("DPOModule", loss_type, beta, label_smoothing)
+        options = PreferenceOptions(loss_type, beta, label_smoothing, where="DPOModule")
         super().__init__(
             model,
             optimizer=optimizer,
@@ -100,9 +100,7 @@ class DPOModule(CausalLMModule):
             trust_remote_code=trust_remote_code,
         )
         self._save_plain_hyperparameters(model=model, ref_model=ref_model)
-        self.beta = beta
-        self.loss_type = loss_type
-        self.label_smoothing = label_smoothing
+        self.options = options
         turn_off_dropout(self.model)
         if ref_model is None:
             reference = copy.deepcopy(self.model)
@@ -165,13 +163,7 @@ class DPOModule(CausalLMModule):
     @override
     def loss_from_hidden(self, hidden_BTD: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Sums]:
         policy, reference = self.score(hidden_BTD, batch)
-        losses_P, metrics = preference_step(
-            policy,
-            reference,
-            loss_type=self.loss_type,
-            beta=self.beta,
-            label_smoothing=self.label_smoothing,
-        )
+        losses_P, metrics = preference_step(policy, reference, self.options)
         counted_P = pairs_that_count(policy)
         loss, num_pairs = (losses_P * counted_P).sum(), counted_P.sum()
         sums: Sums = {name: (mean.total, mean.count) for name, mean in metrics.items()}
@@ -225,7 +217,7 @@ class DPOModule(CausalLMModule):
         """Implicit rewards (P, 2) of the chosen and the rejected completion of each pair."""
         hidden_BTD = self.forward_hidden(**self.model_inputs(batch))
         policy, reference = self.score(hidden_BTD, batch)
-        rewards_B = self.beta * (policy.logps_B - reference.logps_B)
+        rewards_B = self.options.beta * (policy.logps_B - reference.logps_B)
         return torch.stack(rewards_B.chunk(2), dim=1)
 
 

@@ -6,6 +6,7 @@ import torch
 
 from lightning_align.losses import (
     Mean,
+    PreferenceOptions,
     completion_logps,
     dpo_loss_from_batch,
     pairs_that_count,
@@ -91,7 +92,7 @@ def test_metrics_of_known_numbers():
         policy.lengths_B,
         torch.tensor([[-10.0, 0.0], [-10.0, 0.0], [-10.0, 0.0], [-5.0, -5.0]]),
     )
-    losses, metrics = preference_step(policy, reference, beta=0.5)
+    losses, metrics = preference_step(policy, reference, PreferenceOptions(beta=0.5))
     expected = [math.log1p(math.exp(-0.5 * margin)) for margin in (2 - 1, -4 - (-1))]
     assert losses.tolist() == pytest.approx(expected)
     assert {name: mean.value.item() for name, mean in metrics.items()} == pytest.approx(
@@ -115,9 +116,9 @@ def test_only_ipo_divides_by_the_lengths():
     """Log-ratios 12 over 4 tokens and 2 over 2: 3 - 1 per token, 10 in sum; beta 1/4 wants 2."""
     policy = from_sums([12.0, 2.0], [4, 2])
     reference = from_sums([0.0, 0.0], [4, 2])
-    losses, _ = preference_step(policy, reference, loss_type="ipo", beta=0.25)
+    losses, _ = preference_step(policy, reference, PreferenceOptions("ipo", beta=0.25))
     assert losses.tolist() == pytest.approx([0.0])
-    losses, _ = preference_step(policy, reference, loss_type="hinge", beta=0.05)
+    losses, _ = preference_step(policy, reference, PreferenceOptions("hinge", beta=0.05))
     assert losses.tolist() == pytest.approx([1 - 0.05 * 10])
 
 
@@ -169,7 +170,7 @@ def test_a_pair_with_one_empty_side_counts_once_everywhere(empty):
     policy = from_sums(logps, lengths)
     reference = from_sums([0.0 if length == 0 else -10.0 for length in lengths], lengths)
     assert pairs_that_count(policy).tolist() == [True, True]
-    _, metrics = preference_step(policy, reference, beta=1.0)
+    _, metrics = preference_step(policy, reference, PreferenceOptions(beta=1.0))
     assert metrics["rewards/accuracies"].value == 1
     # Log-ratios: 2 of what was chosen, -2 of what was rejected, 0 of the empty one.
     margins = (0 + 2, 2 + 2) if empty == "chosen" else (2 - 0, 2 + 2)
@@ -196,7 +197,8 @@ def test_the_batch_function_is_the_step_on_sequence_logps(options, chunk_size):
     loss, metrics = dpo_loss_from_batch(model, reference, batch, chunk_size=chunk_size, **options)
     lengths = batch["completion_mask"].sum(1)
     logps = [sequence_logps(m, **batch) for m in (model, reference)]
-    losses, _ = preference_step(*(from_sums(values, lengths) for values in logps), **options)
+    scored = (from_sums(values, lengths) for values in logps)
+    losses, _ = preference_step(*scored, PreferenceOptions(**options))
     torch.testing.assert_close(metrics["logps/chosen"], logps[0].detach()[:3].mean())
     wide, wide_reference = (copy.deepcopy(m).double() for m in (model, reference))
     exact, _ = dpo_loss_from_batch(wide, wide_reference, batch, **options)

@@ -141,3 +141,11 @@ def test_bad_options_are_named(options, message):
 def test_lengths_are_never_ignored(options, message):
     with pytest.raises(ValueError, match=message):
         preference_loss(*torch.zeros(4, 2), **options)
+
+
+def test_log_probabilities_that_would_broadcast_are_refused():
+    """(2,) against (2, 1) gives 2 x 2 differences, half of them between strangers."""
+    logps = torch.zeros(2)
+    message = r"preference_loss\(ref_chosen_logps.shape=\(2, 1\)\): must be one for each pair"
+    with pytest.raises(ValueError, match=message):
+        preference_loss(logps, logps, logps[:, None], logps)

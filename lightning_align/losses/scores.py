@@ -1,0 +1,127 @@
+"""What a preference loss sees of a pair: the scores of two completions of one prompt.
+
+A loss is a function of these scores and of ``PreferenceOptions``: one that wants lengths, or the
+terms of single tokens, finds them here, without a new argument on the way from the module.
+
+Shapes: P pairs, B = 2 P sequences, [chosen; rejected]; T tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import InitVar, dataclass, fields
+
+import torch
+from torch import Tensor
+
+from lightning_align._errors import argument_error
+from lightning_align.losses.sequence_logps import CompletionLogps
+
+
+@dataclass(frozen=True, eq=False)
+class CompletionScores:
+    """One completion of every pair, under the policy and under the frozen reference.
+
+    Attributes:
+        logps: Log-probability under the policy, in nats, (P,). Differentiable.
+        ref_logps: Under the reference, (P,).
+        lengths: Completion tokens, (P,); None if nobody has counted.
+        token_logps: Log-probability of each token under the policy, (P, T - 1), zero outside the
+            completion. Differentiable. None where only sums are known.
+        ref_token_logps: Under the reference.
+    """
+
+    logps: Tensor
+    ref_logps: Tensor
+    lengths: Tensor | None = None
+    token_logps: Tensor | None = None
+    ref_token_logps: Tensor | None = None
+
+    @property
+    def logratios(self) -> Tensor:
+        """Policy less reference, (P,), in nats; times beta it is DPO's implicit reward."""
+        return self.logps - self.ref_logps
+
+
+@dataclass(frozen=True, eq=False)
+class PairScores:
+    """All that is known about some pairs. Row i of both sides is a completion of prompt i.
+
+    Args:
+        chosen: The preferred completions.
+        rejected: The other ones.
+        where: Function the user called, for the message of an error.
+
+    Raises:
+        ValueError: If the sides have not the same fields, or a field has not the shape that the
+            others ask for.
+    """
+
+    chosen: CompletionScores
+    rejected: CompletionScores
+    where: InitVar[str] = "PairScores"
+
+    def __post_init__(self, where: str) -> None:
+        pairs = self.chosen.logps.shape
+        for field in fields(CompletionScores):
+            left, right = getattr(self.chosen, field.name), getattr(self.rejected, field.name)
+            names = [_argument(side, field.name) for side in ("chosen", "rejected")]
+            if (left is None) != (right is None):
+                missing = names[0] if left is None else names[1]
+                rule = f"both {field.name} must be given, or neither"
+                raise argument_error(where, missing, None, rule)
+            for name, value in zip(names, (left, right), strict=True):
+                if value is None:
+                    continue
+                if (value.shape[:-1] if "token" in name else value.shape) != pairs:
+                    rule = f"must be one for each pair, as chosen_logps of shape {tuple(pairs)}"
+                    raise argument_error(where, f"{name}.shape", tuple(value.shape), rule)
+
+    @property
+    def margin(self) -> Tensor:
+        """Difference of the log-ratios, chosen less rejected, (P,): h in IPO's Eq. 17."""
+        return self.chosen.logratios - self.rejected.logratios
+
+
+def pair_scores(
+    policy: CompletionLogps, reference: CompletionLogps, where: str = "pair_scores"
+) -> PairScores:
+    """Scores of pairs whose completions stand in rows [chosen; rejected].
+
+    Args:
+        policy: Scored by the model in training. Its log-probabilities keep their gradients.
+        reference: The same rows scored by the frozen reference, which gets no gradient.
+        where: Function the user called, for the message of an error.
+
+    Raises:
+        ValueError: If the number of rows is odd, or a log-probability of the reference is not
+            finite.
+    """
+    check_pairs(where, "policy.logps_B.shape", policy.logps_B)
+    if not torch.isfinite(reference.logps_B).all():
+        rule = "must be finite; the reference gives some completion no probability, or is broken"
+        raise argument_error(where, "reference.logps_B", reference.logps_B.tolist(), rule)
+    columns_B = (
+        policy.logps_B,
+        reference.logps_B.detach(),
+        policy.lengths_B,
+        policy.token_logps_BT,
+        reference.token_logps_BT.detach(),
+    )
+    chosen, rejected = zip(*(column_B.chunk(2) for column_B in columns_B), strict=True)
+    return PairScores(CompletionScores(*chosen), CompletionScores(*rejected), where)
+
+
+def check_pairs(where: str, name: str, rows: Tensor) -> None:
+    """Refuse rows that are not [chosen; rejected].
+
+    Raises:
+        ValueError: If their number is odd, or there are none.
+    """
+    if len(rows) == 0 or len(rows) % 2:
+        rule = "the number of rows must be even and not 0: [chosen; rejected]"
+        raise argument_error(where, name, tuple(rows.shape), rule)
+
+
+def _argument(side: str, field: str) -> str:
+    """A field's name as ``preference_loss`` has it, such as ref_chosen_logps."""
+    return f"ref_{side}_{field.removeprefix('ref_')}" if "ref_" in field else f"{side}_{field}"
