@@ -1,7 +1,5 @@
 import copy
-import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -95,8 +93,6 @@ def test_something_else():
         load_tokenizer("X", 3)
 
 
-# Chat templates
-
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
 
@@ -150,26 +146,6 @@ def test_the_fingerprint_of_texts_is_not_that_of_conversations(tokenizer):
     assert tokenizer_fingerprint(other) == tokenizer_fingerprint(tokenizer)
 
 
-def wordpiece(folder, **settings):
-    """A tokenizer in plain Python, as the ones with custom code on the hub are."""
-    from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
-
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[SEP]", "[CLS]", "a", "A"]))
-    return BertTokenizerLegacy(str(folder / "vocab.txt"), eos_token="[SEP]", **settings)
-
-
-def test_the_fingerprint_follows_settings_of_tokenizers_in_plain_python(tmp_path):
-    one, same = (wordpiece(tmp_path, do_lower_case=True) for _ in range(2))
-    other = wordpiece(tmp_path, do_lower_case=False)
-    assert encode(one, ["A"]) != encode(other, ["A"])
-    assert one.get_vocab() == other.get_vocab()
-    assert tokenizer_fingerprint(one) == tokenizer_fingerprint(same)
-    assert tokenizer_fingerprint(one) != tokenizer_fingerprint(other)
-    one.save_pretrained(tmp_path / "saved")
-    loaded = type(one).from_pretrained(tmp_path / "saved")
-    assert tokenizer_fingerprint(one) == tokenizer_fingerprint(loaded)
-
-
 def test_the_fingerprint_follows_whether_special_tokens_are_split(tokenizer):
     other = copy.deepcopy(tokenizer)
     other.split_special_tokens = True
@@ -191,19 +167,6 @@ def test_the_fingerprint_follows_what_a_class_does():
     Bytes.__name__ = Ascii.__name__ = "ByteTokenizer"
     prints = {tokenizer_fingerprint(one()) for one in (ByteTokenizer, Bytes, Ascii)}
     assert len(prints) == 3
-
-
-@pytest.mark.parametrize("setting", [{"a", "b"}, {"a": 1}, [1, 2], "a", b"a", re.compile("a"), 0.5])
-def test_the_fingerprint_follows_attributes_of_any_kind(setting):
-    one, other = ByteTokenizer(), ByteTokenizer()
-    one.part, other.part = SimpleNamespace(x=setting), SimpleNamespace(x=None)
-    assert tokenizer_fingerprint(one) != tokenizer_fingerprint(other)
-    other.part.x = copy.copy(setting)
-    other.cache = {"what": "it has met"}
-    assert tokenizer_fingerprint(one) == tokenizer_fingerprint(other)
-
-
-# Prompts and completions
 
 
 def with_space_before_texts():
