@@ -4,7 +4,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -43,6 +43,11 @@ def wrap_in_ddp_again(strategy: DDPStrategy, module: pl.LightningModule) -> None
         strategy.configure_ddp()
     finally:
         strategy._ddp_kwargs = given
+
+
+def has_comm_state(strategy: Strategy) -> bool:
+    """Whether a communication hook of DDP keeps a state of the parameters it was given."""
+    return isinstance(strategy, DDPStrategy) and strategy._ddp_comm_state is not None
 
 
 def built_by_cli() -> bool:

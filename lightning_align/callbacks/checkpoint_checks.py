@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning_align._compat import lightning_resume
 from lightning_align._errors import argument_error
 from lightning_align.checkpointing.files import Folder
+from lightning_align.run.protocols import HasStorageOptions, saves_whole_state
 
 
 def check(argument: str, value: object, holds: bool, rule: str, way_out: str = "") -> None:
@@ -127,7 +128,8 @@ def check_folders(callback: ModelCheckpoint, trainer: pl.Trainer) -> None:
 
 def _where(callback: ModelCheckpoint, trainer: pl.Trainer) -> str:
     dirpath = str(lightning_resume.resolve_checkpoint_dir(callback, trainer))
-    return Folder(dirpath, getattr(callback, "storage_options", None)).key
+    options = callback.storage_options if isinstance(callback, HasStorageOptions) else None
+    return Folder(dirpath, options).key
 
 
 def check_strategy(strategy: Strategy) -> None:
@@ -137,8 +139,7 @@ def check_strategy(strategy: Strategy) -> None:
         ValueError: If it is one.
     """
     name = type(strategy).__name__
-    usual = type(strategy).save_checkpoint is Strategy.save_checkpoint
-    if not getattr(strategy, "saves_whole_state", usual):
+    if not saves_whole_state(strategy):
         raise argument_error(
             "AsyncCheckpoint",
             "strategy",

@@ -6,7 +6,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
@@ -15,6 +14,7 @@ from typing_extensions import override
 from lightning_align._errors import argument_error
 from lightning_align.data.tokenizer import encode, load_tokenizer, pad_token_id
 from lightning_align.reports.texts import log_rows
+from lightning_align.run.protocols import one_rank_runs_model, tokenizer_of
 from lightning_align.run.rng import reseed
 
 
@@ -121,14 +121,11 @@ class GenerateSamples(pl.Callback):
         if stage != "fit":
             return
         strategy = trainer.strategy
-        whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy))
-        if not whole or isinstance(strategy, DeepSpeedStrategy):
+        if not one_rank_runs_model(strategy):
             rule = f"under {type(strategy).__name__} rank zero may not hold the whole model"
             way_out = "Use one device or DDP, or generate from a checkpoint"
             raise argument_error("GenerateSamples", "prompts", self.prompts, rule, way_out)
-        source = self.tokenizer
-        if source is None:
-            source = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+        source = self.tokenizer if self.tokenizer is not None else tokenizer_of(trainer)
         self._tokenizer = load_tokenizer("GenerateSamples", source) if source is not None else None
         if type(self).generate is GenerateSamples.generate:  # an override has needs of its own
             self._check(pl_module)

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -19,9 +18,9 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_align._compat.lightning_trainer import (
+    has_comm_state,
     is_accumulating,
     log_step_value,
-    wrap_in_ddp_again,
 )
 from lightning_align._errors import argument_error, finite_number
 from lightning_align.callbacks.lisa_layers import (
@@ -35,6 +34,7 @@ from lightning_align.callbacks.lisa_layers import (
 from lightning_align.callbacks.lisa_picture import draw_history
 from lightning_align.layers import ModelLayers
 from lightning_align.reports.pictures import log_figure, new_figure
+from lightning_align.run.protocols import follow_freezing, may_freeze
 
 
 class LISA(pl.Callback):
@@ -239,23 +239,21 @@ class LISA(pl.Callback):
                 active = trainer.strategy.broadcast(active)
             self.history.append((step, active))
         if self._in_force != self.active_layers:
-            self._switch(trainer, pl_module)
+            self._switch(trainer)
 
     def _interval(self, step: int) -> int:
         return step // self.interval_steps
 
-    def _switch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _switch(self, trainer: pl.Trainer) -> None:
         """Let requires_grad, gradients, optimizer and strategy follow the draw in force."""
         assert self._parameters is not None
         for parameter in self._parameters.trained(self.active_layers):
             parameter.requires_grad_(True)
-        for parameter in self._parameters.frozen(self.active_layers):
+        frozen = self._parameters.frozen(self.active_layers)
+        for parameter in frozen:
             parameter.requires_grad_(False)
             parameter.grad = None
-            if self.optimizer_state == "drop":
-                trainer.optimizers[0].state.pop(parameter, None)
-        if isinstance(trainer.strategy, DDPStrategy):
-            wrap_in_ddp_again(trainer.strategy, pl_module)
+        follow_freezing(trainer, frozen if self.optimizer_state == "drop" else ())
         self._in_force, self._held = self.active_layers, {}
 
     @override
@@ -416,11 +414,10 @@ def _check_strategy(strategy: Any) -> None:
     """Refuse strategies that keep parameters or gradients where we do not reach them."""
     name = type(strategy).__name__
     way_out = "Train in one process or with strategy='ddp'"
-    is_known = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy))
-    if not is_known or isinstance(strategy, DeepSpeedStrategy):
+    if not may_freeze(strategy):
         rule = "it does not follow when other blocks are frozen and released"
         raise argument_error("LISA", "strategy", name, rule, way_out)
-    if getattr(strategy, "_ddp_comm_state", None) is not None:
+    if has_comm_state(strategy):
         rule = "the state of its communication hook belongs to one set of parameters"
         raise argument_error("LISA", "strategy", name, rule, "Leave ddp_comm_state out")
 

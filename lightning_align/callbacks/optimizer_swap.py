@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer, lr_scheduler
 from typing_extensions import override
@@ -18,6 +17,7 @@ from lightning_align.optimizers.param_groups import (
     learning_rates,
     warn_of_lost_ratios,
 )
+from lightning_align.run.protocols import keeps_shapes
 
 # Schedulers that multiply the learning rate of each group and keep their arguments under the names
 # of their constructor. Others hold numbers for the old groups, or wait for a metric.
@@ -85,7 +85,7 @@ class OptimizerSwap(pl.Callback):
         Raises:
             ValueError: If the strategy hands the optimizer pieces of flattened parameters.
         """
-        if isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy)):
+        if not keeps_shapes(trainer.strategy):
             rule = (
                 f"{type(trainer.strategy).__name__} flattens parameters, so that no matrix can be"
                 " told from the rest"

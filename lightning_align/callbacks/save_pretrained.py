@@ -8,6 +8,7 @@ from typing_extensions import override
 
 from lightning_align._errors import argument_error
 from lightning_align.models.build import save_pretrained
+from lightning_align.run.protocols import tokenizer_of, whole_state_dict
 
 
 class SavePretrained(pl.Callback):
@@ -36,25 +37,20 @@ class SavePretrained(pl.Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._collect(trainer)  # once fit has ended, the strategy has taken its parts down
+        # Once fit has ended, the strategy has taken its parts down.
+        self._state = whole_state_dict(trainer.strategy)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._state is None:  # nothing was left to train
-            self._collect(trainer)
+            self._state = whole_state_dict(trainer.strategy)
         state, self._state = self._state, None
         if not trainer.is_global_zero:
             return
-        tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
         name, model = self._model(pl_module)
         if state is not None:
             state = {k.removeprefix(name): v for k, v in state.items() if k.startswith(name)}
-        save_pretrained(model, self.dirpath, tokenizer, state)
-
-    def _collect(self, trainer: pl.Trainer) -> None:
-        """The whole state from a strategy whose ranks have parts of the model; collective."""
-        whole_state_dict = getattr(trainer.strategy, "whole_state_dict", None)
-        self._state = whole_state_dict() if whole_state_dict is not None else None
+        save_pretrained(model, self.dirpath, tokenizer_of(trainer), state)
 
     def _model(self, pl_module: pl.LightningModule) -> tuple[str, nn.Module]:
         """The Hugging Face model, and how names of its state begin in the module's."""

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lightning_align._compat.lightning_trainer import is_accumulating
 from lightning_align._errors import argument_error, finite_number
+from lightning_align.run.protocols import CountsTokens
 from lightning_align.schedules import DECAYS, SCHEDULES, lr_fraction
 
 
@@ -94,6 +95,7 @@ class TokenSchedule(pl.Callback):
         # batch on an accelerator must not be waited for before its window closes.
         self._window: Tensor | int = 0
         self._batch_tokens: Tensor | int = 0
+        self._module_counts = False
 
     def count_tokens(self, batch: Any) -> Tensor | int:
         """Tokens that this rank learns from in one batch; override it for batches of your own.
@@ -124,6 +126,7 @@ class TokenSchedule(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.global_step == 0:  # a resumed run loads its count afterwards
             self.tokens_seen, self._window, self._saved_settings = 0, 0, None
+        self._module_counts = isinstance(pl_module, CountsTokens)
         # First in line: what another callback saves at the end of a batch has that batch's tokens.
         trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore[attr-defined]
 
@@ -172,7 +175,7 @@ class TokenSchedule(pl.Callback):
             return
         self.tokens_seen += int(self._window)
         self._window = 0
-        if not hasattr(pl_module, "tokens_seen"):  # our modules log both themselves
+        if not self._module_counts:  # our modules log both themselves
             used = float(trainer.optimizers[0].param_groups[0]["lr"])
             pl_module.log_dict({"lr": used, "tokens_seen": float(self.tokens_seen)})
         self._set_learning_rates(trainer)
@@ -248,9 +251,8 @@ class TokenSchedule(pl.Callback):
         Raises:
             ValueError: If the module has not counted them.
         """
-        seen: Any = getattr(pl_module, "tokens_seen", None)
-        if seen is not None:
-            return int(seen)
+        if isinstance(pl_module, CountsTokens):
+            return pl_module.tokens_seen
         raise argument_error(
             "TokenSchedule",
             "max_tokens",

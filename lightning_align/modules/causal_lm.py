@@ -32,6 +32,7 @@ from lightning_align.optimizers.param_groups import (
     warn_of_lost_ratios,
 )
 from lightning_align.run.exact_resume import ExactResume
+from lightning_align.run.protocols import SpreadsModel, tokenizer_of
 from lightning_align.run.replicas import is_spread, replica, total_grad_norm
 
 # name -> (sum, weight), whose quotient is the mean to log; "loss" weighs the gradient, too.
@@ -260,12 +261,12 @@ class CausalLMModule(pl.LightningModule, ABC):
     def setup(self, stage: str) -> None:
         if not is_spread(self):
             self.layers.probe()
-        elif not hasattr(self.trainer.strategy, "total_grad_norm"):
+        elif not isinstance(self.trainer.strategy, SpreadsModel):
             rule = "its parameters are on the meta device, and the strategy does not load them"
             way_out = "Build it without empty_init, or use PipelineStrategy"
             name = type(self.model).__name__
             raise argument_error(type(self).__name__, "model", name, rule, way_out)
-        tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
+        tokenizer = tokenizer_of(self.trainer)
         if tokenizer is not None and len(tokenizer) > self.layers.vocab_size:
             raise argument_error(
                 type(self).__name__,
@@ -323,9 +324,7 @@ class CausalLMModule(pl.LightningModule, ABC):
 
     def save_pretrained(self, folder: str) -> None:
         """Write the model, and the datamodule's tokenizer if any, as a Hugging Face folder."""
-        trainer = self._trainer
-        tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
-        save_pretrained(self.model, folder, tokenizer)
+        save_pretrained(self.model, folder, tokenizer_of(self._trainer))
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

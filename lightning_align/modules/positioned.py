@@ -18,6 +18,7 @@ from lightning_align.data.mixture import Mixture
 from lightning_align.data.sampler import BatchDataset, PositionSampler
 from lightning_align.models.tokenizer_state import pack_tokenizer
 from lightning_align.run.position import batches_consumed
+from lightning_align.run.replicas import replica
 
 Paths = str | Path | list[str]
 
@@ -52,6 +53,7 @@ class PositionedDataModule(pl.LightningDataModule):
         self.seed = seed
         self.num_workers = num_workers
         self.skipped = 0
+        self.tokenizer: Any = None
         self.fingerprint = ""
         self.train_dataset: BatchDataset | None = None
         self.val_dataset: BatchDataset | None = None
@@ -114,7 +116,7 @@ class PositionedDataModule(pl.LightningDataModule):
 
     def _tokenizer_state(self) -> dict[str, Any]:
         """The tokenizer as plain data, made once: a vocabulary is megabytes of text."""
-        tokenizer = getattr(self, "tokenizer", None)
+        tokenizer = self.tokenizer
         if tokenizer is None:
             return {}
         if self._packed_tokenizer[0] is not tokenizer:
@@ -158,8 +160,7 @@ class PositionedDataModule(pl.LightningDataModule):
         """Number of ranks that share a batch, and this one's number among them."""
         # The strategy's own word, not the world size: ranks that hold parts of one model see the
         # same samples.
-        ranks = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
-        return (ranks["num_replicas"], ranks["rank"]) if ranks else (1, 0)
+        return replica(self.trainer) if self.trainer is not None else (1, 0)
 
     def _loader(
         self, dataset: BatchDataset, sampler: PositionSampler

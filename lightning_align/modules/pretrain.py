@@ -9,6 +9,7 @@ from typing_extensions import override
 from lightning_align._errors import argument_error
 from lightning_align.losses import linear_cross_entropy
 from lightning_align.modules.causal_lm import CausalLMModule, Sums, perplexity
+from lightning_align.run.protocols import separates_documents
 from lightning_align.run.replicas import is_spread
 
 
@@ -94,8 +95,7 @@ class PretrainModule(CausalLMModule):
     @override
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        separate = getattr(getattr(self.trainer, "datamodule", None), "separate_documents", False)
-        if separate and not is_spread(self):
+        if separates_documents(self.trainer) and not is_spread(self):
             self.layers.probe_documents()
 
     @override

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from typing_extensions import ParamSpec
+from typing_extensions import ParamSpec, Protocol, runtime_checkable
 
 from lightning_align._errors import argument_error, finite_number
 
@@ -29,6 +29,17 @@ OnNonfinite = Literal["skip", "raise"]
 # Keys of the first parameter group, where they are saved and loaded by themselves: how many steps
 # were skipped, and how many there were, those included.
 SKIPPED, STEPS = "skipped_steps", "steps"
+
+
+@runtime_checkable
+class AgreesOnSteps(Protocol):
+    """An optimizer that takes a step on all ranks of ``process_group``, or on none of them.
+
+    A strategy whose ranks hold parts of one model sets it, to the ranks that must agree.
+    """
+
+    process_group: ProcessGroup | None
+
 
 # Second moments and norms square: at this size the square is still a number of fp32, with room for
 # the rounding of sums, and at its inverse (times ten, where kernels flush denormals) it is above 0.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_align._compat.lightning_resume import validation_follows
 from lightning_align._compat.lightning_trainer import is_accumulating
 from lightning_align._errors import argument_error
+from lightning_align.run.protocols import SaysWhoSaves, window_sums
 
 WINDOW_KEY = "lightning_align.accumulation"  # of the checkpoint
 
@@ -79,11 +80,13 @@ def capture_accumulation(
             for name, parameter in _parameters(trainer, pl_module).items()
             if parameter.grad is not None
         },
-        "sums": {name: value.to("cpu", copy=True) for name, value in _sums(pl_module).items()},
+        "sums": {
+            name: value.to("cpu", copy=True) for name, value in window_sums(pl_module).items()
+        },
     }
     if trainer.world_size == 1:
         return [window] if not manual or window["gradients"] else []
-    if getattr(trainer.strategy, "save_distributed_checkpoint", False):
+    if isinstance(trainer.strategy, SaysWhoSaves) and not trainer.strategy.saves_whole_state:
         return [window if rank == trainer.global_rank else {} for rank in range(trainer.world_size)]
     windows: list[Any] = [None] * trainer.world_size
     torch.distributed.all_gather_object(windows, window)
@@ -115,7 +118,7 @@ def restore_accumulation(
     parameters = _parameters(trainer, pl_module)
     for name, gradient in window["gradients"].items():
         parameters[name].grad = gradient.to(parameters[name], copy=True)
-    sums = _sums(pl_module)
+    sums = window_sums(pl_module)
     sums.update({name: value.to(pl_module.device) for name, value in window["sums"].items()})
 
 
@@ -131,9 +134,3 @@ def _parameters(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str,
             if id(parameter) not in known
         }
     return named
-
-
-def _sums(pl_module: pl.LightningModule) -> dict[str, Tensor]:
-    """Sums that a module collects over a window; one without them need not know of this."""
-    sums = getattr(pl_module, "accumulated", None)
-    return sums if isinstance(sums, dict) else {}

@@ -30,6 +30,7 @@ from torch import nn
 from lightning_align._compat import lightning_resume
 from lightning_align._errors import argument_error
 from lightning_align.run.plain import Encoder, LostError, Rebuilder, UnknownTypeError
+from lightning_align.run.protocols import datamodule_of, frozen_modules
 from lightning_align.run.replicas import replica
 
 _ABSENT = ("absent",)  # what an attribute is that is not there
@@ -246,10 +247,9 @@ def _elsewhere(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any
             f"{name}: {part}": item for part, item in vars(whole).items() if _is_lightnings(item)
         }
     links |= {f"{kind} {n}": item for kind, items in lists.items() for n, item in enumerate(items)}
-    if (datamodule := getattr(trainer, "datamodule", None)) is not None:
+    if (datamodule := datamodule_of(trainer)) is not None:
         links["datamodule"] = datamodule
-    frozen: dict[str, nn.Module] = getattr(module, "frozen_modules", dict)()
-    for root, owner in {"": module, **frozen}.items():
+    for root, owner in {"": module, **frozen_modules(module)}.items():
         for items in (owner.named_modules(), owner.named_parameters(), owner.named_buffers()):
             links |= {f"{root}:{name}": item for name, item in items}
     return links

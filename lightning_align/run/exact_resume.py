@@ -34,6 +34,7 @@ from lightning_align.run.position import (
     leave_validation_to_do,
     next_place,
 )
+from lightning_align.run.protocols import began_elsewhere, seed_of
 from lightning_align.run.replicas import replica
 from lightning_align.run.rng import reseed
 from lightning_align.run.settings import (
@@ -96,7 +97,7 @@ class ExactResume(pl.Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self.seed is None:
-            ours = getattr(getattr(trainer, "datamodule", None), "seed", None)
+            ours = seed_of(trainer)
             self._effective_seed = int(
                 ours if ours is not None else os.environ.get("PL_GLOBAL_SEED", 0)
             )
@@ -157,9 +158,7 @@ class ExactResume(pl.Callback):
         self._resumed = self._ended_early = None
         # Reading trainer.estimated_stepping_batches in configure_optimizers starts the loader
         # before Lightning has restored the position: workers would already hold the wrong batches.
-        data = getattr(trainer, "datamodule", None)
-        start = getattr(getattr(data, "train_sampler", None), "start", None)
-        if start is not None and start != getattr(data, "position", start):
+        if began_elsewhere(trainer):
             restart_train_iteration(trainer)
 
     def _go_on(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

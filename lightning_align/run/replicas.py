@@ -10,6 +10,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from lightning_align.run.protocols import SpreadsModel
+
 
 def replica(trainer: pl.Trainer) -> tuple[int, int]:
     """(number of replicas that gradients are averaged over, number of this rank's)."""
@@ -20,12 +22,13 @@ def replica(trainer: pl.Trainer) -> tuple[int, int]:
 def total_grad_norm(trainer: pl.Trainer, module: nn.Module) -> Tensor:
     """Norm of a module's gradients, over all ranks that hold a part of it.
 
-    Collective, where the strategy is one that spreads the model and has ``total_grad_norm()``.
+    Collective, where the strategy is a ``SpreadsModel``.
     """
     strategy: Any = trainer.strategy
-    if hasattr(strategy, "total_grad_norm"):
-        norm: Tensor = strategy.total_grad_norm()
-        return norm
+    # Asked of the class, whose answer is remembered: this is in every step.
+    if issubclass(type(strategy), SpreadsModel):
+        spread: SpreadsModel = strategy
+        return spread.total_grad_norm()
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
     return nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
 

@@ -59,8 +59,11 @@ def test_the_norm_is_over_all_gradients_that_there_are() -> None:
 
 
 def test_a_strategy_that_spreads_the_model_says_the_norm_itself() -> None:
-    strategy = SimpleNamespace(total_grad_norm=lambda: torch.tensor(7.0))
-    trainer: Any = SimpleNamespace(strategy=strategy)
+    class Spreads:
+        def total_grad_norm(self) -> torch.Tensor:
+            return torch.tensor(7.0)
+
+    trainer: Any = SimpleNamespace(strategy=Spreads())
     assert total_grad_norm(trainer, nn.Linear(1, 1)) == 7
 
 

@@ -26,6 +26,7 @@ from torch import nn
 
 from lightning_align._compat import torch_modules
 from lightning_align.layers.surgery import replaced
+from lightning_align.run.protocols import NamesInputs
 from lightning_align.seeds import seed_torch
 from lightning_align.strategies.pipeline.absent import AbsentParameter
 from lightning_align.strategies.pipeline.passage import (
@@ -71,6 +72,7 @@ class Chain:
         after: Modules that are called after the last layer and go with it, such as the head.
 
     Attributes:
+        inputs: What the module says its first layer is called with, as a function of a batch.
         reached: First layers of the stages to whose input backward has come, in this process.
 
     Raises:
@@ -85,6 +87,7 @@ class Chain:
         after: Sequence[nn.Module] = (),
     ) -> None:
         self.module = module
+        self.inputs = module.pipeline_inputs if isinstance(module, NamesInputs) else None
         self.layers = list(layers)
         self.before = list(before)
         self.after = list(after)

@@ -9,20 +9,24 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from torch import Tensor, distributed
 from torch.optim import Optimizer
 
 from lightning_align._compat import lightning_processes
 from lightning_align._errors import argument_error
+from lightning_align.run.protocols import RefusesPipeline
 from lightning_align.strategies.pipeline.chain import WHERE
 from lightning_align.strategies.pipeline.microbatches import count_that_divides
 from lightning_align.strategies.pipeline.runtime import SCHEDULES
 
-# With all classes that inherit from them.
-_REFUSED_CALLBACKS = {
-    *("LISA", "LayerwiseStep", "StochasticWeightAveraging", "WeightAveraging", "BaseFinetuning"),
-}
+_OF_WHOLE_MODELS = (StochasticWeightAveraging, WeightAveraging, BaseFinetuning)
 
 
 def check_arguments(
@@ -68,11 +72,11 @@ def check_module(trainer: pl.Trainer, module: pl.LightningModule) -> None:
         rule = "it overrides backward, and a pipeline propagates back by its schedule"
         way_out = "Change gradients in on_after_backward, or the loss in training_step"
         raise argument_error(WHERE, "model", name, rule, way_out)
-    if reason := getattr(module, "pipeline_refusal", None):
-        raise argument_error(WHERE, "model", name, reason, "Use another strategy")
+    if isinstance(module, RefusesPipeline) and module.pipeline_refusal:
+        raise argument_error(WHERE, "model", name, module.pipeline_refusal, "Use another strategy")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         name = type(callback).__name__
-        if _REFUSED_CALLBACKS & {kind.__name__ for kind in type(callback).__mro__}:
+        if isinstance(callback, _OF_WHOLE_MODELS):
             rule = "it needs the whole model, and a rank holds a part of it"
             way_out = "Leave the callback out, or use another strategy"
             raise argument_error(WHERE, "callbacks", name, rule, way_out)

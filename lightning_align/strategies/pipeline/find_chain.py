@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_align._compat import torch_modules
 from lightning_align.layers import ModelLayers, find_layers, is_hugging_face
+from lightning_align.run.protocols import NamesLayers
 from lightning_align.strategies.pipeline.chain import Chain, chain_error, refuse_compiled
 
 
@@ -27,8 +28,8 @@ def find_chain(module: pl.LightningModule) -> Chain:
         ValueError: If there is none, or it is compiled.
     """
     refuse_compiled(module)
-    if (pipeline_layers := getattr(module, "pipeline_layers", None)) is not None:
-        layers = list(pipeline_layers())
+    if isinstance(module, NamesLayers):
+        layers = list(module.pipeline_layers())
         if not layers or not all(isinstance(layer, nn.Module) for layer in layers):
             raise chain_error(
                 module, "its pipeline_layers() must return modules in the order they are called"

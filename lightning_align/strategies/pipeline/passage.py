@@ -181,10 +181,9 @@ class Passage:
                 raise self._error(rule, way_out)
 
     def _inputs(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        named = getattr(self.chain.module, "pipeline_inputs", None)
-        if named is None:
+        if self.chain.inputs is None:
             return args
-        inputs = named(self.step.batch)
+        inputs = self.chain.inputs(self.step.batch)
         return inputs if isinstance(inputs, tuple) else (inputs,)
 
     # What it returns.

@@ -11,14 +11,10 @@ import lightning.pytorch as pl
 from torch import Tensor, nn
 
 from lightning_align.layers.surgery import replaced
+from lightning_align.run.protocols import WeighsMicrobatches, loss_is_sum
 from lightning_align.strategies.pipeline.chain import Step, quiet
 
 _IGNORED = -100  # the label that transformers' losses leave out
-
-
-def loss_is_sum(module: pl.LightningModule) -> bool:
-    """Whether the loss of a module's step is a sum over rows, as the module itself declares."""
-    return getattr(module, "loss_reduction", "mean") == "sum"
 
 
 def shares_of(module: pl.LightningModule, steps: Sequence[Step]) -> list[float]:
@@ -31,9 +27,8 @@ def shares_of(module: pl.LightningModule, steps: Sequence[Step]) -> list[float]:
         module: The user's module.
         steps: Its step for each micro-batch.
     """
-    weigh = getattr(module, "pipeline_microbatch_weight", None)
-    if weigh is not None:
-        weights = [float(weigh(step.batch)) for step in steps]
+    if isinstance(module, WeighsMicrobatches):
+        weights = [float(module.pipeline_microbatch_weight(step.batch)) for step in steps]
     else:
         weights = _numbers_of_labels(module, steps)
     total = sum(weights)

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, distributed
 
 from lightning_align._errors import argument_error
+from lightning_align.run.protocols import loss_is_sum
 from lightning_align.seeds import derive_seed, fork_generators
 from lightning_align.strategies.pipeline.chain import WHERE, Chain, Step
 from lightning_align.strategies.pipeline.comparison import (
@@ -31,7 +32,7 @@ from lightning_align.strategies.pipeline.replay import (
     StepResult,
 )
 from lightning_align.strategies.pipeline.runtime import Runtime
-from lightning_align.strategies.pipeline.shares import loss_is_sum, shares_of
+from lightning_align.strategies.pipeline.shares import shares_of
 from lightning_align.strategies.pipeline.stages import StageError
 from lightning_align.strategies.pipeline.step_attributes import StepAttributes, frozen
 

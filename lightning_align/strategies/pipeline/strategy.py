@@ -25,6 +25,7 @@ from typing_extensions import override
 from lightning_align._compat import lightning_trainer
 from lightning_align._errors import argument_error
 from lightning_align.models.weights import parameters_on_meta
+from lightning_align.optimizers.safety import AgreesOnSteps
 from lightning_align.pipelining import Event, partition, partition_table
 from lightning_align.strategies import failure, launching
 from lightning_align.strategies.empty_weights import fill_empty
@@ -231,7 +232,7 @@ class PipelineStrategy(StageCheckpoints):
                 self.setup_optimizers(trainer)
             check_optimizers(self.optimizers)
             for optimizer in self.optimizers:
-                if hasattr(optimizer, "process_group"):  # a step that one stage skips, all skip
+                if isinstance(optimizer, AgreesOnSteps):  # a step that one stage skips, all skip
                     optimizer.process_group = group
         self.setup_precision_plugin()
         agree_on_overflow(self.precision_plugin, group)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_align import DPOModule, PipelineStrategy
+from lightning_align import LISA, DPOModule, PipelineStrategy
 from tests.helpers.pipelines import Batches, Chained, Run
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_models import TINY_MODELS, VOCAB_SIZE
@@ -138,10 +138,6 @@ class EmptyChain(Chained):
         return []
 
 
-class LISA(pl.Callback):
-    """Any callback of that name."""
-
-
 def dpo() -> pl.LightningModule:
     return DPOModule(TINY_MODELS["llama"]())
 
@@ -250,7 +246,7 @@ REFUSED: dict[str, tuple[Callable[[], pl.LightningModule], dict[str, Any], str]]
     "LISA": (
         CHAINED,
         {"callbacks": [LISA]},
-        r"\(callbacks='LISA'\): it needs the whole model, and a rank .* Leave the callback out",
+        r"LISA\(strategy='PipelineStrategy'\): it does not follow .* Train in one process",
     ),
 }
 

@@ -1,0 +1,310 @@
+"""What strategies, modules, datamodules and callbacks ask each other.
+
+A class answers by having the attribute or method: it need not inherit from the protocol, nor know
+of us. Below the protocols stands a function for each question that has an answer for Lightning's
+own classes, or one for all others. What is asked of optimizers is in ``optimizers/safety.py``.
+
+``isinstance`` looks at the class and at what the object holds, without computing a property; it
+takes microseconds, so it is asked at set-up and not in every step.
+"""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
+from torch import Tensor, nn
+from typing_extensions import Protocol, runtime_checkable
+
+from lightning_align._compat.lightning_trainer import wrap_in_ddp_again
+
+# Of a LightningModule
+
+
+@runtime_checkable
+class SumsOverWindow(Protocol):
+    """It collects sums over the open window of accumulation, which are saved with the gradients."""
+
+    accumulated: dict[str, Tensor]
+
+
+@runtime_checkable
+class CountsTokens(Protocol):
+    """It counts and logs the tokens that it has learned from, over all ranks."""
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens so far."""
+
+
+@runtime_checkable
+class HasFrozenModules(Protocol):
+    """Modules that are not its submodules take part in its step."""
+
+    def frozen_modules(self) -> dict[str, nn.Module]:
+        """These modules by name."""
+
+
+@runtime_checkable
+class DeclaresReduction(Protocol):
+    """Its step's loss is a "sum" over the rows of a batch; without this a "mean"."""
+
+    @property
+    def loss_reduction(self) -> str:
+        """Either of these words."""
+
+
+@runtime_checkable
+class NamesLayers(Protocol):
+    """It says between which layers a pipeline may cut it."""
+
+    def pipeline_layers(self) -> Sequence[nn.Module]:
+        """Layers in the order of their calls."""
+
+
+@runtime_checkable
+class NamesInputs(Protocol):
+    """Its first layer is called with something else than its step passes on."""
+
+    def pipeline_inputs(self, batch: Any, /) -> Any:
+        """The arguments of the first layer, a tuple if there are several."""
+
+
+@runtime_checkable
+class WeighsMicrobatches(Protocol):
+    """Its step's loss is a mean over something else than the rows of a batch."""
+
+    def pipeline_microbatch_weight(self, batch: Any, /) -> Tensor | float:
+        """Over how many values the mean is."""
+
+
+@runtime_checkable
+class RefusesPipeline(Protocol):
+    """Its batches cannot be cut into micro-batches, for this reason; an empty one is none."""
+
+    @property
+    def pipeline_refusal(self) -> str | None:
+        """The reason, as the rule of an error."""
+
+
+# Of a LightningDataModule
+
+
+@runtime_checkable
+class HasTokenizer(Protocol):
+    """It has the tokenizer of its texts, or None until its set-up."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """A tokenizer of transformers."""
+
+
+@runtime_checkable
+class HasSeed(Protocol):
+    """It has the seed of the run, unless ExactResume is given one."""
+
+    @property
+    def seed(self) -> int | None:
+        """That seed; None leaves it open."""
+
+
+@runtime_checkable
+class SeparatesDocuments(Protocol):
+    """It may say that no token of a packed block attends to another document."""
+
+    @property
+    def separate_documents(self) -> bool:
+        """Whether it is so."""
+
+
+class Began(Protocol):
+    """A sampler that notes at which position an iteration of it began."""
+
+    @property
+    def start(self) -> int | None:
+        """That position, None before the first."""
+
+
+@runtime_checkable
+class HasPosition(Protocol):
+    """It knows which batch of the run comes next, and the sampler that was told so."""
+
+    @property
+    def train_sampler(self) -> Began | None:
+        """Sampler of the latest training loader."""
+
+    @property
+    def position(self) -> int:
+        """Number of that batch."""
+
+
+# Of a strategy
+
+
+@runtime_checkable
+class SpreadsModel(Protocol):
+    """Its ranks hold parts of one model, whose parameters may be on meta until its set-up."""
+
+    def total_grad_norm(self) -> Tensor:
+        """Norm of the gradients of all parts; collective."""
+
+
+@runtime_checkable
+class GathersState(Protocol):
+    """It has to put the state of the module together."""
+
+    def whole_state_dict(self) -> dict[str, Any]:
+        """That state on rank 0, empty elsewhere; collective."""
+
+
+@runtime_checkable
+class SaysWhoSaves(Protocol):
+    """It says whether rank 0 has the whole state when a checkpoint is written, or each its part."""
+
+    @property
+    def saves_whole_state(self) -> bool:
+        """Whether rank 0 has it."""
+
+
+@runtime_checkable
+class SaysWhoRuns(Protocol):
+    """It says whether rank 0 can call the model while the others wait."""
+
+    @property
+    def one_rank_runs_model(self) -> bool:
+        """Whether it can."""
+
+
+@runtime_checkable
+class SaysHowParametersLie(Protocol):
+    """It says whether optimizers get parameters in the shapes that the module gave them."""
+
+    @property
+    def keeps_shapes(self) -> bool:
+        """Whether they do."""
+
+
+@runtime_checkable
+class FollowsFreezing(Protocol):
+    """Parameters may be frozen and released between its steps."""
+
+    def follow_freezing(self, dropped: Collection[nn.Parameter], /) -> None:
+        """Take up what requires a gradient now, and forget the optimizer's state of ``dropped``."""
+
+
+# Of a callback that writes checkpoints
+
+
+@runtime_checkable
+class HasStorageOptions(Protocol):
+    """It passes these options to the filesystem of its ``dirpath``."""
+
+    @property
+    def storage_options(self) -> dict[str, Any] | None:
+        """Options by name, as fsspec takes them."""
+
+
+# Questions
+
+
+def window_sums(module: pl.LightningModule) -> dict[str, Tensor]:
+    """Sums that a module collects over a window of accumulation, to be read and changed."""
+    sums = module.accumulated if isinstance(module, SumsOverWindow) else None
+    return sums if isinstance(sums, dict) else {}  # a module of one's own may mean something else
+
+
+def frozen_modules(module: pl.LightningModule) -> dict[str, nn.Module]:
+    """Modules beside a module's own that take part in its step, by name."""
+    return module.frozen_modules() if isinstance(module, HasFrozenModules) else {}
+
+
+def loss_is_sum(module: pl.LightningModule) -> bool:
+    """Whether the loss of a module's step is a sum over rows, and not a mean."""
+    return isinstance(module, DeclaresReduction) and module.loss_reduction == "sum"
+
+
+def datamodule_of(trainer: pl.Trainer | None) -> Any:
+    """The datamodule of a run, None without one; Lightning's types do not know of it."""
+    return getattr(trainer, "datamodule", None)
+
+
+def tokenizer_of(trainer: pl.Trainer | None) -> Any:
+    """The tokenizer of a run's texts, None if nobody knows it."""
+    data = datamodule_of(trainer)
+    return data.tokenizer if isinstance(data, HasTokenizer) else None
+
+
+def seed_of(trainer: pl.Trainer) -> int | None:
+    """The seed that a run's datamodule has, if any."""
+    data = datamodule_of(trainer)
+    return data.seed if isinstance(data, HasSeed) else None
+
+
+def separates_documents(trainer: pl.Trainer) -> bool:
+    """Whether tokens of a run's packed blocks attend to their own document only."""
+    data = datamodule_of(trainer)
+    return isinstance(data, SeparatesDocuments) and data.separate_documents
+
+
+def began_elsewhere(trainer: pl.Trainer) -> bool:
+    """Whether the training loader was started at another position than the run stands at."""
+    data = datamodule_of(trainer)
+    if not isinstance(data, HasPosition) or data.train_sampler is None:
+        return False
+    return data.train_sampler.start not in (None, data.position)
+
+
+def saves_whole_state(strategy: Strategy) -> bool:
+    """Whether rank 0 alone writes a checkpoint, of the whole state."""
+    if isinstance(strategy, SaysWhoSaves):
+        return strategy.saves_whole_state
+    return type(strategy).save_checkpoint is Strategy.save_checkpoint
+
+
+def whole_state_dict(strategy: Strategy) -> dict[str, Any] | None:
+    """The module's state from a strategy that has to put it together; collective."""
+    return strategy.whole_state_dict() if isinstance(strategy, GathersState) else None
+
+
+def one_rank_runs_model(strategy: Strategy) -> bool:
+    """Whether rank 0 can call the model while the others wait."""
+    if isinstance(strategy, SaysWhoRuns):
+        return strategy.one_rank_runs_model
+    return _has_replicas(strategy)
+
+
+def keeps_shapes(strategy: Strategy) -> bool:
+    """Whether optimizers get parameters in the shapes that the module gave them."""
+    if isinstance(strategy, SaysHowParametersLie):
+        return strategy.keeps_shapes
+    return not isinstance(strategy, (DeepSpeedStrategy, FSDPStrategy))
+
+
+def may_freeze(strategy: Strategy) -> bool:
+    """Whether parameters may be frozen and released between steps."""
+    return isinstance(strategy, FollowsFreezing) or _has_replicas(strategy)
+
+
+def follow_freezing(trainer: pl.Trainer, dropped: Collection[nn.Parameter]) -> None:
+    """Let strategy and optimizer take up what requires a gradient now; see ``FollowsFreezing``."""
+    strategy = trainer.strategy
+    if isinstance(strategy, FollowsFreezing):
+        strategy.follow_freezing(dropped)
+        return
+    for optimizer in trainer.optimizers:
+        for parameter in dropped:
+            optimizer.state.pop(parameter, None)
+    if isinstance(strategy, DDPStrategy):
+        wrap_in_ddp_again(strategy, trainer.lightning_module)
+
+
+def _has_replicas(strategy: Strategy) -> bool:
+    """Whether each rank has all of the model, where the module keeps it."""
+    has = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy))
+    return has and not isinstance(strategy, DeepSpeedStrategy)  # a DDPStrategy by inheritance
