@@ -68,7 +68,7 @@ test-peer: $(STAMP)
 
 # Every law over every member and pair, docs/composition.md against what they find, real kills of real processes, the demo, examples and recipes.
 test-laws: $(STAMP)
-	$(BIN)/pytest tests/laws tests/run tests/demo tests/test_examples.py tests/test_recipes.py tests/cli/test_generate.py tests/callbacks/test_async_checkpoint.py tests/checkpointing/test_torture.py $(wildcard tests/strategies/pipeline/test_[cfm]*.py) $(ARGS)
+	$(BIN)/pytest tests/laws tests/run tests/demo tests/test_examples.py tests/test_recipes.py tests/cli/test_generate.py tests/callbacks/test_async_checkpoint.py tests/callbacks/test_checkpoint_run.py tests/checkpointing/test_torture.py $(wildcard tests/strategies/pipeline/test_[cfm]*.py) $(ARGS)
 
 # Two processes: a peer that has been imported makes short class names ambiguous.
 test-all: $(STAMP)

@@ -1,5 +1,6 @@
 """What AsyncCheckpoint refuses: arguments out of range, shared folders, states it cannot copy."""
 
+from collections.abc import Callable
 from datetime import timedelta
 
 import lightning.pytorch as pl
@@ -157,3 +158,26 @@ def check_strategy(strategy: Strategy) -> None:
             "would be passed over: AsyncCheckpoint writes its files itself",
             "Take it out of plugins, or use Lightning's ModelCheckpoint",
         )
+
+
+def on_rank_zero(trainer: pl.Trainer, action: Callable[[], None]) -> None:
+    """Run what may refuse where the files are; what it raises is raised on every rank.
+
+    Args:
+        trainer: Whose ranks they are.
+        action: Called on rank 0.
+
+    Raises:
+        RuntimeError: On the other ranks, with what was raised on rank 0.
+    """
+    error: Exception | None = None
+    if trainer.is_global_zero:
+        try:
+            action()
+        except Exception as raised:
+            error = raised
+    message = trainer.strategy.broadcast(str(error) if error is not None else "")
+    if error is not None:
+        raise error
+    if message:
+        raise RuntimeError(f"On rank 0: {message}")

@@ -51,6 +51,9 @@ class CheckpointFolder:
             on_commit=self._on_commit,
         )
         self._names = {name.split(DATA)[0] for name in self._engine.folder.names()}
+        if retention.newest:  # of an earlier fit of this Trainer
+            names = {found.name for found in self._engine.committed}
+            self.delete(retention.load_state_dict(retention.state_dict(), names))
 
     def refuse_other_runs(self, run_id: str) -> None:
         """Make sure that every checkpoint in the folder is of one run.
@@ -77,26 +80,53 @@ class CheckpointFolder:
         """How many saves the run had made, here and in other folders, up to the last one here."""
         return max((order_in_run(found)[0] for found in self._engine.committed), default=0)
 
-    def continue_from(self, name: str | None, step: int) -> None:
+    def continue_from(self, path: str, step: int) -> None:
         """Say which checkpoint the run goes on from; newer ones are abandoned by that.
 
         Args:
-            name: Checkpoint that was loaded; None if it is in another folder.
+            path: Path or URL of the checkpoint that was loaded, in this folder or in another one.
             step: Optimizer steps that the run had taken in it.
         """
+        directory, _, file = path.rpartition("/")
+        name = None
+        if Folder(directory or ".").key == Folder(self.dirpath).key:
+            name = file.removesuffix(DATA)
+            self._retention.protect(name)
         left = self._engine.continue_from(name, step)
         self._retention.abandon({found.name: found.step for found in left})
         newest = next(iter(self._engine.committed), None)
-        if newest is not None and newest in left:
-            kept = (
-                "stays" if self._retention.save_top_k < 0 else "goes when this run has come to it"
-            )
-            rank_zero_warn(
-                f"AsyncCheckpoint: this run goes back to step {step}; the newest checkpoint in"
-                f" {self.dirpath} is of step {newest.step}. Until this run has committed one,"
-                f" ckpt_path='last' still means {newest.name!r}, if that is whole. What is left"
-                f" behind {kept}."
-            )
+        if newest is None or newest not in left:
+            return
+        kept = "stays" if self._retention.save_top_k < 0 else "goes when this run has come to it"
+        rank_zero_warn(
+            f"AsyncCheckpoint: this run goes back to step {step}; the newest checkpoint in"
+            f" {self.dirpath} is of step {newest.step}. Until this run has committed one,"
+            f" ckpt_path='last' still means {newest.name!r}, if that is whole. What is left"
+            f" behind {kept}."
+        )
+
+    def reserve(
+        self,
+        formatted: Callable[[int | None], str],
+        version: int,
+        score: float | None,
+        *,
+        keep: bool,
+    ) -> str:
+        """A name for the next save, which ``retention`` knows as pending from now on.
+
+        Args:
+            formatted: As in :meth:`free_name`.
+            version: As in :meth:`free_name`.
+            score: What it is ranked by, if it is among the best.
+            keep: Whether it stays without.
+        """
+        self.make_room()
+        name = self.free_name(formatted, version)
+        if keep and score is None:
+            self._retention.protect(name)
+        self._retention.begin(name, score)
+        return name
 
     def free_name(self, formatted: Callable[[int | None], str], version: int) -> str:
         """A name that no file of the folder has, nor any that is being written.

@@ -15,14 +15,16 @@ from lightning_align._compat import lightning_resume
 from lightning_align._errors import argument_error
 
 
-def score_of(metrics: Mapping[str, Tensor], monitor: str, mode: str) -> float:
+def score_of(metrics: Mapping[str, Tensor], monitor: str | None, mode: str) -> float:
     """What a checkpoint is ranked by: NaN is the worst value that there is.
 
     Args:
         metrics: What was logged.
-        monitor: Name of the value.
+        monitor: Name of the value; None ranks by the step.
         mode: Whether the ``min`` or the ``max`` value is best.
     """
+    if monitor is None:
+        return float(metrics["step"])
     score = float(metrics.get(monitor, math.nan))
     worst = math.inf if mode == "min" else -math.inf
     return worst if math.isnan(score) else score

@@ -1,7 +1,9 @@
 """Names of AsyncCheckpoint's files: what a ``filename`` may be, and what a name lacks."""
 
+import os
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -53,6 +55,18 @@ def check_constants(callback: ModelCheckpoint) -> None:
     )
 
 
+def check_names(callback: ModelCheckpoint) -> set[str]:
+    """Refuse names that no checkpoint could have; returns the metrics that stand in the filename.
+
+    Raises:
+        ValueError: If the filename or a constant of the callback is such.
+    """
+    check_constants(callback)
+    if callback.filename is None:
+        return set()
+    return check_filename(callback.filename, partial(formatted_name, callback))
+
+
 def check_filename(filename: str, formatted: Callable[[dict[str, Tensor]], str]) -> set[str]:
     """Refuse a filename that no checkpoint could have; returns the metrics that stand in it.
 
@@ -95,6 +109,21 @@ def check_filename(filename: str, formatted: Callable[[dict[str, Tensor]], str])
         len(name.encode()) <= _MAX_BYTES, f"must fit into {_MAX_BYTES} bytes", "Name fewer metrics"
     )
     return metrics.asked
+
+
+def formatted_name(
+    callback: ModelCheckpoint, metrics: dict[str, Tensor], version: int | None = None
+) -> str:
+    """Name of a checkpoint, as the filename of a callback has it.
+
+    Args:
+        callback: Has the filename.
+        metrics: What was logged.
+        version: Number behind the name, if it has one.
+    """
+    path = callback.format_checkpoint_name(metrics, ver=version)
+    folder = os.path.join(str(callback.dirpath), "") if callback.dirpath else ""
+    return file_name(path[len(folder) :])
 
 
 def file_name(formatted: str) -> str:

@@ -83,6 +83,16 @@ def latest_valid_checkpoint(
         storage_options: Passed to the filesystem of the URL.
     """
     folder = Folder(dirpath, storage_options)
+    newest = newest_whole(folder)
+    return folder.path(newest.name + DATA) if newest is not None else None
+
+
+def newest_whole(folder: Folder) -> Manifest | None:
+    """The newest checkpoint of a folder that is whole, or ``None``; damaged ones are warned of.
+
+    Args:
+        folder: Where to look.
+    """
     for manifest in committed_checkpoints(folder):
         path = folder.path(manifest.name + DATA)
         try:
@@ -91,10 +101,10 @@ def latest_valid_checkpoint(
             warnings.warn(
                 f"{path} (step {manifest.step}) is passed over: {error}. Falling back to the"
                 " checkpoint before it.",
-                stacklevel=2,
+                stacklevel=3,
             )
         else:
-            return path
+            return manifest
     return None
 
 

@@ -19,6 +19,34 @@ class DeferredInterrupt:
     def __init__(self) -> None:
         self._before: Any = None
         self._deferring = self._came = self._told_to_end = False
+        self.is_shared = False  # whether it has stopped all ranks at the same batch
+
+    def start(self, trainer: pl.Trainer, *, defer: bool) -> None:
+        """Watch from here on, where training begins.
+
+        Args:
+            trainer: Who trains; of several ranks all are to stop together.
+            defer: Whether Ctrl-C waits for the end of a batch.
+        """
+        self.is_shared = False
+        if defer:
+            self.install()
+        if trainer.world_size > 1:
+            self.watch_sigterm(trainer)
+
+    def stop_if_it_came(self, trainer: pl.Trainer, *, defer: bool = True) -> None:
+        """Stop here, on all ranks, if it came to one of them. Collective.
+
+        Args:
+            trainer: Whose ranks they are.
+            defer: As in :meth:`release`.
+
+        Raises:
+            KeyboardInterrupt: If Ctrl-C was pressed.
+        """
+        if trainer.world_size > 1:
+            self.is_shared = self.share(trainer)
+        self.release(defer=defer)
 
     def install(self) -> None:
         """Take over SIGINT."""

@@ -321,7 +321,6 @@ def test_what_async_checkpoint_inherits_is_there() -> None:
     assert callback._every_n_epochs == 0
     assert callback._train_time_interval is None
     assert callback._last_global_step_saved == 0
-    assert callback._last_time_checked is None
     inherited = ("_monitor_candidates", "_should_save_on_train_epoch_end", "_find_last_checkpoints")
     for name in (*inherited, "_should_save_on_exception"):
         assert callable(getattr(callback, name))

@@ -232,20 +232,6 @@ class Noting(Logger):
         return [metrics[name] for metrics in self.metrics if name in metrics]
 
 
-def test_loggers_hear_of_a_checkpoint_after_its_commit_and_of_its_times(
-    tmp_path: Path, slow: Slow
-) -> None:
-    slow.seconds = 0.05
-    logger = Noting()
-    callback = AsyncCheckpoint(tmp_path, every_n_train_steps=4)
-    fit(callback, folder=tmp_path, logger=logger)
-    assert len(logger.told) == 3
-    assert min(logger.values("checkpoint/persist_s")) >= 0.0
-    assert len(logger.values("checkpoint/persist_s")) == 3
-    assert 0 < max(logger.values("checkpoint/stall_s")) < 10
-    assert min(logger.values("checkpoint/bytes")) > 1000
-
-
 def test_backpressure_skip_leaves_out_saves_and_says_so(tmp_path: Path, slow: Slow) -> None:
     slow.seconds = 0.3
     logger = Noting()
@@ -292,22 +278,6 @@ def test_remote_storage_that_fails_and_recovers_loses_no_checkpoint_but_its_own(
         with pytest.warns(UserWarning, match="passed over"):
             latest = AsyncCheckpoint.latest("faulty://bucket/run")
         assert latest.endswith("epoch=0-step=4.ckpt")
-
-
-def test_failed_writes_are_told_training_goes_on_and_the_old_one_stays(
-    tmp_path: Path, slow: Slow
-) -> None:
-    slow.failing = lambda name: "step=4" not in name
-    callback = AsyncCheckpoint(tmp_path, every_n_train_steps=4)
-    with pytest.warns(UserWarning, match="Last complete checkpoint") as told:
-        made = fit(callback, folder=tmp_path)
-    assert made.global_step == 12
-    text = "\n".join(str(warning.message) for warning in told)
-    assert "'epoch=1-step=8' (step 8) was not written" in text
-    assert "No space left on device" in text
-    assert "2 of 3 checkpoints of this run were not written. Last complete checkpoint: " in text
-    assert names(tmp_path) == {"epoch=0-step=4"}
-    assert Path(callback.best_model_path).stem == "epoch=0-step=4"
 
 
 class Raise(pl.Callback):
@@ -589,25 +559,6 @@ def test_brings_exact_resume_unless_there_is_one(tmp_path: Path) -> None:
     assert found[1] == [given]
 
 
-def test_saves_are_deferred_to_safe_points(tmp_path: Path) -> None:
-    """At the last batch of an epoch the validation and the end of the epoch come first."""
-    order: list[str] = []
-
-    class Order(pl.Callback):
-        def on_validation_end(self, *args: Any) -> None:
-            order.append("validation")
-
-        def on_train_epoch_end(self, *args: Any) -> None:
-            order.append("epoch end")
-
-        def on_save_checkpoint(self, trainer: pl.Trainer, *args: Any) -> None:
-            order.append(f"save {trainer.global_step}")
-
-    callback = AsyncCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1)
-    fit(Order(), callback, folder=tmp_path, max_epochs=1, val_check_interval=3)
-    assert order == ["validation", "save 3", "validation", "epoch end", "save 6"]
-
-
 # Processes that are spawned
 
 
@@ -621,35 +572,6 @@ def test_ddp_spawn_saves_and_resumes(tmp_path: Path) -> None:
     assert os.path.exists(callback.best_model_path)
     fit(callback, folder=tmp_path, ckpt_path="last", max_epochs=3, **options)
     assert max(found.step for found in committed_checkpoints(tmp_path)) == 8
-
-
-# W&B
-
-
-@pytest.mark.slow
-def test_resumed_run_continues_the_wandb_run(tmp_path: Path) -> None:
-    wandb = pytest.importorskip("wandb")
-    from lightning.pytorch.loggers import WandbLogger
-
-    def logger(**options: Any) -> Any:
-        return WandbLogger(save_dir=tmp_path, offline=True, project="p", **options)
-
-    first, second, other = logger(), logger(), logger(id="other")
-    fit(AsyncCheckpoint(tmp_path / "c"), folder=tmp_path, logger=first, max_epochs=1)
-    identity = first.experiment.id
-    wandb.finish()
-    fit(AsyncCheckpoint(tmp_path / "c"), folder=tmp_path, logger=second, ckpt_path="last")
-    assert second.experiment.id == identity
-    wandb.finish()
-    with pytest.warns(UserWarning, match=f"checkpoint is of the W&B run {identity}, and this run"):
-        fit(
-            AsyncCheckpoint(tmp_path / "c"),
-            folder=tmp_path,
-            logger=other,
-            ckpt_path="last",
-            max_epochs=3,
-        )
-    assert other.experiment.id == "other"
 
 
 # Bad input

@@ -1,7 +1,6 @@
 """What is best and newest, in ModelCheckpoint's words, beside a callback and inside its files."""
 
 import copy
-import logging
 import pickle
 from pathlib import Path
 from typing import Any
@@ -141,18 +140,3 @@ def test_nothing_is_best_where_nothing_is_ranked() -> None:
         "last_model_path": "a",
     }
     assert standing(retention, str, monitored=True)["kth_value"] == -torch.inf
-
-
-def test_verbose_tells_of_each_commit_and_of_what_was_not_saved(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    callback = AsyncCheckpoint(
-        tmp_path, "{step}", "loss", mode="max", every_n_train_steps=1, verbose=True
-    )
-    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
-        fit(callback, folder=tmp_path)
-    text = "\n".join(caplog.messages)
-    best = f"'loss' reached {float(callback.best_model_score):.5f}"
-    assert f"{best} (best " in text
-    assert f"saved {callback.best_model_path!r}" in text
-    assert "not in top 1" in text

@@ -117,16 +117,6 @@ def test_the_default_folder_for_two_is_refused(tmp_path: Path) -> None:
         fit(AsyncCheckpoint(), ModelCheckpoint(monitor="val_loss"), folder=tmp_path)
 
 
-def test_a_callback_in_another_trainer_is_another_run(tmp_path: Path) -> None:
-    """Nothing would tell the checkpoints of the two apart."""
-    callback = AsyncCheckpoint(tmp_path)
-    fit(callback, folder=tmp_path, max_epochs=1)
-    with pytest.raises(ValueError, match="holds checkpoints of another run"):
-        fit(callback, folder=tmp_path, max_epochs=1)
-    made = fit(callback, folder=tmp_path, ckpt_path="last")
-    assert made.global_step == 12
-
-
 @pytest.mark.parametrize("resumes", [False, True])
 def test_a_second_fit_of_a_trainer_goes_on_with_what_is_kept(tmp_path: Path, resumes: bool) -> None:
     options: dict[str, Any] = {"monitor": "loss", "mode": "max", "every_n_train_steps": 1}

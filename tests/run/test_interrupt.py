@@ -1,6 +1,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 
@@ -42,3 +43,18 @@ def test_where_nothing_is_worth_waiting_for_it_is_raised_at_once(
     interrupt.release(defer=False)
     with pytest.raises(KeyboardInterrupt):
         press()
+
+
+def test_one_process_defers_only_if_asked_and_shares_nothing(
+    interrupt: DeferredInterrupt,
+) -> None:
+    interrupt.uninstall()
+    trainer = SimpleNamespace(world_size=1)
+    interrupt.start(trainer, defer=False)
+    with pytest.raises(KeyboardInterrupt):
+        press()
+    interrupt.start(trainer, defer=True)
+    press()
+    with pytest.raises(KeyboardInterrupt):
+        interrupt.stop_if_it_came(trainer)
+    assert not interrupt.is_shared
