@@ -1,31 +1,29 @@
 """What objectives on a causal language model share: model, layers, exact gradient weights.
 
 The one idea: ``training_step`` back-propagates a *sum* over tokens (or pairs) and the sum of
-weights travels with the gradients; just before clipping, the gradients are divided by the weight of
-the whole window (all accumulated batches, all ranks). Accumulation with unequal token counts then
-equals the one big batch, where averaging per batch (Lightning's default) does not.
+weights travels with the gradients (window.py); just before clipping, the gradients are divided by
+the weight of the whole window (all accumulated batches, all ranks). Accumulation with unequal token
+counts then equals the one big batch, where averaging per batch (Lightning's default) does not.
 """
 
-import math
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from typing_extensions import Self, override
 
-from lightning_align._compat.lightning_trainer import built_by_cli, log_step_value
 from lightning_align._errors import argument_error
 from lightning_align.layers import ModelLayers, checkpoint_blocks, find_layers
-from lightning_align.models.build import build_model, plain_model, save_pretrained
+from lightning_align.models.build import build_model, save_pretrained
+from lightning_align.models.rotary import rotary_in_fp32
+from lightning_align.modules.continued import groups_of_an_older_run, refuse_another_model
+from lightning_align.modules.window import Clock, Sums, collect, log_step, means_over_ranks
 from lightning_align.optimizers.param_groups import (
     build_param_groups,
     learning_rates,
@@ -34,18 +32,6 @@ from lightning_align.optimizers.param_groups import (
 from lightning_align.run.exact_resume import ExactResume
 from lightning_align.run.protocols import SpreadsModel, tokenizer_of
 from lightning_align.run.replicas import is_spread, replica, total_grad_norm
-
-# name -> (sum, weight), whose quotient is the mean to log; "loss" weighs the gradient, too.
-Sums = dict[str, tuple[Tensor, Tensor]]
-
-
-class Clock:
-    """When the present step began, by this process's clock: no state of a run."""
-
-    step_began: float | None = None
-
-    def __getstate__(self) -> dict[str, float]:
-        return {}
 
 
 class CausalLMModule(pl.LightningModule, ABC):
@@ -111,18 +97,6 @@ class CausalLMModule(pl.LightningModule, ABC):
         self._clock = Clock()
         self._saved_groups: list[dict[str, Any]] | None = None
 
-    def _save_plain_hyperparameters(
-        self, **models: nn.Module | str | PretrainedConfig | None
-    ) -> None:
-        """Keep plain data only: a callable there breaks ``load_from_checkpoint``."""
-        if built_by_cli():  # the CLI hands over its configuration, plain already
-            self.save_hyperparameters()
-            return
-        self.save_hyperparameters(ignore=[*models, "optimizer", "lr_scheduler"])
-        for name, model in models.items():
-            if (plain := plain_model(model)) is not None:
-                self.save_hyperparameters({name: plain})
-
     @property
     def tokens_seen(self) -> int:
         """Tokens learned from so far, over all ranks (for preference pairs: completion tokens)."""
@@ -171,61 +145,33 @@ class CausalLMModule(pl.LightningModule, ABC):
 
     def _step(self, batch: dict[str, Tensor]) -> Tensor:
         loss, sums = self.loss_from_hidden(self.forward_hidden(**self.model_inputs(batch)), batch)
-        collected = self.accumulated if self.training else self.evaluated
-        for name, pair in sums.items():
-            packed = torch.stack([value.detach().float() for value in pair])
-            collected[name] = collected[name] + packed if name in collected else packed
+        collect(sums, self.accumulated if self.training else self.evaluated)
         return loss
-
-    def _means(self, collected: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """(means, weights) by name of what all ranks collected; empties ``collected``.
-
-        "tokens" stands among the means as a sum.
-        """
-        names = sorted(collected)
-        sums = self.trainer.strategy.reduce(
-            torch.stack([collected[name] for name in names]), reduce_op="sum"
-        )
-        collected.clear()
-        weights = dict(zip(names, sums[:, 1].clamp(min=1), strict=True))
-        means = {name: total / weights[name] for name, total in zip(names, sums[:, 0], strict=True)}
-        means["tokens"] = sums[names.index("tokens"), 0]  # how many in all, not how many a batch
-        return means, weights
 
     # Exact weighting of gradients
 
     @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        means, weights = self._means(self.accumulated)
+        means, weights = means_over_ranks(self.trainer, self.accumulated)
         # Undo the means that Lightning and DDP take, and divide by the window's true weight.
         averaged_over = replica(self.trainer)[0] * self.trainer.accumulate_grad_batches
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         torch._foreach_mul_(gradients, averaged_over / weights["loss"])
-        self._log_step(means, total_grad_norm(self.trainer, self), optimizer)
+        tokens = means.pop("tokens")
+        self._tokens_seen = self._tokens_seen + tokens.long()  # stays on the device: no sync
+        means |= self.derived_metrics(means)
+        values = {"train_loss": means.pop("loss")}
+        values |= {self.train_prefix + name: value for name, value in means.items()}
+        values["grad_norm"] = total_grad_norm(self.trainer, self)
+        values["lr"] = torch.tensor(float(optimizer.param_groups[0]["lr"]), device=self.device)
+        values["tokens_seen"] = self._tokens_seen.float()
+        log_step(self, values, tokens, self._clock)
 
     # Logging
 
     def derived_metrics(self, means: dict[str, Tensor]) -> dict[str, Tensor]:  # noqa: ARG002
         """Metrics that are functions of means, such as perplexity."""
         return {}
-
-    def _log_step(
-        self, means: dict[str, Tensor], grad_norm: Tensor, optimizer: torch.optim.Optimizer
-    ) -> None:
-        tokens = means.pop("tokens")
-        self._tokens_seen = self._tokens_seen + tokens.long()  # stays on the device: no sync
-        means |= self.derived_metrics(means)
-        values = {"train_loss": means.pop("loss")}
-        values |= {self.train_prefix + name: value for name, value in means.items()}
-        values["grad_norm"] = grad_norm
-        values["lr"] = torch.tensor(float(optimizer.param_groups[0]["lr"]), device=self.device)
-        values["tokens_seen"] = self._tokens_seen.float()
-        now = time.perf_counter()
-        if self._clock.step_began is not None:
-            values["tokens_per_second"] = tokens / (now - self._clock.step_began)
-        for name, value in values.items():
-            log_step_value(self, name, value, prog_bar=name in ("train_loss", "tokens_per_second"))
-        self._clock.step_began = now
 
     @override
     def on_train_epoch_start(self) -> None:
@@ -249,7 +195,7 @@ class CausalLMModule(pl.LightningModule, ABC):
         self._log_evaluation("test_")
 
     def _log_evaluation(self, prefix: str) -> None:
-        means, _ = self._means(self.evaluated)
+        means, _ = means_over_ranks(self.trainer, self.evaluated)
         means.pop("tokens")
         means |= self.derived_metrics(means)
         for name, value in means.items():
@@ -333,58 +279,5 @@ class CausalLMModule(pl.LightningModule, ABC):
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._tokens_seen.fill_(checkpoint.get("tokens_seen", 0))
-        self._saved_groups = self._groups_of_an_older_run(checkpoint)
-        theirs = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
-        ours = {name: tuple(value.shape) for name, value in self.state_dict().items()}
-        different = sorted(k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k))
-        if different and self.strict_loading:
-            name = different[0]
-            raise argument_error(
-                type(self).__name__,
-                "model",
-                type(self.model).__name__,
-                f"the checkpoint is of another model: {len(different)} parameter(s) differ, first"
-                f" {name!r} with shape {ours.get(name)} here and {theirs.get(name)} there",
-                "Build the module with the model that wrote the checkpoint",
-            )
-
-    def _groups_of_an_older_run(self, checkpoint: dict[str, Any]) -> list[dict[str, Any]] | None:
-        """Names and decay of the groups of a run that is resumed, if they were sorted otherwise.
-
-        Until 0.1.0 there were two: what has two dimensions, but for the embedding, and the rest.
-        """
-        trainer = self._trainer
-        states = checkpoint.get("optimizer_states") or [{"param_groups": []}]
-        groups = states[0]["param_groups"]
-        is_named = bool(groups) and all("param_names" in group for group in groups)
-        if trainer is None or trainer.state.fn != TrainerFn.FITTING or not is_named:
-            return None
-        if any("use_muon" in group for group in groups):
-            return None
-        kept = ("param_names", "weight_decay")
-        return [{name: group[name] for name in kept if name in group} for group in groups]
-
-
-@contextmanager
-def rotary_in_fp32(module: nn.Module) -> Iterator[None]:
-    """Let a cast to 16 bits (``precision="bf16-true"``) pass by the rotary frequencies.
-
-    transformers keeps them in fp32 when it loads a model in bf16. Rounded to bf16, the angles of
-    Llama's heads would be off by up to 0.4 radians at position 1000.
-    """
-    kept = [
-        (part, name, frequencies)
-        for part in module.modules()
-        for name, frequencies in part.named_buffers(recurse=False)
-        if name.endswith("inv_freq") and frequencies.dtype == torch.float32
-    ]
-    yield
-    for part, name, frequencies in kept:
-        cast = part.get_buffer(name)
-        if cast.dtype in (torch.bfloat16, torch.float16):
-            setattr(part, name, frequencies.to(cast.device))
-
-
-def perplexity(mean_nll: Tensor) -> Tensor:
-    """Exponential of a mean negative log-likelihood in nats; infinite where it overflows."""
-    return mean_nll.clamp(max=math.log(torch.finfo(torch.float32).max)).exp()
+        self._saved_groups = groups_of_an_older_run(self._trainer, checkpoint)
+        refuse_another_model(self, self.model, checkpoint)

@@ -22,8 +22,11 @@ from lightning_align.losses import (
     preference_step,
 )
 from lightning_align.models.build import build_model
-from lightning_align.modules.causal_lm import CausalLMModule, Sums, rotary_in_fp32
+from lightning_align.models.rotary import rotary_in_fp32
+from lightning_align.modules.causal_lm import CausalLMModule
+from lightning_align.modules.continued import save_plain_hyperparameters
 from lightning_align.modules.reference import fingerprint, fingerprint_until_0_1
+from lightning_align.modules.window import Sums
 
 
 class DPOModule(CausalLMModule):
@@ -99,7 +102,7 @@ class DPOModule(CausalLMModule):
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
-        self._save_plain_hyperparameters(model=model, ref_model=ref_model)
+        save_plain_hyperparameters(self, model=model, ref_model=ref_model)
         self.options = options
         turn_off_dropout(self.model)
         if ref_model is None:

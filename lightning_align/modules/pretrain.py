@@ -8,7 +8,9 @@ from typing_extensions import override
 
 from lightning_align._errors import argument_error
 from lightning_align.losses import linear_cross_entropy
-from lightning_align.modules.causal_lm import CausalLMModule, Sums, perplexity
+from lightning_align.modules.causal_lm import CausalLMModule
+from lightning_align.modules.continued import save_plain_hyperparameters
+from lightning_align.modules.window import Sums, perplexity
 from lightning_align.run.protocols import separates_documents
 from lightning_align.run.replicas import is_spread
 
@@ -83,7 +85,7 @@ class PretrainModule(CausalLMModule):
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
-        self._save_plain_hyperparameters(model=model)
+        save_plain_hyperparameters(self, model=model)
         self.z_loss = z_loss
         self.label_smoothing = label_smoothing
 
