@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_align._errors import argument_error
 from lightning_align.data.tokenizer import encode, load_tokenizer, pad_token_id
+from lightning_align.layers import find_held_model
 from lightning_align.reports.texts import log_rows
 from lightning_align.run.protocols import one_rank_runs_model, tokenizer_of
 from lightning_align.run.rng import reseed
@@ -213,16 +214,8 @@ def _find_model(pl_module: pl.LightningModule) -> nn.Module:
     Raises:
         ValueError: If there is none.
     """
-    for module in pl_module.modules():
-        if callable(getattr(module, "generate", None)) and module is not pl_module:
-            return module
-    raise argument_error(
-        "GenerateSamples",
-        "pl_module",
-        type(pl_module).__name__,
-        "holds no module with a generate method",
-        "Use a Hugging Face model, or override generate(pl_module, prompt) in a subclass",
-    )
+    way_out = "Use a Hugging Face model, or override generate(pl_module, prompt) in a subclass"
+    return find_held_model(pl_module, "generate", where="GenerateSamples", way_out=way_out)[1]
 
 
 @contextmanager

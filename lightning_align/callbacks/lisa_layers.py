@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_align._errors import argument_error
-from lightning_align.layers import ModelLayers, find_layers
+from lightning_align.layers import ModelLayers, find_language_models, find_layers, kept_layers
 from lightning_align.seeds import derive_seed
 
 
@@ -120,12 +120,11 @@ def language_model(pl_module: nn.Module, layers_attribute: str | None) -> ModelL
         ValueError: If it cannot be read, or holds adapters of PEFT.
     """
     _refuse_adapters(pl_module)
-    known = getattr(pl_module, "layers", None)
-    if isinstance(known, ModelLayers):
-        return known if layers_attribute is None else find_layers(known.model, layers_attribute)
-    # Asked of the class: wrappers of models pass attributes on.
-    models = [m for m in pl_module.modules() if hasattr(type(m), "get_output_embeddings")]
-    return find_layers(models[0] if models else pl_module, layers_attribute)
+    kept = kept_layers(pl_module)
+    if kept is not None:
+        return kept if layers_attribute is None else find_layers(kept.model, layers_attribute)
+    models = find_language_models(pl_module).values()
+    return find_layers(next(iter(models), pl_module), layers_attribute)
 
 
 def _refuse_adapters(pl_module: nn.Module) -> None:

@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 from torch import nn
 from typing_extensions import override
 
-from lightning_align._errors import argument_error
+from lightning_align.layers import find_held_model
 from lightning_align.models.build import save_pretrained
 from lightning_align.run.protocols import tokenizer_of, whole_state_dict
 
@@ -53,10 +53,9 @@ class SavePretrained(pl.Callback):
         save_pretrained(model, self.dirpath, tokenizer_of(trainer), state)
 
     def _model(self, pl_module: pl.LightningModule) -> tuple[str, nn.Module]:
-        """The Hugging Face model, and how names of its state begin in the module's."""
-        for name, module in pl_module.named_modules():
-            if callable(getattr(module, "save_pretrained", None)) and module is not pl_module:
-                return f"{name}.", module
-        rule = f"{type(pl_module).__name__} holds no module with save_pretrained"
+        """How names of its state begin in the module's, and the Hugging Face model."""
         way_out = "Use a Hugging Face model, or leave the callback out"
-        raise argument_error("SavePretrained", "dirpath", self.dirpath, rule, way_out)
+        name, model = find_held_model(
+            pl_module, "save_pretrained", where="SavePretrained", way_out=way_out
+        )
+        return f"{name}.", model

@@ -5,7 +5,12 @@ from typing import TYPE_CHECKING
 from lightning_align._lazy import lazy
 
 if TYPE_CHECKING:
-    from lightning_align.layers.find import find_layers
+    from lightning_align.layers.find import (
+        find_held_model,
+        find_language_models,
+        find_layers,
+        kept_layers,
+    )
     from lightning_align.layers.head import Head
     from lightning_align.layers.hugging_face import is_hugging_face
     from lightning_align.layers.map import ModelLayers
@@ -15,9 +20,21 @@ else:
         "Head": "head",
         "ModelLayers": "map",
         "checkpoint_blocks": "recompute",
+        "find_held_model": "find",
+        "find_language_models": "find",
         "find_layers": "find",
         "is_hugging_face": "hugging_face",
+        "kept_layers": "find",
     }
     __getattr__, __dir__ = lazy(__name__, _HOMES)
 
-__all__ = ["Head", "ModelLayers", "checkpoint_blocks", "find_layers", "is_hugging_face"]
+__all__ = [
+    "Head",
+    "ModelLayers",
+    "checkpoint_blocks",
+    "find_held_model",
+    "find_language_models",
+    "find_layers",
+    "is_hugging_face",
+    "kept_layers",
+]

@@ -1,4 +1,4 @@
-"""Finding the layers of a decoder.
+"""Finding the language models in a module, and the layers of a decoder.
 
 Hugging Face decoders are uniform (base model, input and output embeddings, one ModuleList of
 ``num_hidden_layers`` blocks) and are read through that interface. Any other module is read from
@@ -63,6 +63,60 @@ def find_layers(model: nn.Module, layers_attribute: str | None = None) -> ModelL
         logit_scale=logit_scale,
         softcap=softcap,
     )
+
+
+def find_language_models(
+    module: nn.Module, method: str = "get_output_embeddings"
+) -> dict[str, nn.Module]:
+    """The language models in a module: those of its parts that have a method of language models.
+
+    The class is asked for it, because wrappers of models pass attributes on. What is inside of a
+    model belongs to it, and is none.
+
+    Args:
+        module: Any module; it may be a language model itself.
+        method: What a part must be able to do: to say where its head is, as all models of
+            transformers do, or for example ``"generate"``.
+
+    Returns:
+        Dotted name of each (empty for the module itself) and the model, in the module's order.
+    """
+    found: dict[str, nn.Module] = {}
+    inside: set[nn.Module] = set()
+    for name, part in module.named_modules():
+        if part not in inside and hasattr(type(part), method):
+            found[name] = part
+            inside.update(part.modules())
+    return found
+
+
+def find_held_model(
+    module: nn.Module, method: str, *, where: str, way_out: str
+) -> tuple[str, nn.Module]:
+    """The first language model that a module holds, and its dotted name.
+
+    A method of that name on the module itself is the user's own, and not asked.
+
+    Args:
+        module: Any module.
+        method: What the model must be able to do.
+        where: Class that needs it, for the error message.
+        way_out: What to do without one.
+
+    Raises:
+        ValueError: If the module holds none.
+    """
+    for name, child in module.named_children():
+        for inner, model in find_language_models(child, method).items():
+            return f"{name}.{inner}".rstrip("."), model
+    rule = f"holds no module with a {method} method"
+    raise argument_error(where, "pl_module", type(module).__name__, rule, way_out)
+
+
+def kept_layers(module: nn.Module) -> ModelLayers | None:
+    """The map that a module of ours keeps of its model as ``layers``, None for any other."""
+    kept = getattr(module, "layers", None)
+    return kept if isinstance(kept, ModelLayers) else None
 
 
 def _refuse_wrappers(model: nn.Module) -> None:

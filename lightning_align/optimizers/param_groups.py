@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, SequentialLR
 
 from lightning_align._errors import argument_error
-from lightning_align.layers import ModelLayers, find_layers
+from lightning_align.layers import ModelLayers, find_language_models, find_layers
 
 # Group -> what an optimizer is told of it besides its parameters, in the order of the groups.
 # "use_muon" is the word of torch's and other Muons; "transposed" says that a matrix is stored
@@ -192,7 +192,7 @@ def _embeddings_and_heads(
 ) -> tuple[set[Tensor], set[Tensor]]:
     """Weights of the token embeddings and of the heads of all language models in a module."""
     try:
-        models = [] if layers else _language_models(module)
+        models = [] if layers else list(find_language_models(module).values()) or [module]
         maps = [layers] if layers else [find_layers(model, layers_attribute) for model in models]
     except ValueError as error:
         heads = _heads_by_size(module)
@@ -208,18 +208,6 @@ def _embeddings_and_heads(
         return set(), heads
     weights: list[Any] = [found.embedding.weight for found in maps]
     return set(weights), {found.head.weight for found in maps}
-
-
-def _language_models(module: nn.Module) -> list[nn.Module]:
-    """The outermost modules that say where their head is, or the module itself."""
-    found: list[nn.Module] = []
-    inside: set[nn.Module] = set()
-    for child in module.modules():
-        # Asked of the class: wrappers of models pass attributes on.
-        if hasattr(type(child), "get_output_embeddings") and child not in inside:
-            found.append(child)
-            inside.update(child.modules())
-    return found or [module]
 
 
 def _heads_by_size(module: nn.Module) -> set[Tensor]:

@@ -45,6 +45,9 @@ def test_module_without_a_hugging_face_model_is_refused_before_training(tmp_path
         enable_checkpointing=False,
         callbacks=[callback],
     )
-    with pytest.raises(ValueError, match="HandWritten holds no module with save_pretrained"):
+    with pytest.raises(
+        ValueError,
+        match=r"SavePretrained\(pl_module='HandWritten'\): holds no module with a save_pretrained",
+    ):
         trainer.fit(HandWritten(), SequenceData())
     assert trainer.global_step == 0

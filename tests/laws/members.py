@@ -227,7 +227,7 @@ CALLBACKS = [
     Member(
         "SavePretrained",
         spec(OURS + "SavePretrained", dirpath="{run}/model"),
-        refuses={"hand-written": "HandWritten holds no module with save_pretrained"},
+        refuses={"hand-written": "HandWritten'\\): holds no module with a save_pretrained method"},
     ),
     Member(
         "GenerateSamples",

@@ -8,7 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_align.layers import find_layers
+from lightning_align.layers import (
+    find_held_model,
+    find_language_models,
+    find_layers,
+    kept_layers,
+)
 from tests.helpers.decoders import MODELS, Outputs, tiny_bert
 from tests.helpers.tiny_models import (
     HIDDEN_SIZE,
@@ -145,3 +150,75 @@ def test_finding_computes_nothing() -> None:
         for model in models:
             find_layers(model)
     assert outputs.seen == []
+
+
+# The language models in a module
+
+
+class Passing(nn.Module):
+    """A wrapper that has whatever the model has, as torch.compile's and PEFT's do."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.inner = model
+
+    def __getattr__(self, name: str) -> object:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_a_model_of_transformers_is_found_whole_wherever_it_is(name: str) -> None:
+    model, other = TINY_MODELS[name](), TINY_MODELS["llama"]()
+    assert find_language_models(model) == {"": model}
+    module = nn.ModuleDict({"norm": nn.LayerNorm(3), "policy": model, "reference": other})
+    assert list(find_language_models(module).items()) == [("policy", model), ("reference", other)]
+    assert find_held_model(module, "generate", where="Us", way_out="") == ("policy", model)
+
+
+def test_a_module_written_by_hand_is_one_if_it_says_where_its_head_is() -> None:
+    class Declared(PlainDecoder):
+        def get_output_embeddings(self) -> nn.Module:
+            return self.to_logits
+
+    model = Declared()
+    module = nn.Sequential(nn.ModuleDict({"net": model}), PlainDecoder())
+    assert find_language_models(module) == {"0.net": model}
+    assert find_language_models(PlainDecoder()) == {}
+
+
+def test_a_wrapper_is_no_model_and_the_model_in_it_is() -> None:
+    model = TINY_MODELS["gpt2"]()
+    for wrapper in (Passing(model), torch.compile(model)):
+        assert callable(wrapper.generate)
+        ((name, found),) = find_language_models(wrapper).items()
+        assert (name, found) in (("inner", model), ("_orig_mod", model))
+        held = find_held_model(nn.ModuleList([wrapper]), "generate", where="Us", way_out="")
+        assert held == (f"0.{name}", model)
+
+
+def test_a_method_of_the_user_module_is_no_model() -> None:
+    class Own(nn.Module):
+        def __init__(self, **models: nn.Module) -> None:
+            super().__init__()
+            for name, model in models.items():
+                self.add_module(name, model)
+
+        def generate(self, prompt: str) -> str:
+            return prompt
+
+    model = TINY_MODELS["llama"]()
+    assert find_held_model(Own(net=model), "generate", where="Us", way_out="") == ("net", model)
+    message = r"^Us\(pl_module='Own'\): holds no module with a generate method\. Pass a model\.$"
+    with pytest.raises(ValueError, match=message):
+        find_held_model(Own(net=PlainDecoder()), "generate", where="Us", way_out="Pass a model")
+
+
+def test_layers_are_kept_by_modules_of_ours_only() -> None:
+    module = nn.Module()
+    assert kept_layers(module) is None
+    module.layers = find_layers(PlainDecoder())
+    assert kept_layers(module) is module.layers
+    assert kept_layers(PlainDecoder()) is None, "its layers are a ModuleList"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_align._compat import torch_modules
-from lightning_align.layers import ModelLayers, find_layers, is_hugging_face
+from lightning_align.layers import ModelLayers, find_layers, is_hugging_face, kept_layers
 from lightning_align.run.protocols import NamesLayers
 from lightning_align.strategies.pipeline.chain import Chain, chain_error, refuse_compiled
 
@@ -35,7 +35,7 @@ def find_chain(module: pl.LightningModule) -> Chain:
                 module, "its pipeline_layers() must return modules in the order they are called"
             )
         return Chain(module, layers)
-    if isinstance(decoder := getattr(module, "layers", None), ModelLayers):
+    if (decoder := kept_layers(module)) is not None:
         return _decoder_chain(module, decoder)
     holder: nn.Module = module
     while not isinstance(holder, nn.Sequential):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import Tensor, nn
 
+from lightning_align.layers import is_hugging_face
 from lightning_align.layers.surgery import replaced
 from lightning_align.run.protocols import WeighsMicrobatches, loss_is_sum
 from lightning_align.strategies.pipeline.chain import Step, quiet
@@ -38,19 +38,11 @@ def shares_of(module: pl.LightningModule, steps: Sequence[Step]) -> list[float]:
 
 
 def _numbers_of_labels(module: pl.LightningModule, steps: Sequence[Step]) -> list[float]:
-    models = _models(module)
+    models = [part for part in module.modules() if is_hugging_face(part)]
     if not models or loss_is_sum(module):
         return []
     numbers = [_number_of_labels(module, models, step) for step in steps]
     return [number for number in numbers if number is not None] if None not in numbers else []
-
-
-def _models(module: nn.Module) -> list[nn.Module]:
-    """The models of transformers in it."""
-    library: Any = sys.modules.get("transformers.modeling_utils")
-    if library is None:
-        return []
-    return [part for part in module.modules() if isinstance(part, library.PreTrainedModel)]
 
 
 class _Called(BaseException):  # no error: the step gets no further than its model
