@@ -30,6 +30,7 @@ from lightning_align.callbacks.checkpoint_standing import standing
 from lightning_align.callbacks.checkpoint_triggers import SaveTriggers, may_save_after
 from lightning_align.checkpointing import committed_checkpoints, latest_valid_checkpoint
 from lightning_align.checkpointing.retention import Retention
+from lightning_align.run.callbacks import bring
 from lightning_align.run.exact_resume import ExactResume
 from lightning_align.run.interrupt import DeferredInterrupt
 
@@ -164,10 +165,7 @@ class AsyncCheckpoint(ModelCheckpoint):
             return
         checks.check_strategy(trainer.strategy)
         self._untold_fields = check_names(self)  # all of it may have been set since
-        if not any(isinstance(callback, ExactResume) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-            exact_resume = ExactResume()
-            trainer.callbacks = [exact_resume, *trainer.callbacks]  # type: ignore[attr-defined]
-            exact_resume.setup(trainer, pl_module, stage)
+        bring(ExactResume, trainer, pl_module, stage)
         run = run_of(trainer, (each._run for each in self._of_one_run(trainer)))
         if run is not self._run:
             self._begin(run)

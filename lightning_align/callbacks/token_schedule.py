@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lightning_align._compat.lightning_trainer import is_accumulating
 from lightning_align._errors import argument_error, finite_number
+from lightning_align.run.callbacks import put_first
 from lightning_align.run.protocols import CountsTokens
 from lightning_align.schedules import DECAYS, SCHEDULES, lr_fraction
 
@@ -128,7 +129,7 @@ class TokenSchedule(pl.Callback):
             self.tokens_seen, self._window, self._saved_settings = 0, 0, None
         self._module_counts = isinstance(pl_module, CountsTokens)
         # First in line: what another callback saves at the end of a batch has that batch's tokens.
-        trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore[attr-defined]
+        put_first(trainer, self)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -29,6 +29,7 @@ from lightning_align.optimizers.param_groups import (
     learning_rates,
     warn_of_lost_ratios,
 )
+from lightning_align.run.callbacks import callbacks_of
 from lightning_align.run.exact_resume import ExactResume
 from lightning_align.run.protocols import SpreadsModel, tokenizer_of
 from lightning_align.run.replicas import is_spread, replica, total_grad_norm
@@ -225,8 +226,7 @@ class CausalLMModule(pl.LightningModule, ABC):
 
     @override
     def configure_callbacks(self) -> Sequence[pl.Callback]:
-        callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        present = any(isinstance(callback, ExactResume) for callback in callbacks)
+        present = any(isinstance(each, ExactResume) for each in callbacks_of(self.trainer))
         return [] if present else [ExactResume()]
 
     @override

@@ -29,6 +29,7 @@ from torch import nn
 
 from lightning_align._compat import lightning_resume
 from lightning_align._errors import argument_error
+from lightning_align.run.callbacks import callbacks_of
 from lightning_align.run.plain import Encoder, LostError, Rebuilder, UnknownTypeError
 from lightning_align.run.protocols import datamodule_of, frozen_modules
 from lightning_align.run.replicas import replica
@@ -232,7 +233,7 @@ def _elsewhere(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any
     """What is saved or built by others: a link to it is enough."""
     configs = trainer.lr_scheduler_configs
     lists = {
-        "callback": trainer.callbacks,  # type: ignore[attr-defined]
+        "callback": callbacks_of(trainer),
         "logger": trainer.loggers,
         "optimizer": trainer.optimizers,
         "wrapped optimizer": lightning_resume.lightning_optimizers(trainer),

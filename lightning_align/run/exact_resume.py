@@ -23,6 +23,7 @@ from lightning_align.run.accumulation import (
     validation_is_to_do,
 )
 from lightning_align.run.attributes import Attributes
+from lightning_align.run.callbacks import callbacks_of, put_first
 from lightning_align.run.epoch_means import capture_means, restore_means
 from lightning_align.run.loader import PositionedLoader
 from lightning_align.run.position import (
@@ -105,7 +106,7 @@ class ExactResume(pl.Callback):
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that")
         lightning_resume.wrap_train_loaders(trainer, partial(self._follow, trainer))
         # First in line, so that what other callbacks draw for a batch follows the position too.
-        trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore[attr-defined]
+        put_first(trainer, self)
         lightning_resume.call_before_saving(trainer, lambda: self._module_hook())
 
     def _follow(self, trainer: pl.Trainer, loaders: Any) -> PositionedLoader:
@@ -285,7 +286,7 @@ def _name_what_ran_early(trainer: pl.Trainer, place: Place) -> None:
     module: Any = trainer.lightning_module
     names = [
         type(each).__name__
-        for each in (module, *trainer.callbacks)  # type: ignore[attr-defined]
+        for each in (module, *callbacks_of(trainer))
         if not type(each).__module__.startswith(("lightning.", "lightning_align."))
         and lightning_resume.has_own_hook(each, "on_train_epoch_end")
     ]

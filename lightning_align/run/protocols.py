@@ -9,6 +9,7 @@ takes microseconds, so it is asked at set-up and not in every step.
 """
 
 from collections.abc import Collection, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import lightning.pytorch as pl
@@ -20,7 +21,7 @@ from lightning.pytorch.strategies import (
     Strategy,
 )
 from torch import Tensor, nn
-from typing_extensions import Protocol, runtime_checkable
+from typing_extensions import Protocol, get_protocol_members, runtime_checkable
 
 from lightning_align._compat.lightning_trainer import wrap_in_ddp_again
 
@@ -227,6 +228,17 @@ def frozen_modules(module: pl.LightningModule) -> dict[str, nn.Module]:
 def loss_is_sum(module: pl.LightningModule) -> bool:
     """Whether the loss of a module's step is a sum over rows, and not a mean."""
     return isinstance(module, DeclaresReduction) and module.loss_reduction == "sum"
+
+
+def misspelt(module: pl.LightningModule) -> dict[str, str]:
+    """What a module has that no pipeline asks for, and the name that it may have meant."""
+    kinds = (NamesLayers, NamesInputs, WeighsMicrobatches, RefusesPipeline)
+    asked = [name for kind in kinds for name in get_protocol_members(kind)]
+    own = {*vars(module), *(name for base in type(module).__mro__ for name in vars(base))}
+    # Other words than these with their prefix are too common to say anything.
+    unknown = [name for name in sorted(own) if name.startswith("pipeline_") and name not in asked]
+    near = {name: get_close_matches(name, asked, 1, cutoff=0.9) for name in unknown}
+    return {name: found[0] for name, found in near.items() if found}
 
 
 def datamodule_of(trainer: pl.Trainer | None) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.utils.data import DataLoader
 
 from lightning_align._compat import lightning_trainer
@@ -156,3 +157,9 @@ def test_wrap_in_ddp_again_leaves_nothing_of_the_old_wrapper(tmp_path: Path) -> 
     trainer.fit(Layered(), DataLoader(torch.randn(12, 3), batch_size=2))
     notes = [json.loads((tmp_path / f"rank.{rank}").read_text()) for rank in range(2)]
     assert notes == [{"gone": True, "kept": True}] * 2
+
+
+def test_has_comm_state_is_of_ddp_alone() -> None:
+    assert not lightning_trainer.has_comm_state(SingleDeviceStrategy())
+    assert not lightning_trainer.has_comm_state(DDPStrategy())
+    assert lightning_trainer.has_comm_state(DDPStrategy(ddp_comm_state=object()))

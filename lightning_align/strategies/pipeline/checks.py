@@ -16,12 +16,14 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, distributed
 from torch.optim import Optimizer
 
 from lightning_align._compat import lightning_processes
 from lightning_align._errors import argument_error
-from lightning_align.run.protocols import RefusesPipeline
+from lightning_align.run.callbacks import callbacks_of
+from lightning_align.run.protocols import RefusesPipeline, misspelt
 from lightning_align.strategies.pipeline.chain import WHERE
 from lightning_align.strategies.pipeline.microbatches import count_that_divides
 from lightning_align.strategies.pipeline.runtime import SCHEDULES
@@ -72,9 +74,11 @@ def check_module(trainer: pl.Trainer, module: pl.LightningModule) -> None:
         rule = "it overrides backward, and a pipeline propagates back by its schedule"
         way_out = "Change gradients in on_after_backward, or the loss in training_step"
         raise argument_error(WHERE, "model", name, rule, way_out)
+    for name_here, meant in misspelt(module).items():
+        rank_zero_warn(f"{WHERE}: {name}.{name_here} is not asked for. Is it meant as {meant}?")
     if isinstance(module, RefusesPipeline) and module.pipeline_refusal:
         raise argument_error(WHERE, "model", name, module.pipeline_refusal, "Use another strategy")
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer):
         name = type(callback).__name__
         if isinstance(callback, _OF_WHOLE_MODELS):
             rule = "it needs the whole model, and a rank holds a part of it"
