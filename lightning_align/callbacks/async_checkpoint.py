@@ -275,7 +275,7 @@ class AsyncCheckpoint(ModelCheckpoint):
         if self._folder is not None:
             formatted = partial(formatted_name, self, dict(metrics))  # which it fills up
             rank = score if ranked else None
-            name = self._folder.reserve(formatted, self.STARTING_VERSION, rank, keep=keep)
+            name = self._folder.reserve(formatted, self.STARTING_VERSION, rank, keep)
         checkpoint = lightning_resume.dump_checkpoint(trainer, self.save_weights_only)  # collective
         self._last_global_step_saved = trainer.global_step
         if self._folder is None:

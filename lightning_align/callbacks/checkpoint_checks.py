@@ -55,11 +55,7 @@ def check_triggers(
 
 
 def check_kept(
-    monitor: str | None,
-    mode: str,
-    save_top_k: int,
-    save_last: bool,
-    enable_version_counter: bool,
+    monitor: str | None, mode: str, save_top_k: int, save_last: bool, enable_version_counter: bool
 ) -> None:
     """Refuse what says which checkpoints are kept, where that cannot be.
 
@@ -114,13 +110,11 @@ def check_folders(callback: ModelCheckpoint, trainer: pl.Trainer) -> None:
     """
     ours = _where(callback, trainer)
     for other in trainer.checkpoint_callbacks:
-        if other is callback or not isinstance(other, ModelCheckpoint):
-            continue
-        if _where(other, trainer) == ours:
-            raise argument_error(
-                "AsyncCheckpoint",
+        if other is not callback and isinstance(other, ModelCheckpoint):
+            check(
                 "dirpath",
                 ours,
+                _where(other, trainer) != ours,
                 f"{callback.state_key} and {other.state_key} would both write there, and each"
                 " delete what the other keeps",
                 "Give one of them another dirpath",
@@ -139,25 +133,23 @@ def check_strategy(strategy: Strategy) -> None:
     Raises:
         ValueError: If it is one.
     """
-    name = type(strategy).__name__
-    if not saves_whole_state(strategy):
-        raise argument_error(
-            "AsyncCheckpoint",
-            "strategy",
-            name,
-            "its ranks save parts of the state themselves, and only a whole one on rank 0 can be"
-            " copied here",
-            "Use Lightning's ModelCheckpoint, or save on rank 0: with ddp, or with"
-            " PipelineStrategy(save_distributed_checkpoint=False)",
-        )
-    if type(strategy.checkpoint_io) is not TorchCheckpointIO:
-        raise argument_error(
-            "AsyncCheckpoint",
-            "plugins",
-            type(strategy.checkpoint_io).__name__,
-            "would be passed over: AsyncCheckpoint writes its files itself",
-            "Take it out of plugins, or use Lightning's ModelCheckpoint",
-        )
+    check(
+        "strategy",
+        type(strategy).__name__,
+        saves_whole_state(strategy),
+        "its ranks save parts of the state themselves, and only a whole one on rank 0 can be"
+        " copied here",
+        "Use Lightning's ModelCheckpoint, or save on rank 0: with ddp, or with"
+        " PipelineStrategy(save_distributed_checkpoint=False)",
+    )
+    writer = type(strategy.checkpoint_io)
+    check(
+        "plugins",
+        writer.__name__,
+        writer is TorchCheckpointIO,
+        "would be passed over: AsyncCheckpoint writes its files itself",
+        "Take it out of plugins, or use Lightning's ModelCheckpoint",
+    )
 
 
 def on_rank_zero(trainer: pl.Trainer, action: Callable[[], None]) -> None:

@@ -17,6 +17,7 @@ from lightning_align.checkpointing.files import Folder
 from lightning_align.checkpointing.manifest import DATA, Manifest
 from lightning_align.checkpointing.retention import Retention
 
+Formatted = Callable[[int | None], str]  # a name, without or with a version
 SAVES = "saves_of_run"  # in the metadata of a manifest
 
 
@@ -105,14 +106,7 @@ class CheckpointFolder:
             f" behind {kept}."
         )
 
-    def reserve(
-        self,
-        formatted: Callable[[int | None], str],
-        version: int,
-        score: float | None,
-        *,
-        keep: bool,
-    ) -> str:
+    def reserve(self, formatted: Formatted, version: int, score: float | None, keep: bool) -> str:
         """A name for the next save, which ``retention`` knows as pending from now on.
 
         Args:
@@ -128,11 +122,11 @@ class CheckpointFolder:
         self._retention.begin(name, score)
         return name
 
-    def free_name(self, formatted: Callable[[int | None], str], version: int) -> str:
+    def free_name(self, formatted: Formatted, version: int) -> str:
         """A name that no file of the folder has, nor any that is being written.
 
         Args:
-            formatted: Makes a name, without or with a version.
+            formatted: Makes the name.
             version: First version to try.
         """
         name = formatted(None)

@@ -107,14 +107,11 @@ def continue_newest(
         trainer: Who resumes; its loggers have not begun a run.
         places: Folders or URLs, each with the options of its filesystem.
     """
-    found = [
-        (newest, folder.path(newest.name + DATA))
-        for folder in (Folder(*place) for place in places)
-        if (newest := newest_whole(folder)) is not None
-    ]
-    if not found:
+    folders = [Folder(*place) for place in places]
+    whole = [(found, folder) for folder in folders if (found := newest_whole(folder)) is not None]
+    if not whole:
         return set()
-    newest, path = max(found, key=lambda each: order_in_run(each[0]))
+    newest, folder = max(whole, key=lambda each: order_in_run(each[0]))
     if newest.metadata.get("wandb_run_id"):
         lightning_resume.continue_wandb_run(trainer, newest.metadata["wandb_run_id"])
-    return {path}
+    return {folder.path(newest.name + DATA)}

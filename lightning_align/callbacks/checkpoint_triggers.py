@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -14,6 +15,7 @@ from lightning_align.callbacks.checkpoint_monitor import check_logged, is_logged
 from lightning_align.run.accumulation import is_safe_point
 
 
+@dataclass
 class SaveTriggers:
     """A save comes due at a step, an epoch or a time, and is made once that is safe.
 
@@ -23,15 +25,11 @@ class SaveTriggers:
         every_n_epochs: Epochs between saves, or 0.
     """
 
-    def __init__(
-        self,
-        every_n_train_steps: int,
-        train_time_interval: timedelta | None,
-        every_n_epochs: int,
-    ) -> None:
-        self._every_n_train_steps = every_n_train_steps
-        self._train_time_interval = train_time_interval
-        self._every_n_epochs = every_n_epochs
+    every_n_train_steps: int
+    train_time_interval: timedelta | None
+    every_n_epochs: int
+
+    def __post_init__(self) -> None:
         self.start()
 
     def start(self) -> None:
@@ -46,7 +44,7 @@ class SaveTriggers:
         Args:
             trainer: Who trains.
         """
-        every_n, interval = self._every_n_train_steps, self._train_time_interval
+        every_n, interval = self.every_n_train_steps, self.train_time_interval
         by_step = every_n > 0 and trainer.global_step % every_n == 0
         return by_step or (interval is not None and self._time_is_up(trainer, interval))
 
@@ -66,7 +64,7 @@ class SaveTriggers:
             trainer: Who trains.
             counts: Whether this is the one of the two that epochs are counted by.
         """
-        every_n = self._every_n_epochs
+        every_n = self.every_n_epochs
         by_epoch = counts and every_n >= 1 and (trainer.current_epoch + 1) % every_n == 0
         return by_epoch or self._awaits_validation
 
@@ -99,8 +97,9 @@ class SaveTriggers:
         if monitor is None or is_logged(trainer, monitor, metrics):
             return metrics
         # A step's save waits for the validation that logs the value; an epoch's comes again anyway.
-        self._awaits_validation = self._every_n_epochs == 0
-        if not trainer.training or _epoch_is_closed(trainer):
+        self._awaits_validation = self.every_n_epochs == 0
+        epochs: Any = trainer.fit_loop.epoch_progress.current
+        if not trainer.training or epochs.processed == epochs.started:  # the epoch is closed
             check_logged(trainer, monitor, metrics)
         return None
 
@@ -121,8 +120,3 @@ def may_save_after(trainer: pl.Trainer, exception: BaseException, stopped_togeth
         )
         return False
     return trainer.world_size == 1 or stopped_together
-
-
-def _epoch_is_closed(trainer: pl.Trainer) -> bool:
-    progress: Any = trainer.fit_loop.epoch_progress.current
-    return bool(progress.processed == progress.started)

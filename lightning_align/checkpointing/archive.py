@@ -210,10 +210,8 @@ def ending(structure: Any, leaves: list[Reduced], archive: Archive) -> Iterable[
         number, size = len(whole.entries), storage.nbytes()
         yield whole.add(f"data/{number}", size)
         if size:
-            data: Any = (
-                torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).cpu().numpy()
-            )
-            yield memoryview(data)
+            flat = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+            yield memoryview(flat.cpu().numpy())  # type: ignore[arg-type]
     records = {"data.pkl": file.getvalue(), "byteorder": sys.byteorder.encode(), "version": b"3\n"}
     for name, value in records.items():
         yield whole.add(name, len(value), zlib.crc32(value)) + value

@@ -9,7 +9,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, get_args
 
 from lightning_align._errors import argument_error
 from lightning_align.checkpointing.commit import commit, remove, sweep
@@ -21,10 +22,9 @@ from lightning_align.checkpointing.lock import FolderLock
 from lightning_align.checkpointing.manifest import DATA, LINEAGE, Manifest, newest_first
 from lightning_align.checkpointing.pool import Snapshot, SnapshotPool
 from lightning_align.checkpointing.results import Commit, SaveError, SaveResult
-from lightning_align.checkpointing.writer import Writer
+from lightning_align.checkpointing.writer import Writer, attempt
 
 Backpressure = Literal["wait", "skip", "latest"]
-_POLICIES = ("wait", "skip", "latest")
 _REMOTE_ATTEMPTS = 3
 _RETRY_S = 1.0
 _EXIT_TIMEOUT_S = 60.0
@@ -67,7 +67,7 @@ class SnapshotEngine:
     ) -> None:
         if keep_last < 1:
             raise argument_error("SnapshotEngine", "keep_last", keep_last, "must be at least 1")
-        if backpressure not in _POLICIES:
+        if backpressure not in get_args(Backpressure):
             rule = "must be 'wait', 'skip' or 'latest'"
             raise argument_error("SnapshotEngine", "backpressure", backpressure, rule)
         self.persist = persist
@@ -84,10 +84,10 @@ class SnapshotEngine:
         self._lineage = Lineage([])
         self._foreign: set[str] = set()  # names of files that are no checkpoints of ours
         self._durable = 0  # number of the latest save that is on disk
-        self._deferred: list[_Delete] = []  # for when something newer is durable
+        self._deferred: list[tuple[str, int]] = []  # deletions, for when something newer is durable
         self._errors: list[SaveError] = []
         self._unreported: list[SaveError] = []
-        self._writer = Writer("checkpoint-writer")
+        self._writer = Writer[_Job]("checkpoint-writer")
         self._pid = os.getpid()
         self._closed = self._released = False
         if persist:
@@ -138,8 +138,7 @@ class SnapshotEngine:
         snapshot = self._free_snapshot()
         waited_s = time.perf_counter() - start
         if snapshot is None:
-            stall_s = time.perf_counter() - start
-            return SaveResult(0, stall_s, waited_s, skipped=True, replaced=replaced)
+            return SaveResult(0, waited_s, waited_s, skipped=True, replaced=replaced)
         with _no_collection():
             structure, tensors = freeze(state)
             snapshot.number = -1
@@ -149,7 +148,8 @@ class SnapshotEngine:
         snapshot.number = self._saves = self._saves + 1
         if self.persist:
             snapshot.pending = True
-            self._writer.submit(_Write(self, snapshot))
+            failed = partial(self._not_written, snapshot)
+            self._writer.submit(_Job(partial(self._write, snapshot), failed, snapshot))
         return SaveResult(copied_bytes, time.perf_counter() - start, waited_s, replaced=replaced)
 
     def continue_from(self, name: str | None, step: int) -> list[Manifest]:
@@ -171,11 +171,11 @@ class SnapshotEngine:
         """
         if self.backpressure != "latest":
             return ()
-        cancelled = self._writer.cancel(lambda job: isinstance(job, _Write))
-        for job in cancelled:
-            assert isinstance(job, _Write)
-            job.snapshot.pending = False
-        return tuple(job.name for job in cancelled if isinstance(job, _Write))
+        cancelled = self._writer.cancel(lambda job: job.snapshot is not None)
+        replaced = [job.snapshot for job in cancelled if job.snapshot is not None]
+        for snapshot in replaced:
+            snapshot.pending = False
+        return tuple(snapshot.name for snapshot in replaced)
 
     def delete(self, name: str) -> None:
         """Delete a checkpoint, once the saves made before this call are durable.
@@ -186,7 +186,7 @@ class SnapshotEngine:
             name: Name of the checkpoint.
         """
         if self.persist:
-            self._writer.submit(_Delete(self, name, after=self._saves))
+            self._writer.submit(self._deletion(name, after=self._saves))
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until everything is written or has failed; whether it is.
@@ -253,7 +253,7 @@ class SnapshotEngine:
         atexit.unregister(self.close)
         done = self.wait(timeout_s)
         if not done:
-            names = [job.name for job in self._writer.busy if isinstance(job, _Write)]
+            names = [job.snapshot.name for job in self._writer.busy if job.snapshot is not None]
             warnings.warn(
                 f"Not written within {timeout_s} s: {', '.join(names) or 'a deletion'}."
                 f" {self._intact()}",
@@ -283,8 +283,15 @@ class SnapshotEngine:
         self._durable = snapshot.number
         self._tell(manifest, time.perf_counter() - start)
         deferred, self._deferred = self._deferred, []
-        for job in deferred:
-            job.try_run()
+        for name, after in deferred:
+            attempt(self._deletion(name, after))
+        snapshot.pending = False
+
+    def _not_written(self, snapshot: Snapshot, error: BaseException) -> None:
+        snapshot.pending = False
+        name, step = snapshot.name, snapshot.step
+        what = f"Checkpoint {name!r} (step {step}) was not written to {self.folder}"
+        self._failed(name, step, what, error)
 
     def _tell(self, manifest: Manifest, persist_s: float) -> None:
         if self._on_commit is None:
@@ -312,7 +319,15 @@ class SnapshotEngine:
                     raise
                 time.sleep(_RETRY_S * 2 ** (attempt - 1))
 
-    def _delete(self, name: str) -> None:
+    def _deletion(self, name: str, after: int) -> "_Job":
+        what = f"Checkpoint {name!r} was not deleted"
+        return _Job(partial(self._delete, name, after), partial(self._failed, name, -1, what))
+
+    def _delete(self, name: str, after: int) -> None:
+        """Delete a checkpoint, or leave it for later if nothing from ``after`` on is durable."""
+        if self._durable < after:
+            self._deferred.append((name, after))
+            return
         manifest = self._committed.pop(name, None)
         if manifest is not None:
             remove(self.folder, name, [file.name for file in manifest.files])
@@ -384,47 +399,9 @@ def _plain(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(eq=False)
-class _Write:
-    """Job: write a snapshot."""
+class _Job:
+    """What the background thread does: write a snapshot, or delete a checkpoint."""
 
-    engine: SnapshotEngine
-    snapshot: Snapshot
-
-    @property
-    def name(self) -> str:
-        return self.snapshot.name
-
-    def run(self) -> None:
-        self.engine._write(self.snapshot)
-        self.snapshot.pending = False
-
-    def failed(self, error: BaseException) -> None:
-        engine, snapshot = self.engine, self.snapshot
-        snapshot.pending = False
-        name, step = snapshot.name, snapshot.step
-        what = f"Checkpoint {name!r} (step {step}) was not written to {engine.folder}"
-        engine._failed(name, step, what, error)
-
-
-@dataclass(eq=False)
-class _Delete:
-    """Job: delete a checkpoint, or leave it for later if nothing newer is durable."""
-
-    engine: SnapshotEngine
-    name: str
-    after: int  # number of the save that must be durable first, or a later one
-
-    def run(self) -> None:
-        if self.engine._durable < self.after:
-            self.engine._deferred.append(self)
-        else:
-            self.engine._delete(self.name)
-
-    def try_run(self) -> None:
-        try:
-            self.run()
-        except Exception as error:
-            self.failed(error)
-
-    def failed(self, error: BaseException) -> None:
-        self.engine._failed(self.name, -1, f"Checkpoint {self.name!r} was not deleted", error)
+    run: Callable[[], None]
+    failed: Callable[[BaseException], None]
+    snapshot: Snapshot | None = None  # that is written

@@ -52,13 +52,8 @@ class _Frozen:
         )
 
     def _take(self, tensor: Tensor) -> Any:
-        if (
-            tensor.layout is not torch.strided
-            or tensor.is_quantized
-            or tensor.is_nested
-            or tensor.is_meta
-            or tensor.__dict__
-        ):
+        plain = tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_nested)
+        if not plain or tensor.is_meta or tensor.__dict__:
             return self._take_apart(tensor)
         self.tensors.append(tensor)
         if len(self.tensors) > len(_LEAVES):

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from io import BytesIO
 from typing import Any
 
@@ -15,6 +15,7 @@ from lightning_align.checkpointing.manifest import (
     MANIFEST,
     Hashed,
     Manifest,
+    StoredFile,
     check_size,
     newest_first,
     read_manifest,
@@ -33,11 +34,15 @@ def verify(folder: Folder, manifest: Manifest) -> None:
     """
     for file in manifest.files:
         check_size(folder, file)
-        hashed = Hashed(_chunks(folder, file.name))
-        for _ in hashed:
-            pass
-        if hashed.stored(file.name) != file:
-            raise ValueError(f"{file.name} is damaged: its xxh3 digest differs")
+        _compare(file, _chunks(folder, file.name))
+
+
+def _compare(file: StoredFile, chunks: Iterable[bytes]) -> None:
+    hashed = Hashed(chunks)
+    for _ in hashed:
+        pass
+    if hashed.stored(file.name) != file:
+        raise ValueError(f"{file.name} is damaged: its xxh3 digest differs")
 
 
 def _chunks(folder: Folder, name: str) -> Iterator[bytes]:
@@ -161,11 +166,7 @@ def _verified_data(folder: Folder, manifest: Manifest) -> Any:
     for file in manifest.files:  # fetched once
         check_size(folder, file)
         content = folder.read(file.name)
-        hashed = Hashed([content])
-        for _ in hashed:
-            pass
-        if hashed.stored(file.name) != file:
-            raise ValueError(f"{file.name} is damaged: its xxh3 digest differs")
+        _compare(file, [content])
         if file.name == manifest.name + DATA:
             data = BytesIO(content)
     return data

@@ -240,11 +240,9 @@ def _described(data: bytes) -> str:
 def _runs(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
-    except OverflowError:
-        return False
-    except OSError:
+    except OSError:  # it is another user's
         return True
     return True
 

@@ -18,13 +18,7 @@ from torch import Tensor, nn
 
 from lightning_align._compat.torch_storage import negative_view, rebuild_with_dtype
 from lightning_align._errors import argument_error
-from lightning_align.checkpointing.archive import (
-    Archive,
-    Reduced,
-    ending,
-    reduce_ex,
-    storage_key,
-)
+from lightning_align.checkpointing.archive import Archive, Reduced, ending, reduce_ex, storage_key
 from lightning_align.checkpointing.files import Bytes
 from lightning_align.checkpointing.host_block import HostBlock
 from lightning_align.checkpointing.memory import Copies
@@ -38,13 +32,7 @@ _Stream: Any = torch.cuda.Stream
 _Storage: Any = torch.UntypedStorage
 
 # What the file depends on, but for the tensors' places.
-_LOOKS: tuple[Any, ...] = (
-    attrgetter("shape"),
-    attrgetter("dtype"),
-    attrgetter("requires_grad"),
-    Tensor.stride,
-    type,
-)
+_LOOKS: Any = (*map(attrgetter, ("shape", "dtype", "requires_grad")), Tensor.stride, type)
 
 _AT_A_TIME = 64  # tensors
 
@@ -108,10 +96,10 @@ class _Plan:
     looks: list[Any]
     odd: list[int]
     bits: list[tuple[bool, bool]]
-    shape: list[Any]
-    archive: Archive
     ranges: list[_Range]
-    offsets: list[int]  # of the ranges in the block
+    shape: list[Any]  # of the ranges
+    archive: Archive = field(default_factory=Archive)
+    offsets: list[int] = field(default_factory=list)  # of the ranges in the block
     views: list[Tensor] = field(default_factory=list)
     leaves: list[Reduced] = field(default_factory=list)
     copies: Copies = field(default_factory=lambda: Copies([]))
@@ -234,30 +222,31 @@ class HostBuffer:
 
     def _lay_out(self, tensors: list[Tensor], state: Any) -> None:
         old, self._plan = self._plan, None
-        looks = [list(map(look, tensors)) for look in _LOOKS]
-        ranges = _ranges(tensors, state)
-        archive, headers, offsets = Archive(), [], []
         pointers = [tensor.data_ptr() for tensor in tensors]
-        shape = [part.shape(tensors) for part in ranges]
+        looks = [list(map(look, tensors)) for look in _LOOKS]
         odd = [index for index, tensor in enumerate(tensors) if _may_be_odd(tensor)]
-        bits = _bits(tensors, odd)
-        same = old is not None and (looks, bits, shape) == (old.looks, old.bits, old.shape)
-        if old is not None and same:
+        ranges = _ranges(tensors, state)
+        shape = [part.shape(tensors) for part in ranges]
+        plan = _Plan(pointers, looks, odd, _bits(tensors, odd), ranges, shape)
+        if old and (looks, plan.bits, shape) == (old.looks, old.bits, old.shape):
             # Only moved: gradients, say, or a tensor that state_dict() makes anew.
-            plan = _Plan(pointers, looks, odd, bits, shape, old.archive, ranges, old.offsets)
+            plan.archive, plan.offsets = old.archive, old.offsets
             plan.views, plan.leaves = old.views, old.leaves
         else:
-            self.layouts += 1
-            for number, part in enumerate(ranges):
-                headers.append((archive.end, archive.add(f"data/{number}", part.nbytes)))
-                offsets.append(archive.end - part.nbytes)
-            block = self._ensure(archive.end, any(tensor.is_cuda for tensor in tensors))
-            for start, header in headers:
-                block.memory[start : start + len(header)] = header
-            plan = _Plan(pointers, looks, odd, bits, shape, archive, ranges, offsets)
-            _make_views(plan, tensors, block, state)
+            self._lay_out_block(plan, tensors, state)
         _choose_copies(plan, tensors)
         self._plan = plan
+
+    def _lay_out_block(self, plan: _Plan, tensors: list[Tensor], state: Any) -> None:
+        self.layouts += 1
+        archive, headers = plan.archive, []
+        for number, part in enumerate(plan.ranges):
+            headers.append((archive.end, archive.add(f"data/{number}", part.nbytes)))
+            plan.offsets.append(archive.end - part.nbytes)
+        block = self._ensure(archive.end, any(tensor.is_cuda for tensor in tensors))
+        for start, header in headers:
+            block.memory[start : start + len(header)] = header
+        _make_views(plan, tensors, block, state)
 
     def _ensure(self, nbytes: int, pinned: bool) -> HostBlock:
         block = self.block
@@ -274,15 +263,12 @@ def covered_bytes(tensor: Tensor) -> tuple[int, int]:
     """First byte and end of what a tensor covers of its storage."""
     if not tensor.numel():
         return 0, 0
-    if tensor.is_contiguous():
-        begin = int(tensor.storage_offset()) * tensor.element_size()
-        return begin, begin + tensor.nbytes
-    start = int(tensor.storage_offset())
-    last = start + sum(
-        (n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)
-    )
     size = tensor.element_size()
-    return start * size, (last + 1) * size
+    start = int(tensor.storage_offset()) * size
+    if tensor.is_contiguous():
+        return start, start + tensor.nbytes
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return start, start + (1 + sum((n - 1) * step for n, step in steps)) * size
 
 
 def _may_be_odd(tensor: Tensor) -> bool:
@@ -318,8 +304,7 @@ def _ranges(tensors: list[Tensor], state: Any) -> list[_Range]:
 
 def _make_views(plan: _Plan, tensors: list[Tensor], block: HostBlock, state: Any) -> None:
     """A tensor in the block for each tensor of the state, and how it is pickled."""
-    views: dict[int, Tensor] = {}
-    leaves: dict[int, Reduced] = {}
+    plan.views, plan.leaves = [torch.empty(0)] * len(tensors), [Reduced(())] * len(tensors)
     for number, (part, offset) in enumerate(zip(plan.ranges, plan.offsets, strict=True)):
         storage = block.record(offset, part.nbytes)
         mixed = len({tensors[index].dtype for index in part.members}) > 1
@@ -340,9 +325,7 @@ def _make_views(plan: _Plan, tensors: list[Tensor], block: HostBlock, state: Any
                 leaf = Reduced((function, (leaf, *arguments[1:])))
             else:
                 view.requires_grad_(tensor.requires_grad)
-            views[index], leaves[index] = view, leaf
-    plan.views = [views[index] for index in range(len(tensors))]
-    plan.leaves = [leaves[index] for index in range(len(tensors))]
+            plan.views[index], plan.leaves[index] = view, leaf
 
 
 def _with_bits_of(tensor: Tensor, view: Tensor) -> Tensor:
@@ -385,8 +368,8 @@ def _choose_copies(plan: _Plan, tensors: list[Tensor]) -> None:
 def _side_stream(tensors: list[Tensor]) -> torch.cuda.Stream:
     """A stream of the tensors' device that runs beside training, behind what is queued now."""
     device = next(tensor.device for tensor in tensors if tensor.is_cuda)
-    stream = _STREAMS.get(device)
-    if stream is None:
-        stream = _STREAMS[device] = _Stream(device)
+    if device not in _STREAMS:
+        _STREAMS[device] = _Stream(device)
+    stream = _STREAMS[device]
     stream.wait_stream(torch.cuda.current_stream(device))
     return stream

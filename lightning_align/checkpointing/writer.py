@@ -5,7 +5,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 
 class Job(Protocol):
@@ -18,7 +18,22 @@ class Job(Protocol):
         """Take note of why it was not done."""
 
 
-class Writer:
+Work = TypeVar("Work", bound=Job)
+
+
+def attempt(job: Job) -> None:
+    """Run a job, which hears of its failure.
+
+    Args:
+        job: What to run.
+    """
+    try:
+        job.run()
+    except Exception as error:
+        job.failed(error)
+
+
+class Writer(Generic[Work]):
     """Runs jobs one after the other on a background thread.
 
     A thread that died is started again with the next job, with a warning.
@@ -29,19 +44,19 @@ class Writer:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._jobs: deque[Job] = deque()
-        self._current: Job | None = None
+        self._jobs: deque[Work] = deque()
+        self._current: Work | None = None
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed = False
 
     @property
-    def busy(self) -> list[Job]:
+    def busy(self) -> list[Work]:
         """Jobs that are not done, the one at work first."""
         with self._changed:
             return [*([self._current] if self._current else []), *self._jobs]
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: Work) -> None:
         """Queue a job.
 
         Args:
@@ -52,7 +67,7 @@ class Writer:
             self._jobs.append(job)
             self._changed.notify_all()
 
-    def cancel(self, unwanted: Callable[[Job], bool]) -> list[Job]:
+    def cancel(self, unwanted: Callable[[Work], bool]) -> list[Work]:
         """Take jobs that have not begun out of the queue, and return them.
 
         Args:
@@ -111,10 +126,7 @@ class Writer:
                         return
                     self._changed.wait()
                 self._current = self._jobs.popleft()
-            try:
-                self._current.run()
-            except Exception as error:
-                self._current.failed(error)
+            attempt(self._current)
             with self._changed:
                 self._current = None
                 self._changed.notify_all()
