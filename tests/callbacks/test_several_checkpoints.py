@@ -140,6 +140,22 @@ def test_a_second_fit_of_a_trainer_goes_on_with_what_is_kept(tmp_path: Path, res
     }
 
 
+def test_a_second_fit_knows_what_was_deleted_in_between(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"monitor": "loss", "mode": "max", "every_n_train_steps": 1}
+    callback = AsyncCheckpoint(tmp_path, "{step}", save_top_k=2, **options)
+    made = fit(callback, folder=tmp_path, max_epochs=1)
+    best = callback.best_model_path
+    for file in (best, best + ".json"):
+        os.unlink(file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made.fit_loop.max_epochs = 2
+        made.fit(made.lightning_module)
+    assert best not in callback.best_k_models
+    assert {Path(path).stem for path in callback.best_k_models} == names(tmp_path)
+    assert len(callback.best_k_models) == 2
+
+
 @pytest.mark.parametrize("source", ["step=5", "step=10", "step=13"])
 def test_a_fit_after_an_exception_saves_and_resumes_as_any(tmp_path: Path, source: str) -> None:
     """The epoch begins anew, at step 4: its end is step 10, that of the next one step 16."""
