@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_align._errors import argument_error
-from lightning_align.layers import ModelLayers, find_language_models, find_layers, kept_layers
+from lightning_align.layers import (
+    ModelLayers,
+    find_language_models,
+    find_layers,
+    find_parts,
+    kept_layers,
+)
 from lightning_align.seeds import derive_seed
 
 
@@ -87,23 +93,20 @@ def partition(
         ValueError: If embedding and head are one weight of which only one is to train, or if a
             block has nothing to train.
     """
-    modules = [layers.head_module, *filter(None, [layers.final_norm])]
-    head = {parameter for module in modules for parameter in module.parameters()}
-    embedding = set(layers.embedding.parameters())
+    parts = find_parts(layers)
+    named = dict(layers.model.named_parameters(remove_duplicate=False))
+    embedding, head, *used = (
+        {named[name] for name in parts.used_by(part)}
+        for part in ("embedding", "head", *range(len(layers.blocks)))
+    )
     if train_embeddings != train_head and embedding & head:
         rule = "embedding and head of this model are one weight, which trains or does not"
         way_out = "Give train_embeddings and train_head the same value"
         raise argument_error("LISA", "train_embeddings", train_embeddings, rule, way_out)
-    prefix = f"{layers.blocks_name}."
-    outside = {
-        parameter
-        for name, parameter in layers.model.named_parameters(remove_duplicate=False)
-        if not name.startswith(prefix)
-    }
     never = set() if train_head else head
-    never = never if train_embeddings else never | (outside - head)
+    never = never if train_embeddings else never | (embedding - head)
     trainable = {parameter for parameter in pl_module.parameters() if parameter.requires_grad}
-    blocks = [trainable & set(block.parameters()) - outside for block in layers.blocks]
+    blocks = [trainable & parameters - embedding - head for parameters in used]
     for name, block in zip(layers.block_names, blocks, strict=True):
         if not block:
             rule = f"its block '{name}' has no parameter that requires a gradient"

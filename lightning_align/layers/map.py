@@ -17,6 +17,7 @@ from lightning_align._errors import argument_error
 from lightning_align.layers import probe
 from lightning_align.layers.head import Head
 from lightning_align.layers.hugging_face import argument_names, base_model, no_cache
+from lightning_align.layers.parts import parameter_names
 from lightning_align.layers.surgery import identity
 
 
@@ -86,10 +87,8 @@ class ModelLayers:
     @property
     def tied_parameters(self) -> tuple[tuple[str, ...], ...]:
         """Groups of dotted names that share one parameter."""
-        names: dict[nn.Parameter, list[str]] = {}
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            names.setdefault(parameter, []).append(name)
-        return tuple(tuple(group) for group in names.values() if len(group) > 1)
+        groups = parameter_names(self.model).values()
+        return tuple(tuple(group) for group in groups if len(group) > 1)
 
     def hidden_states(
         self,

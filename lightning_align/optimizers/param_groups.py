@@ -18,7 +18,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, SequentialLR
 
 from lightning_align._errors import argument_error
-from lightning_align.layers import ModelLayers, find_language_models, find_layers
+from lightning_align.layers import (
+    ModelLayers,
+    find_language_models,
+    find_layers,
+    parameter_names,
+)
 
 # Group -> what an optimizer is told of it besides its parameters, in the order of the groups.
 # "use_muon" is the word of torch's and other Muons; "transposed" says that a matrix is stored
@@ -100,9 +105,7 @@ def build_param_groups(
             one of ``matrix_patterns`` matches what is no matrix, or if nothing is trainable.
     """
     where = "build_param_groups"
-    names: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
+    names = parameter_names(module)
     found = _embeddings_and_heads(
         module, layers, layers_attribute, warn=not (adamw_patterns or matrix_patterns)
     )
