@@ -179,11 +179,7 @@ class _Pickler(pickle.Pickler):
 
 
 def reduce_ex(value: Any) -> tuple[Any, ...]:
-    """How torch.save pickles a tensor or parameter: a function and its arguments.
-
-    Args:
-        value: A tensor or parameter.
-    """
+    """How torch.save pickles a tensor or parameter: a function and its arguments."""
     function, arguments = value.__reduce_ex__(PROTOCOL)
     return function, arguments
 
@@ -193,8 +189,8 @@ def storage_key(storage: Any, number: int, nbytes: int) -> StorageKey:
 
     Args:
         storage: What the record stands for, typed or not.
-        number: Of the record.
-        nbytes: Size of the record.
+        number: Place of the record in the order of pickling.
+        nbytes: Bytes of the record, of which the key tells how many values they are.
     """
     kind, length = pickled_type(storage, nbytes)
     return StorageKey(("storage", kind, str(number), "cpu", length))

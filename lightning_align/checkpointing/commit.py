@@ -27,10 +27,10 @@ def commit(
     """Write a checkpoint's files, then its manifest.
 
     Args:
-        folder: Where to.
-        name: Name of the checkpoint.
-        step: Its step.
-        files: Name -> bytes of its files.
+        folder: Where the files go, all side by side.
+        name: The checkpoint's, from which the manifest's is made.
+        step: Optimizer steps that the state is the result of.
+        files: Chunks of bytes by file name, written in the order of the dict.
         metadata: Plain values to keep in the manifest.
 
     Raises:
@@ -56,9 +56,9 @@ def remove(folder: Folder, name: str, files: Iterable[str], announce: bool = Tru
     """Delete a checkpoint: first what makes it one, then its files.
 
     Args:
-        folder: Where it is.
-        name: Name of the checkpoint.
-        files: Names of its files.
+        folder: Where its files lie.
+        name: The checkpoint's, not a file's.
+        files: What the manifest lists, which is gone by then.
         announce: Whether to say first that they will be incomplete; a save that failed has done so.
     """
     if announce:
@@ -72,9 +72,6 @@ def remove(folder: Folder, name: str, files: Iterable[str], announce: bool = Tru
 
 def sweep(folder: Folder) -> list[str]:
     """Delete what saves that were interrupted have left; only one run may be writing here.
-
-    Args:
-        folder: Where.
 
     Returns:
         Names of the files that were deleted.

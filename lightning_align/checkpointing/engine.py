@@ -118,7 +118,7 @@ class SnapshotEngine:
         Args:
             state: Nested dicts, lists and tuples of tensors and other values.
             name: Name of the checkpoint, which must be new.
-            step: Step that it belongs to.
+            step: Optimizer steps that the state is the result of, for the manifest.
             metadata: Plain values that JSON can hold, for the manifest, which adds ``lineage``.
 
         Raises:
@@ -159,7 +159,7 @@ class SnapshotEngine:
 
         Args:
             name: Name of the checkpoint; None if it is in another folder.
-            step: Its step.
+            step: The step it was saved at: what is left by it are later steps.
         """
         return self._lineage.continue_from(name, step, self._committed)
 
@@ -181,9 +181,6 @@ class SnapshotEngine:
         """Delete a checkpoint, once the saves made before this call are durable.
 
         If the latest of them fails, it stays until a later one is.
-
-        Args:
-            name: Name of the checkpoint.
         """
         if self.persist:
             self._writer.submit(self._deletion(name, after=self._saves))
@@ -202,7 +199,7 @@ class SnapshotEngine:
         """Load a checkpoint of this folder; one that is being written is waited for.
 
         Args:
-            name: Name of the checkpoint.
+            name: As it was given to ``save``.
             **options: ``map_location`` and ``weights_only``, as in :func:`load_checkpoint`.
         """
         self.wait()
@@ -213,7 +210,7 @@ class SnapshotEngine:
         """A copy of a snapshot that is still in memory.
 
         Args:
-            step: Step that it belongs to.
+            step: As it was given to ``save``.
 
         Raises:
             ValueError: If none of that step is held.

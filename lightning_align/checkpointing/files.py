@@ -53,11 +53,7 @@ class Folder:
         return self.root if self.is_local else str(self.fs.unstrip_protocol(self.root))
 
     def path(self, name: str) -> str:
-        """Path or URL of a file.
-
-        Args:
-            name: Its name.
-        """
+        """Path or URL of a file."""
         return f"{self}/{name}"
 
     def create(self) -> None:
@@ -82,8 +78,8 @@ class Folder:
         """Write a file; when this returns it will survive a crash of the machine.
 
         Args:
-            name: Its name.
-            chunks: Its bytes.
+            name: File name, without a folder.
+            chunks: Its bytes in pieces, so that none has to be in memory as a whole.
         """
         if self.is_local:
             self._write_local(name, chunks)
@@ -116,9 +112,6 @@ class Folder:
     def open(self, name: str) -> BinaryIO:
         """Open a file for reading.
 
-        Args:
-            name: Its name.
-
         Raises:
             ValueError: If it is a link, a folder or a pipe.
         """
@@ -131,7 +124,7 @@ class Folder:
         """Bytes of a file.
 
         Args:
-            name: Its name.
+            name: File name, without a folder.
             limit: How many at most; by default all.
         """
         with self.open(name) as file:
@@ -139,9 +132,6 @@ class Folder:
 
     def size(self, name: str) -> int | None:
         """Size of a file in bytes; ``None`` if there is none.
-
-        Args:
-            name: Its name.
 
         Raises:
             ValueError: If it is a link, a folder or a pipe.
@@ -155,11 +145,7 @@ class Folder:
             return None
 
     def delete(self, name: str) -> None:
-        """Delete a file, if there is one.
-
-        Args:
-            name: Its name.
-        """
+        """Delete a file, if there is one."""
         with contextlib.suppress(FileNotFoundError):
             if self.is_local:
                 os.unlink(self._local(name))

@@ -21,7 +21,7 @@ class HostBlock:
     the first.
 
     Args:
-        nbytes: Size in bytes.
+        nbytes: Bytes that it must hold; a page is the least.
         pinned: Whether to register the block, so that copies from the device need not wait.
     """
 

@@ -25,10 +25,6 @@ from lightning_align.checkpointing.manifest import (
 def verify(folder: Folder, manifest: Manifest) -> None:
     """Compare the files of a checkpoint with its manifest.
 
-    Args:
-        folder: Where it is.
-        manifest: What its files must be.
-
     Raises:
         ValueError: If a file is missing or differs.
     """
@@ -93,11 +89,7 @@ def latest_valid_checkpoint(
 
 
 def newest_whole(folder: Folder) -> Manifest | None:
-    """The newest checkpoint of a folder that is whole, or ``None``; damaged ones are warned of.
-
-    Args:
-        folder: Where to look.
-    """
+    """The newest checkpoint of a folder that is whole, or ``None``; damaged ones are warned of."""
     for manifest in committed_checkpoints(folder):
         path = folder.path(manifest.name + DATA)
         try:

@@ -12,11 +12,7 @@ from lightning_align.checkpointing.manifest import Manifest, newest_first
 
 
 class Lineage:
-    """What the next commit has to say of where it comes from.
-
-    Args:
-        committed: Checkpoints in the folder.
-    """
+    """What the next commit has to say of where it comes from, after those of its folder."""
 
     def __init__(self, committed: Iterable[Manifest]) -> None:
         self._number = max((manifest.commit_number for manifest in committed), default=0)
@@ -56,9 +52,5 @@ class Lineage:
         return {"commit": self._number + 1, "parent": self._parent, "abandoned": abandoned}
 
     def commit(self, manifest: Manifest) -> None:
-        """Take note of a commit.
-
-        Args:
-            manifest: Its manifest.
-        """
+        """Take note of a commit."""
         self._number, self._parent = manifest.commit_number, manifest.name

@@ -37,9 +37,6 @@ _OPENING = threading.RLock()  # no fork while a lock file is open that is in no 
 class FolderLock:
     """The right to write a folder, held until :meth:`release` or the end of the process.
 
-    Args:
-        folder: Which folder.
-
     Attributes:
         method: What holds it: ``flock``, or ``beats`` in the owner's file.
         taken_over_by: Who has taken it, where it was held by beats that could not be written.

@@ -79,9 +79,6 @@ class Manifest:
     def from_json(cls, data: bytes) -> "Manifest":
         """Read a manifest.
 
-        Args:
-            data: The file.
-
         Raises:
             ValueError: If it is damaged, or of a format that is not known here.
         """
@@ -146,24 +143,16 @@ def _is_digest(value: Any) -> bool:
 
 
 def belongs(file: str, name: str) -> bool:
-    """Whether a file may be one of a checkpoint's.
-
-    Args:
-        file: Name of the file.
-        name: Name of the checkpoint.
-    """
+    """Whether a file of that name may be one of the checkpoint ``name``."""
     own = file == name + DATA or file.startswith(name + DATA + ".part")
     return own and not re.search(r"[/\\\0]", file)
 
 
 def newest_first(manifests: Iterable[Manifest]) -> list[Manifest]:
-    """Checkpoints in the order in which a run would take them.
+    """Checkpoints of one folder in the order in which a run would take them.
 
     The newest is the one that was committed last, whatever its step and the clock; what its run
     had left behind comes last, so that a fall back keeps to the branch.
-
-    Args:
-        manifests: Of one folder.
     """
     ordered = sorted(manifests, key=lambda manifest: manifest.order, reverse=True)
     left = set(ordered[0].abandoned) if ordered else set()
@@ -171,11 +160,7 @@ def newest_first(manifests: Iterable[Manifest]) -> list[Manifest]:
 
 
 class Hashed:
-    """Passes chunks through, no longer than CHUNK_BYTES, and keeps their size and digest.
-
-    Args:
-        chunks: The bytes of a file.
-    """
+    """Passes chunks through, no longer than CHUNK_BYTES, and keeps their size and digest."""
 
     def __init__(self, chunks: Iterable[Bytes]) -> None:
         self._chunks = chunks
@@ -192,20 +177,12 @@ class Hashed:
                 yield part
 
     def stored(self, name: str) -> StoredFile:
-        """The entry of the file in the manifest.
-
-        Args:
-            name: Name of the file.
-        """
+        """The entry of the file in the manifest."""
         return StoredFile(name, self.size, self._hash.hexdigest())
 
 
 def read_manifest(folder: Folder, name: str) -> Manifest:
     """The manifest of a committed checkpoint.
-
-    Args:
-        folder: Where it is.
-        name: Name of the checkpoint.
 
     Raises:
         ValueError: If it is damaged, or of another checkpoint.
@@ -219,10 +196,6 @@ def read_manifest(folder: Folder, name: str) -> Manifest:
 
 def check_size(folder: Folder, file: StoredFile) -> None:
     """Compare the size of a file with its entry.
-
-    Args:
-        folder: Where it is.
-        file: What it must be.
 
     Raises:
         ValueError: If it is missing or has another size.

@@ -44,9 +44,9 @@ class SaveError:
     """Something that went wrong off the training path.
 
     Attributes:
-        name: Checkpoint that it happened to.
-        step: Its step.
-        error: The exception.
+        name: Checkpoint that was being written or deleted.
+        step: The step it was saved at.
+        error: The exception as it was raised on the other thread.
         message: All of it in a sentence, and what is intact.
     """
 

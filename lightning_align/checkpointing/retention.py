@@ -61,11 +61,7 @@ class Retention:
             return next(reversed(self._stored), "")
 
     def admits(self, score: float) -> bool:
-        """Whether a checkpoint of this score would be among the best.
-
-        Args:
-            score: The monitored value.
-        """
+        """Whether a checkpoint of this value of the monitored metric would be among the best."""
         with self._lock:
             waiting = {name: s for name, s in self._pending.items() if s is not None}
             rivals = sorted(map(self._cost, {**self._ranked, **waiting}.values()))
@@ -77,18 +73,14 @@ class Retention:
         """A checkpoint is about to be written.
 
         Args:
-            name: Its name.
-            score: Its score, or None if it is only kept as the newest.
+            name: The checkpoint's.
+            score: Its value of the monitored metric, or None if it is only kept as the newest.
         """
         with self._lock:
             self._pending[name] = score
 
     def drop(self, name: str) -> None:
-        """A checkpoint will not be committed after all.
-
-        Args:
-            name: Its name.
-        """
+        """A checkpoint will not be committed after all."""
         with self._lock:
             self._pending.pop(name, None)
 
@@ -96,8 +88,8 @@ class Retention:
         """A checkpoint is durable; returns those that need not be kept any longer.
 
         Args:
-            name: Its name.
-            step: Its step; what was abandoned up to it goes, unless all are kept.
+            name: The checkpoint's.
+            step: The step it was saved at; what was abandoned up to it goes, unless all are kept.
         """
         with self._lock:
             score = self._pending.pop(name, None)
@@ -123,12 +115,9 @@ class Retention:
         return sorted(passed)
 
     def abandon(self, steps: dict[str, int]) -> None:
-        """These are of a way that the run has left: none is best or newest any longer.
+        """These, with their steps, are of a way that the run has left: none is best or newest.
 
         They stay until a checkpoint of their step, or of a later one, is committed.
-
-        Args:
-            steps: Their names and steps.
         """
         with self._lock:
             self._abandoned = dict(steps)
@@ -148,11 +137,7 @@ class Retention:
         return after
 
     def protect(self, name: str) -> None:
-        """Never give up this one.
-
-        Args:
-            name: Its name.
-        """
+        """Never give up this one."""
         self._protected.add(name)
 
     def state_dict(self) -> dict[str, Any]:
@@ -169,7 +154,7 @@ class Retention:
         """Go on from ``state_dict``; returns those that need not be kept any longer.
 
         Args:
-            state: What ``state_dict`` returned.
+            state: As ``state_dict`` of an earlier process returned it.
             committed: Names of the checkpoints that are there now.
         """
         surplus = []

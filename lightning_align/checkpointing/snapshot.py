@@ -185,7 +185,7 @@ class HostBuffer:
         """Copy tensor ``index`` out of the buffer.
 
         Args:
-            index: Number of the tensor.
+            index: Its place in the order in which tensors were met while copying.
             storages: Copies made so far, by address, so that shared storage stays shared.
         """
         view = self.plan.views[index]

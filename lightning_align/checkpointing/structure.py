@@ -59,11 +59,7 @@ class Copier:
             self._memo = {}
 
     def walk(self, value: Any) -> Any:
-        """Copy a part of the state, or of what a function returns; it must live until the end.
-
-        Args:
-            value: What to copy.
-        """
+        """Copy a part of the state, or of what a function returns; it must live until the end."""
         kind = type(value)
         if kind in _IMMUTABLE:
             return value
@@ -117,13 +113,7 @@ class Copier:
 
 
 def cannot_be_saved(value: Any, state: Any, error: Exception) -> ValueError:
-    """The error for what torch.save does not take either.
-
-    Args:
-        value: What cannot be saved.
-        state: The state that it is in.
-        error: Why.
-    """
+    """The error for what torch.save does not take either."""
     rule = f"a {type(value).__name__} cannot be copied or saved ({error})"
     way_out = "Keep it out of the state, or give it a state_dict of plain values"
     return argument_error("SnapshotEngine.save", "state", place_of(state, value), rule, way_out)
@@ -141,7 +131,7 @@ def place_of(state: Any, wanted: Any) -> str:
 
     Args:
         state: Nested dicts, lists and tuples.
-        wanted: The object.
+        wanted: The very object, not one that is equal.
     """
     seen: set[int] = set()
     todo: list[tuple[str, Any]] = [("", state)]

@@ -22,11 +22,7 @@ Work = TypeVar("Work", bound=Job)
 
 
 def attempt(job: Job) -> None:
-    """Run a job, which hears of its failure.
-
-    Args:
-        job: What to run.
-    """
+    """Run a job, which hears of its failure."""
     try:
         job.run()
     except Exception as error:
@@ -37,9 +33,6 @@ class Writer(Generic[Work]):
     """Runs jobs one after the other on a background thread.
 
     A thread that died is started again with the next job, with a warning.
-
-    Args:
-        name: Name of the thread.
     """
 
     def __init__(self, name: str) -> None:
@@ -57,22 +50,14 @@ class Writer(Generic[Work]):
             return [*([self._current] if self._current else []), *self._jobs]
 
     def submit(self, job: Work) -> None:
-        """Queue a job.
-
-        Args:
-            job: What to run.
-        """
+        """Queue a job."""
         with self._changed:
             self._revive()
             self._jobs.append(job)
             self._changed.notify_all()
 
     def cancel(self, unwanted: Callable[[Work], bool]) -> list[Work]:
-        """Take jobs that have not begun out of the queue, and return them.
-
-        Args:
-            unwanted: Which ones.
-        """
+        """Take ``unwanted`` jobs that have not begun out of the queue, and return them."""
         with self._changed:
             cancelled = [job for job in self._jobs if unwanted(job)]
             self._jobs = deque(job for job in self._jobs if job not in cancelled)
