@@ -54,7 +54,7 @@ class Attributes:
 
     Args:
         trainer: Who fits it; its optimizers and schedulers are in the checkpoint already.
-        module: The module.
+        module: Whose attributes they are; those of its submodules count as well.
 
     Attributes:
         start: How each attribute was as training began, behind all hooks of the start.

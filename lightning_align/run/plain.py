@@ -75,8 +75,8 @@ class Encoder:
         """Plain form of a value.
 
         Args:
-            value: Anything.
-            path: Where it is, as in ``history[3].loss``.
+            value: An attribute, or a part of one.
+            path: Its place, as in ``history[3].loss``.
         """
         if type(value) in _LEAVES:
             return value
@@ -116,9 +116,6 @@ class Encoder:
 
     def plain_tensor(self, value: Tensor) -> Any:
         """Plain form of a tensor, even one that is a link.
-
-        Args:
-            value: The tensor.
 
         Raises:
             TypeError: If it is of a subclass of torch's, or not strided.
@@ -175,9 +172,9 @@ class Rebuilder:
         """The value, which is ``today`` itself where that is of its type.
 
         Args:
-            today: What is there now.
-            plain: From an Encoder.
-            path: Where it is.
+            today: What the new process has in its place.
+            plain: What an Encoder has made of the saved value.
+            path: Its place, as in ``history[3].loss``.
 
         Raises:
             UnknownTypeError: If an object is of a class that cannot be built here.

@@ -22,12 +22,7 @@ _OF_TRAINER = ("accumulate_grad_batches", "gradient_clip_val")
 
 
 def settings_in_force(trainer: pl.Trainer, module: pl.LightningModule) -> Settings:
-    """Settings of now, as plain data.
-
-    Args:
-        trainer: Who fits.
-        module: What is fitted.
-    """
+    """Settings of the trainer and the module as they are now, as plain data."""
     modes = lightning_resume.training_modes(trainer)
     return {
         **{name: getattr(trainer, name) for name in _OF_TRAINER},
@@ -48,8 +43,8 @@ def restore_settings(
     """Go on with the settings of a checkpoint.
 
     Args:
-        trainer: Who fits.
-        module: What is fitted.
+        trainer: Of this fit; a setting that it began with another value of is left alone.
+        module: Likewise, for what is frozen and what is in evaluation mode.
         saved: Settings of the checkpoint's run as it began, and as it was saved.
         start: Settings with which this fit has begun.
         window_is_open: Whether gradients of the checkpoint wait for their optimizer step.
@@ -118,12 +113,7 @@ class LeftOut:
         self._parameters: dict[str, nn.Parameter] = {}
 
     def warn_of_thawed(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Name, once, what ranks train apart. Called when the module is wrapped, and each batch.
-
-        Args:
-            trainer: Who fits.
-            module: What is fitted.
-        """
+        """Name, once, what ranks train apart. Called when the module is wrapped, and each batch."""
         model = trainer.strategy.model
         if not isinstance(model, DistributedDataParallel):
             return
