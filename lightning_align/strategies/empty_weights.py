@@ -43,7 +43,7 @@ def fill_empty(trainer: pl.Trainer, kept: KeptParameters, *, where: str) -> None
     the model was built from, or are drawn.
 
     Args:
-        trainer: The trainer.
+        trainer: It knows whether a checkpoint will be loaded, and whether this is a fit.
         kept: What this rank keeps of the module.
         where: Class of the strategy, for error messages.
 

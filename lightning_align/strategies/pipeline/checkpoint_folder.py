@@ -62,7 +62,7 @@ def save(checkpoint: dict[str, Any], filepath: str, group: Any, write: Callable[
     Args:
         checkpoint: Lightning's, with the parts of this rank.
         filepath: The folder, on a file system that all ranks share.
-        group: The ranks.
+        group: All ranks that hold a part, rank 0 among them.
         write: Called on rank 0 with what torch.distributed.checkpoint does not write, and a path.
 
     Raises:
@@ -97,7 +97,7 @@ class DistributedCheckpoint:
     """A folder to read from.
 
     Args:
-        path: The folder.
+        path: The folder, as it was given to ``save``.
 
     Raises:
         ValueError: If it was not written to its end, or files are missing or cut off.
@@ -181,7 +181,7 @@ class DistributedCheckpoint:
         """Refuse a checkpoint of another model.
 
         Args:
-            module: What it is loaded into.
+            module: What it is loaded into; what other ranks keep is on the meta device.
             strict: Whether the names must be the same; the shapes must be in any case.
 
         Raises:
@@ -217,10 +217,10 @@ class DistributedCheckpoint:
         """State of the parameters that are on this rank, by their numbers in this run.
 
         Args:
-            number: Which optimizer.
+            number: Place of the optimizer in what ``configure_optimizers`` returned.
             groups: Its settings, from the outline.
             ownership: Whose parameters are whose.
-            optimizer: The optimizer of this run.
+            optimizer: That of this run, whose groups it must fit.
 
         Raises:
             ValueError: If its groups hold other parameters than those that were saved.

@@ -110,7 +110,7 @@ def findings(
 
     Args:
         module: The user's module.
-        joiner: Learns.
+        joiner: Keeps the rules that are found.
         whole: What the step did on the rows in one piece.
         parts: What it did on their micro-batches.
         trains: Whether it returned a loss.

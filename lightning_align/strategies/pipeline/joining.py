@@ -71,9 +71,9 @@ def distance(ours: Any, theirs: Any, least: float = 0.0) -> float:
     """Largest difference relative to the largest value; infinite between different shapes.
 
     Args:
-        ours: Numbers.
-        theirs: Others.
-        least: What it is relative to at least.
+        ours: A number, an array or a tensor.
+        theirs: What it is compared with.
+        least: The largest value counts as no smaller than this.
     """
     a, b = as_tensor(ours), as_tensor(theirs)
     if a.shape != b.shape:
@@ -157,7 +157,7 @@ class Joiner:
         unseen: Paths that were joined without having been learned.
         batches: How many were joined.
         comparisons: How often there was something to learn from.
-        is_compared: Whether it has learned.
+        is_compared: Whether the first batch could be run in one piece, too, to learn from.
         has_changed: Whether a later batch was found not to come to the same.
         has_warned: Whether a value that it has not learned was reported.
         random: Paths of values that other random numbers change, which were said to be so.

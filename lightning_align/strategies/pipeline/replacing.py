@@ -17,11 +17,7 @@ from pathlib import Path
 
 
 def unfinished(path: Path) -> Path:
-    """Where the new one is written.
-
-    Args:
-        path: Its place.
-    """
+    """Where the new checkpoint is written that will stand at ``path``."""
     return path.with_name(f".{path.name}.unfinished")
 
 
@@ -34,31 +30,19 @@ def _old(path: Path) -> Path:
 
 
 def whereabouts(path: Path) -> Path:
-    """Where the newest whole checkpoint of a path is, also after a kill.
-
-    Args:
-        path: Its place.
-    """
+    """Where the newest whole checkpoint of a path is, also after a kill."""
     places = [_new(path), path, _old(path)] if path.name else []
     return next((place for place in places if os.path.lexists(place)), path)
 
 
 def empty_places(folder: Path) -> list[Path]:
-    """Where a killed run has yet to put a checkpoint that is whole; nobody who lists it sees one.
-
-    Args:
-        folder: What checkpoints are in.
-    """
+    """Where in a folder a killed run has yet to put a whole checkpoint, which no listing shows."""
     places = [new.with_name(new.name[1:-4]) for new in folder.glob(".*.ckpt.new")]
     return sorted(place for place in places if not os.path.lexists(place))
 
 
 def begin(path: Path) -> Path:
-    """Make an empty folder to write a new checkpoint into, and return where.
-
-    Args:
-        path: Its place in the end.
-    """
+    """Make an empty folder to write a new checkpoint into, and return where."""
     finish(path)
     folder = unfinished(path)
     folder.mkdir(parents=True)
@@ -66,31 +50,19 @@ def begin(path: Path) -> Path:
 
 
 def end(path: Path) -> None:
-    """What was written to ``unfinished(path)`` is whole: put it in its place.
-
-    Args:
-        path: Its place.
-    """
+    """What was written to ``unfinished(path)`` is whole: put it in its place."""
     os.replace(unfinished(path), _new(path))
     finish(path)
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint; if that is interrupted, nothing of it is left in its place.
-
-    Args:
-        path: Its place.
-    """
+    """Delete a checkpoint; if that is interrupted, nothing of it is left in its place."""
     finish(path)
     _discard(path, path)
 
 
 def finish(path: Path) -> None:
-    """Do what a killed run has left to do, from whatever point on.
-
-    Args:
-        path: Its place.
-    """
+    """Do what a killed run has left to do, from whatever point on."""
     new, old = _new(path), _old(path)
     if os.path.lexists(new):
         if os.path.lexists(path):
