@@ -21,7 +21,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
 from lightning_align._compat.jsonargparse_parsing import short_names_at_home, whole_class_switches
-from lightning_align.cli.mistakes import PROGRAM, read_layer, report
+from lightning_align.cli.given import read_layer
+from lightning_align.cli.mistakes import PROGRAM, report
 
 ConfigFile: Any = jsonargparse.ActionConfigFile  # type: ignore[attr-defined]  # in no __all__
 
