@@ -11,11 +11,19 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
+from typing_extensions import Protocol, runtime_checkable
 
 from lightning_align._errors import argument_error
 from lightning_align.layers.head import head_arithmetic
 from lightning_align.layers.hugging_face import is_hugging_face
 from lightning_align.layers.map import ModelLayers
+
+
+@runtime_checkable
+class KeepsLayers(Protocol):
+    """A module that keeps the map of its language model, as ours do."""
+
+    layers: ModelLayers
 
 
 def find_layers(model: nn.Module, layers_attribute: str | None = None) -> ModelLayers:
@@ -114,9 +122,9 @@ def find_held_model(
 
 
 def kept_layers(module: nn.Module) -> ModelLayers | None:
-    """The map that a module of ours keeps of its model as ``layers``, None for any other."""
-    kept = getattr(module, "layers", None)
-    return kept if isinstance(kept, ModelLayers) else None
+    """The map that a module keeps of its model, None for any other."""
+    kept = module.layers if isinstance(module, KeepsLayers) else None
+    return kept if isinstance(kept, ModelLayers) else None  # others have modules of that name
 
 
 def _refuse_wrappers(model: nn.Module) -> None:

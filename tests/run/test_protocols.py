@@ -23,6 +23,7 @@ from typing_extensions import get_protocol_members, is_protocol
 
 import lightning_align as la
 from lightning_align.callbacks.generate_samples import GenerateSamples
+from lightning_align.layers.find import KeepsLayers, kept_layers
 from lightning_align.optimizers.safety import AgreesOnSteps
 from lightning_align.run import protocols
 from lightning_align.run.protocols import (
@@ -41,7 +42,9 @@ from lightning_align.run.protocols import (
     whole_state_dict,
     window_sums,
 )
+from lightning_align.strategies.pipeline.checks import check_module
 from tests.helpers.byte_tokenizer import ByteTokenizer
+from tests.helpers.lisa import Layered, train
 from tests.helpers.pipelines import Chained
 from tests.helpers.tiny_models import TINY_MODELS
 
@@ -147,6 +150,16 @@ def test_our_optimizers_agree_on_steps(optimizer: Any) -> None:
     assert not isinstance(torch.optim.SGD([weight], lr=0.1), AgreesOnSteps)
 
 
+def test_our_modules_keep_their_layers() -> None:
+    module: Any = dpo()
+    assert isinstance(module, KeepsLayers)
+    assert kept_layers(module) is module.layers
+    other: Any = pl.LightningModule()
+    assert kept_layers(other) is None
+    other.layers = nn.ModuleList()
+    assert kept_layers(other) is None
+
+
 def asked_by_spelling(code: str, names: Collection[str]) -> list[str]:
     """The names that a module asks for in a string: of getattr, hasattr, vars, setattr."""
     calls = [
@@ -165,7 +178,9 @@ def asked_by_spelling(code: str, names: Collection[str]) -> list[str]:
 
 
 MEMBERS = {
-    name for kind in [*PROTOCOLS.values(), AgreesOnSteps] for name in get_protocol_members(kind)
+    name
+    for kind in [*PROTOCOLS.values(), AgreesOnSteps, KeepsLayers]
+    for name in get_protocol_members(kind)
 }
 
 
@@ -326,6 +341,45 @@ def test_callbacks_refuse_by_what_a_strategy_says(
         callback().setup(trainer, module, "fit")
 
 
+class Follows(SingleDeviceStrategy):
+    """Takes up by itself what LISA freezes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[set[str], set[str]]] = []
+
+    def follow_freezing(self, dropped: Collection[nn.Parameter]) -> None:
+        named = list(self.lightning_module.named_parameters())
+        for parameter in dropped:
+            self.optimizers[0].state.pop(parameter, None)
+        frozen = {name for name, parameter in named if not parameter.requires_grad}
+        self.calls.append((frozen, {name for name, p in named if p in set(dropped)}))
+
+
+@pytest.mark.parametrize("state", ["drop", "keep"])
+def test_lisa_tells_a_strategy_of_ones_own_what_is_frozen(state: Any) -> None:
+    def weights_under(strategy: Strategy) -> tuple[Tensor, la.LISA]:
+        module = Layered()
+        train(
+            module,
+            callback := la.LISA(2, interval_steps=3, optimizer_state=state),
+            strategy=strategy,
+        )
+        return nn.utils.parameters_to_vector(module.parameters()), callback
+
+    torch.manual_seed(0)
+    ours, callback = weights_under(strategy := Follows())
+    torch.manual_seed(0)
+    theirs, _ = weights_under(SingleDeviceStrategy())
+    assert torch.equal(ours, theirs)
+    assert len(strategy.calls) == len(callback.history) == 4
+    for (frozen, dropped), (_, active) in zip(strategy.calls, callback.history, strict=True):
+        assert {name.split(".")[1] for name in frozen} == {
+            str(i) for i in range(4) if i not in active
+        }
+        assert dropped == (frozen if state == "drop" else set())
+
+
 # Misspelt names
 
 
@@ -342,3 +396,9 @@ def test_a_misspelt_name_is_noticed() -> None:
     assert misspelt(module) == {"pipeline_microbatch_weigth": "pipeline_microbatch_weight"}
     module.pipeline_refusl = "no"
     assert misspelt(module)["pipeline_refusl"] == "pipeline_refusal"
+
+
+def test_a_pipeline_warns_of_a_misspelt_name() -> None:
+    expected = r"Misspelt.pipeline_microbatch_weigth is not asked for\. Is it meant as pipeline_mic"
+    with pytest.warns(UserWarning, match=expected):
+        check_module(trainer_of(), Misspelt())
