@@ -128,7 +128,7 @@ class ModelLayers:
                 f"forward must call its head '{self.head_name}' once, on every token; given tokens "
                 f"of shape {tuple(input_ids_BT.shape)} it did on {shapes or 'nothing'}"
             )
-            raise probe.refusal(
+            raise probe.model_error(
                 self.model, "hidden_states", rule, "Give all the logits, through that module"
             )
         return inputs[0]

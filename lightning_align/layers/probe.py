@@ -32,7 +32,7 @@ def check_logits(layers: ModelLayers) -> None:
     """Refuse a model whose logits are not those of its head on its hidden states."""
     device = layers.head.weight.device
     if device.type == "meta":
-        raise refusal(layers.model, "probe", "its parameters must not be on the meta device")
+        raise model_error(layers.model, "probe", "its parameters must not be on the meta device")
     tolerance = max(_TOLERANCE.get(p.dtype, 0.0) for p in layers.model.parameters())
     tokens_BT = _probe_tokens(layers.vocab_size).to(device)
     with _undisturbed(layers.model):
@@ -40,14 +40,16 @@ def check_logits(layers: ModelLayers) -> None:
             hidden_BTD = layers.hidden_states(tokens_BT)
         if not any(torch.equal(tokens_BT, ids) for ids in embedded):
             rule = f"the tokens must go through its embedding '{layers.embedding_name}'"
-            raise refusal(layers.model, "probe", rule, "Define get_input_embeddings() on the model")
+            raise model_error(
+                layers.model, "probe", rule, "Define get_input_embeddings() on the model"
+            )
         if hidden_BTD.shape[-1] != layers.hidden_size:
             rule = f"its base model gives {hidden_BTD.shape[-1]} features, not {layers.hidden_size}"
-            raise refusal(layers.model, "probe", rule)
+            raise model_error(layers.model, "probe", rule)
         past_BTD = hidden_BTD[:, : _PROBE_TOKENS // 2]  # The same in both rows, if causal.
         if _difference(past_BTD[0], past_BTD[1]) > tolerance:
             rule = "the hidden state of a token must not depend on later tokens"
-            raise refusal(layers.model, "probe", rule, "Use a causal decoder")
+            raise model_error(layers.model, "probe", rule, "Use a causal decoder")
         for factor in (1.0, _saturating_factor(layers, hidden_BTD)):
             with _scaled_input(layers.head_module, factor):
                 theirs_BTV = _logits(layers.model(tokens_BT, **no_cache(layers.model)))
@@ -62,7 +64,9 @@ def check_documents(layers: ModelLayers) -> None:
         "Qwen, Mistral, Gemma and GPT-2 of transformers do"
     )
     if "position_ids" not in argument_names(type(base or layers.model).forward):
-        raise refusal(layers.model, "probe_documents", "its forward takes no position_ids", way_out)
+        raise model_error(
+            layers.model, "probe_documents", "its forward takes no position_ids", way_out
+        )
     half = _PROBE_TOKENS // 2
     device = layers.head.weight.device
     tokens_BT = _probe_tokens(layers.vocab_size).flip(1).to(device)  # the second halves agree
@@ -76,7 +80,7 @@ def check_documents(layers: ModelLayers) -> None:
         flow_BTD = _flow(layers, tokens_BT, positions_BT, half)
     if flow_BTD[:, :half].any():
         rule = "its documents must not see each other, and tokens of one move those of the next"
-        raise refusal(layers.model, "probe_documents", rule, way_out)
+        raise model_error(layers.model, "probe_documents", rule, way_out)
 
 
 def _flow(layers: ModelLayers, tokens_BT: Tensor, positions_BT: Tensor, begin: int) -> Tensor:
@@ -91,7 +95,7 @@ def _flow(layers: ModelLayers, tokens_BT: Tensor, positions_BT: Tensor, begin: i
 def _compare(layers: ModelLayers, ours_BTV: Tensor, theirs_BTV: Tensor, tolerance: float) -> None:
     if ours_BTV.shape != theirs_BTV.shape:
         rule = f"its logits must have shape {tuple(ours_BTV.shape)}, not {tuple(theirs_BTV.shape)}"
-        raise refusal(layers.model, "probe", rule)
+        raise model_error(layers.model, "probe", rule)
     difference = _difference(ours_BTV, theirs_BTV)
     if not difference <= tolerance:  # Also for NaN.
         largest = theirs_BTV.abs().max().item()
@@ -106,7 +110,7 @@ def _compare(layers: ModelLayers, ours_BTV: Tensor, theirs_BTV: Tensor, toleranc
         )
         if entries := logit_entries(getattr(layers.model, "config", None)):
             way_out += f"; the config has {entries}"
-        raise refusal(layers.model, "probe", rule, way_out)
+        raise model_error(layers.model, "probe", rule, way_out)
 
 
 def _saturating_factor(layers: ModelLayers, hidden_BTD: Tensor) -> float:
@@ -118,7 +122,7 @@ def _saturating_factor(layers: ModelLayers, hidden_BTD: Tensor) -> float:
     return _PROBE_LOGIT / largest if largest > 0 else 1.0
 
 
-def refusal(model: nn.Module, method: str, rule: str, way_out: str = "") -> ValueError:
+def model_error(model: nn.Module, method: str, rule: str, way_out: str = "") -> ValueError:
     """The error of a method of the map."""
     return argument_error(f"ModelLayers.{method}", "model", type(model).__name__, rule, way_out)
 
