@@ -228,8 +228,8 @@ class Untied(PipelineStrategy):
 
     def setup(self, trainer: pl.Trainer) -> None:
         super().setup(trainer)
-        assert self._parameters is not None
-        vars(self._parameters)["sum_shared_gradients"] = lambda: None
+        assert self._ownership is not None
+        vars(self._ownership)["sum_shared_gradients"] = lambda: None
 
 
 class Unsynchronised(DDPStrategy):

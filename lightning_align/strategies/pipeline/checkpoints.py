@@ -28,7 +28,7 @@ class StageCheckpoints(ParallelStrategy):
     """
 
     save_distributed_checkpoint: bool
-    _parameters: Ownership | None = None
+    _ownership: Ownership | None = None
     _folder: DistributedCheckpoint | None = None  # what is resumed from, if it is a folder
     _restores_late: bool | None = None  # None: not asked yet
 
@@ -39,36 +39,36 @@ class StageCheckpoints(ParallelStrategy):
 
     def whole_state_dict(self) -> dict[str, Any]:
         """The module's state, complete on rank 0 and empty elsewhere; collective."""
-        if self._parameters is None:  # saved by a callback, when the set-up has failed
+        if self._ownership is None:  # saved by a callback, when the set-up has failed
             return super().lightning_module_state_dict()
-        return whole_state.gather_module(self._parameters)
+        return whole_state.gather_module(self._ownership)
 
     # Saving.
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """All parameters under their names, on rank 0, or those of this rank; collective."""
-        if self.save_distributed_checkpoint and self._parameters is not None:
-            return checkpoint_folder.module_part(self._parameters)
+        if self.save_distributed_checkpoint and self._ownership is not None:
+            return checkpoint_folder.module_part(self._ownership)
         return self.whole_state_dict()
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """State by number of parameter, on rank 0, or that of this rank by name; collective."""
-        assert self._parameters is not None
+        assert self._ownership is not None
         if self.save_distributed_checkpoint:
-            return checkpoint_folder.optimizer_part(self._parameters, optimizer)
-        return whole_state.gather_optimizer(self._parameters, optimizer)
+            return checkpoint_folder.optimizer_part(self._ownership, optimizer)
+        return whole_state.gather_optimizer(self._ownership, optimizer)
 
     @override
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
     ) -> None:
-        if not self.save_distributed_checkpoint or self._parameters is None:
+        if not self.save_distributed_checkpoint or self._ownership is None:
             if self.is_global_zero:
                 self._save_file(checkpoint, filepath, storage_options)
             return
-        group, path = self._parameters.group, str(self.broadcast(filepath))
+        group, path = self._ownership.group, str(self.broadcast(filepath))
         checkpoint_folder.save(checkpoint, path, group, self.checkpoint_io.save_checkpoint)
 
     def _save_file(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any) -> None:
@@ -148,14 +148,14 @@ class StageCheckpoints(ParallelStrategy):
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        assert self._parameters is not None
+        assert self._ownership is not None
         states = zip(self.optimizers, checkpoint["optimizer_states"], strict=True)
         for number, (optimizer, saved) in enumerate(states):
             state = saved
             if self._folder is not None:
                 groups = saved["param_groups"]
-                state = self._folder.optimizer_state(number, groups, self._parameters, optimizer)
-            whole_state.load_optimizer(self._parameters, optimizer, state)
+                state = self._folder.optimizer_state(number, groups, self._ownership, optimizer)
+            whole_state.load_optimizer(self._ownership, optimizer, state)
 
 
 def _refuse_to_begin_anew(trainer: pl.Trainer) -> None:

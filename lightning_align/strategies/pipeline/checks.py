@@ -25,9 +25,14 @@ from lightning_align._errors import argument_error
 from lightning_align.run.callbacks import callbacks_of
 from lightning_align.run.protocols import RefusesPipeline, misspelt
 from lightning_align.strategies.pipeline.chain import WHERE
-from lightning_align.strategies.pipeline.microbatches import count_that_divides
+from lightning_align.strategies.pipeline.microbatches import (
+    batch_rows,
+    checksum,
+    count_that_divides,
+)
 from lightning_align.strategies.pipeline.runtime import SCHEDULES
 
+_CHECKED_BATCHES = 3  # of each loop, that all ranks have the same
 _OF_WHOLE_MODELS = (StochasticWeightAveraging, WeightAveraging, BaseFinetuning)
 
 
@@ -58,6 +63,18 @@ def check_arguments(
         rule = f"{schedule} needs at least 2 stages on each rank"
         raise argument_error(WHERE, "num_stages_per_rank", 1, rule, "Use schedule='1F1B'")
     return several
+
+
+def check_size(size: int | str, world_size: int) -> None:
+    """Refuse a ``pipeline_parallel_size`` that leaves ranks over.
+
+    Raises:
+        ValueError: If it is not the number of all ranks.
+    """
+    if size not in ("auto", world_size):
+        rule = f"with one data-parallel replica it must be the world size, {world_size}"
+        way_out = "Leave it at 'auto', or set devices to it"
+        raise argument_error(WHERE, "pipeline_parallel_size", size, rule, way_out)
 
 
 def check_module(trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -146,6 +163,7 @@ def check_settings(
     ]
     values = torch.tensor([value for _, value in named], dtype=torch.float64, device=device)
     values = values.nan_to_num()
+    # The largest of -x is minus the smallest: both in one message.
     both = torch.stack([values, -values])
     answer: Any = distributed.all_reduce(both, distributed.ReduceOp.MAX, group, async_op=True)
 
@@ -154,8 +172,8 @@ def check_settings(
         differing = (both[0] != -both[1]).nonzero().flatten().tolist()
         if differing:
             name, largest, least = named[differing[0]][0], *both[:, differing[0]].tolist()
-            told = f"{name} is {-least:g} to {largest:g}"
-            rule = f"stages must train with the same settings, and {told}"
+            differs = f"{name} is {-least:g} to {largest:g}"
+            rule = f"stages must train with the same settings, and {differs}"
             way_out = "Let schedulers follow what self.log or the steps say, which all ranks have"
             raise argument_error(WHERE, "optimizer", type(optimizer).__name__, rule, way_out)
 
@@ -180,6 +198,57 @@ def check_count(schedule: str, num_stages: int, num_ranks: int, wanted: int | No
         raise argument_error(WHERE, "num_microbatches", wanted, rule, way_out)
 
 
+class FirstBatches:
+    """The first batches of each loop: the same on all ranks, and to be cut as asked for.
+
+    Args:
+        trainer: The trainer.
+        group: The ranks of the pipeline.
+        device: Where this rank computes.
+        num_microbatches: What the user asked for.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        group: distributed.ProcessGroup,
+        device: torch.device,
+        num_microbatches: int | None,
+    ) -> None:
+        self._trainer, self._group, self._device = trainer, group, device
+        self._num_microbatches = num_microbatches
+        self._checked: dict[str, int] = {}
+
+    def check(self, loop: str, batch: Any) -> None:
+        """Check a batch of a loop, if it is one of the first; collective.
+
+        Raises:
+            ValueError: If it is another on another rank, or cannot be cut.
+        """
+        checked = self._checked.get(loop, 0)
+        if checked < _CHECKED_BATCHES:
+            self._checked[loop] = checked + 1
+            check_same(batch, self._group, self._device)
+        if loop == "train" and checked == 0:
+            check_batch(self._trainer, batch_rows(batch), self._num_microbatches)
+
+
+def check_same(batch: Any, group: distributed.ProcessGroup, device: torch.device) -> None:
+    """Check that every rank of the pipeline has the same batch; collective.
+
+    Raises:
+        ValueError: If one has another: its inputs would meet labels of other samples.
+    """
+    ours = checksum(batch).to(device)
+    theirs = [torch.empty_like(ours) for _ in range(distributed.get_world_size(group))]
+    distributed.all_gather(theirs, ours, group=group)
+    other = [rank for rank, value in enumerate(theirs) if not torch.equal(value, theirs[0])]
+    if other:
+        rule = f"all ranks must have the same batch, and rank(s) {other} have another than 0"
+        way_out = "Call seed_everything, and keep the data loader free of per-rank samplers"
+        raise argument_error(WHERE, "batch", "...", rule, way_out)
+
+
 def check_batch(trainer: pl.Trainer, rows: int, wanted: int | None) -> None:
     """Refuse a number of micro-batches that the loader's batches cannot be cut into.
 
@@ -191,8 +260,8 @@ def check_batch(trainer: pl.Trainer, rows: int, wanted: int | None) -> None:
     loader: Any = trainer.train_dataloader
     sampler = getattr(loader, "sampler", None)
     # Of the loader, if it says: the run may begin with a batch that is smaller.
-    told = getattr(loader, "batch_size", None) or getattr(sampler, "batch_size", None) or 0
-    full = max(rows, told)
+    declared = getattr(loader, "batch_size", None) or getattr(sampler, "batch_size", None) or 0
+    full = max(rows, declared)
     if wanted is not None and full % wanted:
         rule = f"batches of {full} rows cannot be cut into as many equal parts"
         way_out = f"Use {count_that_divides(full, wanted)}, or another batch_size"

@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
-from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_align._compat.torch_modules import has_spectral_norm
 from lightning_align._errors import argument_error
@@ -29,11 +28,9 @@ from lightning_align.strategies.pipeline.joining import (
     distance,
     is_number,
 )
-from lightning_align.strategies.pipeline.microbatches import batch_rows, count_that_divides
 from lightning_align.strategies.pipeline.replay import MetricAt, Part, log_path
 from lightning_align.strategies.pipeline.step_attributes import StepAttributes
 
-_ROWS = 8  # that are compared
 _TOLERANCE = 2e-5  # what another order of sums may change, relative
 _TOLERANCE_16 = 1e-2  # with 8 to 11 bits of mantissa
 _FORWARD_CACHE = "._forward_cache"  # what a metric object has of the latest batch alone
@@ -48,28 +45,17 @@ class Finding(NamedTuple):
 
 @dataclass
 class Verdict:
-    """What a comparison has found, told to all ranks.
+    """What a comparison has found, sent to all ranks.
 
     Attributes:
         error: Why the run is refused, or None.
         failed: Why there was nothing to compare, or None.
-        warnings: What could not be told.
+        warnings: What could not be found out.
     """
 
     error: str | None = None
     failed: str | None = None
     warnings: list[str] = field(default_factory=list)
-
-
-def compared_rows(batch: Any, count: int) -> tuple[int, int]:
-    """How many of a batch's rows are compared, and in how many micro-batches."""
-    rows = batch_rows(batch)
-    return (rows, count) if rows <= _ROWS else (_ROWS, count_that_divides(_ROWS, count))
-
-
-def first_rows(batch: Any, rows: int) -> Any:
-    """The first rows of a batch."""
-    return apply_to_collection(batch, Tensor, lambda t: t[:rows] if t.ndim else t)
 
 
 def tolerance_of(module: pl.LightningModule) -> float:
@@ -126,7 +112,7 @@ def findings(
             joiner.learn("output", None, outputs, whole.output, shares)
         except Mismatch as mismatch:
             found.append(Finding("output", _of_output(module, mismatch)))
-    untold: set[str] = set()
+    unknown: set[str] = set()
     for path in dict.fromkeys(path for part in (whole, *parts) for path in part.changes):
         before = next(p.changes[path][0] for p in (whole, *parts) if path in p.changes)
         after, *values = (p.changes.get(path, (before, before))[1] for p in (whole, *parts))
@@ -135,13 +121,13 @@ def findings(
         except Mismatch as mismatch:
             if path.endswith(_FORWARD_CACHE):  # refused where it is logged
                 joiner.rules[path] = ["mean"]
-                untold.add(path.removesuffix(_FORWARD_CACHE))
+                unknown.add(path.removesuffix(_FORWARD_CACHE))
             else:
                 found.append(Finding(path, _of_attribute(module, mismatch)))
     for name, (arguments, value) in whole.logs.items():
         having = [part for part in parts if name in part.logs]
         if isinstance(value, MetricAt):
-            found += _of_metric(module, name, arguments, value.path in untold)
+            found += _of_metric(module, name, arguments, value.path in unknown)
         else:
             found += _of_log(module, joiner, name, value, having)
     return found
@@ -236,9 +222,11 @@ def _of_loss(
     return [Finding("loss", str(argument_error("PipelineStrategy", "model", name, rule, way_out)))]
 
 
-def _of_metric(module: Any, name: str, arguments: dict[str, Any], is_untold: bool) -> list[Finding]:
+def _of_metric(
+    module: Any, name: str, arguments: dict[str, Any], is_unknown: bool
+) -> list[Finding]:
     on_step = arguments.get("on_step")
-    if not is_untold or not (module.training if on_step is None else on_step):
+    if not is_unknown or not (module.training if on_step is None else on_step):
         return []
     where = f"{type(module).__name__}.log"
     rule = "what a metric object is for a batch is not known from its micro-batches"

@@ -1,6 +1,6 @@
 """What each layer of a chain costs: its parameters, or the time that it takes on the first batch.
 
-Times are taken on one rank and told to all, so that all cut alike. A layer is called by itself, on
+Times are taken on one rank and sent to all, so that all cut alike. A layer is called by itself, on
 what the chain calls it with, forward and backward. A model without values is never whole for that:
 each layer has its parameters while it is timed, and layers of one kind are timed once.
 """
@@ -80,14 +80,14 @@ def time_layers(
         ValueError: If there is no first batch to be had, or a layer fails on it, on all ranks.
     """
     trainer.fit_loop.setup_data()  # as trainer.estimated_stepping_batches does
-    told: list[Any] = [None]
+    found: list[Any] = [None]
     with failing_together(group):
         if distributed.get_rank(group) == 0:
-            told = [_Timing(trainer, chain).run(count_for)]
+            found = [_Timing(trainer, chain).run(count_for)]
     if trainer.ckpt_path:  # whose states of loaders come after set-up
         forget_train_loaders(trainer)
-    distributed.broadcast_object_list(told, distributed.get_global_rank(group, 0), group=group)
-    costs: LayerCosts = told[0]
+    distributed.broadcast_object_list(found, distributed.get_global_rank(group, 0), group=group)
+    costs: LayerCosts = found[0]
     return costs
 
 

@@ -1,4 +1,4 @@
-"""A batch cut into micro-batches of one size, and told from another."""
+"""A batch cut into micro-batches of one size, and how two batches are compared."""
 
 from __future__ import annotations
 

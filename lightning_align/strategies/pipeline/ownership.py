@@ -128,6 +128,8 @@ class Ownership:
         shared = [(p, group) for p, group in self._shared() if p.requires_grad]
         for group in dict.fromkeys(group for _, group in shared):
             parameters = [p for p, of in shared if of is group]
+            # A weight that one of its stages has not used there: it has no gradient to add there,
+            # and the others would wait.
             has_one = torch.tensor([p.grad is not None for p in parameters]).int()
             has_one = has_one.to(parameters[0].device)
             distributed.all_reduce(has_one, distributed.ReduceOp.MAX, group=group)
@@ -151,6 +153,7 @@ class Ownership:
         Args:
             parameters: Those that count, on this rank; None means all.
         """
+        # What several ranks hold has the same gradient on each, and counts on the first.
         counted = {
             parameter
             for name, parameter in self.module.named_parameters()
@@ -159,6 +162,7 @@ class Ownership:
         asked = list(self.module.parameters() if parameters is None else parameters)
         gradients = [p.grad for p in asked if p.grad is not None and p in counted]
         norm = nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+        # Norms of parts add up as squares; in double precision, as those of fp16 overflow.
         squared = norm.to(self.module.device, torch.float64) ** 2
         distributed.all_reduce(squared, group=self.group)
         return squared.sqrt().float()

@@ -6,6 +6,13 @@ Positions of the chain follow from the order of calls, so a layer may be there t
     returns    a stand-in     what was        what the layer   nothing: the step is left
                               received        computes
 
+Backward ([13] of ``steps.py``) is autograd's within a stage and torch's sending between two:
+
+    stage 0:  step -> layer 0 -> layer 1 ~~~~~> sent         gradient of layer 1's output
+    stage 1:                received, a leaf -> _Received -> layer 2 -> layer 3 -> step -> loss
+                            its gradient is  <- notes that   <-------------------------   |
+                            sent back           it was reached                            v
+
 Each layer draws for itself, seeded by one number that all stages draw in its place. So the masks of
 a layer's dropout depend neither on the schedule nor on the cut, and they are the same when
 checkpointing calls it again in backward, from the same place of the generators.
@@ -99,15 +106,15 @@ class Passage:
             self._check_given(args, kwargs)
         if position == self.end:
             self._is_left = True
-            raise Left
+            raise Left  # [10] out of whatever the user's code has around its layers
         self.position += 1
-        if position < self.begin - 1:
+        if position < self.begin - 1:  # [8]
             torch.randint(2**62, ())  # as where it is computed
             self._returns(filled(self.shapes.layers[position], self._stand_in))
-        elif position == self.begin - 1:
+        elif position == self.begin - 1:  # [8], the way that backward comes back by
             torch.randint(2**62, ())
             self._returns(apply_to_collection(self.received, Tensor, self._taken))
-        else:
+        else:  # [9]
             args = self._inputs(args) if position == 0 else args
             self._returns(self._computed(layer, args, kwargs))
         return self.output
@@ -189,7 +196,7 @@ class Passage:
     # What it returns.
 
     def _computed(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._is_inside = True
+        self._is_inside = True  # a layer that calls another one of the chain calls it as usual
         try:
             with self._unseen(), drawing_for_itself(self.device):
                 output = torch_modules.call_module(layer, *args, **kwargs)
@@ -260,7 +267,7 @@ class _Received(torch.autograd.Function):
     @staticmethod
     @override
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        ctx.note()
+        ctx.note()  # [13]
         return gradient, None
 
 

@@ -30,7 +30,8 @@ from torch.utils.data import (
 from lightning_align._compat.lightning_trainer import transferred
 from lightning_align._errors import argument_error
 from lightning_align.data.sampler import PositionSampler
-from lightning_align.strategies.pipeline.checks import check_batch
+from lightning_align.strategies.pipeline.batch_step import BatchStep
+from lightning_align.strategies.pipeline.checks import check_batch, check_same
 from lightning_align.strategies.pipeline.comparison import keeps_statistics
 from lightning_align.strategies.pipeline.microbatches import batch_rows
 from lightning_align.strategies.pipeline.stages import StageError
@@ -92,13 +93,13 @@ def _rehearse_training(
         batch = first_batch(trainer, trainer.train_dataloader)
         if not trainer.strategy.reduce_boolean_decision(batch is not None):
             return
-        steps.check_same(batch)
+        check_same(batch, steps.runtime.group, steps.runtime.device)
         check_batch(trainer, batch_rows(batch), num_microbatches)
         # Hooks that run before the first step may be missing; if not, it says the same.
         with suppress(StageError):
-            context = trainer.precision_plugin.train_step_context
+            call, context = module.training_step, trainer.precision_plugin.train_step_context
             rest = step_arguments(module)
-            steps.rehearse(module.training_step, batch, rest, count_for(batch), context)
+            steps.rehearse(BatchStep(call, batch, rest, count_for(batch), context, trains=True))
 
 
 def _rehearse_validation(
@@ -115,12 +116,12 @@ def _rehearse_validation(
             batch = first_batch(trainer, loader)
             if not trainer.strategy.reduce_boolean_decision(batch is not None):
                 continue
-            steps.check_same(batch)
+            check_same(batch, steps.runtime.group, steps.runtime.device)
             has_index = is_param_in_hook_signature(module.validation_step, "batch_idx", min_args=2)
             rest = (*[0] * has_index, *[number] * (len(loaders) > 1))
-            context = trainer.precision_plugin.val_step_context
+            call, context = module.validation_step, trainer.precision_plugin.val_step_context
             with suppress(StageError):
-                steps.rehearse(module.validation_step, batch, rest, count_for(batch), context)
+                steps.rehearse(BatchStep(call, batch, rest, count_for(batch), context))
     for part in was_training:
         part.training = True
 

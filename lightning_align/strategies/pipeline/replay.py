@@ -1,4 +1,4 @@
-"""What the user's step did on the last stage, told to all ranks and done again on each.
+"""What the user's step did on the last stage, sent to all ranks and done again on each.
 
 ``self.log`` and changes of attributes inside a step that counts on one rank only would leave the
 others without the values that EarlyStopping, ModelCheckpoint, schedulers, loggers and the hooks of
@@ -9,7 +9,7 @@ the module ask for. So both are recorded over the micro-batches, joined to what 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from lightning_align._errors import argument_error
 from lightning_align.layers.surgery import replaced
 from lightning_align.strategies.pipeline.joining import Joiner
 from lightning_align.strategies.pipeline.messages import Packed, length_of, packed, unpacked
-from lightning_align.strategies.pipeline.step_attributes import StepAttributes
+from lightning_align.strategies.pipeline.step_attributes import StepAttributes, Taken
 
 
 @dataclass
@@ -82,24 +82,33 @@ class StepRecorder:
     Args:
         module: The user's module.
         attributes: Those of its attributes that count.
+        begun: What they were when the batch began.
+        shares: Which part of the batch each micro-batch is.
 
     Attributes:
         parts: What the step did, by micro-batch.
     """
 
-    def __init__(self, module: pl.LightningModule, attributes: StepAttributes) -> None:
+    def __init__(
+        self,
+        module: pl.LightningModule,
+        attributes: StepAttributes,
+        begun: Taken,
+        shares: Sequence[float],
+    ) -> None:
         self._module, self._attributes = module, attributes
+        self._begun, self._shares = begun, shares
         self._signature = inspect.signature(type(module).log)
-        self._begun = attributes.take()
         self.parts: list[Part] = []
 
     @contextmanager
-    def recording(self, share: float) -> Iterator[Part]:
-        """Around the step of a micro-batch that is this share of the batch.
+    def recording(self, number: int) -> Iterator[Part]:
+        """Around the step of a micro-batch; each leaves the attributes that the batch began with.
 
-        Each begins with the attributes that the batch began with.
+        Args:
+            number: Of the micro-batch.
         """
-        part = Part(share)
+        part = Part(self._shares[number])
 
         def log(*args: Any, **kwargs: Any) -> None:
             arguments = dict(self._signature.bind(self._module, *args, **kwargs).arguments)
@@ -107,6 +116,8 @@ class StepRecorder:
             del arguments["self"]
             part.logs[name] = arguments, self._value(name, value)
 
+        # Changes are looked for behind the step, and taken back even where it fails: a comparison
+        # goes on with the next micro-batch.
         try:
             with replaced(self._module, "log", log):
                 yield part
@@ -127,13 +138,18 @@ class StepRecorder:
             raise argument_error(f"{type(self._module).__name__}.log", "name", name, rule, way_out)
         return torch.as_tensor(value, device=self._module.device).detach().double().reshape(())
 
-    def told(self, joiner: Joiner) -> StepResult:
-        """What the batch came to, but for its loss."""
-        told, shares = StepResult(), [part.share for part in self.parts]
+    def result(self, joiner: Joiner, loss: Tensor | None) -> StepResult:
+        """What the batch came to.
+
+        Args:
+            joiner: Knows the rules by which values of micro-batches are joined.
+            loss: Of the batch; None in evaluation, where what the step returned is joined.
+        """
+        result, shares = StepResult(loss), [part.share for part in self.parts]
         joiner.undecided.clear()
         joiner.unseen.clear()
         for name in dict.fromkeys(name for part in self.parts for name in part.logs):
-            told.logs[name] = self._joined_log(name, joiner)
+            result.logs[name] = self._joined_log(name, joiner)
         for path in dict.fromkeys(path for part in self.parts for path in part.changes):
             before = next(part.changes[path][0] for part in self.parts if path in part.changes)
             values = [part.changes.get(path, (before, before))[1] for part in self.parts]
@@ -142,14 +158,15 @@ class StepRecorder:
                 kept = len(before) <= len(value) and all(
                     a is b for a, b in zip(before, value, strict=False)
                 )
+                # Predictions of an epoch would be sent again with every batch.
                 value = Appended(value[len(before) :]) if kept else value
-            told.changes[path] = value
+            result.changes[path] = value
         outputs = [part.output for part in self.parts]
         if any(output is not None for output in outputs):
-            told.outputs = joiner.join("output", None, outputs, shares)
-        told.undecided = tuple(sorted(joiner.undecided))
-        told.unseen = tuple(sorted(joiner.unseen - joiner.random - {"output"}))
-        return told
+            result.outputs = joiner.join("output", None, outputs, shares)
+        result.undecided = tuple(sorted(joiner.undecided))
+        result.unseen = tuple(sorted(joiner.unseen - joiner.random - {"output"}))
+        return result
 
     def _joined_log(self, name: str, joiner: Joiner) -> tuple[dict[str, Any], Any]:
         calls = [(part.share, *part.logs[name]) for part in self.parts if name in part.logs]
@@ -170,7 +187,7 @@ def log_path(name: str) -> str:
 
 
 class ResultBroadcaster:
-    """Sends what the last stage has to tell: one message, unless its form has changed.
+    """Sends what a step came to on the last stage: one message, unless its form has changed.
 
     Args:
         module: The user's module.
@@ -192,47 +209,49 @@ class ResultBroadcaster:
         self._source, self._group, self._device = source, group, device
         self._forms: dict[str, tuple[int, Any]] = {}
 
-    def tell(self, kind: str, told: StepResult | None) -> StepResult:
-        """What the last stage gives here, on all ranks; collective.
+    def broadcast(self, kind: str, own: StepResult | None) -> StepResult:
+        """The result of the last stage, on all ranks; collective.
 
         Args:
             kind: Of which step; the messages of one kind mostly have one form.
-            told: What to tell, None on other ranks.
+            own: The result, None on other ranks.
         """
         version, form = self._forms.get(kind, (0, None))
+        # A version, then bytes of the form that all ranks know; another version says that there is
+        # another form, which follows.
         message = torch.zeros(8 + length_of(form), dtype=torch.uint8, device=self._device)
-        own: Packed | None = None
-        if told is not None:
-            own = packed(vars(told), self._device)
-            is_new = own.form != form
+        to_send: Packed | None = None
+        if own is not None:
+            to_send = packed(vars(own), self._device)
+            is_new = to_send.form != form
             header = torch.tensor([version + is_new]).view(torch.uint8)
             message[:8] = header.to(self._device)
             if not is_new:
-                message[8:] = own.data
+                message[8:] = to_send.data
         distributed.broadcast(message, self._source, group=self._group)
-        heard_version = int(message[:8].cpu().view(torch.int64))
-        if heard_version == version:
+        sent_version = int(message[:8].cpu().view(torch.int64))
+        if sent_version == version:
             return StepResult(**unpacked(form, message[8:]))
-        form, data = self.object(None if own is None else (own.form, own.data.cpu()))
-        self._forms[kind] = heard_version, form
+        form, data = self.broadcast_object(to_send and (to_send.form, to_send.data.cpu()))
+        self._forms[kind] = sent_version, form
         return StepResult(**unpacked(form, data.to(self._device)))
 
-    def object(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """Any object of the last stage, on all ranks; collective."""
         box = [value]
         distributed.broadcast_object_list(box, self._source, group=self._group)
         return box[0]
 
-    def replay(self, told: StepResult) -> None:
+    def replay(self, result: StepResult) -> None:
         """Do on this rank what the step did on the last stage."""
         slots: Callable[[], Any] = self._attributes.slots
-        for path, change in told.changes.items():
+        for path, change in result.changes.items():
             value = change
             if isinstance(change, Appended):
                 mapping, key = slots()[path]
                 value = [*mapping[key], *change.entries]
             self._attributes.assign(path, value)
-        for name, (arguments, value) in told.logs.items():
+        for name, (arguments, value) in result.logs.items():
             logged = value
             if isinstance(value, MetricAt):
                 logged = self._module.get_submodule(value.path)

@@ -1,7 +1,8 @@
 """Runs batches through the stages of this rank: torch's schedules forward and backward, or forward.
 
 Micro-batches themselves never go through torch's splitting: a schedule is given their numbers, and
-a stage looks up what it needs. Every rank has the whole batch.
+a stage looks up what it needs. Every rank has the whole batch. The clock of a schedule, and what a
+stage does in one of its places, is drawn in ``steps.py``, whose numbers are those of comments here.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, distributed
 from torch.distributed.pipelining.schedules import get_schedule_class
 
 from lightning_align._compat.torch_pipelining import LeanStage, load_schedule_csv
+from lightning_align._errors import argument_error
 from lightning_align.pipelining.actions import Event
 from lightning_align.strategies.failure import pipeline_error
 from lightning_align.strategies.pipeline.chain import Chain
@@ -45,7 +47,7 @@ class Runtime:
         record_timeline: Whether to note when actions run.
 
     Attributes:
-        work: What the stages work on; the strategy fills it.
+        current: The batch that the stages are at; ``running.py`` fills it.
         schedule_in_use: Name of the schedule that the last batch ran under.
         timeline: Actions of this rank in the last training batch, if they are recorded.
     """
@@ -62,7 +64,7 @@ class Runtime:
         record_timeline: bool = False,
     ) -> None:
         self._chain = chain
-        self.work = BatchInProgress(device=device)
+        self.current = BatchInProgress(device=device)
         self.record_timeline = record_timeline
         self.timeline: list[Event] = []
         self.schedule, self.schedule_csv = schedule, schedule_csv
@@ -71,10 +73,10 @@ class Runtime:
         rank, size = distributed.get_rank(group), distributed.get_world_size(group)
         self.num_stages = len(stretches)
         self.modules = {
-            index: StageModule(chain, index, *stretches[index], self.work)
+            index: StageModule(chain, index, *stretches[index], self.current)
             for index in range(rank, self.num_stages, size)
         }
-        self.work.stages = tuple(self.modules)
+        self.current.stages = tuple(self.modules)
         self._metas = StageMetas(self.modules, self.num_stages, group)
         self._made: OrderedDict[Hashable, Any] = OrderedDict()
         self._warned: set[str] = set()
@@ -85,21 +87,28 @@ class Runtime:
         """Whether stage 0 is here."""
         return 0 in self.modules
 
+    @property
+    def has_last(self) -> bool:
+        """Whether the last stage is here, which alone runs steps to their end."""
+        return self.num_stages - 1 in self.modules
+
     def train(self, key: Hashable, conclude: Conclude) -> None:
-        """Forward and backward of the work at hand.
+        """Forward and backward of the batch in progress.
 
         Args:
             key: What two batches share if one schedule serves both.
             conclude: Called on the last stage with what runs the step to its end and the number of
                 the micro-batch; returns what is propagated back.
         """
-        count = len(self.work.steps)
-        self.work.shapes, metas = self._metas.of(("train", key, count), self.device)
+        count = len(self.current.steps)
+        self.current.shapes, metas = self._metas.of(("train", key, count), self.device)  # [4]
         self.schedule_in_use, schedule = self._fetch(
             ("train", key, count), lambda: self._make_schedule(metas, count)
         )
-        self.work.conclude = conclude
+        self.current.conclude = conclude
         self._chain.reached.clear()
+        # [5] Only the first stage is given an input by torch, and only the last one asks for a
+        # target; the keyword argument comes to all.
         numbers = torch.arange(count)
         inputs = (numbers,) if self.has_first else ()
         with self._named_failures(), self._recorded():
@@ -113,6 +122,8 @@ class Runtime:
         stages backward comes to is found out once for a key; collective.
         """
         stages = self.modules.values()
+        # [14] A stage's backward is called in any case; whether it came from the loss is seen in
+        # whether the stage behind it passed something to its input, [13].
         if key not in self._unreached:
             reached = torch.ones(self.num_stages, dtype=torch.int32, device=self.device)
             for stage in stages:
@@ -140,20 +151,20 @@ class Runtime:
             mode: ``"train"`` or ``"forward"``.
             key: What two batches share if one schedule serves both.
         """
-        self._metas.of((mode, key, len(self.work.steps)), self.device)
+        self._metas.of((mode, key, len(self.current.steps)), self.device)
 
     def forward(self, key: Hashable, conclude: Conclude) -> None:
-        """Forward of the work at hand, any number of micro-batches.
+        """Forward of the batch in progress, any number of micro-batches.
 
         Args:
             key: What two batches share if the same buffers serve both.
             conclude: Called on the last stage with what runs the step to its end and the number of
                 the micro-batch.
         """
-        count = len(self.work.steps)
-        self.work.shapes, metas = self._metas.of(("forward", key, count), self.device)
+        count = len(self.current.steps)
+        self.current.shapes, metas = self._metas.of(("forward", key, count), self.device)
         stages = self._fetch(("forward", key, count), lambda: self._make_stages(metas, count))
-        self.work.conclude = conclude
+        self.current.conclude = conclude
         with self._named_failures():
             self._forward(stages, count)
 
@@ -179,20 +190,20 @@ class Runtime:
 
     @contextmanager
     def _named_failures(self) -> Iterator[None]:
-        self.work.doing = None
+        self.current.doing = None
         try:
             yield
         except Exception as error:
-            raise pipeline_error(self.work.place, error) from error
+            raise pipeline_error(self.current.place, error) from error
 
     @contextmanager
     def _recorded(self) -> Iterator[None]:
         if not self.record_timeline:
             yield
             return
-        self.timeline = self.work.events = []
+        self.timeline = self.current.events = []
         yield
-        self.work.events = None
+        self.current.events = None
 
     def _fetch(self, key: Hashable, make: Callable[[], Any]) -> Any:
         if key not in self._made:
@@ -216,7 +227,7 @@ class Runtime:
             index,
             self.num_stages,
             self.device,
-            partial(self.work.action, "B"),
+            partial(self.current.action, "B"),
             input_args=tuple(inputs),
             output_args=tuple(meta.like() for meta in metas[index]),
             group=self.group,
@@ -263,3 +274,25 @@ def _start(ops: list[Any]) -> list[Any]:
 def _wait(works: list[Any]) -> None:
     for work in works:
         work.wait()
+
+
+def gather_timeline(own: list[Event], is_recorded: bool) -> list[Event]:
+    """The actions of all ranks, rank by rank; collective.
+
+    Args:
+        own: Those of this rank.
+        is_recorded: Whether the strategy records them.
+
+    Raises:
+        ValueError: If it does not, or there are none.
+    """
+    where = "PipelineStrategy.timeline"
+    if not is_recorded:
+        way_out = "Use PipelineStrategy(record_timeline=True)"
+        raise argument_error(where, "record_timeline", False, "nothing was recorded", way_out)
+    gathered: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(gathered, own)
+    if not all(gathered):
+        rule = "no training batch has run through the pipeline"
+        raise argument_error(where, "record_timeline", True, rule, "Call it after a step")
+    return [event for events in gathered for event in events]

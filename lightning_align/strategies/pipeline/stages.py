@@ -30,7 +30,7 @@ from lightning_align.strategies.pipeline.trees import Meta, Unknown, filled, lea
 
 @dataclass
 class BatchInProgress:
-    """What the stages of this rank work on, and what they are doing.
+    """The batch that the stages of this rank run, and what they are at.
 
     Attributes:
         steps: The user's step for each micro-batch.
@@ -86,13 +86,13 @@ class BatchInProgress:
 
 
 class StageModule(nn.Module):
-    """A stretch of the chain, run on micro-batch ``microbatch`` of the work at hand."""
+    """A stretch of the chain, run on micro-batch ``microbatch`` of the batch in progress."""
 
     def __init__(
-        self, chain: Chain, index: int, begin: int, end: int, work: BatchInProgress
+        self, chain: Chain, index: int, begin: int, end: int, current: BatchInProgress
     ) -> None:
         super().__init__()
-        self.chain, self.work = chain, work
+        self.chain, self.current = chain, current
         self.index, self.begin, self.end = index, begin, end
 
     @property
@@ -107,19 +107,21 @@ class StageModule(nn.Module):
 
     @override
     def forward(self, *received: Tensor, microbatch: Tensor) -> Any:
-        number, work = int(microbatch), self.work
-        run = partial(self.run, received if self.begin else (), number, work.shapes)
-        with work.action("F", self.index, number):
+        # [6] Every rank has the batch, so torch hands on numbers, and what the stage before sent.
+        number, current = int(microbatch), self.current
+        run = partial(self.run, received if self.begin else (), number, current.shapes)
+        with current.action("F", self.index, number):
             if self.is_last:
-                assert work.conclude is not None
-                return work.conclude(run, number)
-            with quiet(self.chain.module), work.context():
+                assert current.conclude is not None
+                return current.conclude(run, number)
+            # What the step logs before its first layer it logs on the last stage, too: once counts.
+            with quiet(self.chain.module), current.context():
                 tensors = tuple(tensor.contiguous() for tensor in tensors_in(run()))
             self._check_shapes(tensors, number)
             return tensors
 
     def _check_shapes(self, tensors: Sequence[Tensor], number: int) -> None:
-        known = [m for m in leaves(self.work.shapes.layers[self.end - 1]) if isinstance(m, Meta)]
+        known = [m for m in leaves(self.current.shapes.layers[self.end - 1]) if isinstance(m, Meta)]
         ours = [Meta(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
         if ours != known:
             sizes, first = ([tuple(meta.shape) for meta in metas] for metas in (ours, known))
@@ -142,7 +144,7 @@ class StageModule(nn.Module):
         handed_on = (
             filled(shapes.layers[self.begin - 1], lambda _: next(tensors)) if self.begin else None
         )
-        step = self.work.steps[number]
+        step = self.current.steps[number]
         return self.chain.run(self.begin, self.end, handed_on, step, shapes, provenance)
 
 
@@ -164,22 +166,25 @@ class StageMetas:
             ValueError: If a stage hands on anything but tensors, the step does not call its chain
                 as one, or it fails, on all ranks.
         """
+        # [4] torch finds them by a forward of its own, at each change from training to evaluation.
         if key not in self._known:
             self._known[key] = self._find(device)
         return self._known[key]
 
     def _find(self, device: torch.device) -> tuple[Shapes, list[list[Meta]]]:
         size = distributed.get_world_size(self.group)
+        # Stage by stage, since each needs what the one before it has found; an error is handed on
+        # like a result, so that all ranks raise it.
         shapes, handed_on = Shapes(), list[list[Meta]]()
         for index in range(self.num_stages):
-            told: list[Any] = [None]
+            found: list[Any] = [None]
             if index in self.modules:
-                told = [_rehearsed(self.modules[index], shapes, device)]
+                found = [_rehearsed(self.modules[index], shapes, device)]
             source = distributed.get_global_rank(self.group, index % size)
-            distributed.broadcast_object_list(told, source, group=self.group)
-            if isinstance(told[0], ValueError):
-                raise told[0]
-            shapes, metas = told[0]
+            distributed.broadcast_object_list(found, source, group=self.group)
+            if isinstance(found[0], ValueError):
+                raise found[0]
+            shapes, metas = found[0]
             handed_on.append(metas)
         return shapes, handed_on
 
@@ -222,7 +227,7 @@ def _run_checked(module: StageModule, received: list[Tensor], shapes: Shapes) ->
         check(value, f"what is logged as {name!r}")
 
     provenance = Provenance(refuse)
-    with quiet(user, log), module.work.context(), provenance:
+    with quiet(user, log), module.current.context(), provenance:
         result = module.run(received, 0, shapes, provenance)
     if module.is_last:
         check(result, "what the step returns")
@@ -232,8 +237,8 @@ def _handed_on(module: StageModule, shapes: Shapes) -> list[Meta]:
     metas = list(leaves(shapes.layers[module.end - 1]))
     for meta in metas:
         if meta is not None and not isinstance(meta, Meta):
-            told = meta.kind if isinstance(meta, Unknown) else type(meta).__name__
-            rule = f"stage {module.index} must hand on tensors only, and returned {told}"
+            kind = meta.kind if isinstance(meta, Unknown) else type(meta).__name__
+            rule = f"stage {module.index} must hand on tensors only, and returned {kind}"
             way_out = "Let the layer before the cut return a tensor or a tuple of tensors"
             raise chain_error(module.chain.module, rule, way_out)
     return [meta for meta in metas if meta is not None]

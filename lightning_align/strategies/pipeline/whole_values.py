@@ -79,24 +79,33 @@ class WholeValues(TorchFunctionMode):
         self._group, self._rank = group, distributed.get_rank(group)
         self._hook, self._depth = "", 0
         self._asked: tuple[Tensor, Any] | None = None  # who has gradients, while on its way
-        self._owners: dict[int, tuple[Tensor, int]] = {}
+        self._followed: dict[int, tuple[Tensor, int]] = {}  # id -> tensor, rank that has its values
         self._lent: list[Tensor] = []  # parameters that were given a gradient
         self._patches = ExitStack()
 
-    def wrap(self, owners: Iterable[Any]) -> Callable[[], None]:
-        """Let the hooks that the user has written run in here; returns the way back."""
+    def lend_to(
+        self, users: Iterable[Any], outside: Iterable[tuple[Any, str]]
+    ) -> Callable[[], None]:
+        """Let the hooks that the user has written run in here; returns the way back.
+
+        Args:
+            users: The module and the callbacks.
+            outside: (object, name of its method) of what hooks may call, and is to run outside.
+        """
         wrapped = []
-        for owner in owners:
+        for user in users:
             for name in _HOOKS:
-                own = getattr(type(owner), name, None)
+                own = getattr(type(user), name, None)
                 package = getattr(own, "__module__", "lightning").partition(".")[0]
-                if own is not None and package not in _OURS and name not in vars(owner):
-                    vars(owner)[name] = self._inside(getattr(owner, name))
-                    wrapped.append((owner, name))
+                if own is not None and package not in _OURS and name not in vars(user):
+                    wrapped.append((user, name, self._inside(getattr(user, name))))
+        wrapped += [(user, name, self._outside(getattr(user, name))) for user, name in outside]
+        for user, name, method in wrapped:
+            vars(user)[name] = method
 
         def undo() -> None:
-            for owner, name in wrapped:
-                vars(owner).pop(name, None)
+            for user, name, _ in wrapped:
+                vars(user).pop(name, None)
 
         return undo
 
@@ -112,7 +121,7 @@ class WholeValues(TorchFunctionMode):
         finally:
             self._lend(lent)
 
-    def outside(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _outside(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The same function, run outside of here."""
 
         @wraps(function)
@@ -151,7 +160,7 @@ class WholeValues(TorchFunctionMode):
         self._depth -= 1
         if self._depth == 0:
             self._patches.close()
-            self._owners.clear()
+            self._followed.clear()
             self._asked = None
             for parameter in self._lent:
                 parameter.grad = None
@@ -162,32 +171,32 @@ class WholeValues(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not self._owners:  # most hooks compute nothing, and are not kept waiting
+        if not self._followed:  # most hooks compute nothing, and are not kept waiting
             self._follow_all()
         if func == _GRAD and self._asked is not None:
             self._lend_gradients()
         name = getattr(func, "__name__", "")
         if name.startswith("_foreach_"):
             return self._each(func, args, kwargs)
-        owner = self._owner((args, kwargs), name)
-        if owner is None:
+        rank = self._rank_of((args, kwargs), name)
+        if rank is None:
             return func(*args, **kwargs)
         if func == _DEVICE:
             return self._device
         if func == _IS_META:
             return False  # all ranks are to run the hook alike
         if func in _READS and args[0].numel() == 1:
-            return func(self._everywhere(args[0], owner))
-        return self._of_one(func, args, kwargs, owner)
+            return func(self._everywhere(args[0], rank))
+        return self._of_one(func, args, kwargs, rank)
 
     # Whose value it is.
 
-    def _follow(self, tensor: Tensor, owner: int) -> Tensor:
-        self._owners[id(tensor)] = tensor, owner  # kept, so that its id is no other's
+    def _follow(self, tensor: Tensor, rank: int) -> Tensor:
+        self._followed[id(tensor)] = tensor, rank  # kept, so that its id is no other's
         return tensor
 
-    def _owner(self, values: Any, name: str) -> int | None:
-        found = {self._owners[id(t)][1] for t in tensors_in(values) if id(t) in self._owners}
+    def _rank_of(self, values: Any, name: str) -> int | None:
+        found = {self._followed[id(t)][1] for t in tensors_in(values) if id(t) in self._followed}
         if len(found) > 1:
             raise self._error(f"{name} is given values of several stages")
         return found.pop() if found else None
@@ -223,11 +232,11 @@ class WholeValues(TorchFunctionMode):
                 parameter.grad = torch.empty_like(parameter.detach().as_subclass(Tensor))
                 self._lent.append(parameter)
                 if self._depth:
-                    self._follow(_plain_grad(parameter), self._owners[id(parameter)][1])
+                    self._follow(_plain_grad(parameter), self._followed[id(parameter)][1])
 
     # What is computed of it.
 
-    def _of_one(self, func: Any, args: Any, kwargs: Any, owner: int) -> Any:
+    def _of_one(self, func: Any, args: Any, kwargs: Any, rank: int) -> Any:
         """A function of the values of one stage."""
         with torch._C.DisableTorchFunctionSubclass():
             if self._is_here((args, kwargs)):
@@ -237,23 +246,23 @@ class WholeValues(TorchFunctionMode):
         given = {id(tensor) for tensor in tensors_in(args)}
         if isinstance(result, Tensor):
             if result.ndim == 0 and id(result) not in given and func not in _KEEP:
-                return self._everywhere(result, owner)
-            return self._follow(result, owner)
+                return self._everywhere(result, rank)
+            return self._follow(result, rank)
         for tensor in tensors_in(result):
-            self._follow(tensor, owner)
+            self._follow(tensor, rank)
         return result
 
     def _is_here(self, values: Any) -> bool:
-        return not any(t.is_meta for t in tensors_in(values) if id(t) in self._owners)
+        return not any(t.is_meta for t in tensors_in(values) if id(t) in self._followed)
 
     def _each(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A function of lists, whose entries belong to any stage."""
         first: Sequence[Tensor] = args[0]
-        owners = [self._owners.get(id(tensor), (tensor, None))[1] for tensor in first]
-        if not any(owner is not None for owner in owners):
+        ranks = [self._followed.get(id(tensor), (tensor, None))[1] for tensor in first]
+        if not any(rank is not None for rank in ranks):
             return func(*args, **kwargs)
         results = []
-        for number, owner in enumerate(owners):
+        for number, rank in enumerate(ranks):
             own = [
                 [arg[number]] if isinstance(arg, (list, tuple)) and len(arg) == len(first) else arg
                 for arg in args
@@ -262,25 +271,25 @@ class WholeValues(TorchFunctionMode):
                 here = self._is_here(own)
                 result = func(*(own if here else _on_meta(own)), **kwargs)
             if result is not None:
-                results.append(result[0] if owner is None else self._follow(result[0], owner))
+                results.append(result[0] if rank is None else self._follow(result[0], rank))
         if results and all(result.ndim == 0 for result in results):
-            return self._all_everywhere(results, owners)
+            return self._all_everywhere(results, ranks)
         return results or None
 
-    def _everywhere(self, value: Tensor, owner: int) -> Tensor:
+    def _everywhere(self, value: Tensor, rank: int) -> Tensor:
         """A number of one stage, on all ranks; collective."""
         sent = torch.zeros((), dtype=torch.float64, device=self._device)
         if not value.is_meta:
             sent.copy_(value.detach().reshape(()))
-        source = distributed.get_global_rank(self._group, owner)
+        source = distributed.get_global_rank(self._group, rank)
         self._collective(lambda: distributed.broadcast(sent, source, group=self._group))
         return sent.to(value.dtype)
 
-    def _all_everywhere(self, values: list[Tensor], owners: list[int | None]) -> list[Tensor]:
+    def _all_everywhere(self, values: list[Tensor], ranks: list[int | None]) -> list[Tensor]:
         """The same for many, in one message."""
         sent = torch.zeros(len(values), dtype=torch.float64, device=self._device)
-        for number, (value, owner) in enumerate(zip(values, owners, strict=True)):
-            if owner == self._rank or (owner is None and self._rank == 0):
+        for number, (value, rank) in enumerate(zip(values, ranks, strict=True)):
+            if rank == self._rank or (rank is None and self._rank == 0):
                 sent[number] = value.detach()
         self._collective(lambda: distributed.all_reduce(sent, group=self._group))
         return [n.to(value.dtype) for n, value in zip(sent, values, strict=True)]

@@ -344,7 +344,7 @@ class LogsACountLate(Classifier):
 def test_what_cannot_be_told_is_warned_of_once_for_what_it_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("lightning_align.strategies.pipeline.steps._COMPARISONS", 1)
+    monkeypatch.setattr("lightning_align.strategies.pipeline.step_comparisons._COMPARISONS", 1)
 
     def warned(rank: int, make: type[Classifier]) -> list[str]:
         with RUN.setting(rank) as (trainer, _), warnings.catch_warnings(record=True) as caught:
@@ -416,11 +416,11 @@ class DrawsForItself(Classifier):
 
 def test_comparing_leaves_no_trace() -> None:
     """The bits are those of a run that compares nothing."""
-    from lightning_align.strategies.pipeline.steps import PipelineSteps
+    from lightning_align.strategies.pipeline.step_comparisons import StepComparisons
 
     def train(rank: int, compares: bool) -> Any:
         if not compares:
-            PipelineSteps.compare = lambda *_, **__: None  # type: ignore[assignment]
+            StepComparisons.compare = lambda *_, **__: None  # type: ignore[assignment]
         with RUN.setting(rank) as (trainer, seen):
             pl.seed_everything(4, verbose=False)
             module = DrawsForItself()

@@ -21,6 +21,8 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_align import PipelineStrategy, StableAdamW
+from lightning_align.pipelining import simulate
+from lightning_align.strategies.pipeline import steps
 from tests.helpers.pipelines import Batches, Chained, Run, one_process, pipeline
 from tests.helpers.ranks import run_ranks
 
@@ -307,6 +309,18 @@ def test_schedule_csv_runs_in_place_of_the_schedule(tmp_path: Path) -> None:
     ours = pipeline(run)[0]
     assert ours["schedule"] == "csv"
     assert ours["losses"] == pytest.approx(one_process(run)["losses"], rel=2e-5)
+
+
+def test_the_clock_that_is_drawn_is_that_of_the_schedule() -> None:
+    drawn = [line.split()[2:] for line in str(steps.__doc__).splitlines() if "rank " in line[:25]]
+    drawn = [row for row in drawn if "B0" in row]
+    simulated = simulate(
+        "1F1B", pp=2, num_microbatches=4, num_stages_per_rank=1, forward_cost=1, backward_cost=1
+    )
+    clock = [["."] * 10 for _ in range(2)]
+    for event in simulated.events:
+        clock[event.rank][int(event.start_s)] = f"{event.action}{event.microbatch_index}"
+    assert drawn == clock
 
 
 def test_one_rank_gives_the_bits_of_no_pipeline() -> None:

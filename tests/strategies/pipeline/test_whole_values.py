@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import grad_norm
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm
 
+from lightning_align.strategies.pipeline.whole_values import WholeValues
 from tests.helpers.pipelines import Chained, Run
 from tests.helpers.ranks import run_ranks
 
@@ -142,3 +143,41 @@ def test_what_cannot_be_told_of_all_stages_is_refused(
 
     steps = run_ranks(refused)
     assert steps[0] == 0
+
+
+class LooksAtNothing(Chained):
+    def on_after_backward(self) -> None:
+        self.log("seen", torch.ones(2).sum())
+
+
+class LooksAlone(Chained):
+    """Of one rank only, at what is there: nothing is computed that others would have to know."""
+
+    def on_after_backward(self) -> None:
+        if self.trainer.is_global_zero:
+            self.gradients = sum(p.grad is not None for p in self.parameters())
+
+
+@pytest.mark.parametrize("make", [LooksAtNothing, LooksAlone])
+def test_gradients_are_lent_where_they_are_looked_at(
+    make: type[Chained], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lent: list[str] = []
+    lend = WholeValues._lend_gradients
+
+    def noted(values: WholeValues) -> None:
+        lent.append(values._hook)
+        lend(values)
+
+    monkeypatch.setattr(WholeValues, "_lend_gradients", noted)
+
+    def train(rank: int) -> Any:
+        with RUN.setting(rank) as (trainer, _):
+            module = make()
+            trainer.fit(module, RUN.loader())
+        return len(lent), getattr(module, "gradients", None)
+
+    first, second = run_ranks(train)
+    alone = len(list(Chained().parameters()))
+    assert first == ((RUN.steps, alone) if make is LooksAlone else (0, None))
+    assert second == (0, None)
