@@ -53,10 +53,6 @@ class BatchStep:
         """The batch, cut."""
         return split_batch(self.batch, self.count)
 
-    def in_one_piece(self) -> BatchStep:
-        """The same rows as one micro-batch."""
-        return replace(self, count=1)
-
     def sample(self) -> BatchStep:
         """A few of its rows, as that many micro-batches or as many as they can be cut into."""
         if batch_rows(self.batch) <= _COMPARED_ROWS:

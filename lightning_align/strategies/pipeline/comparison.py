@@ -29,6 +29,7 @@ from lightning_align.strategies.pipeline.joining import (
     is_number,
 )
 from lightning_align.strategies.pipeline.replay import MetricAt, Part, log_path
+from lightning_align.strategies.pipeline.shares import loss_is_sum
 from lightning_align.strategies.pipeline.step_attributes import StepAttributes
 
 _TOLERANCE = 2e-5  # what another order of sums may change, relative
@@ -90,7 +91,6 @@ def findings(
     parts: Sequence[Part],
     *,
     trains: bool,
-    loss_is_sum: bool,
 ) -> list[Finding]:
     """Learn the rules of all values; those that have none.
 
@@ -100,12 +100,11 @@ def findings(
         whole: What the step did on the rows in one piece.
         parts: What it did on their micro-batches.
         trains: Whether it returned a loss.
-        loss_is_sum: Whether losses add up.
     """
     shares = [part.share for part in parts]
     found: list[Finding] = []
     if trains:
-        found += _of_loss(module, joiner, whole, parts, loss_is_sum)
+        found += _of_loss(module, joiner, whole, parts)
     elif whole.output is not None:
         outputs = [part.output for part in parts]
         try:
@@ -141,7 +140,6 @@ def judge(
     again: Part,
     *,
     trains: bool,
-    loss_is_sum: bool,
 ) -> Verdict:
     """Whether micro-batches come to the same.
 
@@ -152,10 +150,9 @@ def judge(
         parts: What it did on their micro-batches.
         again: What it did on the rows in one piece with other random numbers.
         trains: Whether it returned a loss.
-        loss_is_sum: Whether losses add up.
     """
     verdict, random = Verdict(), []
-    for found in findings(module, joiner, whole, parts, trains=trains, loss_is_sum=loss_is_sum):
+    for found in findings(module, joiner, whole, parts, trains=trains):
         if found.path in joiner.random:
             continue
         if is_random(found.path, whole, again, joiner.tolerance):
@@ -193,12 +190,11 @@ def is_random(path: str, whole: Part, again: Part, tolerance: float) -> bool:
     return False
 
 
-def _of_loss(
-    module: Any, joiner: Joiner, whole: Part, parts: Sequence[Part], loss_is_sum: bool
-) -> list[Finding]:
+def _of_loss(module: Any, joiner: Joiner, whole: Part, parts: Sequence[Part]) -> list[Finding]:
+    is_sum = loss_is_sum(module)
     losses = torch.stack([as_tensor(part.output) for part in parts])
     shares = losses.new_tensor([part.share for part in parts])
-    ours = losses.sum() if loss_is_sum else (losses * shares).sum()
+    ours = losses.sum() if is_sum else (losses * shares).sum()
     if distance(ours, whole.output) <= joiner.tolerance:
         return []
     name, theirs = type(module).__name__, float(whole.output)
@@ -206,9 +202,9 @@ def _of_loss(
         f"the loss of {len(losses)} micro-batches comes to {float(ours):.6g}, and that of the same"
         f" rows in one piece is {theirs:.6g}"
     )
-    if not loss_is_sum and distance(losses.sum(), whole.output) <= joiner.tolerance:
+    if not is_sum and distance(losses.sum(), whole.output) <= joiner.tolerance:
         way_out = 'It is a sum: give the module the attribute loss_reduction = "sum"'
-    elif loss_is_sum and distance((losses * shares).sum(), whole.output) <= joiner.tolerance:
+    elif is_sum and distance((losses * shares).sum(), whole.output) <= joiner.tolerance:
         way_out = 'It is a mean: set loss_reduction = "mean"'
     else:
         way_out = (

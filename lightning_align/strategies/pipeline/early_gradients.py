@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_align._errors import argument_error
@@ -27,13 +28,15 @@ class EarlyGradients:
 
     def __init__(self, module: pl.LightningModule) -> None:
         self._module, self._count = module, 0
+        self._here = self._with_values()  # a resumed run may begin in the middle of a window
 
     def begin_window(self) -> None:
         """Forget those of the last accumulation window.
 
         By None, not by zeros: what gets no gradient is left alone by an optimizer.
         """
-        for parameter in self._module.parameters():
+        self._here = self._with_values()
+        for parameter in self._here:
             parameter.grad = None
 
     def keep(self, optimizers: Sequence[Optimizer]) -> None:
@@ -55,8 +58,11 @@ class EarlyGradients:
             rule = "must zero gradients through optimizer.zero_grad only"
             raise argument_error(WHERE, "model", name, rule, "Remove the override")
 
+    def _with_values(self) -> list[Tensor]:
+        return [parameter for parameter in self._module.parameters() if not parameter.is_meta]
+
     def _counted(self) -> int:
-        return sum(parameter.grad is not None for parameter in self._module.parameters())
+        return sum(parameter.grad is not None for parameter in self._here)
 
 
 def _nothing(*_: Any, **__: Any) -> None:

@@ -35,7 +35,7 @@ from typing_extensions import override
 from lightning_align._compat import torch_modules
 from lightning_align._errors import argument_error
 from lightning_align.seeds import fork_generators, seed_torch
-from lightning_align.strategies.pipeline.trees import Meta, filled, metas_of, tensors_in
+from lightning_align.strategies.pipeline.trees import Meta, filled, metas_of, tensors_in, version_of
 
 if TYPE_CHECKING:
     from lightning_align.strategies.pipeline.chain import Chain, Step
@@ -177,7 +177,7 @@ class Passage:
             between = f"between {self._name(self.position - 1)} and {self._name()}"
             rule = f"its step computes {between}, of which the next must get the output itself"
             raise self._error(rule, "Make what is computed there a module, and list it")
-        if any(_version(tensor) != version for tensor, version in returned):
+        if any(version_of(tensor) != version for tensor, version in returned):
             rule = f"its step changes what {self._name(self.position - 1)} has returned in place"
             raise self._error(rule, "Make what changes it a module, and list it")
         if self.provenance is not None and self.position < self.end:
@@ -208,7 +208,7 @@ class Passage:
 
     def _returns(self, output: Any) -> None:
         self.output = output
-        self._versions = [(tensor, _version(tensor)) for tensor in tensors_in(output)]
+        self._versions = [(tensor, version_of(tensor)) for tensor in tensors_in(output)]
         if self.position < len(self.chain.layers):
             self._marked(output, self._name(self.position - 1))
         elif self.provenance is not None:
@@ -287,7 +287,3 @@ def drawing_for_itself(device: torch.device) -> Iterator[None]:
         yield
     finally:
         generator.set_state(state)
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version

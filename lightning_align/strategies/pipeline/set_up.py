@@ -19,15 +19,8 @@ from torch.optim import Optimizer
 
 from lightning_align.strategies import launching
 from lightning_align.strategies.empty_weights import fill_empty
-from lightning_align.strategies.pipeline.chain import WHERE
-from lightning_align.strategies.pipeline.checks import (
-    FirstBatches,
-    agree_on_overflow,
-    check_count,
-    check_module,
-    check_optimizers,
-    one_optimizer,
-)
+from lightning_align.strategies.pipeline import checks
+from lightning_align.strategies.pipeline.chain import WHERE, Chain
 from lightning_align.strategies.pipeline.cutting import Stretches, cut
 from lightning_align.strategies.pipeline.early_gradients import EarlyGradients
 from lightning_align.strategies.pipeline.find_chain import find_chain
@@ -55,47 +48,53 @@ def set_up(strategy: PipelineStrategy, trainer: pl.Trainer) -> None:
     # 1. All that follows may use the device.
     accelerator.setup(trainer)
     # 2. What the module alone tells is refused while nothing has been changed.
-    check_module(trainer, module)
+    checks.check_module(trainer, module)
     # 3. Values (9) and loaders' orders (5, 15) are drawn: on all ranks from one seed.
     launching.agree_on_generators(strategy.root_device)
-    stretches = _cut(strategy, trainer, module)  # 4 to 6
-    _keep_own(strategy, trainer, module, stretches)  # 7 to 12
-    _make_stages(strategy, trainer, module, stretches)  # 13 and 14
+    group = strategy.device_mesh.get_group("pipeline")
+    chain, stretches = _cut(strategy, trainer, module, group)  # 4 to 6
+    ownership = _keep_own(strategy, trainer, Ownership(chain, stretches, group))  # 7 to 12
+    # 13. The stages, on the device of their parameters.
+    options = strategy.schedule, strategy.schedule_csv, group, strategy.root_device
+    runtime = Runtime(chain, stretches, *options, record_timeline=strategy.record_timeline)
+    strategy._steps = steps = PipelineSteps(chain, runtime)
+    strategy._early_gradients = EarlyGradients(module)
+    wanted = strategy.num_microbatches
+    strategy._first_batches = checks.FirstBatches(trainer, group, strategy.root_device, wanted)
+    # 14. Metric objects, before a step is run (15): each rank has all that they count.
+    strategy._undo = [keep_metrics_here(module)]
     if trainer.state.fn == TrainerFn.FITTING:
-        _prepare_training(strategy, trainer)  # 15 to 17
-    _see_all_stages(strategy, trainer, module)  # 18 to 21
+        # 15. What the first batch shows is refused before there is an optimizer, or a step of it.
+        rehearse(trainer, steps, wanted, strategy._count_for)
+        _set_up_optimizer(strategy, trainer, group)  # 16 and 17
+    _see_all_stages(strategy, trainer, module, ownership)  # 18 to 21
 
 
-def _cut(strategy: PipelineStrategy, trainer: pl.Trainer, module: pl.LightningModule) -> Stretches:
+def _cut(
+    strategy: PipelineStrategy, trainer: pl.Trainer, module: pl.LightningModule, group: Any
+) -> tuple[Chain, Stretches]:
     # 4. The chain, while this rank has all layers: the calls of a decoder are found by running it.
     # It intercepts calls, which ``teardown`` ends, whatever fails from here on.
     strategy._chain = chain = find_chain(module)
     # 5. Where to cut it. Layers are timed by running them, so before others' values are gone (8).
-    if strategy.partition_method == "profile" and strategy._num_stages > 1:
-        group = strategy.device_mesh.get_group("pipeline")
+    method, stages_per_rank = strategy.partition_method, strategy.num_stages_per_rank
+    if method == "profile" and strategy._num_stages > 1:
         costs = strategy._costs.of(trainer, chain, strategy._count_for, group)
     else:
         costs = count_parameters(chain)
-    method, stages_per_rank = strategy.partition_method, strategy.num_stages_per_rank
     stretches, strategy.table = cut(chain, costs, method, strategy.world_size, stages_per_rank)
     layers = [end - begin for begin, end in stretches]
     arguments = f"schedule={strategy.schedule!r}, partition_method={layers}"
     rank_zero_info(f"{WHERE}({arguments}):\n{strategy.table}")
     # 6. The last refusal that needs no values, while there are those of all stages.
-    check_count(strategy.schedule, len(stretches), strategy.world_size, strategy.num_microbatches)
-    return stretches
+    wanted = strategy.num_microbatches
+    checks.check_count(strategy.schedule, len(stretches), strategy.world_size, wanted)
+    return chain, stretches
 
 
-def _keep_own(
-    strategy: PipelineStrategy,
-    trainer: pl.Trainer,
-    module: pl.LightningModule,
-    stretches: Stretches,
-) -> None:
-    # 7. Whose is what, while tied weights still are one tensor.
-    assert strategy._chain is not None
-    group = strategy.device_mesh.get_group("pipeline")
-    strategy._ownership = ownership = Ownership(strategy._chain, stretches, group)
+def _keep_own(strategy: PipelineStrategy, trainer: pl.Trainer, ownership: Ownership) -> Ownership:
+    # 7. Whose is what; it was found out while tied weights still are one tensor.
+    strategy._ownership = ownership
     # 8. Memory is let go of before any is taken: a rank need not have room for the whole model.
     ownership.leave_others_on_meta()
     # 9. Values for what is left and has none; those of a folder that is resumed from come last,
@@ -103,60 +102,33 @@ def _keep_own(
     fill_empty(trainer, ownership, where=WHERE)
     strategy._load_values()
     # 10. The run's precision, of values that were drawn or read in the module's.
-    strategy.model = strategy.precision_plugin.convert_module(module)
+    strategy.model = strategy.precision_plugin.convert_module(ownership.module)
     # 11. To the device: only what this rank keeps, and in the precision it is kept in.
     strategy.model_to_device()
     # 12. One value where several ranks hold a parameter; it is sent from the device.
     ownership.agree_on_shared()
+    return ownership
 
 
-def _make_stages(
-    strategy: PipelineStrategy,
-    trainer: pl.Trainer,
-    module: pl.LightningModule,
-    stretches: Stretches,
-) -> None:
-    # 13. The stages, on the device of their parameters.
-    assert strategy._chain is not None
-    group = strategy.device_mesh.get_group("pipeline")
-    runtime = Runtime(
-        strategy._chain,
-        stretches,
-        strategy.schedule,
-        strategy.schedule_csv,
-        group,
-        strategy.root_device,
-        record_timeline=strategy.record_timeline,
-    )
-    strategy._steps = PipelineSteps(strategy._chain, runtime)
-    strategy._early_gradients = EarlyGradients(module)
-    wanted = strategy.num_microbatches
-    strategy._first_batches = FirstBatches(trainer, group, strategy.root_device, wanted)
-    # 14. Metric objects, before a step is run (15): each rank has all that they count.
-    strategy._undo = [keep_metrics_here(module)]
-
-
-def _prepare_training(strategy: PipelineStrategy, trainer: pl.Trainer) -> None:
-    assert strategy._steps is not None
-    # 15. What the first batch shows is refused before there is an optimizer, or a step of it.
-    rehearse(trainer, strategy._steps, strategy.num_microbatches, strategy._count_for)
+def _set_up_optimizer(strategy: PipelineStrategy, trainer: pl.Trainer, group: Any) -> None:
     # 16. An optimizer holds parameters as objects, and (8) to (11) have made new ones.
-    with one_optimizer():
+    with checks.one_optimizer():
         strategy.setup_optimizers(trainer)
-    check_optimizers(strategy.optimizers)
+    checks.check_optimizers(strategy.optimizers)
     # 17. A step that an optimizer of ours skips on one stage, all skip.
     for optimizer in strategy.optimizers:
         if hasattr(optimizer, "process_group"):
-            optimizer.process_group = strategy.device_mesh.get_group("pipeline")
+            optimizer.process_group = group
 
 
-def _see_all_stages(strategy: PipelineStrategy, trainer: Any, module: pl.LightningModule) -> None:
-    assert strategy._ownership is not None
-    ownership, precision = strategy._ownership, strategy.precision_plugin
+def _see_all_stages(
+    strategy: PipelineStrategy, trainer: Any, module: pl.LightningModule, ownership: Ownership
+) -> None:
+    precision = strategy.precision_plugin
     # 18. Lightning has it behind the optimizers, which a plugin may take hold of.
     strategy.setup_precision_plugin()
     # 19. Its scaler, once it is there.
-    agree_on_overflow(precision, ownership.group)
+    checks.agree_on_overflow(precision, ownership.group)
 
     # 20. Lightning clips by the norm of what a rank holds.
     def clip_by_norm(optimizer: Optimizer, clip_val: float) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lightning_align._errors import argument_error
 from lightning_align.run.rng import generator_state, set_generator_state
+from lightning_align.strategies.pipeline.trees import version_of
 
 WHERE = "PipelineStrategy"
 _OF_ANY_MODULE = {*vars(pl.LightningModule()), *vars(nn.Module())}
@@ -45,7 +46,7 @@ class _Copy:
         self.inner: Any = None
         self.version = 0
         if isinstance(value, Tensor):
-            self.version = _version(value)
+            self.version = version_of(value)
             if value.numel() <= _CLONED_NUMEL and not value.is_meta:
                 self.inner = value.detach().clone()
         elif isinstance(value, np.ndarray):
@@ -85,7 +86,7 @@ class _Copy:
         """Whether it was changed where it is, and was too large to be kept."""
         value = self.value
         is_large = isinstance(value, Tensor) and self.inner is None and not value.is_meta
-        return is_large and _version(value) != self.version
+        return is_large and version_of(value) != self.version
 
     def kept(self) -> Any:
         """The value before; the same object where it has not changed."""
@@ -105,7 +106,7 @@ class _Copy:
             if inner is not None and not _alike(value, inner):
                 with torch.no_grad():
                     value.copy_(inner)
-                self.version = _version(value)
+                self.version = version_of(value)
         elif isinstance(value, np.ndarray):
             value[...] = inner
         elif isinstance(value, (list, deque)):
@@ -120,10 +121,6 @@ class _Copy:
             value.clear()
             value.update(inner)
         return value
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _is_tensor(value: Any) -> bool:

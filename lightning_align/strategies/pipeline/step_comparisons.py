@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_align.strategies.pipeline.batch_step import BatchStep
@@ -15,9 +17,8 @@ from lightning_align.strategies.pipeline.comparison import (
     tolerance_of,
 )
 from lightning_align.strategies.pipeline.joining import Joiner
-from lightning_align.strategies.pipeline.replay import Part, ResultBroadcaster, StepResult
+from lightning_align.strategies.pipeline.replay import ResultBroadcaster, StepResult
 from lightning_align.strategies.pipeline.running import MicrobatchRunner
-from lightning_align.strategies.pipeline.shares import loss_is_sum
 from lightning_align.strategies.pipeline.stages import StageError
 
 _COMPARISONS = 4  # of one step: values that are zero, or all alike, do not tell their rule
@@ -109,16 +110,21 @@ class StepComparisons:
         if sample.count == 1:
             return None
         joiner.comparisons += not again
+        in_one_piece, failures = replace(sample, count=1), list[str]()
         with leaving_no_trace(self._module):
             try:
-                whole = self._observed(sample.in_one_piece())
-                parts = self._observed(sample)
-                repeated = self._observed(sample.in_one_piece())  # with other random numbers
+                whole = self._runner.forward(in_one_piece, failures)
+                pieces = self._runner.forward(sample, failures)
+                repeated = self._runner.forward(in_one_piece, failures)  # with other random numbers
             except StageError as error:  # on all ranks
                 return str(error)
         # Only the last stage has run the step to its end, and all must come to the same verdict.
-        is_last = self._runner.runtime.has_last
-        own = self._judge(step, joiner, whole, parts, repeated) if is_last else None
+        own: Verdict | None = None
+        if failures:
+            own = Verdict(failed=failures[0])
+        elif self._runner.runtime.has_last:
+            runs = whole.parts[0], pieces.parts, repeated.parts[0]
+            own = judge(self._module, joiner, *runs, trains=step.trains)
         verdict: Verdict = self._broadcaster.broadcast_object(own)
         for warning in verdict.warnings:
             rank_zero_warn(warning)
@@ -133,31 +139,3 @@ class StepComparisons:
             return None
         joiner.is_compared = verdict.failed is None
         return verdict.failed
-
-    def _observed(self, step: BatchStep) -> list[Part] | str:
-        """What the step does on each micro-batch, or on the last stage what it raises."""
-        failures: list[str] = []
-        recorder = self._runner.forward(step, failures)
-        return failures[0] if failures else recorder.parts
-
-    def _judge(
-        self,
-        step: BatchStep,
-        joiner: Joiner,
-        whole: list[Part] | str,
-        parts: list[Part] | str,
-        repeated: list[Part] | str,
-    ) -> Verdict:
-        for run in (whole, parts, repeated):
-            if isinstance(run, str):
-                return Verdict(failed=run)
-        is_sum = loss_is_sum(self._module)
-        return judge(
-            self._module,
-            joiner,
-            whole[0],  # type: ignore[arg-type]
-            parts,  # type: ignore[arg-type]
-            repeated[0],  # type: ignore[arg-type]
-            trains=step.trains,
-            loss_is_sum=is_sum,
-        )

@@ -74,3 +74,8 @@ def _mapped(tree: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(tree, Mapping):
         return kind({key: _mapped(entry, change) for key, entry in tree.items()})
     return change(tree)
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often it was changed in place; an inference tensor does not count."""
+    return 0 if tensor.is_inference() else tensor._version

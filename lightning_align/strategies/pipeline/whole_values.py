@@ -44,6 +44,7 @@ _TENSOR: Any = Tensor
 _GRAD, _DEVICE, _IS_META = (
     getattr(_TENSOR, name).__get__ for name in ("grad", "device", "is_meta")
 )
+_SET_GRAD = _TENSOR.grad.__set__
 _READS = (Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__float__, Tensor.__int__)
 # Of a parameter that is one number these are not its number, but the parameter.
 _KEEP = (_GRAD, _TENSOR.data.__get__, Tensor.detach)
@@ -173,7 +174,7 @@ class WholeValues(TorchFunctionMode):
         kwargs = kwargs or {}
         if not self._followed:  # most hooks compute nothing, and are not kept waiting
             self._follow_all()
-        if func == _GRAD and self._asked is not None:
+        if func in (_GRAD, _SET_GRAD) and self._asked is not None:
             self._lend_gradients()
         name = getattr(func, "__name__", "")
         if name.startswith("_foreach_"):
