@@ -21,6 +21,7 @@ from torch import nn
 
 from lightning_align._compat.torch_modules import has_spectral_norm
 from lightning_align._errors import argument_error
+from lightning_align.run.protocols import loss_is_sum
 from lightning_align.strategies.pipeline.joining import (
     Joiner,
     Mismatch,
@@ -29,7 +30,6 @@ from lightning_align.strategies.pipeline.joining import (
     is_number,
 )
 from lightning_align.strategies.pipeline.replay import MetricAt, Part, log_path
-from lightning_align.strategies.pipeline.shares import loss_is_sum
 from lightning_align.strategies.pipeline.step_attributes import StepAttributes
 
 _TOLERANCE = 2e-5  # what another order of sums may change, relative

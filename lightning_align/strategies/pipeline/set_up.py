@@ -17,6 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 
+from lightning_align.optimizers.safety import AgreesOnSteps
 from lightning_align.strategies import launching
 from lightning_align.strategies.empty_weights import fill_empty
 from lightning_align.strategies.pipeline import checks
@@ -117,7 +118,7 @@ def _set_up_optimizer(strategy: PipelineStrategy, trainer: pl.Trainer, group: An
     checks.check_optimizers(strategy.optimizers)
     # 17. A step that an optimizer of ours skips on one stage, all skip.
     for optimizer in strategy.optimizers:
-        if hasattr(optimizer, "process_group"):
+        if isinstance(optimizer, AgreesOnSteps):
             optimizer.process_group = group
 
 

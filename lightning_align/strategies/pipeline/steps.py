@@ -44,12 +44,12 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from lightning_align.run.protocols import loss_is_sum
 from lightning_align.strategies.pipeline.batch_step import BatchStep
 from lightning_align.strategies.pipeline.chain import Chain
 from lightning_align.strategies.pipeline.replay import ResultBroadcaster, StepRecorder, StepResult
 from lightning_align.strategies.pipeline.running import MicrobatchRunner, loss_of
 from lightning_align.strategies.pipeline.runtime import Runtime
-from lightning_align.strategies.pipeline.shares import loss_is_sum
 from lightning_align.strategies.pipeline.step_comparisons import StepComparisons
 
 
