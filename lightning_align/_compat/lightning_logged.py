@@ -75,6 +75,17 @@ def restore_logged_sums(trainer: pl.Trainer, captured: dict[str, dict[str, Any]]
     trainer._logger_connector._first_loop_iter = False
 
 
+def forget_logged(trainer: pl.Trainer) -> None:
+    """Let nothing be logged yet in this training epoch, and no monitor see a value.
+
+    What ``capture_logged_sums`` leaves out stays.
+    """
+    results = trainer.fit_loop.epoch_loop._results
+    for key in [key for key, result in results.items() if result.meta.sync.group is None]:
+        del results[key]
+    latest_metrics(trainer).clear()
+
+
 def logged_in_training(trainer: pl.Trainer, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
     """Those metrics that come from a hook of training, not of validation."""
     results = trainer.fit_loop.epoch_loop._results.values()

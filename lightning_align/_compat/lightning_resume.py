@@ -2,13 +2,15 @@
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompose
 from lightning.pytorch.utilities import CombinedLoader
@@ -266,6 +268,58 @@ def resolve_checkpoint_dir(callback: ModelCheckpoint, trainer: pl.Trainer) -> An
 def dump_checkpoint(trainer: pl.Trainer, weights_only: bool) -> dict[str, Any]:
     """What ``trainer.save_checkpoint`` would write. Collective where the strategy's state is."""
     return trainer._checkpoint_connector.dump_checkpoint(weights_only)
+
+
+@contextmanager
+def only_callbacks(trainer: pl.Trainer, callbacks: list[pl.Callback]) -> Iterator[None]:
+    """Let a checkpoint be put together, or taken up, by these callbacks only."""
+    owner: Any = trainer
+    everyone, owner.callbacks = owner.callbacks, callbacks
+    try:
+        yield
+    finally:
+        owner.callbacks = everyone
+
+
+def restore_in_fit(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
+    """Put back what ``dump_checkpoint`` gave, while loops run; returns the states of the loaders.
+
+    Lightning means its loops to restart, which skips what running ones have yet to do.
+    """
+    connector, loop = trainer._checkpoint_connector, trainer.fit_loop
+    connector._loaded_checkpoint = checkpoint
+    try:
+        connector.restore_model()
+        connector.restore_datamodule()
+        connector.restore_callbacks()
+        connector.restore_training_state()
+    finally:
+        connector._loaded_checkpoint = {}
+    for each in _with_inner(loop):
+        each.on_iteration_done()
+    states, loop._combined_loader_states_to_load = loop._combined_loader_states_to_load, []
+    return states
+
+
+def _with_inner(loop: _Loop) -> Iterator[_Loop]:
+    yield loop
+    for inner in vars(loop).values():
+        if isinstance(inner, _Loop):
+            yield from _with_inner(inner)
+
+
+def restart_in_epoch(trainer: pl.Trainer, states: list[dict[str, Any]]) -> None:
+    """Start the training loader anew in an epoch whose counters have been put back.
+
+    Args:
+        trainer: Who trains.
+        states: Of the loaders, if they have any.
+    """
+    loop: Any = trainer.fit_loop
+    if states:
+        loop._combined_loader._load_state_dicts(states)
+    iter(loop._data_fetcher)
+    loop._data_fetcher.fetched += loop.epoch_loop.batch_progress.current.ready
 
 
 def wandb_run_id(trainer: pl.Trainer) -> str | None:

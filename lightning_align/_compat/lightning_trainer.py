@@ -14,6 +14,11 @@ def is_accumulating(trainer: pl.Trainer) -> bool:
     return trainer.fit_loop._should_accumulate()
 
 
+def current_hook(trainer: pl.Trainer) -> str | None:
+    """Name of the hook that runs now, of whatever it is."""
+    return trainer.lightning_module._current_fx_name
+
+
 def restart_train_iteration(trainer: pl.Trainer) -> None:
     """Start the training data loader anew, so that its sampler reads the position again."""
     fetcher = trainer.fit_loop._data_fetcher

@@ -359,6 +359,7 @@ class LISA(pl.Callback):
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self.history = [(step, tuple(active)) for step, active in state_dict["history"]]
+        self._in_force = None  # in mid-fit, too: requires_grad may say another draw than the state
         # Compared when training starts: a checkpoint may be evaluated under any settings.
         self._saved_settings = dict(state_dict["settings"])
 

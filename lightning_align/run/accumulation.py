@@ -17,6 +17,8 @@ from lightning_align.run.protocols import SaysWhoSaves, window_sums
 
 WINDOW_KEY = "lightning_align.accumulation"  # of the checkpoint
 
+Window = dict[str, dict[str, Tensor]]  # "gradients" and "sums", by name
+
 
 def is_safe_point(trainer: pl.Trainer) -> bool:
     """Whether a checkpoint written now resumes without skipping anything.
@@ -59,22 +61,16 @@ def pending_plateau(trainer: pl.Trainer) -> str:
     return "epoch" if epochs.completed < epochs.processed == epochs.started else ""
 
 
-def capture_accumulation(
-    trainer: pl.Trainer, pl_module: pl.LightningModule
-) -> list[dict[str, dict[str, Tensor]]]:
-    """The open accumulation window of every rank, or an empty list when no gradient is waiting.
+def own_window(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Window:
+    """The open accumulation window of this rank; nothing where no gradient can be waiting.
 
     Of a manual optimization every gradient may be waiting.
-
-    Collective: every rank must call it. Ranks hold different gradients until the window closes,
-    and a checkpoint that is written by rank 0 alone needs all of them. Where each rank writes its
-    own part, the windows of others are empty.
     """
     manual = not pl_module.automatic_optimization
     # Lightning empties the gradients of a manual step before a validation, and knows no window.
     if validation_follows(trainer) and trainer.training if manual else not is_accumulating(trainer):
-        return []
-    window = {
+        return {}
+    return {
         "gradients": {
             name: parameter.grad.detach().to("cpu", copy=True)
             for name, parameter in _parameters(trainer, pl_module).items()
@@ -84,6 +80,19 @@ def capture_accumulation(
             name: value.to("cpu", copy=True) for name, value in window_sums(pl_module).items()
         },
     }
+
+
+def capture_accumulation(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Window]:
+    """The open accumulation window of every rank, or an empty list when no gradient is waiting.
+
+    Collective: every rank must call it. Ranks hold different gradients until the window closes,
+    and a checkpoint that is written by rank 0 alone needs all of them. Where each rank writes its
+    own part, the windows of others are empty.
+    """
+    manual = not pl_module.automatic_optimization
+    window = own_window(trainer, pl_module)
+    if not window:
+        return []
     if trainer.world_size == 1:
         return [window] if not manual or window["gradients"] else []
     if isinstance(trainer.strategy, SaysWhoSaves) and not trainer.strategy.saves_whole_state:
@@ -96,7 +105,7 @@ def capture_accumulation(
 def restore_accumulation(
     trainer: pl.Trainer,
     pl_module: pl.LightningModule,
-    windows: list[dict[str, dict[str, Tensor]]],
+    windows: list[Window],
 ) -> None:
     """Put this rank's open accumulation window back into the module's gradients.
 
@@ -114,12 +123,26 @@ def restore_accumulation(
             " gradients cannot be redistributed",
             "Resume with as many ranks, or from a checkpoint written at an optimizer step",
         )
-    window = windows[trainer.global_rank]
+    replace_window(trainer, pl_module, windows[trainer.global_rank])
+
+
+def replace_window(trainer: pl.Trainer, pl_module: pl.LightningModule, window: Window) -> None:
+    """Let the gradients and sums of a window be all that waits for the next step.
+
+    Args:
+        trainer: Who fits.
+        pl_module: What is fitted.
+        window: From ``own_window``.
+    """
     parameters = _parameters(trainer, pl_module)
-    for name, gradient in window["gradients"].items():
-        parameters[name].grad = gradient.to(parameters[name], copy=True)
-    sums = window_sums(pl_module)
-    sums.update({name: value.to(pl_module.device) for name, value in window["sums"].items()})
+    gradients, sums = window.get("gradients", {}), window_sums(pl_module)
+    for name, parameter in parameters.items():
+        saved = gradients.get(name)
+        parameter.grad = None if saved is None else saved.to(parameter, copy=True)
+    sums.clear()
+    saved_sums = window.get("sums", {})
+    device = pl_module.device
+    sums.update({name: value.to(device, copy=True) for name, value in saved_sums.items()})
 
 
 def _parameters(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, nn.Parameter]:

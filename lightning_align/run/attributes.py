@@ -46,6 +46,7 @@ class Mark(NamedTuple):
 
 
 Marks = dict[str, Mark]
+Plain = dict[str, Any]  # name -> what an attribute is now, as plain data
 Changed = dict[str, tuple[list[str], Any]]  # name -> outlines of how it began, and what it is now
 
 
@@ -114,6 +115,26 @@ class Attributes:
         changed |= {name: (self._outlines(name), value) for name, value in plain.items()}
         return _of_every_rank(self._trainer, changed, now | _marks(plain), unless_same=set(plain))
 
+    def now(self) -> Plain:
+        """All of this rank's attributes, for ``replace`` in the same fit."""
+        encoded, encoder = self._encoded()
+        self._name_what_is_lost(encoder)
+        return encoded
+
+    def replace(self, saved: Plain) -> None:
+        """Let this rank's attributes be what they were in this fit, and no others be there.
+
+        Args:
+            saved: From ``now``.
+        """
+        encoded, encoder = self._encoded()
+        rebuilder = Rebuilder(encoder, type(self._module), self._module.device)
+        absent = [name for name in encoded if name not in saved]
+        for name in (*saved, *absent):  # in this order, since later ones refer to earlier ones
+            value = saved.get(name, _ABSENT)
+            if not _is_lost(value):
+                self._set(name, value, rebuilder)
+
     def _outlines(self, name: str) -> list[str]:
         """How an attribute was when the fit and when training began."""
         absent = _mark(_ABSENT)
@@ -159,8 +180,10 @@ class Attributes:
             owner.__dict__.pop(attribute, None)
             return
         try:
-            today = owner.__dict__.get(attribute)
-            owner.__dict__[attribute] = rebuilder.build(today, value, name)
+            today = {**_of_class(type(owner)), **owner.__dict__}.get(attribute)
+            built = rebuilder.build(today, value, name)
+            if built is not today:
+                owner.__dict__[attribute] = built
         except LostError as error:
             rank_zero_warn(f"ExactResume: {name} begins anew: {error} could not be saved in it.")
         except UnknownTypeError as error:

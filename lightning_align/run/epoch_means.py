@@ -17,9 +17,21 @@ from torchmetrics import Metric
 from lightning_align._compat import lightning_logged
 from lightning_align.run.position import epoch_is_open, next_place
 
+Means = dict[str, Any]
 
-def capture_means(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[dict[str, Any]]:
+
+def capture_means(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Means]:
     """What every rank has summed up so far. Collective: every rank must call it."""
+    means = own_means(trainer, pl_module)
+    if trainer.world_size == 1:
+        return [means]
+    gathered: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(gathered, means)
+    return gathered
+
+
+def own_means(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Means:
+    """What this rank has summed up so far."""
     loops = trainer.fit_loop.state_dict()
     epoch_goes_on = next_place(loops).batch > 0 or epoch_is_open(loops)
     reset_by_lightning = lightning_logged.logged_metrics_of_validation(trainer)
@@ -27,7 +39,7 @@ def capture_means(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[di
         reset_by_lightning += lightning_logged.logged_metrics_of_epoch(trainer)
     # Reading the property computes the means of a closed epoch, which plateau schedulers look at.
     latest = lightning_logged.latest_metrics(trainer) if epoch_goes_on else trainer.callback_metrics
-    means = {
+    return {
         "sums": lightning_logged.capture_logged_sums(trainer) if epoch_goes_on else {},
         "metrics": {
             name: lightning_logged.capture_metric(metric)
@@ -40,23 +52,16 @@ def capture_means(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[di
             if isinstance(value, Tensor)
         },
     }
-    if trainer.world_size == 1:
-        return [means]
-    gathered: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(gathered, means)
-    return gathered
 
 
 def restore_means(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, captured: list[dict[str, Any]]
+    trainer: pl.Trainer, pl_module: pl.LightningModule, captured: list[Means]
 ) -> None:
     """Let this rank go on with its sums."""
     if not captured:
         return
     means = captured[min(trainer.global_rank, len(captured) - 1)]
-    lightning_logged.latest_metrics(trainer).update(
-        {name: value.to(pl_module.device) for name, value in means["latest"].items()}
-    )
+    _restore_latest(trainer, means)
     if len(captured) != trainer.world_size:
         if means["sums"] or means["metrics"]:
             rank_zero_warn(
@@ -64,6 +69,32 @@ def restore_means(
                 f" {trainer.world_size}: means of this epoch's logged values are of its rest only."
             )
         return
+    _restore_sums(trainer, pl_module, means)
+
+
+def replace_means(trainer: pl.Trainer, pl_module: pl.LightningModule, means: Means) -> None:
+    """Let this rank go on with these sums in mid-fit, and with nothing that came after them.
+
+    Args:
+        trainer: Who fits.
+        pl_module: What is fitted.
+        means: From ``own_means``.
+    """
+    lightning_logged.forget_logged(trainer)
+    for metric in _metrics(pl_module).values():
+        metric.reset()
+    _restore_latest(trainer, means)
+    _restore_sums(trainer, pl_module, means)
+
+
+def _restore_latest(trainer: pl.Trainer, means: Means) -> None:
+    device = trainer.lightning_module.device
+    lightning_logged.latest_metrics(trainer).update(
+        {name: value.to(device, copy=True) for name, value in means["latest"].items()}
+    )
+
+
+def _restore_sums(trainer: pl.Trainer, pl_module: pl.LightningModule, means: Means) -> None:
     metrics = _metrics(pl_module)
     for name, state in means["metrics"].items():
         if name in metrics:

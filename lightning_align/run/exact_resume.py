@@ -2,55 +2,23 @@
 
 import os
 import warnings
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_align._compat import lightning_resume
-from lightning_align._compat.lightning_resume import validation_follows
-from lightning_align._compat.lightning_trainer import restart_train_iteration
 from lightning_align._errors import argument_error
-from lightning_align.run.accumulation import (
-    WINDOW_KEY,
-    capture_accumulation,
-    pending_plateau,
-    restore_accumulation,
-    validation_is_to_do,
-)
-from lightning_align.run.attributes import Attributes
-from lightning_align.run.callbacks import callbacks_of, put_first
-from lightning_align.run.epoch_means import capture_means, restore_means
+from lightning_align.run.callbacks import put_first
+from lightning_align.run.capture import Keeper
 from lightning_align.run.loader import PositionedLoader
-from lightning_align.run.position import (
-    Place,
-    batches_consumed,
-    begin_interrupted_epoch_anew,
-    close_epoch,
-    epoch_is_open,
-    leave_validation_to_do,
-    next_place,
-)
-from lightning_align.run.protocols import began_elsewhere, seed_of
+from lightning_align.run.position import Place, batches_consumed
+from lightning_align.run.protocols import seed_of
 from lightning_align.run.replicas import replica
 from lightning_align.run.rng import reseed
-from lightning_align.run.settings import (
-    LeftOut,
-    restore_settings,
-    resume_averaging,
-    settings_in_force,
-)
-
-_MEANS_KEY = "lightning_align.epoch_means"
-_PLATEAU_KEY = "lightning_align.plateau"
-_FOLLOWS_KEY = "lightning_align.follows"  # whether a batch had its end before it, when saved
-_SETTINGS_KEY = "lightning_align.settings"
-_ATTRIBUTES_KEY = "lightning_align.attributes"
-_KEYS = (WINDOW_KEY, _MEANS_KEY, _PLATEAU_KEY, _FOLLOWS_KEY, _SETTINGS_KEY, _ATTRIBUTES_KEY)
+from lightning_align.run.settings import LeftOut
 
 
 class ExactResume(pl.Callback):
@@ -86,14 +54,8 @@ class ExactResume(pl.Callback):
             raise argument_error("ExactResume", "seed", seed, "must not be negative")
         self.seed = seed
         self._effective_seed = seed or 0
-        self._saved: dict[str, Any] = {}  # what of the checkpoint is yet to be restored
-        self._attributes: Attributes | None = None  # of the latest fit
-        self._start: dict[str, Any] = {}  # settings with which the fit began
+        self.keeper = Keeper()  # of the latest fit
         self._left_out = LeftOut()  # by DDP
-        self._module_hook: Callable[[], None] = _nothing  # runs before a save, if not yet run
-        self._epoch_is_open = False  # whether it goes on behind the last batch of an epoch
-        self._resumed: Place | None = None  # where the checkpoint goes on, until training starts
-        self._ended_early: Place | None = None  # the same, if the end of its epoch has been there
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -107,7 +69,7 @@ class ExactResume(pl.Callback):
         lightning_resume.wrap_train_loaders(trainer, partial(self._follow, trainer))
         # First in line, so that what other callbacks draw for a batch follows the position too.
         put_first(trainer, self)
-        lightning_resume.call_before_saving(trainer, lambda: self._module_hook())
+        lightning_resume.call_before_saving(trainer, lambda: self.keeper.module_hook())
 
     def _follow(self, trainer: pl.Trainer, loaders: Any) -> PositionedLoader:
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
@@ -123,72 +85,33 @@ class ExactResume(pl.Callback):
     def _place(self, trainer: pl.Trainer) -> Place:
         """Where an epoch that begins now takes its first batch."""
         progress: Any = trainer.fit_loop.epoch_progress.current
-        return self._resumed or Place(int(progress.processed), 0)
+        return self.keeper.place or Place(int(progress.processed), 0)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._start = settings_in_force(trainer, pl_module)
-        self._attributes = Attributes(trainer, pl_module)
+        self.keeper.begin(trainer, pl_module)
         self._left_out.warn_of_thawed(trainer, pl_module)  # it has just been wrapped
 
     @override
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert self._attributes is not None
-        self._attributes.note_sanity_check(begins=True)
+        assert self.keeper.attributes is not None
+        self.keeper.attributes.note_sanity_check(begins=True)
 
     @override
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert self._attributes is not None
-        self._attributes.note_sanity_check(begins=False)
+        assert self.keeper.attributes is not None
+        self.keeper.attributes.note_sanity_check(begins=False)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        lightning_resume.call_before_epochs(trainer, partial(self._go_on, trainer, pl_module))
-        pending = lightning_resume.load_pending_loader_states(trainer)
-        loaders = lightning_resume.train_loaders(trainer)
-        if isinstance(loaders, PositionedLoader) and (
-            pending or (self._resumed and loaders.started != self._resumed)
-        ):
-            restart_train_iteration(trainer)
-        if self._ended_early is not None:
-            _name_what_ran_early(trainer, self._ended_early)
-        if self._resumed is None:
-            begin_interrupted_epoch_anew(trainer)
-        elif self._resumed.batch == 0 and not self._epoch_is_open:
-            lightning_resume.begin_epoch(trainer)
-        self._resumed = self._ended_early = None
-        # Reading trainer.estimated_stepping_batches in configure_optimizers starts the loader
-        # before Lightning has restored the position: workers would already hold the wrong batches.
-        if began_elsewhere(trainer):
-            restart_train_iteration(trainer)
-
-    def _go_on(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Put back what a checkpoint holds, once all hooks of the start have run."""
-        assert self._attributes is not None
-        self._attributes.begin()
-        saved, self._saved = self._saved, {}
-        windows = saved.get(WINDOW_KEY, [])
-        if _SETTINGS_KEY in saved:
-            before, then = saved[_SETTINGS_KEY]["start"], saved[_SETTINGS_KEY]["now"]
-            restore_settings(
-                trainer, pl_module, (before, then), self._start, window_is_open=bool(windows)
-            )
-        if saved:
-            resume_averaging(trainer)
-        self._attributes.restore(saved.get(_ATTRIBUTES_KEY, []))
-        restore_accumulation(trainer, pl_module, windows)
-        restore_means(trainer, pl_module, saved.get(_MEANS_KEY, []))
-        interval = saved.get(_PLATEAU_KEY, "")
-        validation_steps = saved.get(_FOLLOWS_KEY) and validation_follows(trainer)
-        if interval and not (interval == "step" and validation_steps):
-            lightning_resume.step_plateau_schedulers(trainer, interval)
-        if self._epoch_is_open:
-            lightning_resume.finish_epoch(trainer)
+        back = partial(self.keeper.put_back, trainer, pl_module)
+        lightning_resume.call_before_epochs(trainer, back)
+        self.keeper.load(trainer)
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._epoch_is_open:
-            self._epoch_is_open = False
+        if self.keeper.epoch_is_open:
+            self.keeper.epoch_is_open = False
             lightning_resume.begin_epoch(trainer)  # the one before had no batch to train
         reseed(self._effective_seed, batches_consumed(trainer), replica(trainer)[1], "epoch")
 
@@ -215,54 +138,35 @@ class ExactResume(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        self._module_hook = lightning_resume.offer_module_hook(
+        self.keeper.module_hook = lightning_resume.offer_module_hook(
             trainer, "on_train_batch_end", outputs, batch, batch_idx
         )
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._module_hook = lightning_resume.offer_module_hook(trainer, "on_validation_end")
+            self.keeper.module_hook = lightning_resume.offer_module_hook(
+                trainer, "on_validation_end"
+            )
 
     @override
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if windows := capture_accumulation(trainer, pl_module):
-            checkpoint[WINDOW_KEY] = windows
-        checkpoint[_MEANS_KEY] = capture_means(trainer, pl_module)
-        checkpoint[_FOLLOWS_KEY] = validation_is_to_do(trainer)
-        checkpoint[_PLATEAU_KEY] = pending_plateau(trainer)
-        if self._attributes is None:
-            return
-        now = settings_in_force(trainer, pl_module)
-        checkpoint[_SETTINGS_KEY] = {"start": self._start, "now": now}
-        checkpoint[_ATTRIBUTES_KEY] = self._attributes.changed()
+        self.keeper.write(trainer, checkpoint)
 
     @override
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if trainer.state.fn != TrainerFn.FITTING or "loops" not in checkpoint:
-            return
-        self._saved = {key: checkpoint[key] for key in _KEYS if key in checkpoint}
-        loop = checkpoint["loops"]["fit_loop"]
-        self._resumed = next_place(loop)
-        self._ended_early = None
-        if self._resumed.batch > 0 and not epoch_is_open(loop):
-            self._ended_early = self._resumed
-        at_last = loop["epoch_loop.batch_progress"]["is_last_batch"]
-        self._epoch_is_open = at_last and _FOLLOWS_KEY in checkpoint and epoch_is_open(loop)
-        if checkpoint.get(_FOLLOWS_KEY):
-            leave_validation_to_do(loop)
-        elif self._resumed.batch == 0 and at_last and not self._epoch_is_open:
-            close_epoch(loop)
+        if trainer.state.fn == TrainerFn.FITTING and "loops" in checkpoint:
+            self.keeper.read(checkpoint)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         lightning_resume.wrap_train_loaders(trainer, None)
         lightning_resume.call_before_saving(trainer, None)
-        self._module_hook, self._saved, self._epoch_is_open = _nothing, {}, False
+        self.keeper.end()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -279,24 +183,3 @@ class ExactResume(pl.Callback):
                 "Leave seed out to continue that run, or start a new one without ckpt_path",
             )
         self._effective_seed = state_dict["seed"]
-
-
-def _name_what_ran_early(trainer: pl.Trainer, place: Place) -> None:
-    """Lightning ends an epoch where ``max_steps`` does, and once more when the run is prolonged."""
-    module: Any = trainer.lightning_module
-    names = [
-        type(each).__name__
-        for each in (module, *callbacks_of(trainer))
-        if not type(each).__module__.startswith(("lightning.", "lightning_align."))
-        and lightning_resume.has_own_hook(each, "on_train_epoch_end")
-    ]
-    if names:
-        rank_zero_warn(
-            f"ExactResume: max_steps had ended epoch {place.epoch} after {place.batch} batches, and"
-            f" on_train_epoch_end of {names} was called; it will be called again at its end."
-            " A run that had not been stopped comes to it only there."
-        )
-
-
-def _nothing() -> None:
-    """No hook waits."""

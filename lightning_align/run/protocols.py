@@ -288,7 +288,7 @@ def one_rank_runs_model(strategy: Strategy) -> bool:
     """Whether rank 0 can call the model while the others wait."""
     if isinstance(strategy, SaysWhoRuns):
         return strategy.one_rank_runs_model
-    return _has_replicas(strategy)
+    return has_replicas(strategy)
 
 
 def keeps_shapes(strategy: Strategy) -> bool:
@@ -300,7 +300,7 @@ def keeps_shapes(strategy: Strategy) -> bool:
 
 def may_freeze(strategy: Strategy) -> bool:
     """Whether parameters may be frozen and released between steps."""
-    return isinstance(strategy, FollowsFreezing) or _has_replicas(strategy)
+    return isinstance(strategy, FollowsFreezing) or has_replicas(strategy)
 
 
 def follow_freezing(trainer: pl.Trainer, dropped: Collection[nn.Parameter]) -> None:
@@ -316,7 +316,7 @@ def follow_freezing(trainer: pl.Trainer, dropped: Collection[nn.Parameter]) -> N
         wrap_in_ddp_again(strategy, trainer.lightning_module)
 
 
-def _has_replicas(strategy: Strategy) -> bool:
+def has_replicas(strategy: Strategy) -> bool:
     """Whether each rank has all of the model, where the module keeps it."""
     has = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy))
     return has and not isinstance(strategy, DeepSpeedStrategy)  # a DDPStrategy by inheritance

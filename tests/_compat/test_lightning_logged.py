@@ -67,3 +67,14 @@ def test_latest_metrics_are_what_monitors_see() -> None:
     _, trainer = watched(lambda trainer: None)
     lightning_logged.latest_metrics(trainer)["planted"] = torch.tensor(3.0)
     assert trainer.callback_metrics["planted"] == 3.0
+
+
+def test_forgotten_is_all_that_was_logged_in_training() -> None:
+    def forget(trainer: Any) -> tuple[int, int]:
+        before = len(trainer.fit_loop.epoch_loop._results)
+        lightning_logged.forget_logged(trainer)
+        return before, len(lightning_logged.capture_logged_sums(trainer))
+
+    counts, _ = watched(forget, limit_train_batches=3)
+    assert [after for _, after in counts] == [0, 0, 0]
+    assert all(before > 0 for before, _ in counts)

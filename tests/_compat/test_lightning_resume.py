@@ -340,3 +340,34 @@ def test_wandb_logger_without_an_id_goes_on_with_one(monkeypatch: pytest.MonkeyP
     trainer.loggers = [other]
     lightning_resume.continue_wandb_run(trainer, "before")
     assert other._wandb_init["id"] is None
+
+
+def test_restore_in_fit_puts_back_lightnings_part_and_loops_do_not_restart() -> None:
+    dumped: dict[str, Any] = {}
+
+    def back_from_the_fourth(trainer: pl.Trainer) -> tuple[int, int, bool]:
+        loop = trainer.fit_loop
+        if trainer.global_step == 2 and not dumped:
+            dumped.update(lightning_resume.dump_checkpoint(trainer, weights_only=False))
+        if trainer.global_step == 4 and dumped["global_step"]:
+            states = lightning_resume.restore_in_fit(trainer, dumped)
+            lightning_resume.restart_in_epoch(trainer, states)
+            dumped["global_step"] = 0
+        fetched: int = loop._data_fetcher.fetched  # type: ignore[union-attr]
+        return trainer.global_step, fetched, loop.restarting or loop.epoch_loop.restarting
+
+    returned, _ = watched(back_from_the_fourth)
+    steps = [1, 2, 3, 2, 3, 4, 5, 6]
+    assert returned == [(step, step, False) for step in steps]
+
+
+def test_only_callbacks_decides_whose_state_is_dumped() -> None:
+    class Stateful(pl.Callback):
+        def state_dict(self) -> dict[str, Any]:
+            return {"a": 1}
+
+    trainer = pl.Trainer(callbacks=[Stateful()], logger=False, enable_checkpointing=False)
+    everyone = trainer.callbacks
+    with lightning_resume.only_callbacks(trainer, []):
+        assert trainer.callbacks == []
+    assert trainer.callbacks is everyone

@@ -163,3 +163,20 @@ def test_has_comm_state_is_of_ddp_alone() -> None:
     assert not lightning_trainer.has_comm_state(SingleDeviceStrategy())
     assert not lightning_trainer.has_comm_state(DDPStrategy())
     assert lightning_trainer.has_comm_state(DDPStrategy(ddp_comm_state=object()))
+
+
+def test_current_hook_is_the_one_that_runs(tmp_path: Path) -> None:
+    class Asks(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            self.at_the_end = lightning_trainer.current_hook(trainer)
+
+        def on_before_optimizer_step(self, trainer: pl.Trainer, *_: Any) -> None:
+            self.before_the_step = lightning_trainer.current_hook(trainer)
+
+    asks, quiet = Asks(), {"logger": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(
+        max_steps=1, accelerator="cpu", callbacks=[asks], enable_checkpointing=False, **quiet
+    )
+    trainer.fit(HandWritten(), SequenceData())
+    assert asks.at_the_end == "on_train_batch_end"
+    assert asks.before_the_step == "on_before_optimizer_step"

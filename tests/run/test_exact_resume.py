@@ -15,6 +15,7 @@ import torch
 
 from lightning_align.data.sampler import PositionSampler
 from lightning_align.run import exact_resume
+from lightning_align.run.accumulation import WINDOW_KEY
 from lightning_align.run.exact_resume import ExactResume
 from tests.helpers.resume import HandWritten, Run, SequenceData
 
@@ -88,7 +89,7 @@ def test_resume_in_mid_accumulation_keeps_the_gradients(tmp_path: Path, module: 
     waiting = [
         path
         for path in checkpoints(run.folder)
-        if exact_resume.WINDOW_KEY in torch.load(path, weights_only=True)
+        if WINDOW_KEY in torch.load(path, weights_only=True)
     ]
     assert waiting
     for path in waiting:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 
-from lightning_align.run import exact_resume
+from lightning_align.run import capture
 from lightning_align.run.loader import PositionedLoader
 from tests.helpers.foreign import ForeignRun, consumed_in
 
@@ -149,7 +149,7 @@ def test_epoch_means_are_noticed_when_left_out(
 ) -> None:
     run = ForeignRun(str(tmp_path), checkpoint=EVERY_STEP).fit()
     path = next(path for path in checkpoints(tmp_path) if consumed_in(path) == 9)
-    monkeypatch.setattr(exact_resume, "restore_means", lambda *args: None)
+    monkeypatch.setattr(capture, "restore_means", lambda *args: None)
     ours, expected = run.resumed(path).fit().record(9), run.record(9)
     differing = [line for line in ours if line not in expected]
     assert len(differing) == 1

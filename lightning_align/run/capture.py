@@ -1,0 +1,390 @@
+"""What decides the next step of a run: taken as one state, and put back in one order.
+
+==============================================  ============================================
+what                                            who takes it and puts it back
+==============================================  ============================================
+parameters, buffers, optimizers, schedulers,    Lightning, in any checkpoint
+scaler, counters of the loops, callbacks,
+datamodule, loaders that have a state
+what hooks of an epoch's beginning have set     settings.py
+attributes that the run has changed             attributes.py
+gradients that wait, with their sums            accumulation.py
+sums behind epoch means, metrics, monitors      epoch_means.py
+randomness and the order of the data            nobody: functions of the position (rng.py,
+                                                loader.py), which is one of the counters
+==============================================  ============================================
+
+There are two pairs. ``Keeper.write`` adds what Lightning leaves out to a checkpoint, as parts of
+all ranks, and a resumed run takes it up by ``read`` (before Lightning takes up its part), ``load``
+(when training starts) and ``put_back`` (before the first epoch). ``capture`` and ``restore`` do the
+same in memory and in mid-fit, each rank with what it holds. All of them go through the same parts.
+
+The order in which parts are put back:
+
+1.  The module's own hook of the batch runs first. It is a part of the batch, and Lightning comes to
+    it only behind those of the callbacks, of which one may save, capture or restore.
+2.  Lightning's part, counters included: all that follows reads them. On a resume they are edited
+    before, for Lightning leaves out what a saved batch still had before it (position.py), and the
+    loader is begun anew, for the hooks of the first epoch.
+3.  Settings. They can refuse a window, and so far nothing of ours has changed. On a resume the
+    hooks of the start of training have run, which set them anew, and attributes too.
+4.  Attributes. One may be the dictionary that the sums of a window are in.
+5.  The window, into gradients and sums that are the final objects now.
+6.  Means, and what monitors see.
+7.  On a resume: the schedulers that had yet to be stepped. They read what monitors see.
+8.  In mid-fit: the loader, last, since its workers are copies of this process.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Checkpoint, StochasticWeightAveraging
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lightning_align._compat import lightning_resume
+from lightning_align._compat.lightning_resume import validation_follows
+from lightning_align._compat.lightning_trainer import current_hook, restart_train_iteration
+from lightning_align._errors import argument_error
+from lightning_align.checkpointing.structure import Copier
+from lightning_align.run.accumulation import (
+    WINDOW_KEY,
+    Window,
+    capture_accumulation,
+    own_window,
+    pending_plateau,
+    replace_window,
+    restore_accumulation,
+    validation_is_to_do,
+)
+from lightning_align.run.attributes import Attributes, Plain
+from lightning_align.run.callbacks import callbacks_of
+from lightning_align.run.epoch_means import (
+    Means,
+    capture_means,
+    own_means,
+    replace_means,
+    restore_means,
+)
+from lightning_align.run.loader import PositionedLoader
+from lightning_align.run.position import (
+    Place,
+    batches_consumed,
+    begin_interrupted_epoch_anew,
+    close_epoch,
+    epoch_is_open,
+    leave_validation_to_do,
+    next_place,
+)
+from lightning_align.run.protocols import began_elsewhere, has_replicas
+from lightning_align.run.settings import (
+    Settings,
+    restore_settings,
+    resume_averaging,
+    settings_in_force,
+)
+
+_MEANS_KEY = "lightning_align.epoch_means"
+_PLATEAU_KEY = "lightning_align.plateau"
+_FOLLOWS_KEY = "lightning_align.follows"  # whether a batch had its end before it, when saved
+_SETTINGS_KEY = "lightning_align.settings"
+_ATTRIBUTES_KEY = "lightning_align.attributes"
+_KEYS = (WINDOW_KEY, _MEANS_KEY, _PLATEAU_KEY, _FOLLOWS_KEY, _SETTINGS_KEY, _ATTRIBUTES_KEY)
+
+
+class Keeper:
+    """What ExactResume keeps of a fit: how it began, and what of a checkpoint is to be put back.
+
+    Attributes:
+        attributes: How the module's attributes began; None before the first fit.
+        module_hook: Runs the module's hook of this batch, unless it has run.
+        place: Where the next batch comes from, where it is not the beginning of an epoch.
+        epoch_is_open: Whether an epoch goes on behind its last batch.
+    """
+
+    def __init__(self) -> None:
+        self.attributes: Attributes | None = None
+        self.module_hook: Callable[[], None] = _nothing
+        self.place: Place | None = None
+        self.epoch_is_open = False
+        self._start: Settings = {}  # settings with which the fit began
+        self._saved: dict[str, Any] = {}  # what of the checkpoint is yet to be put back
+        self._ended_early: Place | None = None  # its place, if the end of its epoch has been there
+
+    def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note how a fit begins, before any hook of the start of training."""
+        self._start = settings_in_force(trainer, pl_module)
+        self.attributes = Attributes(trainer, pl_module)
+
+    def end(self) -> None:
+        """Forget what belongs to a fit, but for how it began."""
+        self.module_hook, self._saved, self.epoch_is_open = _nothing, {}, False
+
+    def write(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+        """Add what Lightning leaves out to a checkpoint, of all ranks. Collective."""
+        module = trainer.lightning_module
+        if windows := capture_accumulation(trainer, module):
+            checkpoint[WINDOW_KEY] = windows
+        checkpoint[_MEANS_KEY] = capture_means(trainer, module)
+        checkpoint[_FOLLOWS_KEY] = validation_is_to_do(trainer)
+        checkpoint[_PLATEAU_KEY] = pending_plateau(trainer)
+        if self.attributes is None:
+            return
+        now = settings_in_force(trainer, module)
+        checkpoint[_SETTINGS_KEY] = {"start": self._start, "now": now}
+        checkpoint[_ATTRIBUTES_KEY] = self.attributes.changed()
+
+    def read(self, checkpoint: dict[str, Any]) -> None:
+        """Take up a checkpoint, and let Lightning's counters say what is left of its batch."""
+        self._saved = {key: checkpoint[key] for key in _KEYS if key in checkpoint}
+        loop = checkpoint["loops"]["fit_loop"]
+        self.place = next_place(loop)
+        self._ended_early = None
+        if self.place.batch > 0 and not epoch_is_open(loop):
+            self._ended_early = self.place
+        at_last = loop["epoch_loop.batch_progress"]["is_last_batch"]
+        self.epoch_is_open = at_last and _FOLLOWS_KEY in checkpoint and epoch_is_open(loop)
+        if checkpoint.get(_FOLLOWS_KEY):
+            leave_validation_to_do(loop)
+        elif self.place.batch == 0 and at_last and not self.epoch_is_open:
+            close_epoch(loop)
+
+    def load(self, trainer: pl.Trainer) -> None:
+        """Let the loader begin where the checkpoint goes on, and loops without one at a start."""
+        pending = lightning_resume.load_pending_loader_states(trainer)
+        loaders = lightning_resume.train_loaders(trainer)
+        if isinstance(loaders, PositionedLoader) and (
+            pending or (self.place and loaders.started != self.place)
+        ):
+            restart_train_iteration(trainer)
+        if self._ended_early is not None:
+            _name_what_ran_early(trainer, self._ended_early)
+        if self.place is None:
+            begin_interrupted_epoch_anew(trainer)
+        elif self.place.batch == 0 and not self.epoch_is_open:
+            lightning_resume.begin_epoch(trainer)
+        self.place = self._ended_early = None
+        # Reading trainer.estimated_stepping_batches in configure_optimizers starts the loader
+        # before Lightning has restored the position: workers would already hold the wrong batches.
+        if began_elsewhere(trainer):
+            restart_train_iteration(trainer)
+
+    def put_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put back what a checkpoint holds, once all hooks of the start have run."""
+        assert self.attributes is not None
+        self.attributes.begin()
+        saved, self._saved = self._saved, {}
+        windows = saved.get(WINDOW_KEY, [])
+        if _SETTINGS_KEY in saved:
+            before, then = saved[_SETTINGS_KEY]["start"], saved[_SETTINGS_KEY]["now"]
+            restore_settings(
+                trainer, pl_module, (before, then), self._start, window_is_open=bool(windows)
+            )
+        if saved:
+            resume_averaging(trainer)
+        self.attributes.restore(saved.get(_ATTRIBUTES_KEY, []))
+        restore_accumulation(trainer, pl_module, windows)
+        restore_means(trainer, pl_module, saved.get(_MEANS_KEY, []))
+        interval = saved.get(_PLATEAU_KEY, "")
+        validation_steps = saved.get(_FOLLOWS_KEY) and validation_follows(trainer)
+        if interval and not (interval == "step" and validation_steps):
+            lightning_resume.step_plateau_schedulers(trainer, interval)
+        if self.epoch_is_open:
+            lightning_resume.finish_epoch(trainer)
+
+
+@dataclass(frozen=True)
+class RunState:
+    """A state of a run in host memory, on this rank.
+
+    Args:
+        position: Training batches that are part of it.
+        checkpoint: Lightning's part, as in a checkpoint.
+        settings: What hooks of an epoch's beginning had set.
+        attributes: Of the module, as plain data.
+        window: Gradients that waited for their optimizer step.
+        means: Sums behind epoch means, and what monitors saw.
+        should_stop: Whether something had asked the trainer to stop.
+        fit: What is the same object within a fit.
+    """
+
+    position: int
+    checkpoint: dict[str, Any]
+    settings: Settings
+    attributes: Plain
+    window: Window
+    means: Means
+    should_stop: bool
+    fit: object
+
+
+def capture(trainer: pl.Trainer) -> RunState:
+    """Everything that decides the next step, copied to host memory.
+
+    To be called on each rank in ``on_train_batch_end``, of a callback or of the module: there a
+    batch is part of the weights and the next one has not begun. What callbacks behind the one that
+    calls it do in that hook is no part of the state.
+
+    Args:
+        trainer: Who fits. It must have ``ExactResume``, which our modules bring themselves.
+
+    Raises:
+        ValueError: If it is called elsewhere, if ranks hold parts of the state, or if a callback
+            cannot go back.
+    """
+    keeper, attributes = _keeper(trainer, "capture")
+    module = trainer.lightning_module
+    keeper.module_hook()
+    with lightning_resume.only_callbacks(trainer, _that_go_back(trainer)):
+        checkpoint = lightning_resume.dump_checkpoint(trainer, weights_only=False)
+    return RunState(
+        position=batches_consumed(trainer),
+        checkpoint=_copied(checkpoint),
+        settings=settings_in_force(trainer, module),
+        attributes=_copied(attributes.now()),
+        window=own_window(trainer, module),
+        means=own_means(trainer, module),
+        should_stop=trainer.should_stop,
+        fit=attributes,
+    )
+
+
+def restore(trainer: pl.Trainer, state: RunState) -> None:
+    """Go on from a state of this fit as if nothing had come after it.
+
+    To be called on each rank, by what has called ``capture`` and in the same hook. The next batch
+    is the one that followed the state, with the same draws; a validation that followed it follows
+    again. The state may be of an earlier epoch, and stays as it is for another ``restore``.
+
+    What has gone out stays: lines of loggers and files, and what ``ModelCheckpoint`` and
+    ``AsyncCheckpoint`` know of their files.
+
+    Args:
+        trainer: Who fits.
+        state: From ``capture``, on this rank.
+
+    Raises:
+        ValueError: If it is called where ``capture`` must not be, or if the state is of another fit
+            or of loaders that ``reload_dataloaders_every_n_epochs`` has replaced since.
+    """
+    keeper, attributes = _keeper(trainer, "restore")
+    _check_state(trainer, state, attributes)
+    module = trainer.lightning_module
+    place = next_place(state.checkpoint["loops"]["fit_loop"])
+    keeper.module_hook()
+    with lightning_resume.only_callbacks(trainer, _that_go_back(trainer)):
+        loaders = lightning_resume.restore_in_fit(trainer, _copied(state.checkpoint))
+    trainer.should_stop = state.should_stop
+    same = (state.settings, state.settings)  # a fit begins once: every setting goes back
+    restore_settings(trainer, module, same, state.settings, window_is_open=bool(state.window))
+    attributes.replace(state.attributes)
+    replace_window(trainer, module, state.window)
+    replace_means(trainer, module, state.means)
+    if place.batch > 0:  # or the epoch is at its end, and the next one begins the loader
+        keeper.place = place
+        lightning_resume.restart_in_epoch(trainer, loaders)
+        keeper.place = None
+
+
+def _keeper(trainer: pl.Trainer, function: str) -> tuple[Keeper, Attributes]:
+    """What ExactResume keeps of this fit.
+
+    Raises:
+        ValueError: If the state is not whole here and now.
+    """
+    if (hook := current_hook(trainer)) != "on_train_batch_end":
+        rule = "a state is whole at the end of a training batch only"
+        way_out = (
+            "Call it in on_train_batch_end. Before an optimizer step that is not to be, set"
+            " parameter.grad = None, and restore at the end of that batch"
+        )
+        raise argument_error(function, "hook", hook, rule, way_out)
+    _check_ranks(trainer, function)
+    callbacks = callbacks_of(trainer)
+    for callback in callbacks:
+        if isinstance(callback, StochasticWeightAveraging):
+            rule = "it takes up its averages where a fit begins, and not in it"
+            raise argument_error(
+                function, "callbacks", type(callback).__name__, rule, "Use EMAWeightAveraging"
+            )
+    keeper = next(filter(None, map(_kept, callbacks)), None)
+    if keeper is None or keeper.attributes is None:
+        rule = "without ExactResume data and randomness do not follow the position"
+        names = [type(callback).__name__ for callback in callbacks]
+        raise argument_error(function, "callbacks", names, rule, "Add ExactResume()")
+    return keeper, keeper.attributes
+
+
+def _check_ranks(trainer: pl.Trainer, function: str) -> None:
+    """Refuse ranks that hold parts of the state.
+
+    Raises:
+        ValueError: If they do.
+    """
+    if not has_replicas(trainer.strategy):
+        name = type(trainer.strategy).__name__
+        rule = "its ranks hold parts of the model, and a state is whole on each rank"
+        way_out = "Train in one process or with strategy='ddp', or save checkpoints and resume"
+        raise argument_error(function, "strategy", name, rule, way_out)
+    for optimizer in trainer.optimizers if trainer.world_size > 1 else ():
+        if hasattr(optimizer, "consolidate_state_dict"):  # as ZeroRedundancyOptimizer has
+            name, rule = type(optimizer).__name__, "each rank holds a part of its state"
+            raise argument_error(function, "optimizer", name, rule, "Take one that is not sharded")
+
+
+def _check_state(trainer: pl.Trainer, state: RunState, attributes: Attributes) -> None:
+    """Refuse a state that this fit cannot go back to.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    if state.fit is not attributes:
+        rule = "it is of another fit"
+        way_out = "Capture anew in on_train_batch_end, or resume from a checkpoint"
+        raise argument_error("restore", "state", f"position {state.position}", rule, way_out)
+    every = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
+    if every and state.checkpoint["epoch"] != trainer.current_epoch:
+        rule = f"the loaders may be others than those of epoch {state.checkpoint['epoch']}"
+        way_out = "Leave it out, or go back within an epoch only"
+        raise argument_error("restore", "reload_dataloaders_every_n_epochs", every, rule, way_out)
+
+
+def _that_go_back(trainer: pl.Trainer) -> list[pl.Callback]:
+    """Callbacks whose state is the run's; that of those which write files is the files'."""
+    return [
+        each for each in callbacks_of(trainer) if not (isinstance(each, Checkpoint) or _kept(each))
+    ]
+
+
+def _kept(callback: pl.Callback) -> Keeper | None:
+    """What a callback keeps, if it is ExactResume."""
+    keeper = getattr(callback, "keeper", None)
+    return keeper if isinstance(keeper, Keeper) else None
+
+
+def _copied(state: Any) -> Any:
+    """A copy on the host that shares nothing with the run."""
+    return Copier({}, {Tensor: lambda tensor: tensor.detach().to("cpu", copy=True)}).copy(state)
+
+
+def _name_what_ran_early(trainer: pl.Trainer, place: Place) -> None:
+    """Lightning ends an epoch where ``max_steps`` does, and once more when the run is prolonged."""
+    module: Any = trainer.lightning_module
+    names = [
+        type(each).__name__
+        for each in (module, *callbacks_of(trainer))
+        if not type(each).__module__.startswith(("lightning.", "lightning_align."))
+        and lightning_resume.has_own_hook(each, "on_train_epoch_end")
+    ]
+    if names:
+        rank_zero_warn(
+            f"ExactResume: max_steps had ended epoch {place.epoch} after {place.batch} batches, and"
+            f" on_train_epoch_end of {names} was called; it will be called again at its end."
+            " A run that had not been stopped comes to it only there."
+        )
+
+
+def _nothing() -> None:
+    """No hook waits."""
