@@ -173,10 +173,11 @@ def everything(loader: str = "shuffled", plateau: str = "") -> Parts:
     return Everything(loader, plateau), [Counts()], None
 
 
-LOADERS = (
-    *("shuffled", "generator", "workers", "persistent", "stream", "stream-workers"),
-    *("stateful", "stateful-stream", "two", "mixed"),
-)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("persistent", "stream-workers")]
+LOADERS = [
+    *("shuffled", "generator", "workers", "stream", "stateful", "stateful-stream", "two", "mixed"),
+    *SLOW,
+]
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -186,19 +187,19 @@ def test_all_kinds_of_loaders_go_back_to_the_same_batch(loader: str) -> None:
 
 @pytest.mark.parametrize(
     ("at", "until"),
-    [(1, 2), (1, 5), (3, 5), (5, 5), (6, 6), (4, 6), (4, 8), (6, 10), (2, 18), (7, 13)],
+    [(1, 5), (5, 5), (4, 6), (6, 6), (4, 8), (6, 10), (2, 18)],
 )
 def test_within_epochs_at_their_ends_and_across_them(at: int, until: int) -> None:
     """Epochs have six batches; each is followed by a validation."""
     rewinds(everything, at, until)
 
 
-@pytest.mark.parametrize(("at", "until"), [(2, 4), (4, 5), (5, 9), (6, 7)])
+@pytest.mark.parametrize(("at", "until"), [(2, 4), (5, 9)])
 def test_in_mid_window(at: int, until: int) -> None:
     rewinds(everything, at, until, accumulate_grad_batches=3)
 
 
-@pytest.mark.parametrize(("at", "until"), [(3, 5), (2, 6), (5, 11)])
+@pytest.mark.parametrize(("at", "until"), [(3, 5), (2, 10)])
 def test_validations_in_mid_epoch_follow_again(at: int, until: int) -> None:
     whole = rewinds(everything, at, until, val_check_interval=3)
     assert sum("validation" in line for line in whole) > 3
@@ -221,8 +222,7 @@ def lisa() -> pl.Callback:
     return LISA(activated_layers=1, interval_steps=3, reactivation_warmup_steps=2, filename=None)
 
 
-@pytest.mark.parametrize(("at", "until"), [(3, 5), (4, 12), (9, 13)])
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("at", "until", "accumulate"), [(3, 5, 1), (9, 13, 1), (4, 12, 2)])
 def test_our_module_under_lisa(at: int, until: int, accumulate: int) -> None:
     """Draws change every three steps, and come within the batches that are taken back."""
     rewinds(lambda: ours(lisa), at, until, accumulate_grad_batches=accumulate, max_epochs=2)
@@ -324,9 +324,7 @@ def test_callbacks_that_write_files_keep_what_they_know_of_them(tmp_path: Path) 
     fit(module, *callbacks, rewind, saves, enable_checkpointing=True)
     assert rewind.times == 0
     names = sorted(path.name for path in tmp_path.glob("*.ckpt"))
-    assert names == sorted(
-        f"step={n}{v}.ckpt" for n, v in [*((n, "") for n in (3, 6, 9, 12, 15, 18)), (3, "-v1")]
-    )
+    assert names == sorted(f"step={n}.ckpt" for n in (3, 6, 9, 12, 15, 18))
     assert saves.best_model_path
 
 
@@ -406,7 +404,7 @@ def test_ranks_that_hold_parts_of_the_model_are_refused() -> None:
     def on(rank: int) -> str:
         ranks = {"devices": 2, "strategy": "pipeline_1f1b", "plugins": [ForkedRanks(rank, 2)]}
         with pytest.raises(ValueError, match=r"^capture\(|^restore\(") as raised:
-            fit(gpt2_module(), Calls(AT_END, capture), data=data, **ranks)
+            fit(gpt2_module(), callbacks=[Calls(AT_END, capture)], data=data, **ranks)
         return str(raised.value)
 
     for told in run_ranks(on):
