@@ -124,7 +124,11 @@ def exact(value: Any) -> Any:
 
 
 def fit(
-    module: pl.LightningModule, *callbacks: pl.Callback, data: Any = None, **options: Any
+    module: pl.LightningModule,
+    *callbacks: pl.Callback,
+    data: Any = None,
+    ckpt_path: Any = None,
+    **options: Any,
 ) -> list[str]:
     """What a run of three epochs has recorded."""
     torch.set_num_threads(1)
@@ -145,7 +149,7 @@ def fit(
                 **options,
             }
         )
-        trainer.fit(module, data)
+        trainer.fit(module, data, ckpt_path=ckpt_path)
     return record.lines
 
 
@@ -208,6 +212,16 @@ def test_validations_in_mid_epoch_follow_again(at: int, until: int) -> None:
 @pytest.mark.parametrize("plateau", ["step", "epoch"])
 def test_schedulers_that_watch_a_metric(plateau: str) -> None:
     rewinds(lambda: everything(plateau=plateau), 4, 8)
+
+
+@pytest.mark.parametrize("plateau", ["step", "epoch"])
+def test_in_the_epoch_that_a_resumed_run_begins_in(tmp_path: Path, plateau: str) -> None:
+    saves = Calls("on_train_batch_end", lambda trainer: trainer.save_checkpoint(tmp_path / "ckpt"))
+    pl.seed_everything(3, verbose=False)
+    fit(*everything(plateau=plateau)[:1], Counts(), saves, max_steps=2)
+    resumed = {"ckpt_path": tmp_path / "ckpt"}
+    rewinds(lambda: everything(plateau=plateau), 4, 5, **resumed)
+    rewinds(lambda: everything(plateau=plateau), 4, 9, **resumed)
 
 
 def test_max_steps() -> None:
