@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_align._errors import argument_error
 from lightning_align.data.tokenizer import encode, load_tokenizer, pad_token_id
-from lightning_align.layers import find_held_model
+from lightning_align.layers.find import find_held_model
 from lightning_align.reports.texts import log_rows
 from lightning_align.run.protocols import one_rank_runs_model, tokenizer_of
 from lightning_align.run.rng import reseed

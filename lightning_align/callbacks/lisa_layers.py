@@ -14,13 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_align._errors import argument_error
-from lightning_align.layers import (
-    ModelLayers,
-    find_language_models,
-    find_layers,
-    find_parts,
-    kept_layers,
-)
+from lightning_align.layers import ModelLayers, find_layers
+from lightning_align.layers.find import find_language_models, kept_layers
+from lightning_align.layers.parts import find_parts
 from lightning_align.seeds import derive_seed
 
 

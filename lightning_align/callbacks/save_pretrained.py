@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 from torch import nn
 from typing_extensions import override
 
-from lightning_align.layers import find_held_model
+from lightning_align.layers.find import find_held_model
 from lightning_align.models.build import save_pretrained
 from lightning_align.run.protocols import tokenizer_of, whole_state_dict
 

@@ -18,12 +18,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, SequentialLR
 
 from lightning_align._errors import argument_error
-from lightning_align.layers import (
-    ModelLayers,
-    find_language_models,
-    find_layers,
-    parameter_names,
-)
+from lightning_align.layers import ModelLayers, find_layers
+from lightning_align.layers.find import find_language_models
+from lightning_align.layers.parts import parameter_names
 
 # Group -> what an optimizer is told of it besides its parameters, in the order of the groups.
 # "use_muon" is the word of torch's and other Muons; "transposed" says that a matrix is stored

@@ -8,12 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_align.layers import (
-    find_held_model,
-    find_language_models,
-    find_layers,
-    kept_layers,
-)
+from lightning_align.layers import find_layers
+from lightning_align.layers.find import find_held_model, find_language_models, kept_layers
 from tests.helpers.decoders import MODELS, Outputs, tiny_bert
 from tests.helpers.tiny_models import (
     HIDDEN_SIZE,

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_align.callbacks.lisa_layers import partition
-from lightning_align.layers import ModelLayers, Parts, find_layers, find_parts
-from lightning_align.layers.parts import Part
+from lightning_align.layers import ModelLayers, find_layers
+from lightning_align.layers.parts import Part, Parts, find_parts
 from lightning_align.strategies.pipeline.find_chain import find_chain
 from tests.helpers.decoders import MODELS
 from tests.helpers.tiny_models import PlainDecoder, TiedDecoder

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_align._compat import torch_modules
-from lightning_align.layers import ModelLayers, find_layers, is_hugging_face, kept_layers
+from lightning_align.layers import ModelLayers, find_layers, is_hugging_face
+from lightning_align.layers.find import kept_layers
 from lightning_align.run.protocols import NamesLayers
 from lightning_align.strategies.pipeline.chain import Chain, chain_error, refuse_compiled
 
