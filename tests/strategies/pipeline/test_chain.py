@@ -1,8 +1,7 @@
 """Modules that know nothing of a pipeline train in one as in one process, or are refused."""
 
-import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,94 +11,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForCausalLM
 
 from lightning_align import PretrainModule
-from lightning_align.strategies.pipeline.absent import AbsentParameter
-from tests.helpers.pipelines import Batches, Run
+from tests.helpers.linear_chain import LINEAR, SGD, WIDTH, Foreign, InPlace, rows, tokens
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_models import TINY_MODELS
-
-RUN = Run("", {"schedule": "1F1B", "num_microbatches": 4})
-# Not AdamW, which moves a weight whose gradient is 0 but for rounding as far as any other.
-SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1)
-WIDTH = 8
-
-
-def rows() -> DataLoader[Any]:
-    generator = torch.Generator().manual_seed(0)
-    inputs, targets = (torch.randn(24, WIDTH, generator=generator) for _ in range(2))
-    return DataLoader(TensorDataset(inputs, targets), batch_size=8)
-
-
-def tokens() -> DataLoader[Any]:
-    return DataLoader(Batches(3, masked=False), batch_size=None)
-
-
-class Foreign(pl.LightningModule):
-    """Four linear layers that ``self.model`` calls; a case changes what it needs to."""
-
-    loader = staticmethod(rows)
-
-    def __init__(self) -> None:
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            self.make()
-
-    def make(self) -> None:
-        self.model = Net()
-
-    def pipeline_layers(self) -> list[nn.Module]:
-        return [self.model.first, self.model.second, self.model.third, self.model.last]
-
-    def output(self, inputs: Tensor) -> Any:
-        return self.model(inputs)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        loss = F.mse_loss(self.output(batch[0]), batch[1])
-        self.log("train_loss", loss)
-        return loss
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("val_loss", F.mse_loss(self.output(batch[0]), batch[1]))
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self.validation_step(batch, batch_idx)
-
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        output: Tensor = self.output(batch[0])
-        return output
-
-    def configure_optimizers(self) -> Any:
-        return SGD(p for p in self.parameters() if p.requires_grad)
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.third, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        output: Tensor = self.last(self.third(self.second(self.first(inputs))))
-        return output
-
-
-class InPlace(Foreign):
-    """Without a change in place, the first layer of the second stage would be another."""
-
-    def make(self) -> None:
-        linear = partial(nn.Linear, WIDTH, WIDTH)
-        self.net = nn.Sequential(linear(), nn.ReLU(inplace=True), linear(), nn.ReLU(inplace=True))
-
-    pipeline_layers = None  # type: ignore[assignment]
-
-    def output(self, inputs: Tensor) -> Any:
-        return self.net(inputs)
 
 
 class Nested(InPlace):
@@ -368,8 +286,9 @@ HUGGING_FACE = {
     for name in ("llama", "gpt2")
     for recompute in ("", "again", "reentrant")
 }
+HERE = [kind for kind in Foreign.__subclasses__() if kind.__module__ == __name__]
 TRAINED: dict[str, Callable[[], Any]] = {
-    **{kind.__name__: kind for kind in [Foreign, *Foreign.__subclasses__(), Nested, FrozenStage]},
+    **{kind.__name__: kind for kind in [Foreign, InPlace, *HERE, Nested, FrozenStage]},
     "Subclassed": Subclassed,
     **HUGGING_FACE,
     "hidden states": partial(HiddenStates, "llama"),
@@ -380,7 +299,7 @@ TRAINED: dict[str, Callable[[], Any]] = {
 
 def results(make: Callable[[], Any], rank: int | None, **strategy: Any) -> Any:
     """Fit, validate and predict: what came of it."""
-    run = replace(RUN, strategy={**RUN.strategy, **strategy})  # type: ignore[dict-item]
+    run = replace(LINEAR, strategy={**LINEAR.strategy, **strategy})  # type: ignore[dict-item]
     with run.setting(rank) as (trainer, seen):
         module = make()
         trainer.fit(module, module.loader(), module.loader())
@@ -444,7 +363,7 @@ def test_a_model_from_a_folder_keeps_its_weights_where_no_rank_holds_them_all(
             self.model = AutoModelForCausalLM.from_pretrained(tmp_path).train()
 
     def losses(rank: int | None) -> Any:
-        with RUN.setting(rank) as (trainer, seen):
+        with LINEAR.setting(rank) as (trainer, seen):
             with trainer.init_module(empty_init=rank is not None):
                 module = FromFolder()
             assert all(parameter.is_meta is (rank is not None) for parameter in module.parameters())
@@ -452,198 +371,6 @@ def test_a_model_from_a_folder_keeps_its_weights_where_no_rank_holds_them_all(
         return seen.losses
 
     assert run_ranks(losses)[0] == pytest.approx(losses(None), abs=2e-6)
-
-
-# What is refused, and what it says.
-
-
-class ReluBetween(Foreign):
-    def output(self, inputs: Tensor) -> Any:
-        hidden = self.model.second(self.model.first(inputs).relu())
-        return self.model.last(self.model.third(hidden))
-
-
-class InPlaceBetween(ReluBetween):
-    def output(self, inputs: Tensor) -> Any:
-        hidden = self.model.first(inputs)
-        hidden += 1
-        return self.model.last(self.model.third(self.model.second(hidden)))
-
-
-class Residual(ReluBetween):
-    def output(self, inputs: Tensor) -> Any:
-        hidden = self.model.first(inputs)
-        hidden = hidden + self.model.second(hidden)
-        return self.model.last(self.model.third(hidden))
-
-
-class ResidualAround(ReluBetween):
-    """Each layer gets the output before it, and the result gets another, too."""
-
-    def output(self, inputs: Tensor) -> Any:
-        hidden = self.model.first(inputs)
-        return hidden + self.model.last(self.model.third(self.model.second(hidden)))
-
-
-class Detached(ReluBetween):
-    def output(self, inputs: Tensor) -> Any:
-        hidden = self.model.second(self.model.first(inputs))
-        return self.model.last(self.model.third(hidden.detach()))
-
-
-class AuxiliaryLoss(ReluBetween):
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        hidden = self.model.first(batch[0])
-        output = self.model.last(self.model.third(self.model.second(hidden)))
-        return F.mse_loss(output, batch[1]) + 0.1 * hidden[0].abs().mean()
-
-
-class LogsAnActivation(ReluBetween):
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        hidden = self.model.first(batch[0])
-        self.log("norm", hidden.norm())
-        return F.mse_loss(self.model.last(self.model.third(self.model.second(hidden))), batch[1])
-
-
-class AsksForAValue(ReluBetween):
-    def output(self, inputs: Tensor) -> Any:
-        hidden = self.model.first(inputs)
-        if hidden.max() > 100:
-            raise ArithmeticError
-        return self.model.last(self.model.third(self.model.second(hidden)))
-
-
-class DerivedArgument(ReluBetween):
-    class Scaled(nn.Linear):
-        def forward(self, hidden: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]
-            return super().forward(hidden) * scale
-
-    def make(self) -> None:
-        super().make()
-        self.model.last = self.Scaled(WIDTH, WIDTH)
-
-    def output(self, inputs: Tensor) -> Any:
-        hidden = self.model.first(inputs)
-        scale = hidden.detach().abs().mean(-1, keepdim=True)
-        hidden = self.model.third(self.model.second(hidden))
-        return self.model.last(hidden, scale=scale)
-
-
-class CalledMoreOftenThanListed(ReluBetween):
-    def output(self, inputs: Tensor) -> Any:
-        hidden = self.model.second(self.model.first(inputs))
-        return self.model.last(self.model.third(self.model.second(hidden)))
-
-
-class Reentrant(ReluBetween):
-    def output(self, inputs: Tensor) -> Any:
-        hidden = checkpoint(self.model.second, self.model.first(inputs), use_reentrant=True)
-        return self.model.last(self.model.third(hidden))
-
-
-class CatchesAll(ReluBetween):
-    def output(self, inputs: Tensor) -> Any:
-        try:
-            return self.model(inputs)
-        except:  # noqa: E722
-            return inputs
-
-
-class PenaltyOfAll(ReluBetween):
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        penalty = sum(parameter.square().sum() for parameter in self.parameters())
-        return Foreign.training_step(self, batch, batch_idx) + penalty
-
-    output = Foreign.output
-
-
-class TiedByHand(ReluBetween):
-    def output(self, inputs: Tensor) -> Any:
-        return F.linear(self.model(inputs), self.model.first.weight)
-
-
-class LogsAWeight(ReluBetween):
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        self.log("weight", self.model.first.weight.norm())
-        return Foreign.training_step(self, batch, batch_idx)
-
-    output = Foreign.output
-
-
-class CompiledPart(ReluBetween):
-    def make(self) -> None:
-        super().make()
-        self.model.second.compile()
-
-    output = Foreign.output
-
-
-REFUSED = {
-    ReluBetween: r"4 layers: its step computes between layer 0 \(Linear\) and layer 1 .* list it",
-    InPlaceBetween: r"its step changes what layer 0 \(Linear\) has returned in place",
-    Residual: r"its step computes between layer 1 \(Linear\) and layer 2 \(Linear\)",
-    ResidualAround: r"what .* depends on the output of layer 0 \(Linear\), and only the last",
-    Detached: r"its step computes between layer 1 \(Linear\) and layer 2 \(Linear\)",
-    AuxiliaryLoss: r"what the step returns depends on the output of layer 0 \(Linear\), and only",
-    LogsAnActivation: r"what is logged as 'norm' depends on the output of layer 0 \(Linear\)",
-    AsksForAValue: r"a value that the step asks for in Python depends on the output of layer 0",
-    DerivedArgument: r"layer 3 \(Scaled\) is given something that was computed from layer 0",
-    CalledMoreOftenThanListed: r"calls layer 1 \(Linear\) again\. List it as often as it is called",
-    Reentrant: r"recomputes layer 1 \(Linear\) with use_reentrant=True\. Use .*_reentrant=False",
-    CatchesAll: r"its step catches every exception, .* Catch Exception, not BaseException",
-    PenaltyOfAll: r"add is given a weight of another stage, whose values are on another rank",
-    TiedByHand: r"linear is given a weight of another stage, whose values are on another rank",
-    LogsAWeight: r"what is logged as 'weight' is made of weights of another stage, whose",
-    CompiledPart: r"its part 'model.second' is compiled\. Pass the module from before torch.comp",
-}
-
-
-class Trains(pl.Callback):
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        raise AssertionError("nothing must be trained")
-
-
-CASES = [(kind, "fit") for kind in REFUSED]
-CASES += [(ReluBetween, "validate"), (TiedByHand, "validate"), (TiedByHand, "predict")]
-CASES += [(ResidualAround, "predict"), (Detached, "test")]
-
-
-@pytest.mark.parametrize(("kind", "mode"), CASES)
-def test_refused_at_set_up_on_all_ranks(kind: type[Foreign], mode: str) -> None:
-
-    def refused(rank: int) -> None:
-        with RUN.setting(rank) as (trainer, _):
-            trainer.callbacks.append(Trains())
-            module = kind()
-            with pytest.raises(Exception, match=REFUSED[kind]) as told:
-                getattr(trainer, mode)(module, module.loader())
-            assert "PipelineStrategy(" in str(told.value)
-            theirs = dict(kind().named_parameters())
-            for name, parameter in module.named_parameters():
-                assert parameter.is_meta or torch.equal(parameter, theirs[name])
-
-    run_ranks(refused)
-
-
-class ValidatesOtherwise(Foreign):
-    """It trains; only its validation does what cannot be cut."""
-
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.log("val_loss", F.linear(self.model(batch[0]), self.model.first.weight).mean())
-
-
-@pytest.mark.parametrize("sanity_steps", [0, 1])
-def test_validation_is_rehearsed_before_anything_is_trained(sanity_steps: int) -> None:
-    run = replace(RUN, trainer={"num_sanity_val_steps": sanity_steps})
-
-    def refused(rank: int) -> None:
-        told = "linear is given a weight of another stage"
-        with run.setting(rank) as (trainer, _):
-            trainer.callbacks.append(Trains())
-            with pytest.raises(ValueError, match=told):
-                trainer.fit(ValidatesOtherwise(), rows(), [rows(), rows()][: 1 + sanity_steps])
-
-    run_ranks(refused)
 
 
 class CallsTheModelInAHook(Foreign):
@@ -654,76 +381,7 @@ class CallsTheModelInAHook(Foreign):
 def test_a_hook_that_calls_the_model_is_told_so() -> None:
     def fails(rank: int) -> None:
         told = r"Linear of another stage is called outside of a step, and this rank has no weights"
-        with RUN.setting(rank) as (trainer, _), pytest.raises(ValueError, match=told):
+        with LINEAR.setting(rank) as (trainer, _), pytest.raises(ValueError, match=told):
             trainer.fit(CallsTheModelInAHook(), rows())
 
     run_ranks(fails)
-
-
-def test_what_is_absent_can_be_loaded_moved_and_copied() -> None:
-    layer = nn.Linear(2, 3)
-    layer.weight = AbsentParameter(torch.empty(3, 2, device="meta"))
-    layer.load_state_dict({"weight": torch.ones(3, 2), "bias": torch.ones(3)})
-    assert layer.double().weight.dtype == torch.float64
-    assert copy.deepcopy(layer).weight.shape == (3, 2)
-    assert layer.state_dict()["weight"].is_meta
-    assert layer.weight.grad is None
-    torch.optim.AdamW(layer.parameters()).step()
-    nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
-    with pytest.raises(ValueError, match="linear is given a weight of another stage"):
-        layer(torch.ones(1, 2, dtype=torch.float64))
-    with pytest.raises(ValueError, match="add is given a weight of another stage"):
-        torch.ones(()) + layer.weight.norm()
-
-
-@pytest.mark.parametrize("kind", [nn.utils.parametrizations.spectral_norm, nn.BatchNorm1d])
-def test_what_differs_by_micro_batch_is_warned_of(kind: Any) -> None:
-    class Normed(InPlace):
-        def make(self) -> None:
-            linear = nn.Linear(WIDTH, WIDTH)
-            normed = nn.Sequential(linear, kind(WIDTH)) if kind is nn.BatchNorm1d else kind(linear)
-            self.net = nn.Sequential(normed, nn.Tanh(), nn.Linear(WIDTH, WIDTH))
-
-    def warns(rank: int) -> None:
-        warning = r"spectral norm go by the statistics of one micro-batch: net\.0.* LayerNorm"
-        told = pytest.warns(UserWarning, match=warning) if rank == 0 else nullcontext()
-        with RUN.setting(rank) as (trainer, _), told:
-            trainer.fit(Normed(), rows())
-
-    run_ranks(warns)
-
-
-class Dropping(Foreign):
-    """One layer drops out, and may be recomputed for backward."""
-
-    recomputes = False
-
-    def make(self) -> None:
-        super().make()
-        self.model.third = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.5))
-
-    def output(self, inputs: Tensor) -> Any:
-        hidden = self.model.second(self.model.first(inputs))
-        if self.recomputes:
-            hidden = checkpoint(self.model.third, hidden, use_reentrant=False)
-        else:
-            hidden = self.model.third(hidden)
-        return self.model.last(hidden)
-
-
-def test_a_layer_that_is_recomputed_drops_out_the_same_on_any_number_of_ranks() -> None:
-    class Recomputing(Dropping):
-        recomputes = True
-
-    def losses(make: Callable[[], Any], ranks: int) -> Any:
-        def fit(rank: int) -> Any:
-            pl.seed_everything(1, verbose=False)
-            with RUN.setting(rank, ranks) as (trainer, seen):
-                trainer.fit(make(), rows())
-            return seen.losses
-
-        return run_ranks(fit, ranks)[0]
-
-    expected = losses(Dropping, 2)
-    assert losses(Recomputing, 2) == expected
-    assert losses(Recomputing, 1) == losses(Dropping, 1) == expected

@@ -1,6 +1,7 @@
 """What is told at set-up, and that finding it out changes nothing."""
 
 import random
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial, wraps
 from typing import Any
@@ -9,12 +10,14 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
 from lightning_align import ExactResume
 from lightning_align.strategies.pipeline import strategy
 from lightning_align.strategies.pipeline.rehearsal import check_training_step
+from tests.helpers.linear_chain import LINEAR, WIDTH, Foreign, InPlace, Trains, rows
 from tests.helpers.pipelines import Batches, Chained, Run
 from tests.helpers.ranks import run_ranks
 
@@ -139,3 +142,41 @@ def test_a_stage_that_needs_a_hook_of_training_is_no_failure() -> None:
         return seen.losses
 
     assert run_ranks(train)[0] == pytest.approx(replace(RUN, strategy=None).fit()["losses"])
+
+
+class ValidatesOtherwise(Foreign):
+    """It trains; only its validation does what cannot be cut."""
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.log("val_loss", F.linear(self.model(batch[0]), self.model.first.weight).mean())
+
+
+@pytest.mark.parametrize("sanity_steps", [0, 1])
+def test_validation_is_rehearsed_before_anything_is_trained(sanity_steps: int) -> None:
+    run = replace(LINEAR, trainer={"num_sanity_val_steps": sanity_steps})
+
+    def refused(rank: int) -> None:
+        told = "linear is given a weight of another stage"
+        with run.setting(rank) as (trainer, _):
+            trainer.callbacks.append(Trains())
+            with pytest.raises(ValueError, match=told):
+                trainer.fit(ValidatesOtherwise(), rows(), [rows(), rows()][: 1 + sanity_steps])
+
+    run_ranks(refused)
+
+
+@pytest.mark.parametrize("kind", [nn.utils.parametrizations.spectral_norm, nn.BatchNorm1d])
+def test_what_differs_by_micro_batch_is_warned_of(kind: Any) -> None:
+    class Normed(InPlace):
+        def make(self) -> None:
+            linear = nn.Linear(WIDTH, WIDTH)
+            normed = nn.Sequential(linear, kind(WIDTH)) if kind is nn.BatchNorm1d else kind(linear)
+            self.net = nn.Sequential(normed, nn.Tanh(), nn.Linear(WIDTH, WIDTH))
+
+    def warns(rank: int) -> None:
+        warning = r"spectral norm go by the statistics of one micro-batch: net\.0.* LayerNorm"
+        told = pytest.warns(UserWarning, match=warning) if rank == 0 else nullcontext()
+        with LINEAR.setting(rank) as (trainer, _), told:
+            trainer.fit(Normed(), rows())
+
+    run_ranks(warns)
