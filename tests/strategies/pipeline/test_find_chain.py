@@ -13,6 +13,8 @@ from lightning_align import PretrainModule
 from lightning_align.models.weights import parameters_on_meta
 from lightning_align.strategies.pipeline.chain import Chain
 from lightning_align.strategies.pipeline.find_chain import find_chain
+from tests.helpers.ranks import run_ranks
+from tests.helpers.sequential import fit_sequential
 from tests.helpers.tiny_models import NUM_BLOCKS, TINY_MODELS, PlainDecoder
 
 
@@ -122,3 +124,14 @@ def test_where_there_is_no_chain_the_way_out_is_named(name: str) -> None:
     make, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
         find_chain(make())
+
+
+ONE_F_ONE_B = {"schedule": "1F1B", "num_microbatches": 4}
+GPIPE = {"schedule": "GPipe", "num_microbatches": 4}
+
+
+def test_sequential_is_found_with_what_the_step_calls_it_with() -> None:
+    theirs, _ = fit_sequential(None, GPIPE)
+    strategy = {**ONE_F_ONE_B, "partition_method": [2, 1]}
+    (ours, _), _ = run_ranks(lambda rank: fit_sequential(rank, strategy))
+    assert ours == pytest.approx(theirs, rel=2e-5)

@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_align.strategies.pipeline import microbatches
+from tests.helpers.tiny_models import VOCAB_SIZE
 
 
 @given(rows=st.integers(1, 40), wanted=st.integers(1, 40))
@@ -32,3 +33,8 @@ def test_checksum_tells_batches_apart(other: dict[str, torch.Tensor]) -> None:
     batch = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3])}
     assert torch.equal(microbatches.checksum(batch), microbatches.checksum(batch))
     assert not torch.equal(microbatches.checksum(batch), microbatches.checksum(other))
+
+
+def test_tokens_without_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match="must have one first dimension"):
+        microbatches.batch_rows({"a": torch.zeros(2), "b": torch.zeros(3, VOCAB_SIZE)})

@@ -9,8 +9,11 @@ from torch import Tensor, nn
 
 from lightning_align.strategies.pipeline.chain import Step
 from lightning_align.strategies.pipeline.shares import loss_is_sum, shares_of
+from tests.helpers.pipelines import Chained, Run
+from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_models import TINY_MODELS
 
+SCHEDULES = ("1F1B", "Interleaved1F1B")
 LABELS = [[5, 6, 7, 8], [-100, 6, -100, 8], [-100, -100, -100, -100]]
 
 
@@ -90,3 +93,52 @@ def test_a_module_without_such_a_model_is_not_run() -> None:
 
     module = Plain()
     assert shares_of(module, steps_of(module, LABELS[:2])) == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_weights_of_microbatches_make_the_mean_of_the_batch(schedule: str) -> None:
+    class Weighted(Chained):
+        def pipeline_microbatch_weight(self, batch: dict[str, Tensor]) -> Tensor:
+            return (batch["labels"][:, 1:] != -100).sum()
+
+    def train(rank: int | None) -> list[float]:
+        run = Run("chain", {"schedule": schedule, "num_microbatches": 4}, steps=4)
+        with run.setting(rank) as (trainer, seen):
+            trainer.fit(Weighted(), run.loader())
+        return seen.losses
+
+    assert run_ranks(train)[0] == pytest.approx(train(None), abs=1e-5)
+
+
+class AroundGPT2(pl.LightningModule):
+    """The model of transformers takes the mean over labels that count, as many as there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.model = TINY_MODELS["gpt2"](attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        output = self.model(input_ids=batch["input_ids"], labels=batch["labels"])
+        self.log("loss", output.loss)
+        return output.loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.training_step(batch, batch_idx))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.3)
+
+
+def test_labels_of_a_transformers_model_are_weighed_by_those_that_count() -> None:
+    def train(rank: int | None) -> Any:
+        run = Run("chain", {"schedule": "1F1B", "num_microbatches": 4}, steps=3)
+        with run.setting(rank) as (trainer, seen):
+            trainer.fit(AroundGPT2(), run.loader(), run.loader())
+            return seen.losses, float(trainer.callback_metrics["val_loss"])
+
+    theirs = train(None)
+    for ours in run_ranks(train):
+        assert ours[0] == pytest.approx(theirs[0], abs=1e-5)
+        assert ours[1] == pytest.approx(theirs[1], abs=1e-5)

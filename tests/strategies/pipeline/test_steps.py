@@ -5,7 +5,6 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,64 +17,19 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from lightning_align import PipelineStrategy, StableAdamW
 from lightning_align.pipelining import simulate
 from lightning_align.strategies.pipeline import steps
 from tests.helpers.pipelines import Batches, Chained, Run, one_process, pipeline
 from tests.helpers.ranks import run_ranks
+from tests.helpers.sequential import Sequential, pairs
 
 ONE_F_ONE_B = {"schedule": "1F1B", "num_microbatches": 4}
 INTERLEAVED = {"schedule": "Interleaved1F1B", "num_microbatches": 4}
 GPIPE = {"schedule": "GPipe", "num_microbatches": 4}
 RUN = Run("chain", ONE_F_ONE_B, steps=4, data={"masked": False})
-
-
-class Sequential(pl.LightningModule):
-    """All its parameters are in one nn.Sequential, which its step calls."""
-
-    def __init__(self, norm: bool = False) -> None:
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            norms = [nn.BatchNorm1d(16)] if norm else []
-            self.net = nn.Sequential(nn.Linear(8, 16), *norms, nn.Tanh(), nn.Linear(16, 4))
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        inputs, targets = batch
-        return F.mse_loss(self.net(inputs.float() / 2), targets)
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), 0.1)
-
-
-def pairs() -> DataLoader[Any]:
-    generator = torch.Generator().manual_seed(0)
-    inputs, targets = (torch.randn(40, width, generator=generator) for width in (8, 4))
-    return DataLoader(TensorDataset(inputs, targets), batch_size=8)
-
-
-def fit_sequential(rank: int | None, strategy: dict[str, Any], norm: bool = False) -> Any:
-    run = replace(RUN, strategy=strategy)
-    with run.setting(rank) as (trainer, seen):
-        module = Sequential(norm)
-        trainer.fit(module, pairs())
-        buffers = {name: value.tolist() for name, value in module.named_buffers()}
-    return seen.losses, buffers
-
-
-def test_sequential_is_found_with_what_the_step_calls_it_with() -> None:
-    theirs, _ = fit_sequential(None, GPIPE)
-    strategy = {**ONE_F_ONE_B, "partition_method": [2, 1]}
-    (ours, _), _ = run_ranks(lambda rank: fit_sequential(rank, strategy))
-    assert ours == pytest.approx(theirs, rel=2e-5)
-
-
-def test_finding_shapes_leaves_no_trace_in_batch_norm() -> None:
-    strategy = {**GPIPE, "partition_method": [2, 2]}
-    (_, buffers), _ = run_ranks(lambda rank: fit_sequential(rank, strategy, norm=True))
-    assert buffers["net.1.num_batches_tracked"] == 5 * 4
 
 
 def test_epoch_means_and_callbacks_see_one_value_on_every_rank(tmp_path: Path) -> None:
@@ -113,21 +67,6 @@ def test_validate_test_and_predict_without_fit() -> None:
     assert ours[0] == ours[1]
     assert ours[0][1] == theirs[1]
     assert ours[0][0] == pytest.approx(theirs[0], rel=2e-5)
-
-
-@pytest.mark.parametrize("schedule", [ONE_F_ONE_B, INTERLEAVED], ids=lambda s: s["schedule"])
-def test_weights_of_microbatches_make_the_mean_of_the_batch(schedule: dict[str, Any]) -> None:
-    class Weighted(Chained):
-        def pipeline_microbatch_weight(self, batch: dict[str, Tensor]) -> Tensor:
-            return (batch["labels"][:, 1:] != -100).sum()
-
-    def train(rank: int | None) -> list[float]:
-        run = replace(RUN, strategy=schedule, data={"masked": True})
-        with run.setting(rank) as (trainer, seen):
-            trainer.fit(Weighted(), run.loader())
-        return seen.losses
-
-    assert run_ranks(train)[0] == pytest.approx(train(None), abs=1e-5)
 
 
 def test_dropout_is_drawn_by_layer_and_alike_under_every_schedule_and_cut() -> None:
@@ -282,33 +221,6 @@ def test_a_step_that_our_optimizer_skips_on_one_stage_is_skipped_on_all(failing:
     for weights in run_ranks(train):
         assert weights[1] == weights[0], "the step was not skipped"
         assert weights[2] != weights[1]
-
-
-def test_a_batch_too_small_for_the_schedule_falls_back_and_says_so() -> None:
-    def train(rank: int) -> Any:
-        run = replace(RUN, steps=5, data={"ragged": True, "masked": False})
-        with run.setting(rank) as (trainer, _):
-            module, loader = run.module(), run.loader()
-            loader.dataset.batches[4] = {  # type: ignore[attr-defined]
-                name: value[:1] for name, value in loader.dataset[4].items()
-            }
-            warning = r"1 micro-batch\(es\) runs under GPipe, not 1F1B"
-            told = pytest.warns(UserWarning, match=warning) if rank == 0 else nullcontext()
-            with told:
-                trainer.fit(module, loader)
-            return trainer.strategy.schedule_in_use
-
-    assert run_ranks(train)[0] == "GPipe"
-
-
-def test_schedule_csv_runs_in_place_of_the_schedule(tmp_path: Path) -> None:
-    path = tmp_path / "schedule.csv"
-    rows = ["0F0,0F1,0B0,0F2,0B1,0F3,0B2,0B3", "1F0,1B0,1F1,1B1,1F2,1B2,1F3,1B3"]
-    path.write_text("\n".join(rows))
-    run = replace(RUN, strategy={"num_microbatches": 4, "schedule_csv": str(path)})
-    ours = pipeline(run)[0]
-    assert ours["schedule"] == "csv"
-    assert ours["losses"] == pytest.approx(one_process(run)["losses"], rel=2e-5)
 
 
 def test_the_clock_that_is_drawn_is_that_of_the_schedule() -> None:
