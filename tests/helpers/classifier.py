@@ -72,3 +72,9 @@ def same_as_one_process(make: type[Classifier]) -> dict[str, Any]:
         for name, value in theirs_left.items():
             torch.testing.assert_close(ours_left[name], value, atol=1e-5, rtol=1e-5)
     return theirs
+
+
+class AddsNoise(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        inputs = batch[0] + torch.randn_like(batch[0])
+        return F.cross_entropy(self.net(inputs), batch[1])

@@ -16,10 +16,10 @@ from lightning_align import PretrainModule
 from lightning_align.strategies.pipeline import layer_costs
 from tests.helpers.pipelines import Batches, Chained, Run
 from tests.helpers.ranks import run_ranks
+from tests.helpers.sequential import fit_sequential
 from tests.helpers.sleeping_pipeline import SleepingStage
 from tests.helpers.tiny_models import TINY_MODELS
 from tests.strategies.pipeline.test_checkpoints import SaveAt
-from tests.strategies.pipeline.test_steps import fit_sequential
 
 PROFILE = {"schedule": "1F1B", "num_microbatches": 4, "partition_method": "profile"}
 RUN = Run("chain", PROFILE, steps=4, data={"masked": False})
@@ -188,27 +188,6 @@ def test_what_cannot_be_timed_is_refused_on_all_ranks(case: str) -> None:
         "once": "layer 2 (Once) cannot be timed by itself: RuntimeError: again. Use 'parameters'",
     }
     assert expected[case] in first
-
-
-@pytest.mark.slow
-def test_a_module_that_has_been_cut_is_cut_there_again() -> None:
-    def tables(rank: int) -> list[str]:
-        found = []
-        with RUN.setting(rank) as (trainer, _):
-            loader = RUN.loader()
-            trainer.validate(Chained(), loader, verbose=False)
-            found.append(trainer.strategy.table)
-            module = Chained()
-            trainer.fit(module, loader)
-            found.append(trainer.strategy.table)
-            trainer.validate(module, loader, verbose=False)
-            found.append(trainer.strategy.table)
-        return found
-
-    untrained, trained, after = run_ranks(tables)[0]
-    assert "parameters" in untrained.splitlines()[0], "there is no training batch to take times of"
-    assert "ms" in trained.splitlines()[0]
-    assert after == trained
 
 
 class Stateful(DataLoader[Any]):
