@@ -79,22 +79,24 @@ class RawPipeline:
 
 
 class Alternate(pl.Callback):
-    """After each step of Lightning's loop, one of torch's; seconds of both."""
+    """After each step of Lightning's loop, one of torch's; seconds of both, and of CPU time."""
 
     def __init__(self, raw: RawPipeline) -> None:
         self.raw = raw
         self.pairs: list[tuple[float, float]] = []
-        self.started = 0.0
+        self.cpu: list[tuple[float, float]] = []
+        self.started = self.cpu_started = 0.0
 
     def on_train_batch_end(self, *args: Any) -> None:
         distributed.barrier()
         now = time.perf_counter()
-        ours = now - self.started
+        ours, cpu = now - self.started, time.process_time()
         with torch._C.DisableTorchFunction():  # not as a hook of ours, which is looked at
             self.raw.step(args[3])
         distributed.barrier()
         self.pairs.append((ours, time.perf_counter() - now))
-        self.started = time.perf_counter()
+        self.cpu.append((cpu - self.cpu_started, time.process_time() - cpu))
+        self.started, self.cpu_started = time.perf_counter(), time.process_time()
 
 
 def fit(
