@@ -9,7 +9,7 @@ import lightning_align
 PACKAGE = Path(lightning_align.__file__).parent
 TESTS = Path(__file__).parent
 
-# Names of packages and what starts them; tests of these go by what they say.
+# What a package names and what starts it are tested where they lead to.
 MODULES = sorted(
     path.relative_to(PACKAGE)
     for path in PACKAGE.rglob("*.py")
