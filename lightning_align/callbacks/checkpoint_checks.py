@@ -160,16 +160,14 @@ def on_rank_zero(trainer: pl.Trainer, action: Callable[[], None]) -> None:
         action: Called on rank 0.
 
     Raises:
+        Exception: On rank 0, what ``action`` raised.
         RuntimeError: On the other ranks, with what was raised on rank 0.
     """
-    error: Exception | None = None
-    if trainer.is_global_zero:
-        try:
+    try:
+        if trainer.is_global_zero:
             action()
-        except Exception as raised:
-            error = raised
-    message = trainer.strategy.broadcast(str(error) if error is not None else "")
-    if error is not None:
-        raise error
-    if message:
+    except Exception as error:
+        trainer.strategy.broadcast(str(error))
+        raise
+    if message := trainer.strategy.broadcast(""):
         raise RuntimeError(f"On rank 0: {message}")
