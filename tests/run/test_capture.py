@@ -9,7 +9,11 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
@@ -21,6 +25,7 @@ from tests.helpers.foreign import Stranger
 from tests.helpers.ranks import ForkedRanks, run_ranks
 from tests.helpers.resumable import Plain
 from tests.helpers.resume import SequenceData, Sequences, gpt2_module
+from tests.helpers.rewinds import Rewinds
 
 
 class Everything(Stranger):
@@ -94,24 +99,6 @@ class Record(pl.Callback):
         state = (module.state_dict(), attributes, sums, metrics)
         counts = [each.batches for each in trainer.callbacks if isinstance(each, Counts)]
         self.lines.append(f"{batches_consumed(trainer)} {what} {more} {counts} {exact(state)}")
-
-
-class Rewinds(pl.Callback):
-    """Captures after one batch, and goes back there after another, some times."""
-
-    def __init__(self, at: int, until: int, times: int) -> None:
-        self.at, self.until, self.times = at, until, times
-        self.state: RunState | None = None
-
-    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        position = batches_consumed(trainer)
-        if position == self.at and self.state is None:
-            self.state = capture(trainer)
-        if position == self.until and self.times:
-            self.times -= 1
-            assert self.state is not None
-            restore(trainer, self.state)
-            assert batches_consumed(trainer) == self.at
 
 
 def exact(value: Any) -> Any:
@@ -222,6 +209,21 @@ def test_in_the_epoch_that_a_resumed_run_begins_in(tmp_path: Path, plateau: str)
     resumed = {"ckpt_path": tmp_path / "ckpt"}
     rewinds(lambda: everything(plateau=plateau), 4, 5, **resumed)
     rewinds(lambda: everything(plateau=plateau), 4, 9, **resumed)
+
+
+class Freezes(Everything):
+    """Freezes, clips and lets BatchNorm rest by epoch."""
+
+    def on_train_epoch_start(self) -> None:
+        self.body[0].requires_grad_(self.current_epoch != 1)
+        self.body[1].train(self.current_epoch != 1)
+        self.trainer.gradient_clip_val = 0.1 * (1 + self.current_epoch)
+
+
+def test_what_hooks_of_a_later_epoch_have_set() -> None:
+    more = GradientAccumulationScheduler({0: 1, 1: 2})
+    rewinds(lambda: (Freezes(), [more], None), 4, 8)
+    rewinds(lambda: (Freezes(), [more], None), 9, 14)
 
 
 def test_max_steps() -> None:
