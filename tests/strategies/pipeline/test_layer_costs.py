@@ -42,6 +42,7 @@ class Sleeping(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.01)
 
 
+@pytest.mark.alone  # times layers
 @pytest.mark.parametrize(("slow", "cut"), [(0, [1, 5]), pytest.param(5, [5, 1], marks=SLOW)])
 def test_a_costly_layer_is_cut_around(slow: int, cut: list[int]) -> None:
     def train(rank: int) -> Any:
