@@ -23,13 +23,7 @@ from typing import Any
 
 import torch
 
-from lightning_align._compat.torch_storage import (
-    identity,
-    is_storage,
-    pickled_type,
-    rebuild_typed,
-    untyped,
-)
+from lightning_align._compat import torch_storage
 
 ALIGNMENT = 64  # bytes, as torch.save: any dtype can be read from a memory map
 _ROOT = "archive"  # any word will do: torch.load takes the folder of the first record
@@ -154,7 +148,7 @@ class _Pickler(pickle.Pickler):
     def persistent_id(self, obj: Any) -> tuple[Any, ...] | None:
         if type(obj) is StorageKey:
             return obj.persistent_id
-        if is_storage(obj):
+        if torch_storage.is_storage(obj):
             return self._stray(obj).persistent_id
         return None
 
@@ -165,17 +159,17 @@ class _Pickler(pickle.Pickler):
             return obj.value
         if type(obj) is TypedLeaf:
             function, arguments = self._leaves[obj.index].value
-            return rebuild_typed, (function, obj.kind, arguments, obj.attributes)
+            return torch_storage.rebuild_typed, (function, obj.kind, arguments, obj.attributes)
         return NotImplemented
 
     def _stray(self, storage: Any) -> StorageKey:
         """A storage of a tensor inside an object that was copied as a whole."""
-        plain = untyped(storage)
-        if identity(plain) not in self._keys:
+        plain = torch_storage.untyped(storage)
+        if torch_storage.identity(plain) not in self._keys:
             number = self._num_records + len(self.strays)
-            self._keys[identity(plain)] = storage_key(storage, number, plain.nbytes())
+            self._keys[torch_storage.identity(plain)] = storage_key(storage, number, plain.nbytes())
             self.strays.append(plain)
-        return self._keys[identity(plain)]
+        return self._keys[torch_storage.identity(plain)]
 
 
 def reduce_ex(value: Any) -> tuple[Any, ...]:
@@ -192,7 +186,7 @@ def storage_key(storage: Any, number: int, nbytes: int) -> StorageKey:
         number: Place of the record in the order of pickling.
         nbytes: Bytes of the record, of which the key tells how many values they are.
     """
-    kind, length = pickled_type(storage, nbytes)
+    kind, length = torch_storage.pickled_type(storage, nbytes)
     return StorageKey(("storage", kind, str(number), "cpu", length))
 
 

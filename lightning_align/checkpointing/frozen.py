@@ -10,13 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_align._compat.torch_storage import (
-    plain_alias,
-    rebuild_typed,
-    rebuilds_dense,
-    retyped,
-    untyped,
-)
+from lightning_align._compat import torch_storage
 from lightning_align.checkpointing.archive import PROTOCOL, Leaf, Reduced, TypedLeaf
 from lightning_align.checkpointing.snapshot import HostBuffer
 from lightning_align.checkpointing.structure import Copier, cannot_be_saved
@@ -66,7 +60,7 @@ class _Frozen:
         except Exception as error:
             raise cannot_be_saved(tensor, self._state, error) from error
         self._apart.append(reduced)
-        alias = plain_alias(tensor) if rebuilds_dense(reduced) else None
+        alias = torch_storage.plain_alias(tensor) if torch_storage.rebuilds_dense(reduced) else None
         if alias is None:
             return Reduced(tuple([self.copier.walk(part) for part in reduced]))
         _, (_, kind, _, attributes) = reduced
@@ -80,11 +74,11 @@ class _Clones:
         self._clones: dict[Any, torch.UntypedStorage] = {}
 
     def __call__(self, storage: Any) -> Any:
-        plain: Any = untyped(storage)
+        plain: Any = torch_storage.untyped(storage)
         key = plain.device, plain.data_ptr(), plain.nbytes()
         if key not in self._clones:
             self._clones[key] = plain.clone() if plain.device.type == "cpu" else plain.cpu()
-        return retyped(self._clones[key], storage)
+        return torch_storage.retyped(self._clones[key], storage)
 
 
 def thaw(structure: Any, buffer: HostBuffer) -> Any:
@@ -101,7 +95,9 @@ def thaw(structure: Any, buffer: HostBuffer) -> Any:
         return buffer.tensor(leaf.index, storages)
 
     def typed(leaf: TypedLeaf) -> Any:
-        return rebuild_typed(lambda: tensor(leaf), leaf.kind, (), copier.walk(leaf.attributes))
+        return torch_storage.rebuild_typed(
+            lambda: tensor(leaf), leaf.kind, (), copier.walk(leaf.attributes)
+        )
 
     def rebuilt(reduced: Reduced) -> Any:
         function, arguments, *rest = copier.walk(reduced.value)

@@ -60,24 +60,18 @@ def adamw_(
         eps: Added to the square root of the second moment.
         weight_decay: Share of the parameter that lr times this takes away.
     """
-    fused: list[int] = []
-    for index, parameter in enumerate(parameters):
+    beta1, beta2 = betas
+    settings = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
+    fused = []
+    for each in zip(parameters, gradients, states, strict=True):
         # The moments of the others are of another dtype or layout, which fused kernels
         # take for the parameter's without looking. Such parameters are rare or small.
-        if _can_be_fused(parameter, gradients[index], states[index]):
-            fused.append(index)
+        if _can_be_fused(*each):
+            fused.append(each)
         else:
-            _step_one(parameter, gradients[index], states[index], lr, betas, eps, weight_decay)
+            _step_one(*each, settings)
     if fused:
-        _fused(
-            [parameters[index] for index in fused],
-            [gradients[index] for index in fused],
-            [states[index] for index in fused],
-            lr,
-            betas,
-            eps,
-            weight_decay,
-        )
+        _fused(fused, settings)
 
 
 def _can_be_fused(parameter: Tensor, gradient: Tensor, state: State) -> bool:
@@ -91,49 +85,30 @@ def _can_be_fused(parameter: Tensor, gradient: Tensor, state: State) -> bool:
     )
 
 
-def _step_one(
-    parameter: Tensor,
-    gradient: Tensor,
-    state: State,
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> None:
+def _step_one(parameter: Tensor, gradient: Tensor, state: State, settings: dict[str, Any]) -> None:
     """A step in the moments' dtype, in copies of one parameter's size."""
     wide = torch.empty_like(state["exp_avg"]).copy_(parameter)
     wide_gradient = torch.empty_like(wide).copy_(gradient)
     if _can_be_fused(wide, wide_gradient, state):
-        _fused([wide], [wide_gradient], [state], lr, betas, eps, weight_decay)
+        _fused([(wide, wide_gradient, state)], settings)
     else:
-        _unfused(wide, wide_gradient, state, lr, betas, eps, weight_decay)
+        _unfused(wide, wide_gradient, state, **settings)
     parameter.copy_(wide)
 
 
-def _fused(
-    parameters: list[Tensor],
-    gradients: list[Tensor],
-    states: list[State],
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> None:
+def _fused(steps: list[tuple[Tensor, Tensor, State]], settings: dict[str, Any]) -> None:
+    parameters, gradients, states = zip(*steps, strict=True)
     adamw(
-        parameters,
-        gradients,
+        list(parameters),
+        list(gradients),
         [state["exp_avg"] for state in states],
         [state["exp_avg_sq"] for state in states],
         [],
         [state["step"] for state in states],
         fused=True,
         amsgrad=False,
-        beta1=betas[0],
-        beta2=betas[1],
-        lr=lr,
-        weight_decay=weight_decay,
-        eps=eps,
         maximize=False,
+        **settings,
     )
 
 
@@ -141,13 +116,14 @@ def _unfused(
     parameter: Tensor,
     gradient: Tensor,
     state: State,
+    *,
     lr: float | Tensor,
-    betas: tuple[float, float],
+    beta1: float,
+    beta2: float,
     eps: float,
     weight_decay: float,
 ) -> None:
     """The same, to be read: arXiv:1711.05101, Algorithm 2, with the schedule multiplier in lr."""
-    beta1, beta2 = betas
     first, second = state["exp_avg"], state["exp_avg_sq"]
     step = state["step"].add_(1)
     parameter.mul_(1 - lr * weight_decay)

@@ -23,12 +23,9 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
 from lightning_align._errors import argument_error
+from lightning_align.optimizers import safety
 from lightning_align.optimizers.adamw import State, init_adamw_state, moment_dtype
-from lightning_align.optimizers.galore_adamw import (
-    adam_direction,
-    galore_adamw_,
-    rotate_moments_,
-)
+from lightning_align.optimizers.galore_adamw import adam_direction, galore_adamw_, rotate_moments_
 from lightning_align.optimizers.galore_groups import (
     WHERE,
     check_choice,
@@ -47,20 +44,6 @@ from lightning_align.optimizers.projection import (
     projected_shape,
     refreshed,
     sides,
-)
-from lightning_align.optimizers.safety import (
-    Group,
-    OnNonfinite,
-    begin_step,
-    check_on_nonfinite,
-    check_parameters,
-    listed,
-    loss_of,
-    may_use,
-    not_compiled,
-    parameter_name,
-    refuse_those_of_other_groups,
-    skipped_steps,
 )
 from lightning_align.seeds import derive_seed
 
@@ -132,11 +115,11 @@ class GaLoreAdamW(Optimizer):
         stagger: bool = True,
         rotate_moments: bool = False,
         on_rank_change: Literal["raise", "reproject"] = "raise",
-        on_nonfinite: OnNonfinite = "skip",
+        on_nonfinite: safety.OnNonfinite = "skip",
         seed: int = 0,
     ) -> None:
         check_choice("on_rank_change", on_rank_change, ("raise", "reproject"))
-        check_on_nonfinite(WHERE, on_nonfinite)
+        safety.check_on_nonfinite(WHERE, on_nonfinite)
         check_integer("seed", seed, least=0)
         defaults = {
             "lr": lr,
@@ -172,8 +155,8 @@ class GaLoreAdamW(Optimizer):
         if marked is False:
             group.setdefault("rank", None)
         group["rank_is_asked_for"] = bool(marked) or group.get("rank") is not None
-        items = group["params"] = listed(group["params"])
-        refuse_those_of_other_groups(self, items)
+        items = group["params"] = safety.listed(group["params"])
+        safety.refuse_those_of_other_groups(self, items)
         merged = {**self.defaults, **group}
         if isinstance(items, list):  # torch answers a set or something that is no tensor
             merged["params"] = [item[1] if isinstance(item, tuple) else item for item in items]
@@ -183,19 +166,21 @@ class GaLoreAdamW(Optimizer):
                 self._check_new(merged)
         super().add_param_group(group)
 
-    def _check_new(self, group: Group) -> None:
+    def _check_new(self, group: safety.Group) -> None:
         check_group(group)
-        check_parameters(WHERE, group)
+        safety.check_parameters(WHERE, group)
         for index, parameter in enumerate(group["params"]):
             if isinstance(parameter, DTensor) and is_projected(group, parameter):
                 rule = "is a DTensor, and a projection needs the whole gradient of a matrix"
                 way_out = "Train with DDP, or with Muon or AdamW"
-                raise argument_error(WHERE, "params", parameter_name(group, index), rule, way_out)
+                raise argument_error(
+                    WHERE, "params", safety.parameter_name(group, index), rule, way_out
+                )
 
     @property
     def skipped_steps(self) -> int:
         """How many steps were skipped because a gradient was not finite."""
-        return skipped_steps(self)
+        return safety.skipped_steps(self)
 
     @property
     def failed_refreshes(self) -> int:
@@ -220,13 +205,13 @@ class GaLoreAdamW(Optimizer):
             ValueError: If a gradient is sparse.
             FloatingPointError: If a gradient is not finite and ``on_nonfinite="raise"``.
         """
-        loss = loss_of(closure)
+        loss = safety.loss_of(closure)
         self._step_all()
         return loss  # type: ignore[no-any-return]
 
-    @not_compiled
+    @safety.not_compiled
     def _step_all(self) -> None:
-        may_step = begin_step(self, self.process_group)
+        may_step = safety.begin_step(self, self.process_group)
         for group in self.param_groups if may_step else ():
             self._step_parameters(group, group["params"])
 
@@ -238,7 +223,7 @@ class GaLoreAdamW(Optimizer):
             parameter: One of the optimizer's.
         """
         group = next(group for group, other in self._each() if other is parameter)
-        if parameter.grad is not None and may_use(self, [parameter.grad]):
+        if parameter.grad is not None and safety.may_use(self, [parameter.grad]):
             self._step_parameters(group, [parameter])
 
     @override
@@ -275,7 +260,7 @@ class GaLoreAdamW(Optimizer):
 
     # A step
 
-    def _step_parameters(self, group: Group, parameters: list[Tensor]) -> None:
+    def _step_parameters(self, group: safety.Group, parameters: list[Tensor]) -> None:
         others: dict[float, list[Tensor]] = {}  # by number of steps
         for parameter in parameters:
             if parameter.grad is None:
@@ -303,7 +288,7 @@ class GaLoreAdamW(Optimizer):
         state["step"] += 1
         return float(state["step"])
 
-    def _step_projected(self, group: Group, weight: Tensor, gradient: Tensor) -> None:
+    def _step_projected(self, group: safety.Group, weight: Tensor, gradient: Tensor) -> None:
         gradient = gradient.to(moment_dtype(weight))
         state = self.state[weight]
         if self._is_due(group, weight, state):
@@ -318,12 +303,12 @@ class GaLoreAdamW(Optimizer):
         direction = adam_direction(project(gradient, basis), state, group["betas"], group["eps"])
         add_projected_back_(weight, direction, basis, beta=kept, alpha=lr * group["scale"] * kept)
 
-    def _is_due(self, group: Group, weight: Tensor, state: State) -> bool:
+    def _is_due(self, group: safety.Group, weight: Tensor, state: State) -> bool:
         if _basis(state).rank != rank_of(group, weight):  # none yet, or loaded with another
             return True
         return (int(state["step"]) + int(state["offset"])) % int(group["update_proj_gap"]) == 0
 
-    def _refresh(self, group: Group, weight: Tensor, gradient: Tensor, state: State) -> None:
+    def _refresh(self, group: safety.Group, weight: Tensor, gradient: Tensor, state: State) -> None:
         old = _basis(state)
         index = next(i for i, (_, other) in enumerate(self._each()) if other is weight)
         basis_sides = sides(group["proj_type"], *weight.shape)
@@ -347,7 +332,7 @@ class GaLoreAdamW(Optimizer):
             if vectors is not None:
                 state[f"basis_{side}"] = vectors
 
-    def _offset(self, group: Group, weight: Tensor) -> int:
+    def _offset(self, group: safety.Group, weight: Tensor) -> int:
         """Where in the gap this matrix is refreshed: spread by size, as the work is."""
         projected = [other for pair, other in self._each() if is_projected(pair, other)]
         place = next(i for i, other in enumerate(projected) if other is weight)
@@ -355,19 +340,19 @@ class GaLoreAdamW(Optimizer):
         total = sum(other.numel() for other in projected)
         return before * int(group["update_proj_gap"]) // total
 
-    def _count_failure(self, group: Group, weight: Tensor) -> None:
+    def _count_failure(self, group: safety.Group, weight: Tensor) -> None:
         first = self.param_groups[0]
         first[_FAILED] = first.get(_FAILED, 0) + 1
         if first[_FAILED] == 1:
             index = next(i for i, other in enumerate(group["params"]) if other is weight)
             warnings.warn(
                 f"{WHERE}(projection={group['projection']!r}): the decomposition for parameter "
-                f"{parameter_name(group, index)} failed, in double precision too. The old "
+                f"{safety.parameter_name(group, index)} failed, in double precision too. The old "
                 f"projection stays; {_FAILED} counts these, and only this first one is warned of.",
                 stacklevel=2,
             )
 
-    def _each(self) -> list[tuple[Group, Tensor]]:
+    def _each(self) -> list[tuple[safety.Group, Tensor]]:
         return [(group, p) for group in self.param_groups for p in group["params"]]
 
     # A state
@@ -383,7 +368,7 @@ class GaLoreAdamW(Optimizer):
 
     def _expected_shapes(
         self, state_dict: Mapping[str, Any]
-    ) -> Callable[[Group, Tensor], Mapping[str, torch.Size]]:
+    ) -> Callable[[safety.Group, Tensor], Mapping[str, torch.Size]]:
         """What ``refuse_other_shapes`` asks; under "reproject" with the rank that was saved."""
         saved = {
             parameter: state_dict["state"].get(key, {})
@@ -392,7 +377,7 @@ class GaLoreAdamW(Optimizer):
         }
         reproject = self.defaults["on_rank_change"] == "reproject"
 
-        def expected(group: Group, parameter: Tensor) -> Mapping[str, torch.Size]:
+        def expected(group: safety.Group, parameter: Tensor) -> Mapping[str, torch.Size]:
             rank = _basis(saved[parameter]).rank if reproject else 0
             return state_shapes(group, parameter, rank or None)
 

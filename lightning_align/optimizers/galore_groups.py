@@ -10,20 +10,13 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_align._errors import argument_error
+from lightning_align.optimizers import safety
 from lightning_align.optimizers.projection import REFRESHES, projected_shape, sides
-from lightning_align.optimizers.safety import (
-    Group,
-    check_betas,
-    check_eps,
-    check_number,
-    parameter_name,
-    refuse_other_arithmetic,
-)
 
 WHERE = "GaLoreAdamW"
 
 
-def is_projected(group: Group, parameter: Tensor) -> bool:
+def is_projected(group: safety.Group, parameter: Tensor) -> bool:
     """Whether this parameter of this group has a projection; the others are AdamW's."""
     if group["rank"] is None or parameter.numel() == 0:
         return False
@@ -32,12 +25,14 @@ def is_projected(group: Group, parameter: Tensor) -> bool:
     return parameter.ndim == 2 and min(parameter.shape) > group["rank"]
 
 
-def rank_of(group: Group, parameter: Tensor) -> int:
+def rank_of(group: safety.Group, parameter: Tensor) -> int:
     """Rank of its projection: that of the group, at most its shorter side."""
     return int(min(group["rank"], *parameter.shape))
 
 
-def state_shapes(group: Group, parameter: Tensor, rank: int | None = None) -> dict[str, torch.Size]:
+def state_shapes(
+    group: safety.Group, parameter: Tensor, rank: int | None = None
+) -> dict[str, torch.Size]:
     """Every tensor that the state of a parameter holds; ``rank`` if it is not that of the group."""
     moments = parameter.shape
     bases: dict[str, torch.Size] = {}
@@ -61,18 +56,18 @@ def without_rank_if_others_name_it(params: ParamsT) -> Any:
     return items
 
 
-def check_group(group: Group) -> None:
+def check_group(group: safety.Group) -> None:
     """Refuse arguments that break their rule; warn of a rank that is cut to the shorter side.
 
     Raises:
         ValueError: If one does, or a parameter in a group that asks for a rank is no matrix.
     """
-    check_number(WHERE, "lr", group["lr"])
-    check_betas(WHERE, group["betas"])
-    check_eps(WHERE, "eps", group["eps"], group["betas"][1])
-    check_number(WHERE, "weight_decay", group["weight_decay"])
-    check_number(WHERE, "scale", group["scale"], above_low=True)
-    refuse_other_arithmetic(WHERE, group)
+    safety.check_number(WHERE, "lr", group["lr"])
+    safety.check_betas(WHERE, group["betas"])
+    safety.check_eps(WHERE, "eps", group["eps"], group["betas"][1])
+    safety.check_number(WHERE, "weight_decay", group["weight_decay"])
+    safety.check_number(WHERE, "scale", group["scale"], above_low=True)
+    safety.refuse_other_arithmetic(WHERE, group)
     check_integer("update_proj_gap", group["update_proj_gap"], least=1)
     check_choice("projection", group["projection"], tuple(REFRESHES))
     sides(group["proj_type"], 1, 1)  # raises
@@ -83,11 +78,11 @@ def check_group(group: Group) -> None:
         _check_matrices(group)
 
 
-def _check_matrices(group: Group) -> None:
+def _check_matrices(group: safety.Group) -> None:
     rank = group["rank"]
     too_small: list[str] = []
     for index, parameter in enumerate(group["params"]):
-        name = parameter_name(group, index)
+        name = safety.parameter_name(group, index)
         if parameter.ndim != 2:
             rule = f"has {parameter.ndim} dimensions, and a group with a rank takes matrices"
             raise argument_error(WHERE, "params", name, rule, "Put it in a group with rank=None")

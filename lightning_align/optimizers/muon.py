@@ -22,6 +22,7 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
 from lightning_align._errors import argument_error
+from lightning_align.optimizers import safety
 from lightning_align.optimizers.adamw import adamw_, init_adamw_state, moment_dtype
 from lightning_align.optimizers.loading import loading, refuse_other_shapes
 from lightning_align.optimizers.orthogonalize import (
@@ -30,23 +31,6 @@ from lightning_align.optimizers.orthogonalize import (
     Dtype,
     check_bounded,
     orthogonalize,
-)
-from lightning_align.optimizers.safety import (
-    OnNonfinite,
-    begin_step,
-    check_betas,
-    check_eps,
-    check_number,
-    check_on_nonfinite,
-    check_parameters,
-    listed,
-    loss_of,
-    may_use,
-    not_compiled,
-    parameter_name,
-    refuse_other_arithmetic,
-    refuse_those_of_other_groups,
-    skipped_steps,
 )
 
 AdjustLr = Literal["original", "match_rms_adamw", "identity"]
@@ -146,11 +130,11 @@ class Muon(Optimizer):
         adamw_lr: float | None = None,
         betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
-        on_nonfinite: OnNonfinite = "skip",
+        on_nonfinite: safety.OnNonfinite = "skip",
     ) -> None:
-        check_on_nonfinite("Muon", on_nonfinite)
+        safety.check_on_nonfinite("Muon", on_nonfinite)
         if adamw_lr is not None:
-            check_number("Muon", "adamw_lr", adamw_lr)
+            safety.check_number("Muon", "adamw_lr", adamw_lr)
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -176,8 +160,8 @@ class Muon(Optimizer):
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; one that does not say ``use_muon`` may become two."""
-        group = {**param_group, "params": listed(param_group["params"])}
-        refuse_those_of_other_groups(self, group["params"])
+        group = {**param_group, "params": safety.listed(param_group["params"])}
+        safety.refuse_those_of_other_groups(self, group["params"])
         groups = [group] if "use_muon" in group else _sorted(group)
         for group in groups:
             if not group["use_muon"]:
@@ -185,14 +169,14 @@ class Muon(Optimizer):
             super().add_param_group(group)
             group.pop("adamw_lr")  # a group has one learning rate, which schedulers move
             _check_settings(group)
-            check_parameters("Muon", group)
+            safety.check_parameters("Muon", group)
             if group["use_muon"]:
                 _refuse_no_matrices(group)
 
     @property
     def skipped_steps(self) -> int:
         """How many steps were skipped because a gradient was not finite."""
-        return skipped_steps(self)
+        return safety.skipped_steps(self)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -208,13 +192,13 @@ class Muon(Optimizer):
             ValueError: If a gradient is sparse, or a parameter of Muon is no matrix any more.
             FloatingPointError: If a gradient is not finite and ``on_nonfinite="raise"``.
         """
-        loss = loss_of(closure)
+        loss = safety.loss_of(closure)
         self._step_all()
         return loss
 
-    @not_compiled
+    @safety.not_compiled
     def _step_all(self) -> None:
-        may_step = begin_step(self, self.process_group)
+        may_step = safety.begin_step(self, self.process_group)
         for group in self.param_groups if may_step else ():
             parameters = [p for p in group["params"] if p.grad is not None]
             if group["use_muon"]:
@@ -227,7 +211,7 @@ class Muon(Optimizer):
     def step_param(self, parameter: Tensor) -> None:
         """The step of one parameter, for whoever updates inside backward, if it may be taken."""
         group = next(g for g in self.param_groups if any(p is parameter for p in g["params"]))
-        if parameter.grad is None or not may_use(self, [parameter.grad]):
+        if parameter.grad is None or not safety.may_use(self, [parameter.grad]):
             return
         if group["use_muon"]:
             self._step_matrices(group, [parameter])
@@ -368,9 +352,9 @@ def _expected_state(group: dict[str, Any], parameter: Tensor) -> dict[str, torch
 def _refuse_no_matrices(group: dict[str, Any]) -> None:
     for index, parameter in enumerate(group["params"]):
         if parameter.ndim != 2:
+            name, shape = safety.parameter_name(group, index), tuple(parameter.shape)
             rule = (
-                f"a group with use_muon=True must hold matrices, and {parameter_name(group, index)}"
-                f" has the shape {tuple(parameter.shape)}"
+                f"a group with use_muon=True must hold matrices, and {name} has the shape {shape}"
             )
             way_out = "Put it into a group with use_muon=False"
             raise argument_error("Muon", "params", "...", rule, way_out)
@@ -378,13 +362,13 @@ def _refuse_no_matrices(group: dict[str, Any]) -> None:
 
 def _check_settings(group: dict[str, Any]) -> None:
     for argument in ("lr", "weight_decay"):
-        check_number("Muon", argument, group[argument])
-    check_number("Muon", "eps", group["eps"], low=_LEAST_EPS)
-    check_number("Muon", "momentum", group["momentum"], high=1)
-    check_betas("Muon", group["betas"])
-    check_eps("Muon", "adamw_eps", group["adamw_eps"], group["betas"][1])
+        safety.check_number("Muon", argument, group[argument])
+    safety.check_number("Muon", "eps", group["eps"], low=_LEAST_EPS)
+    safety.check_number("Muon", "momentum", group["momentum"], high=1)
+    safety.check_betas("Muon", group["betas"])
+    safety.check_eps("Muon", "adamw_eps", group["adamw_eps"], group["betas"][1])
     check_bounded(group["ns_coefficients"], group["ns_steps"], "Muon")
-    refuse_other_arithmetic("Muon", group)
+    safety.refuse_other_arithmetic("Muon", group)
     choices = {
         "adjust_lr_fn": (None, *get_args(AdjustLr)),
         "backend": get_args(Backend),

@@ -18,24 +18,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
+from lightning_align.optimizers import safety
 from lightning_align.optimizers.adamw import adamw_, bias_correction, init_adamw_state
 from lightning_align.optimizers.loading import loading, refuse_other_shapes
-from lightning_align.optimizers.safety import (
-    OnNonfinite,
-    begin_step,
-    check_betas,
-    check_eps,
-    check_number,
-    check_on_nonfinite,
-    check_parameters,
-    listed,
-    loss_of,
-    may_use,
-    not_compiled,
-    refuse_other_arithmetic,
-    refuse_those_of_other_groups,
-    skipped_steps,
-)
 
 
 def update_rms(gradient: Tensor, state: dict[str, Any], beta2: float, eps: float) -> Tensor:
@@ -81,9 +66,9 @@ class StableAdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
-        on_nonfinite: OnNonfinite = "skip",
+        on_nonfinite: safety.OnNonfinite = "skip",
     ) -> None:
-        check_on_nonfinite("StableAdamW", on_nonfinite)
+        safety.check_on_nonfinite("StableAdamW", on_nonfinite)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         _check_settings(defaults)
         super().__init__(params, defaults)
@@ -95,16 +80,16 @@ class StableAdamW(Optimizer):
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, with settings of its own."""
-        group = {**param_group, "params": listed(param_group["params"])}
-        refuse_those_of_other_groups(self, group["params"])
+        group = {**param_group, "params": safety.listed(param_group["params"])}
+        safety.refuse_those_of_other_groups(self, group["params"])
         super().add_param_group(group)
         _check_settings(self.param_groups[-1])
-        check_parameters("StableAdamW", self.param_groups[-1])
+        safety.check_parameters("StableAdamW", self.param_groups[-1])
 
     @property
     def skipped_steps(self) -> int:
         """How many steps were skipped because a gradient was not finite."""
-        return skipped_steps(self)
+        return safety.skipped_steps(self)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -120,13 +105,13 @@ class StableAdamW(Optimizer):
             ValueError: If a gradient is sparse.
             FloatingPointError: If a gradient is not finite and ``on_nonfinite="raise"``.
         """
-        loss = loss_of(closure)
+        loss = safety.loss_of(closure)
         self._step_all()
         return loss
 
-    @not_compiled
+    @safety.not_compiled
     def _step_all(self) -> None:
-        may_step = begin_step(self, self.process_group)
+        may_step = safety.begin_step(self, self.process_group)
         for group in self.param_groups if may_step else ():
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -136,7 +121,7 @@ class StableAdamW(Optimizer):
     def step_param(self, parameter: Tensor) -> None:
         """The step of one parameter, for whoever updates inside backward, if it may be taken."""
         group = next(g for g in self.param_groups if any(p is parameter for p in g["params"]))
-        if parameter.grad is not None and may_use(self, [parameter.grad]):
+        if parameter.grad is not None and safety.may_use(self, [parameter.grad]):
             self._step_one(group, parameter)
 
     def _step_one(self, group: dict[str, Any], parameter: Tensor) -> None:
@@ -178,7 +163,7 @@ def _expected_state(_: dict[str, Any], parameter: Tensor) -> dict[str, torch.Siz
 
 def _check_settings(group: dict[str, Any]) -> None:
     for argument in ("lr", "weight_decay"):
-        check_number("StableAdamW", argument, group[argument])
-    check_betas("StableAdamW", group["betas"])
-    check_eps("StableAdamW", "eps", group["eps"], group["betas"][1])
-    refuse_other_arithmetic("StableAdamW", group)
+        safety.check_number("StableAdamW", argument, group[argument])
+    safety.check_betas("StableAdamW", group["betas"])
+    safety.check_eps("StableAdamW", "eps", group["eps"], group["betas"][1])
+    safety.refuse_other_arithmetic("StableAdamW", group)
