@@ -9,6 +9,7 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import (
     _ResultMetric,
     _Sync,
 )
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -111,24 +112,17 @@ def _logged_metrics(results: Any) -> list[Metric]:
 
 def capture_metric(metric: Metric) -> dict[str, Any]:
     """State of a torchmetrics object, which ``state_dict`` leaves out by default."""
-    states = {
-        name: [item.detach().to("cpu", copy=True) for item in value]
-        if isinstance(value, list)
-        else value.detach().to("cpu", copy=True)
-        for name, value in metric.metric_state.items()
-    }
+    states = apply_to_collection(
+        metric.metric_state, Tensor, lambda value: value.detach().to("cpu", copy=True)
+    )
     return {"updates": metric._update_count, "states": states}
 
 
 def restore_metric(metric: Metric, captured: dict[str, Any]) -> None:
     """Put the state of ``capture_metric`` back."""
-    for name, value in captured["states"].items():
-        moved = (
-            [item.to(metric.device, copy=True) for item in value]
-            if isinstance(value, list)
-            else value.to(metric.device, copy=True)
-        )
-        setattr(metric, name, moved)
+    moved = apply_to_collection(captured["states"], Tensor, Tensor.to, metric.device, copy=True)
+    for name, value in moved.items():
+        setattr(metric, name, value)
     metric._update_count, metric._computed = captured["updates"], None
 
 

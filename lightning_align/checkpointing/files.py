@@ -58,10 +58,7 @@ class Folder:
 
     def create(self) -> None:
         """Make the folder, if there is none."""
-        if self.is_local:
-            os.makedirs(self.root, exist_ok=True)
-        else:
-            self.fs.makedirs(self.root, exist_ok=True)
+        self.fs.makedirs(self.root, exist_ok=True)
 
     def names(self) -> list[str]:
         """Names of the files in the folder; none if there is no folder."""

@@ -290,13 +290,9 @@ def _ranges(tensors: list[Tensor], state: Any) -> list[_Range]:
             ranges[key] = _Range(storage.data_ptr())
         ranges[key].add(index, tensor)
         if covered_bytes(tensor)[1] > storage.nbytes():
-            raise argument_error(
-                "SnapshotEngine.save",
-                "state",
-                place_of(state, tensor),
-                f"its storage holds {storage.nbytes()} bytes, and it shows more",
-                "Save it while its values are there",
-            )
+            place, way_out = place_of(state, tensor), "Save it while its values are there"
+            rule = f"its storage holds {storage.nbytes()} bytes, and it shows more"
+            raise argument_error("SnapshotEngine.save", "state", place, rule, way_out)
     for part in ranges.values():
         part.round_out()
     return list(ranges.values())

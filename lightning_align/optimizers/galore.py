@@ -12,7 +12,7 @@ Everything else (embeddings, head, norms, biases) is AdamW's, in the same object
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -187,19 +187,15 @@ class GaLoreAdamW(Optimizer):
         """How often a decomposition failed and the old projection stayed."""
         return int(self.param_groups[0].get(_FAILED, 0))
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @override
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of all parameters that have a gradient.
 
         Args:
             closure: Computes the loss and its gradients again.
+
+        Returns:
+            What the closure returned.
 
         Raises:
             ValueError: If a gradient is sparse.
@@ -207,7 +203,7 @@ class GaLoreAdamW(Optimizer):
         """
         loss = safety.loss_of(closure)
         self._step_all()
-        return loss  # type: ignore[no-any-return]
+        return loss
 
     @safety.not_compiled
     def _step_all(self) -> None:

@@ -7,13 +7,13 @@ far with them; Lightning's checkpoint holds neither.
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from torch import Tensor, nn
 
 from lightning_align._compat.lightning_resume import validation_follows
 from lightning_align._compat.lightning_trainer import is_accumulating
 from lightning_align._errors import argument_error
 from lightning_align.run.protocols import SaysWhoSaves, window_sums
+from lightning_align.run.replicas import of_every_rank
 
 WINDOW_KEY = "lightning_align.accumulation"  # of the checkpoint
 
@@ -93,12 +93,10 @@ def capture_accumulation(trainer: pl.Trainer, pl_module: pl.LightningModule) -> 
     window = own_window(trainer, pl_module)
     if not window:
         return []
-    if trainer.world_size == 1:
-        return [window] if not manual or window["gradients"] else []
-    if isinstance(trainer.strategy, SaysWhoSaves) and not trainer.strategy.saves_whole_state:
-        return [window if rank == trainer.global_rank else {} for rank in range(trainer.world_size)]
-    windows: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(windows, window)
+    strategy, size = trainer.strategy, trainer.world_size
+    if size > 1 and isinstance(strategy, SaysWhoSaves) and not strategy.saves_whole_state:
+        return [window if rank == trainer.global_rank else {} for rank in range(size)]
+    windows = of_every_rank(trainer, window)
     return windows if not manual or any(each["gradients"] for each in windows) else []
 
 
@@ -115,14 +113,10 @@ def restore_accumulation(
     if not windows:
         return
     if len(windows) != trainer.world_size:
-        raise argument_error(
-            "ExactResume",
-            "world_size",
-            trainer.world_size,
-            f"the checkpoint was written in mid-accumulation by {len(windows)} rank(s), whose"
-            " gradients cannot be redistributed",
-            "Resume with as many ranks, or from a checkpoint written at an optimizer step",
-        )
+        ranks = f"{len(windows)} rank(s), whose gradients cannot be redistributed"
+        rule = f"the checkpoint was written in mid-accumulation by {ranks}"
+        way_out = "Resume with as many ranks, or from a checkpoint written at an optimizer step"
+        raise argument_error("ExactResume", "world_size", trainer.world_size, rule, way_out)
     replace_window(trainer, pl_module, windows[trainer.global_rank])
 
 

@@ -32,7 +32,7 @@ from lightning_align._errors import argument_error
 from lightning_align.run.callbacks import callbacks_of
 from lightning_align.run.plain import Encoder, LostError, Rebuilder, UnknownTypeError
 from lightning_align.run.protocols import datamodule_of, frozen_modules
-from lightning_align.run.replicas import replica
+from lightning_align.run.replicas import of_every_rank, replica
 
 _ABSENT = ("absent",)  # what an attribute is that is not there
 _FILLED = (list, dict, set, deque, np.ndarray, torch.Tensor, torch.Generator, random.Random)
@@ -340,15 +340,14 @@ def _of_every_rank(
     """Values of all ranks; only those that differ are sent, and some are left out otherwise."""
     absent = _mark(_ABSENT)
     mine = {name: (began, *now.get(name, absent)) for name, (began, _) in changed.items()}
-    marks: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(marks, mine)
+    marks = of_every_rank(trainer, mine)
     same = {name for name in mine if all(other.get(name) == mine[name] for other in marks)}
-    gathered: list[Any] = [{} for _ in marks]
+    others: list[Any] = [{}] * len(marks)
     if any(other.keys() != same for other in marks):
         own = {name: value for name, value in changed.items() if name not in same}
-        torch.distributed.all_gather_object(gathered, own)
+        others = of_every_rank(trainer, own)
     shared = {name: changed[name] for name in sorted(same - unless_same)}
-    return [{**shared, **own} for own in gathered]
+    return [{**shared, **own} for own in others]
 
 
 def _common(saved: list[Changed], world_size: int) -> Changed:

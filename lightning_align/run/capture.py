@@ -49,25 +49,10 @@ from lightning_align._compat.lightning_resume import validation_follows
 from lightning_align._compat.lightning_trainer import current_hook, restart_train_iteration
 from lightning_align._errors import argument_error
 from lightning_align.checkpointing.structure import Copier
-from lightning_align.run.accumulation import (
-    WINDOW_KEY,
-    Window,
-    capture_accumulation,
-    own_window,
-    pending_plateau,
-    replace_window,
-    restore_accumulation,
-    validation_is_to_do,
-)
+from lightning_align.run import accumulation, epoch_means
+from lightning_align.run.accumulation import WINDOW_KEY
 from lightning_align.run.attributes import Attributes, Plain
 from lightning_align.run.callbacks import callbacks_of
-from lightning_align.run.epoch_means import (
-    Means,
-    capture_means,
-    own_means,
-    replace_means,
-    restore_means,
-)
 from lightning_align.run.loader import PositionedLoader
 from lightning_align.run.position import (
     Place,
@@ -125,11 +110,11 @@ class Keeper:
     def write(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
         """Add what Lightning leaves out to a checkpoint, of all ranks. Collective."""
         module = trainer.lightning_module
-        if windows := capture_accumulation(trainer, module):
+        if windows := accumulation.capture_accumulation(trainer, module):
             checkpoint[WINDOW_KEY] = windows
-        checkpoint[_MEANS_KEY] = capture_means(trainer, module)
-        checkpoint[_FOLLOWS_KEY] = validation_is_to_do(trainer)
-        checkpoint[_PLATEAU_KEY] = pending_plateau(trainer)
+        checkpoint[_MEANS_KEY] = epoch_means.capture_means(trainer, module)
+        checkpoint[_FOLLOWS_KEY] = accumulation.validation_is_to_do(trainer)
+        checkpoint[_PLATEAU_KEY] = accumulation.pending_plateau(trainer)
         if self.attributes is None:
             return
         now = settings_in_force(trainer, module)
@@ -185,8 +170,8 @@ class Keeper:
         if saved:
             resume_averaging(trainer)
         self.attributes.restore(saved.get(_ATTRIBUTES_KEY, []))
-        restore_accumulation(trainer, pl_module, windows)
-        restore_means(trainer, pl_module, saved.get(_MEANS_KEY, []))
+        accumulation.restore_accumulation(trainer, pl_module, windows)
+        epoch_means.restore_means(trainer, pl_module, saved.get(_MEANS_KEY, []))
         interval = saved.get(_PLATEAU_KEY, "")
         validation_steps = saved.get(_FOLLOWS_KEY) and validation_follows(trainer)
         if interval and not (interval == "step" and validation_steps):
@@ -214,8 +199,8 @@ class RunState:
     checkpoint: dict[str, Any]
     settings: Settings
     attributes: Plain
-    window: Window
-    means: Means
+    window: accumulation.Window
+    means: epoch_means.Means
     should_stop: bool
     fit: object
 
@@ -244,8 +229,8 @@ def capture(trainer: pl.Trainer) -> RunState:
         checkpoint=_copied(checkpoint),
         settings=settings_in_force(trainer, module),
         attributes=_copied(attributes.now()),
-        window=own_window(trainer, module),
-        means=own_means(trainer, module),
+        window=accumulation.own_window(trainer, module),
+        means=epoch_means.own_means(trainer, module),
         should_stop=trainer.should_stop,
         fit=attributes,
     )
@@ -280,8 +265,8 @@ def restore(trainer: pl.Trainer, state: RunState) -> None:
     same = (state.settings, state.settings)  # a fit begins once: every setting goes back
     restore_settings(trainer, module, same, state.settings, window_is_open=bool(state.window))
     attributes.replace(state.attributes)
-    replace_window(trainer, module, state.window)
-    replace_means(trainer, module, state.means)
+    accumulation.replace_window(trainer, module, state.window)
+    epoch_means.replace_means(trainer, module, state.means)
     if place.batch > 0:  # or the epoch is at its end, and the next one begins the loader
         keeper.place = place
         lightning_resume.restart_in_epoch(trainer, loaders)

@@ -9,25 +9,20 @@ would find nothing. Each rank has sums of its own.
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_align._compat import lightning_logged
 from lightning_align.run.position import epoch_is_open, next_place
+from lightning_align.run.replicas import of_every_rank
 
 Means = dict[str, Any]
 
 
 def capture_means(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Means]:
     """What every rank has summed up so far. Collective: every rank must call it."""
-    means = own_means(trainer, pl_module)
-    if trainer.world_size == 1:
-        return [means]
-    gathered: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(gathered, means)
-    return gathered
+    return of_every_rank(trainer, own_means(trainer, pl_module))
 
 
 def own_means(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Means:

@@ -175,11 +175,7 @@ class ExactResume(pl.Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.seed is not None and self.seed != state_dict["seed"]:
-            raise argument_error(
-                "ExactResume",
-                "seed",
-                self.seed,
-                f"the checkpoint was written with seed {state_dict['seed']}",
-                "Leave seed out to continue that run, or start a new one without ckpt_path",
-            )
+            rule = f"the checkpoint was written with seed {state_dict['seed']}"
+            way_out = "Leave seed out to continue that run, or start a new one without ckpt_path"
+            raise argument_error("ExactResume", "seed", self.seed, rule, way_out)
         self._effective_seed = state_dict["seed"]

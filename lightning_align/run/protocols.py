@@ -13,13 +13,8 @@ from difflib import get_close_matches
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    SingleDeviceStrategy,
-    Strategy,
-)
+from lightning.pytorch import strategies
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
 from torch import Tensor, nn
 from typing_extensions import Protocol, get_protocol_members, runtime_checkable
 
@@ -295,7 +290,7 @@ def keeps_shapes(strategy: Strategy) -> bool:
     """Whether optimizers get parameters in the shapes that the module gave them."""
     if isinstance(strategy, SaysHowParametersLie):
         return strategy.keeps_shapes
-    return not isinstance(strategy, (DeepSpeedStrategy, FSDPStrategy))
+    return not isinstance(strategy, (DeepSpeedStrategy, strategies.FSDPStrategy))
 
 
 def may_freeze(strategy: Strategy) -> bool:
@@ -318,5 +313,5 @@ def follow_freezing(trainer: pl.Trainer, dropped: Collection[nn.Parameter]) -> N
 
 def has_replicas(strategy: Strategy) -> bool:
     """Whether each rank has all of the model, where the module keeps it."""
-    has = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy))
+    has = isinstance(strategy, (strategies.SingleDeviceStrategy, DDPStrategy))
     return has and not isinstance(strategy, DeepSpeedStrategy)  # a DDPStrategy by inheritance

@@ -19,6 +19,14 @@ def replica(trainer: pl.Trainer) -> tuple[int, int]:
     return (ranks["num_replicas"], ranks["rank"]) if ranks else (1, 0)
 
 
+def of_every_rank(trainer: pl.Trainer, own: Any) -> list[Any]:
+    """What each rank gives, by rank. Collective: every rank must call it."""
+    gathered = [own] * trainer.world_size
+    if trainer.world_size > 1:
+        torch.distributed.all_gather_object(gathered, own)
+    return gathered
+
+
 def total_grad_norm(trainer: pl.Trainer, module: nn.Module) -> Tensor:
     """Norm of a module's gradients, over all ranks that hold a part of it.
 

@@ -149,7 +149,7 @@ def test_epoch_means_are_noticed_when_left_out(
 ) -> None:
     run = ForeignRun(str(tmp_path), checkpoint=EVERY_STEP).fit()
     path = next(path for path in checkpoints(tmp_path) if consumed_in(path) == 9)
-    monkeypatch.setattr(capture, "restore_means", lambda *args: None)
+    monkeypatch.setattr(capture.epoch_means, "restore_means", lambda *args: None)
     ours, expected = run.resumed(path).fit().record(9), run.record(9)
     differing = [line for line in ours if line not in expected]
     assert len(differing) == 1

@@ -152,16 +152,14 @@ class DistributedCheckpoint:
                 {"state": {}, "param_groups": _numbered(groups)} for groups in optimizers
             ]
         mine = self._read(lambda levels: levels[:2] == [WINDOW_KEY, str(rank)])
-        ranks = {levels[1] for levels in self._levels() if levels[0] == WINDOW_KEY}
+        every = torch_dcp.names(self._index).values()
+        ranks = {levels[1] for levels in every if levels[0] == WINDOW_KEY}
         nothing: dict[str, Any] = {"gradients": {}, "sums": {}}
         windows = {str(rank): nothing, **mine.get(WINDOW_KEY, {})}
         entries[WINDOW_KEY] = [
             {**nothing, **windows.get(str(number), {})} for number in range(len(ranks))
         ]
         return entries
-
-    def _levels(self) -> list[tuple[Any, ...]]:
-        return list(torch_dcp.names(self._index).values())
 
     def _on_meta(self) -> dict[str, Any]:
         return {
@@ -202,10 +200,10 @@ class DistributedCheckpoint:
 
     def module_state(self, module: nn.Module) -> dict[str, Any]:
         """Values of what is on this rank, and the rest on meta."""
-        here = {name for name, value in module.state_dict().items() if not _is_meta(value)}
-        state = self._on_meta()
+        state = module.state_dict()
+        here = {name for name, value in state.items() if not getattr(value, "is_meta", False)}
         read = self._read(lambda levels: levels[0] == _MODEL and levels[1] in here)
-        return {**state, **read.get(_MODEL, {})}
+        return {**self._on_meta(), **read.get(_MODEL, {})}
 
     def optimizer_state(
         self,
@@ -262,7 +260,3 @@ def _numbered(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _shapes(state: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(getattr(value, "shape", ())) for name, value in state.items()}
-
-
-def _is_meta(value: Any) -> bool:
-    return bool(getattr(value, "is_meta", False))

@@ -9,13 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import (
-    BaseFinetuning,
-    ModelCheckpoint,
-    OnExceptionCheckpoint,
-    StochasticWeightAveraging,
-    WeightAveraging,
-)
+from lightning.pytorch import callbacks
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, distributed
 from torch.optim import Optimizer
@@ -24,16 +18,16 @@ from lightning_align._compat import lightning_processes
 from lightning_align._errors import argument_error
 from lightning_align.run.callbacks import callbacks_of
 from lightning_align.run.protocols import RefusesPipeline, misspelt
+from lightning_align.strategies.pipeline import microbatches
 from lightning_align.strategies.pipeline.chain import WHERE
-from lightning_align.strategies.pipeline.microbatches import (
-    batch_rows,
-    checksum,
-    count_that_divides,
-)
 from lightning_align.strategies.pipeline.runtime import SCHEDULES
 
 _CHECKED_BATCHES = 3  # of each loop, that all ranks have the same
-_OF_WHOLE_MODELS = (StochasticWeightAveraging, WeightAveraging, BaseFinetuning)
+_OF_WHOLE_MODELS = (
+    callbacks.StochasticWeightAveraging,
+    callbacks.WeightAveraging,
+    callbacks.BaseFinetuning,
+)
 
 
 def check_arguments(
@@ -108,10 +102,10 @@ def check_module(trainer: pl.Trainer, module: pl.LightningModule) -> None:
 
 
 def _saves_on_exception(callback: pl.Callback) -> bool:
-    if isinstance(callback, ModelCheckpoint):
-        inherited = type(callback).on_exception is ModelCheckpoint.on_exception
+    if isinstance(callback, callbacks.ModelCheckpoint):
+        inherited = type(callback).on_exception is callbacks.ModelCheckpoint.on_exception
         return inherited and bool(callback.save_on_exception)
-    return isinstance(callback, OnExceptionCheckpoint)
+    return isinstance(callback, callbacks.OnExceptionCheckpoint)
 
 
 @contextmanager
@@ -230,7 +224,7 @@ class FirstBatches:
             self._checked[loop] = checked + 1
             check_same(batch, self._group, self._device)
         if loop == "train" and checked == 0:
-            check_batch(self._trainer, batch_rows(batch), self._num_microbatches)
+            check_batch(self._trainer, microbatches.batch_rows(batch), self._num_microbatches)
 
 
 def check_same(batch: Any, group: distributed.ProcessGroup, device: torch.device) -> None:
@@ -239,7 +233,7 @@ def check_same(batch: Any, group: distributed.ProcessGroup, device: torch.device
     Raises:
         ValueError: If one has another: its inputs would meet labels of other samples.
     """
-    ours = checksum(batch).to(device)
+    ours = microbatches.checksum(batch).to(device)
     theirs = [torch.empty_like(ours) for _ in range(distributed.get_world_size(group))]
     distributed.all_gather(theirs, ours, group=group)
     other = [rank for rank, value in enumerate(theirs) if not torch.equal(value, theirs[0])]
@@ -264,7 +258,7 @@ def check_batch(trainer: pl.Trainer, rows: int, wanted: int | None) -> None:
     full = max(rows, declared)
     if wanted is not None and full % wanted:
         rule = f"batches of {full} rows cannot be cut into as many equal parts"
-        way_out = f"Use {count_that_divides(full, wanted)}, or another batch_size"
+        way_out = f"Use {microbatches.count_that_divides(full, wanted)}, or another batch_size"
         raise argument_error(WHERE, "num_microbatches", wanted, rule, way_out)
 
 

@@ -22,13 +22,7 @@ from torch import nn
 from lightning_align._compat.torch_modules import has_spectral_norm
 from lightning_align._errors import argument_error
 from lightning_align.run.protocols import loss_is_sum
-from lightning_align.strategies.pipeline.joining import (
-    Joiner,
-    Mismatch,
-    as_tensor,
-    distance,
-    is_number,
-)
+from lightning_align.strategies.pipeline import joining
 from lightning_align.strategies.pipeline.replay import MetricAt, Part, log_path
 from lightning_align.strategies.pipeline.step_attributes import StepAttributes
 
@@ -86,7 +80,7 @@ def leaving_no_trace(module: pl.LightningModule) -> Iterator[None]:
 
 def findings(
     module: Any,
-    joiner: Joiner,
+    joiner: joining.Joiner,
     whole: Part,
     parts: Sequence[Part],
     *,
@@ -109,7 +103,7 @@ def findings(
         outputs = [part.output for part in parts]
         try:
             joiner.learn("output", None, outputs, whole.output, shares)
-        except Mismatch as mismatch:
+        except joining.Mismatch as mismatch:
             found.append(Finding("output", _of_output(module, mismatch)))
     unknown: set[str] = set()
     for path in dict.fromkeys(path for part in (whole, *parts) for path in part.changes):
@@ -117,7 +111,7 @@ def findings(
         after, *values = (p.changes.get(path, (before, before))[1] for p in (whole, *parts))
         try:
             joiner.learn(path, before, values, after, shares)
-        except Mismatch as mismatch:
+        except joining.Mismatch as mismatch:
             if path.endswith(_FORWARD_CACHE):  # refused where it is logged
                 joiner.rules[path] = ["mean"]
                 unknown.add(path.removesuffix(_FORWARD_CACHE))
@@ -134,7 +128,7 @@ def findings(
 
 def judge(
     module: Any,
-    joiner: Joiner,
+    joiner: joining.Joiner,
     whole: Part,
     parts: Sequence[Part],
     again: Part,
@@ -172,39 +166,41 @@ def judge(
 def is_random(path: str, whole: Part, again: Part, tolerance: float) -> bool:
     """Whether a value differs between two runs of the same rows that drew other numbers."""
     if path == "loss":
-        return distance(whole.output, again.output) > tolerance
+        return joining.distance(whole.output, again.output) > tolerance
     if path.startswith("log "):
         name = path.removeprefix("log ")
         if name not in again.logs or isinstance(whole.logs[name][1], MetricAt):
             return name not in again.logs
-        return distance(whole.logs[name][1], again.logs[name][1]) > tolerance
+        return joining.distance(whole.logs[name][1], again.logs[name][1]) > tolerance
     try:
-        joiner = Joiner(tolerance)
+        joiner = joining.Joiner(tolerance)
         if path == "output":
             joiner.learn(path, None, [again.output], whole.output, [1.0])
         else:
             before, now = whole.changes.get(path, (None, None))
             joiner.learn(path, before, [again.changes.get(path, (before, before))[1]], now, [1.0])
-    except Mismatch:
+    except joining.Mismatch:
         return True
     return False
 
 
-def _of_loss(module: Any, joiner: Joiner, whole: Part, parts: Sequence[Part]) -> list[Finding]:
+def _of_loss(
+    module: Any, joiner: joining.Joiner, whole: Part, parts: Sequence[Part]
+) -> list[Finding]:
     is_sum = loss_is_sum(module)
-    losses = torch.stack([as_tensor(part.output) for part in parts])
+    losses = torch.stack([joining.as_tensor(part.output) for part in parts])
     shares = losses.new_tensor([part.share for part in parts])
     ours = losses.sum() if is_sum else (losses * shares).sum()
-    if distance(ours, whole.output) <= joiner.tolerance:
+    if joining.distance(ours, whole.output) <= joiner.tolerance:
         return []
     name, theirs = type(module).__name__, float(whole.output)
     rule = (
         f"the loss of {len(losses)} micro-batches comes to {float(ours):.6g}, and that of the same"
         f" rows in one piece is {theirs:.6g}"
     )
-    if not is_sum and distance(losses.sum(), whole.output) <= joiner.tolerance:
+    if not is_sum and joining.distance(losses.sum(), whole.output) <= joiner.tolerance:
         way_out = 'It is a sum: give the module the attribute loss_reduction = "sum"'
-    elif is_sum and distance((losses * shares).sum(), whole.output) <= joiner.tolerance:
+    elif is_sum and joining.distance((losses * shares).sum(), whole.output) <= joiner.tolerance:
         way_out = 'It is a mean: set loss_reduction = "mean"'
     else:
         way_out = (
@@ -212,7 +208,7 @@ def _of_loss(module: Any, joiner: Joiner, whole: Part, parts: Sequence[Part]) ->
             ' return a sum and set loss_reduction = "sum"; or use schedule="GPipe",'
             " num_microbatches=1"
         )
-    if counted := [path for path, (_, value) in whole.changes.items() if is_number(value)]:
+    if counted := [path for path, (_, value) in whole.changes.items() if joining.is_number(value)]:
         rule += f"; its step changes {counted[:3]}, which are those of a micro-batch within it"
         way_out = f"If the loss goes by them, change them in on_train_batch_start. Else: {way_out}"
     return [Finding("loss", str(argument_error("PipelineStrategy", "model", name, rule, way_out)))]
@@ -231,7 +227,7 @@ def _of_metric(
 
 
 def _of_log(
-    module: Any, joiner: Joiner, name: str, value: Any, having: Sequence[Part]
+    module: Any, joiner: joining.Joiner, name: str, value: Any, having: Sequence[Part]
 ) -> list[Finding]:
     where, path = f"{type(module).__name__}.log", log_path(name)
     if not having:
@@ -241,7 +237,7 @@ def _of_log(
     total = sum(part.share for part in having) or 1.0
     try:
         joiner.learn(path, None, values, value, [part.share / total for part in having])
-    except Mismatch:
+    except joining.Mismatch:
         told = ", ".join(f"{float(v):.4g}" for v in values[:4])
         rule = (
             f"it is {float(value):.6g} for some rows in one piece, which is no mean, sum, largest"
@@ -257,10 +253,10 @@ _LOG_WAY_OUT = (
 )
 
 
-def _of_attribute(module: Any, mismatch: Mismatch) -> str:
+def _of_attribute(module: Any, mismatch: joining.Mismatch) -> str:
     rule = f"its step changes {mismatch.path!r}"
     values = [mismatch.whole, *mismatch.parts]
-    if all(is_number(value) for value in values):
+    if all(joining.is_number(value) for value in values):
         told = ", ".join(f"{float(v):.4g}" for v in mismatch.parts[:4])
         rule += f" to {float(mismatch.whole):.6g} for some rows in one piece, and to {told} for"
         rule += " their micro-batches, which do not add up to it"
@@ -274,7 +270,7 @@ def _of_attribute(module: Any, mismatch: Mismatch) -> str:
     return str(argument_error("PipelineStrategy", "model", name, rule, way_out))
 
 
-def _of_output(module: Any, mismatch: Mismatch) -> str:
+def _of_output(module: Any, mismatch: joining.Mismatch) -> str:
     rule = (
         f"what its step returns ({mismatch.path}) for some rows in one piece is not what their"
         " micro-batches come to"

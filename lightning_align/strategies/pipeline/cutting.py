@@ -10,12 +10,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import distributed
 
 from lightning_align.pipelining import partition, partition_table
+from lightning_align.strategies.pipeline import layer_costs
 from lightning_align.strategies.pipeline.chain import WHERE, Chain
-from lightning_align.strategies.pipeline.layer_costs import (
-    LayerCosts,
-    count_parameters,
-    time_layers,
-)
 
 Stretches = list[tuple[int, int]]  # (begin, end) of each stage's layers
 
@@ -24,7 +20,7 @@ class CostsOfLayers:
     """What the layers of a chain cost; a module that has been timed is cut there again."""
 
     def __init__(self) -> None:
-        self._timed: tuple[pl.LightningModule, LayerCosts] | None = None
+        self._timed: tuple[pl.LightningModule, layer_costs.LayerCosts] | None = None
 
     def of(
         self,
@@ -32,21 +28,21 @@ class CostsOfLayers:
         chain: Chain,
         count_for: Callable[[Any], int],
         group: distributed.ProcessGroup,
-    ) -> LayerCosts:
+    ) -> layer_costs.LayerCosts:
         """Their times where there is training to take them of, else their parameters; collective.
 
         Arguments are those of ``time_layers``.
         """
         if self._timed is None or self._timed[0] is not chain.module:
             if trainer.state.fn != TrainerFn.FITTING:
-                return count_parameters(chain)
-            self._timed = chain.module, time_layers(trainer, chain, count_for, group)
+                return layer_costs.count_parameters(chain)
+            self._timed = chain.module, layer_costs.time_layers(trainer, chain, count_for, group)
         return self._timed[1]
 
 
 def cut(
     chain: Chain,
-    costs: LayerCosts,
+    costs: layer_costs.LayerCosts,
     method: str | list[int],
     num_ranks: int,
     num_stages_per_rank: int,

@@ -40,7 +40,7 @@ class Ownership:
     ) -> None:
         self.group = group
         self.rank, size = distributed.get_rank(group), distributed.get_world_size(group)
-        self.module = chain.module
+        self.module = module = chain.module
         needed: dict[Tensor, set[int]] = {}
         for index, stretch in enumerate(stretches):
             for part in chain.owned(*stretch):
@@ -48,23 +48,16 @@ class Ownership:
                     needed.setdefault(tensor, set()).add(index % size)
         everywhere, last = set(range(size)), {(len(stretches) - 1) % size}
         # A buffer outside the chain is on all ranks; only the last stage runs steps to their end.
-        self.ranks = {
-            **{
-                name: sorted(needed.get(p, everywhere))
-                for name, p in chain.module.named_parameters()
-            },
-            **{name: sorted(needed.get(b, last)) for name, b in chain.module.named_buffers()},
-        }
-        shared = {
-            tuple(self.ranks[name])
-            for name, _ in chain.module.named_parameters()
-            if len(self.ranks[name]) > 1
-        }
+        ranks = {name: needed.get(p, everywhere) for name, p in module.named_parameters()}
+        together = sorted({tuple(sorted(several)) for several in ranks.values()})
+        ranks |= {name: needed.get(b, last) for name, b in module.named_buffers()}
+        self.ranks = {name: sorted(several) for name, several in ranks.items()}
         self._groups = {
-            ranks: distributed.new_group([distributed.get_global_rank(group, r) for r in ranks])
-            for ranks in sorted(shared)
+            several: distributed.new_group([distributed.get_global_rank(group, r) for r in several])
+            for several in together
+            if len(several) > 1
         }
-        self._first_names = _first_names(chain.module)
+        self._first_names = _first_names(module)
 
     def name_of(self, key: str) -> str:
         """The first name of what ``key`` of a state dict names; tied parameters have several."""

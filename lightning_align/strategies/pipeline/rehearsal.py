@@ -18,14 +18,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    DistributedSampler,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-)
+from torch.utils import data
 
 from lightning_align._compat.lightning_trainer import transferred
 from lightning_align._errors import argument_error
@@ -39,7 +32,12 @@ from lightning_align.strategies.pipeline.steps import PipelineSteps
 from lightning_align.strategies.pipeline.trees import leaves
 
 # Iterating over one of these changes nothing but generators, which are put back.
-_PURE_SAMPLERS = (SequentialSampler, RandomSampler, DistributedSampler, PositionSampler)
+_PURE_SAMPLERS = (
+    data.SequentialSampler,
+    data.RandomSampler,
+    data.DistributedSampler,
+    PositionSampler,
+)
 
 
 def rehearse(
@@ -168,10 +166,10 @@ def _gives_value(node: ast.AST) -> bool:
 
 def first_batch(trainer: pl.Trainer, loader: Any) -> Any:
     """The first batch as a step gets it, or None if it cannot be had without a trace."""
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+    if not isinstance(loader, data.DataLoader) or isinstance(loader.dataset, data.IterableDataset):
         return None
     order: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
-    sampler = order.sampler if type(order) is BatchSampler else order
+    sampler = order.sampler if type(order) is data.BatchSampler else order
     if type(sampler) not in _PURE_SAMPLERS:
         return None
     generator = getattr(sampler, "generator", None)

@@ -110,17 +110,20 @@ class _Copy:
         elif isinstance(value, np.ndarray):
             value[...] = inner
         elif isinstance(value, (list, deque)):
-            entries = [entry.back() if isinstance(entry, _Copy) else entry for entry in inner]
-            value.clear()
-            value.extend(entries)
+            _refill(value, [v.back() if isinstance(v, _Copy) else v for v in inner])
         elif isinstance(value, dict):
-            table = {k: v.back() if isinstance(v, _Copy) else v for k, v in inner.items()}
-            value.clear()
-            value.update(table)
+            _refill(value, {k: v.back() if isinstance(v, _Copy) else v for k, v in inner.items()})
         elif isinstance(value, set):
-            value.clear()
-            value.update(inner)
+            _refill(value, inner)
         return value
+
+
+def _refill(container: Any, content: Any) -> Any:
+    """The same list, deque, dict or set, with other entries."""
+    container.clear()
+    add = container.extend if isinstance(container, (list, deque)) else container.update
+    add(content)
+    return container
 
 
 def _is_tensor(value: Any) -> bool:
@@ -332,9 +335,7 @@ def _put(old: Any, value: Any, *, is_buffer: bool = False) -> Any:
         with torch.no_grad():
             return old.copy_(value)
     if isinstance(old, (list, deque)) and isinstance(value, (list, deque)):
-        old.clear()
-        old.extend(value)
-        return old
+        return _refill(old, value)
     if isinstance(old, dict) and isinstance(value, dict):
         for key in [key for key in old if key not in value]:
             del old[key]
@@ -342,7 +343,5 @@ def _put(old: Any, value: Any, *, is_buffer: bool = False) -> Any:
             old[key] = _put(old.get(key), entry)
         return old
     if isinstance(old, set) and isinstance(value, set):
-        old.clear()
-        old.update(value)
-        return old
+        return _refill(old, value)
     return value

@@ -9,13 +9,8 @@ from dataclasses import replace
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_align.strategies.pipeline import comparison
 from lightning_align.strategies.pipeline.batch_step import BatchStep
-from lightning_align.strategies.pipeline.comparison import (
-    Verdict,
-    judge,
-    leaving_no_trace,
-    tolerance_of,
-)
 from lightning_align.strategies.pipeline.joining import Joiner
 from lightning_align.strategies.pipeline.replay import ResultBroadcaster, StepResult
 from lightning_align.strategies.pipeline.running import MicrobatchRunner
@@ -40,7 +35,7 @@ class StepComparisons:
     def joiner(self, step: BatchStep) -> Joiner:
         """What is known of steps of this kind."""
         if step.kind not in self._joiners:
-            self._joiners[step.kind] = Joiner(tolerance_of(self._module))
+            self._joiners[step.kind] = Joiner(comparison.tolerance_of(self._module))
         return self._joiners[step.kind]
 
     def before(self, step: BatchStep) -> None:
@@ -111,7 +106,7 @@ class StepComparisons:
             return None
         joiner.comparisons += not again
         in_one_piece, failures = replace(sample, count=1), list[str]()
-        with leaving_no_trace(self._module):
+        with comparison.leaving_no_trace(self._module):
             try:
                 whole = self._runner.forward(in_one_piece, failures)
                 pieces = self._runner.forward(sample, failures)
@@ -119,13 +114,13 @@ class StepComparisons:
             except StageError as error:  # on all ranks
                 return str(error)
         # Only the last stage has run the step to its end, and all must come to the same verdict.
-        own: Verdict | None = None
+        own: comparison.Verdict | None = None
         if failures:
-            own = Verdict(failed=failures[0])
+            own = comparison.Verdict(failed=failures[0])
         elif self._runner.runtime.has_last:
             runs = whole.parts[0], pieces.parts, repeated.parts[0]
-            own = judge(self._module, joiner, *runs, trains=step.trains)
-        verdict: Verdict = self._broadcaster.broadcast_object(own)
+            own = comparison.judge(self._module, joiner, *runs, trains=step.trains)
+        verdict: comparison.Verdict = self._broadcaster.broadcast_object(own)
         for warning in verdict.warnings:
             rank_zero_warn(warning)
         if verdict.error is not None:
