@@ -7,20 +7,14 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.distributed import (
-    _get_default_process_group_backend_for_device,
-    _init_dist_connection,
-)
-from lightning.pytorch.strategies.launchers import (
-    _MultiProcessingLauncher,
-    _SubprocessScriptLauncher,
-)
+from lightning.fabric.utilities import distributed
+from lightning.pytorch.strategies import launchers
 from lightning_utilities.core import rank_zero
 from torch import Tensor
 from typing_extensions import override
 
 
-class ScriptLauncher(_SubprocessScriptLauncher):
+class ScriptLauncher(launchers._SubprocessScriptLauncher):
     """Lightning's launcher that runs the script again for each further process, with a common end.
 
     Where the processes are there already, it only does what comes after.
@@ -51,16 +45,16 @@ class ScriptLauncher(_SubprocessScriptLauncher):
 
 def multiprocessing_launcher(strategy: Any, start_method: Any) -> Any:
     """Lightning's launcher that forks or spawns the processes."""
-    return _MultiProcessingLauncher(strategy, start_method=start_method)
+    return launchers._MultiProcessingLauncher(strategy, start_method=start_method)
 
 
 def join_process_group(
     environment: Any, device: torch.device, backend: str | None, timeout: timedelta
 ) -> None:
     """Make the processes one group, unless they are one already."""
-    backend = backend or _get_default_process_group_backend_for_device(device)
+    backend = backend or distributed._get_default_process_group_backend_for_device(device)
     device_id = device if device.type != "cpu" else None
-    _init_dist_connection(environment, backend, timeout=timeout, device_id=device_id)
+    distributed._init_dist_connection(environment, backend, timeout=timeout, device_id=device_id)
 
 
 def share_overflow(scaler: torch.amp.GradScaler, add_up: Callable[[Tensor], Any]) -> None:

@@ -12,7 +12,6 @@ What can neither be written down nor built anew, an open file or a generator, is
 
 import enum
 import hashlib
-import io
 import operator
 import pickle
 import random
@@ -327,11 +326,10 @@ def _opaque_now(encoder: Encoder) -> dict[str, bytes | None]:
 
 def _pickled(value: Any) -> bytes | None:
     try:
-        buffer = io.BytesIO()
-        pickle.Pickler(buffer).dump(value)
+        pickled = pickle.dumps(value)
     except Exception:
         return None
-    return hashlib.blake2b(buffer.getbuffer(), digest_size=16).digest()
+    return hashlib.blake2b(pickled, digest_size=16).digest()
 
 
 def _of_every_rank(

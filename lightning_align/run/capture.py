@@ -290,10 +290,9 @@ def _keeper(trainer: pl.Trainer, function: str) -> tuple[Keeper, Attributes]:
     callbacks = callbacks_of(trainer)
     for callback in callbacks:
         if isinstance(callback, StochasticWeightAveraging):
+            name = type(callback).__name__
             rule = "it takes up its averages where a fit begins, and not in it"
-            raise argument_error(
-                function, "callbacks", type(callback).__name__, rule, "Use EMAWeightAveraging"
-            )
+            raise argument_error(function, "callbacks", name, rule, "Use EMAWeightAveraging")
     keeper = next(filter(None, map(_kept, callbacks)), None)
     if keeper is None or keeper.attributes is None:
         rule = "without ExactResume data and randomness do not follow the position"

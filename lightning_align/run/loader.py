@@ -89,13 +89,10 @@ class PositionedLoader(CombinedLoader):
             while self._drawn < consumed:
                 self._draw()
         except StopIteration:
-            raise argument_error(
-                "ExactResume",
-                "ckpt_path",
-                f"batch {consumed} of epoch {epoch}",
-                f"the training loader ends after {self._drawn} batches",
-                "Resume with the data and the batch size that the checkpoint was written with",
-            ) from None
+            place = f"batch {consumed} of epoch {epoch}"
+            rule = f"the training loader ends after {self._drawn} batches"
+            way_out = "Resume with the data and the batch size that the checkpoint was written with"
+            raise argument_error("ExactResume", "ckpt_path", place, rule, way_out) from None
         return self
 
     @override
@@ -202,14 +199,10 @@ def _unwrapped(part: Any, depth: int) -> Iterator[PositionSampler]:
 
 
 def _check_replica(sampler: PositionSampler, replica: tuple[int, int]) -> None:
-    if (sampler.num_replicas, sampler.rank) == replica:
+    own, (size, rank) = (sampler.num_replicas, sampler.rank), replica
+    if own == replica:
         return
-    raise argument_error(
-        "PositionSampler",
-        "num_replicas, rank",
-        (sampler.num_replicas, sampler.rank),
-        f"this is number {replica[1]} of the {replica[0]} rank(s) that share a batch, and others"
-        " would train on the same samples",
-        f"Give it num_replicas={replica[0]}, rank={replica[1]}: see"
-        " trainer.distributed_sampler_kwargs",
-    )
+    rule = f"this is number {rank} of the {size} rank(s) that share a batch, and others would train"
+    rule += " on the same samples"
+    way_out = f"Give it num_replicas={size}, rank={rank}: see trainer.distributed_sampler_kwargs"
+    raise argument_error("PositionSampler", "num_replicas, rank", own, rule, way_out)

@@ -91,14 +91,10 @@ def _check_window(trainer: pl.Trainer, then: int, window_is_open: bool) -> None:
     if now == then or not (window_is_open or batch % now):
         return
     boundary = f"multiple of {now} batches in its epoch and at an optimizer step"
-    raise argument_error(
-        "Trainer",
-        "accumulate_grad_batches",
-        now,
-        f"the checkpoint lies after {batch} batches of an epoch in which a step took {then}, so"
-        " that the next step would be of batches with other weights",
-        f"Resume with accumulate_grad_batches={then}, or from a checkpoint after a {boundary}",
-    )
+    rule = f"the checkpoint lies after {batch} batches of an epoch in which a step took {then}, so"
+    rule += " that the next step would be of batches with other weights"
+    way_out = f"Resume with accumulate_grad_batches={then}, or from a checkpoint after a {boundary}"
+    raise argument_error("Trainer", "accumulate_grad_batches", now, rule, way_out)
 
 
 class LeftOut:

@@ -252,14 +252,13 @@ class _Timing:
 def _kind(layer: nn.Module) -> Hashable:
     """Equal for layers that do the same with other values of their parameters."""
     return tuple(
-        (name, type(part), shape_key(dict(_tensors(part))), _attributes(part))
+        (name, type(part), shape_key(_tensors(part)), _attributes(part))
         for name, part in layer.named_modules()
     )
 
 
-def _tensors(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from part.named_parameters(recurse=False)
-    yield from part.named_buffers(recurse=False)
+def _tensors(part: nn.Module) -> list[Tensor]:
+    return [*part.parameters(recurse=False), *part.buffers(recurse=False)]
 
 
 def _attributes(part: nn.Module) -> tuple[tuple[str, Any], ...]:

@@ -19,20 +19,10 @@ from lightning_align._compat.torch_modules import storage_key
 from lightning_align.strategies.pipeline.trees import tensors_in
 
 # What does not depend on the values of the tensor that it is given.
-_OF_SHAPE_ONLY = [
-    "empty_like",
-    "full_like",
-    "ones_like",
-    "rand_like",
-    "randint_like",
-    "randn_like",
-    "zeros_like",
-    "new_empty",
-    "new_empty_strided",
-    "new_full",
-    "new_ones",
-    "new_zeros",
-]
+_OF_SHAPE_ONLY = (
+    *("empty_like", "full_like", "ones_like", "rand_like", "randint_like", "randn_like"),
+    *("zeros_like", "new_empty", "new_empty_strided", "new_full", "new_ones", "new_zeros"),
+)
 _READ_VALUES = ("_local_scalar_dense", "equal", "is_nonzero")
 
 

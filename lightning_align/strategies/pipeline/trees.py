@@ -55,24 +55,25 @@ def metas_of(tree: Any) -> Any:
         return leaf if known else Unknown(type(leaf).__name__)
 
     metas = apply_to_collection(tree, Tensor, lambda t: Meta(tuple(t.shape), t.dtype))
-    return _mapped(metas, plain)
+    return mapped(metas, plain)
 
 
 def filled(metas: Any, make: Callable[[Meta], Tensor]) -> Any:
     """The tree of ``metas_of`` with tensors again, made in their order."""
-    return _mapped(metas, lambda leaf: make(leaf) if isinstance(leaf, Meta) else leaf)
+    return mapped(metas, lambda leaf: make(leaf) if isinstance(leaf, Meta) else leaf)
 
 
-def _mapped(tree: Any, change: Callable[[Any], Any]) -> Any:
+def mapped(tree: Any, change: Callable[[Any], Any]) -> Any:
+    """The same tree with ``change`` of each leaf."""
     kind: Any = type(tree)
     if isinstance(tree, (Meta, Unknown)):
         return change(tree)
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return kind(*(_mapped(entry, change) for entry in tree))
+        return kind(*(mapped(entry, change) for entry in tree))
     if isinstance(tree, (tuple, list)):
-        return kind(_mapped(entry, change) for entry in tree)
+        return kind(mapped(entry, change) for entry in tree)
     if isinstance(tree, Mapping):
-        return kind({key: _mapped(entry, change) for key, entry in tree.items()})
+        return kind({key: mapped(entry, change) for key, entry in tree.items()})
     return change(tree)
 
 

@@ -24,7 +24,7 @@ from typing_extensions import override
 from lightning_align._compat import torch_modules
 from lightning_align._errors import argument_error
 from lightning_align.strategies.pipeline.passage import WHERE
-from lightning_align.strategies.pipeline.trees import tensors_in
+from lightning_align.strategies.pipeline.trees import mapped, tensors_in
 
 _TIMEOUT = timedelta(seconds=60)  # for ranks that do not run the hook alike
 _OURS = {"lightning", "pytorch_lightning", "lightning_align"}  # know what a strategy has
@@ -316,12 +316,10 @@ def _plain_grad(parameter: Tensor) -> Tensor:
 
 def _on_meta(values: Any) -> Any:
     """The same without values."""
-    if isinstance(values, Tensor):
-        return values if values.is_meta else values.to("meta")
-    if isinstance(values, torch.device):
-        return torch.device("meta")
-    if isinstance(values, dict):
-        return {key: _on_meta(value) for key, value in values.items()}
-    if isinstance(values, (list, tuple)):
-        return type(values)(_on_meta(value) for value in values)
-    return values
+
+    def without(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf if leaf.is_meta else leaf.to("meta")
+        return torch.device("meta") if isinstance(leaf, torch.device) else leaf
+
+    return mapped(values, without)
