@@ -17,11 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_align._compat.lightning_trainer import (
-    has_comm_state,
-    is_accumulating,
-    log_step_value,
-)
+from lightning_align._compat import lightning_trainer
 from lightning_align._errors import argument_error, finite_number
 from lightning_align.callbacks.lisa_layers import (
     Partition,
@@ -295,7 +291,7 @@ class LISA(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        if is_accumulating(trainer):
+        if lightning_trainer.is_accumulating(trainer):
             return
         self._unramped = []  # a scaler may have left out the step
         self._log(pl_module, trainer.optimizers[0])
@@ -311,7 +307,7 @@ class LISA(pl.Callback):
                 for name, value in found.items()
             }
         for name, value in self._held.items():
-            log_step_value(pl_module, name, value)
+            lightning_trainer.log_step_value(pl_module, name, value)
 
     # Afterwards
 
@@ -418,7 +414,7 @@ def _check_strategy(strategy: Any) -> None:
     if not may_freeze(strategy):
         rule = "it does not follow when other blocks are frozen and released"
         raise argument_error("LISA", "strategy", name, rule, way_out)
-    if has_comm_state(strategy):
+    if lightning_trainer.has_comm_state(strategy):
         rule = "the state of its communication hook belongs to one set of parameters"
         raise argument_error("LISA", "strategy", name, rule, "Leave ddp_comm_state out")
 

@@ -12,11 +12,7 @@ from torch.optim import Optimizer, lr_scheduler
 from typing_extensions import override
 
 from lightning_align._errors import argument_error
-from lightning_align.optimizers.param_groups import (
-    build_param_groups,
-    learning_rates,
-    warn_of_lost_ratios,
-)
+from lightning_align.optimizers import param_groups
 from lightning_align.run.protocols import keeps_shapes
 
 # Schedulers that multiply the learning rate of each group and keep their arguments under the names
@@ -105,10 +101,10 @@ class OptimizerSwap(pl.Callback):
     def _configure(self, pl_module: pl.LightningModule, theirs: Callable[[], Any]) -> Any:
         """What Lightning calls instead of the module's ``configure_optimizers``."""
         schedules = self._schedules(type(pl_module).__name__, theirs())
-        groups = build_param_groups(pl_module, **self.grouping)
+        groups = param_groups.build_param_groups(pl_module, **self.grouping)
         rank_zero_info(f"OptimizerSwap:\n{groups}")
         optimizer = self.optimizer(groups)
-        rates = learning_rates(optimizer)
+        rates = param_groups.learning_rates(optimizer)
         if self.lr_scheduler is not None:
             schedules = [{"scheduler": self.lr_scheduler(optimizer), "interval": "step"}]
         else:
@@ -117,7 +113,7 @@ class OptimizerSwap(pl.Callback):
                 for schedule in schedules
             ]
         for schedule in schedules:
-            warn_of_lost_ratios(rates, optimizer, schedule["scheduler"])
+            param_groups.warn_of_lost_ratios(rates, optimizer, schedule["scheduler"])
         return [optimizer], schedules
 
     def _schedules(self, name: str, configured: Any) -> list[dict[str, Any]]:

@@ -22,14 +22,7 @@ from typing import Any, Union, get_args, get_origin
 import yaml
 from jsonargparse import ArgumentParser
 
-from lightning_align._compat.jsonargparse_parsing import (
-    accepts,
-    arguments,
-    class_path,
-    class_paths,
-    required,
-    type_of,
-)
+from lightning_align._compat import jsonargparse_parsing as parsing
 from lightning_align.cli import given as layers
 
 PROGRAM = "lightning-align"
@@ -109,14 +102,16 @@ def argument_names(path: str) -> list[str]:
     """Arguments of a class by the name that a configuration gives them."""
     module, _, name = path.rpartition(".")
     try:
-        return list(arguments(_class_parser(getattr(importlib.import_module(module), name))))
+        return list(
+            parsing.arguments(_class_parser(getattr(importlib.import_module(module), name)))
+        )
     except (ImportError, AttributeError, ValueError, TypeError):
         return []
 
 
 def _mistakes(parser: ArgumentParser, args: Sequence[str]) -> Iterator[Mistake]:
     """Mistakes of a command line: in names of its own, then in what all layers give together."""
-    known, given = arguments(parser), dict[str, Any]()
+    known, given = parsing.arguments(parser), dict[str, Any]()
     named = {option: name for name in known for option in known[name].option_strings}
     for option, text in layers.options_with_values(args):
         if named.get(option) == "config":
@@ -137,14 +132,14 @@ def _arguments(
     parser: ArgumentParser, given: Mapping[str, Any], above: str, owner: str
 ) -> Iterator[Mistake]:
     """Mistakes in the names and values of a parser's arguments, and which of them are missing."""
-    known = arguments(parser)
+    known = parsing.arguments(parser)
     for name, value in given.items():
         if name not in known:
             kind = "argument" if above else "key"
             yield NAME, f"{above}{name}: no such {kind} of {owner}.{_nearest(name, known)}"
-        elif (hint := type_of(known[name])) and not accepts(parser, name, value):
+        elif (hint := parsing.type_of(known[name])) and not parsing.accepts(parser, name, value):
             yield from _value(value, hint, f"{above}{name}")
-    missing = [name for name in known if name in required(parser) - set(given)]
+    missing = [name for name in known if name in parsing.required(parser) - set(given)]
     if missing := [f"{above}{name}" for name in missing if known[name].option_strings]:
         yield MISSING, f"{', '.join(missing)}: must be given{f' for {owner}' if above else ''}."
 
@@ -181,15 +176,15 @@ def _class(
         yield NAME, f"{path}: {cls}"
         return
     parser = _class_parser(cls, next(skip for base, skip in classes if issubclass(cls, base)))
-    given = dict(layers.by_argument(value.get("init_args"), arguments(parser)))
+    given = dict(layers.by_argument(value.get("init_args"), parsing.arguments(parser)))
     yield from _arguments(parser, given, f"{path}.init_args.", cls.__name__)
 
 
 def _named(name: str, bases: Sequence[type]) -> type | str:
     """The class of that name or path below one of ``bases``, or else what is wrong with it."""
-    below = [path for base in bases for path in class_paths(base)]
+    below = [path for base in bases for path in parsing.class_paths(base)]
     try:
-        path = next((p for base in bases if "." in (p := class_path(base, name))), None)
+        path = next((p for base in bases if "." in (p := parsing.class_path(base, name))), None)
     except ValueError:
         paths = [path for path in below if layers.short_name(path) == name]
         return f"{name} is the name of several classes: {', '.join(paths)}."

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_align._errors import argument_error
+from lightning_align.data import tokenizer as tokenizing
 from lightning_align.data.chat_template import (
     ChatTemplate,
     Messages,
@@ -37,14 +38,6 @@ from lightning_align.data.samples import (
     close,
     common_length,
     records_of_one_format,
-)
-from lightning_align.data.tokenizer import (
-    Encoded,
-    encode,
-    encode_completions,
-    encode_prompts,
-    encode_with_offsets,
-    with_whole_offsets,
 )
 
 MESSAGES = "messages"
@@ -93,7 +86,7 @@ class ConversationReader:
     """
 
     def __init__(self, tokenizer: Any, assistant_only_loss: bool, append_eos: bool) -> None:
-        self.tokenizer = with_whole_offsets(tokenizer)
+        self.tokenizer = tokenizing.with_whole_offsets(tokenizer)
         self.assistant_only_loss = assistant_only_loss
         self.eos_token_id: int | None = tokenizer.eos_token_id if append_eos else None
         self.unclosed: list[str] = []
@@ -109,8 +102,10 @@ class ConversationReader:
     def _texts(self, file: InputFile, records: list[Record]) -> Iterator[Example | str]:
         columns = ("prompt", "completion")
         texts = [file.text_columns(place, record, columns) for place, record in records]
-        prompts = encode_prompts(self.tokenizer, [text["prompt"] for text in texts])
-        completions = encode_completions(self.tokenizer, [text["completion"] for text in texts])
+        prompts = tokenizing.encode_prompts(self.tokenizer, [text["prompt"] for text in texts])
+        completions = tokenizing.encode_completions(
+            self.tokenizer, [text["completion"] for text in texts]
+        )
         for text, prompt, completion in zip(texts, prompts, completions, strict=True):
             ids = np.concatenate([close(prompt, None), close(completion, self.eos_token_id)])
             learned = np.arange(len(ids)) >= (len(prompt) if self.assistant_only_loss else 0)
@@ -126,7 +121,7 @@ class ConversationReader:
             raise argument_error(file.where, "tokenizer", name, rule)
         drawn = [self._draw(template, _conversation(file, *record)) for record in records]
         texts = [one.text for one in drawn if isinstance(one, Rendered)]
-        encoded = iter(encode_with_offsets(self.tokenizer, texts))
+        encoded = iter(tokenizing.encode_with_offsets(self.tokenizer, texts))
         for one, (place, _) in zip(drawn, records, strict=True):
             example = _example(one, next(encoded)) if isinstance(one, Rendered) else one
             if isinstance(example, Example):
@@ -149,7 +144,7 @@ class ConversationReader:
         learned = np.array(mask, dtype=np.bool_)
         if first:  # what the assistant says in the prompt is marked, too
             opening = template.render(place, messages[:first], tools, prompt=True)
-            learned[: common_length(encode(self.tokenizer, [opening])[0], ids)] = False
+            learned[: common_length(tokenizing.encode(self.tokenizer, [opening])[0], ids)] = False
         return Example(close(ids, None), learned, prompt) if learned.any() else _NOTHING_MARKED
 
     def _check_closed(self, place: str, example: Example) -> None:
@@ -230,7 +225,7 @@ def _conversation(file: InputFile, place: str, record: dict[str, Any]) -> Conver
     return Conversation(place, prompt + completion, tools, len(prompt))
 
 
-def _example(rendered: Rendered, encoded: Encoded) -> Example:
+def _example(rendered: Rendered, encoded: tokenizing.Encoded) -> Example:
     offsets = np.array(encoded.offsets, dtype=np.int64).reshape(-1, 2)
     learned = np.zeros(len(offsets), dtype=np.bool_)
     for begin, end in rendered.spans:

@@ -23,11 +23,7 @@ from lightning_align import recipes
 from lightning_align.cli.commands import CommandParser
 from lightning_align.data import PackedDataset, PreferenceDataset
 from lightning_align.data.token_cache import TokenSplit
-from lightning_align.demo.ngram import (
-    interpolated_trigram_perplexity,
-    kneser_ney_perplexity,
-    unigram_perplexity,
-)
+from lightning_align.demo import ngram
 from lightning_align.demo.pairs import Tokens, continue_prompts, make_pairs, write_jsonl
 from lightning_align.demo.report import before_after_table, sample_block
 from lightning_align.layers import find_layers
@@ -266,9 +262,9 @@ def _yardsticks(
     tokens = token_split(text.train_dataset).tokens, token_split(text.val_dataset).tokens
     size = len(text.tokenizer)
     perplexities = {
-        "unigram": unigram_perplexity(*tokens, size),
-        "interpolated trigram, tuned": interpolated_trigram_perplexity(*tokens, size),
-        "Kneser-Ney trigram": kneser_ney_perplexity(*tokens, size),
+        "unigram": ngram.unigram_perplexity(*tokens, size),
+        "interpolated trigram, tuned": ngram.interpolated_trigram_perplexity(*tokens, size),
+        "Kneser-Ney trigram": ngram.kneser_ney_perplexity(*tokens, size),
     }
     torch.manual_seed(seed)
     untrained = build_model(before.config, where="demo")  # type: ignore[arg-type]

@@ -20,18 +20,7 @@ from torch.autograd import Function
 
 from lightning_align._errors import argument_error
 from lightning_align.layers import Head
-from lightning_align.losses._head_chunks import (
-    ChunkedHead,
-    HeadArithmetic,
-    check_rows,
-    check_vocabulary,
-    chunks,
-    head_arithmetic,
-    refuse_second_derivative,
-    rows_per_chunk,
-    softcap_slope,
-    softmax_,
-)
+from lightning_align.losses import _head_chunks as head_chunks
 
 _WHERE = "linear_cross_entropy"
 
@@ -85,7 +74,7 @@ def linear_cross_entropy(
 
     Note: It cannot be differentiated twice: backward refuses ``create_graph=True``.
     """
-    check_rows(_WHERE, hidden, head, labels, "labels")
+    head_chunks.check_rows(_WHERE, hidden, head, labels, "labels")
     if not 0 <= label_smoothing <= 1:
         raise argument_error(_WHERE, "label_smoothing", label_smoothing, "must be in [0, 1]")
     if not z_loss >= 0:
@@ -95,13 +84,13 @@ def linear_cross_entropy(
     rows_K = has_label_N.nonzero().squeeze(1)
     labels_K = labels_N[rows_K]
     way_out = f"Mark tokens that do not count with ignore_index={ignore_index}"
-    check_vocabulary(_WHERE, labels_K, head, "labels", way_out)
-    arithmetic = head_arithmetic(hidden, head)
+    head_chunks.check_vocabulary(_WHERE, labels_K, head, "labels", way_out)
+    arithmetic = head_chunks.head_arithmetic(hidden, head)
     options = _Options(
         arithmetic,
         label_smoothing,
         z_loss,
-        rows_per_chunk(_WHERE, len(rows_K), head, chunk_size, arithmetic.dtype),
+        head_chunks.rows_per_chunk(_WHERE, len(rows_K), head, chunk_size, arithmetic.dtype),
         torch.is_grad_enabled(),  # Inside a Function it is always off.
     )
     loss, nll = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
@@ -111,7 +100,7 @@ def linear_cross_entropy(
 
 
 class _Options(NamedTuple):
-    arithmetic: HeadArithmetic
+    arithmetic: head_chunks.HeadArithmetic
     label_smoothing: float
     z_loss: float
     chunk_rows: int
@@ -141,7 +130,7 @@ class _LinearCrossEntropy(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _grad_nll: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative(_WHERE)
+        head_chunks.refuse_second_derivative(_WHERE)
         hidden_ND, weight_VD, bias_V, labels_K, rows_K = ctx.saved_tensors
         # Taken out of the context: only a gradient that nothing else holds is not copied.
         gradients, ctx.gradients = ctx.gradients, None
@@ -165,10 +154,12 @@ def _forward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """Loss and plain NLL of each row, and the gradients of the summed losses that are wanted."""
-    head = ChunkedHead(hidden_ND, weight_VD, bias_V, options.arithmetic, options.chunk_rows)
+    head = head_chunks.ChunkedHead(
+        hidden_ND, weight_VD, bias_V, options.arithmetic, options.chunk_rows
+    )
     head.want_gradients(wanted)
     losses_K, nlls_K = head.new_empty(2, len(rows_K))
-    for chunk in chunks(len(rows_K), options.chunk_rows):
+    for chunk in head_chunks.chunks(len(rows_K), options.chunk_rows):
         logits_RV = head.logits(rows_K[chunk])
         losses_K[chunk], nlls_K[chunk] = _losses_and_gradient_(
             logits_RV, labels_K[chunk, None], options, with_gradient=any(wanted)
@@ -192,10 +183,10 @@ def _losses_and_gradient_(
     """
     smoothing, z_loss = options.label_smoothing, options.z_loss
     softcap = options.arithmetic.softcap if with_gradient else None
-    slope_RV = None if softcap is None else softcap_slope(logits_RV, softcap)
+    slope_RV = None if softcap is None else head_chunks.softcap_slope(logits_RV, softcap)
     label_logit_R1 = logits_RV.gather(1, labels_R1)
     mean_logit_R1 = logits_RV.mean(1, keepdim=True) if smoothing else label_logit_R1
-    largest_R1, log_sum_R1 = softmax_(logits_RV, out_RV=logits_RV)
+    largest_R1, log_sum_R1 = head_chunks.softmax_(logits_RV, out_RV=logits_RV)
     nll_R1 = (largest_R1 - label_logit_R1) + log_sum_R1
     loss_R1 = nll_R1
     log_Z_R1 = largest_R1 + log_sum_R1

@@ -11,11 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from lightning_align._errors import argument_error
 from lightning_align.data.hub import resolve_pretrained
-from lightning_align.models.weights import (
-    is_built_on_meta,
-    parameters_on_meta,
-    remember_weights,
-)
+from lightning_align.models import weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -60,21 +56,21 @@ def build_model(
         options["attn_implementation"] = attn_implementation
     if isinstance(model, str) and model.lstrip().startswith("{"):
         model = AutoConfig.for_model(**json.loads(model))
-    on_meta = is_built_on_meta()
+    on_meta = weights.is_built_on_meta()
     if isinstance(model, PretrainedConfig):
-        with parameters_on_meta() if on_meta else nullcontext():
+        with weights.parameters_on_meta() if on_meta else nullcontext():
             return _from_config(model, options, where, argument)
     if not isinstance(model, (str, Path)):
         rule = "must be a module, a Hugging Face name or folder, or a transformers configuration"  # type: ignore[unreachable]
         raise argument_error(where, argument, model, rule)
     resolve_pretrained(where, argument, str(model), revision)
     if on_meta:
-        with parameters_on_meta():
+        with weights.parameters_on_meta():
             settings = AutoConfig.from_pretrained(
                 model, revision=revision, trust_remote_code=trust_remote_code
             )
             empty = _from_config(settings, options, where, argument)
-        remember_weights(empty, str(model), revision)
+        weights.remember_weights(empty, str(model), revision)
         return empty
     try:
         loaded = AutoModelForCausalLM.from_pretrained(model, revision=revision, **options)

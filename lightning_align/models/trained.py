@@ -15,14 +15,6 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-)
 
 from lightning_align._errors import argument_error
 from lightning_align.data.hub import resolve_pretrained
@@ -37,7 +29,7 @@ GIVE_MODEL = "Give its name or folder as model (--model)"
 class Trained:
     """A Hugging Face model in evaluation mode, and its tokenizer if there is one."""
 
-    model: PreTrainedModel
+    model: transformers.PreTrainedModel
     tokenizer: Any | None
 
 
@@ -93,10 +85,10 @@ def _from_folder(source: str, where: str, dtype: str | None, hub: dict[str, Any]
             way_out = f"Make one file of it: {tool} {source}"
         raise argument_error(where, "ckpt", source, rule, way_out)
     resolve_pretrained(where, "ckpt", source, hub["revision"])
-    stored = AutoConfig.from_pretrained(source, **hub).dtype
+    stored = transformers.AutoConfig.from_pretrained(source, **hub).dtype
     dtype = dtype or next((name for name, kind in DTYPES.items() if kind == stored), "float32")
     model = build_model(source, where=where, argument="ckpt", dtype=dtype, **hub)
-    assert isinstance(model, PreTrainedModel)
+    assert isinstance(model, transformers.PreTrainedModel)
     return Trained(model, _tokenizer_of(source, hub))
 
 
@@ -115,7 +107,7 @@ def _from_checkpoint(
     spec = hyper.get("model") if model_name is None else model_name
     config = _config(spec, path, where, hub)
     stored = next((w.dtype for w in weights.values() if w.is_floating_point()), torch.float32)
-    auto: Any = AutoModelForCausalLM
+    auto: Any = transformers.AutoModelForCausalLM
     try:
         model = auto.from_config(
             config,
@@ -155,7 +147,7 @@ def _read(path: str, where: str) -> dict[str, Any]:
     return content
 
 
-def _config(spec: Any, path: str, where: str, hub: dict[str, Any]) -> PretrainedConfig:
+def _config(spec: Any, path: str, where: str, hub: dict[str, Any]) -> transformers.PretrainedConfig:
     """The configuration that the checkpoint's model was built from."""
     if spec is None:
         rule = "does not tell its architecture: the module was given a model that was built already"
@@ -164,17 +156,16 @@ def _config(spec: Any, path: str, where: str, hub: dict[str, Any]) -> Pretrained
         # A class in a checkpoint is run by instantiating it: transformers' own only.
         module, _, name = str(spec.get("class_path", "")).rpartition(".")
         found = getattr(transformers, name, None) if module.startswith("transformers") else None
-        if not (isinstance(found, type) and issubclass(found, PretrainedConfig)):
+        if not (isinstance(found, type) and issubclass(found, transformers.PretrainedConfig)):
             rule = f"its model {spec.get('class_path')!r} is no configuration of transformers"
             way_out = f"Only Hugging Face models can be loaded. {GIVE_MODEL} if it is one"
             raise argument_error(where, "ckpt", path, rule, way_out)
         return found(**spec.get("init_args", {}))
     if _is_json(spec):
-        config: PretrainedConfig = AutoConfig.for_model(**json.loads(spec))
-        return config
+        return transformers.AutoConfig.for_model(**json.loads(spec))  # type: ignore[no-any-return]
     try:
         resolve_pretrained(where, "model", spec, hub["revision"])
-        config = AutoConfig.from_pretrained(spec, **hub)
+        config = transformers.AutoConfig.from_pretrained(spec, **hub)
     except (OSError, ValueError) as error:
         rule = f"was trained from {spec!r}, which cannot be found or read ({error})"
         raise argument_error(where, "ckpt", path, rule, GIVE_MODEL) from error
@@ -204,16 +195,16 @@ def _differ(name: str, ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
     return bool(ours.get(name) != theirs.get(name))
 
 
-def _generation_config(name: str, hub: dict[str, Any]) -> GenerationConfig | None:
+def _generation_config(name: str, hub: dict[str, Any]) -> transformers.GenerationConfig | None:
     try:
-        return GenerationConfig.from_pretrained(name, revision=hub["revision"])
+        return transformers.GenerationConfig.from_pretrained(name, revision=hub["revision"])
     except OSError:  # a folder without one
         return None
 
 
 def _tokenizer_of(name: str, hub: dict[str, Any]) -> Any | None:
     try:
-        return AutoTokenizer.from_pretrained(name, **hub)
+        return transformers.AutoTokenizer.from_pretrained(name, **hub)
     except (OSError, ValueError, KeyError):  # a folder without one
         return None
 

@@ -24,11 +24,7 @@ from lightning_align.models.build import build_model, save_pretrained
 from lightning_align.models.rotary import rotary_in_fp32
 from lightning_align.modules.continued import groups_of_an_older_run, refuse_another_model
 from lightning_align.modules.window import Clock, Sums, collect, log_step, means_over_ranks
-from lightning_align.optimizers.param_groups import (
-    build_param_groups,
-    learning_rates,
-    warn_of_lost_ratios,
-)
+from lightning_align.optimizers import param_groups
 from lightning_align.run.callbacks import callbacks_of
 from lightning_align.run.exact_resume import ExactResume
 from lightning_align.run.protocols import SpreadsModel, tokenizer_of
@@ -238,9 +234,9 @@ class CausalLMModule(pl.LightningModule, ABC):
         optimizer = build(groups)
         if self.lr_scheduler is None:
             return optimizer
-        rates = learning_rates(optimizer)
+        rates = param_groups.learning_rates(optimizer)
         scheduler = self.lr_scheduler(optimizer)
-        warn_of_lost_ratios(rates, optimizer, scheduler)
+        param_groups.warn_of_lost_ratios(rates, optimizer, scheduler)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
@@ -255,7 +251,7 @@ class CausalLMModule(pl.LightningModule, ABC):
         parameters = {name: p for name, p in self.named_parameters() if p.requires_grad}
         names = [name for group in saved or [] for name in group["param_names"]]
         if saved is None or sorted(names) != sorted(parameters):
-            return build_param_groups(self, layers=self.layers)
+            return param_groups.build_param_groups(self, layers=self.layers)
         return [
             {**group, "params": [(name, parameters[name]) for name in group.pop("param_names")]}
             for group in saved

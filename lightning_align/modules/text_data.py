@@ -7,6 +7,7 @@ from typing import Any
 from typing_extensions import override
 
 from lightning_align._errors import argument_error
+from lightning_align.data import tokenizer as tokenizing
 from lightning_align.data.mixture import Mixture, check_weight, largest_remainder
 from lightning_align.data.packing import PackedDataset
 from lightning_align.data.text import check_pattern, find_sources
@@ -17,12 +18,6 @@ from lightning_align.data.token_cache import (
     prepare_token_cache,
 )
 from lightning_align.data.tokenize_corpus import Corpus
-from lightning_align.data.tokenizer import (
-    MIN_VOCAB_SIZE,
-    load_tokenizer,
-    pad_token_id,
-    trained_tokenizer,
-)
 from lightning_align.modules.positioned import Paths, PositionedDataModule, plain_paths
 
 
@@ -93,8 +88,9 @@ class TextDataModule(PositionedDataModule):
         check_pattern(self._name, document_pattern)
         if block_size < 1:
             raise argument_error(self._name, "block_size", block_size, "must be at least 1")
-        if tokenizer is None and vocab_size < MIN_VOCAB_SIZE:
-            rule = f"must be at least {MIN_VOCAB_SIZE}: every byte, and the end-of-text token"
+        least = tokenizing.MIN_VOCAB_SIZE
+        if tokenizer is None and vocab_size < least:
+            rule = f"must be at least {least}: every byte, and the end-of-text token"
             raise argument_error(self._name, "vocab_size", vocab_size, rule)
         if "://" in str(cache_dir):
             rule = "must be a local folder, because the tokens are memory-mapped"
@@ -127,7 +123,7 @@ class TextDataModule(PositionedDataModule):
     def prepare_data(self) -> None:
         """Read, check and tokenise the files (one process of each node)."""
         if self._tokenizer_argument is not None:
-            self.tokenizer = load_tokenizer(self._name, self._tokenizer_argument)
+            self.tokenizer = tokenizing.load_tokenizer(self._name, self._tokenizer_argument)
         options = (self.document_pattern, self.text_column)
         train = [find_sources(self._name, "paths", path, *options) for path in self.paths]
         val = []
@@ -161,9 +157,9 @@ class TextDataModule(PositionedDataModule):
         key, num_files = self._prepared
         cache = open_token_cache(self._name, self.cache_dir, key)
         if cache.tokenizer_rules is not None:
-            self.tokenizer = trained_tokenizer(cache.tokenizer_rules)
+            self.tokenizer = tokenizing.trained_tokenizer(cache.tokenizer_rules)
         elif self.tokenizer is None:
-            self.tokenizer = load_tokenizer(self._name, self._tokenizer_argument)
+            self.tokenizer = tokenizing.load_tokenizer(self._name, self._tokenizer_argument)
         self.val_dataset = self._packed(cache.val) if cache.val is not None else None
         self.fingerprint = f"tokens {cache.train.content}, block_size {self.block_size}"
         if self.separate_documents:
@@ -203,7 +199,7 @@ class TextDataModule(PositionedDataModule):
         return PackedDataset(
             split,
             self.block_size,
-            pad_token_id(self.tokenizer),
+            tokenizing.pad_token_id(self.tokenizer),
             separate_documents=self.separate_documents,
             corpora=corpora,
         )
