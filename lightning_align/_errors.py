@@ -19,6 +19,13 @@ def argument_error(
     return ValueError(f"{message} {way_out}." if way_out else message)
 
 
+def check_least(where: str, least: int, **values: int) -> None:
+    """Refuse the first of the arguments ``values`` that is below ``least``."""
+    for argument, value in values.items():
+        if value < least:
+            raise argument_error(where, argument, value, f"must be at least {least}")
+
+
 def _shown(value: object) -> str:
     try:
         return repr(value)

@@ -45,13 +45,9 @@ def check_triggers(
         check(name, value, value >= least, "must not be negative")  # type: ignore[operator]
     asked = [name for name, value in given.items() if value != 0]
     if len(asked) > 1:
-        raise argument_error(
-            "AsyncCheckpoint",
-            asked[0],
-            given[asked[0]],
-            f"cannot be combined with {asked[1]}",
-            "Add a second AsyncCheckpoint with a dirpath of its own",
-        )
+        rule = f"cannot be combined with {asked[1]}"
+        way_out = "Add a second AsyncCheckpoint with a dirpath of its own"
+        raise argument_error("AsyncCheckpoint", asked[0], given[asked[0]], rule, way_out)
 
 
 def check_kept(
@@ -64,26 +60,20 @@ def check_kept(
     """
     check("mode", mode, mode in ("min", "max"), "must be 'min' or 'max'")
     check("save_top_k", save_top_k, save_top_k >= -1, "must be at least -1")
-    check(
-        "save_top_k",
-        save_top_k,
-        monitor is not None or save_top_k in (-1, 0, 1),
-        "without monitor there is no best to keep more than one of",
-        "Set monitor, or save_top_k to -1, 0 or 1",
-    )
-    check(
-        "save_last",
-        save_last,
-        isinstance(save_last, bool),
-        "must be True or False; there is no last.ckpt that could be a link",
-        "With True the newest checkpoint is kept under its own name",
-    )
+    rule = "without monitor there is no best to keep more than one of"
+    way_out = "Set monitor, or save_top_k to -1, 0 or 1"
+    check("save_top_k", save_top_k, monitor is not None or save_top_k in (-1, 0, 1), rule, way_out)
+    rule = "must be True or False; there is no last.ckpt that could be a link"
+    way_out = "With True the newest checkpoint is kept under its own name"
+    check("save_last", save_last, isinstance(save_last, bool), rule, way_out)
+    rule = "must be True: a file that is overwritten is lost if the new one fails"
+    way_out = "Leave it out; what is no longer among the best is deleted behind the next commit"
     check(
         "enable_version_counter",
         enable_version_counter,
         bool(enable_version_counter),
-        "must be True: a file that is overwritten is lost if the new one fails",
-        "Leave it out; what is no longer among the best is deleted behind the next commit",
+        rule,
+        way_out,
     )
 
 
@@ -93,12 +83,8 @@ def check_writing(backpressure: str, flush_timeout_s: float) -> None:
     Raises:
         ValueError: If it cannot.
     """
-    check(
-        "backpressure",
-        backpressure,
-        backpressure in ("wait", "skip", "latest"),
-        "must be 'wait', 'skip' or 'latest'",
-    )
+    rule = "must be 'wait', 'skip' or 'latest'"
+    check("backpressure", backpressure, backpressure in ("wait", "skip", "latest"), rule)
     check("flush_timeout_s", flush_timeout_s, flush_timeout_s > 0, "must be above 0")
 
 
@@ -111,14 +97,12 @@ def check_folders(callback: ModelCheckpoint, trainer: pl.Trainer) -> None:
     ours = _where(callback, trainer)
     for other in trainer.checkpoint_callbacks:
         if other is not callback and isinstance(other, ModelCheckpoint):
-            check(
-                "dirpath",
-                ours,
-                _where(other, trainer) != ours,
+            rule = (
                 f"{callback.state_key} and {other.state_key} would both write there, and each"
-                " delete what the other keeps",
-                "Give one of them another dirpath",
+                " delete what the other keeps"
             )
+            way_out = "Give one of them another dirpath"
+            check("dirpath", ours, _where(other, trainer) != ours, rule, way_out)
 
 
 def _where(callback: ModelCheckpoint, trainer: pl.Trainer) -> str:
@@ -133,23 +117,19 @@ def check_strategy(strategy: Strategy) -> None:
     Raises:
         ValueError: If it is one.
     """
-    check(
-        "strategy",
-        type(strategy).__name__,
-        saves_whole_state(strategy),
+    rule = (
         "its ranks save parts of the state themselves, and only a whole one on rank 0 can be"
-        " copied here",
+        " copied here"
+    )
+    way_out = (
         "Use Lightning's ModelCheckpoint, or save on rank 0: with ddp, or with"
-        " PipelineStrategy(save_distributed_checkpoint=False)",
+        " PipelineStrategy(save_distributed_checkpoint=False)"
     )
+    check("strategy", type(strategy).__name__, saves_whole_state(strategy), rule, way_out)
     writer = type(strategy.checkpoint_io)
-    check(
-        "plugins",
-        writer.__name__,
-        writer is TorchCheckpointIO,
-        "would be passed over: AsyncCheckpoint writes its files itself",
-        "Take it out of plugins, or use Lightning's ModelCheckpoint",
-    )
+    rule = "would be passed over: AsyncCheckpoint writes its files itself"
+    way_out = "Take it out of plugins, or use Lightning's ModelCheckpoint"
+    check("plugins", writer.__name__, writer is TorchCheckpointIO, rule, way_out)
 
 
 def on_rank_zero(trainer: pl.Trainer, action: Callable[[], None]) -> None:

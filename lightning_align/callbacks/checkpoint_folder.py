@@ -67,14 +67,12 @@ class CheckpointFolder:
         """
         for found in self._engine.committed:
             if found.metadata.get("run") != run_id:
-                raise argument_error(
-                    "AsyncCheckpoint",
-                    "dirpath",
-                    self.dirpath,
+                rule = (
                     f"holds checkpoints of another run, such as {found.name!r} (step {found.step}),"
-                    " and a resume could not tell them apart",
-                    "Resume that run with fit(ckpt_path='last'), or choose another dirpath",
+                    " and a resume could not tell them apart"
                 )
+                way_out = "Resume that run with fit(ckpt_path='last'), or choose another dirpath"
+                raise argument_error("AsyncCheckpoint", "dirpath", self.dirpath, rule, way_out)
 
     @property
     def saves_of_run(self) -> int:

@@ -54,13 +54,9 @@ def check_logged(trainer: pl.Trainer, monitor: str, metrics: Mapping[str, Tensor
     Raises:
         ValueError: If a validation has run and did not log it.
     """
-    error = argument_error(
-        "AsyncCheckpoint",
-        "monitor",
-        monitor,
-        f"was not logged; these values were: {sorted(metrics)}",
-        f"Log it with self.log({monitor!r}, ...)",
-    )
+    rule = f"was not logged; these values were: {sorted(metrics)}"
+    way_out = f"Log it with self.log({monitor!r}, ...)"
+    error = argument_error("AsyncCheckpoint", "monitor", monitor, rule, way_out)
     if lightning_resume.validation_has_run(trainer):
         raise error
     rank_zero_warn(f"Nothing is saved at step {trainer.global_step}. {error}")

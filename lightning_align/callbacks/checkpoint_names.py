@@ -40,18 +40,16 @@ def check_constants(callback: ModelCheckpoint) -> None:
     Raises:
         ValueError: If a subclass or an instance has set one of its constants.
     """
-    check(
-        "FILE_EXTENSION",
-        callback.FILE_EXTENSION,
-        callback.FILE_EXTENSION == DATA,
-        f"must be {DATA!r}, by which checkpoints are found",
-    )
+    rule = f"must be {DATA!r}, by which checkpoints are found"
+    check("FILE_EXTENSION", callback.FILE_EXTENSION, callback.FILE_EXTENSION == DATA, rule)
+    rule = "must stay as it is: the newest checkpoint keeps its own name"
+    way_out = "ckpt_path='last' and last_model_path tell which it is"
     check(
         "CHECKPOINT_NAME_LAST",
         callback.CHECKPOINT_NAME_LAST,
         callback.CHECKPOINT_NAME_LAST == ModelCheckpoint.CHECKPOINT_NAME_LAST,
-        "must stay as it is: the newest checkpoint keeps its own name",
-        "ckpt_path='last' and last_model_path tell which it is",
+        rule,
+        way_out,
     )
 
 
@@ -84,30 +82,23 @@ def check_filename(filename: str, formatted: Callable[[dict[str, Tensor]], str])
     must(isinstance(filename, str), "must be a text", "Write it as '{epoch}-{step}'")
     must(bool(filename.strip()), "must not be empty", "Leave it out for '{epoch}-{step}'")
     text = re.sub(r"\{.*?\}", "", filename)
-    must(
-        "/" not in text and "\\" not in text,
-        "must be a file name, without folders",
-        "The folder is dirpath",
-    )
+    rule = "must be a file name, without folders"
+    must("/" not in text and "\\" not in text, rule, "The folder is dirpath")
     metrics = _Anything()
     try:
         name = formatted(metrics)
     except (ValueError, LookupError, AttributeError, TypeError) as error:
-        must(
-            False,
-            f"cannot be filled with numbers ({error})",
-            "Write metrics as {val_loss:.2f}; the integers {epoch:03d} and {step:06d} take d, too",
+        rule = f"cannot be filled with numbers ({error})"
+        way_out = (
+            "Write metrics as {val_loss:.2f}; the integers {epoch:03d} and {step:06d} take d, too"
         )
+        must(False, rule, way_out)
     must(DATA not in name, f"must not hold {DATA!r}, which is added", "Leave it out")
     must(not name.startswith("."), "must not begin with a dot", "Begin with a letter")
-    must(
-        name.isprintable() and "::" not in name,
-        "must be printable, and without '::', where a URL ends",
-        "Use letters, digits, '-', '_' and '='",
-    )
-    must(
-        len(name.encode()) <= _MAX_BYTES, f"must fit into {_MAX_BYTES} bytes", "Name fewer metrics"
-    )
+    rule = "must be printable, and without '::', where a URL ends"
+    must(name.isprintable() and "::" not in name, rule, "Use letters, digits, '-', '_' and '='")
+    rule = f"must fit into {_MAX_BYTES} bytes"
+    must(len(name.encode()) <= _MAX_BYTES, rule, "Name fewer metrics")
     return metrics.asked
 
 

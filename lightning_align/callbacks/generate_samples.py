@@ -1,7 +1,6 @@
 """Read what the model writes while it learns: a few prompts continued every so many steps."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,9 +10,10 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from typing_extensions import override
 
-from lightning_align._errors import argument_error
+from lightning_align._errors import argument_error, check_least
 from lightning_align.data.tokenizer import encode, load_tokenizer, pad_token_id
 from lightning_align.layers.find import find_held_model
+from lightning_align.layers.surgery import evaluating
 from lightning_align.reports.texts import log_rows
 from lightning_align.run.protocols import one_rank_runs_model, tokenizer_of
 from lightning_align.run.rng import reseed
@@ -67,16 +67,9 @@ class GenerateSamples(pl.Callback):
             rule = "must be a list of texts, none of them empty"
             way_out = "A prompt that means nothing is the tokenizer's end-of-text token"
             raise argument_error("GenerateSamples", "prompts", prompts, rule, way_out)
-        limits = {
-            "every_n_train_steps": (every_n_train_steps, 1),
-            "max_new_tokens": (max_new_tokens, 1),
-            "seed": (seed, 0),
-        }
-        for argument, (value, least) in limits.items():
-            if value < least:
-                raise argument_error(
-                    "GenerateSamples", argument, value, f"must be at least {least}"
-                )
+        check_least("GenerateSamples", 1, every_n_train_steps=every_n_train_steps)
+        check_least("GenerateSamples", 1, max_new_tokens=max_new_tokens)
+        check_least("GenerateSamples", 0, seed=seed)
         if not temperature > 0:
             rule, way_out = "must be above 0", "For the likeliest tokens set do_sample=False"
             raise argument_error("GenerateSamples", "temperature", temperature, rule, way_out)
@@ -147,9 +140,8 @@ class GenerateSamples(pl.Callback):
         batch_idx: int,
     ) -> None:
         # Not "== 0": with several optimizers the global step may jump over a multiple.
-        if trainer.global_step // self.every_n_train_steps > (
-            self._last_step // self.every_n_train_steps
-        ):
+        every = self.every_n_train_steps
+        if trainer.global_step // every > self._last_step // every:
             self._sample(trainer, pl_module)
 
     @override
@@ -216,15 +208,3 @@ def _find_model(pl_module: pl.LightningModule) -> nn.Module:
     """
     way_out = "Use a Hugging Face model, or override generate(pl_module, prompt) in a subclass"
     return find_held_model(pl_module, "generate", where="GenerateSamples", way_out=way_out)[1]
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode, and afterwards each part in the mode that it was in."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_align._compat import lightning_trainer
-from lightning_align._errors import argument_error, finite_number
+from lightning_align._errors import argument_error, check_least, finite_number
 from lightning_align.callbacks.lisa_layers import (
     Partition,
     draw_blocks,
@@ -84,12 +84,7 @@ class LISA(pl.Callback):
         seed: int = 0,
         filename: str | None = "lisa.png",
     ) -> None:
-        for argument, count in {
-            "activated_layers": activated_layers,
-            "interval_steps": interval_steps,
-        }.items():
-            if count < 1:
-                raise argument_error("LISA", argument, count, "must be at least 1")
+        check_least("LISA", 1, activated_layers=activated_layers, interval_steps=interval_steps)
         if not isinstance(sampling, str):
             sampling = list(sampling)
         _check_sampling(sampling, activated_layers)
@@ -100,9 +95,8 @@ class LISA(pl.Callback):
             rule = (
                 f"must lie in [0, interval_steps={interval_steps}): no block would ever train fully"
             )
-            raise argument_error(
-                "LISA", "reactivation_warmup_steps", reactivation_warmup_steps, rule
-            )
+            steps = reactivation_warmup_steps
+            raise argument_error("LISA", "reactivation_warmup_steps", steps, rule)
         if seed < 0:
             raise argument_error("LISA", "seed", seed, "must not be negative")
         if filename is not None and not filename.endswith(".png"):
@@ -228,17 +222,15 @@ class LISA(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
+        interval = step // self.interval_steps
         # Steps are counted when a window closes, so this is always the first batch of a window.
-        if not self.history or self.history[-1][0] // self.interval_steps != self._interval(step):
+        if not self.history or self.history[-1][0] // self.interval_steps != interval:
             active = self.schedule(step)
             if self.sampling == "weight_norm":  # other machines may round norms in another way
                 active = trainer.strategy.broadcast(active)
             self.history.append((step, active))
         if self._in_force != self.active_layers:
             self._switch(trainer)
-
-    def _interval(self, step: int) -> int:
-        return step // self.interval_steps
 
     def _switch(self, trainer: pl.Trainer) -> None:
         """Let requires_grad, gradients, optimizer and strategy follow the draw in force."""

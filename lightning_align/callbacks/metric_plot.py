@@ -63,9 +63,8 @@ class MetricPlot(pl.Callback):
         units: dict[str, str] | None = None,
     ) -> None:
         if isinstance(metrics, str) or not metrics or not all(metrics):
-            raise argument_error(
-                "MetricPlot", "metrics", metrics, "must be a list of metric names, not empty"
-            )
+            rule = "must be a list of metric names, not empty"
+            raise argument_error("MetricPlot", "metrics", metrics, rule)
         if not filename.endswith(".png"):
             raise argument_error("MetricPlot", "filename", filename, "must end in '.png'")
         self.panels = arrange(metrics)
@@ -73,13 +72,9 @@ class MetricPlot(pl.Callback):
         self.units = units or {}
         strangers = self.units.keys() - {title for title, _ in self.panels} - set(self.names)
         if strangers:
-            raise argument_error(
-                "MetricPlot",
-                "units",
-                sorted(strangers),
-                "must be names of metrics or panels",
-                f"Panels are {[title for title, _ in self.panels]}",
-            )
+            rule = "must be names of metrics or panels"
+            way_out = f"Panels are {[title for title, _ in self.panels]}"
+            raise argument_error("MetricPlot", "units", sorted(strangers), rule, way_out)
         self.filename = filename
         self._curves: dict[str, Curve] = {}
         self._recorded: dict[str, Tensor] = {}  # the tensors behind each curve's last point

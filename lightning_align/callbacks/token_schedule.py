@@ -59,21 +59,18 @@ class TokenSchedule(pl.Callback):
         stop: bool = True,
     ) -> None:
         if schedule not in SCHEDULES:
-            raise argument_error(
-                "TokenSchedule", "schedule", schedule, f"must be one of {list(SCHEDULES)}"
-            )
+            rule = f"must be one of {list(SCHEDULES)}"
+            raise argument_error("TokenSchedule", "schedule", schedule, rule)
         for argument, value in {"decay_tokens": decay_tokens, "decay_type": decay_type}.items():
             if value is not None and schedule != "wsd":
                 rule = f"belongs to schedule='wsd', and this is {schedule!r}"
                 raise argument_error("TokenSchedule", argument, value, rule, "Leave it out")
         if decay_type is not None and decay_type not in DECAYS:
-            raise argument_error(
-                "TokenSchedule", "decay_type", decay_type, f"must be one of {list(DECAYS)}"
-            )
+            rule = f"must be one of {list(DECAYS)}"
+            raise argument_error("TokenSchedule", "decay_type", decay_type, rule)
         if not 0 <= min_lr_ratio <= 1:
-            raise argument_error(
-                "TokenSchedule", "min_lr_ratio", min_lr_ratio, "must be in [0, 1], a fraction"
-            )
+            rule = "must be in [0, 1], a fraction"
+            raise argument_error("TokenSchedule", "min_lr_ratio", min_lr_ratio, rule)
         counts = {"max_tokens": max_tokens, "warmup_tokens": warmup_tokens}
         for argument, value in {**counts, "decay_tokens": decay_tokens or 0}.items():
             if finite_number(value) is None:
@@ -115,13 +112,9 @@ class TokenSchedule(pl.Callback):
             return tensors["completion_mask"][:, 1:].bool().sum()
         if "input_ids" in tensors:
             return tensors["input_ids"].numel()
-        raise argument_error(
-            type(self).__name__,
-            "batch",
-            _contents(batch),
-            "must hold labels, completion_mask or input_ids of shape (rows, tokens)",
-            "Or override count_tokens(batch) in a subclass",
-        )
+        rule = "must hold labels, completion_mask or input_ids of shape (rows, tokens)"
+        way_out = "Or override count_tokens(batch) in a subclass"
+        raise argument_error(type(self).__name__, "batch", _contents(batch), rule, way_out)
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -135,14 +128,13 @@ class TokenSchedule(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.lr_scheduler_configs:
             theirs = type(trainer.lr_scheduler_configs[0].scheduler).__name__
-            raise argument_error(
-                "TokenSchedule",
-                "schedule",
-                self.settings["schedule"],
+            rule = (
                 f"{type(pl_module).__name__} has the scheduler {theirs}, and only one of the two"
-                " can set the learning rate",
-                "Leave lr_scheduler out of the module, or TokenSchedule out of the callbacks",
+                " can set the learning rate"
             )
+            way_out = "Leave lr_scheduler out of the module, or TokenSchedule out of the callbacks"
+            name = self.settings["schedule"]
+            raise argument_error("TokenSchedule", "schedule", name, rule, way_out)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -236,15 +228,15 @@ class TokenSchedule(pl.Callback):
         if ours == theirs:
             return
         changed = next(name for name, value in self.settings.items() if value != saved[name])
-        raise argument_error(
-            "TokenSchedule",
-            changed,
-            self.settings[changed],
+        rule = (
             f"the checkpoint was written with {saved[changed]!r}, and after {self.tokens_seen}"
-            f" tokens the learning rate would jump from {theirs:.4g} to {ours:.4g} of its peak",
-            "Resume from a checkpoint before the decay began, keep the schedule, or start a new"
-            " run from the weights",
+            f" tokens the learning rate would jump from {theirs:.4g} to {ours:.4g} of its peak"
         )
+        way_out = (
+            "Resume from a checkpoint before the decay began, keep the schedule, or start a new"
+            " run from the weights"
+        )
+        raise argument_error("TokenSchedule", changed, self.settings[changed], rule, way_out)
 
     def _tokens_before(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:
         """Tokens of a run that had no TokenSchedule until now.
@@ -254,14 +246,13 @@ class TokenSchedule(pl.Callback):
         """
         if isinstance(pl_module, CountsTokens):
             return pl_module.tokens_seen
-        raise argument_error(
-            "TokenSchedule",
-            "max_tokens",
-            self.settings["max_tokens"],
+        rule = (
             f"the checkpoint is of step {trainer.global_step} and does not say how many tokens"
-            " that was",
-            "Start a new run from the weights",
+            " that was"
         )
+        way_out = "Start a new run from the weights"
+        most = self.settings["max_tokens"]
+        raise argument_error("TokenSchedule", "max_tokens", most, rule, way_out)
 
 
 def _check_lengths(max_tokens: int, warmup_tokens: int, decay_tokens: int, schedule: str) -> None:

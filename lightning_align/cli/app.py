@@ -11,50 +11,14 @@ from lightning.pytorch.strategies import Strategy, StrategyRegistry
 from typing_extensions import override
 
 import lightning_align
-
-# Imported so that their short names work in YAML: `class_path: PretrainModule`.
-from lightning_align.callbacks.async_checkpoint import AsyncCheckpoint
-from lightning_align.callbacks.generate_samples import GenerateSamples
-from lightning_align.callbacks.lisa import LISA
-from lightning_align.callbacks.metric_plot import MetricPlot
-from lightning_align.callbacks.optimizer_swap import OptimizerSwap
-from lightning_align.callbacks.save_pretrained import SavePretrained
-from lightning_align.callbacks.token_schedule import TokenSchedule
 from lightning_align.cli.commands import COMMANDS
 from lightning_align.cli.layering import AlignParser, LayeredConfigFile
 from lightning_align.cli.mistakes import PROGRAM, did_you_mean
 from lightning_align.models.weights import parameters_on_meta
-from lightning_align.modules.conversation_data import ConversationDataModule
-from lightning_align.modules.dpo import DPOModule
-from lightning_align.modules.preference_data import PreferenceDataModule
-from lightning_align.modules.pretrain import PretrainModule
-from lightning_align.modules.text_data import TextDataModule
-from lightning_align.optimizers.galore import GaLoreAdamW
-from lightning_align.optimizers.muon import Muon
-from lightning_align.optimizers.stable_adamw import StableAdamW
-from lightning_align.run.exact_resume import ExactResume
-from lightning_align.strategies.pipeline.strategy import PipelineStrategy
 
-__all__ = [
-    "LISA",
-    "AlignCLI",
-    "AsyncCheckpoint",
-    "ConversationDataModule",
-    "DPOModule",
-    "ExactResume",
-    "GaLoreAdamW",
-    "GenerateSamples",
-    "MetricPlot",
-    "Muon",
-    "OptimizerSwap",
-    "PipelineStrategy",
-    "PreferenceDataModule",
-    "PretrainModule",
-    "SavePretrained",
-    "StableAdamW",
-    "TextDataModule",
-    "TokenSchedule",
-]
+# Imported so that their short names work in YAML: `class_path: PretrainModule`.
+for name in lightning_align.__all__:
+    getattr(lightning_align, name)
 
 DESCRIPTION = """Train and align language models with PyTorch Lightning.
 

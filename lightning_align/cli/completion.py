@@ -107,10 +107,8 @@ def _options_inside() -> list[str]:
 
 def parser() -> CommandParser:
     """Options of ``lightning-align completion``."""
-    parser = CommandParser(
-        f"{PROGRAM} completion",
-        "Print a script that completes commands, options and class names by TAB.",
-    )
+    about = "Print a script that completes commands, options and class names by TAB."
+    parser = CommandParser(f"{PROGRAM} completion", about)
     help_shell = "bash, zsh, tcsh, or another shell that shtab knows."
     parser.add_argument("shell", type=str, help=help_shell)
     return parser

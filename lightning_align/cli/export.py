@@ -98,17 +98,13 @@ def _check_folder(folder: Path, output: str, overwrite: bool, ckpt: Path) -> Non
 
 def parser() -> CommandParser:
     """Options of ``lightning-align export``."""
-    parser = CommandParser(
-        "lightning-align export",
-        "Write a checkpoint as a Hugging Face folder: model and tokenizer.",
-    )
-    flags = {
-        "overwrite": "Replace a model that is in the folder.",
-        "trust_remote_code": "Allow code that comes with the model to run.",
-    }
-    parser.add_function_arguments(export, skip=set(flags))
-    for name, text in flags.items():
-        parser.add_argument(f"--{name}", action="store_true", help=text)
+    about = "Write a checkpoint as a Hugging Face folder: model and tokenizer."
+    parser = CommandParser("lightning-align export", about)
+    parser.add_function_arguments(export, skip={"overwrite", "trust_remote_code"})
+    help_overwrite = "Replace a model that is in the folder."
+    parser.add_argument("--overwrite", action="store_true", help=help_overwrite)
+    help_trust = "Allow code that comes with the model to run."
+    parser.add_argument("--trust_remote_code", action="store_true", help=help_trust)
     return parser
 
 

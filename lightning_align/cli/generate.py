@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_align._errors import argument_error
+from lightning_align._errors import argument_error, check_least
 from lightning_align.cli.commands import CommandParser
 
 
@@ -59,14 +59,13 @@ def check_sampling(
     Raises:
         ValueError: If one is.
     """
-    if max_new_tokens < 1:
-        raise argument_error("generate", "max_new_tokens", max_new_tokens, "must be at least 1")
+    check_least("generate", 1, max_new_tokens=max_new_tokens)
     if temperature is not None and not temperature >= 0:
         raise argument_error("generate", "temperature", temperature, "must be 0 or more")
     if top_p is not None and not 0 < top_p <= 1:
         raise argument_error("generate", "top_p", top_p, "must be in (0, 1]")
-    if top_k is not None and top_k < 1:
-        raise argument_error("generate", "top_k", top_k, "must be at least 1")
+    if top_k is not None:
+        check_least("generate", 1, top_k=top_k)
 
 
 def _prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> Any:
@@ -176,17 +175,11 @@ def main(arguments: Sequence[str]) -> None:
         raise argument_error("generate", "ckpt", options["ckpt"], rule, "Give one with --tokenizer")
     device = options["device"] or str(torch.accelerator.current_accelerator() or "cpu")
     model: Any = trained.model.to(torch.device(device))  # type: ignore[arg-type]
+    others = {name: options[name] for name in ("seed", "chat")}
     for prompt in prompts:
         if not options["chat"]:
             write(prompt)
-        for piece in stream(
-            model,
-            trained.tokenizer,
-            prompt,
-            seed=options["seed"],
-            chat=options["chat"],
-            **sampling,
-        ):
+        for piece in stream(model, trained.tokenizer, prompt, **sampling, **others):
             write(piece)
         write("\n")
 

@@ -103,9 +103,8 @@ def _write(argument: str, path: str | Path | None, write: Callable[[str], None])
     try:
         write(str(path))
     except (OSError, ValueError, ImportError) as error:
-        raise argument_error(
-            "schedule", argument, str(path), f"cannot be written: {str(error).rstrip('.')}"
-        ) from error
+        rule = f"cannot be written: {str(error).rstrip('.')}"
+        raise argument_error("schedule", argument, str(path), rule) from error
     return f"wrote {path}"
 
 
@@ -176,10 +175,8 @@ def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def parser() -> CommandParser:
     """Options of ``lightning-align schedule``."""
-    parser = CommandParser(
-        "lightning-align schedule",
-        "Simulate a step of a pipeline: its time, its bubble, what each rank must remember.",
-    )
+    about = "Simulate a step of a pipeline: its time, its bubble, what each rank must remember."
+    parser = CommandParser("lightning-align schedule", about)
     # Plain types instead of unions with None: their errors are a line, and so is their help.
     types: dict[str, type] = dict.fromkeys(("pp", "num_microbatches", "num_stages_per_rank"), int)
     types |= dict.fromkeys(("comm_latency", "bandwidth"), float)

@@ -104,10 +104,8 @@ class ChatTemplate:
         Raises:
             ValueError: If the template does not accept the conversation.
         """
-        text: str = self._apply(
-            place, messages, tools, add_generation_prompt=prompt, tokenize=False
-        )
-        return text
+        options = {"add_generation_prompt": prompt, "tokenize": False}
+        return str(self._apply(place, messages, tools, **options))
 
     def render_marked(
         self, place: str, messages: Messages, tools: Tools | None

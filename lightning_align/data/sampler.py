@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_align._errors import argument_error
+from lightning_align._errors import argument_error, check_least
 from lightning_align.data.mixture import Mixture
 from lightning_align.data.order import Order, Sequential, mixed, shuffled
 
@@ -91,9 +91,7 @@ class PositionSampler(DistributedSampler[list[int]]):
         mixture: Mixture | None = None,
     ) -> None:
         sizes = {"num_samples": num_samples, "batch_size": batch_size, "num_replicas": num_replicas}
-        for argument, size in sizes.items():
-            if size < 1:
-                raise argument_error("PositionSampler", argument, size, "must be at least 1")
+        check_least("PositionSampler", 1, **sizes)
         if not 0 <= rank < num_replicas:
             rule = f"must be in [0, {num_replicas})"
             raise argument_error("PositionSampler", "rank", rank, rule)

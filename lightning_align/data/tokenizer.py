@@ -154,8 +154,7 @@ def encode(
         return_token_type_ids=False,
         verbose=False,  # no warning that a text is longer than the model's context
     )
-    ids: list[list[int]] = encoded["input_ids"]
-    return ids
+    return list(encoded["input_ids"])
 
 
 def with_whole_offsets(tokenizer: Any) -> Any:

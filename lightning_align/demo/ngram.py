@@ -271,14 +271,12 @@ def _check_tokens(
     where: str, argument: str, tokens: ArrayLike, vocab_size: int, at_least: int
 ) -> Ints:
     if not 0 < vocab_size <= MAX_VOCAB_SIZE:
-        raise argument_error(
-            where, "vocab_size", vocab_size, f"must be between 1 and {MAX_VOCAB_SIZE}"
-        )
+        rule = f"must be between 1 and {MAX_VOCAB_SIZE}"
+        raise argument_error(where, "vocab_size", vocab_size, rule)
     array = np.asarray(tokens)
     if array.ndim != 1 or len(array) < at_least:
-        raise argument_error(
-            where, argument, array.shape, f"must be one row of at least {at_least} token ids"
-        )
+        rule = f"must be one row of at least {at_least} token ids"
+        raise argument_error(where, argument, array.shape, rule)
     if not np.issubdtype(array.dtype, np.integer):
         raise argument_error(where, argument, str(array.dtype), "must hold integer token ids")
     if array.min() < 0 or array.max() >= vocab_size:

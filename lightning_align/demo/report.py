@@ -32,9 +32,8 @@ def before_after_table(
     """
     for row in rows:
         if len(row) != len(headers):
-            raise argument_error(
-                "before_after_table", "rows", row, f"every row must have {len(headers)} columns"
-            )
+            rule = f"every row must have {len(headers)} columns"
+            raise argument_error("before_after_table", "rows", row, rule)
     cells = [list(headers), *(list(map(format_value, row)) for row in rows)]
     widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
     lines = [

@@ -91,10 +91,8 @@ FAST = Size(
 
 def parser() -> CommandParser:
     """Options of ``lightning-align demo``."""
-    parser = CommandParser(
-        "lightning-align demo",
-        "Pretrain a small Llama on Pride and Prejudice and align it with DPO.",
-    )
+    about = "Pretrain a small Llama on Pride and Prejudice and align it with DPO."
+    parser = CommandParser("lightning-align demo", about)
     help_fast = "Train for seconds instead of minutes; the numbers then mean little."
     parser.add_argument("--fast", action="store_true", help=help_fast)
     parser.add_argument("--output", default="outputs", help="Folder for all that is written.")

@@ -128,9 +128,8 @@ class ModelLayers:
                 f"forward must call its head '{self.head_name}' once, on every token; given tokens "
                 f"of shape {tuple(input_ids_BT.shape)} it did on {shapes or 'nothing'}"
             )
-            raise probe.model_error(
-                self.model, "hidden_states", rule, "Give all the logits, through that module"
-            )
+            way_out = "Give all the logits, through that module"
+            raise probe.model_error(self.model, "hidden_states", rule, way_out)
         return inputs[0]
 
     def probe(self) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_align._errors import argument_error
 from lightning_align.layers.head import logit_entries
 from lightning_align.layers.hugging_face import argument_names, base_model, no_cache
+from lightning_align.layers.surgery import evaluating
 
 if TYPE_CHECKING:
     from lightning_align.layers.map import ModelLayers
@@ -40,9 +41,8 @@ def check_logits(layers: ModelLayers) -> None:
             hidden_BTD = layers.hidden_states(tokens_BT)
         if not any(torch.equal(tokens_BT, ids) for ids in embedded):
             rule = f"the tokens must go through its embedding '{layers.embedding_name}'"
-            raise model_error(
-                layers.model, "probe", rule, "Define get_input_embeddings() on the model"
-            )
+            way_out = "Define get_input_embeddings() on the model"
+            raise model_error(layers.model, "probe", rule, way_out)
         if hidden_BTD.shape[-1] != layers.hidden_size:
             rule = f"its base model gives {hidden_BTD.shape[-1]} features, not {layers.hidden_size}"
             raise model_error(layers.model, "probe", rule)
@@ -64,9 +64,8 @@ def check_documents(layers: ModelLayers) -> None:
         "Qwen, Mistral, Gemma and GPT-2 of transformers do"
     )
     if "position_ids" not in argument_names(type(base or layers.model).forward):
-        raise model_error(
-            layers.model, "probe_documents", "its forward takes no position_ids", way_out
-        )
+        rule = "its forward takes no position_ids"
+        raise model_error(layers.model, "probe_documents", rule, way_out)
     half = _PROBE_TOKENS // 2
     device = layers.head.weight.device
     tokens_BT = _probe_tokens(layers.vocab_size).flip(1).to(device)  # the second halves agree
@@ -136,11 +135,8 @@ def _scaled_input(module: nn.Module, factor: float) -> Iterator[list[Tensor]]:
         inputs.append(args[0])
         return (args[0] * factor, *args[1:])
 
-    handle = module.register_forward_pre_hook(hook)
-    try:
+    with module.register_forward_pre_hook(hook):
         yield inputs
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -152,25 +148,16 @@ def _leaf_output(module: nn.Module) -> Iterator[list[Tensor]]:
         outputs.append(output.detach().requires_grad_())
         return outputs[-1]
 
-    handle = module.register_forward_hook(hook)
-    try:
+    with module.register_forward_hook(hook):
         yield outputs
-    finally:
-        handle.remove()
 
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation without gradients that leaves modes and random number generators alone."""
-    modes = [(module, module.training) for module in model.modules()]
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
-    with torch.no_grad(), torch.random.fork_rng(devices=devices):
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
+    with torch.no_grad(), torch.random.fork_rng(devices=devices), evaluating(model):
+        yield
 
 
 def _probe_tokens(vocab_size: int) -> Tensor:

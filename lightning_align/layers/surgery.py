@@ -36,3 +36,15 @@ def identity(module: nn.Module) -> Iterator[list[Tensor]]:
 
     with replaced(module, "forward", forward):
         yield inputs
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode, and afterwards each part in the mode that it was in."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode

@@ -109,20 +109,11 @@ class _Options(NamedTuple):
 
 class _LinearCrossEntropy(Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        labels_K: Tensor,
-        rows_K: Tensor,
-        options: _Options,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        *tensors, options = inputs  # as _forward takes them
         wanted = tuple(options.grad_enabled and needed for needed in ctx.needs_input_grad[:3])
-        losses_K, nlls_K, ctx.gradients = _forward(
-            hidden_ND, weight_VD, bias_V, labels_K, rows_K, options, wanted
-        )
-        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, labels_K, rows_K)
+        losses_K, nlls_K, ctx.gradients = _forward(options, wanted, *tensors)
+        ctx.save_for_backward(*tensors)
         ctx.options = options
         loss, nll = losses_K.sum(), nlls_K.sum()
         ctx.mark_non_differentiable(nll)
@@ -131,27 +122,24 @@ class _LinearCrossEntropy(Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _grad_nll: Tensor) -> tuple[Tensor | None, ...]:
         head_chunks.refuse_second_derivative(_WHERE)
-        hidden_ND, weight_VD, bias_V, labels_K, rows_K = ctx.saved_tensors
         # Taken out of the context: only a gradient that nothing else holds is not copied.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:  # A second backward, after retain_graph=True.
             wanted = ctx.needs_input_grad[:3]
-            *_, gradients = _forward(
-                hidden_ND, weight_VD, bias_V, labels_K, rows_K, ctx.options, wanted
-            )
+            *_, gradients = _forward(ctx.options, wanted, *ctx.saved_tensors)
         factor = grad_loss * ctx.options.arithmetic.logit_scale
         # Autograd casts each to the dtype of its parameter.
         return (*(g if g is None else g.mul_(factor) for g in gradients), None, None, None)
 
 
 def _forward(
+    options: _Options,
+    wanted: Sequence[bool],
     hidden_ND: Tensor,
     weight_VD: Tensor,
     bias_V: Tensor | None,
     labels_K: Tensor,
     rows_K: Tensor,
-    options: _Options,
-    wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """Loss and plain NLL of each row, and the gradients of the summed losses that are wanted."""
     head = head_chunks.ChunkedHead(

@@ -7,6 +7,7 @@ configuration) and the tokenizer. It is read as plain data and runs no code.
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -122,7 +123,9 @@ def _from_checkpoint(
     name = spec if isinstance(spec, str) and not _is_json(spec) else None
     tokenizer = _checkpoint_tokenizer(checkpoint, name, where, hub)
     if name is not None:
-        model.generation_config = _generation_config(name, hub) or model.generation_config
+        with suppress(OSError):  # a folder without one
+            found = transformers.GenerationConfig.from_pretrained(name, revision=hub["revision"])
+            model.generation_config = found
     elif tokenizer is not None:
         # Built from a configuration, whose default ids (2 ends a text for Llama) nobody chose.
         model.generation_config.bos_token_id = tokenizer.bos_token_id
@@ -162,14 +165,13 @@ def _config(spec: Any, path: str, where: str, hub: dict[str, Any]) -> transforme
             raise argument_error(where, "ckpt", path, rule, way_out)
         return found(**spec.get("init_args", {}))
     if _is_json(spec):
-        return transformers.AutoConfig.for_model(**json.loads(spec))  # type: ignore[no-any-return]
+        return transformers.AutoConfig.for_model(**json.loads(spec))
     try:
         resolve_pretrained(where, "model", spec, hub["revision"])
-        config = transformers.AutoConfig.from_pretrained(spec, **hub)
+        return transformers.AutoConfig.from_pretrained(spec, **hub)  # type: ignore[no-any-return]
     except (OSError, ValueError) as error:
         rule = f"was trained from {spec!r}, which cannot be found or read ({error})"
         raise argument_error(where, "ckpt", path, rule, GIVE_MODEL) from error
-    return config
 
 
 def _is_json(text: str) -> bool:
@@ -181,25 +183,15 @@ def _check_weights(
 ) -> None:
     """Refuse a checkpoint of another architecture, naming the first difference."""
     shapes = [{name: tuple(w.shape) for name, w in weights.items()} for weights in (ours, theirs)]
-    names = sorted(n for n in shapes[0].keys() | shapes[1].keys() if _differ(n, *shapes))
+    here, there = shapes
+    names = sorted(n for n in here.keys() | there.keys() if here.get(n) != there.get(n))
     if names:
         rule = (
             f"holds another model: {len(names)} parameter(s) differ, first {names[0]!r} with shape"
-            f" {shapes[0].get(names[0])} in the architecture and {shapes[1].get(names[0])} in the"
+            f" {here.get(names[0])} in the architecture and {there.get(names[0])} in the"
             " checkpoint"
         )
         raise argument_error(where, "ckpt", path, rule, GIVE_MODEL)
-
-
-def _differ(name: str, ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
-    return bool(ours.get(name) != theirs.get(name))
-
-
-def _generation_config(name: str, hub: dict[str, Any]) -> transformers.GenerationConfig | None:
-    try:
-        return transformers.GenerationConfig.from_pretrained(name, revision=hub["revision"])
-    except OSError:  # a folder without one
-        return None
 
 
 def _tokenizer_of(name: str, hub: dict[str, Any]) -> Any | None:
@@ -225,6 +217,5 @@ def _check_vocabulary(trained: Trained, where: str) -> None:
     rows = int(embedding.num_embeddings)
     if trained.tokenizer is not None and len(trained.tokenizer) > rows:
         rule = f"makes ids up to {len(trained.tokenizer) - 1}, but the model has {rows} rows"
-        raise argument_error(
-            where, "tokenizer", type(trained.tokenizer).__name__, rule, "Give the model's own"
-        )
+        way_out = "Give the model's own"
+        raise argument_error(where, "tokenizer", type(trained.tokenizer).__name__, rule, way_out)

@@ -41,14 +41,12 @@ def refuse_another_model(
     different = sorted(k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k))
     if different and module.strict_loading:
         name = different[0]
-        raise argument_error(
-            type(module).__name__,
-            "model",
-            type(model).__name__,
+        rule = (
             f"the checkpoint is of another model: {len(different)} parameter(s) differ, first"
-            f" {name!r} with shape {ours.get(name)} here and {theirs.get(name)} there",
-            "Build the module with the model that wrote the checkpoint",
+            f" {name!r} with shape {ours.get(name)} here and {theirs.get(name)} there"
         )
+        way_out = "Build the module with the model that wrote the checkpoint"
+        raise argument_error(type(module).__name__, "model", type(model).__name__, rule, way_out)
 
 
 def groups_of_an_older_run(

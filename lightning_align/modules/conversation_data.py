@@ -67,8 +67,7 @@ class ConversationDataModule(PositionedDataModule):
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
-        super().__init__(batch_size, seed, num_workers)
-        self._check_val_fraction(val_fraction)
+        super().__init__(batch_size, seed, num_workers, val_fraction)
         if max_length < 2:
             rule = "must be at least 2: a token to read and one to predict"
             raise argument_error(self._name, "max_length", max_length, rule)
@@ -81,7 +80,6 @@ class ConversationDataModule(PositionedDataModule):
         self.paths: list[str] = paths
         self.val_paths: list[str] = val_paths
         self.max_length = max_length
-        self.val_fraction = val_fraction
         self.assistant_only_loss = assistant_only_loss
         self.chat_template = chat_template
         self.append_eos = append_eos

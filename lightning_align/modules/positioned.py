@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_align._errors import argument_error
+from lightning_align._errors import argument_error, check_least
 from lightning_align.data.mixture import Mixture
 from lightning_align.data.sampler import BatchDataset, PositionSampler
 from lightning_align.models.tokenizer_state import pack_tokenizer
@@ -43,15 +43,19 @@ class PositionedDataModule(pl.LightningDataModule):
         ValueError: If ``batch_size`` is below 1, or ``seed`` or ``num_workers`` is negative.
     """
 
-    def __init__(self, batch_size: int, seed: int, num_workers: int) -> None:
+    def __init__(
+        self, batch_size: int, seed: int, num_workers: int, val_fraction: float = 0.0
+    ) -> None:
         super().__init__()
-        limits = {"batch_size": (batch_size, 1), "seed": (seed, 0), "num_workers": (num_workers, 0)}
-        for argument, (value, least) in limits.items():
-            if value < least:
-                raise argument_error(self._name, argument, value, f"must be at least {least}")
+        check_least(self._name, 1, batch_size=batch_size)
+        check_least(self._name, 0, seed=seed, num_workers=num_workers)
+        if not 0 <= val_fraction < 1:
+            rule = "must be in [0, 1)"
+            raise argument_error(self._name, "val_fraction", val_fraction, rule)
         self.batch_size = batch_size
         self.seed = seed
         self.num_workers = num_workers
+        self.val_fraction = val_fraction
         self.skipped = 0
         self.tokenizer: Any = None
         self.fingerprint = ""
@@ -71,32 +75,17 @@ class PositionedDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Batches of the training stream, from the position onwards."""
         assert self.train_dataset is not None, "setup() comes first"
-        num_replicas, rank = self._replicas
-        self.train_sampler = PositionSampler(
-            len(self.train_dataset),
-            self.batch_size,
-            seed=self.seed,
-            num_replicas=num_replicas,
-            rank=rank,
-            position=lambda: self.position,
-            mixture=self.train_mixture,
-        )
-        return self._loader(self.train_dataset, self.train_sampler)
+        order: dict[str, Any] = {"seed": self.seed, "mixture": self.train_mixture}
+        sampler = self._sampler(self.train_dataset, position=lambda: self.position, **order)
+        self.train_sampler = sampler
+        return self._loader(self.train_dataset, sampler)
 
     @override
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[Any]:
         """The held-out samples in their order, each once over all ranks; [] if there are none."""
         if self.val_dataset is None:
             return []
-        num_replicas, rank = self._replicas
-        sampler = PositionSampler(
-            len(self.val_dataset),
-            self.batch_size,
-            shuffle=False,
-            num_replicas=num_replicas,
-            rank=rank,
-        )
-        return self._loader(self.val_dataset, sampler)
+        return self._loader(self.val_dataset, self._sampler(self.val_dataset, shuffle=False))
 
     @override
     def test_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[Any]:
@@ -162,6 +151,10 @@ class PositionedDataModule(pl.LightningDataModule):
         # same samples.
         return replica(self.trainer) if self.trainer is not None else (1, 0)
 
+    def _sampler(self, dataset: BatchDataset, **options: Any) -> PositionSampler:
+        options["num_replicas"], options["rank"] = self._replicas
+        return PositionSampler(len(dataset), self.batch_size, **options)
+
     def _loader(
         self, dataset: BatchDataset, sampler: PositionSampler
     ) -> DataLoader[dict[str, Tensor]]:
@@ -179,11 +172,6 @@ class PositionedDataModule(pl.LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=on_cuda,
         )
-
-    def _check_val_fraction(self, val_fraction: float) -> None:
-        if not 0 <= val_fraction < 1:
-            rule = "must be in [0, 1)"
-            raise argument_error(self._name, "val_fraction", val_fraction, rule)
 
 
 def plain_paths(paths: Paths) -> list[str]:

@@ -62,8 +62,7 @@ class PreferenceDataModule(PositionedDataModule):
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
-        super().__init__(batch_size, seed, num_workers)
-        self._check_val_fraction(val_fraction)
+        super().__init__(batch_size, seed, num_workers, val_fraction)
         if max_length < 2:
             rule = "must be at least 2: a token of the prompt and one of a completion"
             raise argument_error(self._name, "max_length", max_length, rule)
@@ -76,7 +75,6 @@ class PreferenceDataModule(PositionedDataModule):
         self.paths: list[str] = paths
         self.val_paths: list[str] = val_paths
         self.max_length = max_length
-        self.val_fraction = val_fraction
         self.chat_template = chat_template
         self.append_eos = append_eos
         self.tokenizer: Any = tokenizer if given else None

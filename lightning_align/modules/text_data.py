@@ -6,7 +6,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from lightning_align._errors import argument_error
+from lightning_align._errors import argument_error, check_least
 from lightning_align.data import tokenizer as tokenizing
 from lightning_align.data.mixture import Mixture, check_weight, largest_remainder
 from lightning_align.data.packing import PackedDataset
@@ -83,11 +83,9 @@ class TextDataModule(PositionedDataModule):
         num_workers: int = 0,
         cache_dir: str | Path | None = None,
     ) -> None:
-        super().__init__(batch_size, seed, num_workers)
-        self._check_val_fraction(val_fraction)
+        super().__init__(batch_size, seed, num_workers, val_fraction)
         check_pattern(self._name, document_pattern)
-        if block_size < 1:
-            raise argument_error(self._name, "block_size", block_size, "must be at least 1")
+        check_least(self._name, 1, block_size=block_size)
         least = tokenizing.MIN_VOCAB_SIZE
         if tokenizer is None and vocab_size < least:
             rule = f"must be at least {least}: every byte, and the end-of-text token"
@@ -109,7 +107,6 @@ class TextDataModule(PositionedDataModule):
         self.val_paths: list[str] = val_paths
         self.vocab_size = vocab_size
         self.block_size = block_size
-        self.val_fraction = val_fraction
         self.document_pattern = document_pattern
         self.text_column = text_column
         self.separate_documents = separate_documents

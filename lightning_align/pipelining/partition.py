@@ -60,9 +60,8 @@ def partition(
         raise argument_error(where, stages_argument, num_stages, "must be at least 1")
     if num_layers < num_stages:
         rule = f"{num_stages} stages need a layer each, and the chain has {num_layers}"
-        raise argument_error(
-            where, stages_argument, num_stages, rule, "Use fewer ranks or stages per rank"
-        )
+        way_out = "Use fewer ranks or stages per rank"
+        raise argument_error(where, stages_argument, num_stages, rule, way_out)
     if not isinstance(partition_method, str):
         return _given(partition_method, num_layers, num_stages, where)
     weights_L = as_costs(costs)

@@ -13,6 +13,7 @@ forwards come first. The zero-bubble schedules are taken from torch, which runs 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -43,9 +44,8 @@ def build_schedule(
     """
     names = {name.lower(): name for name in SCHEDULES}
     if schedule.lower() not in names:
-        raise argument_error(
-            where, "schedule", schedule, f"must be one of {', '.join(names.values())}"
-        )
+        rule = f"must be one of {', '.join(names.values())}"
+        raise argument_error(where, "schedule", schedule, rule)
     name = names[schedule.lower()]
     if num_stages_per_rank is None:
         num_stages_per_rank = 1 if name in _SINGLE else 2
@@ -124,20 +124,15 @@ def _breadth_first(rank: int, pp: int, m: int, v: int) -> Rows:
     return _in_turn(_rows(stages, F, microbatches), backwards_N3, m * v)
 
 
-def _of_torch(name: str) -> Callable[[int, int, int, int], Rows]:
-    def rows(rank: int, pp: int, m: int, v: int) -> Rows:
-        from lightning_align._compat.torch_pipelining import (
-            torch_pipeline_rank,  # torch takes a second
-        )
+def _torch(name: str, rank: int, pp: int, m: int, v: int) -> Rows:
+    # Here, because torch takes a second.
+    from lightning_align._compat.torch_pipelining import torch_pipeline_rank
 
-        actions = torch_pipeline_rank(name, rank, pp, m, v)
-        triples = [
-            (a.stage_index, KINDS.index(a.computation_type.value), a.microbatch_index)
-            for a in actions
-        ]
-        return np.array(triples, dtype=np.int64).reshape(-1, 3)
-
-    return rows
+    triples = [
+        (a.stage_index, KINDS.index(a.computation_type.value), a.microbatch_index)
+        for a in torch_pipeline_rank(name, rank, pp, m, v)
+    ]
+    return np.array(triples, dtype=np.int64).reshape(-1, 3)
 
 
 # Name in torch -> the actions of (rank, ranks, microbatches, stages on each rank).
@@ -146,9 +141,9 @@ SCHEDULES: dict[str, Callable[[int, int, int, int], Rows]] = {
     "1F1B": _one_forward_one_backward,
     "Interleaved1F1B": _interleaved,
     "LoopedBFS": _breadth_first,
-    "InterleavedZeroBubble": _of_torch("InterleavedZeroBubble"),  # ZB-H1 of arXiv:2401.10241
-    "ZBVZeroBubble": _of_torch("ZBVZeroBubble"),  # arXiv:2405.15362
-    "DualPipeV": _of_torch("DualPipeV"),
+    "InterleavedZeroBubble": partial(_torch, "InterleavedZeroBubble"),  # ZB-H1 of arXiv:2401.10241
+    "ZBVZeroBubble": partial(_torch, "ZBVZeroBubble"),  # arXiv:2405.15362
+    "DualPipeV": partial(_torch, "DualPipeV"),
 }
 # A schedule of one stage on each rank -> its like for more.
 _SINGLE = {"GPipe": "LoopedBFS", "1F1B": "Interleaved1F1B"}

@@ -54,10 +54,8 @@ def copy(name: str, file: str | Path | None = None) -> Path:
 
 def parser() -> CommandParser:
     """Options of ``lightning-align recipes``."""
-    parser = CommandParser(
-        "lightning-align recipes",
-        "Tested configurations to begin with. Without arguments: list them.",
-    )
+    about = "Tested configurations to begin with. Without arguments: list them."
+    parser = CommandParser("lightning-align recipes", about)
     help_words = "NAME prints a recipe; copy NAME [FILE] copies it, by default to NAME.yaml."
     parser.add_argument("words", nargs="*", help=help_words)
     return parser
