@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from lightning_align._errors import argument_error, finite_number
+from lightning_align._errors import argument_error, check_least, finite_number
 
 
 def test_message_gives_place_value_rule_and_way_out() -> None:
@@ -13,6 +13,12 @@ def test_message_gives_place_value_rule_and_way_out() -> None:
 
 def test_way_out_may_be_left_out() -> None:
     assert str(argument_error("A", "b", "c", "must be d")) == "A(b='c'): must be d."
+
+
+def test_the_first_value_below_the_least_is_refused() -> None:
+    check_least("A", 1, b=1, c=2)
+    with pytest.raises(ValueError, match=r"^A\(c=0\): must be at least 1\.$"):
+        check_least("A", 1, b=1, c=0, d=-1)
 
 
 def test_a_value_that_cannot_be_shown_is_named_by_its_type() -> None:

@@ -18,11 +18,9 @@ def log(trainer: pl.Trainer, **values: float) -> None:
         trainer: Whose loggers hear of them.
         **values: By name, without the prefix.
     """
+    metrics = {f"checkpoint/{name}": value for name, value in values.items()}
     for logger in trainer.loggers:
-        logger.log_metrics(
-            {f"checkpoint/{name}": value for name, value in values.items()},
-            step=trainer.global_step,
-        )
+        logger.log_metrics(metrics, step=trainer.global_step)
 
 
 def tell_of_commits(

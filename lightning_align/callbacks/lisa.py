@@ -173,12 +173,8 @@ class LISA(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._layers is not None
         self._check_continuity()
-        self._parameters = partition(
-            pl_module,
-            self._layers,
-            train_embeddings=self.train_embeddings,
-            train_head=self.train_head,
-        )
+        ends = {"train_embeddings": self.train_embeddings, "train_head": self.train_head}
+        self._parameters = partition(pl_module, self._layers, **ends)
         optimizer = trainer.optimizers[0]
         _check_optimizer(pl_module, optimizer, self._parameters)
         if self.reactivation_warmup_steps:
@@ -309,12 +305,9 @@ class LISA(pl.Callback):
         if self.filename and self.history and trainer.is_global_zero and not is_dry:
             assert self._layers is not None
             always = {"head": self.train_head, "embedding": self.train_embeddings}
-            figure = draw_history(
-                self.history,
-                len(self._layers.blocks),
-                trainer.global_step,
-                [name for name, trains in always.items() if trains],
-            )
+            shown = [name for name, trains in always.items() if trains]
+            blocks = len(self._layers.blocks)
+            figure = draw_history(self.history, blocks, trainer.global_step, shown)
             for place in log_figure(trainer, "lisa", figure, filename=self.filename):
                 rank_zero_info(f"LISA: which blocks trained when: {place}")
 
@@ -331,9 +324,8 @@ class LISA(pl.Callback):
     def _release(self) -> None:
         """Leave the module as it came: what is fitted next may train all of it."""
         if self._parameters is not None:
-            for parameter in self._parameters.trained(range(len(self._parameters.blocks))):
-                parameter.requires_grad_(True)
-            for parameter in self._parameters.never:
+            blocks = range(len(self._parameters.blocks))
+            for parameter in self._parameters.trained(blocks) | self._parameters.never:
                 parameter.requires_grad_(True)
         if self._hook is not None:
             self._hook.remove()

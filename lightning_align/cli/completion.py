@@ -71,15 +71,12 @@ def _values() -> dict[str, list[str]]:
         return sorted(name for name in subclasses(base) if not name.startswith("_"))
 
     callbacks = classes(Callback)
+    strategies = ["auto", *StrategyRegistry.available_strategies(), *classes(Strategy)]
     return {
         "--model": _ours(LightningModule),
         "--data": _ours(LightningDataModule),
         "--model.optimizer": classes(Optimizer),
-        "--trainer.strategy": [
-            "auto",
-            *StrategyRegistry.available_strategies(),
-            *classes(Strategy),
-        ],
+        "--trainer.strategy": strategies,
         "--trainer.callbacks": callbacks,
         "--trainer.callbacks+": callbacks,
         "--trainer.logger": classes(Logger),

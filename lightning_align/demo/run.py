@@ -54,15 +54,10 @@ class Report:
         """Three aligned tables."""
         table = [(name, *values) for name, values in self.table.items()]
         accuracies = [(name, *values) for name, values in self.accuracies.items()]
-        return "\n".join(
-            [
-                before_after_table(table),
-                before_after_table(
-                    list(self.perplexities.items()), ("held-out chapters", "perplexity")
-                ),
-                before_after_table(accuracies, ("accuracy of a rule", "training", "held-out")),
-            ]
-        )
+        rules = before_after_table(accuracies, ("accuracy of a rule", "training", "held-out"))
+        perplexities = list(self.perplexities.items())
+        models = before_after_table(perplexities, ("held-out chapters", "perplexity"))
+        return "\n".join([before_after_table(table), models, rules])
 
 
 @dataclass(frozen=True)

@@ -21,18 +21,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from lightning_align.layers import Head
-from lightning_align.losses._head_chunks import (
-    ChunkedHead,
-    HeadArithmetic,
-    check_rows,
-    check_vocabulary,
-    chunks,
-    head_arithmetic,
-    refuse_second_derivative,
-    rows_per_chunk,
-    softcap_slope,
-    softmax_,
-)
+from lightning_align.losses import _head_chunks as head_chunks
+from lightning_align.losses._head_chunks import ChunkedHead
 
 _WHERE = "linear_logprobs"
 
@@ -81,11 +71,12 @@ def linear_logprobs(
 
     Note: It cannot be differentiated twice: backward refuses ``create_graph=True``.
     """
-    check_rows(_WHERE, hidden_ND, head, targets_N, "targets")
-    check_vocabulary(_WHERE, targets_N, head, "targets", "Leave rows without a target out")
-    arithmetic = head_arithmetic(hidden_ND, head)
+    head_chunks.check_rows(_WHERE, hidden_ND, head, targets_N, "targets")
+    way_out = "Leave rows without a target out"
+    head_chunks.check_vocabulary(_WHERE, targets_N, head, "targets", way_out)
+    arithmetic = head_chunks.head_arithmetic(hidden_ND, head)
     num_rows, vocab_size = len(targets_N), head.weight.shape[0]
-    chunk_rows = rows_per_chunk(_WHERE, num_rows, head, chunk_size, arithmetic.dtype)
+    chunk_rows = head_chunks.rows_per_chunk(_WHERE, num_rows, head, chunk_size, arithmetic.dtype)
     if chunk_size is None:
         keep = num_rows * vocab_size * arithmetic.dtype.itemsize <= _KEPT_BYTES
     else:
@@ -99,7 +90,7 @@ def linear_logprobs(
 
 
 class _Options(NamedTuple):
-    arithmetic: HeadArithmetic
+    arithmetic: head_chunks.HeadArithmetic
     chunk_rows: int
     keep_gradient: bool
     grad_enabled: bool  # Inside a Function it is always off.
@@ -123,7 +114,7 @@ class _LinearLogprobs(Function):
         num_rows = len(targets_N)
         probs_NV = head.new_empty(num_rows if keep else options.chunk_rows, len(weight_VD))
         outputs = (*head.new_empty(3, num_rows), torch.empty_like(targets_N, dtype=torch.bool))
-        for rows in chunks(num_rows, options.chunk_rows):
+        for rows in head_chunks.chunks(num_rows, options.chunk_rows):
             logits_RV, targets_R1 = head.logits(rows), targets_N[rows, None]
             probs_RV = probs_NV[rows] if keep else probs_NV[: len(logits_RV)]
             values = _logps_and_statistics(logits_RV, probs_RV, targets_R1)
@@ -142,7 +133,7 @@ class _LinearLogprobs(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_N: Tensor, *_grad_statistics: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative(_WHERE)
+        head_chunks.refuse_second_derivative(_WHERE)
         hidden_ND, weight_VD, bias_V, targets_N = ctx.saved_tensors
         # What is at hand is the gradient of the negative log-probability of each row.
         factor_N1 = -ctx.options.arithmetic.logit_scale * grad_N[:, None]
@@ -154,7 +145,7 @@ class _LinearLogprobs(Function):
         options = ctx.options
         head = ChunkedHead(hidden_ND, weight_VD, bias_V, options.arithmetic, options.chunk_rows)
         head.want_gradients(ctx.needs_input_grad[:3])
-        for rows in chunks(len(targets_N), options.chunk_rows):
+        for rows in head_chunks.chunks(len(targets_N), options.chunk_rows):
             if kept_NV is None:
                 dlogits_RV = _recomputed_nll_gradient(head, rows, targets_N[rows, None])
             else:
@@ -169,7 +160,7 @@ def _logps_and_statistics(
     """The four outputs for a chunk; its probabilities are written into ``probs_RV``."""
     target_logit_R1 = logits_RV.gather(1, targets_R1)
     mean_logit_R = logits_RV.mean(1)
-    largest_R1, log_sum_R1 = softmax_(logits_RV, out_RV=probs_RV)
+    largest_R1, log_sum_R1 = head_chunks.softmax_(logits_RV, out_RV=probs_RV)
     logps_R1 = (target_logit_R1 - largest_R1) - log_sum_R1
     # Entropy = -sum(p log p) = log sum(exp(x)) - sum(p x).
     expected_logit_R = torch.linalg.vecdot(probs_RV, logits_RV)
@@ -186,7 +177,9 @@ def _nll_gradient_(
     softmax(x) - onehot(target), times the slope of the softcap.
     """
     probs_RV.scatter_(1, targets_R1, probs_RV.gather(1, targets_R1) - 1)
-    return probs_RV if softcap is None else probs_RV.mul_(softcap_slope(logits_RV, softcap))
+    if softcap is not None:
+        probs_RV.mul_(head_chunks.softcap_slope(logits_RV, softcap))
+    return probs_RV
 
 
 def _recomputed_nll_gradient(head: ChunkedHead, rows: slice, targets_R1: Tensor) -> Tensor:

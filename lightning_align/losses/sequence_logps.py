@@ -123,12 +123,7 @@ def sequence_logps(
 
 
 def model_completion_logps(
-    model: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    completion_mask: Tensor,
-    *,
-    chunk_size: int | None = None,
+    model: nn.Module, *rows_BT: Tensor, chunk_size: int | None = None
 ) -> CompletionLogps:
     """``sequence_logps`` with everything else that is known about the completions.
 
@@ -136,6 +131,7 @@ def model_completion_logps(
         ValueError: As ``sequence_logps``.
     """
     where = "sequence_logps"
+    input_ids, attention_mask, completion_mask = rows_BT
     _check_same_shape(where, "attention_mask", attention_mask, input_ids)
     _check_same_shape(where, "completion_mask", completion_mask, input_ids)
     if (completion_mask.bool() & ~attention_mask.bool()).any():

@@ -3,7 +3,7 @@
 import json
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
@@ -14,6 +14,15 @@ from lightning_align.data.hub import resolve_pretrained
 from lightning_align.models import weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Loading(TypedDict, total=False):
+    """How a model is loaded or built, as arguments of ``build_model``."""
+
+    dtype: str
+    attn_implementation: str | None
+    revision: str
+    trust_remote_code: bool
 
 
 def build_model(

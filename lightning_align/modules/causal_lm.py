@@ -20,7 +20,7 @@ from typing_extensions import Self, override
 
 from lightning_align._errors import argument_error
 from lightning_align.layers import ModelLayers, checkpoint_blocks, find_layers
-from lightning_align.models.build import build_model, save_pretrained
+from lightning_align.models.build import Loading, build_model, save_pretrained
 from lightning_align.models.rotary import rotary_in_fp32
 from lightning_align.modules.continued import groups_of_an_older_run, refuse_another_model
 from lightning_align.modules.window import Clock, Sums, collect, log_step, means_over_ranks
@@ -42,10 +42,7 @@ class CausalLMModule(pl.LightningModule, ABC):
         lr_scheduler: Builds a scheduler from the optimizer; it steps after every optimizer step.
         activation_checkpointing: Whether blocks recompute their activations in backward.
         chunk_size: Rows of logits computed at a time; None picks about 24 MB worth on a CPU.
-        dtype: Data type of the parameters when the model is loaded or built here.
-        attn_implementation: Attention kernel by transformers' name.
-        revision: Branch, tag or commit when the model is a hub name.
-        trust_remote_code: Whether code that comes with the model may run.
+        loading: How the model is loaded or built, if it is not given as a module.
 
     Raises:
         ValueError: If ``chunk_size`` is below 1, or the model cannot be loaded or read.
@@ -58,28 +55,17 @@ class CausalLMModule(pl.LightningModule, ABC):
     def __init__(
         self,
         model: nn.Module | str | PretrainedConfig,
-        *,
         optimizer: OptimizerCallable | None,
         lr_scheduler: LRSchedulerCallable | None,
         activation_checkpointing: bool,
         chunk_size: int | None,
-        dtype: str,
-        attn_implementation: str | None,
-        revision: str,
-        trust_remote_code: bool,
+        loading: Loading,
     ) -> None:
         super().__init__()
         where = type(self).__name__
         if chunk_size is not None and chunk_size < 1:
             raise argument_error(where, "chunk_size", chunk_size, "must be at least 1 row")
-        self.model = build_model(
-            model,
-            where=where,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-        )
+        self.model = build_model(model, where=where, **loading)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.chunk_size = chunk_size

@@ -21,7 +21,7 @@ from lightning_align.losses import (
     pairs_that_count,
     preference_step,
 )
-from lightning_align.models.build import build_model
+from lightning_align.models.build import Loading, build_model
 from lightning_align.models.rotary import rotary_in_fp32
 from lightning_align.modules.causal_lm import CausalLMModule
 from lightning_align.modules.continued import save_plain_hyperparameters
@@ -91,16 +91,11 @@ class DPOModule(CausalLMModule):
         trust_remote_code: bool = False,
     ) -> None:
         options = PreferenceOptions(loss_type, beta, label_smoothing, where="DPOModule")
+        both: Loading = {"dtype": dtype, "attn_implementation": attn_implementation}
+        both["trust_remote_code"] = trust_remote_code
+        loading: Loading = {**both, "revision": revision}
         super().__init__(
-            model,
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
-            activation_checkpointing=activation_checkpointing,
-            chunk_size=chunk_size,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
+            model, optimizer, lr_scheduler, activation_checkpointing, chunk_size, loading
         )
         save_plain_hyperparameters(self, model=model, ref_model=ref_model)
         self.options = options
@@ -108,14 +103,7 @@ class DPOModule(CausalLMModule):
         if ref_model is None:
             reference = copy.deepcopy(self.model)
         else:
-            reference = build_model(
-                ref_model,
-                where="DPOModule",
-                argument="ref_model",
-                dtype=dtype,
-                attn_implementation=attn_implementation,
-                trust_remote_code=trust_remote_code,
-            )
+            reference = build_model(ref_model, where="DPOModule", argument="ref_model", **both)
         self._adopt_reference(reference)
 
     def _adopt_reference(self, reference: nn.Module) -> None:

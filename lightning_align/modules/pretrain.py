@@ -8,6 +8,7 @@ from typing_extensions import override
 
 from lightning_align._errors import argument_error
 from lightning_align.losses import linear_cross_entropy
+from lightning_align.models.build import Loading
 from lightning_align.modules.causal_lm import CausalLMModule
 from lightning_align.modules.continued import save_plain_hyperparameters
 from lightning_align.modules.window import Sums, perplexity
@@ -74,16 +75,10 @@ class PretrainModule(CausalLMModule):
         if not 0 <= label_smoothing < 1:
             rule = "must lie in [0, 1)"
             raise argument_error("PretrainModule", "label_smoothing", label_smoothing, rule)
+        hub: Loading = {"revision": revision, "trust_remote_code": trust_remote_code}
+        loading: Loading = {"dtype": dtype, "attn_implementation": attn_implementation, **hub}
         super().__init__(
-            model,
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
-            activation_checkpointing=activation_checkpointing,
-            chunk_size=chunk_size,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
+            model, optimizer, lr_scheduler, activation_checkpointing, chunk_size, loading
         )
         save_plain_hyperparameters(self, model=model)
         self.z_loss = z_loss

@@ -41,9 +41,8 @@ def means_over_ranks(
     "tokens" stands among the means as a sum.
     """
     names = sorted(collected)
-    sums = trainer.strategy.reduce(
-        torch.stack([collected[name] for name in names]), reduce_op="sum"
-    )
+    ours = torch.stack([collected[name] for name in names])
+    sums = trainer.strategy.reduce(ours, reduce_op="sum")
     collected.clear()
     weights = dict(zip(names, sums[:, 1].clamp(min=1), strict=True))
     means = {name: total / weights[name] for name, total in zip(names, sums[:, 0], strict=True)}

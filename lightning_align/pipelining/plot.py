@@ -105,28 +105,16 @@ def _draw_lanes(
         later = event.stage_index > first_stages[event.rank]
         colors.append(_color(event.action, later))
     many = len(events) > MAX_NUMBERED
-    axes.add_collection(
-        PolyCollection(
-            corners,
-            facecolors=colors,
-            edgecolors="none" if many else "white",
-            linewidths=0.5,
-            hatch=hatch,
-        )
-    )
+    edges = "none" if many else "white"
+    looks: dict[str, Any] = {"facecolors": colors, "edgecolors": edges, "hatch": hatch}
+    axes.add_collection(PolyCollection(corners, linewidths=0.5, **looks))
     if many:
         return
     length = max(event.end_s for event in events)
     for event in events:
         if event.end_s - event.start_s > length / 250:  # wide enough for a number
-            axes.text(
-                (event.start_s + event.end_s) / 2,
-                event.rank + top + height / 2,
-                str(event.microbatch_index),
-                ha="center",
-                va="center",
-                fontsize=6,
-            )
+            x, y = (event.start_s + event.end_s) / 2, event.rank + top + height / 2
+            axes.text(x, y, str(event.microbatch_index), ha="center", va="center", fontsize=6)
 
 
 def _color(action: str, later: bool) -> tuple[float, float, float]:
@@ -164,16 +152,9 @@ def write_chrome_trace(
         if not timeline:
             continue
         trace.append({"ph": "M", "name": "process_name", "pid": process, "args": {"name": name}})
-        trace += [
-            {
-                "ph": "M",
-                "name": "thread_name",
-                "pid": process,
-                "tid": r,
-                "args": {"name": f"rank {r}"},
-            }
-            for r in sorted({event.rank for event in timeline})
-        ]
+        thread = {"ph": "M", "name": "thread_name", "pid": process}
+        ranks = sorted({event.rank for event in timeline})
+        trace += [{**thread, "tid": r, "args": {"name": f"rank {r}"}} for r in ranks]
         trace += [
             {
                 "ph": "X",

@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import numpy as np
 from fsspec.core import url_to_fs
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
+
+from lightning_align.reports.texts import send
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,11 +64,12 @@ def log_figure(
         return []
     png = _draw_png(figure)
     image_HWC = _pixels(png)
-    places = [
-        place
-        for logger in trainer.loggers
-        if (place := _send(logger, key, image_HWC, trainer.global_step)) is not None
-    ]
+    step = trainer.global_step
+    ways: dict[str, Callable[[Any], object]] = {
+        "log_image": lambda log: log(key=key, images=[image_HWC], step=step),
+        "add_image": lambda add: add(key, image_HWC, step, dataformats="HWC"),
+    }
+    places = send(trainer, key, ways)
     if filename is None and not places:
         filename = f"{key.replace('/', '_')}.png"
     if filename is not None:
@@ -81,21 +83,6 @@ def log_figure(
         except OSError as error:
             rank_zero_warn(f"The picture {key!r} was not written to {path}: {error}")
     return places
-
-
-def _send(logger: Logger, key: str, image_HWC: NDArray[np.uint8], step: int) -> str | None:
-    if isinstance(logger, DummyLogger):  # fast_dev_run: it answers to every name and keeps nothing
-        return None
-    where = f"{type(logger).__name__} as {key!r}"
-    log_image: Any = getattr(logger, "log_image", None)
-    if callable(log_image):
-        log_image(key=key, images=[image_HWC], step=step)
-        return where
-    add_image: Any = getattr(getattr(logger, "experiment", None), "add_image", None)
-    if callable(add_image):
-        add_image(key, image_HWC, step, dataformats="HWC")
-        return where
-    return None
 
 
 def _draw_png(figure: Figure) -> bytes:

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -36,36 +36,44 @@ def log_rows(trainer: pl.Trainer, key: str, rows: list[Row], *, filename: str) -
     """
     if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return []
-    places = [
-        place
-        for logger in trainer.loggers
-        if (place := _send(logger, key, rows, trainer.global_step)) is not None
-    ]
+    step, columns = trainer.global_step, list(rows[0])
+    data = [[row[name] for name in columns] for row in rows]
+    text = "\n\n".join(map(_markdown, rows))
+    ways: dict[str, Callable[[Any], object]] = {
+        "log_table": lambda log: log(key=key, columns=columns, data=data, step=step),
+        "add_text": lambda add: add(key, text, step),
+    }
+    places = send(trainer, key, ways)
     if not places:
         path = os.path.join(trainer.default_root_dir, filename)
         try:
             _append(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
             places.append(path)
         except OSError as error:
-            rank_zero_warn(f"{key!r} of step {trainer.global_step} was not written: {error}")
+            rank_zero_warn(f"{key!r} of step {step} was not written: {error}")
     return places
 
 
-def _send(logger: Logger, key: str, rows: list[Row], step: int) -> str | None:
-    if isinstance(logger, DummyLogger):
-        return None
-    where = f"{type(logger).__name__} as {key!r}"
-    columns = list(rows[0])
-    log_table: Any = getattr(logger, "log_table", None)
-    if callable(log_table):
-        data = [[row[name] for name in columns] for row in rows]
-        log_table(key=key, columns=columns, data=data, step=step)
-        return where
-    add_text: Any = getattr(getattr(logger, "experiment", None), "add_text", None)
-    if callable(add_text):
-        add_text(key, "\n\n".join(_markdown(row) for row in rows), step)
-        return where
-    return None
+def send(trainer: pl.Trainer, key: str, ways: Mapping[str, Callable[[Any], object]]) -> list[str]:
+    """Hand every logger to the first of ``ways`` that it knows; returns where it went, in words.
+
+    Args:
+        trainer: Its loggers are used.
+        key: Name in the loggers.
+        ways: Name of a method, ``log_...`` of a logger or else of its ``experiment`` -> what to do
+            with it.
+    """
+    places = []
+    for logger in trainer.loggers:
+        if isinstance(logger, DummyLogger):  # fast_dev_run: it takes every name, keeps nothing
+            continue
+        for name, way in ways.items():
+            owner = logger if name.startswith("log_") else getattr(logger, "experiment", None)
+            if callable(method := getattr(owner, name, None)):
+                way(method)
+                places.append(f"{type(logger).__name__} as {key!r}")
+                break
+    return places
 
 
 def _markdown(row: Row) -> str:
