@@ -13,7 +13,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
 
-import lightning.pytorch as pl
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -158,7 +158,7 @@ class AsyncCheckpoint(ModelCheckpoint):
         return latest_valid_checkpoint(dirpath, storage_options)
 
     @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         dirpath = lightning_resume.resolve_checkpoint_dir(self, trainer)
         self.dirpath = trainer.strategy.broadcast(dirpath)
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -171,7 +171,7 @@ class AsyncCheckpoint(ModelCheckpoint):
             self._begin(run)
         checks.on_rank_zero(trainer, partial(self._open, trainer))
 
-    def _of_one_run(self, trainer: pl.Trainer) -> "list[AsyncCheckpoint]":
+    def _of_one_run(self, trainer: Trainer) -> "list[AsyncCheckpoint]":
         ours = [each for each in trainer.checkpoint_callbacks if isinstance(each, AsyncCheckpoint)]
         return ours or [self]
 
@@ -181,7 +181,7 @@ class AsyncCheckpoint(ModelCheckpoint):
         self._retention = Retention(self.save_top_k, mode, bool(self.save_last))
         self._publish()
 
-    def _open(self, trainer: pl.Trainer) -> None:
+    def _open(self, trainer: Trainer) -> None:
         checks.check_folders(self, trainer)
         self._close(self.flush_timeout_s)
         self._folder = CheckpointFolder(
@@ -202,7 +202,7 @@ class AsyncCheckpoint(ModelCheckpoint):
         return standing(retention, path, monitored=self.monitor is not None)
 
     @override
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         def refuse_other_runs() -> None:
             if self._folder is not None:
                 self._folder.refuse_other_runs(self.run_id)
@@ -212,30 +212,25 @@ class AsyncCheckpoint(ModelCheckpoint):
     # When.
 
     @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._triggers.start()
         self._interrupt.start(trainer, defer=self.save_on_exception)
 
     @override
     def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         news.tell_of_commits(self, self._folder, trainer)
         self._save_if_due(trainer, self._triggers.after_batch(trainer))
         self._interrupt.stop_if_it_came(trainer)
 
     @override
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._interrupt.stop_if_it_came(trainer, defer=False)
 
     @override
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         counts = not self._should_save_on_train_epoch_end(trainer)
@@ -243,12 +238,12 @@ class AsyncCheckpoint(ModelCheckpoint):
         self._interrupt.stop_if_it_came(trainer)
 
     @override
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         news.tell_of_commits(self, self._folder, trainer)
         counts = self._should_save_on_train_epoch_end(trainer)
         self._save_if_due(trainer, self._triggers.after_validation_or_epoch(trainer, counts))
 
-    def _save_if_due(self, trainer: pl.Trainer, comes_due: bool) -> None:
+    def _save_if_due(self, trainer: Trainer, comes_due: bool) -> None:
         comes_due = comes_due and self._last_global_step_saved != trainer.global_step
         logged = partial(self._monitor_candidates, trainer)
         metrics = self._triggers.metrics_to_save(trainer, comes_due, logged, self.monitor)
@@ -259,7 +254,7 @@ class AsyncCheckpoint(ModelCheckpoint):
 
     def _save(
         self,
-        trainer: pl.Trainer,
+        trainer: Trainer,
         metrics: dict[str, Tensor],
         score: float | None,
         *,
@@ -288,7 +283,7 @@ class AsyncCheckpoint(ModelCheckpoint):
 
     @override
     def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         checkpoint[RUN_KEY] = self._run.entry(trainer)
 
@@ -301,7 +296,7 @@ class AsyncCheckpoint(ModelCheckpoint):
     # The end of a run.
 
     @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.world_size == 1:
             self._interrupt.release()
         self._interrupt.uninstall()
@@ -313,7 +308,7 @@ class AsyncCheckpoint(ModelCheckpoint):
 
     @override
     def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         self._interrupt.uninstall()
         if self._folder is None and trainer.world_size == 1:
@@ -333,7 +328,7 @@ class AsyncCheckpoint(ModelCheckpoint):
             self._close(self.flush_timeout_s)
 
     @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._interrupt.uninstall()
         self._close(None)
 
@@ -345,7 +340,7 @@ class AsyncCheckpoint(ModelCheckpoint):
     # Resuming.
 
     @override
-    def _find_last_checkpoints(self, trainer: pl.Trainer) -> set[str]:
+    def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
         """What ``ckpt_path="last"`` may choose from; Lightning asks before loggers start a run.
 
         The first callback answers for all, since Lightning would go by the time of the files, which
@@ -360,7 +355,7 @@ class AsyncCheckpoint(ModelCheckpoint):
 
     @override
     def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if RUN_KEY not in checkpoint or trainer.state.fn != "fit":
             return

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
@@ -19,7 +19,7 @@ from lightning_align.run.protocols import one_rank_runs_model, tokenizer_of
 from lightning_align.run.rng import reseed
 
 
-class GenerateSamples(pl.Callback):
+class GenerateSamples(Callback):
     """Continue prompts during training and send the texts to the loggers.
 
     Rank zero generates, every ``every_n_train_steps`` optimizer steps and when training ends. A
@@ -89,7 +89,7 @@ class GenerateSamples(pl.Callback):
         self._tokenizer: Any = None
         self._last_step = 0
 
-    def generate(self, pl_module: pl.LightningModule, prompt: str) -> str:
+    def generate(self, pl_module: LightningModule, prompt: str) -> str:
         """The text with which the model continues ``prompt``; override it for a model of your own.
 
         Called on rank zero in eval mode, without gradients and with seeded generators.
@@ -107,11 +107,10 @@ class GenerateSamples(pl.Callback):
             use_cache=True,
             **self.options,
         )
-        text: str = self._tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
-        return text
+        return str(self._tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))
 
     @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         strategy = trainer.strategy
@@ -125,19 +124,14 @@ class GenerateSamples(pl.Callback):
             self._check(pl_module)
 
     @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last_step = trainer.global_step
         if self.at_start and trainer.global_step == 0:
             self._sample(trainer, pl_module)
 
     @override
     def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # Not "== 0": with several optimizers the global step may jump over a multiple.
         every = self.every_n_train_steps
@@ -145,11 +139,11 @@ class GenerateSamples(pl.Callback):
             self._sample(trainer, pl_module)
 
     @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step > self._last_step:
             self._sample(trainer, pl_module)
 
-    def _sample(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _sample(self, trainer: Trainer, pl_module: LightningModule) -> None:
         step = self._last_step = trainer.global_step
         if not trainer.is_global_zero:
             return
@@ -171,7 +165,7 @@ class GenerateSamples(pl.Callback):
     def _encode(self, prompt: str) -> list[int]:
         return encode(self._tokenizer, [prompt], add_special_tokens=True)[0]
 
-    def _check(self, pl_module: pl.LightningModule) -> None:
+    def _check(self, pl_module: LightningModule) -> None:
         """Refuse before training what could not be generated during it.
 
         Raises:
@@ -200,7 +194,7 @@ class GenerateSamples(pl.Callback):
                 raise argument_error(where, "prompts", prompt, rule, way_out)
 
 
-def _find_model(pl_module: pl.LightningModule) -> nn.Module:
+def _find_model(pl_module: LightningModule) -> nn.Module:
     """The Hugging Face model that a module holds.
 
     Raises:

@@ -9,8 +9,8 @@ when a step is done, and the optimizer's state when a block is frozen.
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -33,7 +33,7 @@ from lightning_align.reports.pictures import log_figure, new_figure
 from lightning_align.run.protocols import follow_freezing, may_freeze
 
 
-class LISA(pl.Callback):
+class LISA(Callback):
     """Train embedding, head and a few randomly drawn blocks at a time (arXiv:2403.17919).
 
     Every ``interval_steps`` optimizer steps other blocks are drawn and all others frozen: they need
@@ -149,7 +149,7 @@ class LISA(pl.Callback):
     # Before training
 
     @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         _check_strategy(trainer.strategy)
@@ -170,7 +170,7 @@ class LISA(pl.Callback):
             rank_zero_warn(f"LISA draws no picture at the end of the run. {error}")
 
     @override
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._layers is not None
         self._check_continuity()
         ends = {"train_embeddings": self.train_embeddings, "train_head": self.train_head}
@@ -215,7 +215,7 @@ class LISA(pl.Callback):
 
     @override
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
         interval = step // self.interval_steps
@@ -228,7 +228,7 @@ class LISA(pl.Callback):
         if self._in_force != self.active_layers:
             self._switch(trainer)
 
-    def _switch(self, trainer: pl.Trainer) -> None:
+    def _switch(self, trainer: Trainer) -> None:
         """Let requires_grad, gradients, optimizer and strategy follow the draw in force."""
         assert self._parameters is not None
         for parameter in self._parameters.trained(self.active_layers):
@@ -242,7 +242,7 @@ class LISA(pl.Callback):
 
     @override
     def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         assert self._parameters is not None
         for parameter in self._parameters.frozen(self.active_layers):
@@ -263,7 +263,7 @@ class LISA(pl.Callback):
         return min(1.0, (steps_done + 1) / (self.reactivation_warmup_steps + 1))
 
     @torch.no_grad()
-    def _ramp(self, trainer: pl.Trainer) -> None:
+    def _ramp(self, trainer: Trainer) -> None:
         """After a step, whatever the optimizer: take back a part of it, its decay included."""
         warmth = self._warmth(trainer.global_step)
         for parameter, before in self._unramped:
@@ -272,12 +272,7 @@ class LISA(pl.Callback):
 
     @override
     def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if lightning_trainer.is_accumulating(trainer):
             return
@@ -286,7 +281,7 @@ class LISA(pl.Callback):
         for parameter in pl_module.parameters():
             parameter.grad = None  # Lightning would keep it through the next forward
 
-    def _log(self, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+    def _log(self, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if not self._held:
             found = {**held_bytes(pl_module, optimizer)}
             found |= {f"active_{i}": block for i, block in enumerate(self.active_layers)}
@@ -300,7 +295,7 @@ class LISA(pl.Callback):
     # Afterwards
 
     @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         is_dry: bool = trainer.fast_dev_run  # type: ignore[attr-defined]
         if self.filename and self.history and trainer.is_global_zero and not is_dry:
             assert self._layers is not None
@@ -312,12 +307,12 @@ class LISA(pl.Callback):
                 rank_zero_info(f"LISA: which blocks trained when: {place}")
 
     @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._release()
 
     @override
     def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         self._release()
 

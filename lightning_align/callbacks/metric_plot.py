@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
 import numpy as np
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 from torch import Tensor
@@ -30,7 +30,7 @@ Curve = dict[str, list[Any]]  # {"steps": [int, ...], "values": [float, ...]}
 Panels = list[tuple[str, list[str]]]  # (title, metric names), in drawing order
 
 
-class MetricPlot(pl.Callback):
+class MetricPlot(Callback):
     """Draw logged metrics over optimizer steps into one PNG at the end of ``fit``.
 
     Works with any LightningModule that calls ``self.log``; the picture goes to every logger that
@@ -82,7 +82,7 @@ class MetricPlot(pl.Callback):
         self._step_before_batch = 0
 
     @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             new_figure(1, 1)  # a missing matplotlib is reported before the run, not after it
             if trainer.global_step == 0:  # a new run; a resumed one loads its curves after setup
@@ -90,18 +90,13 @@ class MetricPlot(pl.Callback):
 
     @override
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._step_before_batch = trainer.global_step
 
     @override
     def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         stepped = trainer.global_step != self._step_before_batch  # not so inside an accumulation
         interval = trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -111,20 +106,20 @@ class MetricPlot(pl.Callback):
         self._step_values = values
 
     @override
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._record_new(trainer)
 
     @override
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._record_new(trainer)  # before the checkpoint of this epoch is written
 
     @override
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._record_new(trainer)  # what the module logged in on_train_epoch_end, after ours
 
     @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._record_new(trainer)
         self._recorded, self._step_values = {}, {}
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -154,20 +149,20 @@ class MetricPlot(pl.Callback):
             for name, curve in state_dict["curves"].items()
         }
 
-    def _logged(self, trainer: pl.Trainer) -> dict[str, Tensor]:
+    def _logged(self, trainer: Trainer) -> dict[str, Tensor]:
         # Read on every rank: an epoch mean with sync_dist is a collective operation.
         logged = trainer.callback_metrics
         values = {name: logged.get(f"{name}_step", logged.get(name)) for name in self.names}
         return {name: value for name, value in values.items() if value is not None}
 
-    def _record_new(self, trainer: pl.Trainer) -> None:
+    def _record_new(self, trainer: Trainer) -> None:
         # Step values stay in callback_metrics after their batch. Taking them here would sample the
         # last batch of every epoch, often a short and noisy one, besides every n-th step.
         values = self._logged(trainer).items()
         new = {name: x for name, x in values if not _is_same(x, self._step_values.get(name))}
         self._record(trainer, new)
 
-    def _record(self, trainer: pl.Trainer, values: dict[str, Tensor]) -> None:
+    def _record(self, trainer: Trainer, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
             if _is_same(value, self._recorded.get(name)):
                 continue

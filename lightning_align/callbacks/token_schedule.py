@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
@@ -16,7 +16,7 @@ from lightning_align.run.protocols import CountsTokens
 from lightning_align.schedules import DECAYS, SCHEDULES, lr_fraction
 
 
-class TokenSchedule(pl.Callback):
+class TokenSchedule(Callback):
     """Set the learning rate by the tokens learned from so far, and end training at ``max_tokens``.
 
     The learning rate of a step follows from the tokens of all steps before it, over all ranks and
@@ -117,7 +117,7 @@ class TokenSchedule(pl.Callback):
         raise argument_error(type(self).__name__, "batch", _contents(batch), rule, way_out)
 
     @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.global_step == 0:  # a resumed run loads its count afterwards
             self.tokens_seen, self._window, self._saved_settings = 0, 0, None
         self._module_counts = isinstance(pl_module, CountsTokens)
@@ -125,7 +125,7 @@ class TokenSchedule(pl.Callback):
         put_first(trainer, self)
 
     @override
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.lr_scheduler_configs:
             theirs = type(trainer.lr_scheduler_configs[0].scheduler).__name__
             rule = (
@@ -137,7 +137,7 @@ class TokenSchedule(pl.Callback):
             raise argument_error("TokenSchedule", "schedule", name, rule, way_out)
 
     @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._saved_settings is not None:
             self._check_continuity(self._saved_settings)
             self._saved_settings = None
@@ -148,7 +148,7 @@ class TokenSchedule(pl.Callback):
 
     @override
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         count = torch.zeros((), dtype=torch.int64, device=pl_module.device)
         count += self.count_tokens(batch)
@@ -156,12 +156,7 @@ class TokenSchedule(pl.Callback):
 
     @override
     def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._window = self._window + self._batch_tokens
         if is_accumulating(trainer):
@@ -175,7 +170,7 @@ class TokenSchedule(pl.Callback):
         self._stop_if_spent(trainer)
 
     @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         max_tokens = self.settings["max_tokens"]
         if self.tokens_seen < max_tokens and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_warn(
@@ -196,7 +191,7 @@ class TokenSchedule(pl.Callback):
         # Compared when training starts: a checkpoint may be evaluated under any schedule.
         self._saved_settings = dict(state_dict["settings"])
 
-    def _set_learning_rates(self, trainer: pl.Trainer) -> None:
+    def _set_learning_rates(self, trainer: Trainer) -> None:
         fraction = lr_fraction(self.tokens_seen, **self.settings)
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
@@ -208,7 +203,7 @@ class TokenSchedule(pl.Callback):
                 else:
                     group["lr"] = fraction * peak
 
-    def _stop_if_spent(self, trainer: pl.Trainer) -> None:
+    def _stop_if_spent(self, trainer: Trainer) -> None:
         max_tokens = self.settings["max_tokens"]
         if self.stop and self.tokens_seen >= max_tokens and not trainer.should_stop:
             rank_zero_info(
@@ -238,7 +233,7 @@ class TokenSchedule(pl.Callback):
         )
         raise argument_error("TokenSchedule", changed, self.settings[changed], rule, way_out)
 
-    def _tokens_before(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:
+    def _tokens_before(self, trainer: Trainer, pl_module: LightningModule) -> int:
         """Tokens of a run that had no TokenSchedule until now.
 
         Raises:

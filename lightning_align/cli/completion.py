@@ -45,8 +45,7 @@ def script(shell: str) -> str:
                 argument.complete = shtab.FILE
         if "--config" in options:
             added.add_argument("-c").complete = shtab.FILE  # type: ignore[attr-defined]
-    completed: str = shtab.complete(plain, shell)
-    return completed
+    return str(shtab.complete(plain, shell))
 
 
 def _shtab(shell: str) -> ModuleType:

@@ -146,8 +146,7 @@ def _read(path: str, where: str) -> dict[str, Any]:
     if not isinstance(weights, dict) or not any(name.startswith("model.") for name in weights):
         rule = "must be a checkpoint of a PretrainModule or DPOModule: it has no weights of a model"
         raise argument_error(where, "ckpt", path, rule)
-    content: dict[str, Any] = checkpoint
-    return content
+    return checkpoint  # type: ignore[no-any-return]
 
 
 def _config(spec: Any, path: str, where: str, hub: dict[str, Any]) -> transformers.PretrainedConfig:

@@ -119,8 +119,7 @@ class _Reader:
             for key in (name, name.removeprefix(self._base), self._base + name):
                 if key in self._files:
                     with self._open(self._files[key]) as file:
-                        tensor: Tensor = file.get_tensor(key)
-                        return tensor
+                        return file.get_tensor(key)  # type: ignore[no-any-return]
         rule = f"its safetensors files have no {names[0].removeprefix(self._prefix)!r}"
         way_out = "Build the module without empty_init, which loads through transformers"
         raise argument_error("init_module", "model", str(self._folder), rule, way_out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +54,8 @@ def draw_timeline(
     height_in = min(1.4 + lane * num_ranks, 30.0)
     figure = Figure(figsize=(12, height_in), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    first_stages = _first_stages([*events, *(measured or ())])
+    last_first = sorted([*events, *(measured or ())], key=lambda event: -event.stage_index)
+    first_stages = {event.rank: event.stage_index for event in last_first}
     if measured:
         _draw_lanes(axes, _from_zero(events), first_stages, top=-0.45, height=0.43)
         _draw_lanes(axes, _from_zero(measured), first_stages, top=0.02, height=0.43, hatch="///")
@@ -70,13 +71,6 @@ def draw_timeline(
     axes.spines[["top", "right", "left"]].set_visible(False)
     _draw_legend(figure, events)
     figure.savefig(path)
-
-
-def _first_stages(events: Iterable[Event]) -> dict[int, int]:
-    first: dict[int, int] = {}
-    for event in events:
-        first[event.rank] = min(event.stage_index, first.get(event.rank, event.stage_index))
-    return first
 
 
 def _from_zero(events: Sequence[Event]) -> list[Event]:
