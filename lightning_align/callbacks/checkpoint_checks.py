@@ -68,13 +68,8 @@ def check_kept(
     check("save_last", save_last, isinstance(save_last, bool), rule, way_out)
     rule = "must be True: a file that is overwritten is lost if the new one fails"
     way_out = "Leave it out; what is no longer among the best is deleted behind the next commit"
-    check(
-        "enable_version_counter",
-        enable_version_counter,
-        bool(enable_version_counter),
-        rule,
-        way_out,
-    )
+    holds = bool(enable_version_counter)
+    check("enable_version_counter", enable_version_counter, holds, rule, way_out)
 
 
 def check_writing(backpressure: str, flush_timeout_s: float) -> None:

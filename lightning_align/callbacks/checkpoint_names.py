@@ -44,13 +44,9 @@ def check_constants(callback: ModelCheckpoint) -> None:
     check("FILE_EXTENSION", callback.FILE_EXTENSION, callback.FILE_EXTENSION == DATA, rule)
     rule = "must stay as it is: the newest checkpoint keeps its own name"
     way_out = "ckpt_path='last' and last_model_path tell which it is"
-    check(
-        "CHECKPOINT_NAME_LAST",
-        callback.CHECKPOINT_NAME_LAST,
-        callback.CHECKPOINT_NAME_LAST == ModelCheckpoint.CHECKPOINT_NAME_LAST,
-        rule,
-        way_out,
-    )
+    name = callback.CHECKPOINT_NAME_LAST
+    stays = name == ModelCheckpoint.CHECKPOINT_NAME_LAST
+    check("CHECKPOINT_NAME_LAST", name, stays, rule, way_out)
 
 
 def check_names(callback: ModelCheckpoint) -> set[str]:

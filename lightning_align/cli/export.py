@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning_align._errors import argument_error
 from lightning_align.cli.commands import CommandParser
@@ -48,14 +49,9 @@ def export(
     _check_folder(folder, str(output), overwrite, Path(ckpt))
     from lightning_align.models.trained import load_trained  # transformers takes seconds to load
 
+    hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     trained = load_trained(
-        ckpt,
-        where="export",
-        model=model,
-        tokenizer=tokenizer,
-        dtype=dtype,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
+        ckpt, where="export", model=model, tokenizer=tokenizer, dtype=dtype, **hub
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Beside its place, so that the rename at the end is all or nothing.

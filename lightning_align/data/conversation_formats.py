@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,14 +30,7 @@ from lightning_align.data.chat_template import (
     read_tools,
 )
 from lightning_align.data.files import InputFile
-from lightning_align.data.samples import (
-    BATCH_RECORDS,
-    Ids,
-    Record,
-    close,
-    common_length,
-    records_of_one_format,
-)
+from lightning_align.data.samples import Ids, Record, batches_of_one_format, close, common_length
 
 MESSAGES = "messages"
 TEXTS = "a prompt and a completion as text"
@@ -94,10 +86,9 @@ class ConversationReader:
 
     def read(self, file: InputFile) -> Iterator[Example | str]:
         """The conversations of a file, or in place of one why it cannot be used."""
-        records = records_of_one_format(file, format_of)
-        while batch := list(islice(records, BATCH_RECORDS)):
-            form, read = batch[0][0], [record[1:] for record in batch]
-            yield from self._texts(file, read) if form == TEXTS else self._messages(file, read)
+        for form, records in batches_of_one_format(file, format_of):
+            read = self._texts if form == TEXTS else self._messages
+            yield from read(file, records)
 
     def _texts(self, file: InputFile, records: list[Record]) -> Iterator[Example | str]:
         columns = ("prompt", "completion")

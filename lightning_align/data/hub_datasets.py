@@ -85,7 +85,8 @@ def load_hub(url: str, error: Error) -> Any:
             builder.download_and_prepare()
         except Exception as problem:
             # Every HTTP client and every reader of files has its own exceptions.
-            rule = f"datasets cannot load it ({type(problem).__name__}: {_one_line(problem)})"
+            told = " ".join(str(problem).split()).rstrip(".")
+            rule = f"datasets cannot load it ({type(problem).__name__}: {told})"
             way_out = "Form: owner/name, owner/name:split or owner/name/configuration:split"
             raise error(rule, way_out) from problem
     splits = list(builder.info.splits)
@@ -150,10 +151,6 @@ def _offline_if(datasets: Any, offline: bool) -> Iterator[None]:
         yield
     finally:
         datasets.config.HF_HUB_OFFLINE = before
-
-
-def _one_line(problem: Exception) -> str:
-    return " ".join(str(problem).split()).rstrip(".")
 
 
 def _listed(names: Sequence[str]) -> str:

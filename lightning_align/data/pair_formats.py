@@ -9,19 +9,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import islice
 from typing import Any, NamedTuple
 
 from lightning_align.data.chat_template import ChatTemplate, Messages, check_messages, read_tools
 from lightning_align.data.files import InputFile
-from lightning_align.data.samples import (
-    BATCH_RECORDS,
-    Ids,
-    Record,
-    close,
-    common_length,
-    records_of_one_format,
-)
+from lightning_align.data.samples import Ids, Record, batches_of_one_format, close, common_length
 from lightning_align.data.tokenizer import encode, encode_completions, encode_prompts
 
 TEXTS = "a prompt and two completions as text"
@@ -63,9 +55,8 @@ class PairReader:
             MESSAGES: self._conversations,
             WHOLE_MESSAGES: self._conversations,
         }
-        records = records_of_one_format(file, format_of)
-        while batch := list(islice(records, BATCH_RECORDS)):
-            yield from readers[batch[0][0]](file, [record[1:] for record in batch])
+        for form, records in batches_of_one_format(file, format_of):
+            yield from readers[form](file, records)
 
     def _texts(self, file: InputFile, records: list[Record]) -> Iterator[Pair | str]:
         """Prompt and completions on their own: a token never reaches across the boundary."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -70,6 +71,15 @@ def records_of_one_format(
             rule = f"{place} holds {found}, but {first[1]} {first[0]}, and a file has one format"
             raise file.error(rule, "Write them to two files")
         yield found, place, record
+
+
+def batches_of_one_format(
+    file: InputFile, format_of: Callable[[InputFile, str, dict[str, Any]], str]
+) -> Iterator[tuple[str, list[Record]]]:
+    """The format of a file with the records that are tokenised at once, batch by batch."""
+    records = records_of_one_format(file, format_of)
+    while batch := list(islice(records, BATCH_RECORDS)):
+        yield batch[0][0], [record[1:] for record in batch]
 
 
 def close(ids: Iterable[int], eos_token_id: int | None) -> Ids:

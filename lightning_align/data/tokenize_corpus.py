@@ -172,13 +172,10 @@ def _plan(corpus: Corpus) -> tuple[NDArray[np.bool_], int]:
             num_characters += len(piece.text)
     for source in corpus.val:
         num_characters += sum(len(piece.text) for piece in source.pieces())
+    fraction = 0.0 if corpus.val else corpus.val_fraction
+    way_out = "Set document_pattern to split it, or val_paths, or val_fraction=0"
     held_out = draw_held_out(
-        corpus.where,
-        num_documents,
-        0.0 if corpus.val else corpus.val_fraction,
-        corpus.seed,
-        what="documents",
-        way_out="Set document_pattern to split it, or val_paths, or val_fraction=0",
+        corpus.where, num_documents, fraction, corpus.seed, what="documents", way_out=way_out
     )
     return held_out, num_characters
 

@@ -69,11 +69,7 @@ def sample_block(prompt: str, samples: Sequence[tuple[str, str]], *, width: int 
 
 def _indented(text: str, width: int) -> str:
     # A small model's bytes may hold anything, and a terminal obeys control characters.
-    printable = "".join(
-        character if character.isprintable() or character == "\n" else "�" for character in text
-    )
+    printable = "".join(c if c.isprintable() or c == "\n" else "�" for c in text)
     paragraphs = [line for line in printable.splitlines() if line.strip()] or ["(empty)"]
-    return "\n".join(
-        textwrap.fill(line, width, initial_indent="    ", subsequent_indent="    ")
-        for line in paragraphs
-    )
+    wrapper = textwrap.TextWrapper(width, initial_indent="    ", subsequent_indent="    ")
+    return "\n".join(map(wrapper.fill, paragraphs))

@@ -70,12 +70,9 @@ def completion_logps(
         raise argument_error(where, "hidden.shape", tuple(hidden_BTD.shape), rule)
     predicted_BT = completion_mask_BT[:, 1:].bool()
     sequence_N, position_N = predicted_BT.nonzero(as_tuple=True)
-    tokens = linear_logprobs(
-        hidden_BTD[sequence_N, position_N],
-        head,
-        input_ids_BT[sequence_N, position_N + 1],
-        chunk_size=chunk_size,
-    )
+    hidden_ND = hidden_BTD[sequence_N, position_N]
+    targets_N = input_ids_BT[sequence_N, position_N + 1]
+    tokens = linear_logprobs(hidden_ND, head, targets_N, chunk_size=chunk_size)
 
     def scattered(values_N: Tensor) -> Tensor:
         # Into a rectangle and then summed: the order of the additions never changes.

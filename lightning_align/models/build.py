@@ -74,10 +74,9 @@ def build_model(
         raise argument_error(where, argument, model, rule)
     resolve_pretrained(where, argument, str(model), revision)
     if on_meta:
+        hub = {"revision": revision, "trust_remote_code": trust_remote_code}
         with weights.parameters_on_meta():
-            settings = AutoConfig.from_pretrained(
-                model, revision=revision, trust_remote_code=trust_remote_code
-            )
+            settings = AutoConfig.from_pretrained(model, **hub)
             empty = _from_config(settings, options, where, argument)
         weights.remember_weights(empty, str(model), revision)
         return empty

@@ -97,11 +97,8 @@ def _from_checkpoint(
     path: str, where: str, model_name: str | None, dtype: str | None, hub: dict[str, Any]
 ) -> Trained:
     checkpoint = _read(path, where)
-    weights = {
-        name.removeprefix("model."): value
-        for name, value in checkpoint["state_dict"].items()
-        if name.startswith("model.")
-    }
+    saved = checkpoint["state_dict"].items()
+    weights = {k.removeprefix("model."): w for k, w in saved if k.startswith("model.")}
     hyper = checkpoint.get("hyper_parameters", {})
     if model_name is None:  # the module's own revision belongs to its model's name
         hub = {**hub, "revision": hyper.get("revision", hub["revision"])}
@@ -110,11 +107,8 @@ def _from_checkpoint(
     stored = next((w.dtype for w in weights.values() if w.is_floating_point()), torch.float32)
     auto: Any = transformers.AutoModelForCausalLM
     try:
-        model = auto.from_config(
-            config,
-            dtype=DTYPES[dtype] if dtype else stored,
-            trust_remote_code=hub["trust_remote_code"],
-        )
+        kind, trust = DTYPES[dtype] if dtype else stored, hub["trust_remote_code"]
+        model = auto.from_config(config, dtype=kind, trust_remote_code=trust)
     except ValueError as error:
         rule = f"transformers has no causal language model for its {type(config).__name__}"
         raise argument_error(where, "ckpt", path, rule) from error

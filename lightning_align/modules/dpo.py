@@ -195,13 +195,10 @@ class DPOModule(CausalLMModule):
         )
 
     def _reference_error(self, what: str) -> ValueError:
-        return argument_error(
-            "DPOModule",
-            "ref_model",
-            type(self.reference_layers.model).__name__,
-            f"the checkpoint was trained against {what}",
-            "Pass the model that training began with as ref_model",
-        )
+        rule = f"the checkpoint was trained against {what}"
+        way_out = "Pass the model that training began with as ref_model"
+        name = type(self.reference_layers.model).__name__
+        return argument_error("DPOModule", "ref_model", name, rule, way_out)
 
     @override
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

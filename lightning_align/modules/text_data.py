@@ -193,13 +193,9 @@ class TextDataModule(PositionedDataModule):
             )
             way_out = "Lower block_size, or give more text"
             raise argument_error(self._name, "block_size", self.block_size, rule, way_out)
-        return PackedDataset(
-            split,
-            self.block_size,
-            tokenizing.pad_token_id(self.tokenizer),
-            separate_documents=self.separate_documents,
-            corpora=corpora,
-        )
+        pad = tokenizing.pad_token_id(self.tokenizer)
+        apart = self.separate_documents
+        return PackedDataset(split, self.block_size, pad, separate_documents=apart, corpora=corpora)
 
     def _weights(self, paths: dict[str, float]) -> dict[str, float]:
         """The weights by path, as plain numbers."""

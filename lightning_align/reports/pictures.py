@@ -62,7 +62,10 @@ def log_figure(
     """
     if not trainer.is_global_zero:
         return []
-    png = _draw_png(figure)
+    # savefig puts the figure's own canvas back afterwards, so a pyplot figure stays usable.
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    png = drawn.getvalue()
     image_HWC = _pixels(png)
     step = trainer.global_step
     ways: dict[str, Callable[[Any], object]] = {
@@ -83,13 +86,6 @@ def log_figure(
         except OSError as error:
             rank_zero_warn(f"The picture {key!r} was not written to {path}: {error}")
     return places
-
-
-def _draw_png(figure: Figure) -> bytes:
-    # savefig puts the figure's own canvas back afterwards, so a pyplot figure stays usable.
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png")
-    return drawn.getvalue()
 
 
 def _pixels(png: bytes) -> NDArray[np.uint8]:
