@@ -253,12 +253,7 @@ class AsyncCheckpoint(ModelCheckpoint):
     # What.
 
     def _save(
-        self,
-        trainer: Trainer,
-        metrics: dict[str, Tensor],
-        score: float | None,
-        *,
-        keep: bool = False,
+        self, trainer: Trainer, metrics: dict[str, Tensor], score: float | None, keep: bool = False
     ) -> None:
         """Save what is among the best, the newest if that is wanted, and what is to be kept."""
         ranked = trainer.is_global_zero and score is not None and self._retention.admits(score)

@@ -95,7 +95,7 @@ class GenerateSamples(Callback):
         Called on rank zero in eval mode, without gradients and with seeded generators.
         """
         model = _find_model(pl_module)
-        ids = self._encode(prompt)
+        ids = encode(self._tokenizer, [prompt], add_special_tokens=True)[0]
         input_ids = torch.tensor([ids], device=pl_module.device)
         output: Any = model.generate(  # type: ignore[operator]
             input_ids,
@@ -162,9 +162,6 @@ class GenerateSamples(Callback):
         if rows:
             log_rows(trainer, "samples", rows, filename="samples.jsonl")
 
-    def _encode(self, prompt: str) -> list[int]:
-        return encode(self._tokenizer, [prompt], add_special_tokens=True)[0]
-
     def _check(self, pl_module: LightningModule) -> None:
         """Refuse before training what could not be generated during it.
 
@@ -181,7 +178,7 @@ class GenerateSamples(Callback):
         positions = getattr(config, "max_position_embeddings", None)
         vocab_size = getattr(config, "vocab_size", None)
         for prompt in self.prompts:
-            ids = self._encode(prompt)
+            ids = encode(self._tokenizer, [prompt], add_special_tokens=True)[0]
             if positions is not None and len(ids) + self.max_new_tokens > positions:
                 rule = (
                     f"has {len(ids)} tokens, and with max_new_tokens={self.max_new_tokens} that is"

@@ -248,14 +248,12 @@ class LISA(Callback):
         for parameter in self._parameters.frozen(self.active_layers):
             parameter.grad = None  # left by other code; even one of zeros lets a weight decay
         if self._warmth(trainer.global_step) < 1:
-            blocks = [self._parameters.blocks[block] for block in self._returned()]
+            # Active blocks that were frozen before; in the first interval there are none.
+            before = self.history[-2][1] if len(self.history) > 1 else self.active_layers
+            returned = set(self.active_layers).difference(before)
+            blocks = [self._parameters.blocks[block] for block in returned]
             parameters = set[nn.Parameter]().union(*blocks)
             self._unramped = [(p, p.detach().clone()) for p in parameters]
-
-    def _returned(self) -> list[int]:
-        """Active blocks that were frozen before; in the first interval there are none."""
-        before = self.history[-2][1] if len(self.history) > 1 else self.active_layers
-        return [block for block in self.active_layers if block not in before]
 
     def _warmth(self, step: int) -> float:
         """Share of its update that a block gets that came back, at an optimizer step."""

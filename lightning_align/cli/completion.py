@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import lightning_align
@@ -26,7 +25,11 @@ def script(shell: str) -> str:
     Raises:
         ValueError: If shtab is not installed, or knows no such shell.
     """
-    shtab = _shtab(shell)
+    try:
+        import shtab
+    except ImportError as error:
+        rule, way_out = "needs shtab", "Run: pip install 'lightning-align[completion]'"
+        raise argument_error("completion", "shell", shell, rule, way_out) from error
     if shell not in shtab.SUPPORTED_SHELLS:
         rule = f"must be one of {', '.join(shtab.SUPPORTED_SHELLS)}"
         raise argument_error("completion", "shell", shell, rule)
@@ -46,15 +49,6 @@ def script(shell: str) -> str:
         if "--config" in options:
             added.add_argument("-c").complete = shtab.FILE  # type: ignore[attr-defined]
     return str(shtab.complete(plain, shell))
-
-
-def _shtab(shell: str) -> ModuleType:
-    try:
-        import shtab
-    except ImportError as error:
-        rule, way_out = "needs shtab", "Run: pip install 'lightning-align[completion]'"
-        raise argument_error("completion", "shell", shell, rule, way_out) from error
-    return shtab
 
 
 def _values() -> dict[str, list[str]]:

@@ -80,15 +80,13 @@ def schedule(
     }
     if schedule is None and schedule_csv is None:
         return _compare(numbers, options, {"png": png, "trace": trace, "csv": csv})
-    if schedule_csv is None:
-        assert schedule is not None
-        result = simulate(schedule, *numbers, **options, where="schedule")
-    else:
+    order: Any = schedule
+    if schedule_csv is not None:
         if schedule is not None:
             rule = "the file has its own order"
             raise argument_error("schedule", "schedule", schedule, rule, "Give only one of them")
         order = read_schedule_csv(schedule_csv, where="schedule", argument="schedule_csv")
-        result = simulate(order, *numbers, **options, where="schedule")
+    result = simulate(order, *numbers, **options, where="schedule")
     written = [
         _write("png", png, result.to_png),
         _write("trace", trace, result.to_chrome_trace),

@@ -115,14 +115,9 @@ class ChatTemplate:
         Raises:
             ValueError: If the template does not accept the conversation.
         """
-        encoded = self._apply(
-            place,
-            messages,
-            tools,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            tokenizer_kwargs={"verbose": False},  # no warning about the length
-        )
+        options = {"return_dict": True, "return_assistant_tokens_mask": True}
+        quiet = {"verbose": False}  # no warning about the length
+        encoded = self._apply(place, messages, tools, tokenizer_kwargs=quiet, **options)
         return encoded["input_ids"], encoded["assistant_masks"]
 
     def _apply(self, place: str, messages: Messages, tools: Tools | None, **options: Any) -> Any:

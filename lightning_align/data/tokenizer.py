@@ -147,13 +147,9 @@ def encode(
     """The tokens of each text, of any length."""
     if not texts:
         return []
-    encoded = tokenizer(
-        texts,
-        add_special_tokens=add_special_tokens,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,  # no warning that a text is longer than the model's context
-    )
+    ids_only = {"return_attention_mask": False, "return_token_type_ids": False}
+    ids_only["verbose"] = False  # no warning that a text is longer than the model's context
+    encoded = tokenizer(texts, add_special_tokens=add_special_tokens, **ids_only)
     return list(encoded["input_ids"])
 
 

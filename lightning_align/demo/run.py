@@ -197,13 +197,10 @@ def _compare(before: nn.Module, aligned: DPOModule, text: TextDataModule, run: P
     """Both models on held-out text, and the aligned one on the pairs of both splits."""
     accuracies, margins = {}, {}
     for split in ("train", "val"):
+        train, val = (str(run / f"pairs/{name}.jsonl") for name in ("train", split))
+        length = PROMPT_TOKENS + COMPLETION_TOKENS
         pairs = PreferenceDataModule(
-            [str(run / "pairs/train.jsonl")],
-            text.tokenizer,
-            val_paths=[str(run / f"pairs/{split}.jsonl")],
-            batch_size=32,
-            max_length=PROMPT_TOKENS + COMPLETION_TOKENS,
-            append_eos=False,
+            train, text.tokenizer, val_paths=val, batch_size=32, max_length=length, append_eos=False
         )
         metrics = _validate(aligned, pairs)
         accuracies[split] = metrics["val_rewards/accuracies"]

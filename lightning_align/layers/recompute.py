@@ -25,14 +25,11 @@ def checkpoint_blocks(layers: ModelLayers) -> None:
     model: Any = layers.model
     if is_hugging_face(model) and model.supports_gradient_checkpointing:
         # Their own blocks also keep the cache out of the recomputation.
+        options = {"use_reentrant": False}
         if hasattr(model, "activation_checkpointing_enable"):
-            model.activation_checkpointing_enable(
-                activation_checkpointing_kwargs={"use_reentrant": False}
-            )
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
         else:  # its name before transformers 5.23
-            model.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": False}
-            )
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         # It also makes the embedding's output require gradients, which only reentrant
         # checkpointing needs and which would send backward through frozen blocks to the bottom.
         model.disable_input_require_grads()

@@ -86,13 +86,9 @@ def linear_cross_entropy(
     way_out = f"Mark tokens that do not count with ignore_index={ignore_index}"
     head_chunks.check_vocabulary(_WHERE, labels_K, head, "labels", way_out)
     arithmetic = head_chunks.head_arithmetic(hidden, head)
-    options = _Options(
-        arithmetic,
-        label_smoothing,
-        z_loss,
-        head_chunks.rows_per_chunk(_WHERE, len(rows_K), head, chunk_size, arithmetic.dtype),
-        torch.is_grad_enabled(),  # Inside a Function it is always off.
-    )
+    chunk_rows = head_chunks.rows_per_chunk(_WHERE, len(rows_K), head, chunk_size, arithmetic.dtype)
+    grad_enabled = torch.is_grad_enabled()  # Inside a Function it is always off.
+    options = _Options(arithmetic, label_smoothing, z_loss, chunk_rows, grad_enabled)
     loss, nll = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden.reshape(-1, hidden.shape[-1]), head.weight, head.bias, labels_K, rows_K, options
     )

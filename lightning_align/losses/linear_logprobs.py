@@ -82,11 +82,8 @@ def linear_logprobs(
     else:
         keep = num_rows <= chunk_rows
     options = _Options(arithmetic, chunk_rows, keep, torch.is_grad_enabled())
-    return TokenLogprobs(
-        *_LinearLogprobs.apply(  # type: ignore[no-untyped-call]
-            hidden_ND, head.weight, head.bias, targets_N, options
-        )
-    )
+    tensors = hidden_ND, head.weight, head.bias, targets_N
+    return TokenLogprobs(*_LinearLogprobs.apply(*tensors, options))  # type: ignore[no-untyped-call]
 
 
 class _Options(NamedTuple):

@@ -111,11 +111,9 @@ def preference_loss(
     """
     where = "preference_loss"
     options = PreferenceOptions(loss_type, beta, label_smoothing, where)
-    scores = PairScores(
-        CompletionScores(chosen_logps, ref_chosen_logps, chosen_lengths),
-        CompletionScores(rejected_logps, ref_rejected_logps, rejected_lengths),
-        where,
-    )
+    chosen = CompletionScores(chosen_logps, ref_chosen_logps, chosen_lengths)
+    rejected = CompletionScores(rejected_logps, ref_rejected_logps, rejected_lengths)
+    scores = PairScores(chosen, rejected, where)
     if chosen_lengths is not None and loss_type not in losses_that_read("lengths"):
         rule = f"must be left out with loss_type={loss_type!r}, which has no lengths"
         raise argument_error(where, "chosen_lengths", "...", rule)

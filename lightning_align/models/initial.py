@@ -42,9 +42,8 @@ def initialize(module: nn.Module, empty: Mapping[str, Tensor], seed: int, *, whe
             if wanted.isdisjoint(part.parameters()):
                 continue
             seed_torch(derive_seed(seed, name, "module"))  # for draws into temporary tensors
-            reset = getattr(part, "reset_parameters", None) or getattr(
-                part, "_reset_parameters", None
-            )
+            reset = getattr(part, "reset_parameters", None)
+            reset = reset or getattr(part, "_reset_parameters", None)
             if reset is not None:
                 reset()
             if model is not None:

@@ -183,10 +183,6 @@ def partition_table(
         rows.append((str(stage), str(stage % num_ranks), layers, cost, f"{total / whole:.1%}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     # Numbers to the right, the layers to the left.
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column == 2 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
+    sides = (str.rjust, str.rjust, str.ljust, str.rjust, str.rjust)
+    lines = (zip(sides, row, widths, strict=True) for row in rows)
+    return "\n".join("  ".join(side(cell, width) for side, cell, width in line) for line in lines)

@@ -169,9 +169,8 @@ def _needs(schedule: Schedule, actions_N3: Ints, message_S: Floats) -> tuple[Int
     # The last stage's own forward, and the I of a W, come earlier on the same rank.
     backward = ((kinds == B) | (kinds == I)) & (stages < schedule.num_stages - 1)
     here, microbatch = stages[backward], microbatches[backward]
-    needs_N[backward] = np.maximum(
-        number_KSM[B, here + 1, microbatch], number_KSM[I, here + 1, microbatch]
-    )
+    whole, half = (number_KSM[kind, here + 1, microbatch] for kind in (B, I))
+    needs_N[backward] = np.maximum(whole, half)
     travel_N[backward] = np.where(ranks_S[here] == ranks_S[here + 1], 0.0, message_S[here])
     return needs_N, travel_N
 

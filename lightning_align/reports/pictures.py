@@ -62,11 +62,7 @@ def log_figure(
     """
     if not trainer.is_global_zero:
         return []
-    # savefig puts the figure's own canvas back afterwards, so a pyplot figure stays usable.
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png")
-    png = drawn.getvalue()
-    image_HWC = _pixels(png)
+    png, image_HWC = _draw(figure)
     step = trainer.global_step
     ways: dict[str, Callable[[Any], object]] = {
         "log_image": lambda log: log(key=key, images=[image_HWC], step=step),
@@ -88,8 +84,11 @@ def log_figure(
     return places
 
 
-def _pixels(png: bytes) -> NDArray[np.uint8]:
-    """The picture as (height, width, 3) bytes."""
+def _draw(figure: Figure) -> tuple[bytes, NDArray[np.uint8]]:
+    """The picture as a PNG file, and as (height, width, 3) bytes."""
     from PIL import Image  # matplotlib brings it
 
-    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+    # savefig puts the figure's own canvas back afterwards, so a pyplot figure stays usable.
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    return drawn.getvalue(), np.asarray(Image.open(drawn).convert("RGB"))
