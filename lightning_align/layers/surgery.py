@@ -1,4 +1,4 @@
-"""Attributes of an instance, replaced for a while.
+"""Attributes of an instance, replaced for a while, and modules that evaluate for a while.
 
 An attribute in the instance keeps the class, the hooks and the module tree as they are.
 """

@@ -17,7 +17,6 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_align import DPOModule, GenerateSamples, PretrainModule
-from lightning_align.callbacks.generate_samples import evaluating
 from tests.helpers.byte_tokenizer import ByteTokenizer
 from tests.helpers.resume import HandWritten, Run, SequenceData, weights_hash
 from tests.modules.test_dpo import pairs
@@ -247,19 +246,6 @@ def test_configuration_modes_and_gradients_are_left_alone(tmp_path: Path) -> Non
     assert {name: p.requires_grad for name, p in ours.named_parameters()} == gradients
     assert (ours.model.config.to_dict(), ours.model.generation_config.to_dict()) == before
     assert all(p.grad is None for p in ours.parameters())
-
-
-def test_modes_come_back_after_an_error() -> None:
-    part = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Dropout().eval())
-
-    def fail() -> None:
-        with evaluating(part):
-            assert not part[0].training
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
-    assert [part.training, part[0].training, part[1].training] == [True, True, False]
 
 
 def test_a_model_of_nan_does_not_end_the_run(tmp_path: Path) -> None:

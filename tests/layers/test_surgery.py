@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_align.layers.surgery import identity, replaced
+from lightning_align.layers.surgery import evaluating, identity, replaced
 
 
 class Owner:
@@ -39,3 +39,16 @@ def test_a_module_that_is_the_identity_tells_what_it_is_called_on() -> None:
     assert called == ["hook"]
     assert "forward" not in vars(module)
     assert module(hidden).shape == (1, 3)
+
+
+def test_modes_come_back_after_an_error() -> None:
+    part = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
+
+    def fail() -> None:
+        with evaluating(part):
+            assert not part[0].training
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert [part.training, part[0].training, part[1].training] == [True, True, False]
