@@ -33,6 +33,7 @@ class PositionedDataModule(pl.LightningDataModule):
         batch_size: Samples per batch and rank.
         seed: Seed of the order of the training samples.
         num_workers: Processes that load batches; 0 loads them in the training process.
+        val_fraction: Share of the samples to hold out; what is held out is a subclass's affair.
 
     Attributes:
         skipped: Training batches passed over without a step; whoever skips some adds to it.
@@ -40,7 +41,8 @@ class PositionedDataModule(pl.LightningDataModule):
         train_sampler: Sampler of the latest training loader.
 
     Raises:
-        ValueError: If ``batch_size`` is below 1, or ``seed`` or ``num_workers`` is negative.
+        ValueError: If ``batch_size`` is below 1, ``seed`` or ``num_workers`` is negative, or
+            ``val_fraction`` is not in [0, 1).
     """
 
     def __init__(
