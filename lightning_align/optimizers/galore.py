@@ -16,9 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
@@ -52,7 +50,7 @@ _FAILED = "failed_refreshes"
 _SHAPING = ("rank", "proj_type", "rank_is_asked_for")
 
 
-class GaLoreAdamW(Optimizer):
+class GaLoreAdamW(safety._SafeOptimizer):
     """AdamW whose moments of a matrix live in the leading subspace of its gradient (GaLore).
 
     Projected are: the matrices of a group that names ``rank`` (galore-torch's way; groups that do
@@ -145,9 +143,6 @@ class GaLoreAdamW(Optimizer):
                 stacklevel=2,
             )
 
-    # Ranks that hold other parameters, without DTensors: they skip a step together.
-    process_group: ProcessGroup | None = None
-
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         group = dict(param_group)
@@ -178,49 +173,9 @@ class GaLoreAdamW(Optimizer):
                 )
 
     @property
-    def skipped_steps(self) -> int:
-        """How many steps were skipped because a gradient was not finite."""
-        return safety.skipped_steps(self)
-
-    @property
     def failed_refreshes(self) -> int:
         """How often a decomposition failed and the old projection stayed."""
         return int(self.param_groups[0].get(_FAILED, 0))
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of all parameters that have a gradient.
-
-        Args:
-            closure: Computes the loss and its gradients again.
-
-        Returns:
-            What the closure returned.
-
-        Raises:
-            ValueError: If a gradient is sparse.
-            FloatingPointError: If a gradient is not finite and ``on_nonfinite="raise"``.
-        """
-        loss = safety.loss_of(closure)
-        self._step_all()
-        return loss
-
-    @safety.not_compiled
-    def _step_all(self) -> None:
-        may_step = safety.begin_step(self, self.process_group)
-        for group in self.param_groups if may_step else ():
-            self._step_parameters(group, group["params"])
-
-    @torch.no_grad()
-    def step_param(self, parameter: Tensor) -> None:
-        """One step of this parameter alone, if it has a gradient that may be used.
-
-        Args:
-            parameter: One of the optimizer's.
-        """
-        group = next(group for group, other in self._each() if other is parameter)
-        if parameter.grad is not None and safety.may_use(self, [parameter.grad]):
-            self._step_parameters(group, [parameter])
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -256,13 +211,12 @@ class GaLoreAdamW(Optimizer):
 
     # A step
 
+    @override
     def _step_parameters(self, group: safety.Group, parameters: list[Tensor]) -> None:
         others: dict[float, list[Tensor]] = {}  # by number of steps
         for parameter in parameters:
-            if parameter.grad is None:
-                continue
             if is_projected(group, parameter):
-                self._step_projected(group, parameter, parameter.grad)
+                self._step_projected(group, parameter)
             else:
                 others.setdefault(self._next_step(parameter), []).append(parameter)
         for weights in others.values():
@@ -284,7 +238,8 @@ class GaLoreAdamW(Optimizer):
         state["step"] += 1
         return float(state["step"])
 
-    def _step_projected(self, group: safety.Group, weight: Tensor, gradient: Tensor) -> None:
+    def _step_projected(self, group: safety.Group, weight: Tensor) -> None:
+        gradient: Any = weight.grad
         gradient = gradient.to(moment_dtype(weight))
         state = self.state[weight]
         if self._is_due(group, weight, state):

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
@@ -69,7 +67,7 @@ def adjusted_lr(lr: float, adjust_lr_fn: AdjustLr | None, outputs: int, inputs: 
     return lr * math.sqrt(max(1, outputs / inputs))  # https://kellerjordan.github.io/posts/muon/
 
 
-class Muon(Optimizer):
+class Muon(safety._SafeOptimizer):
     """Orthogonalized momentum for hidden matrices; AdamW for all other parameters.
 
     Groups with ``use_muon=True`` hold matrices only, those with ``use_muon=False`` are AdamW's.
@@ -154,9 +152,6 @@ class Muon(Optimizer):
         super().__init__(params, defaults)
         self.defaults["on_nonfinite"] = on_nonfinite  # of all groups, whatever a checkpoint says
 
-    # Ranks that hold other parameters, without DTensors: they skip a step together.
-    process_group: ProcessGroup | None = None
-
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; one that does not say ``use_muon`` may become two."""
@@ -173,50 +168,13 @@ class Muon(Optimizer):
             if group["use_muon"]:
                 _refuse_no_matrices(group)
 
-    @property
-    def skipped_steps(self) -> int:
-        """How many steps were skipped because a gradient was not finite."""
-        return safety.skipped_steps(self)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of all parameters that have a gradient.
-
-        Args:
-            closure: Computes the loss and the gradients.
-
-        Returns:
-            What the closure returned.
-
-        Raises:
-            ValueError: If a gradient is sparse, or a parameter of Muon is no matrix any more.
-            FloatingPointError: If a gradient is not finite and ``on_nonfinite="raise"``.
-        """
-        loss = safety.loss_of(closure)
-        self._step_all()
-        return loss
-
-    @safety.not_compiled
-    def _step_all(self) -> None:
-        may_step = safety.begin_step(self, self.process_group)
-        for group in self.param_groups if may_step else ():
-            parameters = [p for p in group["params"] if p.grad is not None]
-            if group["use_muon"]:
-                _refuse_no_matrices(group)  # DeepSpeed puts flat ones in their place
-                self._step_matrices(group, parameters)
-            else:
-                self._step_others(group, parameters)
-
-    @torch.no_grad()
-    def step_param(self, parameter: Tensor) -> None:
-        """The step of one parameter, for whoever updates inside backward, if it may be taken."""
-        group = next(g for g in self.param_groups if any(p is parameter for p in g["params"]))
-        if parameter.grad is None or not safety.may_use(self, [parameter.grad]):
-            return
+    @override
+    def _step_parameters(self, group: safety.Group, parameters: list[Tensor]) -> None:
         if group["use_muon"]:
-            self._step_matrices(group, [parameter])
+            _refuse_no_matrices(group)  # DeepSpeed puts flat ones in their place
+            self._step_matrices(group, parameters)
         else:
-            self._step_others(group, [parameter])
+            self._step_others(group, parameters)
 
     def _step_matrices(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         for batch in _batches(parameters):

@@ -1,14 +1,16 @@
 """What keeps an optimizer from training on garbage: checks of arguments and gradients.
 
 torch's own optimizers write a NaN gradient into weights and moments; one of 1e20 makes a second
-moment infinite, and its weight never moves again. Functions only: each optimizer says in its own
-methods what it calls. What it loads is checked in loading.py.
+moment infinite, and its weight never moves again. The step that all optimizers here have in common
+is ``_SafeOptimizer``'s; all else are functions, which each calls in its own methods. What is loaded
+is checked in loading.py.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -276,6 +278,53 @@ def not_compiled(step: Callable[_P, None]) -> Callable[_P, None]:
     reason = "whether and how a step is taken depends on its gradients and its learning rate"
     disable: Any = torch.compiler.disable
     return disable(step, reason=reason)  # type: ignore[no-any-return]
+
+
+class _SafeOptimizer(Optimizer, ABC):  # private: no choice on the command line
+    """An optimizer whose step is taken for all parameters, or, with a bad gradient, for none."""
+
+    # Ranks that hold other parameters, without DTensors: they skip a step together.
+    process_group: ProcessGroup | None = None
+
+    @abstractmethod
+    def _step_parameters(self, group: Group, parameters: list[Tensor]) -> None:
+        """The step of some parameters of a group, all of which have a gradient."""
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were skipped because a gradient was not finite."""
+        return skipped_steps(self)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of all parameters that have a gradient.
+
+        Args:
+            closure: Computes the loss and the gradients.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            ValueError: If a gradient is sparse, or a parameter of Muon is no matrix any more.
+            FloatingPointError: If a gradient is not finite and ``on_nonfinite="raise"``.
+        """
+        loss = loss_of(closure)
+        self._step_all()
+        return loss
+
+    @not_compiled
+    def _step_all(self) -> None:
+        may_step = begin_step(self, self.process_group)
+        for group in self.param_groups if may_step else ():
+            self._step_parameters(group, [p for p in group["params"] if p.grad is not None])
+
+    @torch.no_grad()
+    def step_param(self, parameter: Tensor) -> None:
+        """The step of one parameter, for whoever updates inside backward, if it may be taken."""
+        group = next(g for g in self.param_groups if any(p is parameter for p in g["params"]))
+        if parameter.grad is not None and may_use(self, [parameter.grad]):
+            self._step_parameters(group, [parameter])
 
 
 def may_use(

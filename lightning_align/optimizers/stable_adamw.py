@@ -8,13 +8,11 @@ tensor by the root mean square of g / sqrt(v) where that is above 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
-from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
@@ -36,7 +34,7 @@ def update_rms(gradient: Tensor, state: dict[str, Any], beta2: float, eps: float
     return squares.div_(second.clamp_(min=eps**2)).mean().sqrt()
 
 
-class StableAdamW(Optimizer):
+class StableAdamW(safety._SafeOptimizer):
     """AdamW with update clipping (arXiv:2304.13013, Algorithm 2).
 
     Its state is that of AdamW: a run may change from one to the other. A step whose gradients are
@@ -74,9 +72,6 @@ class StableAdamW(Optimizer):
         super().__init__(params, defaults)
         self.defaults["on_nonfinite"] = on_nonfinite  # of all groups, whatever a checkpoint says
 
-    # Ranks that hold other parameters, without DTensors: they skip a step together.
-    process_group: ProcessGroup | None = None
-
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, with settings of its own."""
@@ -86,42 +81,9 @@ class StableAdamW(Optimizer):
         _check_settings(self.param_groups[-1])
         safety.check_parameters("StableAdamW", self.param_groups[-1])
 
-    @property
-    def skipped_steps(self) -> int:
-        """How many steps were skipped because a gradient was not finite."""
-        return safety.skipped_steps(self)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of all parameters that have a gradient.
-
-        Args:
-            closure: Computes the loss and the gradients.
-
-        Returns:
-            What the closure returned.
-
-        Raises:
-            ValueError: If a gradient is sparse.
-            FloatingPointError: If a gradient is not finite and ``on_nonfinite="raise"``.
-        """
-        loss = safety.loss_of(closure)
-        self._step_all()
-        return loss
-
-    @safety.not_compiled
-    def _step_all(self) -> None:
-        may_step = safety.begin_step(self, self.process_group)
-        for group in self.param_groups if may_step else ():
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._step_one(group, parameter)
-
-    @torch.no_grad()
-    def step_param(self, parameter: Tensor) -> None:
-        """The step of one parameter, for whoever updates inside backward, if it may be taken."""
-        group = next(g for g in self.param_groups if any(p is parameter for p in g["params"]))
-        if parameter.grad is not None and safety.may_use(self, [parameter.grad]):
+    @override
+    def _step_parameters(self, group: safety.Group, parameters: list[Tensor]) -> None:
+        for parameter in parameters:
             self._step_one(group, parameter)
 
     def _step_one(self, group: dict[str, Any], parameter: Tensor) -> None:
