@@ -1,6 +1,7 @@
 """The one shape of every error: where(argument=value), the rule, the way out."""
 
 import math
+from collections.abc import Iterable
 
 
 def argument_error(
@@ -24,6 +25,14 @@ def check_least(where: str, least: int, **values: int) -> None:
     for argument, value in values.items():
         if value < least:
             raise argument_error(where, argument, value, f"must be at least {least}")
+
+
+def check_choice(where: str, argument: str, value: object, choices: Iterable[object]) -> None:
+    """Refuse a value that is not among ``choices``, all of which the error names."""
+    names = list(choices)
+    if value not in names:
+        rule = f"must be one of {', '.join(map(repr, names))}"
+        raise argument_error(where, argument, value, rule)
 
 
 def _shown(value: object) -> str:

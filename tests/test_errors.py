@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from lightning_align._errors import argument_error, check_least, finite_number
+from lightning_align._errors import argument_error, check_choice, check_least, finite_number
 
 
 def test_message_gives_place_value_rule_and_way_out() -> None:
@@ -19,6 +19,14 @@ def test_the_first_value_below_the_least_is_refused() -> None:
     check_least("A", 1, b=1, c=2)
     with pytest.raises(ValueError, match=r"^A\(c=0\): must be at least 1\.$"):
         check_least("A", 1, b=1, c=0, d=-1)
+
+
+def test_a_choice_is_one() -> None:
+    check_choice("A", "mode", "a", ("a", "b"))
+    with pytest.raises(ValueError, match=r"^A\(mode='c'\): must be one of 'a', 'b'\.$"):
+        check_choice("A", "mode", "c", {"a": 1, "b": 2})
+    with pytest.raises(ValueError, match=r"^A\(mode=\[\]\): must be one of 'a', 'b'\.$"):
+        check_choice("A", "mode", [], {"a": 1, "b": 2})
 
 
 def test_a_value_that_cannot_be_shown_is_named_by_its_type() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import InitVar, dataclass, fields
 
-from lightning_align._errors import argument_error, finite_number
+from lightning_align._errors import argument_error, check_choice, finite_number
 
 # What each loss reads besides log-probabilities and beta: options by name, or the "lengths".
 READS: dict[str, tuple[str, ...]] = {
@@ -44,9 +44,7 @@ class PreferenceOptions:
     where: InitVar[str] = "PreferenceOptions"
 
     def __post_init__(self, where: str) -> None:
-        if self.loss_type not in list(READS):
-            names = ", ".join(repr(name) for name in READS)
-            raise argument_error(where, "loss_type", self.loss_type, f"must be one of {names}")
+        check_choice(where, "loss_type", self.loss_type, READS)
         if (finite_number(self.beta) or 0) <= 0:
             raise argument_error(where, "beta", self.beta, "must be positive and finite")
         if not 0 <= self.label_smoothing < 0.5:

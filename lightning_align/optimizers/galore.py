@@ -20,20 +20,11 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
-from lightning_align._errors import argument_error
-from lightning_align.optimizers import safety
+from lightning_align._errors import argument_error, check_choice
+from lightning_align.optimizers import galore_groups, safety
 from lightning_align.optimizers.adamw import State, init_adamw_state, moment_dtype
 from lightning_align.optimizers.galore_adamw import adam_direction, galore_adamw_, rotate_moments_
-from lightning_align.optimizers.galore_groups import (
-    WHERE,
-    check_choice,
-    check_group,
-    check_integer,
-    is_projected,
-    rank_of,
-    state_shapes,
-    without_rank_if_others_name_it,
-)
+from lightning_align.optimizers.galore_groups import WHERE, check_group, is_projected, rank_of
 from lightning_align.optimizers.loading import loading, refuse_other_shapes
 from lightning_align.optimizers.projection import (
     Basis,
@@ -116,9 +107,9 @@ class GaLoreAdamW(safety._SafeOptimizer):
         on_nonfinite: safety.OnNonfinite = "skip",
         seed: int = 0,
     ) -> None:
-        check_choice("on_rank_change", on_rank_change, ("raise", "reproject"))
-        safety.check_on_nonfinite(WHERE, on_nonfinite)
-        check_integer("seed", seed, least=0)
+        check_choice(WHERE, "on_rank_change", on_rank_change, ("raise", "reproject"))
+        check_choice(WHERE, "on_nonfinite", on_nonfinite, ("skip", "raise"))
+        galore_groups.check_integer("seed", seed, least=0)
         defaults = {
             "lr": lr,
             "betas": tuple(betas) if isinstance(betas, list) else betas,
@@ -133,7 +124,7 @@ class GaLoreAdamW(safety._SafeOptimizer):
             "rotate_moments": rotate_moments,
         }
         check_group({**defaults, "params": []})
-        super().__init__(without_rank_if_others_name_it(params), defaults)
+        super().__init__(galore_groups.without_rank_if_others_name_it(params), defaults)
         # Of the whole object, not of a group, and not overruled by a checkpoint.
         self.defaults.update(on_rank_change=on_rank_change, on_nonfinite=on_nonfinite, seed=seed)
         if not any(is_projected(group, parameter) for group, parameter in self._each()):
@@ -168,9 +159,8 @@ class GaLoreAdamW(safety._SafeOptimizer):
             if isinstance(parameter, DTensor) and is_projected(group, parameter):
                 rule = "is a DTensor, and a projection needs the whole gradient of a matrix"
                 way_out = "Train with DDP, or with Muon or AdamW"
-                raise argument_error(
-                    WHERE, "params", safety.parameter_name(group, index), rule, way_out
-                )
+                name = safety.parameter_name(group, index)
+                raise argument_error(WHERE, "params", name, rule, way_out)
 
     @property
     def failed_refreshes(self) -> int:
@@ -220,15 +210,10 @@ class GaLoreAdamW(safety._SafeOptimizer):
             else:
                 others.setdefault(self._next_step(parameter), []).append(parameter)
         for weights in others.values():
-            galore_adamw_(
-                weights,
-                [weight.grad for weight in weights if weight.grad is not None],
-                [self.state[weight] for weight in weights],
-                lr=float(group["lr"]),
-                betas=group["betas"],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-            )
+            gradients = [weight.grad for weight in weights if weight.grad is not None]
+            states = [self.state[weight] for weight in weights]
+            settings = {name: group[name] for name in ("betas", "eps", "weight_decay")}
+            galore_adamw_(weights, gradients, states, lr=float(group["lr"]), **settings)
 
     def _next_step(self, weight: Tensor) -> float:
         state = self.state[weight]
@@ -330,7 +315,7 @@ class GaLoreAdamW(safety._SafeOptimizer):
 
         def expected(group: safety.Group, parameter: Tensor) -> Mapping[str, torch.Size]:
             rank = _basis(saved[parameter]).rank if reproject else 0
-            return state_shapes(group, parameter, rank or None)
+            return galore_groups.state_shapes(group, parameter, rank or None)
 
         return expected
 

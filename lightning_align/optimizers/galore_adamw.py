@@ -46,15 +46,9 @@ def galore_adamw_(
     ]
     # (1 - lr d) (w - lr u) = (1 - lr d) w - lr (1 - lr d) u, with d the decay, u Adam's step
     kept = 1 - lr * weight_decay
-    adamw_(
-        weights,
-        gradients,
-        before,
-        lr=lr * kept,
-        betas=betas,
-        eps=eps / math.sqrt(1 - betas[1] ** step),
-        weight_decay=weight_decay / kept if kept else 0.0,
-    )
+    eps = eps / math.sqrt(1 - betas[1] ** step)
+    decay = weight_decay / kept if kept else 0.0
+    adamw_(weights, gradients, before, lr=lr * kept, betas=betas, eps=eps, weight_decay=decay)
     if not kept:  # all of the weight decays
         torch._foreach_zero_(weights)
 

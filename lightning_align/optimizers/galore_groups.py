@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lightning_align._errors import argument_error
+from lightning_align._errors import argument_error, check_choice
 from lightning_align.optimizers import safety
 from lightning_align.optimizers.projection import REFRESHES, projected_shape, sides
 
@@ -69,7 +69,7 @@ def check_group(group: safety.Group) -> None:
     safety.check_number(WHERE, "scale", group["scale"], above_low=True)
     safety.refuse_other_arithmetic(WHERE, group)
     check_integer("update_proj_gap", group["update_proj_gap"], least=1)
-    check_choice("projection", group["projection"], tuple(REFRESHES))
+    check_choice(WHERE, "projection", group["projection"], REFRESHES)
     sides(group["proj_type"], 1, 1)  # raises
     if group["rank"] is None:
         return
@@ -106,14 +106,3 @@ def check_integer(argument: str, value: Any, *, least: int) -> None:
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise argument_error(WHERE, argument, value, f"must be an integer of at least {least}")
-
-
-def check_choice(argument: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Refuse what is not among ``choices``.
-
-    Raises:
-        ValueError: If ``value`` is something else, with the names.
-    """
-    if value not in choices:
-        rule = f"must be one of {', '.join(map(repr, choices))}"
-        raise argument_error(WHERE, argument, value, rule)

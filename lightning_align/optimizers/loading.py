@@ -44,15 +44,9 @@ def loading(
         restore_dtypes(optimizer, loaded)
         finish()
 
-    handles = [
-        optimizer.register_load_state_dict_pre_hook(before),
-        optimizer.register_load_state_dict_post_hook(after, prepend=True),
-    ]
-    try:
+    checked = optimizer.register_load_state_dict_pre_hook(before)
+    with checked, optimizer.register_load_state_dict_post_hook(after, prepend=True):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def refuse_other_shapes(
@@ -94,10 +88,8 @@ def refuse_other_shapes(
             shapes = expected(group, group["params"][index])
             held = _shapes(state, shapes)
             if held != {name: tuple(shape) for name, shape in shapes.items()}:
-                rule = (
-                    f"the state of parameter {parameter_name(group, index)} must hold "
-                    f"{_told(shapes)}, and it holds {_told(held)}"
-                )
+                rule = f"the state of parameter {parameter_name(group, index)} must hold "
+                rule += f"{_told(shapes)}, and it holds {_told(held)}"
                 raise argument_error(where, "state_dict", "...", rule, way_out)
 
 

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
-from lightning_align._errors import argument_error
+from lightning_align._errors import argument_error, check_choice
 from lightning_align.optimizers import safety
 from lightning_align.optimizers.adamw import adamw_, init_adamw_state, moment_dtype
 from lightning_align.optimizers.loading import loading, refuse_other_shapes
@@ -130,7 +130,7 @@ class Muon(safety._SafeOptimizer):
         adamw_eps: float = 1e-8,
         on_nonfinite: safety.OnNonfinite = "skip",
     ) -> None:
-        safety.check_on_nonfinite("Muon", on_nonfinite)
+        check_choice("Muon", "on_nonfinite", on_nonfinite, ("skip", "raise"))
         if adamw_lr is not None:
             safety.check_number("Muon", "adamw_lr", adamw_lr)
         defaults = {
@@ -192,9 +192,8 @@ class Muon(safety._SafeOptimizer):
             lr = adjusted_lr(float(group["lr"]), group["adjust_lr_fn"], *sides)
             # By the rate of the group, not by that of the shape, as in torch.
             kept = 1 - float(group["lr"]) * group["weight_decay"]
-            for parameter, update in zip(
-                batch, updates if len(batch) > 1 else [updates], strict=True
-            ):
+            each = updates if len(batch) > 1 else [updates]
+            for parameter, update in zip(batch, each, strict=True):
                 # 16-bit parameters are rounded once: each by itself, decay would round to nothing.
                 wide = parameter if parameter.dtype == update.dtype else parameter.to(update.dtype)
                 wide.mul_(kept).add_(update, alpha=-lr)
@@ -207,26 +206,18 @@ class Muon(safety._SafeOptimizer):
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter, dtype=dtype)
         gradient: Any = parameter.grad
-        return muon_direction(
-            gradient.to(dtype),
-            state["momentum_buffer"],
-            momentum=group["momentum"],
-            nesterov=group["nesterov"],
-        )
+        gradient, buffer = gradient.to(dtype), state["momentum_buffer"]
+        settings = {name: group[name] for name in ("momentum", "nesterov")}
+        return muon_direction(gradient, buffer, **settings)
 
     def _step_others(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter].update(init_adamw_state(parameter))
-        adamw_(
-            parameters,
-            [p.grad for p in parameters if p.grad is not None],
-            [self.state[parameter] for parameter in parameters],
-            lr=group["lr"],
-            betas=group["betas"],
-            eps=group["adamw_eps"],
-            weight_decay=group["weight_decay"],
-        )
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        states = [self.state[parameter] for parameter in parameters]
+        settings = {name: group[name] for name in ("lr", "betas", "weight_decay")}
+        adamw_(parameters, gradients, states, eps=group["adamw_eps"], **settings)
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -333,6 +324,4 @@ def _check_settings(group: dict[str, Any]) -> None:
         "ns_dtype": get_args(Dtype),
     }
     for argument, values in choices.items():
-        if group[argument] not in values:
-            rule = f"must be one of {', '.join(map(repr, values))}"
-            raise argument_error("Muon", argument, group[argument], rule)
+        check_choice("Muon", argument, group[argument], values)

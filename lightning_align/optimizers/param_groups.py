@@ -44,23 +44,14 @@ class ParameterGroups(list[dict[str, Any]]):
         head = ("group", "use_muon", "tensors", "elements", "lr", "weight_decay", "for example")
         rows = [head, *map(_row, self)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-        lines = (
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        )
-        return "\n".join(lines)
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def _row(group: dict[str, Any]) -> tuple[str, ...]:
     elements = sum(parameter.numel() for _, parameter in group["params"])
-    return (
-        group["name"],
-        "yes" if group["use_muon"] else "no",
-        str(len(group["params"])),
-        f"{elements:,}",
-        *(f"{group[key]:g}" if key in group else "default" for key in ("lr", "weight_decay")),
-        group["params"][0][0],
-    )
+    use_muon, example = "yes" if group["use_muon"] else "no", group["params"][0][0]
+    rates = (f"{group[key]:g}" if key in group else "default" for key in ("lr", "weight_decay"))
+    return (group["name"], use_muon, str(len(group["params"])), f"{elements:,}", *rates, example)
 
 
 def build_param_groups(
@@ -103,10 +94,8 @@ def build_param_groups(
     """
     where = "build_param_groups"
     names = parameter_names(module)
-    found = _embeddings_and_heads(
-        module, layers, layers_attribute, warn=not (adamw_patterns or matrix_patterns)
-    )
-    kinds = _kinds(module, *found)
+    warn = not (adamw_patterns or matrix_patterns)
+    kinds = _kinds(module, *_embeddings_and_heads(module, layers, layers_attribute, warn=warn))
     to_adamw = _matching(adamw_patterns, names, "adamw_patterns")
     to_matrices = _matching(matrix_patterns, names, "matrix_patterns")
     for parameter in to_adamw | to_matrices:
@@ -121,11 +110,10 @@ def build_param_groups(
             kinds[parameter] = "matrices"
         elif parameter in to_adamw and kinds[parameter].startswith("matrices"):
             kinds[parameter] = "others"
-    rates = {"weight_decay": weight_decay}
     groups = ParameterGroups()
     for name, told in GROUPS.items():
         members = [(names[p][0], p) for p in names if kinds[p] == name and p.requires_grad]
-        rate = {**rates, "lr": lr if told["use_muon"] else adamw_lr}
+        rate = {"weight_decay": weight_decay, "lr": lr if told["use_muon"] else adamw_lr}
         given = {key: value for key, value in rate.items() if value is not None}
         if members:
             groups.append({"name": name, "params": members, **given, **told})
@@ -169,7 +157,9 @@ def _kinds(
 
 
 def _kind(owner: nn.Module, name: str, parameter: nn.Parameter) -> str:
-    if name == "weight" and _is_conv1d(owner):
+    # Nobody has a Conv1D without having imported transformers, so we need not import it.
+    theirs = sys.modules.get("transformers.pytorch_utils")
+    if name == "weight" and theirs is not None and isinstance(owner, theirs.Conv1D):
         return "matrices_transposed"
     # Whatever their shape: FSDP1 makes them flat, which Muon must refuse and not leave to AdamW.
     if name == "weight" and isinstance(owner, nn.Linear):
@@ -179,12 +169,6 @@ def _kind(owner: nn.Module, name: str, parameter: nn.Parameter) -> str:
     if isinstance(owner, nn.MultiheadAttention) and name.endswith("proj_weight"):
         return "matrices"
     return "others"
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    # Nobody has one without having imported transformers, so we need not import it.
-    theirs = sys.modules.get("transformers.pytorch_utils")
-    return theirs is not None and isinstance(module, theirs.Conv1D)
 
 
 def _embeddings_and_heads(

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_align._errors import argument_error
+from lightning_align._errors import check_choice
 
 Side = Literal["left", "right"]
 COLD_ITERATIONS = 3  # from a random start: 0.998 of the best energy on the spectrum k^-0.7
@@ -58,18 +58,15 @@ def sides(proj_type: str, rows: int, cols: int) -> tuple[Side, ...]:
         "right": ("right",),
         "full": ("left", "right"),
     }
-    if proj_type not in chosen:
-        rule = f"must be one of {', '.join(map(repr, chosen))}"
-        raise argument_error("GaLoreAdamW", "proj_type", proj_type, rule)
+    check_choice("GaLoreAdamW", "proj_type", proj_type, chosen)
     return chosen[proj_type]
 
 
 def projected_shape(basis_sides: tuple[Side, ...], shape: torch.Size, rank: int) -> torch.Size:
     """Shape of the projected gradient, which is that of both moments."""
     rows, cols = shape
-    return torch.Size(
-        [rank if "left" in basis_sides else rows, rank if "right" in basis_sides else cols]
-    )
+    lengths = rank if "left" in basis_sides else rows, rank if "right" in basis_sides else cols
+    return torch.Size(lengths)
 
 
 def project(gradient: Tensor, basis: Basis) -> Tensor:
@@ -260,12 +257,8 @@ def _cast(basis: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def _as_basis(found: dict[Side, Tensor], dtype: torch.dtype) -> Basis:
     """Copies: a view in the optimizer's state would keep the whole factor of an SVD alive."""
-    return Basis(
-        **{
-            side: basis.to(dtype).clone(memory_format=torch.contiguous_format)
-            for side, basis in found.items()
-        }
-    )
+    layout = {"memory_format": torch.contiguous_format}
+    return Basis(**{side: basis.to(dtype).clone(**layout) for side, basis in found.items()})
 
 
 def _gaussian(rows: int, cols: int, like: Tensor, generator: torch.Generator) -> Tensor:

@@ -192,9 +192,8 @@ def are_usable(gradients: list[Tensor]) -> bool:
         return True
     # The norm over all is one fused pass, but several may exceed together what none does alone,
     # and that of fp16 overflows: then look at each.
-    return bool(nn.utils.get_total_norm(filled) < LARGEST) or all(
-        norm < LARGEST for norm in map(_norm, filled)
-    )
+    total = nn.utils.get_total_norm(filled)
+    return bool(total < LARGEST) or all(norm < LARGEST for norm in map(_norm, filled))
 
 
 def _local(gradient: Tensor) -> Tensor:
@@ -368,16 +367,6 @@ def _culprit(optimizer: Optimizer) -> str:
                 return f"{name} has a norm above {LARGEST:g}, whose square is no fp32 number{rank}"
             return f"{name} is not finite{rank}"
     return f"a gradient is not finite or too large on another rank; all are usable{rank}"
-
-
-def check_on_nonfinite(where: str, value: Any) -> None:
-    """Refuse what is neither "skip" nor "raise".
-
-    Raises:
-        ValueError: If ``value`` is something else.
-    """
-    if value not in ("skip", "raise"):
-        raise argument_error(where, "on_nonfinite", value, "must be one of 'skip', 'raise'")
 
 
 def skipped_steps(optimizer: Optimizer) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
+from lightning_align._errors import check_choice
 from lightning_align.optimizers import safety
 from lightning_align.optimizers.adamw import adamw_, bias_correction, init_adamw_state
 from lightning_align.optimizers.loading import loading, refuse_other_shapes
@@ -66,7 +67,7 @@ class StableAdamW(safety._SafeOptimizer):
         *,
         on_nonfinite: safety.OnNonfinite = "skip",
     ) -> None:
-        safety.check_on_nonfinite("StableAdamW", on_nonfinite)
+        check_choice("StableAdamW", "on_nonfinite", on_nonfinite, ("skip", "raise"))
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         _check_settings(defaults)
         super().__init__(params, defaults)
@@ -92,16 +93,10 @@ class StableAdamW(safety._SafeOptimizer):
             state.update(init_adamw_state(parameter))
         gradient: Any = parameter.grad
         beta1, beta2 = map(float, group["betas"])
-        rms = update_rms(gradient, state, beta2, group["eps"])
-        adamw_(
-            [parameter],
-            [gradient],
-            [state],
-            lr=group["lr"] / rms.clamp(min=1),  # eta_t = alpha_t / max(1, RMS_t)
-            betas=(beta1, beta2),
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-        )
+        eps, decay = group["eps"], group["weight_decay"]
+        betas, rms = (beta1, beta2), update_rms(gradient, state, beta2, eps)
+        lr = group["lr"] / rms.clamp(min=1)  # eta_t = alpha_t / max(1, RMS_t)
+        adamw_([parameter], [gradient], [state], lr=lr, betas=betas, eps=eps, weight_decay=decay)
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

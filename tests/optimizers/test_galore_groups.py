@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from lightning_align.optimizers.galore_groups import (
-    check_choice,
     check_group,
     check_integer,
     is_projected,
@@ -145,9 +144,3 @@ def test_an_integer_is_one(value):
     check_integer("seed", 1, least=1)
     with pytest.raises(ValueError, match=r"\(seed=.*\): must be an integer of at least 1"):
         check_integer("seed", value, least=1)
-
-
-def test_a_choice_is_one():
-    check_choice("mode", "a", ("a", "b"))
-    with pytest.raises(ValueError, match=r"GaLoreAdamW\(mode='c'\): must be one of 'a', 'b'"):
-        check_choice("mode", "c", ("a", "b"))
