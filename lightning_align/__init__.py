@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     )
     from lightning_align.optimizers import GaLoreAdamW, Muon, StableAdamW, build_param_groups
     from lightning_align.run import ExactResume
-    from lightning_align.strategies import PipelineStrategy
+    from lightning_align.strategies import PipelineStrategy, ZeROInfinityStrategy
 else:
     _HOMES = {
         "LISA": "callbacks",
@@ -64,6 +64,7 @@ else:
         "StableAdamW": "optimizers",
         "TextDataModule": "modules",
         "TokenSchedule": "callbacks",
+        "ZeROInfinityStrategy": "strategies",
         "build_param_groups": "optimizers",
         "callbacks": "callbacks",
         "checkpointing": "checkpointing",
@@ -100,6 +101,7 @@ __all__ = [
     "StableAdamW",
     "TextDataModule",
     "TokenSchedule",
+    "ZeROInfinityStrategy",
     "build_param_groups",
     "callbacks",
     "checkpointing",

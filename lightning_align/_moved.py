@@ -8,6 +8,7 @@ from typing import Any
 
 # Old place -> new place, within the package. Frozen: nothing is ever taken out.
 MOVED = {
+    "checkpointing.host_block": "host_block",
     "completion": "cli.completion",
     "export": "cli.export",
     "generate": "cli.generate",

@@ -47,6 +47,7 @@ SAVED = (
     "lightning_align.strategies.chain.ChainError",
     "lightning_align.strategies.failure.PipelineError",
     "lightning_align.strategies.pipeline.PipelineStrategy",
+    "lightning_align.strategies.zero_infinity.ZeROInfinityStrategy",
     "lightning_align.tokenizer_state.pack_tokenizer",
     "lightning_align.trained.load_trained",
 )

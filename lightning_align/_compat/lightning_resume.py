@@ -2,9 +2,10 @@
 
 import os
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -106,6 +107,31 @@ def call_before_saving(trainer: pl.Trainer, function: Callable[[], None] | None)
             return dump(*arguments, **options)
 
         connector.dump_checkpoint = call_and_dump
+
+
+def offer_last(trainer: pl.Trainer, newest: Callable[[str | None], str | None]) -> None:
+    """Let ``ckpt_path="last"`` be what a function makes of the newest checkpoint of callbacks.
+
+    Lightning asks callbacks alone, before any hook of the strategy is called.
+
+    Args:
+        trainer: The trainer.
+        newest: Given the path that Lightning found, or None, it returns the one to take.
+    """
+    connector: Any = trainer._checkpoint_connector
+    vars(connector).pop("_parse_ckpt_path", None)
+    connector._parse_ckpt_path = partial(_parse_or_last, connector._parse_ckpt_path, newest)
+
+
+def _parse_or_last(
+    parse: Callable[..., Any], newest: Callable[[Any], Any], fn: Any, path: Any, **options: Any
+) -> Any:
+    if path != "last":
+        return parse(fn, path, **options)
+    with warnings.catch_warnings():
+        if newest(None) is not None:
+            warnings.filterwarnings("ignore", message=".*there is no last checkpoint available.*")
+        return newest(parse(fn, path, **options))
 
 
 class _BlankMetric(Metric):

@@ -6,7 +6,9 @@ that after some intervals the optimizer is as large as that of full fine-tuning.
 when a step is done, and the optimizer's state when a block is frozen.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -30,7 +32,7 @@ from lightning_align.callbacks.lisa_layers import (
 from lightning_align.callbacks.lisa_picture import draw_history
 from lightning_align.layers import ModelLayers
 from lightning_align.reports.pictures import log_figure, new_figure
-from lightning_align.run.protocols import follow_freezing, may_freeze
+from lightning_align.run.protocols import follow_freezing, gathered, may_freeze
 
 
 class LISA(Callback):
@@ -119,6 +121,7 @@ class LISA(Callback):
         self._held: dict[str, Tensor] = {}  # what is logged, anew with each draw
         self._unramped: list[tuple[nn.Parameter, Tensor]] = []  # weights before a step
         self._hook: RemovableHandle | None = None
+        self._gathered: Callable[..., AbstractContextManager[None]] = _here
         self._saved_settings: dict[str, Any] | None = None
 
     @property
@@ -153,6 +156,7 @@ class LISA(Callback):
         if stage != "fit":
             return
         _check_strategy(trainer.strategy)
+        self._gathered = partial(gathered, trainer.strategy)
         if not pl_module.automatic_optimization:
             rule = "it optimizes manually, and blocks are switched between Lightning's own steps"
             way_out = "Set automatic_optimization = True, or leave LISA out"
@@ -253,7 +257,8 @@ class LISA(Callback):
             returned = set(self.active_layers).difference(before)
             blocks = [self._parameters.blocks[block] for block in returned]
             parameters = set[nn.Parameter]().union(*blocks)
-            self._unramped = [(p, p.detach().clone()) for p in parameters]
+            with self._gathered(parameters):
+                self._unramped = [(p, p.detach().clone()) for p in parameters]
 
     def _warmth(self, step: int) -> float:
         """Share of its update that a block gets that came back, at an optimizer step."""
@@ -264,8 +269,9 @@ class LISA(Callback):
     def _ramp(self, trainer: Trainer) -> None:
         """After a step, whatever the optimizer: take back a part of it, its decay included."""
         warmth = self._warmth(trainer.global_step)
-        for parameter, before in self._unramped:
-            parameter.copy_(before.lerp_(parameter, warmth))
+        with self._gathered([parameter for parameter, _ in self._unramped], modify=True):
+            for parameter, before in self._unramped:
+                parameter.copy_(before.lerp_(parameter, warmth))
         self._unramped = []
 
     @override
@@ -323,6 +329,7 @@ class LISA(Callback):
         if self._hook is not None:
             self._hook.remove()
         self._parameters, self._hook, self._in_force, self._unramped = None, None, None, []
+        self._gathered = _here  # no strategy outlives its run here
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -342,7 +349,10 @@ class LISA(Callback):
         Raises:
             ValueError: If one is not finite: the run is lost.
         """
-        norms = weight_norms(layers.blocks)
+        norms = []
+        for block in layers.blocks:
+            with self._gathered(list(block.parameters())):
+                norms += weight_norms([block])
         for name, norm in zip(layers.block_names, norms, strict=True):
             if not norm < float("inf"):
                 rule = f"the weights of '{name}' are not finite"
@@ -365,6 +375,11 @@ def held_bytes(pl_module: nn.Module, optimizer: Optimizer) -> dict[str, int]:
         "gradients_bytes": num_bytes(p.grad for p in parameters if p.grad is not None),
         "optimizer_bytes": num_bytes(value for value in states if isinstance(value, Tensor)),
     }
+
+
+def _here(*_: Any, **__: Any) -> AbstractContextManager[None]:
+    """Around parameters that are in memory all the time."""
+    return nullcontext()
 
 
 def _check_sampling(sampling: Any, activated_layers: int) -> None:

@@ -37,13 +37,18 @@ _OPENING = threading.RLock()  # no fork while a lock file is open that is in no 
 class FolderLock:
     """The right to write a folder, held until :meth:`release` or the end of the process.
 
+    Args:
+        folder: Which folder.
+        where: What an error begins with; the folder goes into its braces.
+
     Attributes:
         method: What holds it: ``flock``, or ``beats`` in the owner's file.
         taken_over_by: Who has taken it, where it was held by beats that could not be written.
     """
 
-    def __init__(self, folder: Folder) -> None:
+    def __init__(self, folder: Folder, where: str = "SnapshotEngine(dirpath={!r})") -> None:
         self._folder = folder
+        self._where = where
         self._owner: dict[str, Any] = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -202,7 +207,7 @@ class FolderLock:
 
     def _refusal(self, owner: str) -> str:
         return (
-            f"SnapshotEngine(dirpath={str(self._folder)!r}): {owner} is writing checkpoints there."
+            f"{self._where.format(str(self._folder))}: {owner} is writing checkpoints there."
             " Give each run a folder of its own, or end the other one."
         )
 

@@ -20,9 +20,9 @@ from lightning_align._compat.torch_storage import negative_view, rebuild_with_dt
 from lightning_align._errors import argument_error
 from lightning_align.checkpointing.archive import Archive, Reduced, ending, reduce_ex, storage_key
 from lightning_align.checkpointing.files import Bytes
-from lightning_align.checkpointing.host_block import HostBlock
 from lightning_align.checkpointing.memory import Copies
 from lightning_align.checkpointing.structure import cannot_be_saved, place_of
+from lightning_align.host_block import HostBlock
 
 _GROWTH = 1.125  # a state that grows at every save is not laid out anew at every save
 _WIDEST_DTYPE = 16  # bytes, complex128

@@ -28,7 +28,7 @@ from lightning_align.optimizers import param_groups
 from lightning_align.run.callbacks import callbacks_of
 from lightning_align.run.exact_resume import ExactResume
 from lightning_align.run.protocols import SpreadsModel, tokenizer_of
-from lightning_align.run.replicas import is_spread, replica, total_grad_norm
+from lightning_align.run.replicas import is_spread, replica, scale_gradients, total_grad_norm
 
 
 class CausalLMModule(pl.LightningModule, ABC):
@@ -133,13 +133,19 @@ class CausalLMModule(pl.LightningModule, ABC):
 
     # Exact weighting of gradients
 
+    def gradient_factor(self) -> Tensor:
+        """What the gradients of the window are multiplied by, once its last step has run.
+
+        It undoes the means that Lightning and DDP take, and divides by the window's true weight.
+        """
+        _, weights = means_over_ranks(self.trainer, dict(self.accumulated))
+        averaged_over = replica(self.trainer)[0] * self.trainer.accumulate_grad_batches
+        return averaged_over / weights["loss"]
+
     @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        means, weights = means_over_ranks(self.trainer, self.accumulated)
-        # Undo the means that Lightning and DDP take, and divide by the window's true weight.
-        averaged_over = replica(self.trainer)[0] * self.trainer.accumulate_grad_batches
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        torch._foreach_mul_(gradients, averaged_over / weights["loss"])
+        scale_gradients(self.trainer, self, self.gradient_factor())
+        means, _ = means_over_ranks(self.trainer, self.accumulated)
         tokens = means.pop("tokens")
         self._tokens_seen = self._tokens_seen + tokens.long()  # stays on the device: no sync
         means |= self.derived_metrics(means)

@@ -254,14 +254,20 @@ def loss_of(closure: Callable[[], Any] | None) -> Any:
         return closure()
 
 
-def begin_step(optimizer: Optimizer, process_group: ProcessGroup | None = None) -> bool:
+def begin_step(
+    optimizer: Optimizer,
+    process_group: ProcessGroup | None = None,
+    norms: list[Tensor] | None = None,
+) -> bool:
     """Whether the gradients may be used, for the step that is counted here.
 
     Args:
         optimizer: Whose step it is.
         process_group: See ``are_usable_on_all_ranks``.
+        norms: Of the gradients, where they are not all here at once.
     """
-    may_step = may_use(optimizer, check_gradients(optimizer), process_group)
+    gradients = check_gradients(optimizer) if norms is None else norms
+    may_step = may_use(optimizer, gradients, process_group)
     first = optimizer.param_groups[0]
     first[STEPS] = first.get(STEPS, 0) + 1
     return may_step
@@ -317,6 +323,14 @@ class _SafeOptimizer(Optimizer, ABC):  # private: no choice on the command line
         may_step = begin_step(self, self.process_group)
         for group in self.param_groups if may_step else ():
             self._step_parameters(group, [p for p in group["params"] if p.grad is not None])
+
+    def begin_step(self, norms: list[Tensor]) -> bool:
+        """Whether a step of gradients with these norms may be taken by ``step_param``; counts it.
+
+        Args:
+            norms: Of all gradients, in any order.
+        """
+        return begin_step(self, self.process_group, norms)
 
     @torch.no_grad()
     def step_param(self, parameter: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_align._compat.lightning_resume import validation_follows
 from lightning_align._compat.lightning_trainer import is_accumulating
 from lightning_align._errors import argument_error
-from lightning_align.run.protocols import SaysWhoSaves, window_sums
+from lightning_align.run.protocols import HoldsGradients, SaysWhoSaves, window_sums
 from lightning_align.run.replicas import of_every_rank
 
 WINDOW_KEY = "lightning_align.accumulation"  # of the checkpoint
@@ -70,12 +70,15 @@ def own_window(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Window:
     # Lightning empties the gradients of a manual step before a validation, and knows no window.
     if validation_follows(trainer) and trainer.training if manual else not is_accumulating(trainer):
         return {}
+    gradients = {
+        name: parameter.grad.detach().to("cpu", copy=True)
+        for name, parameter in _parameters(trainer, pl_module).items()
+        if parameter.grad is not None
+    }
+    if isinstance(trainer.strategy, HoldsGradients):
+        gradients |= trainer.strategy.waiting_gradients()
     return {
-        "gradients": {
-            name: parameter.grad.detach().to("cpu", copy=True)
-            for name, parameter in _parameters(trainer, pl_module).items()
-            if parameter.grad is not None
-        },
+        "gradients": gradients,
         "sums": {
             name: value.to("cpu", copy=True) for name, value in window_sums(pl_module).items()
         },

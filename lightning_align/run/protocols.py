@@ -9,6 +9,7 @@ takes microseconds, so it is asked at set-up and not in every step.
 """
 
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from difflib import get_close_matches
 from typing import Any
 
@@ -28,6 +29,14 @@ class SumsOverWindow(Protocol):
     """It collects sums over the open window of accumulation, which are saved with the gradients."""
 
     accumulated: dict[str, Tensor]
+
+
+@runtime_checkable
+class KnowsGradientFactor(Protocol):
+    """Before the last backward of a window it knows by what it will multiply the gradients."""
+
+    def gradient_factor(self) -> Tensor:
+        """That factor, once the last step of the window has run; collective."""
 
 
 @runtime_checkable
@@ -152,6 +161,17 @@ class SpreadsModel(Protocol):
 
 
 @runtime_checkable
+class HoldsGradients(Protocol):
+    """It takes gradients out of ``p.grad`` as soon as they are there."""
+
+    def scale_gradients(self, factor: Tensor, /) -> None:
+        """Multiply all gradients of the open window."""
+
+    def waiting_gradients(self) -> dict[str, Tensor]:
+        """Copies of those that wait for their step, by name; they come back in ``p.grad``."""
+
+
+@runtime_checkable
 class GathersState(Protocol):
     """It has to put the state of the module together."""
 
@@ -192,6 +212,16 @@ class FollowsFreezing(Protocol):
 
     def follow_freezing(self, dropped: Collection[nn.Parameter], /) -> None:
         """Take up what requires a gradient now, and forget the optimizer's state of ``dropped``."""
+
+
+@runtime_checkable
+class GathersParameters(Protocol):
+    """Parameters are in memory only while a module is called, or while they are asked for."""
+
+    def gathered(
+        self, parameters: Collection[str | nn.Parameter] | None = None, *, modify: bool = False
+    ) -> AbstractContextManager[None]:
+        """Around code that reads parameters, or edits them: some, or all for None; collective."""
 
 
 # Of a callback that writes checkpoints
@@ -291,6 +321,15 @@ def keeps_shapes(strategy: Strategy) -> bool:
     if isinstance(strategy, SaysHowParametersLie):
         return strategy.keeps_shapes
     return not isinstance(strategy, (DeepSpeedStrategy, strategies.FSDPStrategy))
+
+
+def gathered(
+    strategy: Strategy, parameters: Collection[nn.Parameter], *, modify: bool = False
+) -> AbstractContextManager[None]:
+    """Around code that reads or edits the values of parameters, wherever they are."""
+    if isinstance(strategy, GathersParameters):
+        return strategy.gathered(parameters, modify=modify)
+    return nullcontext()
 
 
 def may_freeze(strategy: Strategy) -> bool:

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from lightning_align.run.protocols import SpreadsModel
+from lightning_align.run.protocols import HoldsGradients, SpreadsModel
 
 
 def replica(trainer: pl.Trainer) -> tuple[int, int]:
@@ -39,6 +39,17 @@ def total_grad_norm(trainer: pl.Trainer, module: nn.Module) -> Tensor:
         return spread.total_grad_norm()
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
     return nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+
+
+def scale_gradients(trainer: pl.Trainer, module: nn.Module, factor: Tensor) -> None:
+    """Multiply a module's gradients, where the strategy keeps them if it has them elsewhere."""
+    strategy: Any = trainer.strategy
+    if issubclass(type(strategy), HoldsGradients):
+        holder: HoldsGradients = strategy
+        holder.scale_gradients(factor)
+        return
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    torch._foreach_mul_(gradients, factor)
 
 
 def is_spread(module: nn.Module) -> bool:

@@ -21,12 +21,21 @@ def _pipeline(**arguments: Any) -> Any:
     return PipelineStrategy(**arguments)
 
 
+def _zero_infinity(**arguments: Any) -> Any:
+    from lightning_align.strategies.zero_infinity.strategy import ZeROInfinityStrategy
+
+    return ZeROInfinityStrategy(**arguments)
+
+
 def register(registry: Any) -> None:
     """Add our names to Lightning's registry."""
     for name, schedule in _PIPELINES.items():
         if name not in registry:
             about = f"Pipeline parallelism, {schedule} schedule"
             registry.register(name, _pipeline, about, schedule=schedule)
+    if "zero_infinity" not in registry:
+        about = "ZeRO-Infinity: parameters, gradients and optimizer state on NVMe"
+        registry.register("zero_infinity", _zero_infinity, about)
 
 
 class _OnImport:

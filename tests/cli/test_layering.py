@@ -223,6 +223,12 @@ def test_strategy_by_the_bare_name_of_a_class(
     assert strategy.class_path.endswith(".DDPStrategy")
 
 
+@pytest.mark.parametrize("name", ["PipelineStrategy", "ZeROInfinityStrategy"])
+def test_our_strategies_by_their_names(name: str) -> None:
+    strategy = chosen_strategy(f"--trainer.strategy={name}")
+    assert strategy.class_path.endswith(f".{name}")
+
+
 def test_a_misspelt_strategy_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         chosen_strategy("--trainer.strategy=dpp")

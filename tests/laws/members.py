@@ -268,4 +268,13 @@ STRATEGIES = [
         ranks=2,
         splits_batch=False,
     ),
+    Member(
+        "zero_infinity",
+        spec(
+            OURS + "ZeROInfinityStrategy",
+            params_buffer_count=2,
+            sub_group_size=1000,
+            overwrite=True,  # a run that goes on from a checkpoint of its own
+        ),
+    ),
 ]

@@ -6,7 +6,7 @@ import signal
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,8 +135,11 @@ class Recorder(pl.Callback):
             file.write(f"{batches_consumed(trainer)} {float(outputs['loss']).hex()}\n")
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if trainer.is_global_zero:
-            (self.folder / "weights").write_text(weights_hash(pl_module))
+        strategy = trainer.strategy
+        whole = strategy.gathered() if hasattr(strategy, "gathered") else nullcontext()
+        with whole:
+            if trainer.is_global_zero:
+                (self.folder / "weights").write_text(weights_hash(pl_module))
 
 
 class KillAt(pl.Callback):

@@ -18,3 +18,13 @@ def test_names_are_known_whichever_package_comes_first(order: str) -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert sorted(run.stdout.split()[:-1]) == NAMES
     assert run.stdout.split()[-1] == "Interleaved1F1B"
+
+
+def test_zero_infinity_is_a_name() -> None:
+    from lightning.pytorch.strategies import StrategyRegistry
+
+    import lightning_align  # noqa: F401
+
+    strategy = StrategyRegistry.get("zero_infinity")
+    assert type(strategy).__name__ == "ZeROInfinityStrategy"
+    assert strategy.nvme_path is None

@@ -7,8 +7,8 @@ import os
 import pytest
 import torch
 
-from lightning_align.checkpointing.host_block import HostBlock
 from lightning_align.checkpointing.snapshot import HostBuffer
+from lightning_align.host_block import HostBlock
 
 
 def test_a_forked_process_does_not_inherit_the_buffer() -> None:

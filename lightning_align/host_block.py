@@ -1,4 +1,4 @@
-"""Host memory for snapshots: allocated once, registered with CUDA, and not inherited by forks."""
+"""Host memory for copies and transfers: allocated once, registered with CUDA, not inherited."""
 
 import mmap
 import os

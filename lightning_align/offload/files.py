@@ -1,0 +1,222 @@
+"""Files that are read and written past the page cache, in pieces, by a few threads.
+
+``preadv`` and ``pwritev`` give up the interpreter's lock, so plain threads keep a disk busy: two of
+them with pieces of 4 MiB were as fast as any other number, and faster than what needs a compiler,
+as long as the memory is private huge pages (see ``buffers``).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from lightning_align._errors import argument_error
+
+ALIGNMENT = 4096  # bytes: offsets, lengths and addresses of direct transfers are multiples of it
+_DIRECT = getattr(os, "O_DIRECT", 0)
+
+
+@dataclass
+class Traffic:
+    """Bytes that were moved, for all files of a store."""
+
+    read: int = 0
+    written: int = 0
+
+
+@dataclass
+class Threads:
+    """What all files of a store share.
+
+    Args:
+        count: Threads that read and write.
+        block_size: Bytes of one piece.
+        direct_io: Whether to go past the page cache; ``"auto"`` does where the filesystem lets us.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    count: int = 2
+    block_size: int = 4 << 20
+    direct_io: bool | Literal["auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise argument_error("offload", "thread_count", self.count, "must be at least 1")
+        if self.block_size < ALIGNMENT or self.block_size % ALIGNMENT:
+            rule = f"must be a multiple of {ALIGNMENT} bytes"
+            raise argument_error("offload", "block_size", self.block_size, rule)
+        self.traffic = Traffic()
+        self.executor = ThreadPoolExecutor(self.count, thread_name_prefix="offload")
+
+    def close(self) -> None:
+        """Wait for what is under way, and end the threads."""
+        self.executor.shutdown()
+
+
+class Transfer:
+    """Reads or writes that are under way.
+
+    Args:
+        pieces: What the threads do.
+    """
+
+    def __init__(self, pieces: list[Future[None]]) -> None:
+        self._pieces = pieces
+
+    def wait(self) -> None:
+        """Until all is done.
+
+        Raises:
+            OSError: The first error of any piece.
+        """
+        pieces, self._pieces = self._pieces, []
+        errors = [error for piece in pieces if (error := piece.exception()) is not None]
+        if errors:
+            raise errors[0]
+
+
+class DirectFile:
+    """One file of a store, made if it is not there.
+
+    Args:
+        path: Where it is.
+        threads: Who reads and writes.
+
+    Raises:
+        ValueError: If ``direct_io=True`` and the filesystem refuses it.
+    """
+
+    def __init__(self, path: Path, threads: Threads) -> None:
+        self.path = path
+        self._threads = threads
+        self._descriptor = self._open()
+
+    def _open(self) -> int:
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
+        wanted = self._threads.direct_io
+        if wanted and _DIRECT:
+            try:
+                return os.open(self.path, flags | _DIRECT, 0o666)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+        if wanted is True:
+            rule = f"the filesystem of {self.path} has no direct I/O"
+            raise argument_error("offload", "direct_io", wanted, rule, "Leave it at 'auto'")
+        if wanted:
+            self._threads.direct_io = False  # told once
+            warnings.warn(
+                f"The filesystem of {self.path} has no direct I/O: transfers go through the page"
+                " cache, which takes memory and time.",
+                stacklevel=2,
+            )
+        return os.open(self.path, flags, 0o666)
+
+    def read(self, memory: Tensor, offset: int) -> Transfer:
+        """Fill ``memory`` from the file.
+
+        Args:
+            memory: Bytes, contiguous.
+            offset: Where in the file they begin.
+        """
+        self._threads.traffic.read += memory.numel()
+        return self._start(_read_piece, memory, offset)
+
+    def write(self, memory: Tensor, offset: int) -> Transfer:
+        """Write ``memory`` to the file; it must not change until the transfer is done.
+
+        Args:
+            memory: Bytes, contiguous.
+            offset: Where in the file they begin.
+        """
+        self._threads.traffic.written += memory.numel()
+        return self._start(_write_piece, memory, offset)
+
+    def sync(self) -> Transfer:
+        """Make what was written durable; what is under way is not waited for."""
+        return Transfer([self._threads.executor.submit(self._sync)])
+
+    def _start(self, move: Callable[..., None], memory: Tensor, offset: int) -> Transfer:
+        array: Any = memory.numpy()
+        view = memoryview(array)  # holds the memory as long as a piece is under way
+        size = self._threads.block_size
+        return Transfer(
+            [
+                self._threads.executor.submit(
+                    move, self, view[start : start + size], offset + start
+                )
+                for start in range(0, len(view), size)
+            ]
+        )
+
+    def _sync(self) -> None:
+        try:
+            os.fdatasync(self._descriptor)
+        except OSError as error:
+            raise _told(self.path, "fdatasync", error) from error
+
+    def allocate(self, nbytes: int) -> None:
+        """Reserve room, so that the disk cannot be full later.
+
+        Args:
+            nbytes: Length of the file.
+
+        Raises:
+            OSError: If there is none, with the bytes that are needed and that are free.
+        """
+        size = os.fstat(self._descriptor).st_size
+        if nbytes <= size:
+            return
+        try:
+            if nbytes - size > shutil.disk_usage(self.path.parent).free:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.posix_fallocate(self._descriptor, 0, nbytes)
+        except OSError as error:
+            os.ftruncate(self._descriptor, size)  # ext4 keeps what it has got until there was none
+            free = shutil.disk_usage(self.path.parent).free
+            what = f"{nbytes - size:,} bytes are needed and {free:,} are free ({error.strerror})"
+            raise OSError(error.errno, what, str(self.path)) from error
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
+
+
+def _read_piece(file: DirectFile, memory: memoryview, offset: int) -> None:
+    while memory:
+        count = _moved(file, os.preadv, "reading", memory, offset)
+        offset, memory = offset + count, memory[count:]
+        size = os.fstat(file._descriptor).st_size
+        if memory and offset >= size:
+            short = f"reading stopped at {offset:,}: the file has {size:,} bytes and is truncated"
+            raise OSError(errno.EIO, short, str(file.path))
+
+
+def _write_piece(file: DirectFile, memory: memoryview, offset: int) -> None:
+    while memory:
+        count = _moved(file, os.pwritev, "writing", memory, offset)
+        offset, memory = offset + count, memory[count:]
+
+
+def _moved(file: DirectFile, call: Any, what: str, memory: memoryview, offset: int) -> int:
+    """Bytes that one call has moved, which may be fewer than asked for."""
+    try:
+        count: int = call(file._descriptor, [memory], offset)
+    except OSError as error:
+        raise _told(file.path, f"{what} {len(memory):,} bytes at {offset:,}", error) from error
+    return count
+
+
+def _told(path: Path, what: str, error: OSError) -> OSError:
+    return OSError(error.errno, f"{what} failed: {error.strerror}", str(path))

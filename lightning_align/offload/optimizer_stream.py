@@ -1,0 +1,275 @@
+"""The user's own optimizer, stepped for a few tensors at a time, with its state on disk.
+
+An optimizer that treats every parameter by itself does the same whether it is shown all of them or
+one after the other. So it is called again and again, each time with the gradients of a few
+parameters, whose state was read into reused memory before and is written back behind. What is small
+(counters of steps) stays in ``optimizer.state``; large tensors are there only while they are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from lightning_align._compat.torch_optimizers import unhooked_step
+from lightning_align._errors import argument_error
+from lightning_align.offload.block import Block, Place, aligned, placed
+from lightning_align.offload.buffers import BufferPool
+from lightning_align.offload.files import Transfer
+from lightning_align.offload.record import StatePlace
+from lightning_align.offload.store import ShardStore
+
+_BY_THEMSELVES = (AdamW, Adam, SGD)  # of torch, each parameter by itself
+
+
+@runtime_checkable
+class StepsParameters(Protocol):
+    """An optimizer that can be stepped for one parameter after the other."""
+
+    def begin_step(self, norms: list[Tensor]) -> bool:
+        """Whether a step of gradients with these norms may be taken; counts it."""
+        ...
+
+    def step_param(self, parameter: Tensor) -> None:
+        """The step of one parameter."""
+        ...
+
+
+def check_optimizer(optimizer: Optimizer, where: str) -> None:
+    """Refuse an optimizer that looks across parameters, or that we do not know not to.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    if type(optimizer) in _BY_THEMSELVES or isinstance(optimizer, StepsParameters):
+        return
+    rule = "it is not known to treat each parameter by itself, and its state is not all in memory"
+    way_out = "Use torch's AdamW, Adam or SGD, StableAdamW, Muon or GaLoreAdamW"
+    raise argument_error(where, "optimizer", type(optimizer).__name__, rule, way_out)
+
+
+def expected_state_bytes(optimizer: Optimizer, block: Block) -> int:
+    """Bytes of state that a block will have; 0 where only its first step will show."""
+    count = {AdamW: 2, Adam: 2, SGD: 1}.get(type(optimizer), 0)
+    known = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    total = 0
+    for parameter in block.parameters.values():
+        group = known.get(id(parameter), {})
+        tensors = count + bool(group.get("amsgrad"))
+        if not group or (type(optimizer) is SGD and not group["momentum"]):
+            continue
+        padded = -(-parameter.numel() // 64) * 64 * parameter.element_size()
+        total += aligned(tensors * padded)
+    return total
+
+
+class OptimizerStream:
+    """Steps blocks.
+
+    Args:
+        optimizer: The user's.
+        store: Where parameters and states are.
+        pool: Memory for states.
+        group_bytes: Bytes of state to have in memory at a time; a single parameter's always are.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, store: ShardStore, pool: BufferPool, group_bytes: int
+    ) -> None:
+        self._optimizer, self._store, self._pool = optimizer, store, pool
+        self._group_bytes = group_bytes
+        self._step = unhooked_step(optimizer)
+        self._reading: dict[str, tuple[Tensor, Transfer]] = {}
+
+    @torch.no_grad()
+    def update(
+        self,
+        block: Block,
+        gradients: Callable[[str], Tensor | None],
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Step a block whose values are in memory, and write it.
+
+        Args:
+            block: Which one.
+            gradients: Its gradient for the name of a parameter; None leaves that one alone.
+            meanwhile: Called when all that this update reads is being read.
+        """
+        assert block.memory is not None
+        self._store.settle(block.name)  # its memory may still be on its way to the disk
+        groups = list(self._groups(block, gradients))
+        self._forget_others(block, groups)
+        for number, names in enumerate(groups):
+            self._read_ahead(block, names)
+            if number + 1 < len(groups):
+                self._read_ahead(block, groups[number + 1])
+            else:
+                meanwhile()
+            memories = {name: self._attach(block, name) for name in names}
+            self._step_parameters(block, names, gradients)
+            for name in names:
+                self._detach(block, name, memories[name])
+        self._store.write(block.name, block.memory)
+        self._store.update_done(block.name)
+
+    def foresee(self, block: Block, has_gradient: Callable[[str], bool]) -> None:
+        """Begin to read what the first group of a block's update will need.
+
+        Args:
+            block: Which one.
+            has_gradient: Whether a parameter will be stepped, by its name.
+        """
+        self._store.settle(block.name)
+        nothing = torch.empty(0)
+        groups = self._groups(block, lambda name: nothing if has_gradient(name) else None)
+        self._read_ahead(block, next(groups))
+
+    def _forget_others(self, block: Block, groups: list[list[str]]) -> None:
+        """Drop what was foreseen of a block and is not needed: at its next update it is old."""
+        needed = {name for names in groups for name in names}
+        for name in (block.parameters.keys() - needed) & self._reading.keys():
+            self._reading.pop(name)[1].wait()
+
+    def load(self, block: Block) -> None:
+        """Bring a block's state into ``optimizer.state``, in memory of its own."""
+        for name in block.parameters:
+            self._read_ahead(block, [name])
+            self._attach(block, name)
+            state = self._state(block, name)
+            state.update({k: v.clone() for k, v in state.items() if _is_large(v)})
+
+    def drop(self, block: Block) -> None:
+        """Forget what ``load`` has brought."""
+        for name in block.parameters:
+            _remove_large(self._state(block, name))
+
+    def save(self, block: Block) -> None:
+        """Write what ``optimizer.state`` has of a block, and remove it there.
+
+        The caller writes the parameters, and then says that the update is done.
+        """
+        self._forget_others(block, [])
+        for name in block.parameters:
+            self._detach(block, name, None)
+
+    def _groups(
+        self, block: Block, gradients: Callable[[str], Tensor | None]
+    ) -> Iterator[list[str]]:
+        """Parameters whose states are in memory together."""
+        moves = self._store.moves(block.name)  # then what is not stepped comes along, too
+        group: list[str] = []
+        size = 0
+        for name in block.parameters:
+            if not moves and gradients(name) is None:
+                continue
+            place = self._store.states[block.name].get(name)
+            nbytes = place.capacity if place else 0
+            if group and size + nbytes > self._group_bytes:
+                yield group
+                group, size = [], 0
+            group.append(name)
+            size += nbytes
+        yield group
+
+    def _read_ahead(self, block: Block, names: list[str]) -> None:
+        for name in names:
+            place = self._store.states[block.name].get(name)
+            if place is None or not place.tensors or name in self._reading:
+                continue
+            memory = self._pool.take(place.capacity)
+            self._reading[name] = memory, self._store.read_more(block.name, memory, place.offset)
+
+    def _attach(self, block: Block, name: str) -> Tensor | None:
+        if name not in self._reading:
+            return None
+        memory, transfer = self._reading.pop(name)
+        transfer.wait()
+        tensors = self._store.states[block.name][name].tensors
+        state = self._optimizer.state[block.parameters[name]]
+        state.update({key: where.of(memory) for key, where in tensors.items()})
+        return memory
+
+    def _detach(self, block: Block, name: str, memory: Tensor | None) -> None:
+        """Write a parameter's state, from the memory that it is in or from one that is made."""
+        state = self._state(block, name)
+        large = {key: value for key, value in state.items() if _is_large(value)}
+        known = self._store.states[block.name]
+        if not large:
+            self._store.forget_state(block.name, name)
+            return
+        places, nbytes = placed(large)
+        place = self._store.place_state(block.name, name, nbytes)
+        if memory is None or len(memory) < nbytes:
+            memory = self._pool.take(place.capacity)
+        _copy_unless_there(large, places, memory)
+        known[name] = StatePlace(place.offset, place.capacity, places)
+        self._store.write(block.name, memory[:nbytes], place.offset)
+        _remove_large(state)
+
+    def _step_parameters(
+        self, block: Block, names: list[str], gradients: Callable[[str], Tensor | None]
+    ) -> None:
+        stepped = []
+        for name in names:
+            gradient = gradients(name)
+            if gradient is not None:
+                block.parameters[name].grad = gradient
+                stepped.append(block.parameters[name])
+        if not stepped:
+            return
+        if isinstance(self._optimizer, StepsParameters):
+            for parameter in stepped:
+                self._optimizer.step_param(parameter)
+        else:
+            with self._alone(stepped):
+                self._step()
+        for parameter in stepped:
+            parameter.grad = None
+
+    @contextmanager
+    def _alone(self, parameters: list[nn.Parameter]) -> Iterator[None]:
+        """Parameters are all that the optimizer has: in backward others have gradients, too."""
+        groups = self._optimizer.param_groups
+        everything = [group["params"] for group in groups]
+        wanted = set(parameters)
+        for group in groups:
+            group["params"] = [p for p in group["params"] if p in wanted]
+        try:
+            yield
+        finally:
+            for group, whole in zip(groups, everything, strict=True):
+                group["params"] = whole
+
+    def _state(self, block: Block, name: str) -> dict[str, Any]:
+        """Its state as it is in memory; of one that has none, nothing that could be kept."""
+        state: dict[str, Any] = self._optimizer.state.get(block.parameters[name], {})
+        return state
+
+
+def _copy_unless_there(
+    tensors: dict[str, Tensor], places: dict[str, Place], memory: Tensor
+) -> None:
+    targets = {key: where.of(memory) for key, where in places.items()}
+    moved = {key for key, value in tensors.items() if value.data_ptr() != targets[key].data_ptr()}
+    # One that moves may lie where another goes.
+    for key, value in [(key, tensors[key].clone()) for key in moved]:
+        targets[key].copy_(value)
+
+
+def _is_large(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.numel() > 1
+
+
+def _remove_large(state: dict[str, Any]) -> None:
+    for key in [key for key, value in state.items() if _is_large(value)]:
+        del state[key]
+
+
+def known_parameters(optimizer: Optimizer) -> set[nn.Parameter]:
+    """All parameters of an optimizer's groups."""
+    return {p for group in optimizer.param_groups for p in group["params"]}

@@ -1,0 +1,226 @@
+"""Blocks on disk: two files for each, and a record that says which of the two is whole.
+
+An update writes the file that the record does *not* name. Whatever happens in the middle, the
+record still names values that nobody has touched since; once all that was written is durable, the
+next record names the others. A frozen block is not written at all, and its file stays the same.
+
+In a file are the parameters, then the optimizer's tensors of one parameter after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import xxhash
+from torch import Tensor
+
+from lightning_align.offload.block import Block, aligned, check_names
+from lightning_align.offload.buffers import BufferPool
+from lightning_align.offload.files import DirectFile, Threads, Transfer
+from lightning_align.offload.record import FILE, Record, StatePlace, read_record, sync_folder
+
+_SUFFIX = ".block"
+
+
+class ShardStore:
+    """Files of a rank's blocks.
+
+    Args:
+        folder: Where they are; it is made.
+        blocks: What is stored; a name may be asked for as a name of a file.
+        threads: Who reads and writes.
+        atomic_step: Whether a block has two files, so that a step counts as a whole or not at all.
+
+    Attributes:
+        states: Block -> parameter -> where its optimizer state lies in the block's file.
+    """
+
+    def __init__(
+        self, folder: Path, blocks: Iterable[Block], threads: Threads, *, atomic_step: bool = True
+    ) -> None:
+        self.folder = folder
+        self.blocks = {block.name: block for block in blocks}
+        check_names(self.blocks.values())
+        self.atomic_step = atomic_step
+        self.states: dict[str, dict[str, StatePlace]] = {name: {} for name in self.blocks}
+        self._threads = threads
+        self._ends = {name: block.nbytes for name, block in self.blocks.items()}
+        self._current = dict.fromkeys(self.blocks, 0)
+        self._committed: dict[str, int] | None = None
+        self._unsynced: set[str] = set()
+        self._writes: dict[str, list[Transfer]] = {name: [] for name in self.blocks}
+        folder.mkdir(parents=True, exist_ok=True)
+        slots = (0, 1) if atomic_step else (0,)
+        self._files = {
+            (name, slot): DirectFile(folder / f"{number:05d}.{slot}{_SUFFIX}", threads)
+            for number, name in enumerate(self.blocks)
+            for slot in slots
+        }
+        sync_folder(folder)
+
+    @property
+    def layout(self) -> str:
+        """Digest of what the blocks are made of: values of another layout cannot be read."""
+        hashed = xxhash.xxh3_128()
+        for block in self.blocks.values():
+            hashed.update(repr((block.name, block.places)).encode())
+        return hashed.hexdigest()
+
+    # Room
+
+    def allocate(self, state_bytes: dict[str, int]) -> None:
+        """Reserve the files, so that no step finds the disk full.
+
+        Args:
+            state_bytes: Block -> bytes of optimizer state to expect.
+
+        Raises:
+            OSError: If there is no room.
+        """
+        for (name, _), file in self._files.items():
+            expected = self.blocks[name].nbytes + aligned(state_bytes.get(name, 0))
+            file.allocate(max(self._ends[name], expected))
+
+    def place_state(self, block: str, parameter: str, nbytes: int) -> StatePlace:
+        """Room for a parameter's optimizer state: where it was if it fits, else at the end.
+
+        Args:
+            block: Its name.
+            parameter: Its name.
+            nbytes: What is needed.
+        """
+        place = self.states[block].get(parameter)
+        if place is None or place.capacity < nbytes:
+            place = StatePlace(self._ends[block], aligned(nbytes), {})
+            self._ends[block] += place.capacity
+            self._files[block, self._target(block)].allocate(self._ends[block])
+        return place
+
+    def forget_state(self, block: str, parameter: str) -> None:
+        """What is stored of a parameter's optimizer state is nothing; its place stays."""
+        place = self.states[block].get(parameter)
+        if place is not None:
+            self.states[block][parameter] = StatePlace(place.offset, place.capacity, {})
+
+    def forget_states(self) -> None:
+        """What is stored of an optimizer is of another one."""
+        for name, block in self.blocks.items():
+            self.states[name] = {}
+            self._ends[name] = block.nbytes
+
+    # Transfers
+
+    def read(self, block: str, memory: Tensor, offset: int = 0) -> Transfer:
+        """Fill memory from the block's values.
+
+        Args:
+            block: Its name.
+            memory: Bytes.
+            offset: Where in its file; the parameters are at 0.
+        """
+        self.settle(block)
+        return self.read_more(block, memory, offset)
+
+    def read_more(self, block: str, memory: Tensor, offset: int) -> Transfer:
+        """The same in the middle of an update, whose writes are of other bytes."""
+        return self._files[block, self._current[block]].read(memory, offset)
+
+    def write(self, block: str, memory: Tensor, offset: int = 0) -> None:
+        """Write what will be the block's values after ``update_done``.
+
+        Writes of one update are in no order. Before another one, ``settle``.
+
+        Args:
+            block: Its name.
+            memory: Bytes; they must not change until ``settle``.
+            offset: Where in its file.
+        """
+        transfer = self._files[block, self._target(block)].write(memory, offset)
+        self._writes[block].append(transfer)
+
+    def settle(self, block: str) -> None:
+        """Wait until what was written to a block is in its file."""
+        writes, self._writes[block] = self._writes[block], []
+        for transfer in writes:
+            transfer.wait()
+
+    def moves(self, block: str) -> bool:
+        """Whether the next update writes another file than the one that is read."""
+        return self._target(block) != self._current[block]
+
+    def carry_states(self, block: str, pool: BufferPool) -> None:
+        """Take a block's optimizer state along to the file that is being written."""
+        if not self.moves(block):
+            return
+        for place in filter(lambda place: place.tensors, self.states[block].values()):
+            memory = pool.take(place.capacity)
+            self.read_more(block, memory, place.offset).wait()
+            self.write(block, memory, place.offset)
+
+    def update_done(self, block: str) -> None:
+        """The block's values are those that were written last."""
+        self._current[block] = self._target(block)
+        self._unsynced.add(block)
+
+    def _target(self, block: str) -> int:
+        if self._committed is None or not self.atomic_step:
+            return self._current[block]
+        return 1 - self._committed[block]
+
+    # Commits
+
+    def commit(self, step: int, payload: bytes) -> None:
+        """Make a step the one that counts.
+
+        Args:
+            step: Optimizer steps so far.
+            payload: What else belongs to it.
+        """
+        for name in self.blocks:
+            self.settle(name)
+        syncs = [self._files[name, self._current[name]].sync() for name in self._unsynced]
+        for sync in syncs:
+            sync.wait()
+        self._unsynced.clear()
+        record = Record(step, dict(self._current), self.states, self.layout, payload)
+        record.write(self.folder)
+        self._committed = dict(self._current)
+
+    def recover(self) -> Record | None:
+        """Go to the committed step; None if there is none.
+
+        Raises:
+            ValueError: If the record is damaged, or of other blocks.
+        """
+        record = read_record(self.folder)
+        if record is None:
+            return None
+        if record.layout != self.layout:
+            raise ValueError(
+                f"{self.folder / FILE} is of step {record.step} of another model, or of one that is"
+                " cut into other blocks. Nothing was touched there."
+            )
+        self._current, self.states = dict(record.slots), record.states
+        for name, places in self.states.items():
+            ends = [place.offset + place.capacity for place in places.values()]
+            self._ends[name] = max([self.blocks[name].nbytes, *ends])
+        self._committed = dict(record.slots)
+        return record
+
+    def close(self) -> None:
+        """Wait for writes and close the files."""
+        for name in self.blocks:
+            self.settle(name)
+        for file in self._files.values():
+            file.close()
+
+
+def sweep(folder: Path) -> None:
+    """Delete the files of a store: leftovers, or a state that is to be overwritten."""
+    if not folder.is_dir():
+        return
+    (folder / FILE).unlink(missing_ok=True)  # first, so that nothing half deleted is committed
+    for path in folder.iterdir():
+        if path.suffix == _SUFFIX or path.name in (f"{FILE}.new", "gradients"):
+            path.unlink()

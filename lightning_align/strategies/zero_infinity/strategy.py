@@ -1,0 +1,530 @@
+"""ZeRO-Infinity (arXiv:2104.07857) as a strategy: the hooks of Lightning around ``offload``.
+
+Everything that a step needs of a model is on disk, cut into blocks; ``OffloadEngine`` fetches,
+updates and writes them. What is left to a strategy is when: values are stored at set-up, blocks
+come and go in forward and backward, ``optimizer.step`` updates them one after the other, and what
+Lightning reads and writes of a whole model is gathered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, distributed, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_align._compat import lightning_resume, lightning_trainer
+from lightning_align._compat.torch_optimizers import step_with_hooks
+from lightning_align._errors import argument_error
+from lightning_align.checkpointing.files import Folder
+from lightning_align.checkpointing.lock import FolderLock
+from lightning_align.offload.engine import OffloadEngine
+from lightning_align.offload.files import Threads
+from lightning_align.offload.optimizer_stream import (
+    StepsParameters,
+    check_optimizer,
+    known_parameters,
+)
+from lightning_align.offload.record import FILE, read_record
+from lightning_align.offload.store import ShardStore, sweep
+from lightning_align.run.exact_resume import ExactResume
+from lightning_align.run.protocols import KnowsGradientFactor
+from lightning_align.strategies import failure, launching
+from lightning_align.strategies.zero_infinity.blocks import WHERE, WrapPolicy, find_blocks
+from lightning_align.strategies.zero_infinity.budget import parse_bytes, plan
+from lightning_align.strategies.zero_infinity.checks import (
+    check_trainer,
+    one_optimizer,
+    sees_gradients,
+)
+from lightning_align.strategies.zero_infinity.commits import CommitSteps, load_payload
+
+_CLASS = "class"  # key of an optimizer's state in a commit record
+
+
+class ZeROInfinityStrategy(ParallelStrategy):
+    """Train a LightningModule whose parameters, gradients and optimizer state are on disk.
+
+    Memory holds a few blocks at a time, whatever the depth. A block is read before its forward, and
+    again before its backward; its gradients leave memory when they are there, and the module's own
+    optimizer steps it a few tensors at a time. The result is that of the same training in memory,
+    to the bit. Every step is written to other files than the one before and counts once it is
+    whole: after a kill ``fit(ckpt_path="last")`` goes on with the last one that is.
+
+    A block is an element of the module's outermost ``nn.ModuleList`` or ``nn.Sequential``. What
+    belongs to no block, or is tied, stays in memory: embedding, head and final norm of a language
+    model. Costs 12 bytes of disk a parameter with AdamW in fp32, twice that with ``atomic_step``,
+    and 28 bytes of traffic a step, 40 where gradients wait, as for clipping.
+
+    Args:
+        nvme_path: Folder for the files; by default ``zero_infinity`` below ``default_root_dir``.
+        memory_limit: Bytes that the strategy may hold, such as ``"4GB"``, beside activations and
+            libraries; ``"auto"`` takes the least that overlaps reads with compute.
+        params_buffer_count: Blocks of parameters in memory at a time, at least 2.
+        sub_group_size: Parameters whose optimizer state is in memory at a time.
+        block_size: Bytes of one read or write.
+        thread_count: Threads that read and write.
+        direct_io: Whether to go past the page cache; ``"auto"`` does where the filesystem lets us.
+        atomic_step: Whether a step that a kill interrupts leaves the one before it whole, for twice
+            the disk.
+        update_in_backward: Whether a block is updated as soon as its gradients are there, so that
+            they need not be stored; ``"auto"`` does where nothing looks at all gradients first.
+        wrap_policy: Classes of modules that are blocks (paths in YAML), or a function that says of
+            a module whether it is one.
+        overwrite: Whether a committed step of an earlier run in ``nvme_path`` may be deleted.
+        timeout: How long to wait for other ranks.
+        process_group_backend: torch's name of the backend; None chooses by device.
+        start_method: How processes are started: ``"popen"``, ``"spawn"``, ``"fork"`` or
+            ``"forkserver"``.
+
+    Raises:
+        ValueError: If a value is out of its range.
+
+    Example:
+        >>> strategy = ZeROInfinityStrategy(memory_limit="4GB")
+
+    Note: one rank on a CPU so far. Manual optimization, several optimizers, optimizers that look
+    across parameters (LBFGS) and loss scalers are refused at set-up.
+    """
+
+    strategy_name = "zero_infinity"
+
+    def __init__(
+        self,
+        nvme_path: str | None = None,
+        memory_limit: int | str = "auto",
+        params_buffer_count: int | None = None,
+        sub_group_size: int = 8 << 20,
+        block_size: int = 4 << 20,
+        thread_count: int = 2,
+        direct_io: bool | Literal["auto"] = "auto",
+        atomic_step: bool = True,
+        update_in_backward: bool | Literal["auto"] = "auto",
+        wrap_policy: list[str] | WrapPolicy | None = None,
+        overwrite: bool = False,
+        timeout: timedelta = timedelta(minutes=10),
+        process_group_backend: str | None = None,
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+    ) -> None:
+        super().__init__()
+        if params_buffer_count is not None and params_buffer_count < 2:
+            rule = "must be at least 2: one block computes while the next is read"
+            raise argument_error(WHERE, "params_buffer_count", params_buffer_count, rule)
+        if sub_group_size < 1:
+            raise argument_error(WHERE, "sub_group_size", sub_group_size, "must be at least 1")
+        if memory_limit != "auto":
+            parse_bytes(memory_limit)
+        Threads(thread_count, block_size, direct_io).close()  # checks them
+        self.nvme_path = nvme_path
+        self.memory_limit = memory_limit
+        self.params_buffer_count = params_buffer_count
+        self.sub_group_size = sub_group_size
+        self.block_size = block_size
+        self.thread_count = thread_count
+        self.direct_io = direct_io
+        self.atomic_step = atomic_step
+        self.update_in_backward = update_in_backward
+        self.wrap_policy = wrap_policy
+        self.overwrite = overwrite
+        self.timeout = timeout
+        self.process_group_backend = process_group_backend
+        self.start_method = start_method
+        self.num_nodes = 1
+        self._engine: OffloadEngine | None = None
+        self._lock: FolderLock | None = None
+        self._record: dict[str, Any] | None = None  # what is resumed from, if it is a commit
+        self._may_overwrite = False  # since what is resumed from is newer
+        self._is_committing = False
+        self._early = False  # whether the open window is updated in backward
+
+    # Processes
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def num_processes(self) -> int:
+        """Processes on this node."""
+        return len(self.parallel_devices or [])
+
+    @override
+    def _configure_launcher(self) -> None:
+        self._launcher = launching.launcher(self)
+        launch = partial(self._launch, self._launcher.launch)
+        vars(self._launcher)["launch"] = launch
+
+    def _launch(self, launch: Callable[..., Any], *args: Any, trainer: Any, **kwargs: Any) -> Any:
+        """Where a run begins, before Lightning looks for what it goes on from."""
+        lightning_resume.offer_last(trainer, partial(self._newest, trainer))
+        return launch(*args, trainer=trainer, **kwargs)
+
+    def _newest(self, trainer: pl.Trainer, found: str | None) -> str | None:
+        """The committed step, or the checkpoint that Lightning has found, if that is newer."""
+        committed = self._folder(trainer) / FILE
+        if not committed.is_file():
+            return found
+        saved = Path(found).stat().st_mtime if found is not None else 0.0
+        self._may_overwrite = saved > committed.stat().st_mtime
+        return found if self._may_overwrite else str(committed)
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        if self.num_processes > 1:  # a group of one would be in the way of what forks
+            launching.join_ranks(self)
+        assert self.lightning_module is not None
+        trainer: Any = self.lightning_module.trainer
+        present = {type(callback) for callback in trainer.callbacks}
+        for kind in (ExactResume, CommitSteps):
+            if kind not in present:
+                trainer.callbacks.append(kind())
+
+    # Set-up
+
+    @override
+    def connect(self, model: pl.LightningModule) -> None:
+        if model is not self.lightning_module:
+            self.close()
+        self._record = None
+        super().connect(model)
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        module, accelerator = self.lightning_module, self.accelerator
+        assert module is not None
+        assert accelerator is not None
+        accelerator.setup(trainer)
+        check_trainer(trainer, module)
+        self.model = self.precision_plugin.convert_module(module)
+        if self._engine is None:
+            self._engine = self._lock_and_open(module, self._folder(trainer))
+        elif self._record is not None:
+            self._engine.store.recover()
+            self._engine.read_values()
+        self._engine.attach()
+        if trainer.state.fn == TrainerFn.FITTING:
+            with one_optimizer():
+                self.setup_optimizers(trainer)
+            self._take_over(self._engine, trainer)
+        self.setup_precision_plugin()
+        vars(self.precision_plugin)["clip_grad_by_norm"] = self._clip_by_norm
+        vars(self.precision_plugin)["clip_grad_by_value"] = self._clip_by_value
+
+    def _folder(self, trainer: pl.Trainer) -> Path:
+        if self.nvme_path is None:
+            root = Path(trainer.default_root_dir) / "zero_infinity"
+        else:
+            root = Path(self.nvme_path)
+            if not root.parent.is_dir():
+                rule = f"the folder {root.parent} is not there"
+                way_out = "Make it, or mount it"
+                raise argument_error(WHERE, "nvme_path", self.nvme_path, rule, way_out)
+        return root / f"rank{self.global_rank:05d}"
+
+    def _lock_and_open(self, module: pl.LightningModule, folder: Path) -> OffloadEngine:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = FolderLock(Folder(folder), f"{WHERE}(nvme_path={{!r}})")
+            lock.acquire()
+        except OSError as error:
+            rule = f"{folder} cannot be written ({error.strerror})"
+            raise argument_error(WHERE, "nvme_path", self.nvme_path, rule) from error
+        try:
+            engine = self._open(module, folder)
+        except BaseException:
+            lock.release()
+            raise
+        self._lock = lock
+        return engine
+
+    def _open(self, module: pl.LightningModule, folder: Path) -> OffloadEngine:
+        resumes = self._record is not None
+        if not resumes:
+            self._make_way(folder)
+        blocks, modules = find_blocks(module, self.wrap_policy)
+        memory = plan(blocks, self.memory_limit, self.params_buffer_count, 8 * self.sub_group_size)
+        threads = Threads(self.thread_count, self.block_size, self.direct_io)
+        store = ShardStore(folder, blocks, threads, atomic_step=self.atomic_step)
+        engine = OffloadEngine(modules, store, threads, memory)
+        if resumes:
+            store.recover()
+            engine.read_values()
+        else:
+            store.allocate({})
+            engine.store_values()
+        return engine
+
+    def _make_way(self, folder: Path) -> None:
+        """For a run that begins anew: leftovers of a crash go, a committed step does not."""
+        record = None if self.overwrite or self._may_overwrite else read_record(folder)
+        if record is not None:
+            rule = f"{folder} holds step {record.step} of an earlier run"
+            way_out = "Go on from it with fit(ckpt_path='last'), or set another nvme_path or"
+            way_out += " overwrite=True"
+            raise argument_error(WHERE, "nvme_path", self.nvme_path, rule, way_out)
+        sweep(folder)
+
+    def _take_over(self, engine: OffloadEngine, trainer: pl.Trainer) -> None:
+        """Step the module's optimizer block by block."""
+        if not self.optimizers:
+            rule = "the module must have an optimizer"
+            raise argument_error(
+                WHERE, "optimizers", [], rule, "Return one from configure_optimizers"
+            )
+        optimizer = self.optimizers[0]
+        check_optimizer(optimizer, WHERE)
+        stored = {p for block in engine.blocks for p in block.parameters.values()}
+        if not known_parameters(optimizer) <= stored:
+            rule = "it must hold parameters of the module only"
+            raise argument_error(WHERE, "optimizer", type(optimizer).__name__, rule)
+        engine.optimize_with(optimizer, fresh=self._record is None)
+
+        def step(_: Optimizer, closure: Callable[[], Any]) -> Any:
+            with torch.enable_grad():
+                loss = closure()
+            engine.step()
+            return loss
+
+        vars(optimizer)["step"] = step_with_hooks(optimizer, step)
+        module = self.lightning_module
+        assert module is not None
+        asked = self.update_in_backward
+        waits = isinstance(optimizer, StepsParameters) or sees_gradients(trainer, module)
+        self._early = bool(asked) and not waits
+        if asked is True and waits:
+            rule = "something looks at all gradients between backward and the update: clipping, an"
+            rule += " optimizer that skips steps, or a hook"
+            raise argument_error(WHERE, "update_in_backward", asked, rule, "Leave it at 'auto'")
+
+    @override
+    def model_to_device(self) -> None:
+        """Nothing: blocks are read where they compute."""
+
+    # Steps
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        assert self._engine is not None
+        with self._engine.forward():
+            return super().training_step(*args, **kwargs)
+
+    @override
+    def backward(
+        self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        assert self._engine is not None
+        assert self.lightning_module is not None
+        module = self.lightning_module
+        closes = not lightning_trainer.is_accumulating(module.trainer)
+        factor = None
+        if closes and isinstance(module, KnowsGradientFactor):
+            factor = module.gradient_factor()
+        with self._engine.backward(updates=self._early and closes, factor=factor):
+            self.pre_backward(closure_loss)
+            loss = self.precision_plugin.pre_backward(closure_loss, module)
+            self.precision_plugin.backward(loss, module, optimizer, *args, **kwargs)
+        loss = self.precision_plugin.post_backward(loss, module)
+        self.post_backward(loss)
+        return loss
+
+    # Gradients
+
+    def total_grad_norm(self) -> Tensor:
+        """Norm of all gradients, those on disk included."""
+        assert self._engine is not None
+        assert self.lightning_module is not None
+        norms = self._engine.norms(self.lightning_module.parameters())
+        return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+
+    def scale_gradients(self, factor: Tensor) -> None:
+        """Multiply all gradients, those on disk when the update reads them."""
+        assert self._engine is not None
+        assert self.lightning_module is not None
+        self._engine.scale_gradients(factor, self.lightning_module.parameters())
+
+    def waiting_gradients(self) -> dict[str, Tensor]:
+        """Copies of the gradients on disk that wait for their step, by name of parameter."""
+        assert self._engine is not None
+        return self._engine.waiting_gradients()
+
+    def _clip_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
+        assert self._engine is not None
+        parameters = list(self.precision_plugin.main_params(optimizer))
+        norms = self._engine.norms(parameters)
+        if norms:
+            norm = torch.linalg.vector_norm(torch.stack(norms))
+            factor = torch.clamp(clip_val / (norm + 1e-6), max=1.0)  # as torch's clip_grad_norm_
+            self._engine.scale_gradients(factor, parameters)
+
+    def _clip_by_value(self, optimizer: Optimizer, clip_val: float) -> None:
+        assert self._engine is not None
+        self._engine.clip_values(clip_val, self.precision_plugin.main_params(optimizer))
+
+    # Whole values
+
+    @contextmanager
+    def gathered(
+        self, parameters: Collection[str | nn.Parameter] | None = None, *, modify: bool = False
+    ) -> Iterator[None]:
+        """Parameters in memory for a while, to be read or edited.
+
+        Args:
+            parameters: They or their names; None means all.
+            modify: Whether what was edited is stored.
+
+        Raises:
+            ValueError: If nothing is stored.
+        """
+        if self._engine is None:
+            rule = "no model is stored"
+            raise argument_error(f"{WHERE}.gathered", "parameters", "...", rule, "Call fit first")
+        with self._engine.gathered(parameters, modify=modify):
+            yield
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The whole state; in a commit, names and shapes in the place of parameters."""
+        module = self.lightning_module
+        assert module is not None
+        if self._engine is None:
+            return super().lightning_module_state_dict()
+        copies = {} if self._is_committing else self._engine.values()
+        return {
+            name: _stored(value, copies) if isinstance(value, nn.Parameter) else value
+            for name, value in module.state_dict(keep_vars=True).items()
+        }
+
+    def follow_freezing(self, dropped: Collection[nn.Parameter]) -> None:
+        """Forget the optimizer's state of some parameters; what requires a gradient is seen."""
+        assert self._engine is not None
+        self._engine.forget_state(dropped)
+
+    def whole_state_dict(self) -> dict[str, Any]:
+        """The module's state with the values of all blocks, in memory."""
+        return self.lightning_module_state_dict()
+
+    @property
+    def one_rank_runs_model(self) -> bool:
+        """Whether rank 0 can call the model while others wait: not if they hold parts of it."""
+        return self.world_size == 1
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        assert self._engine is not None
+        if self._is_committing:  # what is large is in the blocks' files
+            state = getattr(optimizer, "_optimizer", optimizer).state_dict()
+            return {**state, _CLASS: type(self.optimizers[0]).__name__}
+        return self._engine.optimizer_state()
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
+        path = Path(checkpoint_path)
+        if path.name == FILE:
+            self._record = load_payload(path.parent, weights_only=bool(weights_only))
+            return self._record
+        return super().load_checkpoint(checkpoint_path, weights_only)
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        module = self.lightning_module
+        assert module is not None
+        if self._record is None:
+            context: Any = nullcontext() if self._engine is None else self.gathered(modify=True)
+            with context:
+                super().load_model_state_dict(checkpoint, strict)
+            return
+        state = checkpoint["state_dict"]
+        stands_in = {name for name, value in state.items() if _is_outline(value)}
+        module.load_state_dict({n: v for n, v in state.items() if n not in stands_in}, strict=False)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        assert self._engine is not None
+        optimizer, state = self.optimizers[0], checkpoint["optimizer_states"][0]
+        written = state.get(_CLASS, type(optimizer).__name__)
+        if written != type(optimizer).__name__:
+            rule = f"the committed step is of {written}"
+            way_out = "Go on with that, or begin anew with overwrite=True"
+            raise argument_error(WHERE, "optimizer", type(optimizer).__name__, rule, way_out)
+        optimizer.load_state_dict({key: value for key, value in state.items() if key != _CLASS})
+        if self._record is None:
+            self._engine.put_optimizer_state()
+
+    def commit(self, trainer: pl.Trainer, dump: Callable[[], bytes]) -> None:
+        """Make the present step the one that a kill leaves."""
+        assert self._engine is not None
+        self._is_committing = True
+        try:
+            payload = dump()
+        finally:
+            self._is_committing = False
+        self._engine.store.commit(trainer.global_step, payload)
+
+    # Collectives
+
+    @override
+    def barrier(self, name: str | None = None) -> None:
+        if distributed.is_initialized():
+            distributed.barrier()
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        return obj
+
+    @override
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        return tensor
+
+    # The end
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        with suppress(OSError):  # it may be the disk that has failed; what is committed stays
+            self.close()
+        failure.leave()
+
+    @override
+    def teardown(self) -> None:
+        if self._engine is not None:
+            self._engine.detach()
+        for hook in ("clip_grad_by_norm", "clip_grad_by_value"):
+            vars(self.precision_plugin).pop(hook, None)
+        self.precision_plugin.teardown()
+        assert self.accelerator is not None
+        assert self.cluster_environment is not None
+        self.accelerator.teardown()
+        self.checkpoint_io.teardown()
+        self.cluster_environment.teardown()
+
+    def close(self) -> None:
+        """Close the files; the module's values are there alone, and can no longer be read here."""
+        engine, lock = self._engine, self._lock
+        self._engine = self._lock = None
+        try:
+            if engine is not None:
+                engine.close()
+        finally:
+            if lock is not None:
+                lock.release()
+
+
+def _stored(parameter: nn.Parameter, copies: Mapping[nn.Parameter, Tensor]) -> Tensor:
+    """A parameter's value; without one, its shape and dtype on the meta device."""
+    return copies[parameter] if copies else torch.empty_like(parameter, device="meta")
+
+
+def _is_outline(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_meta

@@ -1,0 +1,45 @@
+"""Memory that was freed and that glibc keeps for later."""
+
+import gc
+import sys
+
+import pytest
+import torch
+
+from lightning_align._compat.glibc_memory import give_back_freed
+from tests.helpers.children import in_child
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmRSS"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+def test_freed_memory_below_what_is_used_goes_back() -> None:
+    def run() -> None:
+        tensors = [torch.ones(1 << 14) for _ in range(2000)]  # 64 KB each: in the heap
+        last = torch.ones(1 << 14)
+        before = resident_bytes()
+        del tensors[1:]
+        gc.collect()
+        give_back_freed()
+        assert before - resident_bytes() > 100 << 20
+        assert last.sum() == 1 << 14
+
+    assert in_child(run) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+def test_what_is_large_goes_back_when_it_is_freed() -> None:
+    def run() -> None:
+        give_back_freed()
+        for _ in range(3):
+            tensors = [torch.ones(1 << 20) for _ in range(50)]  # 4 MB each
+            last, before = torch.ones(1 << 20), resident_bytes()
+            del tensors
+            gc.collect()
+            assert before - resident_bytes() > 190 << 20
+            assert last.sum() == 1 << 20
+
+    assert in_child(run) == 0

@@ -1,0 +1,74 @@
+"""An optimizer stepped for a few tensors at a time does what it does for all."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_align.offload.block import Block
+from lightning_align.offload.buffers import BufferPool
+from lightning_align.offload.files import Threads
+from lightning_align.offload.optimizer_stream import (
+    OptimizerStream,
+    check_optimizer,
+    expected_state_bytes,
+)
+from lightning_align.offload.store import ShardStore
+
+
+@pytest.mark.parametrize("group_bytes", [1, 1 << 20])
+def test_steps_are_those_of_memory_and_state_leaves_it(tmp_path, group_bytes):
+    theirs = [
+        nn.Parameter(torch.randn(7, 5)),
+        nn.Parameter(torch.randn(70)),
+        nn.Parameter(torch.ones(2)),
+    ]
+    ours = copy.deepcopy(theirs)
+    block = Block("block", {str(number): p for number, p in enumerate(ours)})
+    store = ShardStore(tmp_path, [block], Threads())
+    pool = BufferPool()
+    memory = pool.take(block.nbytes)
+    block.copy_into(memory)
+    block.show(memory)
+    expected = torch.optim.AdamW(theirs, lr=0.1, fused=True)
+    optimizer = torch.optim.AdamW(ours, lr=0.1, fused=True)
+    stream = OptimizerStream(optimizer, store, pool, group_bytes)
+    for step in range(4):
+        gradients = {str(n): torch.randn_like(p) for n, p in enumerate(theirs)}
+        if step % 2:
+            del gradients["1"]
+        for number, parameter in enumerate(theirs):
+            parameter.grad = gradients.get(str(number))
+        expected.step()
+        if step > 1:  # foreseen too much and too little
+            stream.foresee(block, lambda name: name != "0")
+        stream.update(block, gradients.get)
+        store.commit(step, b"")  # the next one writes the other file
+        state = [value for p in ours for value in optimizer.state[p].values()]
+        assert [value.numel() for value in state] == [1, 1, 1]  # counters of steps
+    assert all(torch.equal(p, other) for p, other in zip(ours, theirs, strict=True))
+    stream.load(block)
+    for parameter, other in zip(ours, theirs, strict=True):
+        for key, value in expected.state[other].items():
+            assert torch.equal(optimizer.state[parameter][key], value)
+
+
+def test_room_is_reserved_for_what_is_known():
+    parameters = {"a": nn.Parameter(torch.zeros(1024)), "b": nn.Parameter(torch.zeros(1024))}
+    block = Block("block", parameters)
+    for build, tensors in (
+        (torch.optim.AdamW, 2),
+        (lambda p: torch.optim.AdamW(p, amsgrad=True), 3),
+        (lambda p: torch.optim.SGD(p, lr=1), 0),
+        (lambda p: torch.optim.SGD(p, lr=1, momentum=0.9), 1),
+    ):
+        assert expected_state_bytes(build([parameters["a"]]), block) == tensors * 4096
+
+
+def test_what_looks_across_parameters_is_refused():
+    parameter = nn.Parameter(torch.zeros(1))
+    check_optimizer(torch.optim.AdamW([parameter]), "Strategy")
+    for kind in (torch.optim.LBFGS, torch.optim.Rprop):
+        with pytest.raises(ValueError, match=rf"Strategy\(optimizer='{kind.__name__}'\)"):
+            check_optimizer(kind([parameter]), "Strategy")

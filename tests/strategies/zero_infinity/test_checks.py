@@ -1,0 +1,83 @@
+"""What ZeRO-Infinity refuses, before it has trained or overwritten anything."""
+
+from functools import partial
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+from torch.utils.data import DataLoader
+
+from lightning_align.strategies import ZeROInfinityStrategy
+from tests.helpers.offloaded import (
+    ADAMW,
+    Regression,
+    fit,
+    points,
+    small,
+)
+
+
+def refused(tmp_path, match, module=None, strategy=None, **options):
+    data = DataLoader(points(), batch_size=8)
+    with pytest.raises(ValueError, match=match):
+        fit(tmp_path, module or Regression(ADAMW), data, strategy or small(), **options)
+
+
+class Manual(Regression):
+    def __init__(self):
+        super().__init__(ADAMW)
+        self.automatic_optimization = False
+
+
+class Several(Regression):
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.inlet.parameters()), torch.optim.SGD(self.parts.parameters())]
+
+
+class Clips(Regression):
+    def configure_gradient_clipping(self, *_, **__):
+        """Of its own."""
+
+
+@pytest.mark.parametrize(
+    ("module", "match"),
+    [
+        (Manual, "optimizes manually"),
+        (partial(Several, None), "must have one optimizer"),
+        (partial(Clips, ADAMW), "overrides configure_gradient_clipping"),
+        (partial(Regression, torch.optim.LBFGS), "optimizer='LBFGS'.*each parameter by itself"),
+        (partial(Regression, torch.optim.Adagrad), "optimizer='Adagrad'"),
+    ],
+    ids=["manual", "several", "clips", "LBFGS", "Adagrad"],
+)
+def test_modules(tmp_path, module, match):
+    refused(tmp_path, match, module())
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"precision": "16-true"}, "precision='16-true'"),
+        ({"callbacks": [StochasticWeightAveraging(1e-2)]}, "StochasticWeightAveraging"),
+    ],
+    ids=["16-true", "averaging"],
+)
+def test_trainers(tmp_path, options, match):
+    refused(tmp_path, match, **options)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"params_buffer_count": 1},
+        {"sub_group_size": 0},
+        {"memory_limit": "four"},
+        {"memory_limit": "4XB"},
+        {"thread_count": 0},
+        {"block_size": 1000},
+    ],
+    ids=str,
+)
+def test_arguments(arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        ZeROInfinityStrategy(**arguments)

@@ -1,0 +1,109 @@
+"""SIGKILL before any operation on the disk: the run goes on at a whole step, to the bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_align.modules import PretrainModule
+from lightning_align.offload import record
+from lightning_align.offload.files import DirectFile
+from lightning_align.strategies import ZeROInfinityStrategy
+from tests.helpers.children import in_child
+from tests.helpers.offloaded import ADAMW, assert_same, batches, fit
+from tests.helpers.tiny_models import PlainDecoder
+
+
+def run(folder: Path, ckpt_path=None, *, kill_at=None, result=None, options, **arguments):
+    """Train, and be killed before the operation of that number on the files of the store."""
+    done = []
+
+    def counted(operation, *args, **options):
+        path = getattr(args[0], "path", None)
+        done.append((operation.__name__, path and path.name))
+        if len(done) == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return operation(*args, **options)
+
+    for owner, name in (
+        (DirectFile, "write"),
+        (DirectFile, "read"),
+        (DirectFile, "sync"),
+        (record.Record, "write"),
+    ):
+        operation = getattr(owner, name)
+        setattr(owner, name, lambda *a, _operation=operation, **o: counted(_operation, *a, **o))
+    torch.manual_seed(0)
+    module = PretrainModule(PlainDecoder(dropout=0.1), optimizer=ADAMW)
+    strategy = ZeROInfinityStrategy(
+        params_buffer_count=2, sub_group_size=2000, nvme_path=str(folder / "nvme"), **arguments
+    )
+    data = DataLoader(batches(), batch_size=2, shuffle=True)
+    trainer = fit(folder, module, data, strategy, ckpt_path, accumulate_grad_batches=2, **options)
+    operations = list(done)
+    if result is not None:
+        found = {
+            "module": trainer.strategy.lightning_module_state_dict(),
+            "optimizer": trainer.strategy.optimizer_state(trainer.optimizers[0]),
+            "operations": operations,
+        }
+        torch.save(found, result)
+
+
+# An update after backward, and one inside of it.
+BOTH = {"clipped": {"gradient_clip_val": 0.5}, "early": {}}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What uninterrupted runs come to."""
+    ends = {}
+    for name, options in BOTH.items():
+        folder = tmp_path_factory.mktemp(name)
+        assert in_child(partial(run, folder, result=folder / "result", options=options)) == 0
+        ends[name] = torch.load(folder / "result")
+    return ends
+
+
+def resumed(tmp_path, kill_at, **arguments):
+    killed = in_child(partial(run, tmp_path, kill_at=kill_at, **arguments))
+    assert killed == -signal.SIGKILL
+    result = tmp_path / "result"
+    assert in_child(partial(run, tmp_path, "last", result=result, **arguments)) == 0
+    return torch.load(result)
+
+
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize(
+    "number", [n if n < 3 else pytest.param(n, marks=pytest.mark.slow) for n in range(15)]
+)
+def test_a_run_that_was_killed_ends_as_if_it_had_not_been(tmp_path, whole, number, name):
+    kill_at = random.Random(f"{name} {number}").randrange(1, len(whole[name]["operations"]) + 1)
+    found = resumed(tmp_path, kill_at, options=BOTH[name])
+    for part in ("module", "optimizer"):
+        assert_same(found[part], whole[name][part], part)
+
+
+def test_without_atomic_steps_a_kill_in_an_update_damages_the_run(tmp_path, whole):
+    """Else the tests above would show nothing."""
+    run_in_place = partial(run, options=BOTH["clipped"], atomic_step=False)
+    (tmp_path / "whole").mkdir()
+    assert in_child(partial(run_in_place, tmp_path / "whole", result=tmp_path / "result")) == 0
+    operations = torch.load(tmp_path / "result")["operations"]
+    # In the fourth step of six: blocks that were written before are of it, and the others are not.
+    commits = [at for at, (name, _) in enumerate(operations) if name == "write" and not _]
+    written = [
+        at
+        for at, (name, path) in enumerate(operations)
+        if name == "write" and path == "00002.0.block" and commits[2] < at < commits[3]
+    ]
+    found = resumed(tmp_path, written[2], options=BOTH["clipped"], atomic_step=False)
+    pairs = [(found["module"][name], value) for name, value in whole["clipped"]["module"].items()]
+    assert not all(torch.equal(ours, theirs) for ours, theirs in pairs)

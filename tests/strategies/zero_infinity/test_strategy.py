@@ -1,0 +1,242 @@
+"""ZeRO-Infinity on one rank against the same module and optimizer in memory, to the bit."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
+
+from lightning_align import LISA, ExactResume, GaLoreAdamW, Muon, StableAdamW
+from lightning_align.modules import PretrainModule
+from lightning_align.offload.record import read_record
+from tests.helpers.offloaded import (
+    ADAMW,
+    STEPS,
+    Both,
+    Regression,
+    assert_same,
+    batches,
+    compare,
+    fit,
+    points,
+    small,
+    trainer_of,
+)
+from tests.helpers.tiny_models import TINY_MODELS, PlainDecoder, TiedDecoder
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"accumulate_grad_batches": 2}], ids=["plain", "accumulation"]
+)
+@pytest.mark.parametrize("early", ["auto", False])
+def test_a_module_written_by_hand_trains_as_in_memory(tmp_path, options, early):
+    data = DataLoader(points(), batch_size=8)
+    strategy = small(update_in_backward=early)
+    compare(tmp_path, lambda: Regression(ADAMW, schedule=True), data, strategy, **options)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "gpt2"])
+@pytest.mark.parametrize("window", [1, 2])
+def test_language_models_train_as_in_memory(tmp_path, name, window):
+    data = DataLoader(batches(), batch_size=2)
+    compare(
+        tmp_path,
+        lambda: PretrainModule(TINY_MODELS[name](), optimizer=ADAMW),
+        data,
+        accumulate_grad_batches=window,
+    )
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        partial(torch.optim.AdamW, lr=1e-2),
+        partial(torch.optim.AdamW, lr=1e-2, foreach=True, amsgrad=True),
+        partial(torch.optim.Adam, lr=1e-2, weight_decay=0.1),
+        partial(torch.optim.SGD, lr=1e-2),
+        partial(torch.optim.SGD, lr=1e-2, momentum=0.9, nesterov=True),
+        partial(StableAdamW, lr=1e-2),
+        partial(Muon, lr=1e-2),
+        partial(GaLoreAdamW, lr=1e-2, rank=4, update_proj_gap=2),
+    ],
+    ids=lambda build: f"{build.func.__module__.split('.')[0]}.{build.func.__name__}",
+)
+def test_each_optimizer_steps_as_in_memory(tmp_path, build):
+    data = DataLoader(batches(), batch_size=2)
+    compare(tmp_path, lambda: PretrainModule(TINY_MODELS["llama"](), optimizer=build), data)
+
+
+def frozen(module):
+    """Two blocks frozen, and a part of another."""
+    module.parts[1].requires_grad_(False)
+    module.parts[2].requires_grad_(False)
+    module.parts[3][0].bias.requires_grad_(False)
+    return module
+
+
+@pytest.mark.parametrize("early", ["auto", False])
+def test_frozen_blocks_stay_and_the_others_train_as_in_memory(tmp_path, early):
+    data = DataLoader(points(), batch_size=8)
+    strategy = small(update_in_backward=early)
+    compare(tmp_path, lambda: frozen(Regression(ADAMW)), data, strategy)
+
+
+def test_clipping_by_value_and_by_norm_is_that_of_memory(tmp_path):
+    """A loss that is a mean is not scaled, so that even the norm is the same, bit for bit."""
+    data = DataLoader(points(), batch_size=8)
+    for options in ({}, {"gradient_clip_algorithm": "value"}):
+        options = {"gradient_clip_val": 0.05, **options}
+        compare(tmp_path, lambda: Regression(ADAMW), data, small(overwrite=True), **options)
+
+
+def test_clipping_a_sum_over_tokens_is_that_of_memory(tmp_path):
+    """What the gradients are divided by is known before the last backward, so norms are exact."""
+    data = DataLoader(batches(), batch_size=2)
+    compare(
+        tmp_path,
+        lambda: PretrainModule(TINY_MODELS["llama"](), optimizer=ADAMW),
+        data,
+        gradient_clip_val=0.5,
+        accumulate_grad_batches=2,
+    )
+
+
+@pytest.mark.parametrize("name", ["llama", "plain"])
+def test_blocks_that_recompute_their_activations_are_fetched_again(tmp_path, name):
+    data = DataLoader(batches(), batch_size=2)
+    build = {"plain": partial(PlainDecoder, dropout=0.2), **TINY_MODELS}[name]
+
+    def module():
+        torch.manual_seed(0)
+        return PretrainModule(build(), optimizer=ADAMW, activation_checkpointing=True)
+
+    compare(tmp_path, module, data, accumulate_grad_batches=2)
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "weight_norm"])
+@pytest.mark.parametrize("state", ["drop", "keep"])
+def test_lisa_trains_as_in_memory(tmp_path, sampling, state):
+    """Blocks that come back warm up, with new moments or with those that they had."""
+    data = DataLoader(batches(), batch_size=2)
+    settings = {"interval_steps": 3, "reactivation_warmup_steps": 1, "filename": None}
+    found = []
+    for strategy in ("auto", small()):
+        lisa = LISA(1, sampling=sampling, optimizer_state=state, **settings)
+        module = PretrainModule(TINY_MODELS["llama"](), optimizer=ADAMW)
+        trainer = fit(tmp_path, module, data, strategy, callbacks=[lisa])
+        states = trainer.strategy.optimizer_state(trainer.optimizers[0])["state"]
+        found.append((lisa.history, trainer.strategy.lightning_module_state_dict(), states))
+    assert len({active for _, active in found[0][0]}) > 1
+    assert_same(found[1], found[0])
+
+
+def test_a_frozen_block_costs_no_write_and_keeps_its_file(tmp_path):
+    strategy = small()
+    module = frozen(Regression(ADAMW))
+    fit(tmp_path, module, DataLoader(points(), batch_size=8), strategy)
+    record = read_record(tmp_path / "zero_infinity" / "rank00000")
+    assert (record.slots["parts.1"], record.slots["parts.2"]) == (0, 0)
+    second = tmp_path / "zero_infinity" / "rank00000" / "00001.1.block"
+    assert not second.read_bytes().strip(bytes(1))
+
+
+def test_a_tied_decoder_with_dropout_and_validation(tmp_path):
+    data = DataLoader(batches(), batch_size=2)
+
+    def module():
+        torch.manual_seed(0)
+        return PretrainModule(TiedDecoder(dropout=0.1), optimizer=ADAMW)
+
+    compare(tmp_path, module, Both(data), val_check_interval=5)
+
+
+def test_memory_holds_as_many_blocks_as_it_may(tmp_path):
+    strategy = small()
+    counts = []
+
+    class Count(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            present = [p for p in pl_module.parts.parameters() if p.stride()[-1] != 0]
+            counts.append(len(present) / 4)
+
+    module = Regression(ADAMW)
+    trainer = fit(
+        tmp_path, module, DataLoader(points(), batch_size=8), strategy, callbacks=[Count()]
+    )
+    assert counts == [2.0] * STEPS  # of 4 blocks, with 4 parameters each
+    assert all(p.isnan().all() for p in module.parts.parameters())
+    with strategy.gathered():
+        assert not any(p.isnan().any() for p in module.parameters())
+    assert trainer.callback_metrics["loss"].isfinite()
+
+
+def test_fit_twice_trains_as_twice_in_memory(tmp_path):
+    """The second optimizer begins anew, with nothing of what the first one has stored."""
+    data = DataLoader(points(), batch_size=8)
+    modules = Regression(ADAMW), Regression(ADAMW)
+    for module, strategy in zip(modules, ("auto", small()), strict=True):
+        trainer = fit(tmp_path, module, data, strategy)
+        trainer.fit_loop.max_epochs = 2
+        trainer.fit(module, data)
+    assert_same(trainer.strategy.lightning_module_state_dict(), modules[0].state_dict())
+
+
+def test_validation_needs_no_optimizer_and_fit_goes_on_behind_it(tmp_path):
+    data = DataLoader(points(), batch_size=8)
+    modules, found = (Regression(ADAMW), Regression(ADAMW)), []
+    for module, strategy in zip(modules, ("auto", small()), strict=True):
+        trainer = trainer_of(tmp_path, strategy)
+        trainer.validate(module, data, verbose=False)
+        found.append(float(trainer.callback_metrics["val_loss"]))
+        trainer.fit(module, data)
+    assert found[0] == found[1]
+    assert_same(trainer.strategy.lightning_module_state_dict(), modules[0].state_dict())
+
+
+@pytest.mark.parametrize("window", [1, 2])
+@pytest.mark.parametrize("first", ["ours", "theirs"])
+def test_checkpoints_are_read_by_either_side(tmp_path, first, window):
+    """Written in mid-epoch, with a window of accumulation that is open where it has two batches."""
+    options = {"val_check_interval": 3, "accumulate_grad_batches": window}
+    data = Both(DataLoader(points(), batch_size=8))
+    save = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1)
+    whole = Regression(ADAMW, schedule=True)
+    begun = small() if first == "ours" else "auto"
+    saving = {**options, "enable_checkpointing": True, "callbacks": [ExactResume(), save]}
+    trainer = fit(tmp_path, whole, data, begun, **saving)
+    expected = trainer.strategy.lightning_module_state_dict()
+    states = trainer.strategy.optimizer_state(trainer.optimizers[0])
+    path = tmp_path / f"step={3 // window}.ckpt"
+    ended = Regression(ADAMW, schedule=True)
+    second = "auto" if first == "ours" else small()
+    trainer = fit(tmp_path, ended, data, second, path, callbacks=[ExactResume()], **options)
+    assert_same(trainer.strategy.lightning_module_state_dict(), expected)
+    assert_same(trainer.strategy.optimizer_state(trainer.optimizers[0]), states)
+
+
+class ReadsElsewhere(Regression):
+    def training_step(self, batch, batch_idx):
+        decay = self.parts[0][0].weight * self.parts[0][0].weight
+        return super().training_step(batch, batch_idx) + decay.sum()
+
+
+def test_reading_a_parameter_that_is_away_is_told(tmp_path):
+    data = DataLoader(points(), batch_size=8)
+    with pytest.raises(RuntimeError, match=r"parts\.0\.0\.weight.*strategy\.gathered"):
+        fit(tmp_path, ReadsElsewhere(ADAMW), data, small())
+
+
+def test_edits_are_stored(tmp_path):
+    strategy = small()
+    module = Regression(ADAMW)
+    fit(tmp_path, module, DataLoader(points(), batch_size=8), strategy)
+    name = "parts.2.0.weight"
+    with strategy.gathered([name], modify=True), torch.no_grad():
+        assert module.parts[0][0].weight.isnan().all()
+        module.parts[2][0].weight.fill_(2.0)
+    found = strategy.lightning_module_state_dict()
+    assert (found[name] == 2).all()
