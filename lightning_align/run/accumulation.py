@@ -70,19 +70,12 @@ def own_window(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Window:
     # Lightning empties the gradients of a manual step before a validation, and knows no window.
     if validation_follows(trainer) and trainer.training if manual else not is_accumulating(trainer):
         return {}
-    gradients = {
-        name: parameter.grad.detach().to("cpu", copy=True)
-        for name, parameter in _parameters(trainer, pl_module).items()
-        if parameter.grad is not None
-    }
+    named = _parameters(trainer, pl_module).items()
+    gradients = {n: p.grad.detach().to("cpu", copy=True) for n, p in named if p.grad is not None}
     if isinstance(trainer.strategy, HoldsGradients):
         gradients |= trainer.strategy.waiting_gradients()
-    return {
-        "gradients": gradients,
-        "sums": {
-            name: value.to("cpu", copy=True) for name, value in window_sums(pl_module).items()
-        },
-    }
+    sums = {name: value.to("cpu", copy=True) for name, value in window_sums(pl_module).items()}
+    return {"gradients": gradients, "sums": sums}
 
 
 def capture_accumulation(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Window]:
@@ -147,10 +140,7 @@ def _parameters(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str,
     named = dict(pl_module.named_parameters())
     known = set(map(id, named.values()))
     for number, optimizer in enumerate(trainer.optimizers):
-        every = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        named |= {
-            f"optimizer {number}, {place}": parameter
-            for place, parameter in enumerate(every)
-            if id(parameter) not in known
-        }
+        every = enumerate(p for group in optimizer.param_groups for p in group["params"])
+        own = {f"optimizer {number}, {place}": p for place, p in every if id(p) not in known}
+        named |= own
     return named

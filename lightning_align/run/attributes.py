@@ -187,13 +187,10 @@ class Attributes:
             rank_zero_warn(f"ExactResume: {name} begins anew: {error} could not be saved in it.")
         except UnknownTypeError as error:
             rule = f"the checkpoint holds {error} in it, of which this process knows no example"
-            way_out = (
-                "Import it, make it a dataclass, or keep it in on_save_checkpoint and"
-                " on_load_checkpoint"
-            )
-            raise argument_error(
-                type(self._module).__name__, name, "checkpoint", rule, way_out
-            ) from None
+            way_out = "Import it, make it a dataclass, or keep it in on_save_checkpoint and"
+            way_out += " on_load_checkpoint"
+            where = type(self._module).__name__
+            raise argument_error(where, name, "checkpoint", rule, way_out) from None
 
     def _fill(self, buffer: Any, value: torch.Tensor) -> None:
         if buffer.shape == value.shape:
@@ -209,14 +206,10 @@ class Attributes:
         return encoded, encoder
 
     def _name_what_is_lost(self, encoder: Encoder) -> None:
-        now = _opaque_now(encoder)
-        lost = sorted(
-            name
-            for name, state in now.items()
-            if (state is None or self._opaque.get(name) != state) and name not in self._named
-        )
-        self._named |= set(lost)
-        if lost:
+        now, known = _opaque_now(encoder), self._opaque
+        changed = {n for n, state in now.items() if state is None or known.get(n) != state}
+        if lost := sorted(changed - self._named):
+            self._named |= changed
             rank_zero_warn(
                 f"ExactResume: {lost} of {type(self._module).__name__} cannot be written into a"
                 " checkpoint; a resumed run has them as it begins. If they decide anything, keep"
@@ -266,9 +259,8 @@ def _elsewhere(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any
     links: dict[str, Any] = {"trainer": trainer, "strategy": trainer.strategy}
     loop = trainer.fit_loop
     for name, whole in (*links.items(), ("loop", loop), ("epoch loop", loop.epoch_loop)):
-        links |= {
-            f"{name}: {part}": item for part, item in vars(whole).items() if _is_lightnings(item)
-        }
+        parts = {part: item for part, item in vars(whole).items() if _is_lightnings(item)}
+        links |= {f"{name}: {part}": item for part, item in parts.items()}
     links |= {f"{kind} {n}": item for kind, items in lists.items() for n, item in enumerate(items)}
     if (datamodule := datamodule_of(trainer)) is not None:
         links["datamodule"] = datamodule

@@ -49,27 +49,14 @@ from lightning_align._compat.lightning_resume import validation_follows
 from lightning_align._compat.lightning_trainer import current_hook, restart_train_iteration
 from lightning_align._errors import argument_error
 from lightning_align.checkpointing.structure import Copier
-from lightning_align.run import accumulation, epoch_means
+from lightning_align.run import accumulation, epoch_means, position, settings
 from lightning_align.run.accumulation import WINDOW_KEY
 from lightning_align.run.attributes import Attributes, Plain
 from lightning_align.run.callbacks import callbacks_of
 from lightning_align.run.loader import PositionedLoader
-from lightning_align.run.position import (
-    Place,
-    batches_consumed,
-    begin_interrupted_epoch_anew,
-    close_epoch,
-    epoch_is_open,
-    leave_validation_to_do,
-    next_place,
-)
+from lightning_align.run.position import Place, batches_consumed, epoch_is_open, next_place
 from lightning_align.run.protocols import began_elsewhere, has_replicas
-from lightning_align.run.settings import (
-    Settings,
-    restore_settings,
-    resume_averaging,
-    settings_in_force,
-)
+from lightning_align.run.settings import Settings, restore_settings, settings_in_force
 
 _MEANS_KEY = "lightning_align.epoch_means"
 _PLATEAU_KEY = "lightning_align.plateau"
@@ -132,9 +119,9 @@ class Keeper:
         at_last = loop["epoch_loop.batch_progress"]["is_last_batch"]
         self.epoch_is_open = at_last and _FOLLOWS_KEY in checkpoint and epoch_is_open(loop)
         if checkpoint.get(_FOLLOWS_KEY):
-            leave_validation_to_do(loop)
+            position.leave_validation_to_do(loop)
         elif self.place.batch == 0 and at_last and not self.epoch_is_open:
-            close_epoch(loop)
+            position.close_epoch(loop)
 
     def load(self, trainer: pl.Trainer) -> None:
         """Let the loader begin where the checkpoint goes on, and loops without one at a start."""
@@ -147,7 +134,7 @@ class Keeper:
         if self._ended_early is not None:
             _name_what_ran_early(trainer, self._ended_early)
         if self.place is None:
-            begin_interrupted_epoch_anew(trainer)
+            position.begin_interrupted_epoch_anew(trainer)
         elif self.place.batch == 0 and not self.epoch_is_open:
             lightning_resume.begin_epoch(trainer)
         self.place = self._ended_early = None
@@ -168,7 +155,7 @@ class Keeper:
                 trainer, pl_module, (before, then), self._start, window_is_open=bool(windows)
             )
         if saved:
-            resume_averaging(trainer)
+            settings.resume_averaging(trainer)
         self.attributes.restore(saved.get(_ATTRIBUTES_KEY, []))
         accumulation.restore_accumulation(trainer, pl_module, windows)
         epoch_means.restore_means(trainer, pl_module, saved.get(_MEANS_KEY, []))
@@ -281,10 +268,8 @@ def _keeper(trainer: pl.Trainer, function: str) -> tuple[Keeper, Attributes]:
     """
     if (hook := current_hook(trainer)) != "on_train_batch_end":
         rule = "a state is whole at the end of a training batch only"
-        way_out = (
-            "Call it in on_train_batch_end. Before an optimizer step that is not to be, set"
-            " parameter.grad = None, and restore at the end of that batch"
-        )
+        way_out = "Call it in on_train_batch_end. Before an optimizer step that is not to be, set"
+        way_out += " parameter.grad = None, and restore at the end of that batch"
         raise argument_error(function, "hook", hook, rule, way_out)
     _check_ranks(trainer, function)
     callbacks = callbacks_of(trainer)
@@ -337,9 +322,7 @@ def _check_state(trainer: pl.Trainer, state: RunState, attributes: Attributes) -
 
 def _that_go_back(trainer: pl.Trainer) -> list[pl.Callback]:
     """Callbacks whose state is the run's; that of those which write files is the files'."""
-    return [
-        each for each in callbacks_of(trainer) if not (isinstance(each, Checkpoint) or _kept(each))
-    ]
+    return [c for c in callbacks_of(trainer) if not (isinstance(c, Checkpoint) or _kept(c))]
 
 
 def _kept(callback: pl.Callback) -> Keeper | None:

@@ -84,9 +84,8 @@ def replace_means(trainer: pl.Trainer, pl_module: pl.LightningModule, means: Mea
 
 def _restore_latest(trainer: pl.Trainer, means: Means) -> None:
     device = trainer.lightning_module.device
-    lightning_logged.latest_metrics(trainer).update(
-        {name: value.to(device, copy=True) for name, value in means["latest"].items()}
-    )
+    latest = {name: value.to(device, copy=True) for name, value in means["latest"].items()}
+    lightning_logged.latest_metrics(trainer).update(latest)
 
 
 def _restore_sums(trainer: pl.Trainer, pl_module: pl.LightningModule, means: Means) -> None:

@@ -5,7 +5,7 @@ import warnings
 from functools import partial
 from typing import Any
 
-import lightning.pytorch as pl
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
@@ -21,7 +21,7 @@ from lightning_align.run.rng import reseed
 from lightning_align.run.settings import LeftOut
 
 
-class ExactResume(pl.Callback):
+class ExactResume(Callback):
     """Tie data and randomness to the position of the run; keep what Lightning leaves out.
 
     Before every training batch Python's, NumPy's and torch's generators are seeded from (seed,
@@ -58,12 +58,11 @@ class ExactResume(pl.Callback):
         self._left_out = LeftOut()  # by DDP
 
     @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.seed is None:
             ours = seed_of(trainer)
-            self._effective_seed = int(
-                ours if ours is not None else os.environ.get("PL_GLOBAL_SEED", 0)
-            )
+            seed = ours if ours is not None else os.environ.get("PL_GLOBAL_SEED", 0)
+            self._effective_seed = int(seed)
         # Lightning looks for a stateful loader; whatever it finds, we make it follow the position.
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that")
         lightning_resume.wrap_train_loaders(trainer, partial(self._follow, trainer))
@@ -71,7 +70,7 @@ class ExactResume(pl.Callback):
         put_first(trainer, self)
         lightning_resume.call_before_saving(trainer, lambda: self.keeper.module_hook())
 
-    def _follow(self, trainer: pl.Trainer, loaders: Any) -> PositionedLoader:
+    def _follow(self, trainer: Trainer, loaders: Any) -> PositionedLoader:
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
         return PositionedLoader(
             loaders,
@@ -82,34 +81,34 @@ class ExactResume(pl.Callback):
             replica=replica(trainer),
         )
 
-    def _place(self, trainer: pl.Trainer) -> Place:
+    def _place(self, trainer: Trainer) -> Place:
         """Where an epoch that begins now takes its first batch."""
         progress: Any = trainer.fit_loop.epoch_progress.current
         return self.keeper.place or Place(int(progress.processed), 0)
 
     @override
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.keeper.begin(trainer, pl_module)
         self._left_out.warn_of_thawed(trainer, pl_module)  # it has just been wrapped
 
     @override
-    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.keeper.attributes is not None
         self.keeper.attributes.note_sanity_check(begins=True)
 
     @override
-    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.keeper.attributes is not None
         self.keeper.attributes.note_sanity_check(begins=False)
 
     @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         back = partial(self.keeper.put_back, trainer, pl_module)
         lightning_resume.call_before_epochs(trainer, back)
         self.keeper.load(trainer)
 
     @override
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.keeper.epoch_is_open:
             self.keeper.epoch_is_open = False
             lightning_resume.begin_epoch(trainer)  # the one before had no batch to train
@@ -117,13 +116,13 @@ class ExactResume(pl.Callback):
 
     @override
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         reseed(self._effective_seed, batches_consumed(trainer), replica(trainer)[1], "train")
         self._left_out.warn_of_thawed(trainer, pl_module)
 
     @override
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         reseed(self._effective_seed, batches_consumed(trainer), replica(trainer)[1], "validate")
 
     # Lightning calls the module's hooks behind those of callbacks that save, and on a resume not at
@@ -131,39 +130,32 @@ class ExactResume(pl.Callback):
 
     @override
     def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.keeper.module_hook = lightning_resume.offer_module_hook(
-            trainer, "on_train_batch_end", outputs, batch, batch_idx
-        )
+        hook, given = "on_train_batch_end", (outputs, batch, batch_idx)
+        self.keeper.module_hook = lightning_resume.offer_module_hook(trainer, hook, *given)
 
     @override
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
-            self.keeper.module_hook = lightning_resume.offer_module_hook(
-                trainer, "on_validation_end"
-            )
+            hook = lightning_resume.offer_module_hook(trainer, "on_validation_end")
+            self.keeper.module_hook = hook
 
     @override
     def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self.keeper.write(trainer, checkpoint)
 
     @override
     def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if trainer.state.fn == TrainerFn.FITTING and "loops" in checkpoint:
             self.keeper.read(checkpoint)
 
     @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         lightning_resume.wrap_train_loaders(trainer, None)
         lightning_resume.call_before_saving(trainer, None)
         self.keeper.end()

@@ -175,12 +175,8 @@ def _is_stateful(loader: Any) -> bool:
 def _parts(loader: Any) -> Iterator[Any]:
     """The loader and its samplers, each once."""
     batch_sampler = getattr(loader, "batch_sampler", None)
-    parts = (
-        loader,
-        getattr(loader, "sampler", None),
-        batch_sampler,
-        getattr(batch_sampler, "sampler", None),
-    )
+    sampler, inner = (getattr(owner, "sampler", None) for owner in (loader, batch_sampler))
+    parts = loader, sampler, batch_sampler, inner
     yield from {id(part): part for part in parts if part is not None}.values()
 
 

@@ -66,17 +66,12 @@ def restore_settings(
         else:
             changed.add(name)
     if changed and window_is_open:
-        rule = (
-            f"the checkpoint was written in mid-accumulation, when {min(changed)!r} began"
-            f" {'frozen' if min(changed) in before['frozen'] else 'trainable'}"
-        )
-        raise argument_error(
-            type(module).__name__,
-            "requires_grad",
-            min(changed) not in start["frozen"],
-            rule,
-            "Freeze what that run froze, or resume from a checkpoint written at an optimizer step",
-        )
+        where, name = type(module).__name__, min(changed)
+        began = "frozen" if name in before["frozen"] else "trainable"
+        rule = f"the checkpoint was written in mid-accumulation, when {name!r} began {began}"
+        way_out = "Freeze what that run froze, or resume from a checkpoint written at an optimizer"
+        learns = name not in start["frozen"]
+        raise argument_error(where, "requires_grad", learns, rule, f"{way_out} step")
     lightning_resume.sync_of_buffers(trainer, then["sync_of_buffers"])
     for name, part in module.named_modules():
         if (name in start["eval"]) == (name in before["eval"]):
@@ -136,20 +131,17 @@ def resume_averaging(trainer: pl.Trainer) -> None:
     Raises:
         ValueError: If the epoch is the last one, which only takes BatchNorm's statistics.
     """
-    has_statistics = StochasticWeightAveraging.pl_module_contains_batch_norm(
-        trainer.lightning_module
-    )
+    module = trainer.lightning_module
+    has_statistics = StochasticWeightAveraging.pl_module_contains_batch_norm(module)
     # Behind the last batch of an epoch it is the next one that begins.
     epoch = trainer.current_epoch + trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
     for averaging in lightning_resume.averaging_in_checkpoint(trainer):
-        if epoch == averaging.swa_end + 1 and has_statistics:
+        last = averaging.swa_end + 1
+        if epoch == last and has_statistics:
             # It ends with an optimizer step by the gradients of the last batch before it.
-            raise argument_error(
-                "StochasticWeightAveraging",
-                "ckpt_path",
-                str(trainer.ckpt_path),
-                f"all {averaging.swa_end + 1} epochs of training are over, and of the one behind"
-                " them, which takes BatchNorm's statistics, the beginning is not in a checkpoint",
-                "Resume from a checkpoint of an earlier batch",
-            )
+            where = "StochasticWeightAveraging"
+            rule = f"all {last} epochs of training are over, and of the one behind them, which takes"
+            rule += " BatchNorm's statistics, the beginning is not in a checkpoint"
+            way_out = "Resume from a checkpoint of an earlier batch"
+            raise argument_error(where, "ckpt_path", str(trainer.ckpt_path), rule, way_out)
         lightning_resume.resume_averaging(trainer, averaging)
