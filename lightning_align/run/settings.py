@@ -140,8 +140,8 @@ def resume_averaging(trainer: pl.Trainer) -> None:
         if epoch == last and has_statistics:
             # It ends with an optimizer step by the gradients of the last batch before it.
             where = "StochasticWeightAveraging"
-            rule = f"all {last} epochs of training are over, and of the one behind them, which takes"
-            rule += " BatchNorm's statistics, the beginning is not in a checkpoint"
+            rule = f"all {last} epochs of training are over, and of the one behind them, which"
+            rule += " takes BatchNorm's statistics, the beginning is not in a checkpoint"
             way_out = "Resume from a checkpoint of an earlier batch"
             raise argument_error(where, "ckpt_path", str(trainer.ckpt_path), rule, way_out)
         lightning_resume.resume_averaging(trainer, averaging)

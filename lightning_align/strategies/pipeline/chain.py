@@ -166,10 +166,8 @@ class Chain:
             if self._passage is not None:
                 return enter(self._passage, part, args, kwargs)
             if any(isinstance(parameter, AbsentParameter) for parameter in part.parameters()):
-                rule = (
-                    f"{type(part).__name__} of another stage is called outside of a step, and this"
-                    " rank has no weights for it"
-                )
+                rule = f"{type(part).__name__} of another stage is called outside of a step, and"
+                rule += " this rank has no weights for it"
                 way_out = "Call the model in the steps only, or load a checkpoint for it"
                 raise chain_error(self.module, rule, way_out)
             if self._is_working:  # recomputed for backward, from the same place of the generators
@@ -189,12 +187,9 @@ def refuse_compiled(module: pl.LightningModule) -> None:
     """
     compiled = [name for name, part in module.named_modules() if torch_modules.is_compiled(part)]
     if compiled or getattr(module, "_compiler_ctx", None) is not None:
-        rule = (
-            f"its part {compiled[0]!r} is compiled"
-            if compiled and compiled[0]
-            else "it is compiled"
-        )
-        raise chain_error(module, rule, "Pass the module from before torch.compile")
+        subject = f"its part {compiled[0]!r}" if compiled and compiled[0] else "it"
+        rule, way_out = f"{subject} is compiled", "Pass the module from before torch.compile"
+        raise chain_error(module, rule, way_out)
 
 
 @contextmanager

@@ -33,9 +33,8 @@ _MODEL, _OPTIMIZER = "model", "optimizer_"
 def module_part(ownership: Ownership) -> dict[str, Any]:
     """What this rank writes of the module's state; of what several ranks have, the first one."""
     state = ownership.module.state_dict()
-    return {
-        key: value for key, value in state.items() if _writes(ownership, ownership.name_of(key))
-    }
+    name_of = ownership.name_of
+    return {key: value for key, value in state.items() if _writes(ownership, name_of(key))}
 
 
 def optimizer_part(ownership: Ownership, optimizer: Optimizer) -> dict[str, Any]:
@@ -113,11 +112,8 @@ class DistributedCheckpoint:
             self._index = torch_dcp.read_index(path)
         except torch_dcp.UnreadableError as error:
             raise self._unreadable_error(error) from None
-        damaged = [
-            name
-            for name, size in torch_dcp.files(self._index).items()
-            if not (path / name).is_file() or (path / name).stat().st_size < size
-        ]
+        files = [(path / name, size) for name, size in torch_dcp.files(self._index).items()]
+        damaged = [f.name for f, size in files if not f.is_file() or f.stat().st_size < size]
         if damaged:
             rule = f"{len(damaged)} of its files are missing or cut off, first {min(damaged)}"
             raise self._error(rule, "Copy the whole folder to where all ranks see it")
@@ -156,17 +152,14 @@ class DistributedCheckpoint:
         ranks = {levels[1] for levels in every if levels[0] == WINDOW_KEY}
         nothing: dict[str, Any] = {"gradients": {}, "sums": {}}
         windows = {str(rank): nothing, **mine.get(WINDOW_KEY, {})}
-        entries[WINDOW_KEY] = [
-            {**nothing, **windows.get(str(number), {})} for number in range(len(ranks))
-        ]
+        each = [windows.get(str(number), {}) for number in range(len(ranks))]
+        entries[WINDOW_KEY] = [{**nothing, **window} for window in each]
         return entries
 
     def _on_meta(self) -> dict[str, Any]:
-        return {
-            levels[1]: torch_dcp.on_meta(self._index, key)
-            for key, levels in torch_dcp.names(self._index).items()
-            if levels[0] == _MODEL
-        }
+        names = torch_dcp.names(self._index).items()
+        model = {levels[1]: key for key, levels in names if levels[0] == _MODEL}
+        return {name: torch_dcp.on_meta(self._index, key) for name, key in model.items()}
 
     def _param_groups(self) -> list[list[dict[str, Any]]]:
         """Of each optimizer, with the names of the parameters."""
@@ -190,10 +183,9 @@ class DistributedCheckpoint:
         different = sorted(n for n in names if theirs.get(n, "none") != ours.get(n, "none"))
         if different:
             name = different[0]
-            rule = (
-                f"it is of another model: {len(different)} parameter(s) differ, first {name!r} with"
-                f" shape {ours.get(name, 'none')} here and {theirs.get(name, 'none')} there"
-            )
+            shapes = f"shape {ours.get(name, 'none')} here and {theirs.get(name, 'none')} there"
+            rule = f"it is of another model: {len(different)} parameter(s) differ, first {name!r}"
+            rule += f" with {shapes}"
             raise self._error(rule, f"Resume the {type(module).__name__} that wrote it")
 
     # After it.
@@ -227,9 +219,8 @@ class DistributedCheckpoint:
         names = names_of(ownership, optimizer)
         ours = optimizer.state_dict()["param_groups"]
         theirs = self._param_groups()[number]
-        if [{names[n] for n in group["params"]} for group in ours] != [
-            set(group["params"]) for group in theirs
-        ]:
+        saved = [set(group["params"]) for group in theirs]
+        if [{names[n] for n in group["params"]} for group in ours] != saved:
             rule = "its optimizer has other groups of parameters"
             raise self._error(rule, f"Build the {type(optimizer).__name__} as that run did")
         read = self._read(
@@ -240,12 +231,10 @@ class DistributedCheckpoint:
         )
         numbers = {name: n for n, name in enumerate(names)}
         entries = read.get(first, {}).get("state", {})
-        return {
-            "state": {numbers.get(name, name): entry for name, entry in entries.items()},
-            "param_groups": [
-                {**group, "params": own["params"]} for group, own in zip(groups, ours, strict=True)
-            ],
-        }
+        state = {numbers.get(name, name): entry for name, entry in entries.items()}
+        both = zip(groups, ours, strict=True)
+        settings = [{**group, "params": own["params"]} for group, own in both]
+        return {"state": state, "param_groups": settings}
 
 
 def _numbered(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

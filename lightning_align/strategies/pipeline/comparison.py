@@ -155,11 +155,9 @@ def judge(
             verdict.error = verdict.error or found.error
     joiner.random.update(random)
     if random:
-        verdict.warnings.append(
-            f"PipelineStrategy: in {type(module).__name__} {', '.join(random)} is another with"
-            " other random numbers, so that nothing says whether micro-batches come to the same"
-            " as a batch in one piece"
-        )
+        told = f"PipelineStrategy: in {type(module).__name__} {', '.join(random)} is another with"
+        told += " other random numbers, so that nothing says whether micro-batches come to the"
+        verdict.warnings.append(f"{told} same as a batch in one piece")
     return verdict
 
 
@@ -194,20 +192,15 @@ def _of_loss(
     if joining.distance(ours, whole.output) <= joiner.tolerance:
         return []
     name, theirs = type(module).__name__, float(whole.output)
-    rule = (
-        f"the loss of {len(losses)} micro-batches comes to {float(ours):.6g}, and that of the same"
-        f" rows in one piece is {theirs:.6g}"
-    )
+    rule = f"the loss of {len(losses)} micro-batches comes to {float(ours):.6g}, and that of the"
+    rule += f" same rows in one piece is {theirs:.6g}"
     if not is_sum and joining.distance(losses.sum(), whole.output) <= joiner.tolerance:
         way_out = 'It is a sum: give the module the attribute loss_reduction = "sum"'
     elif is_sum and joining.distance((losses * shares).sum(), whole.output) <= joiner.tolerance:
         way_out = 'It is a mean: set loss_reduction = "mean"'
     else:
-        way_out = (
-            "Define pipeline_microbatch_weight(batch), how many values its mean is over, or"
-            ' return a sum and set loss_reduction = "sum"; or use schedule="GPipe",'
-            " num_microbatches=1"
-        )
+        way_out = "Define pipeline_microbatch_weight(batch), how many values its mean is over, or"
+        way_out += f' return a sum and set loss_reduction = "sum"; or {_IN_ONE_PIECE}'
     if counted := [path for path, (_, value) in whole.changes.items() if joining.is_number(value)]:
         rule += f"; its step changes {counted[:3]}, which are those of a micro-batch within it"
         way_out = f"If the loss goes by them, change them in on_train_batch_start. Else: {way_out}"
@@ -239,18 +232,14 @@ def _of_log(
         joiner.learn(path, None, values, value, [part.share / total for part in having])
     except joining.Mismatch:
         told = ", ".join(f"{float(v):.4g}" for v in values[:4])
-        rule = (
-            f"it is {float(value):.6g} for some rows in one piece, which is no mean, sum, largest"
-            f" or smallest value of their micro-batches' {told}"
-        )
+        rule = f"it is {float(value):.6g} for some rows in one piece, which is no mean, sum,"
+        rule += f" largest or smallest value of their micro-batches' {told}"
         return [Finding(path, str(argument_error(where, "name", name, rule, _LOG_WAY_OUT)))]
     return []
 
 
-_LOG_WAY_OUT = (
-    "Log it at the end of the epoch, from sums or a metric object; or use"
-    ' schedule="GPipe", num_microbatches=1'
-)
+_IN_ONE_PIECE = 'use schedule="GPipe", num_microbatches=1'
+_LOG_WAY_OUT = f"Log it at the end of the epoch, from sums or a metric object; or {_IN_ONE_PIECE}"
 
 
 def _of_attribute(module: Any, mismatch: joining.Mismatch) -> str:
@@ -262,21 +251,15 @@ def _of_attribute(module: Any, mismatch: joining.Mismatch) -> str:
         rule += " their micro-batches, which do not add up to it"
     else:
         rule += " to something that its micro-batches do not come to"
-    way_out = (
-        "Change it in on_train_batch_end or at the end of the epoch; or use"
-        ' schedule="GPipe", num_microbatches=1'
-    )
+    way_out = f"Change it in on_train_batch_end or at the end of the epoch; or {_IN_ONE_PIECE}"
     name = type(module).__name__
     return str(argument_error("PipelineStrategy", "model", name, rule, way_out))
 
 
 def _of_output(module: Any, mismatch: joining.Mismatch) -> str:
-    rule = (
-        f"what its step returns ({mismatch.path}) for some rows in one piece is not what their"
-        " micro-batches come to"
-    )
-    way_out = 'Return nothing, or use schedule="GPipe", num_microbatches=1'
-    name = type(module).__name__
+    rule = f"what its step returns ({mismatch.path}) for some rows in one piece is not what their"
+    rule += " micro-batches come to"
+    name, way_out = type(module).__name__, f"Return nothing, or {_IN_ONE_PIECE}"
     return str(argument_error("PipelineStrategy", "model", name, rule, way_out))
 
 
@@ -285,8 +268,5 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 def keeps_statistics(module: nn.Module) -> list[str]:
     """Layers whose statistics, or power iterations, are those of a micro-batch."""
-    return [
-        name
-        for name, part in module.named_modules()
-        if isinstance(part, _NORMS) or has_spectral_norm(part)
-    ]
+    named = module.named_modules()
+    return [name for name, p in named if isinstance(p, _NORMS) or has_spectral_norm(p)]

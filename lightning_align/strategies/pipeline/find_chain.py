@@ -32,9 +32,8 @@ def find_chain(module: pl.LightningModule) -> Chain:
     if isinstance(module, NamesLayers):
         layers = list(module.pipeline_layers())
         if not layers or not all(isinstance(layer, nn.Module) for layer in layers):
-            raise chain_error(
-                module, "its pipeline_layers() must return modules in the order they are called"
-            )
+            rule = "its pipeline_layers() must return modules in the order they are called"
+            raise chain_error(module, rule)
         return Chain(module, layers)
     if (decoder := kept_layers(module)) is not None:
         return _decoder_chain(module, decoder)
@@ -42,18 +41,13 @@ def find_chain(module: pl.LightningModule) -> Chain:
     while not isinstance(holder, nn.Sequential):
         if is_hugging_face(holder):
             return _decoder_chain(module, find_layers(holder))
-        trained = {
-            name: child
-            for name, child in holder.named_children()
-            if next(child.parameters(), None) is not None
-        }
+        children = holder.named_children()
+        trained = {n: child for n, child in children if next(child.parameters(), None) is not None}
         if len(trained) != 1 or next(holder.parameters(recurse=False), None) is not None:
             names = sorted(trained)
             rule = f"cannot tell the chain of layers that stages are cut from; it holds {names}"
-            way_out = (
-                "Define pipeline_layers() that returns the modules in the order of their calls"
-            )
-            raise chain_error(module, rule, f"{way_out}, or use nn.Sequential")
+            way_out = "Define pipeline_layers() that returns the modules in the order of their"
+            raise chain_error(module, rule, f"{way_out} calls, or use nn.Sequential")
         (holder,) = trained.values()
     return Chain(module, list(holder))
 
@@ -61,25 +55,16 @@ def find_chain(module: pl.LightningModule) -> Chain:
 def _decoder_chain(module: pl.LightningModule, decoder: ModelLayers) -> Chain:
     """The blocks of a decoder; its other parts go with the first of them, or with the last."""
     blocks = decoder.blocks
-    in_blocks = {part for block in blocks for part in block.modules()}
-    outside = [
-        part
-        for part in decoder.model.modules()
-        if part not in in_blocks and part._parameters and part is not decoder.model
-    ]
+    taken = {decoder.model, *(part for block in blocks for part in block.modules())}
+    outside = [p for p in decoder.model.modules() if p not in taken and p._parameters]
     calls = _calls(decoder, blocks, outside)
     if [part for part in calls if part in blocks] != blocks:
-        rule = (
-            f"each block of its {type(decoder.model).__name__} must be called once, in their order"
-        )
-        raise chain_error(module, rule, "Name the chain with pipeline_layers()")
-    before = set(calls[: calls.index(blocks[0])])
-    return Chain(
-        module,
-        blocks,
-        [part for part in outside if part in before],
-        [part for part in outside if part not in before],
-    )
+        name, way_out = type(decoder.model).__name__, "Name the chain with pipeline_layers()"
+        rule = f"each block of its {name} must be called once, in their order"
+        raise chain_error(module, rule, way_out)
+    called_first = set(calls[: calls.index(blocks[0])])
+    before = [part for part in outside if part in called_first]
+    return Chain(module, blocks, before, [part for part in outside if part not in called_first])
 
 
 def _calls(

@@ -251,14 +251,11 @@ class _Timing:
 
 def _kind(layer: nn.Module) -> Hashable:
     """Equal for layers that do the same with other values of their parameters."""
-    return tuple(
-        (name, type(part), shape_key(_tensors(part)), _attributes(part))
-        for name, part in layer.named_modules()
-    )
-
-
-def _tensors(part: nn.Module) -> list[Tensor]:
-    return [*part.parameters(recurse=False), *part.buffers(recurse=False)]
+    kinds: list[Hashable] = []
+    for name, part in layer.named_modules():
+        tensors = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
+        kinds.append((name, type(part), shape_key(tensors), _attributes(part)))
+    return tuple(kinds)
 
 
 def _attributes(part: nn.Module) -> tuple[tuple[str, Any], ...]:

@@ -147,11 +147,8 @@ class Ownership:
             parameters: Those that count, on this rank; None means all.
         """
         # What several ranks hold has the same gradient on each, and counts on the first.
-        counted = {
-            parameter
-            for name, parameter in self.module.named_parameters()
-            if self.ranks[name][0] == self.rank
-        }
+        named = self.module.named_parameters()
+        counted = {parameter for name, parameter in named if self.ranks[name][0] == self.rank}
         asked = list(self.module.parameters() if parameters is None else parameters)
         gradients = [p.grad for p in asked if p.grad is not None and p in counted]
         norm = nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())

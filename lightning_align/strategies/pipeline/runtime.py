@@ -72,10 +72,8 @@ class Runtime:
         self.group, self.device = group, device
         rank, size = distributed.get_rank(group), distributed.get_world_size(group)
         self.num_stages = len(stretches)
-        self.modules = {
-            index: StageModule(chain, index, *stretches[index], self.current)
-            for index in range(rank, self.num_stages, size)
-        }
+        here = range(rank, self.num_stages, size)
+        self.modules = {n: StageModule(chain, n, *stretches[n], self.current) for n in here}
         self.current.stages = tuple(self.modules)
         self._metas = StageMetas(self.modules, self.num_stages, group)
         self._made: OrderedDict[Hashable, Any] = OrderedDict()
@@ -222,16 +220,11 @@ class Runtime:
 
     def _stage(self, index: int, metas: list[list[Meta]]) -> LeanStage:
         inputs = [meta.like() for meta in metas[index - 1]] if index else [torch.zeros(1).long()]
-        return LeanStage(
-            self.modules[index],
-            index,
-            self.num_stages,
-            self.device,
-            partial(self.current.action, "B"),
-            input_args=tuple(inputs),
-            output_args=tuple(meta.like() for meta in metas[index]),
-            group=self.group,
-        )
+        outputs = tuple(meta.like() for meta in metas[index])
+        module, backward = self.modules[index], partial(self.current.action, "B")
+        metadata: dict[str, Any] = {"input_args": tuple(inputs), "output_args": outputs}
+        metadata["group"] = self.group
+        return LeanStage(module, index, self.num_stages, self.device, backward, **metadata)
 
     def _make_schedule(self, metas: list[list[Meta]], count: int) -> tuple[str, Any]:
         stages = [self._stage(index, metas) for index in self.modules]
@@ -252,14 +245,10 @@ class Runtime:
         return name, schedule
 
     def _torch_schedule(self, name: str, stages: list[LeanStage], count: int) -> Any:
-        several = SCHEDULES.get(name, True)
+        these: Any = stages if SCHEDULES.get(name, True) else stages[0]
         # The loss carries the weights of micro-batches; torch would scale accumulated gradients.
-        return get_schedule_class(name)(
-            stages if several else stages[0],
-            n_microbatches=count,
-            loss_fn=_loss,
-            scale_grads=False,
-        )
+        options: dict[str, Any] = {"loss_fn": _loss, "scale_grads": False}
+        return get_schedule_class(name)(these, n_microbatches=count, **options)
 
 
 def _loss(output: Tensor, number: Tensor) -> Tensor:  # noqa: ARG001  # as torch calls it

@@ -125,10 +125,8 @@ class StageModule(nn.Module):
         ours = [Meta(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
         if ours != known:
             sizes, first = ([tuple(meta.shape) for meta in metas] for metas in (ours, known))
-            rule = (
-                f"stage {self.index} hands on tensors of {sizes} for micro-batch {number}, and of"
-                f" {first} for the first one: those of a batch must be alike"
-            )
+            rule = f"stage {self.index} hands on tensors of {sizes} for micro-batch {number}, and"
+            rule += f" of {first} for the first one: those of a batch must be alike"
             way_out = "Leave rows out, and shorten them, in the collate function or after the chain"
             raise chain_error(self.chain.module, rule, way_out)
 

@@ -55,8 +55,7 @@ class StepComparisons:
                 joiner.comparisons = _COMPARISONS
                 rank_zero_warn(
                     f"PipelineStrategy: micro-batches of {step.name} could not be compared with a"
-                    " batch in one piece, so nothing says that they come to the same:"
-                    f" {failed}"
+                    f" batch in one piece, so nothing says that they come to the same: {failed}"
                 )
 
     def learns_more(self, step: BatchStep, result: StepResult) -> bool:
@@ -81,10 +80,9 @@ class StepComparisons:
         elif result.undecided:
             joiner.has_warned = True
             rank_zero_warn(
-                f"PipelineStrategy: {step.name} logs, returns or changes"
-                f" {list(result.undecided)}, of which {joiner.comparisons} comparison(s) with a"
-                " batch in one piece do not tell what it is of its micro-batches: the likeliest is"
-                " taken"
+                f"PipelineStrategy: {step.name} logs, returns or changes {list(result.undecided)},"
+                f" of which {joiner.comparisons} comparison(s) with a batch in one piece do not"
+                " tell what it is of its micro-batches: the likeliest is taken"
             )
 
     def compare(self, step: BatchStep, *, again: bool = False) -> str | None:
