@@ -6,7 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
+import lightning_align
+from lightning_align._compat.jsonargparse_parsing import class_paths
 from lightning_align.optimizers.safety import (
     are_usable,
     begin_step,
@@ -171,3 +174,9 @@ def test_what_others_do_and_we_do_not_is_refused_by_name(asked: dict[str, Any]) 
     computes_the_same = {"foreach": True, "fused": True, "capturable": True}
     refuse_other_arithmetic("X", {"decoupled_weight_decay": False, "weight_decay": 0.0})
     refuse_other_arithmetic("X", {"maximize": False, "weight_decay": 0.1, **computes_the_same})
+
+
+def test_what_optimizers_share_is_no_choice_of_the_command_line() -> None:
+    ours = {f"lightning_align.{name}" for name in ("GaLoreAdamW", "Muon", "StableAdamW")}
+    assert all(getattr(lightning_align, path.rpartition(".")[2]) for path in ours)  # imported
+    assert {path for path in class_paths(Optimizer) if path.startswith("lightning_align")} == ours
