@@ -12,7 +12,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -75,15 +75,11 @@ class Transfer:
         self._pieces = pieces
 
     def wait(self) -> None:
-        """Until all is done.
-
-        Raises:
-            OSError: The first error of any piece.
-        """
+        """Until all is done, also where a piece has failed; then raises the first such error."""
         pieces, self._pieces = self._pieces, []
-        errors = [error for piece in pieces if (error := piece.exception()) is not None]
-        if errors:
-            raise errors[0]
+        wait(pieces)
+        for piece in pieces:
+            piece.result()
 
 
 class DirectFile:
