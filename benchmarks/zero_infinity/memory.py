@@ -9,7 +9,9 @@ with clipping, where gradients wait on disk for their norm.
 
 Limit: 1 GB for the whole process, page cache included, by a memory cgroup; where none can be made,
 RLIMIT_DATA. The values of the model are built in memory, so the limit comes into force when
-training begins (--limit-from start: with the process), and that peak is told apart.
+training begins (--limit-from start: with the process), and that peak is told apart. glibc would
+keep what the built model has left; MALLOC_MMAP_THRESHOLD_=1048576 lets it return (--malloc default:
+without).
 
 States are weights, and AdamW's two moments: 12 bytes a parameter. Peak: VmHWM from the first
 training step on, whole, and without what the imports alone take.
@@ -145,6 +147,7 @@ def llama(width: int, blocks: int, vocabulary: int = VOCABULARY) -> Any:
 def quiet(threads: int = 1) -> None:
     import torch
 
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # else Lightning takes all cores for a strategy's
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "lightning.fabric", "lightning_align"):
@@ -282,7 +285,12 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
             }
             words = [f"--{key}={value}" for key, value in options.items()]
             command = [sys.executable, __file__, *words]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            environment = dict(os.environ)
+            if arguments.malloc == "mmap":
+                environment["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=False, env=environment
+            )
     finally:
         shutil.rmtree(folder)
     if done.returncode:
@@ -330,8 +338,9 @@ def main() -> None:
     )
     parser.add_argument("--small", action="store_true", help="8 M parameters: does it run")
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--limit", type=float, default=1.0, help="GB; --limit is in bytes inside")
+    parser.add_argument("--limit", type=float, default=1.0, help="GB")
     parser.add_argument("--limit-from", choices=("training", "start"), default="training")
+    parser.add_argument("--malloc", choices=("mmap", "default"), default="mmap")
     parser.add_argument("--threads", type=int, default=1, help="that compute")
     parser.add_argument("--folder", type=Path, help="on the drive to measure")
     parser.add_argument("--run", choices=RUNS, help=argparse.SUPPRESS)
