@@ -1,4 +1,4 @@
-"""The store of zero_infinity against DeepSpeed's aio_handle and fio: read, and write with fdatasync.
+"""The store of zero_infinity against DeepSpeed's aio_handle and fio: read, write with fdatasync.
 
     python benchmarks/zero_infinity/io.py            # 3 minutes, 2.2 GB of disk, 60 GB of traffic
     python benchmarks/zero_infinity/io.py --small    # seconds, 0.3 GB: does it run
@@ -153,7 +153,9 @@ def aio_module() -> Any:
 
         return AsyncIOBuilder().load(verbose=False)
     except Exception as error:  # whatever a compiler says
-        print(f"DeepSpeed's aio is left out: {str(error).splitlines()[0] if str(error) else error!r}")
+        print(
+            f"DeepSpeed's aio is left out: {str(error).splitlines()[0] if str(error) else error!r}"
+        )
         return None
 
 
@@ -196,7 +198,9 @@ def best_aio(module: Any, folder: Path, size: int, rounds: int) -> tuple[int, in
     print("DeepSpeed, seconds to write and read with (block size, queue depth, threads):")
     for name, seconds in times.items():
         print(f"  {name}: {seconds:.3f}")
-    return next(setting for setting in SETTINGS if str(setting) == min(times, key=times.__getitem__))
+    return next(
+        setting for setting in SETTINGS if str(setting) == min(times, key=times.__getitem__)
+    )
 
 
 def _made(folder: Path) -> Path:

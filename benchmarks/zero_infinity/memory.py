@@ -1,11 +1,12 @@
 """States over peak memory, and bytes moved, of strategy="zero_infinity" on real text under a limit.
 
-    python benchmarks/zero_infinity/memory.py            # 10 minutes, 7 GB of disk, 244 M parameters
-    python benchmarks/zero_infinity/memory.py --small    # a minute, 0.3 GB, 8 M parameters
+    python benchmarks/zero_infinity/memory.py          # 10 minutes, 7 GB of disk, 244 M parameters
+    python benchmarks/zero_infinity/memory.py --small  # a minute, 0.3 GB, 7 M parameters
 
 A Llama with 34 blocks of width 768 learns "Pride and Prejudice" with AdamW under the string's
-defaults, each run in a process of its own: plain, where blocks are updated inside backward, and
-with clipping, where gradients wait on disk for their norm.
+defaults and with activation checkpointing (34 blocks keep 0.7 GB of activations otherwise), each
+run in a process of its own: plain, where blocks are updated inside backward, and with clipping,
+where gradients wait on disk for their norm. The text was tokenised by an earlier process.
 
 Limit: 1 GB for the whole process, page cache included, by a memory cgroup; where none can be made,
 RLIMIT_DATA. The values of the model are built in memory, so the limit comes into force when
@@ -39,6 +40,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -50,7 +52,8 @@ SIZES = {  # width, blocks, tokens a step
     "small": (256, 8, 128),
 }
 VOCABULARY = 2048
-RUNS = {"plain": {}, "clipped": {"gradient_clip_val": 1.0}}
+RUNS: dict[str, dict[str, Any]] = {"plain": {}, "clipped": {"gradient_clip_val": 1.0}}
+PREPARE = "prepare"
 
 
 # What the kernel says
@@ -166,6 +169,18 @@ def expected(blocks: list[Any], resident: int, clipped: bool) -> tuple[int, int]
     return phases * fetched + 2 * everything + gradients, 3 * everything + gradients
 
 
+def novel(tokens: int, folder: str) -> Any:
+    from lightning_align import TextDataModule
+
+    return TextDataModule(
+        "pride_and_prejudice",
+        vocab_size=VOCABULARY,
+        block_size=128,
+        batch_size=tokens // 128,
+        cache_dir=Path(folder, "cache"),
+    )
+
+
 def child(arguments: argparse.Namespace) -> None:
     group = Path(arguments.group) if arguments.group else None
     enter(group)
@@ -174,7 +189,7 @@ def child(arguments: argparse.Namespace) -> None:
     import lightning.pytorch as pl
     import torch
 
-    from lightning_align import PretrainModule, TextDataModule
+    from lightning_align import PretrainModule
     from lightning_align.strategies import ZeROInfinityStrategy
 
     width, blocks, tokens = SIZES[arguments.size]
@@ -191,9 +206,8 @@ def child(arguments: argparse.Namespace) -> None:
             self.enforced_by = enforced_by
             self.marks: list[tuple[float, tuple[int, int], tuple[int, int]]] = []
             self.losses: list[float] = []
-            self.before = self.after = 0.0
 
-        def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        def on_train_start(self, *_: Any) -> None:
             self.built = status_bytes("VmHWM")
             forget_peak()
             if not self.enforced_by:
@@ -204,19 +218,14 @@ def child(arguments: argparse.Namespace) -> None:
             mark = (time.perf_counter(), (traffic.read, traffic.written), moved_bytes())
             self.marks.append(mark)
 
-        def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        def on_validation_end(self, trainer: Any, *_: Any) -> None:
             self.losses.append(float(trainer.callback_metrics["val_loss"]))
 
     torch.manual_seed(0)
     module = PretrainModule(
-        llama(width, blocks), optimizer=partial(torch.optim.AdamW, lr=3e-4, fused=True)
-    )
-    data = TextDataModule(
-        "pride_and_prejudice",
-        vocab_size=VOCABULARY,
-        block_size=128,
-        batch_size=tokens // 128,
-        cache_dir=Path(arguments.folder, "cache"),
+        llama(width, blocks),
+        optimizer=partial(torch.optim.AdamW, lr=3e-4, fused=True),
+        activation_checkpointing=True,
     )
     watch = Watch()
     # The string's defaults; its class only for the folder.
@@ -238,10 +247,10 @@ def child(arguments: argparse.Namespace) -> None:
         **RUNS[arguments.run],
     )
     start = time.perf_counter()
-    trainer.fit(module, data)
+    trainer.fit(module, novel(tokens, arguments.folder))
     engine: Any = strategy._engine
     marks = watch.marks[2:]  # optimizer states are there from the second step on
-    pairs = list(zip(marks, marks[1:], strict=False))
+    pairs = list(pairwise(marks))
     parameters = sum(p.numel() for p in module.parameters())
     print(
         json.dumps(
@@ -269,33 +278,42 @@ def child(arguments: argparse.Namespace) -> None:
 # The report
 
 
+def process(run: str, folder: str, group: Path | None, arguments: argparse.Namespace) -> str:
+    """The last line that a run in a process of its own has printed."""
+    options = {
+        "run": run,
+        "size": arguments.size,
+        "steps": arguments.steps,
+        "threads": arguments.threads,
+        "limit": int(arguments.limit * 1e9),
+        "limit-from": arguments.limit_from,
+        "folder": folder,
+        "group": group or "",
+    }
+    words = [f"--{key}={value}" for key, value in options.items()]
+    environment = dict(os.environ)
+    if arguments.malloc == "mmap":
+        environment["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
+    done = subprocess.run(
+        [sys.executable, __file__, *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    if done.returncode:
+        sys.exit(f"{run} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    return (done.stdout.splitlines() or [""])[-1]
+
+
 def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     folder = tempfile.mkdtemp(prefix="zero_infinity_", dir=arguments.folder)
     try:
+        process(PREPARE, folder, None, arguments)
         with memory_group() as group:
-            options = {
-                "run": name,
-                "size": arguments.size,
-                "steps": arguments.steps,
-                "threads": arguments.threads,
-                "limit": int(arguments.limit * 1e9),
-                "limit-from": arguments.limit_from,
-                "folder": folder,
-                "group": group or "",
-            }
-            words = [f"--{key}={value}" for key, value in options.items()]
-            command = [sys.executable, __file__, *words]
-            environment = dict(os.environ)
-            if arguments.malloc == "mmap":
-                environment["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
-            done = subprocess.run(
-                command, capture_output=True, text=True, check=False, env=environment
-            )
+            found: dict[str, Any] = json.loads(process(name, folder, group, arguments))
     finally:
         shutil.rmtree(folder)
-    if done.returncode:
-        sys.exit(f"{name} ended with {done.returncode}:\n{done.stderr[-3000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
@@ -343,10 +361,13 @@ def main() -> None:
     parser.add_argument("--malloc", choices=("mmap", "default"), default="mmap")
     parser.add_argument("--threads", type=int, default=1, help="that compute")
     parser.add_argument("--folder", type=Path, help="on the drive to measure")
-    parser.add_argument("--run", choices=RUNS, help=argparse.SUPPRESS)
+    parser.add_argument("--run", choices=(*RUNS, PREPARE), help=argparse.SUPPRESS)
     parser.add_argument("--size", choices=SIZES, help=argparse.SUPPRESS)
     parser.add_argument("--group", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.run == PREPARE:
+        novel(SIZES[arguments.size][2], arguments.folder).prepare_data()
+        return
     if arguments.run:
         arguments.limit = int(arguments.limit)
         child(arguments)

@@ -1,7 +1,7 @@
 """Speed of zero_infinity against the same training in memory, from I/O- to compute-bound steps.
 
-    python benchmarks/zero_infinity/step.py            # 25 minutes, 0.9 GB of disk, 150 GB of traffic
-    python benchmarks/zero_infinity/step.py --small    # a minute: does it run
+    python benchmarks/zero_infinity/step.py          # 25 minutes, 1 GB of disk, 200 GB of traffic
+    python benchmarks/zero_infinity/step.py --small  # a minute: does it run
 
 A Llama with 8 blocks of width 512 (26 M parameters), AdamW (fused), PretrainModule in a Trainer,
 one compute thread. In each repeat, for each number of tokens: the same run in memory, then under
@@ -27,6 +27,7 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -63,7 +64,7 @@ class Timer(pl.Callback):
     def step(self) -> tuple[float, float]:
         """Median seconds and bytes of a step."""
         marks = self.marks[2:]
-        pairs = list(zip(marks, marks[1:], strict=False))
+        pairs = list(pairwise(marks))
         return median(b[0] - a[0] for a, b in pairs), median(b[1] - a[1] for a, b in pairs)
 
 
@@ -216,7 +217,9 @@ def show(found: dict[int, Figures]) -> None:
             ]
             print(f"| {tokens} | {' | '.join(cells)} |")
     least, most = min(found), max(found)
-    print(f"\nat {least} tokens, of the drive alone:", cell(found[least]["bandwidth"], 1, 2), end="")
+    print(
+        f"\nat {least} tokens, of the drive alone:", cell(found[least]["bandwidth"], 1, 2), end=""
+    )
     print(" (bar 0.6); optimizer pass", cell(found[least]["optimizer"], 1, 2), "(bar 0.8)")
     worst = max(
         abs(median(figures[name]) - 1)
