@@ -31,6 +31,18 @@ def test_pretrain_and_align_leave_models_that_load_and_differ(tmp_path: Path) ->
     assert (tmp_path / "outputs/pretrain/pretrain.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
+def test_zero_infinity_is_killed_and_comes_to_the_same_bits(tmp_path: Path) -> None:
+    environment = {**os.environ, "LIGHTNING_ALIGN_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, str(EXAMPLES / "zero_infinity.py"), "--max_steps=6"]
+    run = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "killed after step 3" in run.stdout
+    assert run.stdout.endswith("the same bits\n")
+
+
 def test_yaml_examples_are_those_of_the_demo() -> None:
     for name in ("pretrain.yaml", "dpo.yaml"):
         packaged = EXAMPLES.parent / "lightning_align/recipes" / name

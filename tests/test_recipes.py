@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from lightning_align import recipes
 from lightning_align.__main__ import main
 from lightning_align.data.tokenizer import train_tokenizer
+from tests.helpers.children import in_child
 
 ROOT = Path(__file__).parent.parent
 NOVEL = "It is a truth universally acknowledged, that a single man must be in want of a wife.\n"
@@ -178,6 +179,20 @@ def test_ddp_in_two_processes(folder: Path) -> None:
     assert (folder / "outputs/ddp/model/config.json").exists()
 
 
+@pytest.mark.slow
+def test_zero_infinity_goes_on_from_its_last_step(folder: Path) -> None:
+    heads = [f"--model.model.num_{part}_heads=2" for part in ("attention", "key_value")]
+    small = [*TINY, *heads, "--data.block_size=32", "--trainer.log_every_n_steps=1"]
+    fit("zero_infinity", *small, "--trainer.strategy.nvme_path=whole")
+    expected = AutoModelForCausalLM.from_pretrained("outputs/zero_infinity/model").state_dict()
+    run = ["fit", "-c", "zero_infinity.yaml", *QUIET, *small]
+    assert in_child(lambda: main([*run, "--trainer.max_steps=2"])) == 0  # and lets the folder go
+    main([*run, "--ckpt_path=last"])
+    resumed = AutoModelForCausalLM.from_pretrained("outputs/zero_infinity/model").state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in resumed.items())
+    assert Path("zero_infinity/rank00000/committed").exists()
+
+
 # The list
 
 
@@ -191,6 +206,7 @@ def test_every_recipe_is_run_here() -> None:
         "pretrain",
         "sft_chat",
         "stable_adamw",
+        "zero_infinity",
     ]
 
 

@@ -48,7 +48,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).parents[1]))
 
 SIZES = {  # width, blocks, tokens a step
-    "full": (768, 34, 256),
+    "full": (768, 34, 128),
     "small": (256, 8, 128),
 }
 VOCABULARY = 2048
@@ -268,7 +268,9 @@ def child(arguments: argparse.Namespace) -> None:
                     engine.blocks, engine.residents.count, arguments.run == "clipped"
                 ),
                 "losses": watch.losses,
-                "disk": sum(f.stat().st_blocks * 512 for f in Path(arguments.folder).rglob("*.*")),
+                "disk": sum(
+                    f.stat().st_blocks * 512 for f in Path(arguments.folder, "nvme").rglob("*")
+                ),
                 "fit_s": time.perf_counter() - start,
             }
         )
