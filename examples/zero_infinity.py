@@ -2,9 +2,10 @@
 
     python examples/zero_infinity.py
 
-Under a minute on two cores. A process trains a small Llama whose parameters, gradients and optimizer
-state are on disk, and is killed; a second one goes on with the last whole step; a third one, which
-nobody stops, comes to the same weights, to the bit. Everything is below outputs/zero_infinity, 150 MB.
+Under a minute on two cores. A process trains a small Llama whose parameters, gradients and
+optimizer state are on disk, and is killed; a second one goes on with the last whole step; a third
+one, which nobody stops, comes to the same weights, to the bit. Everything is below
+outputs/zero_infinity, 150 MB.
 """
 
 import argparse
@@ -31,6 +32,7 @@ class Killed(L.Callback):
         self.step = step
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: object) -> None:
+        """Set the clock."""
         if trainer.global_step == self.step:
             threading.Timer(0.03, os.kill, (os.getpid(), signal.SIGKILL)).start()
 

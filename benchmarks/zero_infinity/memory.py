@@ -206,6 +206,7 @@ def child(arguments: argparse.Namespace) -> None:
             self.enforced_by = enforced_by
             self.marks: list[tuple[float, tuple[int, int], tuple[int, int]]] = []
             self.losses: list[float] = []
+            self.validated: set[int] = set()  # steps that a validation follows
 
         def on_train_start(self, *_: Any) -> None:
             self.built = status_bytes("VmHWM")
@@ -220,6 +221,7 @@ def child(arguments: argparse.Namespace) -> None:
 
         def on_validation_end(self, trainer: Any, *_: Any) -> None:
             self.losses.append(float(trainer.callback_metrics["val_loss"]))
+            self.validated.add(len(self.marks) - 1)
 
     torch.manual_seed(0)
     module = PretrainModule(
@@ -235,7 +237,7 @@ def child(arguments: argparse.Namespace) -> None:
         accelerator="cpu",
         devices=1,
         max_steps=arguments.steps,
-        val_check_interval=arguments.steps // 4,
+        val_check_interval=max(2, arguments.steps // 4),
         limit_val_batches=2,
         num_sanity_val_steps=0,
         logger=False,
@@ -249,8 +251,11 @@ def child(arguments: argparse.Namespace) -> None:
     start = time.perf_counter()
     trainer.fit(module, novel(tokens, arguments.folder))
     engine: Any = strategy._engine
-    marks = watch.marks[2:]  # optimizer states are there from the second step on
-    pairs = list(pairwise(marks))
+    pairs = [  # optimizer states are there from the second step on
+        pair
+        for step, pair in enumerate(pairwise(watch.marks))
+        if step > 1 and step not in watch.validated
+    ]
     parameters = sum(p.numel() for p in module.parameters())
     print(
         json.dumps(
@@ -357,7 +362,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--small", action="store_true", help="8 M parameters: does it run")
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=24, help="at least 6")
     parser.add_argument("--limit", type=float, default=1.0, help="GB")
     parser.add_argument("--limit-from", choices=("training", "start"), default="training")
     parser.add_argument("--malloc", choices=("mmap", "default"), default="mmap")

@@ -1,6 +1,6 @@
 """Speed of zero_infinity against the same training in memory, from I/O- to compute-bound steps.
 
-    python benchmarks/zero_infinity/step.py          # 25 minutes, 1 GB of disk, 200 GB of traffic
+    python benchmarks/zero_infinity/step.py          # 25 minutes, 1 GB of disk, 330 GB of traffic
     python benchmarks/zero_infinity/step.py --small  # a minute: does it run
 
 A Llama with 8 blocks of width 512 (26 M parameters), AdamW (fused), PretrainModule in a Trainer,
