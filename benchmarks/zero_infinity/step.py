@@ -232,6 +232,37 @@ def show(found: dict[int, Figures]) -> None:
         print(f"speed of training in memory at {most} tokens{suffix}: {speeds} (bar {bar})")
 
 
+def draw(found: dict[int, Figures], file: Path) -> None:
+    """Step time, and what is left of the speed in memory, against tokens."""
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    tokens = list(found)
+    for suffix, color in (("", "tab:blue"), (", clipped", "tab:orange")):
+        ours = [median(found[count][f"ours{suffix}"]) for count in tokens]
+        memory = [median(found[count][f"memory{suffix}"]) for count in tokens]
+        model = [
+            max(seconds, median(found[count][f"bytes{suffix}"]) / median(found[count]["alone"]))
+            for count, seconds in zip(tokens, memory, strict=True)
+        ]
+        left.plot(tokens, ours, "o-", color=color, label=f"zero_infinity{suffix}")
+        left.plot(tokens, model, ":", color=color, label=f"predicted{suffix}")
+        speeds = [found[count][f"speed{suffix}"] for count in tokens]
+        right.plot(tokens, [median(values) for values in speeds], "o-", color=color)
+        low, high = ([f(values) for values in speeds] for f in (min, max))
+        right.fill_between(tokens, low, high, color=color, alpha=0.2)
+        if not suffix:
+            left.plot(tokens, memory, "k-", linewidth=1, label="in memory")
+    left.set(xlabel="tokens a step", ylabel="seconds a step", xscale="log", yscale="log")
+    left.legend(fontsize=8)
+    right.set(xlabel="tokens a step", ylabel="speed of training in memory", xscale="log")
+    right.set_ylim(0, 1.1)
+    for axes in (left, right):
+        axes.set_xticks(tokens, labels=[str(count) for count in tokens])
+        axes.minorticks_off()
+    figure.savefig(file, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -241,6 +272,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     parser.add_argument("--folder", type=Path, help="on the drive to measure")
+    parser.add_argument("--plot", type=Path, help="a picture of it")
     arguments = parser.parse_args()
     quiet()
     start, moved = time.perf_counter(), sum(moved_bytes())
@@ -260,6 +292,8 @@ def main() -> None:
     finally:
         shutil.rmtree(folder)
     show(found)
+    if arguments.plot:
+        draw(found, arguments.plot)
     print(f"{time.perf_counter() - start:.0f} s, {(sum(moved_bytes()) - moved) / 1e9:.1f} GB moved")
 
 
