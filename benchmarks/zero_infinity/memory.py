@@ -1,18 +1,16 @@
 """States over peak memory, and bytes moved, of strategy="zero_infinity" on real text under a limit.
 
-    python benchmarks/zero_infinity/memory.py          # 10 minutes, 7 GB of disk, 244 M parameters
+    python benchmarks/zero_infinity/memory.py          # 10 minutes, 7 GB of disk, 242 M parameters
     python benchmarks/zero_infinity/memory.py --small  # a minute, 0.3 GB, 7 M parameters
 
 A Llama with 34 blocks of width 768 learns "Pride and Prejudice" with AdamW under the string's
-defaults and with activation checkpointing (34 blocks keep 0.7 GB of activations otherwise), each
+defaults and with activation checkpointing (34 blocks keep 0.6 GB of activations otherwise), each
 run in a process of its own: plain, where blocks are updated inside backward, and with clipping,
 where gradients wait on disk for their norm. The text was tokenised by an earlier process.
 
 Limit: 1 GB for the whole process, page cache included, by a memory cgroup; where none can be made,
 RLIMIT_DATA. The values of the model are built in memory, so the limit comes into force when
-training begins (--limit-from start: with the process), and that peak is told apart. glibc would
-keep what the built model has left; MALLOC_MMAP_THRESHOLD_=1048576 lets it return (--malloc default:
-without).
+training begins (--limit-from start: with the process), and that peak is told apart.
 
 States are weights, and AdamW's two moments: 12 bytes a parameter. Peak: VmHWM from the first
 training step on, whole, and without what the imports alone take.
@@ -298,15 +296,11 @@ def process(run: str, folder: str, group: Path | None, arguments: argparse.Names
         "group": group or "",
     }
     words = [f"--{key}={value}" for key, value in options.items()]
-    environment = dict(os.environ)
-    if arguments.malloc == "mmap":
-        environment["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
     done = subprocess.run(
         [sys.executable, __file__, *words],
         capture_output=True,
         text=True,
         check=False,
-        env=environment,
     )
     if done.returncode:
         sys.exit(f"{run} ended with {done.returncode}:\n{done.stderr[-3000:]}")
@@ -365,7 +359,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24, help="at least 6")
     parser.add_argument("--limit", type=float, default=1.0, help="GB")
     parser.add_argument("--limit-from", choices=("training", "start"), default="training")
-    parser.add_argument("--malloc", choices=("mmap", "default"), default="mmap")
     parser.add_argument("--threads", type=int, default=1, help="that compute")
     parser.add_argument("--folder", type=Path, help="on the drive to measure")
     parser.add_argument("--run", choices=(*RUNS, PREPARE), help=argparse.SUPPRESS)
