@@ -11,6 +11,7 @@ own anonymous (shared) mapping.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -18,20 +19,30 @@ from torch import Tensor
 
 from lightning_align.host_block import HostBlock
 
-_HUGE_PAGE = 2 << 20
+_PAGE = 4096
 
 
 class BufferPool:
     """Host memory for transfers.
 
     Args:
+        limit: Bytes above which ``relieve`` is called before more is allocated; if that brings
+            nothing back, more is allocated all the same.
+        relieve: Waits for transfers that hold buffers.
         pinned: Whether to register it with CUDA.
 
     Attributes:
         allocated_bytes: What all buffers take, used or not.
     """
 
-    def __init__(self, pinned: bool = False) -> None:
+    def __init__(
+        self,
+        limit: int | None = None,
+        relieve: Callable[[], None] = lambda: None,
+        *,
+        pinned: bool = False,
+    ) -> None:
+        self._limit, self._relieve = limit, relieve
         self._pinned = pinned
         self._free: list[HostBlock] = []
         self.allocated_bytes = 0
@@ -42,17 +53,28 @@ class BufferPool:
         Args:
             nbytes: Its length.
         """
-        fitting = [block for block in self._free if nbytes <= block.nbytes <= 2 * nbytes]
-        if fitting:
-            block = min(fitting, key=lambda block: block.nbytes)
-            self._free.remove(block)
-        else:
-            step = _HUGE_PAGE if nbytes >= _HUGE_PAGE else 4096
-            block = HostBlock(-(-max(nbytes, 1) // step) * step, self._pinned)
+        block = self._free_block(nbytes)
+        if block is None and self._limit is not None:
+            if self.allocated_bytes + nbytes > self._limit:
+                self._relieve()
+                block = self._free_block(nbytes)
+            if block is None and self.allocated_bytes + nbytes > self._limit:
+                self.trim()  # of other sizes
+        if block is None:
+            block = HostBlock(-(-max(nbytes, 1) // _PAGE) * _PAGE, self._pinned)
             self.allocated_bytes += block.nbytes
         owner = np.frombuffer(block.memory, np.uint8)
         weakref.finalize(owner, self._free.append, block).atexit = False
         return torch.frombuffer(owner, dtype=torch.uint8)[:nbytes]
+
+    def _free_block(self, nbytes: int) -> HostBlock | None:
+        """Take the smallest free block that has so many bytes, and not far more."""
+        fitting = [block for block in self._free if nbytes <= block.nbytes <= 2 * nbytes]
+        if not fitting:
+            return None
+        block = min(fitting, key=lambda block: block.nbytes)
+        self._free.remove(block)
+        return block
 
     def trim(self) -> None:
         """Give free buffers back to the system."""

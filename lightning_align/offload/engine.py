@@ -45,11 +45,13 @@ class Memory:
         blocks: Blocks whose parameters are there at a time, at least 2.
         gradients: Whether the gradients of all blocks stay there.
         group_bytes: Optimizer state that is there at a time.
+        pool_bytes: What all of it may take together; None leaves that open.
     """
 
     blocks: int = 3
     gradients: bool = False
     group_bytes: int = 64 << 20
+    pool_bytes: int | None = None
 
 
 class _Saved(NamedTuple):
@@ -85,7 +87,7 @@ class OffloadEngine:
     ) -> None:
         self.store, self.threads = store, threads
         self.blocks = list(store.blocks.values())
-        self.pool = BufferPool()
+        self.pool = BufferPool(memory.pool_bytes, self._relieve)
         self.residents = Residents(store, self.pool, memory.blocks)
         self._moving = moving = [block for block in self.blocks if not block.kept]
         folder = None if memory.gradients else store.folder
@@ -107,6 +109,11 @@ class OffloadEngine:
         self._scaled: set[str] = set()  # blocks that it has scaled
         self._phase = "forward"  # in backward a block that recomputes is called, too
         self._handles: list[Any] = []
+
+    def _relieve(self) -> None:
+        """Wait for writes: what they hold comes back to the pool."""
+        self.store.settle_all()
+        self.gradients.settle_all()
 
     # The beginning
 

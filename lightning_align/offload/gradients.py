@@ -118,10 +118,14 @@ class GradientSums:
             edit(gradient)
         return gradient
 
-    def clear(self) -> None:
-        """The window is over."""
+    def settle_all(self) -> None:
+        """Wait until all sums that were put away are in the file."""
         for name in list(self._writes):
             self._settle(name)
+
+    def clear(self) -> None:
+        """The window is over."""
+        self.settle_all()
         for _, transfer in self._reading.values():
             transfer.wait()
         self._reading.clear()

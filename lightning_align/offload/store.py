@@ -145,6 +145,11 @@ class ShardStore:
         for transfer in writes:
             transfer.wait()
 
+    def settle_all(self) -> None:
+        """Wait until all that was written is in its file."""
+        for name in self.blocks:
+            self.settle(name)
+
     def moves(self, block: str) -> bool:
         """Whether the next update writes another file than the one that is read."""
         return self._target(block) != self._current[block]
@@ -177,8 +182,7 @@ class ShardStore:
             step: Optimizer steps so far.
             payload: What else belongs to it.
         """
-        for name in self.blocks:
-            self.settle(name)
+        self.settle_all()
         syncs = [self._files[name, self._current[name]].sync() for name in self._unsynced]
         for sync in syncs:
             sync.wait()
@@ -210,8 +214,7 @@ class ShardStore:
 
     def close(self) -> None:
         """Wait for writes and close the files."""
-        for name in self.blocks:
-            self.settle(name)
+        self.settle_all()
         for file in self._files.values():
             file.close()
 

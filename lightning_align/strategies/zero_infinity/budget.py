@@ -54,18 +54,19 @@ def plan(
     Raises:
         ValueError: If the limit is below what the largest block needs.
     """
-    if memory_limit == "auto":
-        return Memory(params_buffer_count or 3, False, group_bytes)
-    limit = parse_bytes(memory_limit)
     kept = sum(block.nbytes for block in blocks if block.kept)
     moving = [block.nbytes for block in blocks if not block.kept]
     largest = max(moving, default=0)
     tensor = max((place.nbytes for block in blocks for place in block.places.values()), default=0)
-    # Parameters and gradients of what stays; two blocks, a block's gradients twice (where autograd
-    # puts them and where they are summed); the state of two groups.
+    # Parameters of what stays; the gradients of two blocks; the state of two groups. Beside the
+    # pool are gradients where autograd puts them: of what stays, and of one block.
     states = 2 * max(group_bytes, 2 * tensor)
-    fixed = 2 * kept + 2 * largest + states
-    least = fixed + largest * (params_buffer_count or 2)
+    fixed, beside = kept + 2 * largest + states, kept + largest
+    if memory_limit == "auto":
+        count = params_buffer_count or 3
+        return Memory(count, False, group_bytes, fixed + largest * count)
+    limit = parse_bytes(memory_limit)
+    least = beside + fixed + largest * (params_buffer_count or 2)
     if limit < least:
         rule = f"must be at least {least:,} bytes: the largest block has {largest:,} bytes of"
         rule += f" parameters, and {kept:,} belong to no block and stay"
@@ -77,4 +78,4 @@ def plan(
         free -= sum(moving)
     more = free // largest if largest else 0
     count = params_buffer_count or min(2 + more, max(2, len(moving)))
-    return Memory(count, gradients, group_bytes)
+    return Memory(count, gradients, group_bytes, limit - beside)
