@@ -12,7 +12,8 @@ def give_back_freed() -> None:
     Tensors of up to 32 MB may lie in glibc's heap, which shrinks from its top only: a model that is
     let go tensor by tensor stays resident below whatever was allocated last, and gradients that
     come and go block by block take fresh heap each time. What is mapped by itself goes back when it
-    is freed; that begins at 1 MiB then, in the whole process. Without glibc nothing is done.
+    is freed; that begins at 1 MiB then, in the whole process, for what finds no hole in the heap.
+    Without glibc nothing is done.
     """
     if sys.platform == "linux":
         library = ctypes.CDLL(None)

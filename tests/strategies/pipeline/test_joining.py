@@ -94,7 +94,9 @@ class State:
         }
 
 
-@settings(deadline=None, max_examples=20)
+# Always the same seeds: in one of 4000 (764) another rule makes the first batch's value by chance,
+# which a run notices only when it compares again.
+@settings(deadline=None, max_examples=20, derandomize=True)
 @given(seed=st.integers(0, 10**6))
 @example(seed=383)  # 3.0 and a sum of nearly -3.0
 def test_attributes_of_every_kind_come_to_those_of_one_process(seed: int) -> None:
