@@ -57,9 +57,13 @@ def _decoder_chain(module: pl.LightningModule, decoder: ModelLayers) -> Chain:
     blocks = decoder.blocks
     taken = {decoder.model, *(part for block in blocks for part in block.modules())}
     outside = [p for p in decoder.model.modules() if p not in taken and p._parameters]
-    calls = _calls(decoder, blocks, outside)
+    name, way_out = type(decoder.model).__name__, "Name the chain with pipeline_layers()"
+    try:
+        calls = _calls(decoder, blocks, outside)
+    except Exception as error:  # such as a view that takes its inputs for other shapes
+        rule = f"the forward of its {name} must run on values that are all zero, and fails: {error}"
+        raise chain_error(module, rule, way_out) from error
     if [part for part in calls if part in blocks] != blocks:
-        name, way_out = type(decoder.model).__name__, "Name the chain with pipeline_layers()"
         rule = f"each block of its {name} must be called once, in their order"
         raise chain_error(module, rule, way_out)
     called_first = set(calls[: calls.index(blocks[0])])

@@ -15,7 +15,7 @@ from lightning_align.strategies.pipeline.chain import Chain
 from lightning_align.strategies.pipeline.find_chain import find_chain
 from tests.helpers.ranks import run_ranks
 from tests.helpers.sequential import fit_sequential
-from tests.helpers.tiny_models import NUM_BLOCKS, TINY_MODELS, PlainDecoder
+from tests.helpers.tiny_models import NUM_BLOCKS, TINY_MODELS, PlainDecoder, tiny_openai_gpt
 
 
 class Holding(pl.LightningModule):
@@ -135,3 +135,9 @@ def test_sequential_is_found_with_what_the_step_calls_it_with() -> None:
     strategy = {**ONE_F_ONE_B, "partition_method": [2, 1]}
     (ours, _), _ = run_ranks(lambda rank: fit_sequential(rank, strategy))
     assert ours == pytest.approx(theirs, rel=2e-5)
+
+
+def test_a_decoder_that_cannot_be_followed_is_refused_with_a_way_out() -> None:
+    rule = r"forward of its OpenAIGPTLMHeadModel must run on values.*pipeline_layers\(\)"
+    with pytest.raises(ValueError, match=rule):
+        find_chain(Holding(net=tiny_openai_gpt()))
