@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -106,24 +105,6 @@ def _saves_on_exception(callback: pl.Callback) -> bool:
         inherited = type(callback).on_exception is callbacks.ModelCheckpoint.on_exception
         return inherited and bool(callback.save_on_exception)
     return isinstance(callback, callbacks.OnExceptionCheckpoint)
-
-
-@contextmanager
-def one_optimizer() -> Iterator[None]:
-    """Around the making of optimizers; Lightning's way out of several is to optimize manually.
-
-    Raises:
-        ValueError: If there are several.
-        RuntimeError: If Lightning refuses them for another reason.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if "multiple optimizers" not in str(error):
-            raise
-        rule = "the module must have one optimizer, and has several"
-        way_out = "Put all parameters into groups of one"
-        raise argument_error(WHERE, "optimizers", "...", rule, way_out) from error
 
 
 def check_optimizers(optimizers: list[Optimizer]) -> None:

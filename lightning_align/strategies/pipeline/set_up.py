@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from lightning_align.optimizers.safety import AgreesOnSteps
 from lightning_align.strategies import launching
 from lightning_align.strategies.empty_weights import fill_empty
+from lightning_align.strategies.one_optimizer import one_optimizer
 from lightning_align.strategies.pipeline import checks
 from lightning_align.strategies.pipeline.chain import WHERE, Chain
 from lightning_align.strategies.pipeline.cutting import Stretches, cut
@@ -113,7 +114,7 @@ def _keep_own(strategy: PipelineStrategy, trainer: pl.Trainer, ownership: Owners
 
 def _set_up_optimizer(strategy: PipelineStrategy, trainer: pl.Trainer, group: Any) -> None:
     # 16. An optimizer holds parameters as objects, and (8) to (11) have made new ones.
-    with checks.one_optimizer():
+    with one_optimizer(WHERE):
         strategy.setup_optimizers(trainer)
     checks.check_optimizers(strategy.optimizers)
     # 17. A step that an optimizer of ours skips on one stage, all skip.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -64,24 +62,6 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
                 f"{WHERE}: {type(owner).__name__} has {', '.join(hooks)}. Gradients of blocks are"
                 " not in p.grad there; they are on disk until the update."
             )
-
-
-@contextmanager
-def one_optimizer() -> Iterator[None]:
-    """Around the making of optimizers; Lightning's way out of several is to optimize manually.
-
-    Raises:
-        ValueError: If there are several.
-        RuntimeError: If Lightning refuses them for another reason.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if "multiple optimizers" not in str(error):
-            raise
-        rule = "the module must have one optimizer, and has several"
-        way_out = "Put all parameters into groups of one"
-        raise argument_error(WHERE, "optimizers", "...", rule, way_out) from error
 
 
 def sees_gradients(trainer: pl.Trainer, module: pl.LightningModule) -> bool:

@@ -40,11 +40,11 @@ from lightning_align.offload.store import ShardStore, sweep
 from lightning_align.run.exact_resume import ExactResume
 from lightning_align.run.protocols import KnowsGradientFactor
 from lightning_align.strategies import failure, launching
+from lightning_align.strategies.one_optimizer import one_optimizer
 from lightning_align.strategies.zero_infinity.blocks import WHERE, WrapPolicy, find_blocks
 from lightning_align.strategies.zero_infinity.budget import parse_bytes, plan
 from lightning_align.strategies.zero_infinity.checks import (
     check_trainer,
-    one_optimizer,
     sees_gradients,
 )
 from lightning_align.strategies.zero_infinity.commits import CommitSteps, load_payload
@@ -216,7 +216,7 @@ class ZeROInfinityStrategy(ParallelStrategy):
             self._engine.read_values()
         self._engine.attach()
         if trainer.state.fn == TrainerFn.FITTING:
-            with one_optimizer():
+            with one_optimizer(WHERE):
                 self.setup_optimizers(trainer)
             self._take_over(self._engine, trainer)
         self.setup_precision_plugin()

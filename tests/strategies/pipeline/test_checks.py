@@ -16,7 +16,6 @@ from lightning_align.strategies.pipeline.checks import (
     check_count,
     check_module,
     check_settings,
-    one_optimizer,
 )
 from tests.helpers.pipelines import Chained
 from tests.helpers.ranks import run_ranks
@@ -78,14 +77,6 @@ def test_full_batches_must_be_cut_into_equal_parts(loader: dict[str, Any]) -> No
     check_batch(trainer_of(**loader), rows, None)
     with pytest.raises(ValueError, match=r"=3\): batches of 8 rows cannot be cut .* Use 2, or"):
         check_batch(trainer_of(**loader), rows, 3)
-
-
-def test_several_optimizers_are_told_from_other_failures() -> None:
-    message = r"\(optimizers='\.\.\.'\): the module must have one optimizer.* Put all parameters"
-    with pytest.raises(ValueError, match=message), one_optimizer():
-        raise RuntimeError("Training with multiple optimizers is only supported with manual ...")
-    with pytest.raises(RuntimeError, match="something else"), one_optimizer():
-        raise RuntimeError("something else")
 
 
 class OfItsOwn(ModelCheckpoint):
