@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -64,8 +65,15 @@ if __name__ == "__main__":
 def test_lightning_spawns_the_ranks_and_returns_the_weights(tmp_path: Any) -> None:
     script = tmp_path / "train.py"
     script.write_text(SPAWN)
+    # Not what runs in this process have set: a port in use, a rank.
+    environment = {"PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=150, check=False
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "the same"
@@ -144,8 +152,15 @@ print("trained")
 def test_a_script_exits_with_an_error_when_a_rank_fails_at_the_end(tmp_path: Any) -> None:
     script = tmp_path / "train.py"
     script.write_text(END)
+    # Not what runs in this process have set: a port in use, a rank.
+    environment = {"PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=150, check=False
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+        env=environment,
     )
     assert done.returncode != 0
     assert "trained" not in done.stdout

@@ -1,6 +1,5 @@
 """What a user sees of a step under a pipeline: logs, evaluation, randomness, precision."""
 
-import os
 import subprocess
 import sys
 import textwrap
@@ -146,7 +145,7 @@ def test_a_script_runs_under_lightning_and_under_torchrun(launcher: str, tmp_pat
     environment = {"PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [*command, str(script), str(tmp_path)],
-        env={**os.environ, **environment},
+        env=environment,  # not what runs in this process have set: a port in use, a rank
         capture_output=True,
         text=True,
         timeout=200,
