@@ -62,19 +62,22 @@ if __name__ == "__main__":
 """
 
 
-def test_lightning_spawns_the_ranks_and_returns_the_weights(tmp_path: Any) -> None:
-    script = tmp_path / "train.py"
-    script.write_text(SPAWN)
-    # Not what runs in this process have set: a port in use, a rank.
+def run_script(text: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """The end of a script, whose environment is its own.
+
+    Runs in this process may have set a port that is in use, or a rank.
+    """
+    script = folder / "train.py"
+    script.write_text(text)
     environment = {"PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-        env=environment,
+    command = [sys.executable, str(script)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=150, check=False, env=environment
     )
+
+
+def test_lightning_spawns_the_ranks_and_returns_the_weights(tmp_path: Any) -> None:
+    done = run_script(SPAWN, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "the same"
 
@@ -150,18 +153,7 @@ print("trained")
 
 
 def test_a_script_exits_with_an_error_when_a_rank_fails_at_the_end(tmp_path: Any) -> None:
-    script = tmp_path / "train.py"
-    script.write_text(END)
-    # Not what runs in this process have set: a port in use, a rank.
-    environment = {"PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-        env=environment,
-    )
+    done = run_script(END, tmp_path)
     assert done.returncode != 0
     assert "trained" not in done.stdout
     assert "The failure was at rank 1, between steps: OSError: disk full" in done.stderr
