@@ -23,3 +23,15 @@ def _no_run_of_wandb_outlives_its_test() -> Iterator[None]:
     wandb = sys.modules.get("wandb")
     if getattr(wandb, "run", None) is not None:
         wandb.finish()
+
+
+@pytest.fixture(autouse=True)
+def _no_test_leaves_its_environment() -> Iterator[None]:
+    """Runs set MASTER_PORT and LOCAL_RANK: a script that a later test starts would wait there."""
+    before = dict(os.environ)
+    yield
+    for name in {*os.environ, *before} - {"PYTEST_CURRENT_TEST"}:
+        if name in before:
+            os.environ[name] = before[name]
+        else:
+            del os.environ[name]
