@@ -18,36 +18,23 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import ParallelStrategy
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_align._compat import lightning_resume, lightning_trainer
-from lightning_align._compat.torch_optimizers import step_with_hooks
 from lightning_align._errors import argument_error
-from lightning_align.checkpointing.files import Folder
 from lightning_align.checkpointing.lock import FolderLock
 from lightning_align.offload.engine import OffloadEngine
 from lightning_align.offload.files import Threads
-from lightning_align.offload.optimizer_stream import (
-    StepsParameters,
-    check_optimizer,
-    known_parameters,
-)
-from lightning_align.offload.record import FILE, read_record
-from lightning_align.offload.store import ShardStore, sweep
+from lightning_align.offload.record import FILE
 from lightning_align.run.exact_resume import ExactResume
 from lightning_align.run.protocols import KnowsGradientFactor
 from lightning_align.strategies import failure, launching
-from lightning_align.strategies.one_optimizer import one_optimizer
-from lightning_align.strategies.zero_infinity.blocks import WHERE, WrapPolicy, find_blocks
-from lightning_align.strategies.zero_infinity.budget import parse_bytes, plan
-from lightning_align.strategies.zero_infinity.checks import (
-    check_trainer,
-    sees_gradients,
-)
+from lightning_align.strategies.zero_infinity.blocks import WHERE, WrapPolicy
+from lightning_align.strategies.zero_infinity.budget import parse_bytes
 from lightning_align.strategies.zero_infinity.commits import CommitSteps, load_payload
+from lightning_align.strategies.zero_infinity.set_up import run_folder, set_up
 
 _CLASS = "class"  # key of an optimizer's state in a commit record
 
@@ -173,7 +160,7 @@ class ZeROInfinityStrategy(ParallelStrategy):
 
     def _newest(self, trainer: pl.Trainer, found: str | None) -> str | None:
         """The committed step, or the checkpoint that Lightning has found, if that is newer."""
-        committed = self._folder(trainer) / FILE
+        committed = run_folder(self, trainer) / FILE
         if not committed.is_file():
             return found
         saved = Path(found).stat().st_mtime if found is not None else 0.0
@@ -203,111 +190,9 @@ class ZeROInfinityStrategy(ParallelStrategy):
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
-        module, accelerator = self.lightning_module, self.accelerator
-        assert module is not None
-        assert accelerator is not None
-        accelerator.setup(trainer)
-        check_trainer(trainer, module)
-        self.model = self.precision_plugin.convert_module(module)
-        if self._engine is None:
-            self._engine = self._lock_and_open(module, self._folder(trainer))
-        elif self._record is not None:
-            self._engine.store.recover()
-            self._engine.read_values()
-        self._engine.attach()
-        if trainer.state.fn == TrainerFn.FITTING:
-            with one_optimizer(WHERE):
-                self.setup_optimizers(trainer)
-            self._take_over(self._engine, trainer)
-        self.setup_precision_plugin()
+        set_up(self, trainer)
         vars(self.precision_plugin)["clip_grad_by_norm"] = self._clip_by_norm
         vars(self.precision_plugin)["clip_grad_by_value"] = self._clip_by_value
-
-    def _folder(self, trainer: pl.Trainer) -> Path:
-        if self.nvme_path is None:
-            root = Path(trainer.default_root_dir) / "zero_infinity"
-        else:
-            root = Path(self.nvme_path)
-            if not root.parent.is_dir():
-                rule = f"the folder {root.parent} is not there"
-                way_out = "Make it, or mount it"
-                raise argument_error(WHERE, "nvme_path", self.nvme_path, rule, way_out)
-        return root / f"rank{self.global_rank:05d}"
-
-    def _lock_and_open(self, module: pl.LightningModule, folder: Path) -> OffloadEngine:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = FolderLock(Folder(folder), f"{WHERE}(nvme_path={{!r}})")
-            lock.acquire()
-        except OSError as error:
-            rule = f"{folder} cannot be written ({error.strerror})"
-            raise argument_error(WHERE, "nvme_path", self.nvme_path, rule) from error
-        try:
-            engine = self._open(module, folder)
-        except BaseException:
-            lock.release()
-            raise
-        self._lock = lock
-        return engine
-
-    def _open(self, module: pl.LightningModule, folder: Path) -> OffloadEngine:
-        resumes = self._record is not None
-        if not resumes:
-            self._make_way(folder)
-        blocks, modules = find_blocks(module, self.wrap_policy)
-        memory = plan(blocks, self.memory_limit, self.params_buffer_count, 8 * self.sub_group_size)
-        threads = Threads(self.thread_count, self.block_size, self.direct_io)
-        store = ShardStore(folder, blocks, threads, atomic_step=self.atomic_step)
-        engine = OffloadEngine(modules, store, threads, memory)
-        if resumes:
-            store.recover()
-            engine.read_values()
-        else:
-            store.allocate({})
-            engine.store_values()
-        return engine
-
-    def _make_way(self, folder: Path) -> None:
-        """For a run that begins anew: leftovers of a crash go, a committed step does not."""
-        record = None if self.overwrite or self._may_overwrite else read_record(folder)
-        if record is not None:
-            rule = f"{folder} holds step {record.step} of an earlier run"
-            way_out = "Go on from it with fit(ckpt_path='last'), or set another nvme_path or"
-            way_out += " overwrite=True"
-            raise argument_error(WHERE, "nvme_path", self.nvme_path, rule, way_out)
-        sweep(folder)
-
-    def _take_over(self, engine: OffloadEngine, trainer: pl.Trainer) -> None:
-        """Step the module's optimizer block by block."""
-        if not self.optimizers:
-            rule = "the module must have an optimizer"
-            raise argument_error(
-                WHERE, "optimizers", [], rule, "Return one from configure_optimizers"
-            )
-        optimizer = self.optimizers[0]
-        check_optimizer(optimizer, WHERE)
-        stored = {p for block in engine.blocks for p in block.parameters.values()}
-        if not known_parameters(optimizer) <= stored:
-            rule = "it must hold parameters of the module only"
-            raise argument_error(WHERE, "optimizer", type(optimizer).__name__, rule)
-        engine.optimize_with(optimizer, fresh=self._record is None)
-
-        def step(_: Optimizer, closure: Callable[[], Any]) -> Any:
-            with torch.enable_grad():
-                loss = closure()
-            engine.step()
-            return loss
-
-        vars(optimizer)["step"] = step_with_hooks(optimizer, step)
-        module = self.lightning_module
-        assert module is not None
-        asked = self.update_in_backward
-        waits = isinstance(optimizer, StepsParameters) or sees_gradients(trainer, module)
-        self._early = bool(asked) and not waits
-        if asked is True and waits:
-            rule = "something looks at all gradients between backward and the update: clipping, an"
-            rule += " optimizer that skips steps, or a hook"
-            raise argument_error(WHERE, "update_in_backward", asked, rule, "Leave it at 'auto'")
 
     @override
     def model_to_device(self) -> None:

@@ -1,4 +1,4 @@
-"""Folders, locks, committed steps of other runs, and a disk that fails."""
+"""How a run begins: folders, locks, committed steps of other runs; and a disk that fails."""
 
 from functools import partial
 

@@ -1,0 +1,159 @@
+"""How a run of ZeRO-Infinity begins: folder, files of blocks, the module's optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.optim import Optimizer
+
+from lightning_align._compat.torch_optimizers import step_with_hooks
+from lightning_align._errors import argument_error
+from lightning_align.checkpointing.files import Folder
+from lightning_align.checkpointing.lock import FolderLock
+from lightning_align.offload.engine import OffloadEngine
+from lightning_align.offload.files import Threads
+from lightning_align.offload.optimizer_stream import (
+    StepsParameters,
+    check_optimizer,
+    known_parameters,
+)
+from lightning_align.offload.record import read_record
+from lightning_align.offload.store import ShardStore, sweep
+from lightning_align.strategies.one_optimizer import one_optimizer
+from lightning_align.strategies.zero_infinity.blocks import WHERE, find_blocks
+from lightning_align.strategies.zero_infinity.budget import plan
+from lightning_align.strategies.zero_infinity.checks import check_trainer, sees_gradients
+
+if TYPE_CHECKING:
+    from lightning_align.strategies.zero_infinity.strategy import ZeROInfinityStrategy
+
+
+def set_up(strategy: ZeROInfinityStrategy, trainer: pl.Trainer) -> None:
+    """Store the module's values, or find those of the committed step, and fetch them from now on.
+
+    Raises:
+        ValueError: If the module cannot be trained with blocks that come and go, or the folder is
+            not free.
+    """
+    module, accelerator = strategy.lightning_module, strategy.accelerator
+    assert module is not None
+    assert accelerator is not None
+    accelerator.setup(trainer)
+    check_trainer(trainer, module)
+    strategy.model = strategy.precision_plugin.convert_module(module)
+    if strategy._engine is None:
+        _lock_and_open(strategy, module, run_folder(strategy, trainer))
+    elif strategy._record is not None:
+        strategy._engine.store.recover()
+        strategy._engine.read_values()
+    assert strategy._engine is not None
+    strategy._engine.attach()
+    if trainer.state.fn == TrainerFn.FITTING:
+        with one_optimizer(WHERE):
+            strategy.setup_optimizers(trainer)
+        _take_over(strategy, strategy._engine, trainer)
+    strategy.setup_precision_plugin()
+
+
+def run_folder(strategy: ZeROInfinityStrategy, trainer: pl.Trainer) -> Path:
+    """This rank's folder, which may not be there yet.
+
+    Raises:
+        ValueError: If the parent of ``nvme_path`` is not there.
+    """
+    if strategy.nvme_path is None:
+        root = Path(trainer.default_root_dir) / "zero_infinity"
+    else:
+        root = Path(strategy.nvme_path)
+        if not root.parent.is_dir():
+            rule = f"the folder {root.parent} is not there"
+            way_out = "Make it, or mount it"
+            raise argument_error(WHERE, "nvme_path", strategy.nvme_path, rule, way_out)
+    return root / f"rank{strategy.global_rank:05d}"
+
+
+def _lock_and_open(
+    strategy: ZeROInfinityStrategy, module: pl.LightningModule, folder: Path
+) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FolderLock(Folder(folder), f"{WHERE}(nvme_path={{!r}})")
+        lock.acquire()
+    except OSError as error:
+        rule = f"{folder} cannot be written ({error.strerror})"
+        raise argument_error(WHERE, "nvme_path", strategy.nvme_path, rule) from error
+    try:
+        strategy._engine = _open(strategy, module, folder)
+    except BaseException:
+        lock.release()
+        raise
+    strategy._lock = lock
+
+
+def _open(
+    strategy: ZeROInfinityStrategy, module: pl.LightningModule, folder: Path
+) -> OffloadEngine:
+    resumes = strategy._record is not None
+    if not resumes:
+        _make_way(strategy, folder)
+    blocks, modules = find_blocks(module, strategy.wrap_policy)
+    group_bytes = 8 * strategy.sub_group_size
+    memory = plan(blocks, strategy.memory_limit, strategy.params_buffer_count, group_bytes)
+    threads = Threads(strategy.thread_count, strategy.block_size, strategy.direct_io)
+    store = ShardStore(folder, blocks, threads, atomic_step=strategy.atomic_step)
+    engine = OffloadEngine(modules, store, threads, memory)
+    if resumes:
+        store.recover()
+        engine.read_values()
+    else:
+        store.allocate({})
+        engine.store_values()
+    return engine
+
+
+def _make_way(strategy: ZeROInfinityStrategy, folder: Path) -> None:
+    """For a run that begins anew: leftovers of a crash go, a committed step does not."""
+    may_overwrite = strategy.overwrite or strategy._may_overwrite
+    record = None if may_overwrite else read_record(folder)
+    if record is not None:
+        rule = f"{folder} holds step {record.step} of an earlier run"
+        way_out = "Go on from it with fit(ckpt_path='last'), or set another nvme_path or"
+        way_out += " overwrite=True"
+        raise argument_error(WHERE, "nvme_path", strategy.nvme_path, rule, way_out)
+    sweep(folder)
+
+
+def _take_over(strategy: ZeROInfinityStrategy, engine: OffloadEngine, trainer: pl.Trainer) -> None:
+    """Step the module's optimizer block by block."""
+    if not strategy.optimizers:
+        rule = "the module must have an optimizer"
+        raise argument_error(WHERE, "optimizers", [], rule, "Return one from configure_optimizers")
+    optimizer = strategy.optimizers[0]
+    check_optimizer(optimizer, WHERE)
+    stored = {p for block in engine.blocks for p in block.parameters.values()}
+    if not known_parameters(optimizer) <= stored:
+        rule = "it must hold parameters of the module only"
+        raise argument_error(WHERE, "optimizer", type(optimizer).__name__, rule)
+    engine.optimize_with(optimizer, fresh=strategy._record is None)
+
+    def step(_: Optimizer, closure: Callable[[], Any]) -> Any:
+        with torch.enable_grad():
+            loss = closure()
+        engine.step()
+        return loss
+
+    vars(optimizer)["step"] = step_with_hooks(optimizer, step)
+    module = strategy.lightning_module
+    assert module is not None
+    asked = strategy.update_in_backward
+    waits = isinstance(optimizer, StepsParameters) or sees_gradients(trainer, module)
+    strategy._early = bool(asked) and not waits
+    if asked is True and waits:
+        rule = "something looks at all gradients between backward and the update: clipping, an"
+        rule += " optimizer that skips steps, or a hook"
+        raise argument_error(WHERE, "update_in_backward", asked, rule, "Leave it at 'auto'")
