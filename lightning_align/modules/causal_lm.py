@@ -116,19 +116,19 @@ class CausalLMModule(pl.LightningModule, ABC):
 
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        return self._step(batch)
+        return self._step(batch, self.accumulated)
 
     @override
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self._step(batch)
+        self._step(batch, self.evaluated)
 
     @override
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self._step(batch)
+        self._step(batch, self.evaluated)
 
-    def _step(self, batch: dict[str, Tensor]) -> Tensor:
+    def _step(self, batch: dict[str, Tensor], into: dict[str, Tensor]) -> Tensor:
         loss, sums = self.loss_from_hidden(self.forward_hidden(**self.model_inputs(batch)), batch)
-        collect(sums, self.accumulated if self.training else self.evaluated)
+        collect(sums, into)
         return loss
 
     # Exact weighting of gradients

@@ -74,3 +74,32 @@ def test_tokenizer_with_a_larger_vocabulary_is_refused() -> None:
     trainer = pl.Trainer(logger=False, enable_progress_bar=False, accelerator="cpu")
     with pytest.raises(ValueError, match=r"vocabulary has 61 rows, but the tokenizer makes ids up"):
         trainer.fit(sgd_module(), datamodule=TokenizerOf())
+
+
+@pytest.mark.parametrize("evaluates", [True, False])
+def test_a_module_that_its_user_has_put_in_eval_learns_the_same(
+    evaluates: bool, tmp_path: Path
+) -> None:
+    """Lightning leaves modes as it finds them; of a Llama they change no value."""
+
+    def weights(mode: bool) -> dict[str, torch.Tensor]:
+        pl.seed_everything(1)
+        module = PretrainModule(llama()).train(mode)
+        trainer = pl.Trainer(
+            max_steps=3,
+            accumulate_grad_batches=2,
+            val_check_interval=3 if evaluates else 1.0,  # in the middle of a window, too
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )
+        batches = DataLoader([rows(seed) for seed in range(6)], batch_size=None)
+        trainer.fit(module, batches, batches if evaluates else None)
+        assert "train_loss" in trainer.callback_metrics
+        return module.state_dict()
+
+    expected, found = weights(True), weights(False)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
