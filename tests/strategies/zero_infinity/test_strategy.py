@@ -7,10 +7,9 @@ from functools import partial
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from lightning_align import LISA, ExactResume, GaLoreAdamW, Muon, StableAdamW
+from lightning_align import LISA, GaLoreAdamW, Muon, StableAdamW
 from lightning_align.modules import PretrainModule
 from lightning_align.offload.record import read_record
 from tests.helpers.offloaded import (
@@ -197,27 +196,6 @@ def test_validation_needs_no_optimizer_and_fit_goes_on_behind_it(tmp_path):
     assert_same(trainer.strategy.lightning_module_state_dict(), modules[0].state_dict())
 
 
-@pytest.mark.parametrize("window", [1, 2])
-@pytest.mark.parametrize("first", ["ours", "theirs"])
-def test_checkpoints_are_read_by_either_side(tmp_path, first, window):
-    """Written in mid-epoch, with a window of accumulation that is open where it has two batches."""
-    options = {"val_check_interval": 3, "accumulate_grad_batches": window}
-    data = Both(DataLoader(points(), batch_size=8))
-    save = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1)
-    whole = Regression(ADAMW, schedule=True)
-    begun = small() if first == "ours" else "auto"
-    saving = {**options, "enable_checkpointing": True, "callbacks": [ExactResume(), save]}
-    trainer = fit(tmp_path, whole, data, begun, **saving)
-    expected = trainer.strategy.lightning_module_state_dict()
-    states = trainer.strategy.optimizer_state(trainer.optimizers[0])
-    path = tmp_path / f"step={3 // window}.ckpt"
-    ended = Regression(ADAMW, schedule=True)
-    second = "auto" if first == "ours" else small()
-    trainer = fit(tmp_path, ended, data, second, path, callbacks=[ExactResume()], **options)
-    assert_same(trainer.strategy.lightning_module_state_dict(), expected)
-    assert_same(trainer.strategy.optimizer_state(trainer.optimizers[0]), states)
-
-
 class ReadsElsewhere(Regression):
     def training_step(self, batch, batch_idx):
         decay = self.parts[0][0].weight * self.parts[0][0].weight
@@ -228,15 +206,3 @@ def test_reading_a_parameter_that_is_away_is_told(tmp_path):
     data = DataLoader(points(), batch_size=8)
     with pytest.raises(RuntimeError, match=r"parts\.0\.0\.weight.*strategy\.gathered"):
         fit(tmp_path, ReadsElsewhere(ADAMW), data, small())
-
-
-def test_edits_are_stored(tmp_path):
-    strategy = small()
-    module = Regression(ADAMW)
-    fit(tmp_path, module, DataLoader(points(), batch_size=8), strategy)
-    name = "parts.2.0.weight"
-    with strategy.gathered([name], modify=True), torch.no_grad():
-        assert module.parts[0][0].weight.isnan().all()
-        module.parts[2][0].weight.fill_(2.0)
-    found = strategy.lightning_module_state_dict()
-    assert (found[name] == 2).all()
