@@ -1,13 +1,10 @@
 """A module whose blocks are in memory only while they compute.
 
-Before the forward of a block its values are fetched. Autograd would keep them for backward, so what
-it saves of a block is replaced by a note of which part of which block it was
-(``saved_tensors_hooks``), and backward fetches that block again. No weight is held twice, nothing
-depends on the order in which hooks are called, and a version counter has nothing to object to.
-
-When all gradients of a block are there they leave memory, too; either the block is updated at once,
-in the middle of backward, or when the optimizer's step comes. What belongs to no block (embedding,
-head, final norm, whatever is tied) stays in memory: losses read it where nobody calls its module.
+Before the forward of a block its values are fetched, and again for what its backward needs of them
+(``saved_weights``). When all gradients of a block are there they leave memory, too; either the
+block is updated at once, in the middle of backward, or when the optimizer's step comes. What
+belongs to no block (embedding, head, final norm, whatever is tied) stays in memory: losses read it
+where nobody calls its module.
 """
 
 from __future__ import annotations
@@ -15,26 +12,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from lightning_align._compat.glibc_memory import give_back_freed
 from lightning_align.offload.block import Block
 from lightning_align.offload.buffers import BufferPool
 from lightning_align.offload.files import Threads
 from lightning_align.offload.gradients import GradientSums
-from lightning_align.offload.optimizer_stream import (
-    OptimizerStream,
-    StepsParameters,
-    expected_state_bytes,
-)
 from lightning_align.offload.prefetch import Residents
+from lightning_align.offload.saved_weights import SavedWeights
 from lightning_align.offload.store import ShardStore
+from lightning_align.offload.updates import Updates
+from lightning_align.offload.whole_values import WholeValues
 
 
 @dataclass(frozen=True)
@@ -54,16 +47,6 @@ class Memory:
     pool_bytes: int | None = None
 
 
-class _Saved(NamedTuple):
-    """What autograd saved of a block's memory."""
-
-    block: Block
-    dtype: torch.dtype
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-
 class OffloadEngine:
     """Fetches, updates and stores the blocks of a module.
 
@@ -76,7 +59,11 @@ class OffloadEngine:
     Attributes:
         residents: What is in memory.
         gradients: Of the open window.
+        updates: Of the optimizer, once there is one.
+        whole: Values of all parameters.
     """
+
+    updates: Updates
 
     def __init__(
         self,
@@ -94,17 +81,12 @@ class OffloadEngine:
         self.gradients = GradientSums(folder, moving, self.pool, threads)
         self._memory = memory
         self._modules = modules
-        self._stream: OptimizerStream | None = None
-        self._optimizer: Optimizer | None = None
-        self._absent = {
-            storage: f"{name} of {block.name}"
-            for block in moving
-            for storage, name in block.absent().items()
-        }
+        self.whole = WholeValues(store, self.residents, self.pool)
+        self._saved = SavedWeights(self.residents, moving)
         self._owner = {p: block for block in moving for p in block.parameters.values()}
         self._hooked: set[nn.Parameter] = set()
         self._waiting: dict[str, int] = {}  # block -> gradients that are still to come
-        self._updates = False  # whether this backward updates blocks
+        self._early = False  # whether this backward updates blocks
         self._factor: Tensor | None = None  # by which this backward scales them
         self._scaled: set[str] = set()  # blocks that it has scaled
         self._phase = "forward"  # in backward a block that recomputes is called, too
@@ -114,32 +96,6 @@ class OffloadEngine:
         """Wait for writes: what they hold comes back to the pool."""
         self.store.settle_all()
         self.gradients.settle_all()
-
-    # The beginning
-
-    @torch.no_grad()
-    def store_values(self) -> None:
-        """Write the values that the parameters have, block by block, and let them go."""
-        for number, block in enumerate(self.blocks):
-            if number > 1:  # no read waits behind these writes, so they would pile up in memory
-                self.store.settle(self.blocks[number - 2].name)
-            memory = self.pool.take(block.nbytes)
-            block.copy_into(memory)
-            self.store.write(block.name, memory)
-            self.store.update_done(block.name)
-            if block.kept:
-                block.show(memory)
-            else:
-                block.hide()
-        give_back_freed()
-
-    def read_values(self) -> None:
-        """Let go the values that the parameters have, and take the stored ones."""
-        for block in self.blocks:
-            block.hide()
-            if block.kept:
-                self.residents.fetch(block, "begin")
-        give_back_freed()
 
     def attach(self) -> None:
         """Fetch blocks from now on when their modules are called."""
@@ -171,12 +127,15 @@ class OffloadEngine:
         Raises:
             OSError: If there is no room.
         """
-        if fresh:
-            self.store.forget_states()
-        state_bytes = {block.name: expected_state_bytes(optimizer, block) for block in self.blocks}
-        self.store.allocate(state_bytes)
-        self._optimizer = optimizer
-        self._stream = OptimizerStream(optimizer, self.store, self.pool, self._memory.group_bytes)
+        self.updates = Updates(
+            optimizer,
+            self.store,
+            self.residents,
+            self.gradients,
+            self.pool,
+            self._memory.group_bytes,
+            fresh=fresh,
+        )
 
     # Forward and backward
 
@@ -190,8 +149,8 @@ class OffloadEngine:
     def _after(self, block: Block) -> Callable[..., None]:
         def enter(_: Tensor) -> None:  # the gradient of its output is there: its backward is next
             self.residents.fetch(block, "backward")
-            if self._updates and self._stream is not None and block.trainable:
-                self._stream.foresee(block, lambda name: block.parameters[name].requires_grad)
+            if self._early:
+                self.updates.foresee(block)
 
         def done(_: nn.Module, __: Any, outputs: Any) -> None:
             block.users -= 1
@@ -213,36 +172,8 @@ class OffloadEngine:
                 hooks: Any = parameter
                 self._handles.append(hooks.register_post_accumulate_grad_hook(self._arrived))
                 self._hooked.add(parameter)
-        with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
+        with self._saved.notes():
             yield
-
-    def _pack(self, tensor: Tensor) -> Tensor | _Saved:
-        if tensor.layout != torch.strided:
-            return tensor
-        storage = tensor.untyped_storage().data_ptr()
-        if storage in self._absent:
-            raise RuntimeError(
-                f"Parameter {self._absent[storage]} was used while it is not in memory: only the"
-                " forward of its block may read it. Read it in `with strategy.gathered([name])`, or"
-                " choose blocks with wrap_policy so that it is in none."
-            )
-        block = self.residents.by_storage.get(storage)
-        if block is None:
-            return tensor
-        return _Saved(
-            block,
-            tensor.dtype,
-            int(tensor.storage_offset()),
-            tuple(tensor.shape),
-            tensor.stride(),
-        )
-
-    def _unpack(self, saved: Tensor | _Saved) -> Tensor:
-        if isinstance(saved, Tensor):
-            return saved
-        memory = self.residents.fetch(saved.block, "backward")
-        empty = torch.empty(0, dtype=saved.dtype)
-        return empty.set_(memory.untyped_storage(), saved.offset, saved.shape, saved.stride)
 
     @contextmanager
     def backward(self, *, updates: bool, factor: Tensor | None = None) -> Iterator[None]:
@@ -253,7 +184,7 @@ class OffloadEngine:
             factor: What ``scale_gradients`` will be called with, if that is known already.
         """
         self.residents.begin("backward")
-        self._updates, self._factor = updates, factor
+        self._early, self._factor = updates, factor
         self._scaled.clear()
         self._phase = "backward"
         self._waiting = {block.name: len(block.trainable) for block in self.blocks}
@@ -263,7 +194,7 @@ class OffloadEngine:
                 if any(p.grad is not None for p in block.parameters.values()):
                     self._collect(block)
         finally:
-            self._updates, self._phase = False, "forward"
+            self._early, self._phase = False, "forward"
 
     def _arrived(self, parameter: nn.Parameter) -> None:
         block = self._owner[parameter]
@@ -279,10 +210,10 @@ class OffloadEngine:
                 f"{block.name} has got a gradient after it was updated in the same backward, as"
                 " under reentrant checkpointing. Set update_in_backward=False."
             )
-        memory = self.gradients.add(block, factor=self._factor, store=not self._updates)
+        memory = self.gradients.add(block, factor=self._factor, store=not self._early)
         self._scaled.add(block.name)
-        if self._updates:
-            self._update(block, memory)
+        if self._early:
+            self.updates.update(block, memory, "backward")
 
     # Gradients, between backward and update
 
@@ -294,15 +225,6 @@ class OffloadEngine:
                 sums = self.gradients.take(block)
                 found.update({name: block.places[name].of(sums).clone() for name in names})
         return found
-
-    def norms(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-        """Norms of the gradients that are there, parameter by parameter."""
-        known = self.gradients.norms
-        return [
-            known[p] if p in known else torch.linalg.vector_norm(p.grad)
-            for p in parameters
-            if p in known or p.grad is not None
-        ]
 
     @torch.no_grad()
     def scale_gradients(self, factor: Tensor | float, parameters: Iterable[nn.Parameter]) -> None:
@@ -329,150 +251,6 @@ class OffloadEngine:
             if parameter.grad is not None:
                 parameter.grad.clamp_(-limit, limit)
         self.gradients.edits.append(lambda gradient: gradient.clamp_(-limit, limit))
-
-    # Updates
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Update what has gradients and was not updated in backward; the window is over."""
-        assert self._optimizer is not None
-        everything = [p for block in self.blocks for p in block.parameters.values()]
-        may_step = True
-        if isinstance(self._optimizer, StepsParameters):
-            may_step = self._optimizer.begin_step(self.norms(everything))
-        self.residents.begin("update")
-        waiting = [
-            block
-            for block in (self._moving if may_step else ())
-            if self.gradients.names(block) and not self.gradients.is_used(block)
-        ]
-        for number, block in enumerate(waiting):
-            following = waiting[number + 1 : number + 2]
-            self._update(block, self.gradients.take(block), partial(self._foresee, following))
-        for block in self.blocks if may_step else ():
-            if block.kept:
-                self._update_kept(block)
-        for parameter in everything:
-            parameter.grad = None
-        self.gradients.clear()
-
-    def _foresee(self, blocks: list[Block]) -> None:
-        """Begin to read what the updates of blocks will need, but for their parameters."""
-        assert self._stream is not None
-        for block in blocks:
-            self.gradients.foresee(block)
-            self._stream.foresee(block, self.gradients.names(block).__contains__)
-
-    def _update(
-        self, block: Block, sums: Tensor, meanwhile: Callable[[], None] = lambda: None
-    ) -> None:
-        assert self._stream is not None
-        self.residents.fetch(block, "backward" if self._updates else "update")
-        names = self.gradients.names(block)
-
-        def gradient(name: str) -> Tensor | None:
-            return block.places[name].of(sums) if name in names else None
-
-        for name in names:
-            self.gradients.edit(block.places[name].of(sums))
-        self._stream.update(block, gradient, meanwhile)
-        self.gradients.used(block)
-
-    def _update_kept(self, block: Block) -> None:
-        assert self._stream is not None
-        gradients = {name: p.grad for name, p in block.parameters.items()}
-        if any(gradient is not None for gradient in gradients.values()):
-            for parameter in block.parameters.values():
-                parameter.grad = None
-            self._stream.update(block, gradients.get)
-
-    # Whole values
-
-    @contextmanager
-    def gathered(
-        self,
-        parameters: Iterable[str | nn.Parameter] | None = None,
-        *,
-        modify: bool = False,
-    ) -> Iterator[None]:
-        """All parameters, or some, in memory for a while.
-
-        Args:
-            parameters: They or their names; their whole blocks are fetched.
-            modify: Whether their values are stored at the end.
-        """
-        wanted = None if parameters is None else set(parameters)
-        blocks = [
-            block
-            for block in self.blocks
-            if wanted is None
-            or wanted & block.parameters.keys()
-            or wanted.intersection(block.parameters.values())
-        ]
-        for block in blocks:
-            block.users += 1
-            self.residents.fetch(block, "gathered")
-        try:
-            yield
-        finally:
-            for block in blocks:
-                block.users -= 1
-                if modify:
-                    self._rewrite(block)
-                self.residents.release(block)
-
-    def _rewrite(self, block: Block) -> None:
-        assert block.memory is not None
-        self.store.settle(block.name)
-        self.store.carry_states(block.name, self.pool)
-        self.store.write(block.name, block.memory)
-        self.store.update_done(block.name)
-
-    def forget_state(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Let the optimizer begin anew for some parameters."""
-        assert self._optimizer is not None
-        dropped = set(parameters)
-        for parameter in dropped:
-            self._optimizer.state.pop(parameter, None)
-        for block in self.blocks:
-            for name, parameter in block.parameters.items():
-                if parameter in dropped:
-                    self.store.forget_state(block.name, name)
-
-    @torch.no_grad()
-    def values(self) -> dict[nn.Parameter, Tensor]:
-        """Copies of all parameters."""
-        copies = {}
-        for block in self.blocks:
-            memory = self.residents.fetch(block, "values")
-            for name, parameter in block.parameters.items():
-                copies[parameter] = block.places[name].of(memory).clone()
-        return copies
-
-    def optimizer_state(self) -> dict[str, Any]:
-        """The optimizer's whole state, in memory."""
-        assert self._stream is not None
-        assert self._optimizer is not None
-        for block in self.blocks:
-            self.store.settle(block.name)
-            self._stream.load(block)
-        state = self._optimizer.state_dict()
-        in_order = sorted(state["state"].items())  # not as blocks were stepped
-        state = {**state, "state": {key: dict(value) for key, value in in_order}}
-        for block in self.blocks:
-            self._stream.drop(block)
-        return state
-
-    @torch.no_grad()
-    def put_optimizer_state(self) -> None:
-        """Store what ``optimizer.load_state_dict`` has brought into memory."""
-        assert self._stream is not None
-        for block in self.blocks:
-            memory = self.residents.fetch(block, "values")
-            self.store.settle(block.name)
-            self._stream.save(block)
-            self.store.write(block.name, memory)
-            self.store.update_done(block.name)
 
     def close(self) -> None:
         """Close all files."""

@@ -7,7 +7,7 @@ noted down, and done to each when the update reads it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -111,6 +111,14 @@ class GradientSums:
         else:
             offset = self._offsets[block.name]
             self._writes[block.name] = self._file.write(memory, offset)
+
+    def norms_of(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+        """Norms of the gradients that are there, parameter by parameter; also of ``p.grad``."""
+        return [
+            self.norms[p] if p in self.norms else torch.linalg.vector_norm(p.grad)
+            for p in parameters
+            if p in self.norms or p.grad is not None
+        ]
 
     def edit(self, gradient: Tensor) -> Tensor:
         """Do to a sum, in place, what was noted down."""

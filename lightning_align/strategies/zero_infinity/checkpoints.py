@@ -48,7 +48,7 @@ class BlockCheckpoints(ParallelStrategy):
         if self._engine is None:
             rule = "no model is stored"
             raise argument_error(f"{WHERE}.gathered", "parameters", "...", rule, "Call fit first")
-        with self._engine.gathered(parameters, modify=modify):
+        with self._engine.whole.gathered(parameters, modify=modify):
             yield
 
     @override
@@ -58,7 +58,7 @@ class BlockCheckpoints(ParallelStrategy):
         assert module is not None
         if self._engine is None:
             return super().lightning_module_state_dict()
-        copies = {} if self._is_committing else self._engine.values()
+        copies = {} if self._is_committing else self._engine.whole.values()
         return {
             name: _stored(value, copies) if isinstance(value, nn.Parameter) else value
             for name, value in module.state_dict(keep_vars=True).items()
@@ -74,7 +74,7 @@ class BlockCheckpoints(ParallelStrategy):
         if self._is_committing:  # what is large is in the blocks' files
             state = getattr(optimizer, "_optimizer", optimizer).state_dict()
             return {**state, _CLASS: type(self.optimizers[0]).__name__}
-        return self._engine.optimizer_state()
+        return self._engine.updates.state()
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
@@ -108,7 +108,7 @@ class BlockCheckpoints(ParallelStrategy):
             raise argument_error(WHERE, "optimizer", type(optimizer).__name__, rule, way_out)
         optimizer.load_state_dict({key: value for key, value in state.items() if key != _CLASS})
         if self._record is None:
-            self._engine.put_optimizer_state()
+            self._engine.updates.put_state()
 
     def commit(self, trainer: pl.Trainer, dump: Callable[[], bytes]) -> None:
         """Make the present step the one that a kill leaves."""

@@ -50,7 +50,7 @@ def set_up(strategy: ZeROInfinityStrategy, trainer: pl.Trainer) -> None:
         _lock_and_open(strategy, module, run_folder(strategy, trainer))
     elif strategy._record is not None:
         strategy._engine.store.recover()
-        strategy._engine.read_values()
+        strategy._engine.whole.read_values()
     assert strategy._engine is not None
     strategy._engine.attach()
     if trainer.state.fn == TrainerFn.FITTING:
@@ -109,10 +109,10 @@ def _open(
     engine = OffloadEngine(modules, store, threads, memory)
     if resumes:
         store.recover()
-        engine.read_values()
+        engine.whole.read_values()
     else:
         store.allocate({})
-        engine.store_values()
+        engine.whole.store_values()
     return engine
 
 
@@ -144,7 +144,7 @@ def _take_over(strategy: ZeROInfinityStrategy, engine: OffloadEngine, trainer: p
     def step(_: Optimizer, closure: Callable[[], Any]) -> Any:
         with torch.enable_grad():
             loss = closure()
-        engine.step()
+        engine.updates.step()
         return loss
 
     vars(optimizer)["step"] = step_with_hooks(optimizer, step)

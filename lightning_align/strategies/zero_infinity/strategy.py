@@ -225,7 +225,7 @@ class ZeROInfinityStrategy(BlockCheckpoints):
         """Norm of all gradients, those on disk included."""
         assert self._engine is not None
         assert self.lightning_module is not None
-        norms = self._engine.norms(self.lightning_module.parameters())
+        norms = self._engine.gradients.norms_of(self.lightning_module.parameters())
         return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
 
     def scale_gradients(self, factor: Tensor) -> None:
@@ -242,7 +242,7 @@ class ZeROInfinityStrategy(BlockCheckpoints):
     def _clip_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         assert self._engine is not None
         parameters = list(self.precision_plugin.main_params(optimizer))
-        norms = self._engine.norms(parameters)
+        norms = self._engine.gradients.norms_of(parameters)
         if norms:
             norm = torch.linalg.vector_norm(torch.stack(norms))
             factor = torch.clamp(clip_val / (norm + 1e-6), max=1.0)  # as torch's clip_grad_norm_
@@ -257,7 +257,7 @@ class ZeROInfinityStrategy(BlockCheckpoints):
     def follow_freezing(self, dropped: Collection[nn.Parameter]) -> None:
         """Forget the optimizer's state of some parameters; what requires a gradient is seen."""
         assert self._engine is not None
-        self._engine.forget_state(dropped)
+        self._engine.updates.forget_state(dropped)
 
     @property
     def one_rank_runs_model(self) -> bool:

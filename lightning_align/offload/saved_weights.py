@@ -1,0 +1,81 @@
+"""What autograd keeps of a block's values for backward: a note of which part it was, no memory.
+
+Autograd would hold every weight until backward. In its place stands the block and where in it the
+tensor lay (``saved_tensors_hooks``), and backward fetches that block again. No weight is held
+twice, nothing depends on the order in which hooks are called, and a version counter has nothing to
+object to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_align.offload.block import Block
+from lightning_align.offload.prefetch import Residents
+
+
+class _Saved(NamedTuple):
+    """What autograd saved of a block's memory."""
+
+    block: Block
+    dtype: torch.dtype
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+class SavedWeights:
+    """What autograd saves in the forward of blocks that come and go.
+
+    Args:
+        residents: The blocks that are in memory.
+        moving: All blocks that come and go.
+    """
+
+    def __init__(self, residents: Residents, moving: Iterable[Block]) -> None:
+        self._residents = residents
+        self._absent = {
+            storage: f"{name} of {block.name}"
+            for block in moving
+            for storage, name in block.absent().items()
+        }
+
+    def notes(self) -> AbstractContextManager[Any]:
+        """Around a forward whose backward fetches what it needs of blocks."""
+        hooks: AbstractContextManager[Any] = torch.autograd.graph.saved_tensors_hooks(
+            self._pack, self._unpack
+        )
+        return hooks
+
+    def _pack(self, tensor: Tensor) -> Tensor | _Saved:
+        if tensor.layout != torch.strided:
+            return tensor
+        storage = tensor.untyped_storage().data_ptr()
+        if storage in self._absent:
+            raise RuntimeError(
+                f"Parameter {self._absent[storage]} was used while it is not in memory: only the"
+                " forward of its block may read it. Read it in `with strategy.gathered([name])`, or"
+                " choose blocks with wrap_policy so that it is in none."
+            )
+        block = self._residents.by_storage.get(storage)
+        if block is None:
+            return tensor
+        return _Saved(
+            block,
+            tensor.dtype,
+            int(tensor.storage_offset()),
+            tuple(tensor.shape),
+            tensor.stride(),
+        )
+
+    def _unpack(self, saved: Tensor | _Saved) -> Tensor:
+        if isinstance(saved, Tensor):
+            return saved
+        memory = self._residents.fetch(saved.block, "backward")
+        empty = torch.empty(0, dtype=saved.dtype)
+        return empty.set_(memory.untyped_storage(), saved.offset, saved.shape, saved.stride)

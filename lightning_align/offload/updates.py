@@ -1,0 +1,164 @@
+"""The optimizer's step: block by block, in the middle of backward or when it is called.
+
+Embedding, head and whatever else stays in memory is updated last, from the gradients that autograd
+has left in ``p.grad``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_align.offload.block import Block
+from lightning_align.offload.buffers import BufferPool
+from lightning_align.offload.gradients import GradientSums
+from lightning_align.offload.optimizer_stream import (
+    OptimizerStream,
+    StepsParameters,
+    expected_state_bytes,
+)
+from lightning_align.offload.prefetch import Residents
+from lightning_align.offload.store import ShardStore
+
+
+class Updates:
+    """Steps an optimizer whose state is stored.
+
+    Args:
+        optimizer: The user's.
+        store: Files of all blocks; room for the state is reserved there.
+        residents: What is in memory.
+        gradients: Of the open window.
+        pool: Memory for states.
+        group_bytes: Optimizer state that is in memory at a time.
+        fresh: Whether the optimizer has no state yet; otherwise what is stored is its.
+
+    Raises:
+        OSError: If there is no room.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        store: ShardStore,
+        residents: Residents,
+        gradients: GradientSums,
+        pool: BufferPool,
+        group_bytes: int,
+        *,
+        fresh: bool,
+    ) -> None:
+        self._optimizer, self._store = optimizer, store
+        self._residents, self._gradients = residents, gradients
+        self._blocks = list(store.blocks.values())
+        if fresh:
+            store.forget_states()
+        state_bytes = {block.name: expected_state_bytes(optimizer, block) for block in self._blocks}
+        store.allocate(state_bytes)
+        self._stream = OptimizerStream(optimizer, store, pool, group_bytes)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update what has gradients and was not updated in backward; the window is over."""
+        everything = [p for block in self._blocks for p in block.parameters.values()]
+        may_step = True
+        if isinstance(self._optimizer, StepsParameters):
+            may_step = self._optimizer.begin_step(self._gradients.norms_of(everything))
+        self._residents.begin("update")
+        waiting = [
+            block
+            for block in (self._blocks if may_step else ())
+            if self._gradients.names(block) and not self._gradients.is_used(block)
+        ]
+        for number, block in enumerate(waiting):
+            following = waiting[number + 1 : number + 2]
+            self.update(
+                block, self._gradients.take(block), "update", partial(self._foresee, following)
+            )
+        for block in self._blocks if may_step else ():
+            if block.kept:
+                self._update_kept(block)
+        for parameter in everything:
+            parameter.grad = None
+        self._gradients.clear()
+
+    def _foresee(self, blocks: list[Block]) -> None:
+        """Begin to read what the updates of blocks will need, but for their parameters."""
+        for block in blocks:
+            self._gradients.foresee(block)
+            self._stream.foresee(block, self._gradients.names(block).__contains__)
+
+    def foresee(self, block: Block) -> None:
+        """Begin to read what the update of a block will need whose gradients are being computed."""
+        if block.trainable:
+            self._stream.foresee(block, block.trainable.__contains__)
+
+    def update(
+        self,
+        block: Block,
+        sums: Tensor,
+        phase: str,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Step one block and write it.
+
+        Args:
+            block: Which one.
+            sums: Its gradients.
+            phase: In which the block is fetched.
+            meanwhile: Called when all that this update reads is being read.
+        """
+        self._residents.fetch(block, phase)
+        names = self._gradients.names(block)
+
+        def gradient(name: str) -> Tensor | None:
+            return block.places[name].of(sums) if name in names else None
+
+        for name in names:
+            self._gradients.edit(block.places[name].of(sums))
+        self._stream.update(block, gradient, meanwhile)
+        self._gradients.used(block)
+
+    def _update_kept(self, block: Block) -> None:
+        gradients = {name: p.grad for name, p in block.parameters.items()}
+        if any(gradient is not None for gradient in gradients.values()):
+            for parameter in block.parameters.values():
+                parameter.grad = None
+            self._stream.update(block, gradients.get)
+
+    def forget_state(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Let the optimizer begin anew for some parameters."""
+        dropped = set(parameters)
+        for parameter in dropped:
+            self._optimizer.state.pop(parameter, None)
+        for block in self._blocks:
+            for name, parameter in block.parameters.items():
+                if parameter in dropped:
+                    self._store.forget_state(block.name, name)
+
+    def state(self) -> dict[str, Any]:
+        """The optimizer's whole state, in memory."""
+        for block in self._blocks:
+            self._store.settle(block.name)
+            self._stream.load(block)
+        state = self._optimizer.state_dict()
+        in_order = sorted(state["state"].items())  # not as blocks were stepped
+        state = {**state, "state": {key: dict(value) for key, value in in_order}}
+        for block in self._blocks:
+            self._stream.drop(block)
+        return state
+
+    @torch.no_grad()
+    def put_state(self) -> None:
+        """Store what ``optimizer.load_state_dict`` has brought into memory."""
+        for block in self._blocks:
+            memory = self._residents.fetch(block, "values")
+            self._store.settle(block.name)
+            self._stream.save(block)
+            self._store.write(block.name, memory)
+            self._store.update_done(block.name)
