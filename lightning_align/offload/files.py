@@ -8,10 +8,11 @@ as long as the memory is private huge pages (see ``buffers``).
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,7 @@ class Threads:
             rule = f"must be a multiple of {ALIGNMENT} bytes"
             raise argument_error("offload", "block_size", self.block_size, rule)
         self.traffic = Traffic()
+        self.buffered_devices: set[int] = set()  # told once
         self.executor = ThreadPoolExecutor(self.count, thread_name_prefix="offload")
 
     def close(self) -> None:
@@ -71,8 +73,13 @@ class Transfer:
         pieces: What the threads do.
     """
 
-    def __init__(self, pieces: list[Future[None]]) -> None:
-        self._pieces = pieces
+    def __init__(self, pieces: Iterable[Future[None]] = ()) -> None:
+        self._pieces = list(pieces)
+
+    @classmethod
+    def of_all(cls, transfers: Iterable[Transfer]) -> Transfer:
+        """One that is done when all of them are."""
+        return cls(piece for transfer in transfers for piece in transfer._pieces)
 
     def wait(self) -> None:
         """Until all is done, also where a piece has failed; then raises the first such error."""
@@ -85,9 +92,15 @@ class Transfer:
 class DirectFile:
     """One file of a store, made if it is not there.
 
+    A request whose place, length or address is no multiple of ``ALIGNMENT`` goes through the page
+    cache, also where others go past it.
+
     Args:
         path: Where it is.
         threads: Who reads and writes.
+
+    Attributes:
+        is_direct: Whether transfers go past the page cache.
 
     Raises:
         ValueError: If ``direct_io=True`` and the filesystem refuses it.
@@ -96,28 +109,50 @@ class DirectFile:
     def __init__(self, path: Path, threads: Threads) -> None:
         self.path = path
         self._threads = threads
+        self.is_direct = bool(threads.direct_io and _DIRECT)
         self._descriptor = self._open()
+        self._cached: int | None = None  # for what is not aligned
 
     def _open(self) -> int:
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
-        wanted = self._threads.direct_io
-        if wanted and _DIRECT:
+        if self.is_direct:
             try:
                 return os.open(self.path, flags | _DIRECT, 0o666)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
-        if wanted is True:
+        descriptor = os.open(self.path, flags, 0o666)
+        if self._threads.direct_io:
+            self._tell_buffered(descriptor)
+        return descriptor
+
+    def _tell_buffered(self, descriptor: int) -> None:
+        self.is_direct = False
+        if self._threads.direct_io is True:
             rule = f"the filesystem of {self.path} has no direct I/O"
-            raise argument_error("offload", "direct_io", wanted, rule, "Leave it at 'auto'")
-        if wanted:
-            self._threads.direct_io = False  # told once
+            raise argument_error("offload", "direct_io", True, rule, "Leave it at 'auto'")
+        device = os.fstat(descriptor).st_dev
+        if device not in self._threads.buffered_devices:
+            self._threads.buffered_devices.add(device)
             warnings.warn(
                 f"The filesystem of {self.path} has no direct I/O: transfers go through the page"
                 " cache, which takes memory and time.",
                 stacklevel=2,
             )
-        return os.open(self.path, flags, 0o666)
+
+    def _go_buffered(self) -> None:
+        """Some filesystems open a file for direct I/O, and refuse the first transfer."""
+        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+        fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~_DIRECT)
+        self._tell_buffered(self._descriptor)
+
+    def _descriptor_for(self, memory: Tensor, offset: int) -> int:
+        place = (memory.data_ptr(), memory.numel(), offset)
+        if not self.is_direct or not any(number % ALIGNMENT for number in place):
+            return self._descriptor
+        if self._cached is None:
+            self._cached = os.open(self.path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
+        return self._cached
 
     def read(self, memory: Tensor, offset: int) -> Transfer:
         """Fill ``memory`` from the file.
@@ -146,14 +181,11 @@ class DirectFile:
     def _start(self, move: Callable[..., None], memory: Tensor, offset: int) -> Transfer:
         array: Any = memory.numpy()
         view = memoryview(array)  # holds the memory as long as a piece is under way
-        size = self._threads.block_size
+        size, descriptor = self._threads.block_size, self._descriptor_for(memory, offset)
+        submit = self._threads.executor.submit
         return Transfer(
-            [
-                self._threads.executor.submit(
-                    move, self, view[start : start + size], offset + start
-                )
-                for start in range(0, len(view), size)
-            ]
+            submit(move, self, descriptor, view[start : start + size], offset + start)
+            for start in range(0, len(view), size)
         )
 
     def _sync(self) -> None:
@@ -187,31 +219,40 @@ class DirectFile:
     def close(self) -> None:
         """Close the file."""
         os.close(self._descriptor)
+        if self._cached is not None:
+            os.close(self._cached)
 
 
-def _read_piece(file: DirectFile, memory: memoryview, offset: int) -> None:
+def _read_piece(file: DirectFile, descriptor: int, memory: memoryview, offset: int) -> None:
     while memory:
-        count = _moved(file, os.preadv, "reading", memory, offset)
+        count = _moved(file, descriptor, os.preadv, "reading", memory, offset)
         offset, memory = offset + count, memory[count:]
-        size = os.fstat(file._descriptor).st_size
+        size = os.fstat(descriptor).st_size
         if memory and offset >= size:
             short = f"reading stopped at {offset:,}: the file has {size:,} bytes and is truncated"
             raise OSError(errno.EIO, short, str(file.path))
 
 
-def _write_piece(file: DirectFile, memory: memoryview, offset: int) -> None:
+def _write_piece(file: DirectFile, descriptor: int, memory: memoryview, offset: int) -> None:
     while memory:
-        count = _moved(file, os.pwritev, "writing", memory, offset)
+        count = _moved(file, descriptor, os.pwritev, "writing", memory, offset)
         offset, memory = offset + count, memory[count:]
 
 
-def _moved(file: DirectFile, call: Any, what: str, memory: memoryview, offset: int) -> int:
+def _moved(
+    file: DirectFile, descriptor: int, call: Any, what: str, memory: memoryview, offset: int
+) -> int:
     """Bytes that one call has moved, which may be fewer than asked for."""
+    direct = file.is_direct and descriptor == file._descriptor
     try:
-        count: int = call(file._descriptor, [memory], offset)
+        count: int = call(descriptor, [memory], offset)
     except OSError as error:
+        if direct and error.errno == errno.EINVAL:
+            file._go_buffered()
+            return _moved(file, descriptor, call, what, memory, offset)
         raise _told(file.path, f"{what} {len(memory):,} bytes at {offset:,}", error) from error
-    return count
+    # What is left of a call that stopped short must be aligned again.
+    return count - count % ALIGNMENT or count if direct and count < len(memory) else count
 
 
 def _told(path: Path, what: str, error: OSError) -> OSError:

@@ -1,6 +1,7 @@
 """Direct files: what is written is read, and whatever goes wrong is told with its place."""
 
 import errno
+import fcntl
 import os
 import shutil
 
@@ -114,6 +115,66 @@ def test_without_direct_io_a_file_is_buffered_and_says_so(tmp_path, threads, mon
     DirectFile(tmp_path / "other", threads)  # told once
     with pytest.raises(ValueError, match=r"direct_io=True\): the filesystem of"):
         DirectFile(tmp_path / "third", Threads(direct_io=True))
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="no direct I/O here")
+def test_direct_io_that_is_refused_at_the_first_transfer_is_buffered(
+    tmp_path, threads, monkeypatch
+):
+    whole = {"preadv": os.preadv, "pwritev": os.pwritev}
+
+    def refusing(call):
+        def move(descriptor, views, at):
+            if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            return call(descriptor, views, at)
+
+        return move
+
+    for name, call in whole.items():
+        monkeypatch.setattr(os, name, refusing(call))
+    file = DirectFile(tmp_path / "file", threads)
+    strict = DirectFile(tmp_path / "strict", Threads(direct_io=True))
+    if not (file.is_direct and strict.is_direct):
+        pytest.skip("this filesystem refuses it at once")
+    written = filled(8192 * 3)
+    with pytest.warns(UserWarning, match="has no direct I/O") as told:
+        file.write(written, 0).wait()
+    assert len(told) == 1
+    assert not file.is_direct
+    found = filled(len(written), 0)
+    file.read(found, 0).wait()
+    assert torch.equal(found, written)
+    with pytest.raises(ValueError, match=r"direct_io=True\): the filesystem of"):
+        strict.write(written, 0).wait()
+
+
+def test_what_is_not_aligned_goes_through_the_page_cache(tmp_path, threads, monkeypatch):
+    """ext4 refuses it otherwise, and tmpfs does not: the descriptor is looked at."""
+    file = DirectFile(tmp_path / "file", threads)
+    file.write(filled(8192 * 2), 0).wait()
+    used, written = [], filled(8192)
+    for name in ("preadv", "pwritev"):
+        call = getattr(os, name)
+        monkeypatch.setattr(
+            os,
+            name,
+            lambda fd, views, at, call=call: (
+                used.append(bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT))
+                or call(fd, views, at)
+            ),
+        )
+    direct = file.is_direct
+    for memory, offset in ((written[:5000], 4096), (written[1:4097], 0), (written[:4096], 513)):
+        file.write(memory, offset).wait()
+        found = filled(len(memory) + 1, 0)[1:]
+        file.read(found, offset).wait()
+        assert torch.equal(found, memory)
+    assert not any(used)
+    assert file.is_direct == direct
+    file.read(filled(4096), 4096).wait()
+    assert used[-1] == direct
+    file.close()
 
 
 @pytest.mark.parametrize("arguments", [{"count": 0}, {"block_size": 5000}, {"block_size": 0}])
