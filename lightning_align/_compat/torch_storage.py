@@ -1,9 +1,11 @@
 """Private APIs of torch's storages and of how they are pickled."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 # Like _rebuild_tensor_v2, which torch.save writes for most dtypes, but it is told the dtype.
 rebuild_with_dtype: Any = torch._utils._rebuild_tensor_v3
@@ -32,6 +34,12 @@ def untyped(storage: Any) -> torch.UntypedStorage:
 def identity(storage: torch.UntypedStorage) -> int:
     """The same for two Python objects of one storage."""
     return int(storage._cdata)
+
+
+def expiry(storage: torch.UntypedStorage) -> Callable[[], bool]:
+    """Whether a storage is gone; as long as this can be asked, no other has its identity."""
+    expired: Callable[[], bool] = StorageWeakRef(storage).expired
+    return expired
 
 
 def pickled_type(storage: Any, nbytes: int) -> tuple[type, int]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
+from lightning_align.offload.activations import Activations
 from lightning_align.offload.block import Block
 from lightning_align.offload.buffers import BufferPool
 from lightning_align.offload.files import Threads
@@ -55,6 +56,7 @@ class OffloadEngine:
         store: Files of all blocks.
         threads: Who reads and writes.
         memory: How much of it may be in memory.
+        activations: Where what else forward saves waits for backward; None leaves it in memory.
 
     Attributes:
         residents: What is in memory.
@@ -71,8 +73,10 @@ class OffloadEngine:
         store: ShardStore,
         threads: Threads,
         memory: Memory,
+        activations: Activations | None = None,
     ) -> None:
         self.store, self.threads = store, threads
+        self.activations = activations
         self.blocks = list(store.blocks.values())
         self.pool = BufferPool(memory.pool_bytes, self._relieve)
         self.residents = Residents(store, self.pool, memory.blocks)
@@ -82,7 +86,7 @@ class OffloadEngine:
         self._memory = memory
         self._modules = modules
         self.whole = WholeValues(store, self.residents, self.pool)
-        self._saved = SavedWeights(self.residents, moving)
+        self._saved = SavedWeights(self.residents, self.blocks, activations)
         self._owner = {p: block for block in moving for p in block.parameters.values()}
         self._hooked: set[nn.Parameter] = set()
         self._waiting: dict[str, int] = {}  # block -> gradients that are still to come
@@ -172,6 +176,8 @@ class OffloadEngine:
                 hooks: Any = parameter
                 self._handles.append(hooks.register_post_accumulate_grad_hook(self._arrived))
                 self._hooked.add(parameter)
+        if self.activations is not None:
+            self.activations.begin()
         with self._saved.notes():
             yield
 
@@ -190,6 +196,8 @@ class OffloadEngine:
         self._waiting = {block.name: len(block.trainable) for block in self.blocks}
         try:
             yield
+            if self.activations is not None:
+                self.activations.settle()
             for block in self._moving:  # those of which some parameters have got no gradient
                 if any(p.grad is not None for p in block.parameters.values()):
                     self._collect(block)
@@ -256,5 +264,7 @@ class OffloadEngine:
         """Close all files."""
         self.detach()
         self.gradients.close()
+        if self.activations is not None:
+            self.activations.close()
         self.store.close()
         self.threads.close()

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_align.offload.activations import Activations, Moved
 from lightning_align.offload.block import Block
 from lightning_align.offload.prefetch import Residents
 
@@ -34,14 +35,20 @@ class SavedWeights:
 
     Args:
         residents: The blocks that are in memory.
-        moving: All blocks that come and go.
+        blocks: All blocks.
+        activations: Where what is no parameter goes; None leaves it in memory.
     """
 
-    def __init__(self, residents: Residents, moving: Iterable[Block]) -> None:
+    def __init__(
+        self, residents: Residents, blocks: Iterable[Block], activations: Activations | None
+    ) -> None:
         self._residents = residents
+        self._activations = activations
+        self._kept = [block for block in blocks if block.kept]
         self._absent = {
             storage: f"{name} of {block.name}"
-            for block in moving
+            for block in blocks
+            if not block.kept
             for storage, name in block.absent().items()
         }
 
@@ -52,7 +59,7 @@ class SavedWeights:
         )
         return hooks
 
-    def _pack(self, tensor: Tensor) -> Tensor | _Saved:
+    def _pack(self, tensor: Tensor) -> Tensor | _Saved | Moved:
         if tensor.layout != torch.strided:
             return tensor
         storage = tensor.untyped_storage().data_ptr()
@@ -64,7 +71,9 @@ class SavedWeights:
             )
         block = self._residents.by_storage.get(storage)
         if block is None:
-            return tensor
+            if self._activations is None or self._is_kept(storage):
+                return tensor
+            return self._activations.pack(tensor)
         return _Saved(
             block,
             tensor.dtype,
@@ -73,9 +82,17 @@ class SavedWeights:
             tensor.stride(),
         )
 
-    def _unpack(self, saved: Tensor | _Saved) -> Tensor:
+    def _unpack(self, saved: Tensor | _Saved | Moved) -> Tensor:
         if isinstance(saved, Tensor):
             return saved
+        if isinstance(saved, Moved):
+            assert self._activations is not None
+            return self._activations.unpack(saved)
         memory = self._residents.fetch(saved.block, "backward")
         empty = torch.empty(0, dtype=saved.dtype)
         return empty.set_(memory.untyped_storage(), saved.offset, saved.shape, saved.stride)
+
+    def _is_kept(self, storage: int) -> bool:
+        """Whether that is where the parameters are that stay in memory."""
+        memories = (block.memory for block in self._kept)
+        return any(m is not None and m.untyped_storage().data_ptr() == storage for m in memories)

@@ -225,5 +225,5 @@ def sweep(folder: Path) -> None:
         return
     (folder / FILE).unlink(missing_ok=True)  # first, so that nothing half deleted is committed
     for path in folder.iterdir():
-        if path.suffix == _SUFFIX or path.name in (f"{FILE}.new", "gradients"):
+        if path.suffix == _SUFFIX or path.name in (f"{FILE}.new", "gradients", "activations"):
             path.unlink()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lightning_align._compat.torch_storage import (
+    expiry,
     identity,
     is_storage,
     negative_view,
@@ -113,3 +114,13 @@ def test_a_storage_takes_the_type_of_another() -> None:
     typed = retyped(plain, storage)
     assert typed.dtype is torch.float64
     assert untyped(typed).data_ptr() == plain.data_ptr()
+
+
+def test_a_storage_that_is_gone_is_known_to_be() -> None:
+    tensor = torch.ones(6)
+    gone = expiry(tensor.untyped_storage())
+    view = tensor[2:]
+    del tensor
+    assert not gone()
+    del view
+    assert gone()

@@ -15,6 +15,7 @@ from lightning_align._compat.torch_optimizers import step_with_hooks
 from lightning_align._errors import argument_error
 from lightning_align.checkpointing.files import Folder
 from lightning_align.checkpointing.lock import FolderLock
+from lightning_align.offload.activations import Activations
 from lightning_align.offload.engine import OffloadEngine
 from lightning_align.offload.files import Threads
 from lightning_align.offload.optimizer_stream import (
@@ -106,7 +107,11 @@ def _open(
     memory = plan(blocks, strategy.memory_limit, strategy.params_buffer_count, group_bytes)
     threads = Threads(strategy.thread_count, strategy.block_size, strategy.direct_io)
     store = ShardStore(folder, blocks, threads, atomic_step=strategy.atomic_step)
-    engine = OffloadEngine(modules, store, threads, memory)
+    activations = None
+    if strategy.offload_activations != "none":
+        on_disk = strategy.offload_activations == "nvme"
+        activations = Activations(folder if on_disk else None, threads)
+    engine = OffloadEngine(modules, store, threads, memory, activations)
     if resumes:
         store.recover()
         engine.whole.read_values()

@@ -51,6 +51,10 @@ class ZeROInfinityStrategy(BlockCheckpoints):
     and 28 bytes of traffic a step, 40 where gradients wait, as for clipping.
 
     Args:
+        offload_activations: Where what forward saves waits for backward: ``"none"`` leaves it
+            there, ``"cpu"`` moves it to host memory (on a CPU that is the same), ``"nvme"`` to
+            disk. Under activation checkpointing these are the inputs of blocks, otherwise all that
+            operations save; what has less than 64 KiB stays.
         nvme_path: Folder for the files; by default ``zero_infinity`` below ``default_root_dir``.
         memory_limit: Bytes that the strategy may hold, such as ``"4GB"``, beside activations and
             libraries; ``"auto"`` takes the least that overlaps reads with compute.
@@ -85,6 +89,7 @@ class ZeROInfinityStrategy(BlockCheckpoints):
 
     def __init__(
         self,
+        offload_activations: Literal["none", "cpu", "nvme"] = "none",
         nvme_path: str | None = None,
         memory_limit: int | str = "auto",
         params_buffer_count: int | None = None,
@@ -108,7 +113,11 @@ class ZeROInfinityStrategy(BlockCheckpoints):
             raise argument_error(WHERE, "sub_group_size", sub_group_size, "must be at least 1")
         if memory_limit != "auto":
             parse_bytes(memory_limit)
+        if offload_activations not in ("none", "cpu", "nvme"):
+            rule = "must be 'none', 'cpu' or 'nvme'"
+            raise argument_error(WHERE, "offload_activations", offload_activations, rule)
         Threads(thread_count, block_size, direct_io).close()  # checks them
+        self.offload_activations = offload_activations
         self.nvme_path = nvme_path
         self.memory_limit = memory_limit
         self.params_buffer_count = params_buffer_count

@@ -75,6 +75,7 @@ def test_trainers(tmp_path, options, match):
         {"memory_limit": "4XB"},
         {"thread_count": 0},
         {"block_size": 1000},
+        {"offload_activations": "disk"},
     ],
     ids=str,
 )
