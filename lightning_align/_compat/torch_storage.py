@@ -38,7 +38,8 @@ def identity(storage: torch.UntypedStorage) -> int:
 
 def expiry(storage: torch.UntypedStorage) -> Callable[[], bool]:
     """Whether a storage is gone; as long as this can be asked, no other has its identity."""
-    expired: Callable[[], bool] = StorageWeakRef(storage).expired
+    weak: Any = StorageWeakRef
+    expired: Callable[[], bool] = weak(storage).expired
     return expired
 
 
