@@ -13,7 +13,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,17 +21,10 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lightning_align._errors import argument_error
+from lightning_align.offload.traffic import READ, SYNC, WRITE, Traffic
 
 ALIGNMENT = 4096  # bytes: offsets, lengths and addresses of direct transfers are multiples of it
 _DIRECT = getattr(os, "O_DIRECT", 0)
-
-
-@dataclass
-class Traffic:
-    """Bytes that were moved, for all files of a store."""
-
-    read: int = 0
-    written: int = 0
 
 
 @dataclass
@@ -71,20 +64,24 @@ class Transfer:
 
     Args:
         pieces: What the threads do.
+        traffic: Where waits are counted.
     """
 
-    def __init__(self, pieces: Iterable[Future[None]] = ()) -> None:
+    def __init__(self, pieces: Iterable[Future[None]] = (), traffic: Traffic | None = None) -> None:
         self._pieces = list(pieces)
+        self._traffic = traffic or Traffic()
 
     @classmethod
     def of_all(cls, transfers: Iterable[Transfer]) -> Transfer:
         """One that is done when all of them are."""
-        return cls(piece for transfer in transfers for piece in transfer._pieces)
+        transfers = list(transfers)
+        pieces = [piece for transfer in transfers for piece in transfer._pieces]
+        return cls(pieces, transfers[0]._traffic if transfers else None)
 
     def wait(self) -> None:
         """Until all is done, also where a piece has failed; then raises the first such error."""
         pieces, self._pieces = self._pieces, []
-        wait(pieces)
+        self._traffic.wait(pieces)
         for piece in pieces:
             piece.result()
 
@@ -162,7 +159,7 @@ class DirectFile:
             offset: Where in the file they begin.
         """
         self._threads.traffic.read += memory.numel()
-        return self._start(_read_piece, memory, offset)
+        return self._start(READ, _read_piece, memory, offset)
 
     def write(self, memory: Tensor, offset: int) -> Transfer:
         """Write ``memory`` to the file; it must not change until the transfer is done.
@@ -172,21 +169,24 @@ class DirectFile:
             offset: Where in the file they begin.
         """
         self._threads.traffic.written += memory.numel()
-        return self._start(_write_piece, memory, offset)
+        return self._start(WRITE, _write_piece, memory, offset)
 
     def sync(self) -> Transfer:
         """Make what was written durable; what is under way is not waited for."""
-        return Transfer([self._threads.executor.submit(self._sync)])
+        traffic = self._threads.traffic
+        return Transfer([self._threads.executor.submit(traffic.moves(SYNC, self._sync))], traffic)
 
-    def _start(self, move: Callable[..., None], memory: Tensor, offset: int) -> Transfer:
+    def _start(self, what: str, move: Callable[..., None], memory: Tensor, offset: int) -> Transfer:
         array: Any = memory.numpy()
         view = memoryview(array)  # holds the memory as long as a piece is under way
         size, descriptor = self._threads.block_size, self._descriptor_for(memory, offset)
-        submit = self._threads.executor.submit
-        return Transfer(
+        submit, traffic = self._threads.executor.submit, self._threads.traffic
+        move = traffic.moves(what, move)
+        pieces = [
             submit(move, self, descriptor, view[start : start + size], offset + start)
             for start in range(0, len(view), size)
-        )
+        ]
+        return Transfer(pieces, traffic)
 
     def _sync(self) -> None:
         try:

@@ -45,6 +45,7 @@ class Residents:
         Nor does anything follow what was last: in a validation the first block does, batch by
         batch, and would be read where backward is next.
         """
+        self._store.traffic.begin(phase)
         self._follows.pop((phase, self._last.pop(phase, "")), None)
 
     def fetch(self, block: Block, phase: str) -> Tensor:

@@ -44,7 +44,7 @@ class ShardStore:
         check_names(self.blocks.values())
         self.atomic_step = atomic_step
         self.states: dict[str, dict[str, StatePlace]] = {name: {} for name in self.blocks}
-        self._threads = threads
+        self._threads, self.traffic = threads, threads.traffic
         self._ends = {name: block.nbytes for name, block in self.blocks.items()}
         self._current = dict.fromkeys(self.blocks, 0)
         self._committed: dict[str, int] | None = None
@@ -182,6 +182,7 @@ class ShardStore:
             step: Optimizer steps so far.
             payload: What else belongs to it.
         """
+        self.traffic.begin("commit")
         self.settle_all()
         syncs = [self._files[name, self._current[name]].sync() for name in self._unsynced]
         for sync in syncs:
@@ -190,6 +191,7 @@ class ShardStore:
         record = Record(step, dict(self._current), self.states, self.layout, payload)
         record.write(self.folder)
         self._committed = dict(self._current)
+        self.traffic.begin("")
 
     def recover(self) -> Record | None:
         """Go to the committed step; None if there is none.
