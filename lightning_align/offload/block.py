@@ -1,9 +1,8 @@
 """A block: the parameters that come and go together, and where each lies in its memory.
 
 A parameter of a block is the same object all the time; only its data come and go. While they are
-away they are one NaN that is seen in the parameter's shape: it takes no memory, has all that code
-may ask of a parameter but for its values, and whoever reads it all the same gets nothing that looks
-like a weight.
+away they are one NaN that is seen in the parameter's shape, which takes no memory; and whoever
+reads them is told so (``away``).
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_align.offload.away import come_back, go_away
 from lightning_align.offload.files import ALIGNMENT
 
 PADDING = 64  # elements: vector kernels treat the rest of a tensor that is no multiple otherwise
@@ -105,17 +105,14 @@ class Block:
         """Let the parameters have their values there."""
         self.memory = memory
         for name, place in self.places.items():
-            self.parameters[name].data = place.of(memory)
+            come_back(self.parameters[name], place.of(memory))
 
     def hide(self) -> None:
         """Take the values away; who holds a view of them keeps it, and the memory with it."""
         self.memory = None
         for name, parameter in self.parameters.items():
-            parameter.data = self._nan[name].expand(self.places[name].shape)
-
-    def absent(self) -> dict[int, str]:
-        """Storage of what stands for absent values -> name of the parameter."""
-        return {nan.untyped_storage().data_ptr(): name for name, nan in self._nan.items()}
+            stand_in = self._nan[name].expand(self.places[name].shape)
+            go_away(parameter, f"{name} of {self.name}", stand_in)
 
 
 def check_names(blocks: Iterable[Block]) -> None:

@@ -45,12 +45,6 @@ class SavedWeights:
         self._residents = residents
         self._activations = activations
         self._kept = [block for block in blocks if block.kept]
-        self._absent = {
-            storage: f"{name} of {block.name}"
-            for block in blocks
-            if not block.kept
-            for storage, name in block.absent().items()
-        }
 
     def notes(self) -> AbstractContextManager[Any]:
         """Around a forward whose backward fetches what it needs of blocks."""
@@ -63,12 +57,6 @@ class SavedWeights:
         if tensor.layout != torch.strided:
             return tensor
         storage = tensor.untyped_storage().data_ptr()
-        if storage in self._absent:
-            raise RuntimeError(
-                f"Parameter {self._absent[storage]} was used while it is not in memory: only the"
-                " forward of its block may read it. Read it in `with strategy.gathered([name])`, or"
-                " choose blocks with wrap_policy so that it is in none."
-            )
         block = self._residents.by_storage.get(storage)
         if block is None:
             if self._activations is None or self._is_kept(storage):
