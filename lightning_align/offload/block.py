@@ -70,6 +70,10 @@ class Block:
         kept: Whether it stays in memory from beginning to end.
 
     Attributes:
+        kept: Whether its values stay in memory from beginning to end.
+        is_stored: Whether its values are on a drive; otherwise they are in memory alone.
+        gradients_stay: Whether its gradients stay in ``p.grad`` until they are used.
+        states_stay: Whether its optimizer state stays in memory, and is nowhere else.
         places: Where each parameter lies in the block's memory.
         nbytes: Length of that memory.
         memory: The values, while they are here.
@@ -81,7 +85,8 @@ class Block:
     ) -> None:
         self.name = name
         self.parameters = dict(parameters)
-        self.kept = kept
+        self.kept = self.gradients_stay = kept
+        self.is_stored, self.states_stay = True, False
         self.places, self.nbytes = placed(self.parameters)
         self.memory: Tensor | None = None
         self.users = 0

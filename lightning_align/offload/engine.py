@@ -10,7 +10,7 @@ where nobody calls its module.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,13 +81,16 @@ class OffloadEngine:
         self.pool = BufferPool(memory.pool_bytes, self._relieve)
         self.residents = Residents(store, self.pool, memory.blocks)
         self._moving = moving = [block for block in self.blocks if not block.kept]
-        folder = None if memory.gradients else store.folder
-        self.gradients = GradientSums(folder, moving, self.pool, threads)
+        self._summed = [block for block in self.blocks if not block.gradients_stay]
+        folders = None if memory.gradients else store.folders
+        self.gradients = GradientSums(folders, self._summed, self.pool, threads)
         self._memory = memory
         self._modules = modules
         self.whole = WholeValues(store, self.residents, self.pool)
         self._saved = SavedWeights(self.residents, self.blocks, activations)
-        self._owner = {p: block for block in moving for p in block.parameters.values()}
+        self._owner = {
+            p: store.blocks[name] for name in modules for p in store.blocks[name].parameters.values()
+        }
         self._hooked: set[nn.Parameter] = set()
         self._waiting: dict[str, int] = {}  # block -> gradients that are still to come
         self._early = False  # whether this backward updates blocks
@@ -105,7 +108,8 @@ class OffloadEngine:
         """Fetch blocks from now on when their modules are called."""
         for block in self.blocks:
             module = self._modules.get(block.name)
-            if module is not None:
+            stays = block.kept and block.states_stay  # there is nothing to fetch
+            if module is not None and not stays:
                 hooks: Any = module
                 self._handles += [
                     hooks.register_forward_pre_hook(self._before(block), prepend=True),
@@ -168,7 +172,7 @@ class OffloadEngine:
     def forward(self) -> Iterator[None]:
         """Around a forward that may be followed by a backward."""
         self.residents.begin("forward")
-        for block in self._moving:  # gradients of a window that was resumed
+        for block in self._summed:  # gradients of a window that was resumed
             if any(p.grad is not None for p in block.parameters.values()):
                 self.gradients.add(block)
         for parameter in self._owner.keys() - self._hooked:
@@ -178,7 +182,7 @@ class OffloadEngine:
                 self._hooked.add(parameter)
         if self.activations is not None:
             self.activations.begin()
-        with self._saved.notes():
+        with self._saved.notes() if self._moving or self.activations else nullcontext():
             yield
 
     @contextmanager
@@ -198,7 +202,7 @@ class OffloadEngine:
             yield
             if self.activations is not None:
                 self.activations.settle()
-            for block in self._moving:  # those of which some parameters have got no gradient
+            for block in self._summed:  # those of which some parameters have got no gradient
                 if any(p.grad is not None for p in block.parameters.values()):
                     self._collect(block)
         finally:
@@ -218,6 +222,11 @@ class OffloadEngine:
                 f"{block.name} has got a gradient after it was updated in the same backward, as"
                 " under reentrant checkpointing. Set update_in_backward=False."
             )
+        if block.gradients_stay:
+            if self._early:
+                self.gradients.use(block, factor=self._factor)
+                self.updates.update_from_grad(block, "backward")
+            return
         memory = self.gradients.add(block, factor=self._factor, store=not self._early)
         self._scaled.add(block.name)
         if self._early:
@@ -228,7 +237,7 @@ class OffloadEngine:
     def waiting_gradients(self) -> dict[str, Tensor]:
         """Copies of the sums of the open window, by name of parameter."""
         found = {}
-        for block in self._moving:
+        for block in self._summed:
             if names := self.gradients.names(block):
                 sums = self.gradients.take(block)
                 found.update({name: block.places[name].of(sums).clone() for name in names})
@@ -242,7 +251,7 @@ class OffloadEngine:
             torch._foreach_mul_(here, factor)
         if self._factor is not None:
             assert torch.equal(self._factor, torch.as_tensor(factor))
-            for block in self._moving:  # those that the last backward did not come to
+            for block in self._summed:  # those that the last backward did not come to
                 if block.name not in self._scaled and self.gradients.names(block):
                     self.gradients.add(block, factor=factor)
             self._factor = None

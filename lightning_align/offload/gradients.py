@@ -7,7 +7,7 @@ noted down, and done to each when the update reads it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from lightning_align.offload.block import Block
 from lightning_align.offload.buffers import BufferPool
-from lightning_align.offload.files import DirectFile, Threads, Transfer
+from lightning_align.offload.files import Threads, Transfer
+from lightning_align.offload.striped import open_file
 
 FILE = "gradients"
 
@@ -24,8 +25,8 @@ class GradientSums:
     """The sums of the open window.
 
     Args:
-        folder: Where the file is; None keeps the sums in memory.
-        blocks: Whose gradients; a kept block's stay in ``p.grad``.
+        folders: Where the file is, striped over several; None keeps the sums in memory.
+        blocks: Whose gradients; those of others stay in ``p.grad``.
         pool: Memory for what is under way.
         threads: Who reads and writes.
 
@@ -35,14 +36,18 @@ class GradientSums:
     """
 
     def __init__(
-        self, folder: Path | None, blocks: list[Block], pool: BufferPool, threads: Threads
+        self,
+        folders: Sequence[Path] | None,
+        blocks: list[Block],
+        pool: BufferPool,
+        threads: Threads,
     ) -> None:
         self._offsets: dict[str, int] = {}
         offset = 0
         for block in blocks:
             self._offsets[block.name] = offset
             offset += block.nbytes
-        self._file = None if folder is None else DirectFile(folder / FILE, threads)
+        self._file = open_file(folders, FILE, threads) if folders and blocks else None
         if self._file is not None:
             self._file.allocate(offset)
         self._pool = pool
@@ -99,6 +104,20 @@ class GradientSums:
         if store:
             self.put(block, memory)
         return memory
+
+    def use(self, block: Block, *, factor: Tensor | float | None = None) -> None:
+        """The gradients of a block in ``p.grad`` are about to be used.
+
+        Args:
+            block: Which one.
+            factor: What they are multiplied by.
+        """
+        for parameter in block.parameters.values():
+            if parameter.grad is not None:
+                if factor is not None:
+                    parameter.grad.mul_(factor)
+                self.norms[parameter] = torch.linalg.vector_norm(parameter.grad)
+        self.used(block)
 
     def take(self, block: Block) -> Tensor:
         """The block's sums, for the update; they are put away no more."""

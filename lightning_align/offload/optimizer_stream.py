@@ -102,6 +102,20 @@ class OptimizerStream:
         """
         assert block.memory is not None
         self._store.settle(block.name)  # its memory may still be on its way to the disk
+        if block.states_stay:
+            meanwhile()
+            self._step_parameters(block, list(block.parameters), gradients)
+        else:
+            self._step_groups(block, gradients, meanwhile)
+        self._store.write(block.name, block.memory)
+        self._store.update_done(block.name)
+
+    def _step_groups(
+        self,
+        block: Block,
+        gradients: Callable[[str], Tensor | None],
+        meanwhile: Callable[[], None],
+    ) -> None:
         groups = list(self._groups(block, gradients))
         self._forget_others(block, groups)
         for number, names in enumerate(groups):
@@ -114,8 +128,6 @@ class OptimizerStream:
             self._step_parameters(block, names, gradients)
             for name in names:
                 self._detach(block, name, memories[name])
-        self._store.write(block.name, block.memory)
-        self._store.update_done(block.name)
 
     def foresee(self, block: Block, has_gradient: Callable[[str], bool]) -> None:
         """Begin to read what the first group of a block's update will need.
@@ -124,6 +136,8 @@ class OptimizerStream:
             block: Which one.
             has_gradient: Whether a parameter will be stepped, by its name.
         """
+        if block.states_stay:
+            return
         self._store.settle(block.name)
         nothing = torch.empty(0)
         groups = self._groups(block, lambda name: nothing if has_gradient(name) else None)
@@ -137,7 +151,7 @@ class OptimizerStream:
 
     def load(self, block: Block) -> None:
         """Bring a block's state into ``optimizer.state``, in memory of its own."""
-        for name in block.parameters:
+        for name in () if block.states_stay else block.parameters:
             self._read_ahead(block, [name])
             self._attach(block, name)
             state = self._state(block, name)
@@ -145,7 +159,7 @@ class OptimizerStream:
 
     def drop(self, block: Block) -> None:
         """Forget what ``load`` has brought."""
-        for name in block.parameters:
+        for name in () if block.states_stay else block.parameters:
             _remove_large(self._state(block, name))
 
     def save(self, block: Block) -> None:
@@ -154,7 +168,7 @@ class OptimizerStream:
         The caller writes the parameters, and then says that the update is done.
         """
         self._forget_others(block, [])
-        for name in block.parameters:
+        for name in () if block.states_stay else block.parameters:
             self._detach(block, name, None)
 
     def _groups(

@@ -9,7 +9,7 @@ In a file are the parameters, then the optimizer's tensors of one parameter afte
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import xxhash
@@ -18,31 +18,46 @@ from torch import Tensor
 from lightning_align.offload.block import Block, aligned, check_names
 from lightning_align.offload.buffers import BufferPool
 from lightning_align.offload.files import DirectFile, Threads, Transfer
+from lightning_align.offload.memory_file import MemoryFile
 from lightning_align.offload.record import FILE, Record, StatePlace, read_record, sync_folder
+from lightning_align.offload.striped import StripedFile, open_file
 
 _SUFFIX = ".block"
+AnyFile = DirectFile | StripedFile | MemoryFile
 
 
 class ShardStore:
     """Files of a rank's blocks.
 
     Args:
-        folder: Where they are; it is made.
+        folder: Where they are; it is made, unless everything stays in memory.
         blocks: What is stored; a name may be asked for as a name of a file.
         threads: Who reads and writes.
         atomic_step: Whether a block has two files, so that a step counts as a whole or not at all.
+        drives: Folders on further drives, over which files are striped.
 
     Attributes:
+        commits: Whether a step can be committed: not if any of it is in memory alone.
+        is_on_drive: Whether any of it is not.
         states: Block -> parameter -> where its optimizer state lies in the block's file.
     """
 
     def __init__(
-        self, folder: Path, blocks: Iterable[Block], threads: Threads, *, atomic_step: bool = True
+        self,
+        folder: Path,
+        blocks: Iterable[Block],
+        threads: Threads,
+        *,
+        atomic_step: bool = True,
+        drives: Sequence[Path] = (),
     ) -> None:
-        self.folder = folder
+        self.folder, self.folders = folder, [folder, *drives]
         self.blocks = {block.name: block for block in blocks}
         check_names(self.blocks.values())
-        self.atomic_step = atomic_step
+        values = self.blocks.values()
+        self.commits = all(block.is_stored and not block.states_stay for block in values)
+        self.is_on_drive = any(block.is_stored or not block.states_stay for block in values)
+        self.atomic_step = atomic_step and self.commits
         self.states: dict[str, dict[str, StatePlace]] = {name: {} for name in self.blocks}
         self._threads, self.traffic = threads, threads.traffic
         self._ends = {name: block.nbytes for name, block in self.blocks.items()}
@@ -50,14 +65,23 @@ class ShardStore:
         self._committed: dict[str, int] | None = None
         self._unsynced: set[str] = set()
         self._writes: dict[str, list[Transfer]] = {name: [] for name in self.blocks}
-        folder.mkdir(parents=True, exist_ok=True)
-        slots = (0, 1) if atomic_step else (0,)
+        made = self.folders if self.is_on_drive else []
+        for place in made:
+            place.mkdir(parents=True, exist_ok=True)
+        slots = (0, 1) if self.atomic_step else (0,)
         self._files = {
-            (name, slot): DirectFile(folder / f"{number:05d}.{slot}{_SUFFIX}", threads)
-            for number, name in enumerate(self.blocks)
+            (name, slot): self._open(block, f"{number:05d}.{slot}{_SUFFIX}")
+            for number, (name, block) in enumerate(self.blocks.items())
             for slot in slots
         }
-        sync_folder(folder)
+        for place in made:
+            sync_folder(place)
+
+    def _open(self, block: Block, name: str) -> AnyFile:
+        if block.is_stored:
+            return open_file(self.folders, name, self._threads)
+        behind = None if block.states_stay else open_file(self.folders, name, self._threads)
+        return MemoryFile(block.nbytes, behind)
 
     @property
     def layout(self) -> str:
@@ -110,6 +134,13 @@ class ShardStore:
             self._ends[name] = block.nbytes
 
     # Transfers
+
+    def in_memory(self, block: str) -> Tensor | None:
+        """The block's values themselves, if they are in memory; nobody need read or write them."""
+        file = self._files[block, self._current[block]]
+        if not isinstance(file, MemoryFile):
+            return None
+        return file.view(0, self.blocks[block].nbytes)
 
     def read(self, block: str, memory: Tensor, offset: int = 0) -> Transfer:
         """Fill memory from the block's values.
@@ -182,6 +213,7 @@ class ShardStore:
             step: Optimizer steps so far.
             payload: What else belongs to it.
         """
+        assert self.commits
         self.traffic.begin("commit")
         self.settle_all()
         syncs = [self._files[name, self._current[name]].sync() for name in self._unsynced]

@@ -81,8 +81,8 @@ class Updates:
                 block, self._gradients.take(block), "update", partial(self._foresee, following)
             )
         for block in self._blocks if may_step else ():
-            if block.kept:
-                self._update_kept(block)
+            if block.gradients_stay:
+                self.update_from_grad(block, "update")
         for parameter in everything:
             parameter.grad = None
         self._gradients.clear()
@@ -124,9 +124,16 @@ class Updates:
         self._stream.update(block, gradient, meanwhile)
         self._gradients.used(block)
 
-    def _update_kept(self, block: Block) -> None:
+    def update_from_grad(self, block: Block, phase: str) -> None:
+        """Step one block whose gradients have stayed in ``p.grad``, and write it.
+
+        Args:
+            block: Which one.
+            phase: In which the block is fetched.
+        """
         gradients = {name: p.grad for name, p in block.parameters.items()}
         if any(gradient is not None for gradient in gradients.values()):
+            self._residents.fetch(block, phase)
             for parameter in block.parameters.values():
                 parameter.grad = None
             self._stream.update(block, gradients.get)

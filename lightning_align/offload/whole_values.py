@@ -34,7 +34,9 @@ class WholeValues:
         for number, block in enumerate(self._blocks):
             if number > 1:  # no read waits behind these writes, so they would pile up in memory
                 self._store.settle(self._blocks[number - 2].name)
-            memory = self._pool.take(block.nbytes)
+            memory = self._store.in_memory(block.name)
+            if memory is None:
+                memory = self._pool.take(block.nbytes)
             block.copy_into(memory)
             self._store.write(block.name, memory)
             self._store.update_done(block.name)

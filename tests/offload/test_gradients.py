@@ -13,7 +13,7 @@ from lightning_align.offload.gradients import GradientSums
 @pytest.mark.parametrize("on_disk", [True, False])
 def test_sums_are_those_of_autograd(tmp_path, on_disk):
     block = Block("block", {"a": nn.Parameter(torch.zeros(5)), "b": nn.Parameter(torch.zeros(3))})
-    sums = GradientSums(tmp_path if on_disk else None, [block], BufferPool(), Threads())
+    sums = GradientSums([tmp_path] if on_disk else None, [block], BufferPool(), Threads())
     parts = [torch.full((5,), 0.1), torch.full((5,), 0.2), torch.full((5,), 0.7)]
     expected = parts[0].clone()
     for number, part in enumerate(parts):
@@ -38,7 +38,7 @@ def test_sums_are_those_of_autograd(tmp_path, on_disk):
 
 def test_a_factor_comes_behind_the_sum(tmp_path):
     block = Block("block", {"a": nn.Parameter(torch.zeros(5))})
-    sums = GradientSums(tmp_path, [block], BufferPool(), Threads())
+    sums = GradientSums([tmp_path], [block], BufferPool(), Threads())
     for factor in (None, 0.25):
         block.parameters["a"].grad = torch.full((5,), 2.0)
         sums.add(block, factor=factor)
