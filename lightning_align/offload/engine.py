@@ -80,7 +80,7 @@ class OffloadEngine:
         self.blocks = list(store.blocks.values())
         self.pool = BufferPool(memory.pool_bytes, self._relieve)
         self.residents = Residents(store, self.pool, memory.blocks)
-        self._moving = moving = [block for block in self.blocks if not block.kept]
+        self._moving = [block for block in self.blocks if not block.kept]
         self._summed = [block for block in self.blocks if not block.gradients_stay]
         folders = None if memory.gradients else store.folders
         self.gradients = GradientSums(folders, self._summed, self.pool, threads)
@@ -89,7 +89,9 @@ class OffloadEngine:
         self.whole = WholeValues(store, self.residents, self.pool)
         self._saved = SavedWeights(self.residents, self.blocks, activations)
         self._owner = {
-            p: store.blocks[name] for name in modules for p in store.blocks[name].parameters.values()
+            p: store.blocks[name]
+            for name in modules
+            for p in store.blocks[name].parameters.values()
         }
         self._hooked: set[nn.Parameter] = set()
         self._waiting: dict[str, int] = {}  # block -> gradients that are still to come

@@ -16,11 +16,24 @@ def network():
     )
 
 
-def offloaded(folder, module, count=2, **memory):
+def offloaded(folder, module, count=2, stays=(), every=2, **memory):
+    """Its engine.
+
+    Args:
+        folder: Of the files.
+        module: With blocks as children.
+        count: Blocks in memory at a time.
+        stays: Attributes of blocks that say what of it stays in memory.
+        every: Of which blocks: each second one.
+        **memory: Of ``Memory``.
+    """
     blocks = [
         Block(name, {f"{name}.{key}": p for key, p in part.named_parameters()})
         for name, part in module.named_children()
     ]
+    for block in blocks[::every]:
+        for attribute in stays:
+            setattr(block, attribute, attribute != "is_stored")
     threads = Threads()
     store = ShardStore(folder, blocks, threads)
     modules = dict(module.named_children())
