@@ -96,3 +96,9 @@ def retyped(storage: torch.UntypedStorage, like: Any) -> Any:
     if not isinstance(like, typed):
         return storage
     return typed(wrap_storage=storage, dtype=like.dtype, _internal=True)
+
+
+def is_shared_with_others(tensor: Tensor) -> bool:
+    """Whether another tensor looks at its memory, or somebody holds its storage."""
+    own = 2  # the tensor itself, and the object that is asked here
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)) > own

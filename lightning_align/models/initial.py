@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_align._compat.torch_modules import BeforeDraws
 from lightning_align._errors import argument_error
+from lightning_align.offload.away import Away
 from lightning_align.seeds import derive_seed, fork_generators, seed_torch
 
 
@@ -33,14 +34,15 @@ def initialize(module: nn.Module, empty: Mapping[str, Tensor], seed: int, *, whe
     Raises:
         ValueError: If no part of the module fills one of them.
     """
-    for parameter in empty.values():
-        parameter.fill_(torch.nan)
-    wanted = set(empty.values())
+    wanted, begun = set(empty.values()), set[Tensor]()
     with fork_generators(torch.device("cpu")), BeforeDraws(_seeding(empty, seed)):
         # From the inside out, as Hugging Face does: a block may set what its layers have drawn.
         for name, part, model in reversed(list(_parts(module))):
             if wanted.isdisjoint(part.parameters()):
                 continue
+            for parameter in wanted.intersection(part.parameters(recurse=False)) - begun:
+                parameter.fill_(torch.nan)
+                begun.add(parameter)
             seed_torch(derive_seed(seed, name, "module"))  # for draws into temporary tensors
             reset = getattr(part, "reset_parameters", None)
             reset = reset or getattr(part, "_reset_parameters", None)
@@ -63,11 +65,12 @@ def _parts(module: nn.Module, name: str = "", model: Any = None) -> Iterator[tup
 
 def _seeding(parameters: Mapping[str, Tensor], seed: int) -> Callable[[Tensor], None]:
     """Called before each draw into a tensor: seeds by its name, and how often it was drawn into."""
-    names = {_storage(parameter): name for name, parameter in parameters.items()}
     draws = Counter[str]()
 
     def seed_for(tensor: Tensor) -> None:
-        name = names.get(_storage(tensor))  # a part of a parameter may be drawn by itself
+        # A part of a parameter may be drawn by itself. What is drawn into is in memory, and others
+        # may have been where it is before.
+        name = next((n for n, p in parameters.items() if _share(p, tensor)), None)
         if name is not None:
             seed_torch(derive_seed(seed, name, draws[name]))
             draws[name] += 1
@@ -75,8 +78,10 @@ def _seeding(parameters: Mapping[str, Tensor], seed: int) -> Callable[[Tensor], 
     return seed_for
 
 
-def _storage(tensor: Tensor) -> int:
-    return 0 if tensor.is_meta else tensor.untyped_storage().data_ptr()
+def _share(parameter: Tensor, drawn: Tensor) -> bool:
+    if drawn.is_meta or isinstance(parameter, Away):
+        return False
+    return parameter.untyped_storage().data_ptr() == drawn.untyped_storage().data_ptr()
 
 
 def _refuse(module: nn.Module, name: str, where: str) -> None:

@@ -8,6 +8,7 @@ that is away is an error and no number. Only compiled code (TorchScript) does no
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -40,10 +41,12 @@ class Away:
     Attributes:
         kind: The class that the parameter has otherwise.
         away_as: Its name, and that of its block.
+        bring: What brings it back for who uses it, if anything does.
     """
 
     kind: type[nn.Parameter]
     away_as: str
+    bring: Callable[[list[nn.Parameter]], None] | None
 
     @classmethod
     def __torch_function__(
@@ -65,7 +68,13 @@ class Away:
             result = plain.__torch_function__(func, types, args, kwargs or {})
             if is_known or result is args[0]:
                 return result
-        raise RuntimeError(_message(args, kwargs))
+        _bring_all(args, kwargs)
+        return func(*args, **(kwargs or {}))
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        """A copy of what the parameter is when its values are there."""
+        _bring_all(self)
+        return copy.deepcopy(self, memo)
 
     @override
     def __repr__(self) -> str:
@@ -73,16 +82,24 @@ class Away:
         return f"Parameter away: {self.away_as}, {tuple(parameter.shape)}, {parameter.dtype}"
 
 
-def go_away(parameter: nn.Parameter, name: str, stand_in: Tensor) -> None:
+def go_away(
+    parameter: nn.Parameter,
+    name: str,
+    stand_in: Tensor,
+    bring: Callable[[list[nn.Parameter]], None] | None = None,
+) -> None:
     """Take a parameter's values away.
 
     Args:
         parameter: Whose.
         name: What those who read it are told.
         stand_in: What compiled code reads.
+        bring: Brings it back for who uses it, and keeps other parameters of the same call; without
+            this its use is an error.
     """
     come_back(parameter, stand_in)
-    parameter.away_as = name  # type: ignore[attr-defined]
+    changing: Any = parameter
+    changing.away_as, changing.bring = name, bring
     parameter.__class__ = _away(type(parameter))
 
 
@@ -96,7 +113,7 @@ def come_back(parameter: nn.Parameter, values: Tensor) -> None:
     changing: Any = parameter
     if isinstance(parameter, Away):
         changing.__class__ = parameter.kind
-        del changing.away_as
+        del changing.away_as, changing.bring
     parameter.data = values
 
 
@@ -105,10 +122,16 @@ def _away(kind: type[nn.Parameter]) -> type[nn.Parameter]:
     return type(f"Away{kind.__name__}", (Away, kind), {"kind": kind})
 
 
-def _message(*given: Any) -> str:
-    found = next((p.away_as for p in tree_leaves(given) if isinstance(p, Away)), "of a block")
-    return (
-        f"Parameter {found} was used while it is not in memory: only the"
-        " forward of its block may read it. Read it in `with strategy.gathered([name])`, or"
-        " choose blocks with wrap_policy so that it is in none."
-    )
+def _bring_all(*given: Any) -> None:
+    """Bring parameters that a call is given; one that nothing brings is an error."""
+    parameters = [leaf for leaf in tree_leaves(given) if isinstance(leaf, nn.Parameter)]
+    for parameter in parameters:
+        if isinstance(parameter, Away):
+            if parameter.bring is None:
+                raise RuntimeError(
+                    f"Parameter {parameter.away_as} was used while it is not in memory: only the"
+                    " forward of its block may read it. Read it in `with"
+                    " strategy.gathered([name])`, or choose blocks with wrap_policy so that it is"
+                    " in none."
+                )
+            parameter.bring(parameters)

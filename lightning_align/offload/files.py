@@ -52,6 +52,10 @@ class Threads:
             raise argument_error("offload", "block_size", self.block_size, rule)
         self.traffic = Traffic()
         self.buffered_devices: set[int] = set()  # told once
+        self.start()
+
+    def start(self) -> None:
+        """Have threads; a process that was forked does not take them along."""
         self.executor = ThreadPoolExecutor(self.count, thread_name_prefix="offload")
 
     def close(self) -> None:

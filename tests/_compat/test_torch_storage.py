@@ -2,12 +2,14 @@ import io
 import warnings
 from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
 
 from lightning_align._compat.torch_storage import (
     expiry,
     identity,
+    is_shared_with_others,
     is_storage,
     negative_view,
     pickled_type,
@@ -124,3 +126,18 @@ def test_a_storage_that_is_gone_is_known_to_be() -> None:
     assert not gone()
     del view
     assert gone()
+
+
+def test_whoever_else_looks_at_a_tensors_memory_is_seen() -> None:
+    over_buffer = torch.ones(6)
+    over_buffer.data = torch.frombuffer(np.zeros(64, np.float32), dtype=torch.float32)[:8]
+    for tensor in (torch.ones(6), over_buffer):
+        assert not is_shared_with_others(tensor)
+        view = tensor[2:]
+        assert is_shared_with_others(tensor)
+        del view
+        assert not is_shared_with_others(tensor)
+        storage = tensor.untyped_storage()
+        tensor.add_(1)
+        assert not is_shared_with_others(tensor)
+        del storage
