@@ -174,9 +174,8 @@ class OffloadEngine:
     def forward(self) -> Iterator[None]:
         """Around a forward that may be followed by a backward."""
         self.residents.begin("forward")
-        for block in self._summed:  # gradients of a window that was resumed
-            if any(p.grad is not None for p in block.parameters.values()):
-                self.gradients.add(block)
+        for block in self._left():  # gradients of a window that was resumed
+            self.gradients.add(block)
         for parameter in self._owner.keys() - self._hooked:
             if parameter.requires_grad:
                 hooks: Any = parameter
@@ -204,13 +203,20 @@ class OffloadEngine:
             yield
             if self.activations is not None:
                 self.activations.settle()
-            for block in self._summed:  # those of which some parameters have got no gradient
-                if any(p.grad is not None for p in block.parameters.values()):
-                    self._collect(block)
+            for block in self._left():  # those of which some parameters have got no gradient
+                self._collect(block)
         finally:
             self._early, self._phase = False, "forward"
 
+    def _left(self) -> list[Block]:
+        """Blocks whose gradients are in ``p.grad`` and should not be."""
+        if self.gradients.stay:
+            return []
+        return [b for b in self._summed if any(p.grad is not None for p in b.parameters.values())]
+
     def _arrived(self, parameter: nn.Parameter) -> None:
+        if self.gradients.stay:
+            return
         block = self._owner[parameter]
         self._waiting[block.name] -= 1
         if not self._waiting[block.name]:
@@ -251,6 +257,8 @@ class OffloadEngine:
         here = [p.grad for p in parameters if p.grad is not None]
         if here:
             torch._foreach_mul_(here, factor)
+        if self.gradients.stay:
+            return
         if self._factor is not None:
             assert torch.equal(self._factor, torch.as_tensor(factor))
             for block in self._summed:  # those that the last backward did not come to

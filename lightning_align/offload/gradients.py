@@ -33,6 +33,7 @@ class GradientSums:
     Attributes:
         norms: Parameter -> norm of its sum, without what is still to be done to it.
         edits: What is to be done to each sum, in order, in place.
+        stay: Whether gradients are left in ``p.grad``, where a user's code looks for them.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class GradientSums:
         self._used: set[str] = set()  # blocks that were updated with them
         self.norms: dict[nn.Parameter, Tensor] = {}
         self.edits: list[Callable[[Tensor], object]] = []
+        self.stay = False
 
     def names(self, block: Block) -> set[str]:
         """Parameters of a block that have a sum."""

@@ -1,7 +1,7 @@
 """The optimizer's step: block by block, in the middle of backward or when it is called.
 
 Embedding, head and whatever else stays in memory is updated last, from the gradients that autograd
-has left in ``p.grad``.
+has left in ``p.grad``; so is all else where a user's code looks for gradients there.
 """
 
 from __future__ import annotations
@@ -81,10 +81,11 @@ class Updates:
                 block, self._gradients.take(block), "update", partial(self._foresee, following)
             )
         for block in self._blocks if may_step else ():
-            if block.gradients_stay:
+            if block.gradients_stay or self._gradients.stay:
                 self.update_from_grad(block, "update")
-        for parameter in everything:
-            parameter.grad = None
+        if not self._gradients.stay:
+            for parameter in everything:
+                parameter.grad = None
         self._gradients.clear()
 
     def _foresee(self, blocks: list[Block]) -> None:
@@ -137,6 +138,9 @@ class Updates:
             for parameter in block.parameters.values():
                 parameter.grad = None
             self._stream.update(block, gradients.get)
+        if self._gradients.stay:
+            for name, gradient in gradients.items():
+                block.parameters[name].grad = gradient
 
     def forget_state(self, parameters: Iterable[nn.Parameter]) -> None:
         """Let the optimizer begin anew for some parameters."""

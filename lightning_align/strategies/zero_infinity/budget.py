@@ -42,6 +42,7 @@ def plan(
     memory_limit: int | str | Literal["auto"],
     params_buffer_count: int | None,
     group_bytes: int,
+    gradients_stay: bool = False,
 ) -> Memory:
     """How much may be in memory.
 
@@ -50,6 +51,7 @@ def plan(
         memory_limit: Bytes; ``"auto"`` takes the least that overlaps reads with compute.
         params_buffer_count: Blocks at a time; None leaves it to ``memory_limit``.
         group_bytes: Optimizer state at a time.
+        gradients_stay: Whether all gradients are left where autograd puts them.
 
     Raises:
         ValueError: If the limit is below what the largest block needs.
@@ -62,19 +64,23 @@ def plan(
     # pool are gradients where autograd puts them: of what stays, and of one block.
     states = 2 * max(group_bytes, 2 * tensor)
     fixed, beside = kept + 2 * largest + states, kept + largest
+    if gradients_stay:
+        beside = kept + sum(moving)
     if memory_limit == "auto":
         count = params_buffer_count or 3
-        return Memory(count, False, group_bytes, fixed + largest * count)
+        return Memory(count, gradients_stay, group_bytes, fixed + largest * count)
     limit = parse_bytes(memory_limit)
     least = beside + fixed + largest * (params_buffer_count or 2)
     if limit < least:
         rule = f"must be at least {least:,} bytes: the largest block has {largest:,} bytes of"
         rule += f" parameters, and {kept:,} belong to no block and stay"
+        if gradients_stay:
+            rule += f", and so do {sum(moving):,} bytes of gradients, for the hooks that look there"
         way_out = "Raise it, lower sub_group_size, or choose smaller blocks with wrap_policy"
         raise argument_error(WHERE, "memory_limit", memory_limit, rule, way_out)
     free = limit - least
-    gradients = sum(moving) <= free
-    if gradients:
+    gradients = gradients_stay or sum(moving) <= free
+    if gradients and not gradients_stay:
         free -= sum(moving)
     more = free // largest if largest else 0
     count = params_buffer_count or min(2 + more, max(2, len(moving)))

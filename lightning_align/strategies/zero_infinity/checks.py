@@ -5,20 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch import callbacks
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_align._errors import argument_error
+from lightning_align.offload.block import Block
 from lightning_align.run.callbacks import callbacks_of
 from lightning_align.run.protocols import KnowsGradientFactor
 from lightning_align.strategies.zero_infinity.blocks import WHERE
 
 _LIGHTNING = ("lightning.", "pytorch_lightning.")  # where Lightning's own hooks are defined
 _PRECISIONS = ("32-true", "64-true", "bf16-true", "bf16-mixed")
-_REFUSED_CALLBACKS = {  # with all classes that inherit from them
-    *("StochasticWeightAveraging", "WeightAveraging", "BaseFinetuning"),
-}
-# Hooks in which gradients of blocks are not in p.grad.
-_SEE_GRADIENTS = ("on_after_backward", "on_before_optimizer_step")
+_OF_WHOLE_MODELS = (
+    callbacks.BaseFinetuning,
+    callbacks.StochasticWeightAveraging,
+    callbacks.WeightAveraging,
+)
+# Hooks between backward and the update, of callbacks and modules; and those of modules that decide
+# what becomes of gradients.
+_SEE_GRADIENTS = ("on_after_backward", "on_before_optimizer_step", "on_before_zero_grad")
+_DECIDE = ("backward", "optimizer_step", "optimizer_zero_grad", "configure_gradient_clipping")
 
 
 def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -42,26 +48,40 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     if not module.automatic_optimization:
         rule = "it optimizes manually, and blocks are updated by the strategy"
         raise argument_error(WHERE, "model", name, rule, "Use automatic optimization")
-    for hook in ("backward", "optimizer_zero_grad", "configure_gradient_clipping"):
-        if getattr(type(module), hook) is not getattr(pl.LightningModule, hook):
-            rule = f"it overrides {hook}, and gradients of blocks are not in p.grad"
-            way_out = "Remove the override, and clip with Trainer(gradient_clip_val=...)"
-            raise argument_error(WHERE, "model", name, rule, way_out)
     if any(type(part).__name__ == "OptimizedModule" for part in module.modules()):
         rule = "it is compiled, and its compiled code would hold on to weights that come and go"
         raise argument_error(WHERE, "model", name, rule, "Leave torch.compile out")
     for callback in callbacks_of(trainer):
-        if _REFUSED_CALLBACKS & {kind.__name__ for kind in type(callback).__mro__}:
+        if isinstance(callback, _OF_WHOLE_MODELS):
             rule = "it reads or copies the whole model, of which a few blocks are in memory"
             way_out = "Leave the callback out, or use another strategy"
             raise argument_error(WHERE, "callbacks", type(callback).__name__, rule, way_out)
-    for owner in (module, *callbacks_of(trainer)):
-        hooks = [hook for hook in _SEE_GRADIENTS if _is_users(owner, hook)]
-        if hooks:
-            rank_zero_warn(
-                f"{WHERE}: {type(owner).__name__} has {', '.join(hooks)}. Gradients of blocks are"
-                " not in p.grad there; they are on disk until the update."
-            )
+    if (hooks := hooks_on_gradients(trainer, module)) and trainer.world_size > 1:
+        rule = f"with {', '.join(hooks)} all gradients stay in p.grad, which takes one rank so far"
+        way_out = "Set devices=1, or leave them out: Trainer(gradient_clip_val=...) clips, and"
+        way_out += " strategy.total_grad_norm() is the norm"
+        raise argument_error(WHERE, "devices", trainer.world_size, rule, way_out)
+
+
+def hooks_on_gradients(trainer: pl.Trainer, module: pl.LightningModule) -> list[str]:
+    """What a user has written that may look at gradients, or decide what becomes of them."""
+    owners = [(owner, _SEE_GRADIENTS) for owner in (module, *callbacks_of(trainer))]
+    return [
+        f"{type(owner).__name__}.{hook}"
+        for owner, hooks in [*owners, (module, _DECIDE)]
+        for hook in hooks
+        if _is_users(owner, hook)
+    ]
+
+
+def warn_of_gradients(hooks: list[str], blocks: list[Block]) -> None:
+    """Say what it costs that hooks may look at the gradients of blocks."""
+    nbytes = sum(p.nbytes for block in blocks for p in block.trainable.values())
+    rank_zero_warn(
+        f"{WHERE}: the gradients of all blocks stay in memory until the next backward,"
+        f" {nbytes:,} bytes, as {', '.join(hooks)} may look at them. Trainer(gradient_clip_val=...)"
+        " and strategy.total_grad_norm() need no such memory."
+    )
 
 
 def sees_gradients(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
@@ -69,7 +89,7 @@ def sees_gradients(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
     # Ours only multiplies them, by what it says beforehand.
     known = isinstance(module, KnowsGradientFactor)
     ours = (*_LIGHTNING, "lightning_align.") if known else _LIGHTNING
-    return bool(trainer.gradient_clip_val) or any(
+    return bool(trainer.gradient_clip_val or hooks_on_gradients(trainer, module)) or any(
         not _home(owner, hook).startswith(ours if owner is module else _LIGHTNING)
         for owner in (module, *callbacks_of(trainer))
         for hook in _SEE_GRADIENTS

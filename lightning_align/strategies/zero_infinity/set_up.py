@@ -28,7 +28,12 @@ from lightning_align.offload.store import ShardStore, sweep
 from lightning_align.strategies.one_optimizer import one_optimizer
 from lightning_align.strategies.zero_infinity.blocks import WHERE, find_blocks
 from lightning_align.strategies.zero_infinity.budget import plan
-from lightning_align.strategies.zero_infinity.checks import check_trainer, sees_gradients
+from lightning_align.strategies.zero_infinity.checks import (
+    check_trainer,
+    hooks_on_gradients,
+    sees_gradients,
+    warn_of_gradients,
+)
 
 if TYPE_CHECKING:
     from lightning_align.strategies.zero_infinity.strategy import ZeROInfinityStrategy
@@ -104,7 +109,13 @@ def _open(
         _make_way(strategy, folder)
     blocks, modules = find_blocks(module, strategy.wrap_policy)
     group_bytes = 8 * strategy.sub_group_size
-    memory = plan(blocks, strategy.memory_limit, strategy.params_buffer_count, group_bytes)
+    memory = plan(
+        blocks,
+        strategy.memory_limit,
+        strategy.params_buffer_count,
+        group_bytes,
+        gradients_stay=bool(hooks_on_gradients(module.trainer, module)),
+    )
     threads = Threads(strategy.thread_count, strategy.block_size, strategy.direct_io)
     store = ShardStore(folder, blocks, threads, atomic_step=strategy.atomic_step)
     activations = None
@@ -155,6 +166,10 @@ def _take_over(strategy: ZeROInfinityStrategy, engine: OffloadEngine, trainer: p
     vars(optimizer)["step"] = step_with_hooks(optimizer, step)
     module = strategy.lightning_module
     assert module is not None
+    hooks = hooks_on_gradients(trainer, module)
+    engine.gradients.stay = bool(hooks)
+    if hooks:
+        warn_of_gradients(hooks, engine.blocks)
     asked = strategy.update_in_backward
     waits = isinstance(optimizer, StepsParameters) or sees_gradients(trainer, module)
     strategy._early = bool(asked) and not waits

@@ -218,7 +218,8 @@ class ZeROInfinityStrategy(BlockCheckpoints):
         module = self.lightning_module
         closes = not lightning_trainer.is_accumulating(module.trainer)
         factor = None
-        if closes and isinstance(module, KnowsGradientFactor):
+        stay = self._engine.gradients.stay  # then hooks see them as they are in memory
+        if closes and not stay and isinstance(module, KnowsGradientFactor):
             factor = module.gradient_factor()
         with self._engine.backward(updates=self._early and closes, factor=factor):
             self.pre_backward(closure_loss)

@@ -34,21 +34,15 @@ class Several(Regression):
         return [torch.optim.SGD(self.inlet.parameters()), torch.optim.SGD(self.parts.parameters())]
 
 
-class Clips(Regression):
-    def configure_gradient_clipping(self, *_, **__):
-        """Of its own."""
-
-
 @pytest.mark.parametrize(
     ("module", "match"),
     [
         (Manual, "optimizes manually"),
         (partial(Several, None), "must have one optimizer"),
-        (partial(Clips, ADAMW), "overrides configure_gradient_clipping"),
         (partial(Regression, torch.optim.LBFGS), "optimizer='LBFGS'.*each parameter by itself"),
         (partial(Regression, torch.optim.Adagrad), "optimizer='Adagrad'"),
     ],
-    ids=["manual", "several", "clips", "LBFGS", "Adagrad"],
+    ids=["manual", "several", "LBFGS", "Adagrad"],
 )
 def test_modules(tmp_path, module, match):
     refused(tmp_path, match, module())
