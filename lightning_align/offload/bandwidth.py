@@ -21,16 +21,25 @@ class BlockBytes:
     """Sizes of what comes and goes together, in bytes.
 
     Attributes:
-        parameters: Of its parameters; its gradients take as many.
-        states: Of its optimizer's state.
+        parameters: Of its parameters.
+        states: Of its optimizer's state, as far as that is on the drive.
+        gradients: Of its gradients, if those that wait do so on the drive; otherwise 0.
         trains: Whether any of its parameters is updated.
-        stays: Whether its parameters stay in memory; their gradients do, too.
+        stays: Whether its parameters stay in memory.
+        is_stored: Whether its parameters are on the drive, also if they stay in memory.
     """
 
     parameters: int
     states: int
+    gradients: int
     trains: bool = True
     stays: bool = False
+    is_stored: bool = True
+
+    @property
+    def stored(self) -> int:
+        """Bytes of its parameters on the drive."""
+        return self.parameters * self.is_stored
 
 
 class Moved(NamedTuple):
@@ -68,7 +77,6 @@ class StepLayout:
         resident: Blocks whose parameters are in memory at a time.
         batches: Forwards and backwards of the step.
         gradients_wait: Whether blocks are updated after the last backward instead of inside it.
-        gradients_stored: Whether gradients that wait are on the drive instead of in memory.
         activation_bytes: What each batch puts on the drive in forward and takes back in backward.
         ranks: Among which parameters, gradients and states are divided.
     """
@@ -77,7 +85,6 @@ class StepLayout:
     resident: int = 3
     batches: int = 1
     gradients_wait: bool = False
-    gradients_stored: bool = True
     activation_bytes: float = 0.0
     ranks: int = 1
 
@@ -104,8 +111,8 @@ def misses(accesses: Iterable[int], memory: OrderedDict[int, None], count: int) 
             memory.popitem(last=False)
 
 
-def fetched_bytes(layout: StepLayout) -> list[tuple[str, float]]:
-    """Phases of a step in their order, with the bytes of the parameters that each must fetch.
+def fetches(layout: StepLayout) -> list[tuple[str, list[BlockBytes]]]:
+    """Phases of a step in their order, with the blocks that each must fetch.
 
     Backward needs the blocks from the first on that trains. A step finds in memory what the one
     before has left there.
@@ -119,12 +126,7 @@ def fetched_bytes(layout: StepLayout) -> list[tuple[str, float]]:
     memory: OrderedDict[int, None] = OrderedDict()
     for _ in range(2):  # the second step is like all that follow
         found = [
-            (
-                phase,
-                float(
-                    sum(layout.blocks[n].parameters for n in misses(used, memory, layout.resident))
-                ),
-            )
+            (phase, [layout.blocks[n] for n in misses(used, memory, layout.resident)])
             for phase, used in phases
         ]
     return found
@@ -136,17 +138,12 @@ def gradient_bytes(layout: StepLayout) -> list[Moved]:
     The sums of a window are read and written again by each of its batches; the last one of a
     window whose gradients do not wait uses them at once.
     """
-    if not layout.gradients_stored:
-        return [Moved()] * (layout.batches + 1)
-    size = sum(block.parameters for block in layout.training if not block.stays)
-    found = [
-        Moved(
-            read=size if number else 0,
-            written=size if number + 1 < layout.batches or layout.gradients_wait else 0,
-        )
-        for number in range(layout.batches)
+    size = sum(block.gradients for block in layout.training)
+    waits = [
+        number + 1 < layout.batches or layout.gradients_wait for number in range(layout.batches)
     ]
-    return [*found, Moved(read=size if layout.gradients_wait else 0)]
+    found = [Moved(size * (number > 0), size * wait) for number, wait in enumerate(waits)]
+    return [*found, Moved(size * layout.gradients_wait)]
 
 
 def step_bytes(layout: StepLayout) -> list[tuple[str, Moved]]:
@@ -159,25 +156,30 @@ def step_bytes(layout: StepLayout) -> list[tuple[str, Moved]]:
     Args:
         layout: What the step is made of.
     """
+    reduced = sum(block.parameters for block in layout.training if not block.stays)
+    activations = layout.activation_bytes * layout.ranks  # each rank has its own
     gradients = iter(gradient_bytes(layout))
-    share, others = 1 / layout.ranks, (layout.ranks - 1) / layout.ranks
-    states = sum(block.states for block in layout.training)
-    update = Moved(states, states + sum(block.parameters for block in layout.training))
-    reduced = sum(block.parameters for block in layout.training)
     found = []
-    for phase, fetched in fetched_bytes(layout):
-        moved = Moved(fetched, 0.0, fetched)
+    for phase, blocks in fetches(layout):
+        moved = Moved(
+            sum(block.stored for block in blocks), 0.0, sum(block.parameters for block in blocks)
+        )
         if phase == FORWARD:
-            moved = moved.plus(Moved(written=layout.activation_bytes * layout.ranks))
-        if phase == BACKWARD:
-            moved = moved.plus(Moved(layout.activation_bytes * layout.ranks, 0.0, reduced))
+            moved = moved.plus(Moved(written=activations))
+        elif phase == BACKWARD:
+            moved = moved.plus(Moved(read=activations, exchanged=reduced))
         if phase != FORWARD:
             moved = moved.plus(next(gradients))
-        found.append(
-            (phase, Moved(moved.read * share, moved.written * share, moved.exchanged * others))
-        )
-    last, moved = found[-1]
-    return [*found[:-1], (last, moved.plus(Moved(update.read * share, update.written * share)))]
+        found.append((phase, moved))
+    states = sum(block.states for block in layout.training)
+    written = states + sum(block.stored for block in layout.training)
+    last, moved = found.pop()
+    found.append((last, moved.plus(Moved(states, written))))
+    ranks = layout.ranks
+    return [
+        (phase, Moved(read / ranks, written / ranks, exchanged * (ranks - 1) / ranks))
+        for phase, (read, written, exchanged) in found
+    ]
 
 
 def total(phases: Iterable[tuple[str, Moved]]) -> Moved:

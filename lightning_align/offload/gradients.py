@@ -61,6 +61,11 @@ class GradientSums:
         self.edits: list[Callable[[Tensor], object]] = []
         self.stay = False
 
+    @property
+    def is_stored(self) -> bool:
+        """Whether sums that wait do so in a file."""
+        return self._file is not None
+
     def names(self, block: Block) -> set[str]:
         """Parameters of a block that have a sum."""
         return self._names.get(block.name, set())

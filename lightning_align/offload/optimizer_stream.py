@@ -63,6 +63,8 @@ def expected_state_bytes(optimizer: Optimizer, block: Block) -> int:
         tensors = count + bool(group.get("amsgrad"))
         if not group or (type(optimizer) is SGD and not group["momentum"]):
             continue
+        if parameter.numel() == 1:  # its state stays in memory, as counters of steps do
+            continue
         padded = -(-parameter.numel() // 64) * 64 * parameter.element_size()
         total += aligned(tensors * padded)
     return total

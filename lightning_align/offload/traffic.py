@@ -30,11 +30,13 @@ class Traffic:
         read: Bytes.
         written: Bytes.
         stalled_s: Seconds that the thread which computes has waited for transfers.
+        moving_s: Seconds in which anything was being moved.
     """
 
     def __init__(self) -> None:
         self.read = self.written = 0
-        self.stalled_s = 0.0
+        self.stalled_s = self.moving_s = 0.0
+        self._lock, self._active, self._since = threading.Lock(), 0, 0.0
         self._computes = threading.get_ident()  # that computes
         self._events: list[Event] | None = None
         self._phase = ("", 0.0)
@@ -57,15 +59,25 @@ class Traffic:
             self._phase = (phase, now)
 
     def moves(self, what: str, call: Callable[..., None]) -> Callable[..., None]:
-        """What a thread is to do, recorded if events are."""
+        """What a thread is to do: the time that it takes is counted, and recorded."""
         events = self._events
-        if events is None:
-            return call
 
         def timed(*args: Any) -> None:
             start = time.perf_counter()
-            call(*args)
-            events.append(Event(what, start, time.perf_counter()))
+            with self._lock:
+                self._active += 1
+                if self._active == 1:
+                    self._since = start
+            try:
+                call(*args)
+            finally:
+                end = time.perf_counter()
+                with self._lock:
+                    self._active -= 1
+                    if not self._active:
+                        self.moving_s += end - self._since
+                if events is not None:
+                    events.append(Event(what, start, end))
 
         return timed
 

@@ -38,6 +38,9 @@ class Updates:
         group_bytes: Optimizer state that is in memory at a time.
         fresh: Whether the optimizer has no state yet; otherwise what is stored is its.
 
+    Attributes:
+        state_bytes: Block -> bytes of its state, as far as they are known before the first step.
+
     Raises:
         OSError: If there is no room.
     """
@@ -58,8 +61,10 @@ class Updates:
         self._blocks = list(store.blocks.values())
         if fresh:
             store.forget_states()
-        state_bytes = {block.name: expected_state_bytes(optimizer, block) for block in self._blocks}
-        store.allocate(state_bytes)
+        self.state_bytes = {
+            block.name: expected_state_bytes(optimizer, block) for block in self._blocks
+        }
+        store.allocate(self.state_bytes)
         self._stream = OptimizerStream(optimizer, store, pool, group_bytes)
 
     @torch.no_grad()

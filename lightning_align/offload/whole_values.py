@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -29,8 +29,12 @@ class WholeValues:
         self._blocks = list(store.blocks.values())
 
     @torch.no_grad()
-    def store_values(self) -> None:
-        """Write the values that the parameters have, block by block, and let them go."""
+    def store_values(self, told: Callable[[int], object] = lambda _: None) -> None:
+        """Write the values that the parameters have, block by block, and let them go.
+
+        Args:
+            told: Called with the bytes of each block.
+        """
         for number, block in enumerate(self._blocks):
             if number > 1:  # no read waits behind these writes, so they would pile up in memory
                 self._store.settle(self._blocks[number - 2].name)
@@ -44,6 +48,7 @@ class WholeValues:
                 block.show(memory)
             else:
                 block.hide()
+            told(block.nbytes)
         give_back_freed()
 
     def read_values(self) -> None:

@@ -90,9 +90,9 @@ def trainer_of(tmp_path, strategy, **options):
         strategy=strategy or "auto",
         default_root_dir=tmp_path,
         max_epochs=1,
-        logger=False,
+        logger=options.pop("logger", False),
         enable_checkpointing=options.pop("enable_checkpointing", False),
-        enable_progress_bar=False,
+        enable_progress_bar=options.pop("enable_progress_bar", False),
         enable_model_summary=False,
         **options,
     )

@@ -28,9 +28,9 @@ from tests.offload.test_engine import network, offloaded, train
 MANY = 1000  # blocks: of which the few that stay from phase to phase do not count
 
 
-def adamw(count=MANY, **options):
+def adamw(count=MANY, gradients=4, **options):
     """Blocks of one parameter in fp32 each, with two moments."""
-    return StepLayout([BlockBytes(4, 8)] * count, resident=2, **options)
+    return StepLayout([BlockBytes(4, 8, gradients)] * count, resident=2, **options)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def adamw(count=MANY, **options):
     [
         ({}, 28),  # forward 4, backward 4, moments read 8, all written 12
         ({"gradients_wait": True}, 40),  # and 4 + 4 of gradients, 4 of the parameter once more
-        ({"gradients_wait": True, "gradients_stored": False}, 32),
+        ({"gradients_wait": True, "gradients": 0}, 32),
         ({"batches": 2}, 28 + 16),  # 8 read, gradients written and read
         ({"batches": 3, "gradients_wait": True}, 40 + 2 * 16),
     ],
@@ -67,16 +67,22 @@ def test_phases_of_four_blocks_of_which_two_are_in_memory():
 def test_frozen_blocks_are_read_only_where_gradients_pass_through():
     """The first has nothing before it that trains, the third has."""
     kinds = [False, True, False, True]
-    blocks = [BlockBytes(4, 8, trains=trains) for trains in kinds]
+    blocks = [BlockBytes(4, 8, 4, trains=trains) for trains in kinds]
     phases = dict(step_bytes(StepLayout(blocks, resident=2)))
     # Backward 3 2 1: two are there; it leaves 1 and 2, of which the next forward finds 1.
     assert phases == {FORWARD: Moved(12), BACKWARD: Moved(4 + 16, 16 + 8)}
 
 
 def test_what_stays_in_memory_is_written_once_a_step():
-    layout = StepLayout([BlockBytes(4, 8, stays=True), *adamw(4).blocks], resident=2)
+    layout = StepLayout([BlockBytes(4, 8, 0, stays=True), *adamw(4).blocks], resident=2)
     with_it, without = total(step_bytes(layout)), total(step_bytes(adamw(4)))
     assert with_it == without.plus(Moved(8, 12))
+
+
+def test_values_in_memory_alone_are_exchanged_and_neither_read_nor_written():
+    blocks = [BlockBytes(4, 8, 4, is_stored=False)] * 4
+    moved = total(step_bytes(StepLayout(blocks, resident=2, ranks=2)))
+    assert moved == Moved(32 / 2, 32 / 2, (8 + 8 + 16) / 2)
 
 
 def test_activations_go_and_come_with_each_batch():
@@ -144,7 +150,9 @@ def test_an_engine_moves_what_is_predicted(tmp_path, count, early, window):
         sum(place.capacity for place in engine.store.states[block.name].values())
         for block in engine.blocks
     ]
-    blocks = [BlockBytes(b.nbytes, size) for b, size in zip(engine.blocks, states, strict=True)]
+    blocks = [
+        BlockBytes(b.nbytes, size, b.nbytes) for b, size in zip(engine.blocks, states, strict=True)
+    ]
     layout = StepLayout(blocks, count, window, gradients_wait=not early)
     expected = total(step_bytes(layout))
     assert traffic.read - before[0] == 2 * expected.read
@@ -153,5 +161,5 @@ def test_an_engine_moves_what_is_predicted(tmp_path, count, early, window):
 
 
 def test_blocks_of_a_module_that_was_not_cut_cost_nothing_but_their_update():
-    kept = BlockBytes(nn.Linear(3, 3).weight.nbytes, 72, stays=True)
+    kept = BlockBytes(nn.Linear(3, 3).weight.nbytes, 72, 0, stays=True)
     assert total(step_bytes(StepLayout([kept]))) == Moved(72, 72 + 36)

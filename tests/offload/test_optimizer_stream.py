@@ -55,7 +55,8 @@ def test_steps_are_those_of_memory_and_state_leaves_it(tmp_path, group_bytes):
 
 
 def test_room_is_reserved_for_what_is_known():
-    parameters = {"a": nn.Parameter(torch.zeros(1024)), "b": nn.Parameter(torch.zeros(1024))}
+    zeros = [nn.Parameter(torch.zeros(n)) for n in (1024, 1024, 1)]
+    parameters = dict(zip("abc", zeros, strict=True))
     block = Block("block", parameters)
     for build, tensors in (
         (torch.optim.AdamW, 2),
@@ -63,7 +64,9 @@ def test_room_is_reserved_for_what_is_known():
         (lambda p: torch.optim.SGD(p, lr=1), 0),
         (lambda p: torch.optim.SGD(p, lr=1, momentum=0.9), 1),
     ):
-        assert expected_state_bytes(build([parameters["a"]]), block) == tensors * 4096
+        assert (
+            expected_state_bytes(build([parameters["a"], parameters["c"]]), block) == tensors * 4096
+        )
 
 
 def test_what_looks_across_parameters_is_refused():

@@ -41,6 +41,16 @@ def test_only_a_wait_of_the_thread_that_computes_is_a_stall(gate, elsewhere):
         assert traffic.stalled_s == before
 
 
+def test_time_in_which_several_things_move_counts_once(monkeypatch):
+    """By the clock, one is there from 0 to 4, another from 1 to 3, a third from 6 to 8."""
+    traffic, clock = Traffic(), iter([0.0, 1.0, 3.0, 4.0, 6.0, 8.0])
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
+    second = traffic.moves("read", lambda: None)
+    traffic.moves("read", second)()
+    second()
+    assert traffic.moving_s == 4 + 2
+
+
 @pytest.mark.parametrize("early", [True, False])
 def test_events_of_a_step_are_its_phases_and_what_was_moved(tmp_path, early):
     ours = network()

@@ -34,6 +34,7 @@ from lightning_align.strategies.zero_infinity.checks import (
     sees_gradients,
     warn_of_gradients,
 )
+from lightning_align.strategies.zero_infinity.counters import layout_of, tell, writing_bar
 
 if TYPE_CHECKING:
     from lightning_align.strategies.zero_infinity.strategy import ZeROInfinityStrategy
@@ -63,6 +64,11 @@ def set_up(strategy: ZeROInfinityStrategy, trainer: pl.Trainer) -> None:
         with one_optimizer(WHERE):
             strategy.setup_optimizers(trainer)
         _take_over(strategy, strategy._engine, trainer)
+        batches = trainer.accumulate_grad_batches
+        tell(
+            strategy._engine,
+            layout_of(strategy._engine, batches, gradients_wait=not strategy._early),
+        )
     strategy.setup_precision_plugin()
 
 
@@ -128,7 +134,8 @@ def _open(
         engine.whole.read_values()
     else:
         store.allocate({})
-        engine.whole.store_values()
+        with writing_bar(module.trainer, sum(block.nbytes for block in blocks)) as bar:
+            engine.whole.store_values(bar.update)
     return engine
 
 

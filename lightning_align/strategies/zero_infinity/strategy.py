@@ -33,6 +33,7 @@ from lightning_align.strategies.zero_infinity.blocks import WHERE, WrapPolicy
 from lightning_align.strategies.zero_infinity.budget import parse_bytes
 from lightning_align.strategies.zero_infinity.checkpoints import BlockCheckpoints
 from lightning_align.strategies.zero_infinity.commits import CommitSteps
+from lightning_align.strategies.zero_infinity.counters import LogTraffic
 from lightning_align.strategies.zero_infinity.set_up import run_folder, set_up
 
 
@@ -178,7 +179,7 @@ class ZeROInfinityStrategy(BlockCheckpoints):
         assert self.lightning_module is not None
         trainer: Any = self.lightning_module.trainer
         present = {type(callback) for callback in trainer.callbacks}
-        for kind in (ExactResume, CommitSteps):
+        for kind in (ExactResume, CommitSteps, LogTraffic):
             if kind not in present:
                 trainer.callbacks.append(kind())
 
