@@ -138,6 +138,26 @@ def test_resumes_under_the_pipeline(row: Row) -> None:
     note(TABLE, row.name, "pipeline, 2 ranks", "resumes")
 
 
+@pytest.mark.parametrize("row", members("zero_infinity"))
+def test_under_zero_infinity(row: Row) -> None:
+    (rank,) = runs(row, "zero_infinity")
+    if row.zero is EXACT:
+        (alone,) = runs(row, "auto")
+        is_exact(alone.ours if row.draws_order else alone.plain, rank.ours)
+    else:
+        is_refused(rank.ours, row.zero)
+    note(TABLE, row.name, "zero_infinity, 1 rank", row.zero.word)
+
+
+TRAIN_UNDER_ZERO_INFINITY = [row for row in ZOO if row.zero is EXACT]
+
+
+@pytest.mark.parametrize("row", members("resumes under zero_infinity", TRAIN_UNDER_ZERO_INFINITY))
+def test_resumes_under_zero_infinity(row: Row) -> None:
+    resumes(runs(row, "zero_infinity"))
+    note(TABLE, row.name, "zero_infinity, 1 rank", "resumes")
+
+
 KILLED = {"list in training", "counter in an attribute", "Hugging Face, labels="}
 
 
@@ -170,6 +190,13 @@ def test_resumes_killed_ranks_under_ddp(row: Row) -> None:
 )
 def test_resumes_killed_ranks_under_the_pipeline(row: Row) -> None:
     is_killed_and_resumes(row, "pipeline")
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in TRAIN_UNDER_ZERO_INFINITY if row.name in KILLED], ids=str
+)
+def test_resumes_a_killed_process_under_zero_infinity(row: Row) -> None:
+    is_killed_and_resumes(row, "zero_infinity")
 
 
 def test_the_zoo_is_large_and_most_of_it_trains_under_the_pipeline() -> None:

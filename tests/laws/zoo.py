@@ -60,6 +60,7 @@ class Row:
             checkpoint holds those of all.
         ddp: Against plain Lightning on two ranks.
         pipeline: Two stages against plain Lightning in one process.
+        zero: ZeRO-Infinity on one rank against plain Lightning in one process.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Row:
     drifts: bool = False
     ddp: Verdict = EXACT
     pipeline: Verdict = EQUAL
+    zero: Verdict = EXACT
 
     def __str__(self) -> str:
         return self.name

@@ -11,6 +11,8 @@ MICROBATCH = warns("batch norm and spectral norm go by")
 RANDOM = warns("is another with other random numbers")
 WHOLE_MODEL = refuses("it needs the whole model")
 MANUAL = refuses("it optimizes manually")
+AWAY = refuses("while it is not in memory")
+READS_ALL = refuses("it reads or copies the whole model")
 BY_ROWS = refuses("that of the same rows in one piece is")
 
 ZOO = [
@@ -23,7 +25,7 @@ ZOO = [
     Row("metric object in validation", zoo.MetricObject),
     Row("metric object in training", zoo.MetricInTraining),
     Row("buffer written in the step", zoo.Buffers, pipeline=BY_ROWS),
-    Row("moving average in a dict", zoo.AverageInDict),
+    Row("moving average in a dict", zoo.AverageInDict, zero=AWAY),
     Row("LSTM state in an attribute", zoo.Recurrent, pipeline=BY_ROWS),
     # Hooks
     Row("count in on_train_batch_end", zoo.CountsInHook),
@@ -34,8 +36,15 @@ ZOO = [
         zoo.AccumulateByEpoch,
         trainer={"accumulate_grad_batches": 1},
     ),
-    Row("BaseFinetuning", zoo.Finetuned, unused=True, drifts=True, pipeline=WHOLE_MODEL),
-    Row("EMAWeightAveraging", zoo.Averaged, pipeline=WHOLE_MODEL),
+    Row(
+        "BaseFinetuning",
+        zoo.Finetuned,
+        unused=True,
+        drifts=True,
+        pipeline=WHOLE_MODEL,
+        zero=READS_ALL,
+    ),
+    Row("EMAWeightAveraging", zoo.Averaged, pipeline=WHOLE_MODEL, zero=READS_ALL),
     Row("own clipping", zoo.OwnClipping, trainer={"gradient_clip_val": None}),
     Row("clips with torch", zoo.ClipsByTorch),
     Row("logs grad_norm", zoo.LogsNorms),
@@ -43,13 +52,18 @@ ZOO = [
     Row("own optimizer_step", zoo.OwnStep),
     Row("on_after_batch_transfer", zoo.AugmentsOnDevice),
     # Optimization
-    Row("manual optimization", zoo_parts.Manual, trainer=BY_HAND, pipeline=MANUAL),
-    Row("GAN", zoo_parts.Adversarial, trainer=BY_HAND, unused=True, pipeline=MANUAL),
+    Row("manual optimization", zoo_parts.Manual, trainer=BY_HAND, pipeline=MANUAL, zero=MANUAL),
+    Row("GAN", zoo_parts.Adversarial, trainer=BY_HAND, unused=True, pipeline=MANUAL, zero=MANUAL),
     Row("two schedulers", zoo_parts.Schedulers),
     Row("plateau of an own count", zoo_parts.Plateau),
     Row("parameter groups", zoo_parts.Groups),
     Row("frozen part", zoo_parts.Frozen),
-    Row("weight penalty", zoo_parts.Penalty, pipeline=refuses("weight of another stage")),
+    Row(
+        "weight penalty",
+        zoo_parts.Penalty,
+        pipeline=refuses("weight of another stage"),
+        zero=AWAY,
+    ),
     Row("loss is a sum", zoo_parts.SumLoss, pipeline=refuses("loss_reduction")),
     Row(
         "step returns None at times",

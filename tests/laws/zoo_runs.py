@@ -26,6 +26,7 @@ from lightning_align import (
     MetricPlot,
     PipelineStrategy,
     TokenSchedule,
+    ZeROInfinityStrategy,
 )
 from lightning_align.run.position import batches_consumed
 from lightning_align.run.replicas import replica
@@ -35,6 +36,7 @@ from tests.helpers.ranks import ForkedRanks, end_of_ranks, run_ranks
 from tests.laws.zoo import Row
 
 SEED = 7
+ALONE = ("auto", "zero_infinity")  # in one process
 MIDDLE = 3  # batches: in mid-epoch, in the middle of a window of two, behind a validation
 OURS = (
     lambda folder: ExactResume(),
@@ -197,6 +199,9 @@ def fit(
             record.weights = {name: value.flatten().tolist() for name, value in state.items()}
         except Exception as error:
             record.error = "".join(traceback.format_exception_only(error))
+        finally:
+            if isinstance(trainer.strategy, ZeROInfinityStrategy):
+                trainer.strategy.close()  # the next run goes on in its folder
     record.warned = [str(warning.message) for warning in warned]
     return record
 
@@ -250,6 +255,9 @@ def on_rank(row: Row, strategy: str, rank: int) -> Callable[[], dict[str, Any]]:
     }
     if strategy == "auto":
         return plain_options
+    if strategy == "zero_infinity":
+        settings: dict[str, Any] = {"params_buffer_count": 2, "sub_group_size": 100}
+        return lambda: {"strategy": ZeROInfinityStrategy(overwrite=True, **settings)}
     return lambda: {
         "strategy": makers[strategy](),
         "devices": 2,
@@ -261,8 +269,9 @@ def on_rank(row: Row, strategy: str, rank: int) -> Callable[[], dict[str, Any]]:
 def runs(row: Row, strategy: str) -> list[Runs]:
     """The runs of a member by rank; each is trained once in a session."""
     with tempfile.TemporaryDirectory() as folder:
-        if strategy == "auto":
-            return [all_runs(row, plain_options, Path(folder), plain=True)]
+        if strategy in ALONE:
+            setting = on_rank(row, strategy, 0)
+            return [all_runs(row, setting, Path(folder), plain=strategy == "auto")]
 
         def train(rank: int) -> Runs:
             setting = on_rank(row, strategy, rank)
@@ -273,7 +282,7 @@ def runs(row: Row, strategy: str) -> list[Runs]:
 
 def killed_and_resumed(row: Row, strategy: str) -> list[Record]:
     """The records, by rank, of a run that goes on where another was killed."""
-    ranks = 1 if strategy == "auto" else 2
+    ranks = 1 if strategy in ALONE else 2
     with tempfile.TemporaryDirectory() as folder:
 
         def train(rank: int, **options: Any) -> Record:
