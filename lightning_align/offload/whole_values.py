@@ -29,11 +29,11 @@ class WholeValues:
         self._blocks = list(store.blocks.values())
 
     @torch.no_grad()
-    def store_values(self, told: Callable[[int], object] = lambda _: None) -> None:
+    def store_values(self, taken: Callable[[Block], None] = lambda _: None) -> None:
         """Write the values that the parameters have, block by block, and let them go.
 
         Args:
-            told: Called with the bytes of each block.
+            taken: Called with each block when its values have been read.
         """
         for number, block in enumerate(self._blocks):
             if number > 1:  # no read waits behind these writes, so they would pile up in memory
@@ -42,14 +42,14 @@ class WholeValues:
             if memory is None:
                 memory = self._pool.take(block.nbytes)
             block.copy_into(memory)
+            taken(block)
             self._store.write(block.name, memory)
             self._store.update_done(block.name)
             if block.kept:
                 block.show(memory)
             else:
                 block.hide()
-            told(block.nbytes)
-        give_back_freed()
+            give_back_freed()  # a model in memory is given back while it moves
 
     def read_values(self) -> None:
         """Let go the values that the parameters have, and take the stored ones."""

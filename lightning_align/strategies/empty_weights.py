@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Protocol
 
 import lightning.pytorch as pl
@@ -17,15 +18,17 @@ from lightning_align.strategies.failure import failing_together
 
 
 class KeptParameters(Protocol):
-    """What a rank keeps of a module.
+    """What a rank keeps of a module."""
 
-    Attributes:
-        module: The whole module; what other ranks keep may be on the meta device.
-        group: The ranks that share the module.
-    """
+    @property
+    def module(self) -> nn.Module:
+        """The whole module; what other ranks keep may be on the meta device."""
+        ...
 
-    module: pl.LightningModule
-    group: distributed.ProcessGroup
+    @property
+    def group(self) -> distributed.ProcessGroup | None:
+        """The ranks that share the module; None for one rank without a group."""
+        ...
 
     def is_here(self, name: str) -> bool:
         """Whether this rank keeps a parameter or buffer."""
@@ -51,7 +54,7 @@ def fill_empty(trainer: pl.Trainer, kept: KeptParameters, *, where: str) -> None
         ValueError: If nothing says what they are, on all ranks.
     """
     module = kept.module
-    with failing_together(kept.group):
+    with failing_together(kept.group) if kept.group is not None else nullcontext():
         named = [*module.named_parameters(), *module.named_buffers()]
         empty = {name: tensor for name, tensor in named if tensor.is_meta and kept.is_here(name)}
         if not empty:

@@ -16,6 +16,7 @@ from lightning_align._errors import argument_error
 from lightning_align.checkpointing.files import Folder
 from lightning_align.checkpointing.lock import FolderLock
 from lightning_align.offload.activations import Activations
+from lightning_align.offload.block import Block
 from lightning_align.offload.engine import OffloadEngine
 from lightning_align.offload.files import Threads
 from lightning_align.offload.optimizer_stream import (
@@ -35,6 +36,7 @@ from lightning_align.strategies.zero_infinity.checks import (
     warn_of_gradients,
 )
 from lightning_align.strategies.zero_infinity.counters import layout_of, tell, writing_bar
+from lightning_align.strategies.zero_infinity.first_values import fill, leave
 
 if TYPE_CHECKING:
     from lightning_align.strategies.zero_infinity.strategy import ZeROInfinityStrategy
@@ -52,6 +54,7 @@ def set_up(strategy: ZeROInfinityStrategy, trainer: pl.Trainer) -> None:
     assert accelerator is not None
     accelerator.setup(trainer)
     check_trainer(trainer, module)
+    fill(strategy, trainer)
     strategy.model = strategy.precision_plugin.convert_module(module)
     if strategy._engine is None:
         _lock_and_open(strategy, module, run_folder(strategy, trainer))
@@ -130,12 +133,18 @@ def _open(
         activations = Activations(folder if on_disk else None, threads)
     engine = OffloadEngine(modules, store, threads, memory, activations)
     if resumes:
+        leave(strategy, module.parameters())
         store.recover()
         engine.whole.read_values()
     else:
         store.allocate({})
         with writing_bar(module.trainer, sum(block.nbytes for block in blocks)) as bar:
-            engine.whole.store_values(bar.update)
+
+            def taken(block: Block) -> None:
+                leave(strategy, block.parameters.values())
+                bar.update(block.nbytes)
+
+            engine.whole.store_values(taken)
     return engine
 
 

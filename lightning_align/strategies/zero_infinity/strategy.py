@@ -8,8 +8,8 @@ Lightning reads and writes of a whole model is gathered.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,8 @@ from typing_extensions import override
 from lightning_align._compat import lightning_resume, lightning_trainer
 from lightning_align._errors import argument_error
 from lightning_align.checkpointing.lock import FolderLock
+from lightning_align.models.weights import parameters_on_meta
+from lightning_align.offload.building import Building
 from lightning_align.offload.files import Threads
 from lightning_align.offload.record import FILE
 from lightning_align.run.exact_resume import ExactResume
@@ -34,6 +36,7 @@ from lightning_align.strategies.zero_infinity.budget import parse_bytes
 from lightning_align.strategies.zero_infinity.checkpoints import BlockCheckpoints
 from lightning_align.strategies.zero_infinity.commits import CommitSteps
 from lightning_align.strategies.zero_infinity.counters import LogTraffic
+from lightning_align.strategies.zero_infinity.first_values import built_on_disk, fill
 from lightning_align.strategies.zero_infinity.set_up import run_folder, set_up
 
 
@@ -70,6 +73,9 @@ class ZeROInfinityStrategy(BlockCheckpoints):
             they need not be stored; ``"auto"`` does where nothing looks at all gradients first.
         wrap_policy: Classes of modules that are blocks (paths in YAML), or a function that says of
             a module whether it is one.
+        empty_init: Whether the command line, ``configure_model`` and ``trainer.init_module`` build
+            models without values, which are then drawn by name or read from safetensors; otherwise
+            the latter two build them on disk, with the values of a build in memory.
         overwrite: Whether a committed step of an earlier run in ``nvme_path`` may be deleted.
         timeout: How long to wait for other ranks.
         process_group_backend: torch's name of the backend; None chooses by device.
@@ -101,6 +107,7 @@ class ZeROInfinityStrategy(BlockCheckpoints):
         atomic_step: bool = True,
         update_in_backward: bool | Literal["auto"] = "auto",
         wrap_policy: list[str] | WrapPolicy | None = None,
+        empty_init: bool = False,
         overwrite: bool = False,
         timeout: timedelta = timedelta(minutes=10),
         process_group_backend: str | None = None,
@@ -129,6 +136,7 @@ class ZeROInfinityStrategy(BlockCheckpoints):
         self.atomic_step = atomic_step
         self.update_in_backward = update_in_backward
         self.wrap_policy = wrap_policy
+        self.empty_init = empty_init
         self.overwrite = overwrite
         self.timeout = timeout
         self.process_group_backend = process_group_backend
@@ -136,6 +144,7 @@ class ZeROInfinityStrategy(BlockCheckpoints):
         self.num_nodes = 1
         self._lock: FolderLock | None = None
         self._may_overwrite = False  # since what is resumed from is newer
+        self._building: Building | None = None  # what is built and not in blocks yet
         self._early = False  # whether the open window is updated in backward
 
     # Processes
@@ -197,6 +206,21 @@ class ZeROInfinityStrategy(BlockCheckpoints):
         set_up(self, trainer)
         vars(self.precision_plugin)["clip_grad_by_norm"] = self._clip_by_norm
         vars(self.precision_plugin)["clip_grad_by_value"] = self._clip_by_value
+
+    @contextmanager
+    @override
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        empty = self.empty_init if empty_init is None else empty_init
+        device = parameters_on_meta() if empty else built_on_disk(self)
+        with device, torch.device("cpu"), self.precision_plugin.tensor_init_context():
+            yield
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        if self._engine is None:  # before the set-up
+            assert self.lightning_module is not None
+            fill(self, self.lightning_module.trainer)
+        super().load_model_state_dict(checkpoint, strict)
 
     @override
     def model_to_device(self) -> None:

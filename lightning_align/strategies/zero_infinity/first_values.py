@@ -1,0 +1,112 @@
+"""Values before there are blocks: on disk while a module is built, or where it is built empty."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, distributed, nn
+
+from lightning_align._errors import argument_error
+from lightning_align.offload.building import Building
+from lightning_align.strategies.empty_weights import fill_empty
+from lightning_align.strategies.zero_infinity.blocks import WHERE
+
+if TYPE_CHECKING:
+    from lightning_align.strategies.zero_infinity.strategy import ZeROInfinityStrategy
+
+_BUDGET = 64 << 20  # bytes of parameters that are in memory while a module is built
+
+
+@contextmanager
+def built_on_disk(strategy: ZeROInfinityStrategy) -> Iterator[None]:
+    """Around code that builds modules, whose parameters are in memory only as they are used.
+
+    Raises:
+        ValueError: If there is no folder to put them in.
+    """
+    building = _building(strategy)
+    with building.taking_over():
+        yield
+    leave(strategy, [])
+
+
+def leave(strategy: ZeROInfinityStrategy, parameters: Iterable[nn.Parameter]) -> None:
+    """Parameters are in blocks now; the file goes when all are."""
+    if strategy._building is not None:
+        strategy._building.forget(parameters)
+        if strategy._building.is_empty:
+            strategy._building.close()
+            strategy._building = None
+
+
+def fill(strategy: ZeROInfinityStrategy, trainer: pl.Trainer) -> None:
+    """Values for what was built without them, drawn or read; on disk, as what is built with them.
+
+    Raises:
+        ValueError: If nothing says what they are.
+    """
+    module = strategy.lightning_module
+    assert module is not None
+    if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+        fill_empty(trainer, _Whole(module, _building(strategy)), where=WHERE)
+
+
+class _Whole:
+    """All of a module, as ``fill_empty`` asks for it.
+
+    Args:
+        module: Some of its parameters are on the meta device.
+        building: Where their values go.
+    """
+
+    def __init__(self, module: nn.Module, building: Building) -> None:
+        self.module, self._building = module, building
+        self.group = distributed.group.WORLD
+
+    def is_here(self, name: str) -> bool:  # noqa: ARG002
+        return True
+
+    @torch.no_grad()
+    def fill(self, read: Callable[[list[str]], Tensor] | None) -> dict[str, nn.Parameter]:
+        names: dict[nn.Parameter, list[str]] = {}
+        for name, empty in self.module.named_parameters(remove_duplicate=False):
+            if empty.is_meta:
+                names.setdefault(empty, []).append(name)
+        filled = {}
+        for empty, all_names in names.items():  # a tied one has several
+            parameter = filled[all_names[0]] = self._building.empty_like(empty)
+            if read is not None:
+                parameter.copy_(read(all_names))
+            for name in all_names:
+                holder, _, attribute = name.rpartition(".")
+                setattr(self.module.get_submodule(holder), attribute, parameter)
+        return filled
+
+
+def _building(strategy: ZeROInfinityStrategy) -> Building:
+    if strategy._building is None:
+        folder = _folder(strategy)
+        budget = min(_BUDGET, 8 * (strategy.sub_group_size or _BUDGET))
+        try:
+            strategy._building = Building(folder, budget, strategy.direct_io)
+        except OSError as error:
+            rule = f"{folder} cannot be written ({error.strerror})"
+            raise argument_error(WHERE, "nvme_path", strategy.nvme_path, rule) from error
+    return strategy._building
+
+
+def _folder(strategy: ZeROInfinityStrategy) -> Path:
+    """Where blocks will be; ``trainer.init_module()`` tells of no ``default_root_dir``."""
+    module, given = strategy.lightning_module, strategy.nvme_path
+    if given is None:
+        return Path.cwd() if module is None else Path(module.trainer.default_root_dir)
+    folder = Path(given if isinstance(given, str) else given[0])
+    if not folder.parent.is_dir():
+        rule, way_out = f"the folder {folder.parent} is not there", "Make it, or mount it"
+        raise argument_error(WHERE, "nvme_path", given, rule, way_out)
+    return folder

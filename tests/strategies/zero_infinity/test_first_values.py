@@ -1,0 +1,162 @@
+"""A run whose model is never in memory as a whole, against one in memory, to the bit."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_align.modules import PretrainModule
+from lightning_align.offload.away import Away
+from lightning_align.run.protocols import gathered
+from tests.helpers.offloaded import ADAMW, assert_same, batches, small, trainer_of
+from tests.helpers.pipelines import Run
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny_models import TINY_MODELS, PlainDecoder
+
+
+def config(name):
+    return TINY_MODELS[name]().config
+
+
+class Configured(pl.LightningModule):
+    """Written by hand, and built by ``configure_model``."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = None
+
+    def configure_model(self):
+        if self.network is None:
+            self.network = PlainDecoder()
+            self.network.apply(self.draw)
+            self.network.to_logits.weight = self.network.tokens.weight
+
+    def draw(self, part):
+        if isinstance(part, nn.Linear):
+            nn.init.normal_(part.weight, std=0.1)
+
+    def training_step(self, batch, batch_idx):
+        logits = self.network(batch["input_ids"][:, :-1])
+        return nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+
+    def configure_optimizers(self):
+        return ADAMW(self.parameters())
+
+
+def pretrain(model):
+    return PretrainModule(config(model) if str(model) in TINY_MODELS else model, optimizer=ADAMW)
+
+
+def ends(trainer, module, ckpt_path=None):
+    pl.seed_everything(11)
+    trainer.fit(module, DataLoader(batches(), batch_size=2), ckpt_path=ckpt_path)
+    found = trainer.strategy.lightning_module_state_dict()
+    states = trainer.strategy.optimizer_state(trainer.optimizers[0])
+    return found, states
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "llama_tied"])
+def test_what_init_module_builds_trains_as_built_in_memory(tmp_path, name):
+    found = []
+    for strategy in (None, small(nvme_path=str(tmp_path / "nvme"))):
+        trainer = trainer_of(tmp_path, strategy)
+        torch.manual_seed(7)
+        with trainer.init_module():
+            module = pretrain(name)
+        assert all(isinstance(p, Away) for p in module.parameters()) is (strategy is not None)
+        found.append(ends(trainer, module))
+    assert_same(found[1], found[0])
+    assert trainer.strategy._building is None
+    trainer.strategy.close()
+
+
+def test_what_configure_model_builds_trains_as_built_in_memory(tmp_path):
+    found = [ends(trainer_of(tmp_path, strategy), Configured()) for strategy in (None, small())]
+    assert_same(found[1], found[0])
+
+
+class Values(pl.Callback):
+    """What parameters are before the first step."""
+
+    def on_fit_start(self, trainer, pl_module):
+        with gathered(trainer.strategy, list(pl_module.parameters())):
+            self.found = {n: p.detach().clone() for n, p in pl_module.named_parameters()}
+
+
+def begins(trainer, module, ckpt_path=None):
+    trainer.callbacks.append(values := Values())
+    trainer.fit(module, DataLoader(batches(), batch_size=2), ckpt_path=ckpt_path)
+    return values.found
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama_tied", "plain"])
+def test_empty_init_draws_what_a_pipeline_draws(tmp_path, name):
+    def drawn(trainer):
+        torch.manual_seed(7)
+        with trainer.init_module(empty_init=True):
+            module = pretrain(PlainDecoder() if name == "plain" else name)
+        assert all(p.is_meta for p in module.parameters())
+        return begins(trainer, module)
+
+    def in_pipeline(rank):
+        run = Run("llama", {"schedule": "1F1B", "num_microbatches": 1}, trainer={"max_steps": 1})
+        with run.setting(rank, 1) as (trainer, _):
+            return drawn(trainer)
+
+    theirs = run_ranks(in_pipeline, 1)[0]
+    strategy = small(nvme_path=str(tmp_path / "nvme"))
+    assert_same(drawn(trainer_of(tmp_path, strategy, max_steps=1)), theirs)
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_a_folder_of_weights_is_read_and_trains_as_in_memory(tmp_path, empty):
+    TINY_MODELS["llama_tied"]().save_pretrained(tmp_path / "model", max_shard_size="40KB")
+    found = []
+    for strategy in (None, small(nvme_path=str(tmp_path / "nvme"))):
+        trainer = trainer_of(tmp_path, strategy)
+        with trainer.init_module(empty_init=empty and strategy is not None):
+            module = pretrain(str(tmp_path / "model"))
+        if strategy is not None:
+            assert all(p.is_meta if empty else isinstance(p, Away) for p in module.parameters())
+        found.append(ends(trainer, module))
+    assert_same(found[1], found[0])
+
+
+def save(tmp_path, steps):
+    """A checkpoint of training in memory, and what it leads to."""
+    saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=steps, save_top_k=-1)
+    trainer = trainer_of(tmp_path, None, enable_checkpointing=True, callbacks=[saving])
+    whole = ends(trainer, pretrain("llama_tied"))
+    return tmp_path / f"step={steps}.ckpt", whole
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_a_checkpoint_is_loaded_into_what_is_on_disk(tmp_path, empty):
+    path, whole = save(tmp_path, 3)
+    trainer = trainer_of(tmp_path, small(nvme_path=str(tmp_path / "nvme")))
+    with trainer.init_module(empty_init=empty):
+        module = pretrain("llama_tied")
+    assert_same(ends(trainer, module, path), whole)
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_a_committed_step_is_gone_on_with(tmp_path, empty):
+    """Where the values are; what is built anew does not matter."""
+    ended = []
+    for number, limits in enumerate([(-1,), (3, -1)]):
+        for steps in limits:
+            strategy = small(nvme_path=str(tmp_path / f"nvme{number}"))
+            trainer = trainer_of(tmp_path, strategy, max_steps=steps)
+            torch.manual_seed(7 if steps == limits[0] else 8)
+            with trainer.init_module(empty_init=empty):
+                module = pretrain("gpt2")
+            torch.manual_seed(7)  # whatever was drawn
+            found = ends(trainer, module, "last")
+            strategy.close()
+        ended.append(found)
+    assert trainer.global_step == 12
+    assert_same(ended[1], ended[0])
