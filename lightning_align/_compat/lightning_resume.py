@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loops.loop import _Loop
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompose
 from lightning.pytorch.utilities import CombinedLoader
@@ -132,6 +133,28 @@ def _parse_or_last(
         if newest(None) is not None:
             warnings.filterwarnings("ignore", message=".*there is no last checkpoint available.*")
         return newest(parse(fn, path, **options))
+
+
+def read_checkpoints(
+    trainer: pl.Trainer, read: Callable[[Any, bool | None], dict[str, Any] | None] | None
+) -> None:
+    """Let a function read checkpoints for strategies that leave that to Lightning; None undoes it.
+
+    Args:
+        trainer: The trainer.
+        read: Given a path and ``weights_only``; None from it leaves the path to Lightning.
+    """
+    strategy: Any = trainer.strategy
+    vars(strategy).pop("load_checkpoint", None)
+    if read is None or type(strategy).load_checkpoint is not Strategy.load_checkpoint:
+        return
+    load = strategy.load_checkpoint
+
+    def read_or_load(checkpoint_path: Any, weights_only: bool | None = None) -> Any:
+        found = read(checkpoint_path, weights_only)
+        return load(checkpoint_path, weights_only) if found is None else found
+
+    strategy.load_checkpoint = read_or_load
 
 
 class _BlankMetric(Metric):

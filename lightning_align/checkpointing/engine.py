@@ -174,7 +174,7 @@ class SnapshotEngine:
         cancelled = self._writer.cancel(lambda job: job.snapshot is not None)
         replaced = [job.snapshot for job in cancelled if job.snapshot is not None]
         for snapshot in replaced:
-            snapshot.pending = False
+            snapshot.written()
         return tuple(snapshot.name for snapshot in replaced)
 
     def delete(self, name: str) -> None:
@@ -282,10 +282,10 @@ class SnapshotEngine:
         deferred, self._deferred = self._deferred, []
         for name, after in deferred:
             attempt(self._deletion(name, after))
-        snapshot.pending = False
+        snapshot.written()
 
     def _not_written(self, snapshot: Snapshot, error: BaseException) -> None:
-        snapshot.pending = False
+        snapshot.written()
         name, step = snapshot.name, snapshot.step
         what = f"Checkpoint {name!r} (step {step}) was not written to {self.folder}"
         self._failed(name, step, what, error)

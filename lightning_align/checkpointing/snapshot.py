@@ -4,7 +4,8 @@ Fresh memory is what makes a copy slow: the first write to each page costs ten t
 all tensors of a state go into one block, which is laid out as the file that will be written (see
 archive.py), and the layout is kept for as long as the state's tensors stay where they are.
 
-Storage that several tensors share is copied once, and only the bytes that they cover.
+Storage that several tensors share is copied once, and only the bytes that they cover. What shows a
+part of a file that stays as it is (``mapped``) is not copied at all: it is read when it is written.
 """
 
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from lightning_align.checkpointing.files import Bytes
 from lightning_align.checkpointing.memory import Copies
 from lightning_align.checkpointing.structure import cannot_be_saved, place_of
 from lightning_align.host_block import HostBlock
+from lightning_align.mapped import source_of
 
 _GROWTH = 1.125  # a state that grows at every save is not laid out anew at every save
 _WIDEST_DTYPE = 16  # bytes, complex128
@@ -52,6 +54,7 @@ class _Range:
     members: list[int] = field(default_factory=list)
     start: int = 0
     stop: int = 0
+    is_mapped: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -105,6 +108,7 @@ class _Plan:
     copies: Copies = field(default_factory=lambda: Copies([]))
     by_tensor: list[int] = field(default_factory=list)  # tensors that torch copies
     by_range: list[tuple[Tensor, _Range]] = field(default_factory=list)
+    mapped: list[Tensor] = field(default_factory=list)  # bytes of the last ranges, not in the block
 
     def fits(self, tensors: list[Tensor]) -> bool:
         """Whether these are the same tensors, where they were.
@@ -159,7 +163,7 @@ class HostBuffer:
         plan.copies.run()
         with torch.no_grad():
             self._copy_by_torch(plan, tensors)
-        return sum(part.nbytes for part in plan.ranges)
+        return sum(part.nbytes for part in plan.ranges[: len(plan.offsets)])
 
     def ready(self) -> None:
         """Wait until the bytes are in host memory."""
@@ -178,8 +182,21 @@ class HostBuffer:
         """
         self.ready()
         assert self.block is not None
-        yield memoryview(self.block.memory)[: self.plan.archive.end]
-        yield from ending(structure, self.plan.leaves, self.plan.archive)
+        plan, archive = self.plan, self.plan.archive
+        yield memoryview(self.block.memory)[: archive.end]
+        if plan.mapped:
+            archive = Archive(list(archive.entries), archive.end)
+        for number, part in enumerate(plan.mapped, len(plan.offsets)):
+            yield archive.add(f"data/{number}", len(part))
+            yield memoryview(part.numpy())  # type: ignore[arg-type]
+        yield from ending(structure, plan.leaves, archive)
+
+    def let_go(self) -> bool:
+        """Hold no file any longer; whether it held one, and is empty now."""
+        held = self._plan is not None and bool(self._plan.mapped)
+        if held:
+            self._plan = None
+        return held
 
     def tensor(self, index: int, storages: dict[int, torch.UntypedStorage]) -> Tensor:
         """Copy tensor ``index`` out of the buffer.
@@ -228,7 +245,10 @@ class HostBuffer:
         ranges = _ranges(tensors, state)
         shape = [part.shape(tensors) for part in ranges]
         plan = _Plan(pointers, looks, odd, _bits(tensors, odd), ranges, shape)
-        if old and (looks, plan.bits, shape) == (old.looks, old.bits, old.shape):
+        in_block = [part for part in ranges if not part.is_mapped]
+        plan.ranges = [*in_block, *(part for part in ranges if part.is_mapped)]
+        same = old and (looks, plan.bits, shape) == (old.looks, old.bits, old.shape)
+        if old and same and len(in_block) == len(ranges) and not old.mapped:
             # Only moved: gradients, say, or a tensor that state_dict() makes anew.
             plan.archive, plan.offsets = old.archive, old.offsets
             plan.views, plan.leaves = old.views, old.leaves
@@ -240,7 +260,7 @@ class HostBuffer:
     def _lay_out_block(self, plan: _Plan, tensors: list[Tensor], state: Any) -> None:
         self.layouts += 1
         archive, headers = plan.archive, []
-        for number, part in enumerate(plan.ranges):
+        for number, part in enumerate(part for part in plan.ranges if not part.is_mapped):
             headers.append((archive.end, archive.add(f"data/{number}", part.nbytes)))
             plan.offsets.append(archive.end - part.nbytes)
         block = self._ensure(archive.end, any(tensor.is_cuda for tensor in tensors))
@@ -287,7 +307,7 @@ def _ranges(tensors: list[Tensor], state: Any) -> list[_Range]:
         storage = tensor.untyped_storage()
         key: Any = (tensor.device, storage.data_ptr()) if tensor.numel() else index
         if key not in ranges:
-            ranges[key] = _Range(storage.data_ptr())
+            ranges[key] = _Range(storage.data_ptr(), is_mapped=source_of(tensor) is not None)
         ranges[key].add(index, tensor)
         if covered_bytes(tensor)[1] > storage.nbytes():
             place, way_out = place_of(state, tensor), "Save it while its values are there"
@@ -301,8 +321,15 @@ def _ranges(tensors: list[Tensor], state: Any) -> list[_Range]:
 def _make_views(plan: _Plan, tensors: list[Tensor], block: HostBlock, state: Any) -> None:
     """A tensor in the block for each tensor of the state, and how it is pickled."""
     plan.views, plan.leaves = [torch.empty(0)] * len(tensors), [Reduced(())] * len(tensors)
-    for number, (part, offset) in enumerate(zip(plan.ranges, plan.offsets, strict=True)):
-        storage = block.record(offset, part.nbytes)
+    for number, part in enumerate(plan.ranges):
+        if part.is_mapped:
+            whole = torch.empty(0, dtype=torch.uint8).set_(tensors[part.longest].untyped_storage())
+            plan.mapped.append(
+                torch.frombuffer(whole.numpy()[part.start : part.stop], dtype=torch.uint8)
+            )
+            storage = plan.mapped[-1].untyped_storage()
+        else:
+            storage = block.record(plan.offsets[number], part.nbytes)
         mixed = len({tensors[index].dtype for index in part.members}) > 1
         for index in part.members:
             tensor = tensors[index]
@@ -347,7 +374,7 @@ def _choose_copies(plan: _Plan, tensors: list[Tensor]) -> None:
     for part in plan.ranges:
         first = part.members[0]
         tensor = tensors[first]
-        if not part.nbytes:
+        if not part.nbytes or part.is_mapped:
             continue
         on_host = tensor.device.type == "cpu"
         whole = len(part.members) == 1 and tensor.is_contiguous()

@@ -21,10 +21,13 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lightning_align._errors import argument_error
+from lightning_align.mapped import Part, mapped
 from lightning_align.offload.traffic import READ, SYNC, WRITE, Traffic
 
 ALIGNMENT = 4096  # bytes: offsets, lengths and addresses of direct transfers are multiples of it
 _DIRECT = getattr(os, "O_DIRECT", 0)
+# Another filesystem, one without links, or more of them than it has.
+_NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK)
 
 
 @dataclass
@@ -113,6 +116,7 @@ class DirectFile:
         self.is_direct = bool(threads.direct_io and _DIRECT)
         self._descriptor = self._open()
         self._cached: int | None = None  # for what is not aligned
+        self._shown: list[None] = []  # one for each call of ``shown`` whose tensors live
 
     def _open(self) -> int:
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
@@ -219,6 +223,52 @@ class DirectFile:
             free = shutil.disk_usage(self.path.parent).free
             what = f"{nbytes - size:,} bytes are needed and {free:,} are free ({error.strerror})"
             raise OSError(error.errno, what, str(self.path)) from error
+
+    # What stays as it is, while the store goes on
+
+    @property
+    def is_held(self) -> bool:
+        """Whether what is in the file belongs to somebody else, too: it must not be written."""
+        return bool(self._shown) or os.fstat(self._descriptor).st_nlink > 1
+
+    def shown(self, offset: int, nbytes: int) -> Tensor:
+        """Bytes of the file as memory that is read when it is looked at; they hold the file.
+
+        Args:
+            offset: Where in it; a multiple of ``ALIGNMENT``.
+            nbytes: How many.
+        """
+        self._shown.append(None)
+        return mapped(
+            [self.part(offset, nbytes)], (self, offset), self._shown.pop, may_be_fixed=True
+        )
+
+    def part(self, offset: int, nbytes: int) -> Part:
+        """Bytes of the file, for ``mapped``."""
+        return Part(self._descriptor, offset, nbytes)
+
+    def pieces(self, offset: int, nbytes: int) -> list[tuple[DirectFile, int, int]]:
+        """Which bytes of which files these are: file, offset there, bytes."""
+        return [(self, offset, nbytes)]
+
+    def link(self, path: Path) -> None:
+        """Give the file another name, which holds it; a copy where that cannot be.
+
+        Args:
+            path: That name; nothing may be there.
+        """
+        try:
+            os.link(self.path, path)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            shutil.copyfile(self.path, path)
+            with path.open("rb") as copy:
+                os.fsync(copy.fileno())
+
+    def rename(self, name: str) -> None:
+        """Take the place of what has a name in the same folder."""
+        self.path = self.path.replace(self.path.with_name(name))
 
     def close(self) -> None:
         """Close the file."""

@@ -22,11 +22,19 @@ class MemoryFile:
     Args:
         nbytes: What lies in memory.
         behind: Where the rest is; None if there is none.
+        memory: The values; None makes room for them.
     """
 
-    def __init__(self, nbytes: int, behind: DirectFile | StripedFile | None = None) -> None:
-        block = HostBlock(nbytes, pinned=False)
-        self._memory: Tensor = torch.frombuffer(block.memory, dtype=torch.uint8)[:nbytes]
+    def __init__(
+        self,
+        nbytes: int,
+        behind: DirectFile | StripedFile | None = None,
+        memory: Tensor | None = None,
+    ) -> None:
+        if memory is None:
+            block = HostBlock(nbytes, pinned=False)
+            memory = torch.frombuffer(block.memory, dtype=torch.uint8)[:nbytes]
+        self._memory: Tensor = memory
         self._behind = behind
 
     def view(self, offset: int, nbytes: int) -> Tensor:
@@ -69,6 +77,22 @@ class MemoryFile:
         """
         if self._behind is not None:
             self._behind.allocate(nbytes - len(self._memory))
+
+    @property
+    def is_held(self) -> bool:
+        """Whether what lies behind the values must not be written."""
+        return self._behind is not None and self._behind.is_held
+
+    def shown(self, offset: int, nbytes: int) -> Tensor:
+        """The memory itself, or what lies behind it as ``DirectFile`` shows it."""
+        if offset < len(self._memory) or self._behind is None:
+            return self.view(offset, nbytes)
+        return self._behind.shown(offset - len(self._memory), nbytes)
+
+    def rename(self, name: str) -> None:
+        """Let what lies behind the values take the place of what has a name in its folder."""
+        if self._behind is not None:
+            self._behind.rename(name)
 
     def close(self) -> None:
         """Close the file; who looks at the memory keeps it."""

@@ -18,6 +18,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lightning_align._compat.torch_optimizers import unhooked_step
 from lightning_align._errors import argument_error
+from lightning_align.mapped import part_of
 from lightning_align.offload.block import Block, Place, aligned, placed
 from lightning_align.offload.buffers import BufferPool
 from lightning_align.offload.files import Transfer
@@ -151,16 +152,20 @@ class OptimizerStream:
         for name in (block.parameters.keys() - needed) & self._reading.keys():
             self._reading.pop(name)[1].wait()
 
-    def load(self, block: Block) -> None:
-        """Bring a block's state into ``optimizer.state``, in memory of its own."""
-        for name in () if block.states_stay else block.parameters:
-            self._read_ahead(block, [name])
-            self._attach(block, name)
-            state = self._state(block, name)
-            state.update({k: v.clone() for k, v in state.items() if _is_large(v)})
+    def show(self, block: Block) -> None:
+        """Let ``optimizer.state`` have a block's state as its file shows it."""
+        places = self._store.states[block.name]
+        if block.states_stay or not any(place.tensors for place in places.values()):
+            return
+        whole = self._store.state_values(block.name)
+        for name, place in places.items():
+            state = self._optimizer.state[block.parameters[name]]
+            start = place.offset - block.nbytes
+            for key, where in place.tensors.items():
+                state[key] = part_of(whole, start + where.offset, where.shape, where.dtype)
 
     def drop(self, block: Block) -> None:
-        """Forget what ``load`` has brought."""
+        """Forget what ``show`` has brought."""
         for name in () if block.states_stay else block.parameters:
             _remove_large(self._state(block, name))
 

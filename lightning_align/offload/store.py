@@ -5,6 +5,9 @@ record still names values that nobody has touched since; once all that was writt
 next record names the others. A frozen block is not written at all, and its file stays the same.
 
 In a file are the parameters, then the optimizer's tensors of one parameter after the other.
+
+A file may be *held*: a checkpoint has a link to it, or somebody looks at its bytes. Then it is not
+written again: the next update of the block makes a new file, which takes the old one's name.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from lightning_align.offload.record import FILE, Record, StatePlace, read_record
 from lightning_align.offload.striped import StripedFile, open_file
 
 _SUFFIX = ".block"
+_FRESH = f".fresh{_SUFFIX}"
 AnyFile = DirectFile | StripedFile | MemoryFile
 
 
@@ -53,6 +57,7 @@ class ShardStore:
     ) -> None:
         self.folder, self.folders = folder, [folder, *drives]
         self.blocks = {block.name: block for block in blocks}
+        self._numbers = {name: number for number, name in enumerate(self.blocks)}
         check_names(self.blocks.values())
         values = self.blocks.values()
         self.commits = all(block.is_stored and not block.states_stay for block in values)
@@ -61,6 +66,7 @@ class ShardStore:
         self.states: dict[str, dict[str, StatePlace]] = {name: {} for name in self.blocks}
         self._threads, self.traffic = threads, threads.traffic
         self._ends = {name: block.nbytes for name, block in self.blocks.items()}
+        self._room = dict(self._ends)  # what is reserved, at least
         self._current = dict.fromkeys(self.blocks, 0)
         self._committed: dict[str, int] | None = None
         self._unsynced: set[str] = set()
@@ -70,18 +76,24 @@ class ShardStore:
             place.mkdir(parents=True, exist_ok=True)
         slots = (0, 1) if self.atomic_step else (0,)
         self._files = {
-            (name, slot): self._open(block, f"{number:05d}.{slot}{_SUFFIX}")
-            for number, (name, block) in enumerate(self.blocks.items())
+            (name, slot): self._open(block, self._name(name, slot))
+            for name, block in self.blocks.items()
             for slot in slots
         }
+        self._fresh: dict[str, AnyFile] = {}  # written in the place of one that is held
         for place in made:
+            for path in place.glob(f"*{_FRESH}"):  # of a run that was killed
+                path.unlink()
             sync_folder(place)
 
-    def _open(self, block: Block, name: str) -> AnyFile:
+    def _open(self, block: Block, name: str, values: Tensor | None = None) -> AnyFile:
         if block.is_stored:
             return open_file(self.folders, name, self._threads)
         behind = None if block.states_stay else open_file(self.folders, name, self._threads)
-        return MemoryFile(block.nbytes, behind)
+        return MemoryFile(block.nbytes, behind, values)
+
+    def _name(self, block: str, slot: int) -> str:
+        return f"{self._numbers[block]:05d}.{slot}{_SUFFIX}"
 
     @property
     def layout(self) -> str:
@@ -104,7 +116,9 @@ class ShardStore:
         """
         for (name, _), file in self._files.items():
             expected = self.blocks[name].nbytes + aligned(state_bytes.get(name, 0))
-            file.allocate(max(self._ends[name], expected))
+            self._room[name] = max(self._ends[name], expected)
+            if not file.is_held:
+                file.allocate(self._room[name])
 
     def place_state(self, block: str, parameter: str, nbytes: int) -> StatePlace:
         """Room for a parameter's optimizer state: where it was if it fits, else at the end.
@@ -118,7 +132,7 @@ class ShardStore:
         if place is None or place.capacity < nbytes:
             place = StatePlace(self._ends[block], aligned(nbytes), {})
             self._ends[block] += place.capacity
-            self._files[block, self._target(block)].allocate(self._ends[block])
+            self._writable(block).allocate(self._ends[block])
         return place
 
     def forget_state(self, block: str, parameter: str) -> None:
@@ -167,8 +181,7 @@ class ShardStore:
             memory: Bytes; they must not change until ``settle``.
             offset: Where in its file.
         """
-        transfer = self._files[block, self._target(block)].write(memory, offset)
-        self._writes[block].append(transfer)
+        self._writes[block].append(self._writable(block).write(memory, offset))
 
     def settle(self, block: str) -> None:
         """Wait until what was written to a block is in its file."""
@@ -183,7 +196,8 @@ class ShardStore:
 
     def moves(self, block: str) -> bool:
         """Whether the next update writes another file than the one that is read."""
-        return self._target(block) != self._current[block]
+        target = self._target(block)
+        return target != self._current[block] or self._files[block, target].is_held
 
     def carry_states(self, block: str, pool: BufferPool) -> None:
         """Take a block's optimizer state along to the file that is being written."""
@@ -196,13 +210,66 @@ class ShardStore:
 
     def update_done(self, block: str) -> None:
         """The block's values are those that were written last."""
-        self._current[block] = self._target(block)
+        self._current[block] = target = self._target(block)
+        if (fresh := self._fresh.pop(block, None)) is not None:
+            old, self._files[block, target] = self._files[block, target], fresh
+            fresh.rename(self._name(block, target))
+            old.close()
         self._unsynced.add(block)
 
     def _target(self, block: str) -> int:
         if self._committed is None or not self.atomic_step:
             return self._current[block]
         return 1 - self._committed[block]
+
+    def _writable(self, block: str) -> AnyFile:
+        """The file that an update writes: a new one, where nobody may write what is there."""
+        if block in self._fresh:
+            return self._fresh[block]
+        file = self._files[block, self._target(block)]
+        if not file.is_held:
+            return file
+        fresh = self._open(
+            self.blocks[block], f"{self._numbers[block]:05d}{_FRESH}", self.in_memory(block)
+        )
+        fresh.allocate(max(self._room[block], self._ends[block]))
+        self._fresh[block] = fresh
+        return fresh
+
+    # What stays as it is, while training goes on
+
+    def values(self, block: str) -> Tensor:
+        """The block's parameters, as memory that is read when it is looked at.
+
+        Args:
+            block: Its name.
+        """
+        self.settle(block)
+        file = self._files[block, self._current[block]]
+        return file.shown(0, self.blocks[block].nbytes)
+
+    def state_values(self, block: str) -> Tensor:
+        """What lies behind the parameters, in the same way.
+
+        Args:
+            block: Its name.
+        """
+        self.settle(block)
+        start = self.blocks[block].nbytes
+        return self._files[block, self._current[block]].shown(start, self._ends[block] - start)
+
+    @property
+    def current(self) -> set[AnyFile]:
+        """Files that have the values now."""
+        return {self._files[name, slot] for name, slot in self._current.items()}
+
+    def make_durable(self) -> None:
+        """Wait until what the files have would outlive a loss of power."""
+        self.settle_all()
+        syncs = [self._files[name, self._current[name]].sync() for name in self._unsynced]
+        for sync in syncs:
+            sync.wait()
+        self._unsynced.clear()
 
     # Commits
 
@@ -215,11 +282,7 @@ class ShardStore:
         """
         assert self.commits
         self.traffic.begin("commit")
-        self.settle_all()
-        syncs = [self._files[name, self._current[name]].sync() for name in self._unsynced]
-        for sync in syncs:
-            sync.wait()
-        self._unsynced.clear()
+        self.make_durable()
         record = Record(step, dict(self._current), self.states, self.layout, payload)
         record.write(self.folder)
         self._committed = dict(self._current)
@@ -249,7 +312,7 @@ class ShardStore:
     def close(self) -> None:
         """Wait for writes and close the files."""
         self.settle_all()
-        for file in self._files.values():
+        for file in (*self._files.values(), *self._fresh.values()):
             file.close()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from lightning_align.mapped import mapped
 from lightning_align.offload.files import DirectFile, Threads, Transfer
 
 STRIPE = 4 << 20  # bytes of one piece, whatever the block size: it is how the drives are read
@@ -23,6 +24,7 @@ class StripedFile:
     def __init__(self, paths: Sequence[Path], threads: Threads) -> None:
         self.parts = [DirectFile(path, threads) for path in paths]
         self.path = self.parts[0].path
+        self._shown: list[None] = []
 
     def read(self, memory: Tensor, offset: int) -> Transfer:
         """Fill ``memory`` from the file, as ``DirectFile`` does."""
@@ -46,6 +48,22 @@ class StripedFile:
         for number, part in enumerate(self.parts):
             part.allocate(rounds * STRIPE + min(max(rest - number * STRIPE, 0), STRIPE))
 
+    @property
+    def is_held(self) -> bool:
+        """As of ``DirectFile``, of any part."""
+        return bool(self._shown) or any(part.is_held for part in self.parts)
+
+    def shown(self, offset: int, nbytes: int) -> Tensor:
+        """As of ``DirectFile``."""
+        self._shown.append(None)
+        parts = [part.part(start, count) for part, start, count in self.pieces(offset, nbytes)]
+        return mapped(parts, (self, offset), self._shown.pop, may_be_fixed=True)
+
+    def rename(self, name: str) -> None:
+        """As of ``DirectFile``, in the folder of each part."""
+        for part in self.parts:
+            part.rename(name)
+
     def close(self) -> None:
         """Close the files."""
         for part in self.parts:
@@ -55,13 +73,21 @@ class StripedFile:
         self, move: Callable[[DirectFile, Tensor, int], Transfer], memory: Tensor, offset: int
     ) -> Transfer:
         transfers, done = [], 0
-        while done < len(memory):
-            piece, inside = divmod(offset + done, STRIPE)
-            row, drive = divmod(piece, len(self.parts))
-            end = min(done + STRIPE - inside, len(memory))
-            transfers.append(move(self.parts[drive], memory[done:end], row * STRIPE + inside))
-            done = end
+        for part, start, count in self.pieces(offset, len(memory)):
+            transfers.append(move(part, memory[done : done + count], start))
+            done += count
         return Transfer.of_all(transfers)
+
+    def pieces(self, offset: int, nbytes: int) -> list[tuple[DirectFile, int, int]]:
+        """As of ``DirectFile``."""
+        found, end = [], offset + nbytes
+        while offset < end:
+            piece, inside = divmod(offset, STRIPE)
+            row, drive = divmod(piece, len(self.parts))
+            count = min(STRIPE - inside, end - offset)
+            found.append((self.parts[drive], row * STRIPE + inside, count))
+            offset += count
+        return found
 
 
 def open_file(folders: Sequence[Path], name: str, threads: Threads) -> DirectFile | StripedFile:

@@ -158,10 +158,9 @@ class Updates:
                     self._store.forget_state(block.name, name)
 
     def state(self) -> dict[str, Any]:
-        """The optimizer's whole state, in memory."""
+        """The optimizer's whole state, in memory or as files show it; what is shown stays."""
         for block in self._blocks:
-            self._store.settle(block.name)
-            self._stream.load(block)
+            self._stream.show(block)
         state = self._optimizer.state_dict()
         in_order = sorted(state["state"].items())  # not as blocks were stepped
         state = {**state, "state": {key: dict(value) for key, value in in_order}}

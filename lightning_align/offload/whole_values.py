@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from typing_extensions import override
 
 from lightning_align._compat.glibc_memory import give_back_freed
+from lightning_align.mapped import part_of
 from lightning_align.offload.block import Block
 from lightning_align.offload.buffers import BufferPool
 from lightning_align.offload.prefetch import Residents
@@ -92,6 +96,16 @@ class WholeValues:
                     self._rewrite(block)
                 self._residents.release(block)
 
+    @contextmanager
+    def put(self) -> Iterator[None]:
+        """Around code that copies values into parameters, such as ``load_state_dict``.
+
+        What is copied into a parameter goes to its block, one block after the other.
+        """
+        owners = {p: block for block in self._blocks for p in block.parameters.values()}
+        with _CopiesToBlocks(self, owners):
+            yield
+
     def _rewrite(self, block: Block) -> None:
         assert block.memory is not None
         self._store.settle(block.name)
@@ -99,12 +113,37 @@ class WholeValues:
         self._store.write(block.name, block.memory)
         self._store.update_done(block.name)
 
-    @torch.no_grad()
     def values(self) -> dict[nn.Parameter, Tensor]:
-        """Copies of all parameters."""
-        copies = {}
+        """All parameters as they are in memory, or as files show them; what is shown stays."""
+        shown = {}
         for block in self._blocks:
-            memory = self._residents.fetch(block, "values")
+            whole = self._store.values(block.name)
             for name, parameter in block.parameters.items():
-                copies[parameter] = block.places[name].of(memory).clone()
-        return copies
+                place = block.places[name]
+                shown[parameter] = part_of(whole, place.offset, place.shape, place.dtype)
+        return shown
+
+
+class _CopiesToBlocks(TorchFunctionMode):
+    """Lets ``parameter.copy_(values)`` find the parameter's block in memory."""
+
+    def __init__(self, whole: WholeValues, owners: dict[nn.Parameter, Block]) -> None:
+        super().__init__()
+        self._whole, self._owners = whole, owners
+        self._block: Block | None = None  # the one that is in memory
+        self._gathered = ExitStack()
+
+    @override
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        block = self._owners.get(args[0]) if func is Tensor.copy_ else None
+        if block is not None and block is not self._block:
+            self._gathered.close()
+            names = list(block.parameters)
+            self._gathered.enter_context(self._whole.gathered(names, modify=True))
+            self._block = block
+        return func(*args, **(kwargs or {}))
+
+    @override
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._gathered.close()

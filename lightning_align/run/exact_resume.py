@@ -3,6 +3,7 @@
 import os
 import warnings
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,6 +12,7 @@ from typing_extensions import override
 
 from lightning_align._compat import lightning_resume
 from lightning_align._errors import argument_error
+from lightning_align.offload import linked
 from lightning_align.run.callbacks import put_first
 from lightning_align.run.capture import Keeper
 from lightning_align.run.loader import PositionedLoader
@@ -69,6 +71,7 @@ class ExactResume(Callback):
         # First in line, so that what other callbacks draw for a batch follows the position too.
         put_first(trainer, self)
         lightning_resume.call_before_saving(trainer, lambda: self.keeper.module_hook())
+        lightning_resume.read_checkpoints(trainer, _read_linked)
 
     def _follow(self, trainer: Trainer, loaders: Any) -> PositionedLoader:
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
@@ -158,6 +161,7 @@ class ExactResume(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         lightning_resume.wrap_train_loaders(trainer, None)
         lightning_resume.call_before_saving(trainer, None)
+        lightning_resume.read_checkpoints(trainer, None)
         self.keeper.end()
 
     @override
@@ -171,3 +175,10 @@ class ExactResume(Callback):
             way_out = "Leave seed out to continue that run, or start a new one without ckpt_path"
             raise argument_error("ExactResume", "seed", self.seed, rule, way_out)
         self._effective_seed = state_dict["seed"]
+
+
+def _read_linked(path: Any, weights_only: bool | None) -> dict[str, Any] | None:
+    """A folder that ZeROInfinityStrategy has saved."""
+    if not linked.is_linked(Path(path)):
+        return None
+    return linked.read(Path(path), "ExactResume", weights_only=weights_only)

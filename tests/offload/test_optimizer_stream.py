@@ -48,7 +48,7 @@ def test_steps_are_those_of_memory_and_state_leaves_it(tmp_path, group_bytes):
         state = [value for p in ours for value in optimizer.state[p].values()]
         assert [value.numel() for value in state] == [1, 1, 1]  # counters of steps
     assert all(torch.equal(p, other) for p, other in zip(ours, theirs, strict=True))
-    stream.load(block)
+    stream.show(block)
     for parameter, other in zip(ours, theirs, strict=True):
         for key, value in expected.state[other].items():
             assert torch.equal(optimizer.state[parameter][key], value)

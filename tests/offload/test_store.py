@@ -1,5 +1,8 @@
 """Blocks on disk: an update is there as a whole or not at all, and a record says which."""
 
+import errno
+import os
+
 import pytest
 import torch
 from torch import nn
@@ -110,3 +113,88 @@ def test_leftovers_are_swept_and_nothing_else(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     sweep(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("atomic", [True, False])
+def test_a_linked_file_is_never_written_again(tmp_path, atomic):
+    """Not by this process, nor by one that finds the link when it opens the folder."""
+    (tmp_path / "store").mkdir()
+    store = store_in(tmp_path / "store", atomic_step=atomic)
+    value = 0
+
+    def step():
+        nonlocal value
+        value += 1
+        for name in store.blocks:
+            put(store, name, value)
+        store.commit(value, b"")
+
+    step()
+    held = {}
+    for number in range(3):
+        for file in store.current:
+            link = tmp_path / f"{number} {file.path.name}"
+            store.make_durable()
+            file.link(link)
+            held[link] = link.read_bytes()
+        step()
+        step()
+        store.close()
+        store = store_in(tmp_path / "store", atomic_step=atomic)
+        assert store.recover().step == value
+        assert [get(store, name) for name in store.blocks] == [value] * 2
+        step()
+    assert len(held) == 6
+    assert all(link.read_bytes() == content for link, content in held.items())
+    assert not list((tmp_path / "store").glob("*fresh*"))
+
+
+@pytest.mark.parametrize("atomic", [True, False])
+def test_what_is_shown_stays_and_takes_no_more_files_once_it_is_gone(tmp_path, atomic):
+    store = store_in(tmp_path, atomic_step=atomic)
+    put(store, "block 0", 1)
+    store.commit(1, b"")
+    shown = store.values("block 0")
+    for step in (2, 3, 4):
+        put(store, "block 0", step)
+        store.commit(step, b"")
+    assert set(shown.tolist()) == {1}
+    assert get(store, "block 0") == 4
+    del shown
+    inodes = {path.stat().st_ino for path in tmp_path.glob("00000.*")}
+    for step in (5, 6):
+        put(store, "block 0", step)
+        store.commit(step, b"")
+    assert {path.stat().st_ino for path in tmp_path.glob("00000.*")} == inodes
+
+
+def test_a_held_block_takes_its_states_along(tmp_path):
+    """Also where a step is written in place: the new file has nothing yet."""
+    store = store_in(tmp_path, atomic_step=False)
+    put(store, "block 0", 1)
+    assert not store.moves("block 0")
+    shown = store.values("block 0")
+    assert store.moves("block 0")
+    assert len(shown)
+
+
+def test_leftovers_of_a_new_file_are_swept(tmp_path):
+    store_in(tmp_path).close()
+    (tmp_path / "00000.fresh.block").touch()
+    store_in(tmp_path).close()
+    assert not list(tmp_path.glob("*fresh*"))
+
+
+def test_a_file_on_another_filesystem_is_copied(tmp_path, monkeypatch):
+    store = store_in(tmp_path)
+    put(store, "block 0", 7)
+    store.make_durable()
+
+    def refuse(*_):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    file = next(file for file in store.current if file.path.name == "00000.0.block")
+    file.link(tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == file.path.read_bytes()
+    assert not file.is_held

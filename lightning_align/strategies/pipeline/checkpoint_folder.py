@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from lightning_align._compat import torch_dcp
 from lightning_align._errors import argument_error
 from lightning_align.run.accumulation import WINDOW_KEY
-from lightning_align.strategies.pipeline import replacing
+from lightning_align.strategies import replacing
 from lightning_align.strategies.pipeline.chain import WHERE
 from lightning_align.strategies.pipeline.ownership import Ownership
 from lightning_align.strategies.pipeline.whole_state import names_of

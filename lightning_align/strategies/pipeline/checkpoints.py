@@ -14,8 +14,11 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_align._errors import argument_error
+from lightning_align.offload import linked
 from lightning_align.run.replicas import is_spread
-from lightning_align.strategies.pipeline import checkpoint_folder, replacing, whole_state
+from lightning_align.strategies import replacing
+from lightning_align.strategies.pipeline import checkpoint_folder, whole_state
+from lightning_align.strategies.pipeline.chain import WHERE
 from lightning_align.strategies.pipeline.checkpoint_folder import META_FILE, DistributedCheckpoint
 from lightning_align.strategies.pipeline.ownership import Ownership
 
@@ -121,6 +124,8 @@ class StageCheckpoints(ParallelStrategy):
                 " beside it, which is read. The next save puts it in its place."
             )
             checkpoint_path = path
+        if linked.is_linked(path):  # of ZeROInfinityStrategy; each rank reads what it keeps
+            return linked.read(path, WHERE, weights_only=weights_only)
         self._folder = DistributedCheckpoint(path) if path.is_dir() else None
         if self._folder is None:
             return super().load_checkpoint(checkpoint_path, weights_only)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -9,14 +10,19 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_align._errors import argument_error
+from lightning_align.checkpointing.streamed import save_streamed
+from lightning_align.offload import linked
 from lightning_align.offload.engine import OffloadEngine
-from lightning_align.offload.record import FILE
+from lightning_align.offload.record import FILE, sync_folder
+from lightning_align.offload.store import ShardStore
+from lightning_align.strategies import replacing
 from lightning_align.strategies.zero_infinity.blocks import WHERE
 from lightning_align.strategies.zero_infinity.commits import load_payload
 
@@ -24,8 +30,13 @@ _CLASS = "class"  # key of an optimizer's state in a commit record
 
 
 class BlockCheckpoints(ParallelStrategy):
-    """Checkpoints of blocks on disk, for the strategy that puts them there."""
+    """Checkpoints of blocks on disk, for the strategy that puts them there.
 
+    Attributes:
+        save_distributed_checkpoint: Whether a checkpoint is a folder of links, and not a file.
+    """
+
+    save_distributed_checkpoint: bool
     _engine: OffloadEngine | None = None
     _record: dict[str, Any] | None = None  # what is resumed from, if it is a commit
     _is_committing = False
@@ -53,7 +64,11 @@ class BlockCheckpoints(ParallelStrategy):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The whole state; in a commit, names and shapes in the place of parameters."""
+        """The whole state, of which blocks are shown by their files and take no memory.
+
+        What was returned stays as it is: the next step of a block that is looked at is written to a
+        new file. In a commit, names and shapes stand in the place of parameters.
+        """
         module = self.lightning_module
         assert module is not None
         if self._engine is None:
@@ -65,7 +80,7 @@ class BlockCheckpoints(ParallelStrategy):
         }
 
     def whole_state_dict(self) -> dict[str, Any]:
-        """The module's state with the values of all blocks, in memory."""
+        """The module's state with the values of all blocks; files show those that are away."""
         return self.lightning_module_state_dict()
 
     @override
@@ -82,6 +97,11 @@ class BlockCheckpoints(ParallelStrategy):
         if path.name == FILE:
             self._record = load_payload(path.parent, weights_only=bool(weights_only))
             return self._record
+        path = replacing.whereabouts(path)
+        if linked.is_linked(path) or path.is_dir():
+            return linked.read(path, WHERE, weights_only=weights_only, may_be_fixed=True)
+        if zipfile.is_zipfile(path) and type(self.checkpoint_io) is TorchCheckpointIO:
+            return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
         return super().load_checkpoint(checkpoint_path, weights_only)
 
     @override
@@ -89,7 +109,7 @@ class BlockCheckpoints(ParallelStrategy):
         module = self.lightning_module
         assert module is not None
         if self._record is None:
-            context: Any = nullcontext() if self._engine is None else self.gathered(modify=True)
+            context: Any = nullcontext() if self._engine is None else self._engine.whole.put()
             with context:
                 super().load_model_state_dict(checkpoint, strict)
             return
@@ -110,6 +130,44 @@ class BlockCheckpoints(ParallelStrategy):
         if self._record is None:
             self._engine.updates.put_state()
 
+    # Saving
+
+    @property
+    def saves_whole_state(self) -> bool:
+        """Whether rank 0 has the whole state when a checkpoint is written."""
+        return True
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
+    ) -> None:
+        place = Path(filepath)
+        if type(self.checkpoint_io) is not TorchCheckpointIO or storage_options is not None:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+        elif self._engine is None or not self._saves_links(self._engine.store):
+            replacing.finish(place)
+            if linked.is_linked(place):
+                save_streamed(checkpoint, replacing.unfinished(place))
+                replacing.end(place)
+            else:
+                save_streamed(checkpoint, filepath)
+        else:
+            self._save_links(checkpoint, place)
+
+    def _saves_links(self, store: ShardStore) -> bool:
+        return self.save_distributed_checkpoint and store.is_on_drive
+
+    def _save_links(self, checkpoint: dict[str, Any], place: Path) -> None:
+        assert self._engine is not None
+        _check_place(place)
+        store = self._engine.store
+        store.make_durable()
+        unfinished = replacing.begin(place)
+        rest = linked.link(checkpoint, unfinished, self.global_rank, store.current)
+        save_streamed(rest, unfinished / linked.META_FILE)
+        replacing.end(place)
+        sync_folder(place.parent)
+
     def commit(self, trainer: pl.Trainer, dump: Callable[[], bytes]) -> None:
         """Make the present step the one that a kill leaves."""
         assert self._engine is not None
@@ -119,6 +177,21 @@ class BlockCheckpoints(ParallelStrategy):
         finally:
             self._is_committing = False
         self._engine.store.commit(trainer.global_step, payload)
+
+
+def _check_place(place: Path) -> None:
+    """Refuse a place that a folder of links cannot take.
+
+    Raises:
+        ValueError: If it is a URL, or a folder of something else.
+    """
+    if "://" in str(place) or ":/" in str(place):
+        rule = "a folder of links goes to a local path, not to a URL"
+        way_out = "Give a path, save with AsyncCheckpoint, or set save_distributed_checkpoint=False"
+        raise argument_error(WHERE, "filepath", str(place), rule, way_out)
+    if place.is_dir() and not linked.is_linked(place) and any(place.iterdir()):
+        rule = "the folder is in use, and not by a checkpoint that could be replaced"
+        raise argument_error(WHERE, "filepath", str(place), rule, "Save under another name")
 
 
 def _stored(parameter: nn.Parameter, copies: Mapping[nn.Parameter, Tensor]) -> Tensor:

@@ -73,6 +73,8 @@ class ZeROInfinityStrategy(BlockCheckpoints):
             they need not be stored; ``"auto"`` does where nothing looks at all gradients first.
         wrap_policy: Classes of modules that are blocks (paths in YAML), or a function that says of
             a module whether it is one.
+        save_distributed_checkpoint: Whether a checkpoint is a folder of links to the files, which
+            takes milliseconds; otherwise it is one file, whose bytes are written anew.
         empty_init: Whether the command line, ``configure_model`` and ``trainer.init_module`` build
             models without values, which are then drawn by name or read from safetensors; otherwise
             the latter two build them on disk, with the values of a build in memory.
@@ -107,6 +109,7 @@ class ZeROInfinityStrategy(BlockCheckpoints):
         atomic_step: bool = True,
         update_in_backward: bool | Literal["auto"] = "auto",
         wrap_policy: list[str] | WrapPolicy | None = None,
+        save_distributed_checkpoint: bool = True,
         empty_init: bool = False,
         overwrite: bool = False,
         timeout: timedelta = timedelta(minutes=10),
@@ -136,6 +139,7 @@ class ZeROInfinityStrategy(BlockCheckpoints):
         self.atomic_step = atomic_step
         self.update_in_backward = update_in_backward
         self.wrap_policy = wrap_policy
+        self.save_distributed_checkpoint = save_distributed_checkpoint
         self.empty_init = empty_init
         self.overwrite = overwrite
         self.timeout = timeout

@@ -14,7 +14,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import distributed
 
 from lightning_align._compat import torch_dcp
-from lightning_align.strategies.pipeline import checkpoint_folder, replacing
+from lightning_align.strategies import replacing
+from lightning_align.strategies.pipeline import checkpoint_folder
 from lightning_align.strategies.pipeline.checkpoint_folder import META_FILE, DistributedCheckpoint
 from tests.helpers.pipelines import PositionedBatches, Run
 from tests.helpers.ranks import end_of_ranks, run_ranks

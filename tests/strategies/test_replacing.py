@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_align.strategies.pipeline import replacing
+from lightning_align.strategies import replacing
 
 
 def write(path: Path, text: str, *, as_file: bool = False) -> None:

@@ -1,0 +1,40 @@
+"""A file as torch.save writes it, written piece by piece: what files show is never copied."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning_align.checkpointing.files import Folder
+from lightning_align.checkpointing.frozen import freeze
+from lightning_align.checkpointing.snapshot import HostBuffer
+
+
+def save_streamed(state: Any, path: str | os.PathLike[str]) -> None:
+    """Write a state; the file is there as a whole, and durable, or not at all.
+
+    Args:
+        state: Nested dicts, lists and tuples of tensors and other values.
+        path: Path or URL of the file.
+
+    Raises:
+        ValueError: If the state cannot be saved.
+    """
+    directory, _, name = os.fspath(path).replace(os.sep, "/").rpartition("/")
+    folder = Folder(directory or ".")
+    folder.create()
+    structure, tensors = freeze(state)
+    buffer = HostBuffer()
+    buffer.copy(tensors, state)
+    if not folder.is_local:
+        folder.write(name, buffer.file(structure))
+        return
+    unfinished = f".{name}.unfinished"
+    try:
+        folder.write(unfinished, buffer.file(structure))
+        Path(folder.path(unfinished)).replace(folder.path(name))
+    except BaseException:
+        folder.delete(unfinished)
+        raise
+    folder.sync()
