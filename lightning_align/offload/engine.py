@@ -38,14 +38,18 @@ class Memory:
     Attributes:
         blocks: Blocks whose parameters are there at a time, at least 2.
         gradients: Whether the gradients of all blocks stay there.
-        group_bytes: Optimizer state that is there at a time.
+        group_bytes: Optimizer state that is there at a time, of one group.
         pool_bytes: What all of it may take together; None leaves that open.
+        groups: Groups of optimizer state that are there at a time, at least 1.
+        pinned: Whether to register buffers with CUDA.
     """
 
     blocks: int = 3
     gradients: bool = False
     group_bytes: int = 64 << 20
     pool_bytes: int | None = None
+    groups: int = 2
+    pinned: bool = False
 
 
 class OffloadEngine:
@@ -78,7 +82,7 @@ class OffloadEngine:
         self.store, self.threads = store, threads
         self.activations = activations
         self.blocks = list(store.blocks.values())
-        self.pool = BufferPool(memory.pool_bytes, self._relieve)
+        self.pool = BufferPool(memory.pool_bytes, self._relieve, pinned=memory.pinned)
         self.residents = Residents(store, self.pool, memory.blocks)
         self._moving = [block for block in self.blocks if not block.kept]
         self._summed = [block for block in self.blocks if not block.gradients_stay]
@@ -144,6 +148,7 @@ class OffloadEngine:
             self.gradients,
             self.pool,
             self._memory.group_bytes,
+            self._memory.groups,
             fresh=fresh,
         )
 

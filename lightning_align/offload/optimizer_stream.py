@@ -78,14 +78,20 @@ class OptimizerStream:
         optimizer: The user's.
         store: Where parameters and states are.
         pool: Memory for states.
-        group_bytes: Bytes of state to have in memory at a time; a single parameter's always are.
+        group_bytes: Bytes of state of a group; a single parameter's always are one.
+        group_count: Groups that are in memory at a time, one of which is stepped.
     """
 
     def __init__(
-        self, optimizer: Optimizer, store: ShardStore, pool: BufferPool, group_bytes: int
+        self,
+        optimizer: Optimizer,
+        store: ShardStore,
+        pool: BufferPool,
+        group_bytes: int,
+        group_count: int = 2,
     ) -> None:
         self._optimizer, self._store, self._pool = optimizer, store, pool
-        self._group_bytes = group_bytes
+        self._group_bytes, self._group_count = group_bytes, group_count
         self._step = unhooked_step(optimizer)
         self._reading: dict[str, tuple[Tensor, Transfer]] = {}
 
@@ -122,10 +128,9 @@ class OptimizerStream:
         groups = list(self._groups(block, gradients))
         self._forget_others(block, groups)
         for number, names in enumerate(groups):
-            self._read_ahead(block, names)
-            if number + 1 < len(groups):
-                self._read_ahead(block, groups[number + 1])
-            else:
+            for ahead in groups[number : number + self._group_count]:
+                self._read_ahead(block, ahead)
+            if number + 1 == len(groups):
                 meanwhile()
             memories = {name: self._attach(block, name) for name in names}
             self._step_parameters(block, names, gradients)
@@ -139,7 +144,7 @@ class OptimizerStream:
             block: Which one.
             has_gradient: Whether a parameter will be stepped, by its name.
         """
-        if block.states_stay:
+        if block.states_stay or self._group_count == 1:
             return
         self._store.settle(block.name)
         nothing = torch.empty(0)

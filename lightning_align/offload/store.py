@@ -23,10 +23,12 @@ from lightning_align.offload.buffers import BufferPool
 from lightning_align.offload.files import DirectFile, Threads, Transfer
 from lightning_align.offload.memory_file import MemoryFile
 from lightning_align.offload.record import FILE, Record, StatePlace, read_record, sync_folder
-from lightning_align.offload.striped import StripedFile, open_file
+from lightning_align.offload.striped import MARK, StripedFile, open_file
+from lightning_align.offload.tuning import TRIAL
 
 _SUFFIX = ".block"
 _FRESH = f".fresh{_SUFFIX}"
+_LEFT = (f"{FILE}.new", "gradients", "activations", MARK)  # by a run, or by its end
 AnyFile = DirectFile | StripedFile | MemoryFile
 
 
@@ -322,5 +324,5 @@ def sweep(folder: Path) -> None:
         return
     (folder / FILE).unlink(missing_ok=True)  # first, so that nothing half deleted is committed
     for path in folder.iterdir():
-        if path.suffix == _SUFFIX or path.name in (f"{FILE}.new", "gradients", "activations"):
+        if path.suffix in (_SUFFIX, TRIAL) or path.name in _LEFT:
             path.unlink()

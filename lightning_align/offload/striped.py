@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from torch import Tensor
 from lightning_align.mapped import mapped
 from lightning_align.offload.files import DirectFile, Threads, Transfer
 
+MARK = "drive"  # name of the file that says which of a store's folders this is
 STRIPE = 4 << 20  # bytes of one piece, whatever the block size: it is how the drives are read
 
 
@@ -100,3 +103,37 @@ def open_file(folders: Sequence[Path], name: str, threads: Threads) -> DirectFil
     """
     paths = [folder / name for folder in folders]
     return DirectFile(paths[0], threads) if len(paths) == 1 else StripedFile(paths, threads)
+
+
+def mark_drives(folders: Sequence[Path]) -> None:
+    """Write into each folder of a store which of how many it is; one alone needs no mark."""
+    store = uuid.uuid4().hex
+    for number, folder in enumerate(folders if len(folders) > 1 else ()):
+        (folder / MARK).write_text(json.dumps([store, number, len(folders)]))
+
+
+def check_drives(folders: Sequence[Path]) -> None:
+    """Assert that the folders are those of one store, all of them and in their order.
+
+    Raises:
+        ValueError: If one is missing, or of another store or another place in the order.
+    """
+    first = _mark(folders[0])
+    store, count = (first[0], first[2]) if first else ("", 1)
+    if count != len(folders):
+        raise ValueError(
+            f"{folders[0]} is one of {count} folders over which files are striped, and"
+            f" {len(folders)} are given. Name them all, in the same order. Nothing was touched."
+        )
+    for number, folder in enumerate(folders if count > 1 else ()):
+        if _mark(folder) != [store, number, count]:
+            raise ValueError(
+                f"{folder} is not folder {number} of {count} of the store in {folders[0]}: a drive"
+                " is missing, or the order is another one. Nothing was touched."
+            )
+
+
+def _mark(folder: Path) -> list[object]:
+    path = folder / MARK
+    found: list[object] = json.loads(path.read_text()) if path.is_file() else []
+    return found

@@ -20,6 +20,7 @@ from lightning_align.offload.buffers import BufferPool
 from lightning_align.offload.files import DirectFile, Threads
 
 FILE = "io_settings.json"
+TRIAL = ".trial"  # suffix of the file that is written and read
 DEFAULT = (4 << 20, 2)  # bytes, threads
 SECONDS = 1.0
 _SIZES, _COUNTS = (DEFAULT[0], 1 << 20, 16 << 20), (DEFAULT[1], 1, 4)
@@ -86,7 +87,7 @@ def measured(
         seconds: After which no further trial begins.
     """
     end = time.perf_counter() + seconds
-    path = folder / f"trial.{os.getpid()}"
+    path = folder / f"{os.getpid()}{TRIAL}"
     try:
         memory = BufferPool().take(4 << 20).zero_()
         first = _seconds_of(path, memory, candidates[0], direct_io)  # also makes the file

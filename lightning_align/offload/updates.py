@@ -35,7 +35,8 @@ class Updates:
         residents: What is in memory.
         gradients: Of the open window.
         pool: Memory for states.
-        group_bytes: Optimizer state that is in memory at a time.
+        group_bytes: Optimizer state of a group.
+        groups: Groups that are in memory at a time.
         fresh: Whether the optimizer has no state yet; otherwise what is stored is its.
 
     Attributes:
@@ -53,6 +54,7 @@ class Updates:
         gradients: GradientSums,
         pool: BufferPool,
         group_bytes: int,
+        groups: int = 2,
         *,
         fresh: bool,
     ) -> None:
@@ -65,7 +67,7 @@ class Updates:
             block.name: expected_state_bytes(optimizer, block) for block in self._blocks
         }
         store.allocate(self.state_bytes)
-        self._stream = OptimizerStream(optimizer, store, pool, group_bytes)
+        self._stream = OptimizerStream(optimizer, store, pool, group_bytes, groups)
 
     @torch.no_grad()
     def step(self) -> None:

@@ -36,6 +36,10 @@ def register(registry: Any) -> None:
     if "zero_infinity" not in registry:
         about = "ZeRO-Infinity: parameters, gradients and optimizer state on NVMe"
         registry.register("zero_infinity", _zero_infinity, about)
+    if "zero_infinity_cpu" not in registry:
+        about = "ZeRO-Infinity with host memory in the place of NVMe"
+        host = {"offload_params_device": "cpu", "offload_optimizer_device": "cpu"}
+        registry.register("zero_infinity_cpu", _zero_infinity, about, **host)
 
 
 class _OnImport:

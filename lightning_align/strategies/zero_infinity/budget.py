@@ -1,4 +1,4 @@
-"""What ``memory_limit`` buys: gradients that stay in memory, and more blocks of parameters there.
+"""What ``memory_limit`` buys: a third buffer, gradients in memory, then blocks that simply stay.
 
 Counted is what the strategy holds. Activations, the interpreter and the libraries come on top.
 """
@@ -6,13 +6,18 @@ Counted is what the strategy holds. Activations, the interpreter and the librari
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
-from lightning_align._errors import argument_error
+from lightning_align._errors import argument_error, check_least
 from lightning_align.offload.block import Block
 from lightning_align.offload.engine import Memory
 from lightning_align.strategies.zero_infinity.blocks import WHERE
+from lightning_align.strategies.zero_infinity.devices import spread
 
+_SUB_GROUP = 8 << 20  # parameters of a group
+_BYTES = 8  # of its state for each
 _UNITS = {
     "": 1,
     "KB": 10**3,
@@ -37,51 +42,120 @@ def parse_bytes(limit: int | str) -> int:
     return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
-def plan(
-    blocks: list[Block],
-    memory_limit: int | str | Literal["auto"],
-    params_buffer_count: int | None,
-    group_bytes: int,
-    gradients_stay: bool = False,
-) -> Memory:
-    """How much may be in memory.
+@dataclass(frozen=True)
+class Buffers:
+    """How many buffers there are; None leaves it to the limit.
 
     Args:
-        blocks: All blocks.
+        params: Blocks of parameters at a time, at least 2.
+        optimizer: Groups of optimizer state at a time, at least 1.
+        sub_group_size: Parameters of such a group.
+
+    Raises:
+        ValueError: If one of them is too small.
+    """
+
+    params: int | None = None
+    optimizer: int | None = None
+    sub_group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.params is not None and self.params < 2:
+            rule = "must be at least 2: one block computes while the next is read"
+            raise argument_error(WHERE, "params_buffer_count", self.params, rule)
+        if self.optimizer is not None:
+            check_least(WHERE, 1, optimizer_buffer_count=self.optimizer)
+        if self.sub_group_size is not None:
+            check_least(WHERE, 1, sub_group_size=self.sub_group_size)
+
+
+def plan(
+    blocks: Sequence[Block],
+    memory_limit: int | str | Literal["auto"],
+    buffers: Buffers,
+    *,
+    gradients_stay: bool = False,
+) -> Memory:
+    """How much may be in memory; blocks that fit are kept there.
+
+    Args:
+        blocks: All blocks, of which is said what lies where.
         memory_limit: Bytes; ``"auto"`` takes the least that overlaps reads with compute.
-        params_buffer_count: Blocks at a time; None leaves it to ``memory_limit``.
-        group_bytes: Optimizer state at a time.
+        buffers: How many there are.
         gradients_stay: Whether all gradients are left where autograd puts them.
 
     Raises:
         ValueError: If the limit is below what the largest block needs.
     """
-    kept = sum(block.nbytes for block in blocks if block.kept)
-    moving = [block.nbytes for block in blocks if not block.kept]
-    largest = max(moving, default=0)
-    tensor = max((place.nbytes for block in blocks for place in block.places.values()), default=0)
-    # Parameters of what stays; the gradients of two blocks; the state of two groups. Beside the
-    # pool are gradients where autograd puts them: of what stays, and of one block.
-    states = 2 * max(group_bytes, 2 * tensor)
-    fixed, beside = kept + 2 * largest + states, kept + largest
-    if gradients_stay:
-        beside = kept + sum(moving)
+    held = _Held(blocks, gradients_stay)
+    groups = (buffers.optimizer or 2) if any(not block.states_stay for block in blocks) else 0
+    group = _BYTES * (buffers.sub_group_size or _SUB_GROUP)
+    of_one = 2 * held.tensor  # a group has at least one parameter, with two tensors of state
     if memory_limit == "auto":
-        count = params_buffer_count or 3
-        return Memory(count, gradients_stay, group_bytes, fixed + largest * count)
+        count = buffers.params or 3
+        pool = held.pool + groups * max(group, of_one) + count * held.largest
+        return Memory(count, gradients_stay, group, pool, groups)
     limit = parse_bytes(memory_limit)
-    least = beside + fixed + largest * (params_buffer_count or 2)
+    count = buffers.params or 2
+    least = held.beside + held.pool + count * held.largest
+    if buffers.sub_group_size is None:
+        group = min(group, max((limit - least) // max(groups, 1), of_one))
+    least += groups * max(group, of_one)
     if limit < least:
-        rule = f"must be at least {least:,} bytes: the largest block has {largest:,} bytes of"
-        rule += f" parameters, and {kept:,} belong to no block and stay"
-        if gradients_stay:
-            rule += f", and so do {sum(moving):,} bytes of gradients, for the hooks that look there"
-        way_out = "Raise it, lower sub_group_size, or choose smaller blocks with wrap_policy"
-        raise argument_error(WHERE, "memory_limit", memory_limit, rule, way_out)
+        raise _too_low(memory_limit, least, held)
     free = limit - least
-    gradients = gradients_stay or sum(moving) <= free
-    if gradients and not gradients_stay:
-        free -= sum(moving)
-    more = free // largest if largest else 0
-    count = params_buffer_count or min(2 + more, max(2, len(moving)))
-    return Memory(count, gradients, group_bytes, limit - beside)
+    if buffers.params is None and free >= held.largest:
+        count, free = count + 1, free - held.largest
+    gradients = held.summed <= free  # nothing, if they stay anyway
+    if gradients:
+        free -= held.summed
+    _keep(blocks, free, count * held.largest, gradients=gradients)
+    beside = _Held(blocks, gradients_stay).beside
+    return Memory(count, gradients, group, limit - beside, groups)
+
+
+class _Held:
+    """Bytes that must be in memory, in the pool and beside it.
+
+    Args:
+        blocks: All blocks.
+        gradients_stay: Whether all gradients are left where autograd puts them.
+    """
+
+    def __init__(self, blocks: Sequence[Block], gradients_stay: bool) -> None:
+        moving = [block.nbytes for block in blocks if not block.kept]
+        stay = [gradients_stay or block.gradients_stay for block in blocks]
+        summed = [b.nbytes for b, stays in zip(blocks, stay, strict=True) if not stays]
+        self.in_grad = sum(b.nbytes for b, stays in zip(blocks, stay, strict=True) if stays)
+        # An optimizer has at most two tensors of state for one of parameters.
+        states = sum(2 * block.nbytes for block in blocks if block.states_stay)
+        values = sum(block.nbytes for block in blocks if not block.is_stored and block.kept)
+        sizes = [place.nbytes for block in blocks for place in block.places.values()]
+        self.tensor = max(sizes, default=0)
+        self.largest = max(moving, default=0)
+        self.summed = sum(summed)
+        self.kept = sum(block.nbytes for block in blocks if block.kept)
+        # Sums of two blocks are in the pool, and gradients of one where autograd puts them.
+        self.pool = self.kept - values + 2 * max(summed, default=0)
+        self.beside = values + states + self.in_grad + max(summed, default=0)
+
+
+def _keep(blocks: Sequence[Block], free: int, buffers: int, *, gradients: bool) -> None:
+    """Let blocks stay in memory for which there is room: all, or some spread over the order."""
+    moving = [block for block in blocks if not block.kept]
+    everything = sum(block.nbytes for block in moving)
+    if not everything:
+        return
+    share = 1.0 if everything <= free + buffers else free / everything
+    room = everything if share == 1 else free
+    for block, stays in zip(moving, spread([b.nbytes for b in moving], share), strict=True):
+        if stays and block.nbytes <= room:
+            room -= block.nbytes
+            block.kept, block.gradients_stay = True, block.gradients_stay or gradients
+
+
+def _too_low(memory_limit: int | str, least: int, held: _Held) -> ValueError:
+    rule = f"must be at least {least:,} bytes: the largest block has {held.largest:,} bytes of"
+    rule += f" parameters, and {held.kept:,} of others and {held.in_grad:,} of gradients stay"
+    way_out = "Raise it, lower sub_group_size, or choose smaller blocks with wrap_policy"
+    return argument_error(WHERE, "memory_limit", memory_limit, rule, way_out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,8 @@ from lightning_align.offload.optimizer_stream import (
 )
 from lightning_align.offload.record import read_record
 from lightning_align.offload.store import ShardStore, sweep
+from lightning_align.offload.striped import check_drives, mark_drives
+from lightning_align.offload.tuning import tuned
 from lightning_align.strategies.one_optimizer import one_optimizer
 from lightning_align.strategies.zero_infinity.blocks import WHERE, find_blocks
 from lightning_align.strategies.zero_infinity.budget import plan
@@ -40,6 +43,8 @@ from lightning_align.strategies.zero_infinity.first_values import fill, leave
 
 if TYPE_CHECKING:
     from lightning_align.strategies.zero_infinity.strategy import ZeROInfinityStrategy
+
+WORTH_TUNING = 256 << 20  # bytes of parameters on a drive: less takes no second to move
 
 
 def set_up(strategy: ZeROInfinityStrategy, trainer: pl.Trainer) -> None:
@@ -57,7 +62,7 @@ def set_up(strategy: ZeROInfinityStrategy, trainer: pl.Trainer) -> None:
     fill(strategy, trainer)
     strategy.model = strategy.precision_plugin.convert_module(module)
     if strategy._engine is None:
-        _lock_and_open(strategy, module, run_folder(strategy, trainer))
+        _lock_and_open(strategy, module, run_folders(strategy, trainer))
     elif strategy._record is not None:
         strategy._engine.store.recover()
         strategy._engine.whole.read_values()
@@ -75,26 +80,48 @@ def set_up(strategy: ZeROInfinityStrategy, trainer: pl.Trainer) -> None:
     strategy.setup_precision_plugin()
 
 
-def run_folder(strategy: ZeROInfinityStrategy, trainer: pl.Trainer) -> Path:
-    """This rank's folder, which may not be there yet.
+def run_folders(strategy: ZeROInfinityStrategy, trainer: pl.Trainer) -> list[Path]:
+    """This rank's folders, one on each of its drives, which may not be there yet.
+
+    With fewer drives than ranks each rank has one, rank by rank; with more it has several.
 
     Raises:
-        ValueError: If the parent of ``nvme_path`` is not there.
+        ValueError: If the parent of a folder of ``nvme_path`` is not there.
     """
-    if strategy.nvme_path is None:
-        root = Path(trainer.default_root_dir) / "zero_infinity"
+    given = strategy.nvme_path
+    if given is None:
+        roots = [Path(trainer.default_root_dir) / "zero_infinity"]
     else:
-        root = Path(strategy.nvme_path)
-        if not root.parent.is_dir():
-            rule = f"the folder {root.parent} is not there"
-            way_out = "Make it, or mount it"
-            raise argument_error(WHERE, "nvme_path", strategy.nvme_path, rule, way_out)
-    return root / f"rank{strategy.global_rank:05d}"
+        roots = [Path(path) for path in ([given] if isinstance(given, str) else given)]
+        for root in roots:
+            if not root.parent.is_dir():
+                rule = f"the folder {root.parent} is not there"
+                way_out = "Make it, or mount it"
+                raise argument_error(WHERE, "nvme_path", given, rule, way_out)
+    of_rank = roots[strategy.local_rank % len(roots) :: max(strategy.num_processes, 1)]
+    return [root / f"rank{strategy.global_rank:05d}" for root in of_rank]
 
 
 def _lock_and_open(
-    strategy: ZeROInfinityStrategy, module: pl.LightningModule, folder: Path
+    strategy: ZeROInfinityStrategy, module: pl.LightningModule, folders: list[Path]
 ) -> None:
+    locks: list[FolderLock] = []
+    try:
+        for folder in folders if _uses_drive(strategy) else ():
+            locks.append(_locked(strategy, folder))
+        strategy._engine = _open(strategy, module, folders)
+    except BaseException:
+        for lock in locks:
+            lock.release()
+        raise
+    strategy._locks = locks
+
+
+def _uses_drive(strategy: ZeROInfinityStrategy) -> bool:
+    return strategy.devices.uses_drive or strategy.offload_activations == "nvme"
+
+
+def _locked(strategy: ZeROInfinityStrategy, folder: Path) -> FolderLock:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FolderLock(Folder(folder), f"{WHERE}(nvme_path={{!r}})")
@@ -102,35 +129,31 @@ def _lock_and_open(
     except OSError as error:
         rule = f"{folder} cannot be written ({error.strerror})"
         raise argument_error(WHERE, "nvme_path", strategy.nvme_path, rule) from error
-    try:
-        strategy._engine = _open(strategy, module, folder)
-    except BaseException:
-        lock.release()
-        raise
-    strategy._lock = lock
+    return lock
 
 
 def _open(
-    strategy: ZeROInfinityStrategy, module: pl.LightningModule, folder: Path
+    strategy: ZeROInfinityStrategy, module: pl.LightningModule, folders: list[Path]
 ) -> OffloadEngine:
-    resumes = strategy._record is not None
-    if not resumes:
-        _make_way(strategy, folder)
+    resumes, folder = strategy._record is not None, folders[0]
+    if resumes:
+        check_drives(folders)
+    elif _uses_drive(strategy):
+        _make_way(strategy, folders)
     blocks, modules = find_blocks(module, strategy.wrap_policy)
-    group_bytes = 8 * strategy.sub_group_size
-    memory = plan(
-        blocks,
-        strategy.memory_limit,
-        strategy.params_buffer_count,
-        group_bytes,
-        gradients_stay=bool(hooks_on_gradients(module.trainer, module)),
+    strategy.devices.assign(blocks)
+    pinned = strategy.pin_memory and strategy.root_device.type == "cuda"
+    stay = bool(hooks_on_gradients(module.trainer, module))
+    memory = plan(blocks, strategy.memory_limit, strategy.buffers, gradients_stay=stay)
+    threads = _threads(strategy, blocks, folders)
+    store = ShardStore(
+        folder, blocks, threads, atomic_step=strategy.atomic_step, drives=folders[1:]
     )
-    threads = Threads(strategy.thread_count, strategy.block_size, strategy.direct_io)
-    store = ShardStore(folder, blocks, threads, atomic_step=strategy.atomic_step)
     activations = None
     if strategy.offload_activations != "none":
         on_disk = strategy.offload_activations == "nvme"
         activations = Activations(folder if on_disk else None, threads)
+    memory = replace(memory, pinned=pinned)
     engine = OffloadEngine(modules, store, threads, memory, activations)
     if resumes:
         leave(strategy, module.parameters())
@@ -148,16 +171,28 @@ def _open(
     return engine
 
 
-def _make_way(strategy: ZeROInfinityStrategy, folder: Path) -> None:
+def _threads(strategy: ZeROInfinityStrategy, blocks: list[Block], folders: list[Path]) -> Threads:
+    """Who reads and writes: as given, and for the rest as measured where that is worth a second."""
+    on_drive = sum(block.nbytes for block in blocks if block.is_stored or not block.states_stay)
+    if on_drive >= WORTH_TUNING:
+        given = (strategy.block_size, strategy.thread_count)
+        strategy.io_settings = tuned(folders[0], folders[0].parent, *given, strategy.direct_io)
+    count, size = strategy.io_settings.thread_count, strategy.io_settings.block_size
+    return Threads(count * len(folders), size, strategy.direct_io)
+
+
+def _make_way(strategy: ZeROInfinityStrategy, folders: list[Path]) -> None:
     """For a run that begins anew: leftovers of a crash go, a committed step does not."""
     may_overwrite = strategy.overwrite or strategy._may_overwrite
-    record = None if may_overwrite else read_record(folder)
+    record = None if may_overwrite else read_record(folders[0])
     if record is not None:
-        rule = f"{folder} holds step {record.step} of an earlier run"
+        rule = f"{folders[0]} holds step {record.step} of an earlier run"
         way_out = "Go on from it with fit(ckpt_path='last'), or set another nvme_path or"
         way_out += " overwrite=True"
         raise argument_error(WHERE, "nvme_path", strategy.nvme_path, rule, way_out)
-    sweep(folder)
+    for folder in folders:
+        sweep(folder)
+    mark_drives(folders)
 
 
 def _take_over(strategy: ZeROInfinityStrategy, engine: OffloadEngine, trainer: pl.Trainer) -> None:

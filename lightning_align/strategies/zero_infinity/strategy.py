@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -28,16 +29,18 @@ from lightning_align.models.weights import parameters_on_meta
 from lightning_align.offload.building import Building
 from lightning_align.offload.files import Threads
 from lightning_align.offload.record import FILE
+from lightning_align.offload.tuning import DEFAULT, IOSettings
 from lightning_align.run.exact_resume import ExactResume
 from lightning_align.run.protocols import KnowsGradientFactor
 from lightning_align.strategies import failure, launching
 from lightning_align.strategies.zero_infinity.blocks import WHERE, WrapPolicy
-from lightning_align.strategies.zero_infinity.budget import parse_bytes
+from lightning_align.strategies.zero_infinity.budget import Buffers, parse_bytes
 from lightning_align.strategies.zero_infinity.checkpoints import BlockCheckpoints
 from lightning_align.strategies.zero_infinity.commits import CommitSteps
 from lightning_align.strategies.zero_infinity.counters import LogTraffic
+from lightning_align.strategies.zero_infinity.devices import Devices
 from lightning_align.strategies.zero_infinity.first_values import built_on_disk, fill
-from lightning_align.strategies.zero_infinity.set_up import run_folder, set_up
+from lightning_align.strategies.zero_infinity.set_up import run_folders, set_up
 
 
 class ZeROInfinityStrategy(BlockCheckpoints):
@@ -55,17 +58,31 @@ class ZeROInfinityStrategy(BlockCheckpoints):
     and 28 bytes of traffic a step, 40 where gradients wait, as for clipping.
 
     Args:
+        stage: What comes and goes block by block: at 3 everything, at 2 gradients and optimizer
+            state while parameters stay whole in memory, at 1 optimizer state alone.
+        offload_params_device: Where parameters lie: ``"nvme"``, or in host memory (``"cpu"`` or
+            ``"none"``, which are one place on a CPU). At stages 1 and 2 ``"nvme"`` has the copy
+            that a commit needs.
+        offload_optimizer_device: The same, of optimizer state and, at stages 2 and 3, of gradients.
+        offload_fraction: Share of bytes on NVMe of what could be there; other blocks are in host
+            memory.
         offload_activations: Where what forward saves waits for backward: ``"none"`` leaves it
             there, ``"cpu"`` moves it to host memory (on a CPU that is the same), ``"nvme"`` to
             disk. Under activation checkpointing these are the inputs of blocks, otherwise all that
             operations save; what has less than 64 KiB stays.
         nvme_path: Folder for the files; by default ``zero_infinity`` below ``default_root_dir``.
+            Of a list of folders, one on each drive, ranks take one after the other; where there
+            are more than ranks, files are striped.
         memory_limit: Bytes that the strategy may hold, such as ``"4GB"``, beside activations and
             libraries; ``"auto"`` takes the least that overlaps reads with compute.
-        params_buffer_count: Blocks of parameters in memory at a time, at least 2.
-        sub_group_size: Parameters whose optimizer state is in memory at a time.
-        block_size: Bytes of one read or write.
-        thread_count: Threads that read and write.
+        params_buffer_count: Blocks of parameters in memory at a time, at least 2; by default 3, or
+            what ``memory_limit`` leaves.
+        optimizer_buffer_count: Groups of optimizer state in memory at a time, by default 2.
+        sub_group_size: Parameters of such a group, by default 8 million, or what ``memory_limit``
+            leaves.
+        block_size: Bytes of one read or write; None measures, where that is worth a second.
+        thread_count: Threads that read and write, for each drive; None measures as well.
+        pin_memory: Whether to register buffers with CUDA; without it nothing is done.
         direct_io: Whether to go past the page cache; ``"auto"`` does where the filesystem lets us.
         atomic_step: Whether a step that a kill interrupts leaves the one before it whole, for twice
             the disk.
@@ -98,13 +115,19 @@ class ZeROInfinityStrategy(BlockCheckpoints):
 
     def __init__(
         self,
+        stage: Literal[1, 2, 3] = 3,
+        offload_params_device: Literal["nvme", "cpu", "none"] = "nvme",
+        offload_optimizer_device: Literal["nvme", "cpu", "none"] = "nvme",
+        offload_fraction: float = 1.0,
         offload_activations: Literal["none", "cpu", "nvme"] = "none",
-        nvme_path: str | None = None,
+        nvme_path: str | list[str] | None = None,
         memory_limit: int | str = "auto",
         params_buffer_count: int | None = None,
-        sub_group_size: int = 8 << 20,
-        block_size: int = 4 << 20,
-        thread_count: int = 2,
+        optimizer_buffer_count: int | None = None,
+        sub_group_size: int | None = None,
+        block_size: int | None = None,
+        thread_count: int | None = None,
+        pin_memory: bool = False,
         direct_io: bool | Literal["auto"] = "auto",
         atomic_step: bool = True,
         update_in_backward: bool | Literal["auto"] = "auto",
@@ -117,24 +140,29 @@ class ZeROInfinityStrategy(BlockCheckpoints):
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
     ) -> None:
         super().__init__()
-        if params_buffer_count is not None and params_buffer_count < 2:
-            rule = "must be at least 2: one block computes while the next is read"
-            raise argument_error(WHERE, "params_buffer_count", params_buffer_count, rule)
-        if sub_group_size < 1:
-            raise argument_error(WHERE, "sub_group_size", sub_group_size, "must be at least 1")
+        self.devices = Devices(
+            stage, offload_params_device, offload_optimizer_device, offload_fraction
+        )
+        self.buffers = Buffers(params_buffer_count, optimizer_buffer_count, sub_group_size)
+        if nvme_path == []:
+            raise argument_error(WHERE, "nvme_path", nvme_path, "must name at least one folder")
         if memory_limit != "auto":
             parse_bytes(memory_limit)
         if offload_activations not in ("none", "cpu", "nvme"):
             rule = "must be 'none', 'cpu' or 'nvme'"
             raise argument_error(WHERE, "offload_activations", offload_activations, rule)
-        Threads(thread_count, block_size, direct_io).close()  # checks them
+        io = IOSettings(
+            DEFAULT[0] if block_size is None else block_size,
+            DEFAULT[1] if thread_count is None else thread_count,
+        )
+        Threads(io.thread_count, io.block_size, direct_io).close()  # checks them
         self.offload_activations = offload_activations
         self.nvme_path = nvme_path
         self.memory_limit = memory_limit
-        self.params_buffer_count = params_buffer_count
-        self.sub_group_size = sub_group_size
         self.block_size = block_size
         self.thread_count = thread_count
+        self.io_settings = io
+        self.pin_memory = pin_memory
         self.direct_io = direct_io
         self.atomic_step = atomic_step
         self.update_in_backward = update_in_backward
@@ -146,7 +174,7 @@ class ZeROInfinityStrategy(BlockCheckpoints):
         self.process_group_backend = process_group_backend
         self.start_method = start_method
         self.num_nodes = 1
-        self._lock: FolderLock | None = None
+        self._locks: list[FolderLock] = []
         self._may_overwrite = False  # since what is resumed from is newer
         self._building: Building | None = None  # what is built and not in blocks yet
         self._early = False  # whether the open window is updated in backward
@@ -177,7 +205,13 @@ class ZeROInfinityStrategy(BlockCheckpoints):
 
     def _newest(self, trainer: pl.Trainer, found: str | None) -> str | None:
         """The committed step, or the checkpoint that Lightning has found, if that is newer."""
-        committed = run_folder(self, trainer) / FILE
+        if not self.devices.commits:
+            rank_zero_warn(
+                f"{WHERE}: parameters or optimizer state are in host memory, so no step is"
+                " committed: ckpt_path='last' is the latest checkpoint of a callback."
+            )
+            return found
+        committed = run_folders(self, trainer)[0] / FILE
         if not committed.is_file():
             return found
         saved = Path(found).stat().st_mtime if found is not None else 0.0
@@ -192,7 +226,8 @@ class ZeROInfinityStrategy(BlockCheckpoints):
         assert self.lightning_module is not None
         trainer: Any = self.lightning_module.trainer
         present = {type(callback) for callback in trainer.callbacks}
-        for kind in (ExactResume, CommitSteps, LogTraffic):
+        commits = (CommitSteps,) if self.devices.commits else ()
+        for kind in (ExactResume, *commits, LogTraffic):
             if kind not in present:
                 trainer.callbacks.append(kind())
 
@@ -341,11 +376,11 @@ class ZeROInfinityStrategy(BlockCheckpoints):
 
     def close(self) -> None:
         """Close the files; the module's values are there alone, and can no longer be read here."""
-        engine, lock = self._engine, self._lock
-        self._engine = self._lock = None
+        engine, locks = self._engine, self._locks
+        self._engine, self._locks = None, []
         try:
             if engine is not None:
                 engine.close()
         finally:
-            if lock is not None:
+            for lock in locks:
                 lock.release()
