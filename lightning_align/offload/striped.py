@@ -133,6 +133,18 @@ def check_drives(folders: Sequence[Path]) -> None:
             )
 
 
+def strangers(folders: Sequence[Path]) -> list[Path]:
+    """Folders that have parts of another store, or of this one with other folders."""
+    first = _mark(folders[0])
+    store = first[0] if first else ""
+    marks = [(folder, _mark(folder)) for folder in folders]
+    return [
+        folder
+        for number, (folder, mark) in enumerate(marks)
+        if mark and mark != [store, number, len(folders)]
+    ]
+
+
 def _mark(folder: Path) -> list[object]:
     path = folder / MARK
     found: list[object] = json.loads(path.read_text()) if path.is_file() else []

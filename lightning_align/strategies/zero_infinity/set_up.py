@@ -27,7 +27,7 @@ from lightning_align.offload.optimizer_stream import (
 )
 from lightning_align.offload.record import read_record
 from lightning_align.offload.store import ShardStore, sweep
-from lightning_align.offload.striped import check_drives, mark_drives
+from lightning_align.offload.striped import check_drives, mark_drives, strangers
 from lightning_align.offload.tuning import tuned
 from lightning_align.strategies.one_optimizer import one_optimizer
 from lightning_align.strategies.zero_infinity.blocks import WHERE, find_blocks
@@ -107,8 +107,8 @@ def _lock_and_open(
 ) -> None:
     locks: list[FolderLock] = []
     try:
-        for folder in folders if _uses_drive(strategy) else ():
-            locks.append(_locked(strategy, folder))
+        if _uses_drive(strategy):
+            locks.extend(_locked(strategy, folder) for folder in folders)
         strategy._engine = _open(strategy, module, folders)
     except BaseException:
         for lock in locks:
@@ -184,11 +184,16 @@ def _threads(strategy: ZeROInfinityStrategy, blocks: list[Block], folders: list[
 def _make_way(strategy: ZeROInfinityStrategy, folders: list[Path]) -> None:
     """For a run that begins anew: leftovers of a crash go, a committed step does not."""
     may_overwrite = strategy.overwrite or strategy._may_overwrite
-    record = None if may_overwrite else read_record(folders[0])
-    if record is not None:
-        rule = f"{folders[0]} holds step {record.step} of an earlier run"
-        way_out = "Go on from it with fit(ckpt_path='last'), or set another nvme_path or"
-        way_out += " overwrite=True"
+    records = {} if may_overwrite else {folder: read_record(folder) for folder in folders}
+    for folder, record in records.items():
+        if record is not None:
+            rule = f"{folder} holds step {record.step} of an earlier run"
+            way_out = "Go on from it with fit(ckpt_path='last'), or set another nvme_path or"
+            way_out += " overwrite=True"
+            raise argument_error(WHERE, "nvme_path", strategy.nvme_path, rule, way_out)
+    for folder in () if may_overwrite else strangers(folders):
+        rule = f"{folder} holds a part of an earlier run, which had other folders beside it"
+        way_out = "Name those, in their order, or set another nvme_path or overwrite=True"
         raise argument_error(WHERE, "nvme_path", strategy.nvme_path, rule, way_out)
     for folder in folders:
         sweep(folder)

@@ -6,9 +6,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_align.strategies.zero_infinity.blocks import find_blocks
-from lightning_align.strategies.zero_infinity.budget import parse_bytes, plan
+from lightning_align.strategies.zero_infinity.budget import Buffers, parse_bytes, plan
 from lightning_align.strategies.zero_infinity.strategy import ZeROInfinityStrategy
 from tests.helpers.offloaded import ADAMW, Regression, fit, points
+
+GROUPS = Buffers(sub_group_size=512)
 
 
 def test_sizes_are_read_in_any_unit():
@@ -19,14 +21,14 @@ def test_sizes_are_read_in_any_unit():
 def test_a_limit_below_the_largest_block_names_the_least_possible():
     blocks, _ = find_blocks(Regression(ADAMW), None)
     with pytest.raises(ValueError, match=r"must be at least [0-9,]+ bytes") as error:
-        plan(blocks, "10KB", None, 4096)
+        plan(blocks, "10KB", GROUPS)
     least = int(str(error.value).split("at least ")[1].split(" ")[0].replace(",", ""))
-    assert plan(blocks, least, None, 4096).blocks == 2
+    assert plan(blocks, least, GROUPS).blocks == 2
     with pytest.raises(ValueError, match="must be at least"):
-        plan(blocks, least - 1, None, 4096)
-    richer = plan(blocks, least + 10**6, None, 4096)
+        plan(blocks, least - 1, GROUPS)
+    richer = plan(blocks, least + 10**6, GROUPS)
     assert richer.gradients
-    assert richer.blocks == 4
+    assert all(block.kept and block.gradients_stay for block in blocks)
 
 
 class Wide(Regression):
@@ -44,7 +46,7 @@ class Wide(Regression):
 def test_what_is_held_keeps_to_the_limit(tmp_path, clip, extra):
     blocks, _ = find_blocks(Wide(), None)
     with pytest.raises(ValueError, match="must be at least") as error:
-        plan(blocks, 1, None, 8 * 20_000)
+        plan(blocks, 1, Buffers(sub_group_size=20_000))
     least = int(str(error.value).split("at least ")[1].split(" ")[0].replace(",", ""))
     held = []
 

@@ -1,9 +1,30 @@
 """Where the parts of a model lie, and what of a run that changes."""
 
+from functools import partial
+
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
 
+from lightning_align import LISA, Muon
+from lightning_align.modules import PretrainModule
+from lightning_align.strategies import ZeROInfinityStrategy
 from lightning_align.strategies.zero_infinity.devices import spread
+from tests.helpers.offloaded import (
+    ADAMW,
+    STEPS,
+    Regression,
+    assert_same,
+    batches,
+    compare,
+    fit,
+    points,
+    small,
+)
+from tests.helpers.tiny_models import TINY_MODELS
 
 
 @given(st.lists(st.integers(1, 1000), max_size=40), st.floats(0, 1))
@@ -19,3 +40,140 @@ def test_a_share_is_chosen_and_spread(sizes, share):
 
 def test_a_half_is_every_second():
     assert list(spread([10] * 6, 0.5)) == [True, False, True, False, True, False]
+
+
+HOST = {"offload_params_device": "cpu", "offload_optimizer_device": "none"}
+PLACES = {
+    "cpu": HOST,
+    "parameters on the drive": {"offload_optimizer_device": "cpu"},
+    "state on the drive": {"offload_params_device": "cpu"},
+    "half": {"offload_fraction": 0.5},
+    "half of the state": {"offload_fraction": 0.5, "offload_params_device": "cpu"},
+    "stage 2": {"stage": 2},
+    "stage 1": {"stage": 1},
+    "stage 1, half": {"stage": 1, "offload_fraction": 0.5},
+}
+RUNS = {
+    "plain": {},
+    "clipped": {"gradient_clip_val": 0.05},
+    "accumulated": {"accumulate_grad_batches": 2},
+}
+
+
+@pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize("arguments", PLACES.values(), ids=PLACES)
+def test_wherever_it_lies_it_trains_as_in_memory(tmp_path, arguments, options):
+    data = DataLoader(points(), batch_size=8)
+    module = partial(Regression, ADAMW, schedule=True)
+    compare(tmp_path, module, data, small(**arguments), **options)
+    committed = tmp_path / "zero_infinity" / "rank00000" / "committed"
+    assert committed.exists() == ("stage" in arguments and len(arguments) == 1)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [ADAMW, partial(Muon, lr=1e-2), partial(torch.optim.SGD, lr=1e-2, momentum=0.9)],
+    ids=["AdamW", "Muon", "SGD"],
+)
+@pytest.mark.parametrize("arguments", [HOST, {"offload_fraction": 0.5}, {"stage": 2}], ids=str)
+def test_language_models_and_optimizers(tmp_path, arguments, build):
+    data = DataLoader(batches(), batch_size=2)
+    module = lambda: PretrainModule(TINY_MODELS["llama_tied"](), optimizer=build)  # noqa: E731
+    options = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
+    compare(tmp_path, module, data, small(**arguments), **options)
+
+
+@pytest.mark.parametrize("state", ["drop", "keep"])
+@pytest.mark.parametrize("arguments", [HOST, {"offload_fraction": 0.5}], ids=["cpu", "half"])
+def test_lisa_in_host_memory(tmp_path, arguments, state):
+    found = []
+    for strategy in ("auto", small(**arguments)):
+        lisa = LISA(1, interval_steps=2, optimizer_state=state, filename=None)
+        module = PretrainModule(TINY_MODELS["llama"](), optimizer=ADAMW)
+        trainer = fit(
+            tmp_path, module, DataLoader(batches(), batch_size=2), strategy, None, callbacks=[lisa]
+        )
+        found.append((lisa.history, trainer.strategy.lightning_module_state_dict()))
+    assert_same(found[1], found[0])
+
+
+def test_in_host_memory_there_is_no_folder_and_nothing_goes_away(tmp_path):
+    strategy = small(**HOST)
+    module = Regression(ADAMW)
+    trainer = fit(tmp_path, module, DataLoader(points(), batch_size=8), strategy)
+    assert not (tmp_path / "zero_infinity").exists()
+    assert not any(p.isnan().any() for p in module.parameters())
+    engine = strategy._engine
+    assert engine.pool.allocated_bytes == 0  # no block was ever copied
+    assert (engine.threads.traffic.read, engine.threads.traffic.written) == (0, 0)
+    memories = [block.memory.untyped_storage().data_ptr() for block in engine.blocks]
+    assert {p.untyped_storage().data_ptr() for p in module.parameters()} == set(memories)
+    trainer.strategy.close()
+
+
+def test_stage_2_keeps_parameters_and_writes_what_a_commit_needs(tmp_path):
+    data, strategy, module = DataLoader(points(), batch_size=8), small(stage=2), Regression(ADAMW)
+    fit(tmp_path, module, data, strategy, max_steps=1)
+    assert not any(p.isnan().any() for p in module.parameters())
+    assert strategy._engine.threads.traffic.read == 0  # there are no moments yet
+    strategy.close()
+    trainer = fit(tmp_path, Regression(ADAMW), data, small(stage=2), "last")
+    whole = Regression(ADAMW)
+    fit(tmp_path, whole, data)
+    assert_same(trainer.strategy.lightning_module_state_dict(), whole.state_dict())
+
+
+@pytest.mark.parametrize("arguments", [HOST, {"offload_fraction": 0.5}], ids=["cpu", "half"])
+def test_last_is_a_callbacks_checkpoint_and_says_so(tmp_path, arguments):
+    data = DataLoader(points(), batch_size=8)
+    save = lambda: ModelCheckpoint(tmp_path / "saved", save_last=True, every_n_train_steps=2)  # noqa: E731
+    saving = {"enable_checkpointing": True}
+    strategy = small(**arguments)
+    with pytest.warns(UserWarning, match="no step is committed"):
+        fit(
+            tmp_path,
+            Regression(ADAMW),
+            data,
+            strategy,
+            "last",
+            max_steps=3,
+            callbacks=[save()],
+            **saving,
+        )
+    strategy.close()
+    strategy = small(**arguments)
+    trainer = fit(tmp_path, Regression(ADAMW), data, strategy, "last", callbacks=[save()], **saving)
+    assert trainer.global_step == STEPS
+    whole = Regression(ADAMW)
+    fit(tmp_path, whole, data)
+    assert_same(strategy.lightning_module_state_dict(), whole.state_dict())
+
+
+def test_a_committed_step_is_not_overwritten_by_what_commits_nothing(tmp_path):
+    data = DataLoader(points(), batch_size=8)
+    strategy = small()
+    fit(tmp_path, Regression(ADAMW), data, strategy, max_steps=3)
+    strategy.close()
+    with pytest.raises(ValueError, match="holds step 3 of an earlier run"):
+        fit(tmp_path, Regression(ADAMW), data, small(offload_fraction=0.5), "last")
+    fit(tmp_path, Regression(ADAMW), data, small(**HOST)).strategy.close()  # touches no folder
+    trainer = fit(tmp_path, Regression(ADAMW), data, small(), "last")
+    assert trainer.global_step == STEPS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"stage": 4}, r"stage=4\): must be one of 1, 2, 3"),
+        ({"offload_params_device": "disk"}, "offload_params_device='disk'"),
+        ({"offload_optimizer_device": "gpu"}, "offload_optimizer_device='gpu'"),
+        ({"offload_fraction": 1.5}, "offload_fraction=1.5.*between 0 and 1"),
+        ({"offload_fraction": 0.5, **HOST}, "nothing is on a drive"),
+        ({"nvme_path": []}, "at least one folder"),
+        ({"optimizer_buffer_count": 0}, "optimizer_buffer_count=0"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        ZeROInfinityStrategy(**arguments)
