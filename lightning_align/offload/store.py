@@ -117,8 +117,9 @@ class ShardStore:
             OSError: If there is no room.
         """
         for (name, _), file in self._files.items():
-            expected = self.blocks[name].nbytes + aligned(state_bytes.get(name, 0))
-            self._room[name] = max(self._ends[name], expected)
+            block = self.blocks[name]
+            states = 0 if block.states_stay else state_bytes.get(name, 0)
+            self._room[name] = max(self._ends[name], block.nbytes + aligned(states))
             if not file.is_held:
                 file.allocate(self._room[name])
 

@@ -102,7 +102,7 @@ def plan(
         group = min(group, max((limit - least) // max(groups, 1), of_one))
     least += groups * max(group, of_one)
     if limit < least:
-        raise _too_low(memory_limit, least, held)
+        raise _too_low(memory_limit, least, held, gradients_stay)
     free = limit - least
     if buffers.params is None and free >= held.largest:
         count, free = count + 1, free - held.largest
@@ -154,8 +154,9 @@ def _keep(blocks: Sequence[Block], free: int, buffers: int, *, gradients: bool) 
             block.kept, block.gradients_stay = True, block.gradients_stay or gradients
 
 
-def _too_low(memory_limit: int | str, least: int, held: _Held) -> ValueError:
+def _too_low(memory_limit: int | str, least: int, held: _Held, gradients_stay: bool) -> ValueError:
     rule = f"must be at least {least:,} bytes: the largest block has {held.largest:,} bytes of"
-    rule += f" parameters, and {held.kept:,} of others and {held.in_grad:,} of gradients stay"
+    rule += f" parameters, {held.kept:,} of others stay, and {held.in_grad:,} bytes of gradients"
+    rule += ", for the hooks that look there" if gradients_stay else ""
     way_out = "Raise it, lower sub_group_size, or choose smaller blocks with wrap_policy"
     return argument_error(WHERE, "memory_limit", memory_limit, rule, way_out)
