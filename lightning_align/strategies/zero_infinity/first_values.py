@@ -29,6 +29,9 @@ def built_on_disk(strategy: ZeROInfinityStrategy) -> Iterator[None]:
     Raises:
         ValueError: If there is no folder to put them in.
     """
+    if not strategy.devices.uses_drive:  # all of it is to be in memory
+        yield
+        return
     building = _building(strategy)
     with building.taking_over():
         yield
@@ -91,7 +94,7 @@ class _Whole:
 def _building(strategy: ZeROInfinityStrategy) -> Building:
     if strategy._building is None:
         folder = _folder(strategy)
-        budget = min(_BUDGET, 8 * (strategy.sub_group_size or _BUDGET))
+        budget = min(_BUDGET, 8 * (strategy.buffers.sub_group_size or _BUDGET))
         try:
             strategy._building = Building(folder, budget, strategy.direct_io)
         except OSError as error:
