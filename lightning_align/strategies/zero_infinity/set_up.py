@@ -76,6 +76,7 @@ def set_up(strategy: ZeROInfinityStrategy, trainer: pl.Trainer) -> None:
         tell(
             strategy._engine,
             layout_of(strategy._engine, batches, gradients_wait=not strategy._early),
+            strategy.io_settings.bandwidth,
         )
     strategy.setup_precision_plugin()
 
