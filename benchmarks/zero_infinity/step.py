@@ -5,17 +5,19 @@
 
 A Llama with 8 blocks of width 512 (26 M parameters), AdamW (fused), PretrainModule in a Trainer,
 one compute thread. In each repeat, for each number of tokens: the same run in memory, then under
-zero_infinity, unclipped (blocks are updated in backward) and clipped (gradients wait on disk), then
-the drive alone: as many bytes, read and written in pieces of the same size by the same threads in
-the proportions of an unclipped step, and made durable. A step is from one batch's start to the
-next one's, the commit included; the median of a run's steps counts, without the first two.
+zero_infinity, unclipped (blocks are updated in backward) and clipped (gradients wait on disk), and
+the drive alone, by the same threads in pieces of the same size: reads, writes, and both in the
+proportions of an unclipped step, made durable. A step is from one batch's start to the next one's,
+the commit included; the median of a run's steps counts, without the first two. At the smallest
+number of tokens also with atomic_step=False.
 
-Predicted is the longer of compute (the step in memory) and I/O (bytes over what the drive alone
-did), in the same repeat; for a clipped step without the optimizer pass, whose I/O comes on top.
-That pass is from on_before_optimizer_step to the end of the step.
+Predicted is what lightning_align.offload.bandwidth says, from nothing but the sizes of blocks, the
+rates of the drive alone, and the seconds that forward, backward and the rest of a step take in
+memory, all of the same repeat.
 
 Bars: speed of training in memory at the largest number of tokens 0.85, clipped 0.75; at the
-smallest, bandwidth 0.6 of the drive's alone; of the optimizer pass 0.8; predicted within 25 %.
+smallest, bandwidth 0.6 of the drive's alone; of the optimizer pass 0.8; an atomic step at most 1.15
+of one in place; predicted within 25 %.
 """
 
 import argparse
@@ -43,9 +45,21 @@ sys.path.append(str(Path(__file__).parents[1]))
 from chunked_loss import hardware
 
 from lightning_align import PretrainModule
+from lightning_align.offload.bandwidth import (
+    BACKWARD,
+    FORWARD,
+    UPDATE,
+    Bandwidth,
+    StepLayout,
+    step_bytes,
+    step_s,
+)
 from lightning_align.offload.buffers import BufferPool
 from lightning_align.offload.files import DirectFile, Threads
+from lightning_align.offload.traffic import Event
+from lightning_align.reports.step_timeline import timeline
 from lightning_align.strategies import ZeROInfinityStrategy
+from lightning_align.strategies.zero_infinity.counters import layout_of
 
 TOKENS = (32, 128, 256, 512, 1024, 2048)
 SEQUENCE = 256
@@ -68,6 +82,36 @@ class Timer(pl.Callback):
         return median(b[0] - a[0] for a, b in pairs), median(b[1] - a[1] for a, b in pairs)
 
 
+class PhaseTimer(Timer):
+    """Also when forward, backward and the update ended. Its hooks see gradients: in memory only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phases: list[list[float]] = []
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        super().on_train_batch_start(trainer)
+        self._ends(new=True)
+
+    def on_before_backward(self, *_: Any) -> None:
+        self._ends()
+
+    def on_after_backward(self, *_: Any) -> None:
+        self._ends()
+
+    def _ends(self, new: bool = False) -> None:
+        if self.phases:
+            self.phases[-1].append(time.perf_counter())
+        if new:
+            self.phases.append([time.perf_counter()])
+
+    def compute(self) -> dict[str, float]:
+        """Median seconds of each phase of a step."""
+        steps = self.phases[2:-1]
+        found = [median(ends[i + 1] - ends[i] for ends in steps) for i in range(3)]
+        return dict(zip((FORWARD, BACKWARD, UPDATE), found, strict=True))
+
+
 class PassTimer(Timer):
     """Also the optimizer pass. A hook that sees gradients: for clipped runs only."""
 
@@ -82,6 +126,20 @@ class PassTimer(Timer):
         """Median seconds and bytes of the pass."""
         pairs = list(zip(self.begins, self.marks[1:], strict=False))[2:]
         return median(b[0] - a[0] for a, b in pairs), median(b[1] - a[1] for a, b in pairs)
+
+
+class Recorder(pl.Callback):
+    """The events of the last step but one."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        traffic = trainer.strategy._engine.threads.traffic
+        if trainer.global_step == trainer.max_steps - 1:
+            self.events = traffic.recorded()
+        elif trainer.global_step == trainer.max_steps - 2:
+            traffic.record()
 
 
 def _moved(trainer: Any) -> int:
@@ -105,7 +163,7 @@ class Case:
     steps: int
     folder: str
 
-    def train(self, tokens: int, strategy: Any, timer: Timer, clip: float | None) -> Timer:
+    def train(self, tokens: int, strategy: Any, watch: Any, clip: float | None) -> Any:
         torch.manual_seed(0)
         optimizer = partial(torch.optim.AdamW, lr=1e-4, fused=True)
         module = PretrainModule(llama(self.width, self.blocks), optimizer=optimizer)
@@ -120,86 +178,112 @@ class Case:
             enable_progress_bar=False,
             enable_model_summary=False,
             default_root_dir=self.folder,
-            callbacks=[timer],
+            callbacks=[watch],
         )
         trainer.fit(module, batches(tokens, self.steps))
-        return timer
+        return watch
 
-    def offloaded(self, tokens: int, timer: Timer, clip: float | None) -> Timer:
-        strategy = ZeROInfinityStrategy(nvme_path=str(Path(self.folder, "nvme")), overwrite=True)
+    def offloaded(
+        self, tokens: int, watch: Any, clip: float | None, **arguments: Any
+    ) -> tuple[Any, StepLayout]:
+        """A run, and what the model is told of it."""
+        path = Path(self.folder, "nvme")
+        strategy = ZeROInfinityStrategy(nvme_path=str(path), overwrite=True, **arguments)
         try:
-            return self.train(tokens, strategy, timer, clip)
+            self.train(tokens, strategy, watch, clip)
+            assert strategy._engine is not None
+            return watch, layout_of(strategy._engine, 1, gradients_wait=clip is not None)
         finally:
             strategy.close()
-            shutil.rmtree(Path(self.folder, "nvme"))
+            shutil.rmtree(path)
 
 
-def drive_alone(folder: str, nbytes: int, piece: int) -> float:
-    """Bytes a second, of reads and writes in proportions of 4 to 3, made durable at the end."""
-    threads, pool = Threads(), BufferPool()
-    files = [DirectFile(Path(folder, f"alone{i}"), threads) for i in (0, 1)]
-    count = max(1, nbytes * 4 // 7 // piece)
-    try:
-        memories = [pool.take(piece) for _ in range(4)]
-        for file in files:
-            file.allocate(count * piece)
-        for number in range(count):
-            files[0].write(memories[0], number * piece).wait()
-            files[1].write(memories[0], number * piece).wait()
-        files[1].sync().wait()
+class Drive:
+    """Two files on the drive, read and written as a store does it."""
+
+    def __init__(self, folder: str, nbytes: int, piece: int = 12 * MIB) -> None:
+        self.piece, self.count = piece, max(1, nbytes // piece)
+        self.threads = Threads()
+        self.files = [DirectFile(Path(folder, f"alone{i}"), self.threads) for i in (0, 1)]
+        pool = BufferPool()
+        self.memories = [pool.take(piece).zero_() for _ in range(4)]
+        for file in self.files:
+            file.allocate(self.count * piece)
+        self.rate(read=False, write=True, file=0)
+        self.rate(read=False, write=True)
+
+    def rate(self, *, read: bool, write: bool, file: int = 1) -> float:
+        """Bytes a second, durable at the end; of both, 4 are read where 3 are written."""
         start, done = time.perf_counter(), 0
         under_way: list[Any] = []
-        for number in range(count):
-            under_way.append(files[0].read(memories[number % 2], number * piece))
-            done += piece
-            if number % 4 != 3:
-                under_way.append(files[1].write(memories[2 + number % 2], number * piece))
-                done += piece
+        for number in range(self.count):
+            place = number * self.piece
+            if read:
+                under_way.append(self.files[0].read(self.memories[number % 2], place))
+                done += self.piece
+            if write and not (read and number % 4 == 3):
+                under_way.append(self.files[file].write(self.memories[2 + number % 2], place))
+                done += self.piece
             while len(under_way) > 3:
                 under_way.pop(0).wait()
         for transfer in under_way:
             transfer.wait()
-        files[1].sync().wait()
+        if write:
+            self.files[file].sync().wait()
         return done / (time.perf_counter() - start)
-    finally:
-        for file in files:
+
+    def close(self) -> None:
+        for file in self.files:
             file.close()
             file.path.unlink()
-        threads.close()
+        self.threads.close()
+
+
+def drive_alone(folder: str, nbytes: int) -> tuple[Bandwidth, float]:
+    """Of reads, of writes, and of both together."""
+    drive = Drive(folder, nbytes)
+    try:
+        rates = Bandwidth(drive.rate(read=True, write=False), drive.rate(read=False, write=True))
+        return rates, drive.rate(read=True, write=True)
+    finally:
+        drive.close()
 
 
 Figures = dict[str, list[float]]
 
 
-def repeat(case: Case, tokens: int, found: Figures) -> None:
+def repeat(case: Case, tokens: int, found: Figures, *, in_place: bool) -> None:
     """One of each side, one after the other."""
-    seconds, _ = case.train(tokens, "auto", Timer(), None).step()
-    clipped_seconds, _ = case.train(tokens, "auto", Timer(), 1.0).step()
-    ours, moved = case.offloaded(tokens, Timer(), None).step()
-    clipped = case.offloaded(tokens, PassTimer(), 1.0)
-    ours_clipped, moved_clipped = clipped.step()
-    update, moved_update = clipped.update()
-    alone = drive_alone(case.folder, max(int(moved), 256 * MIB), 12 * MIB)
-    for name, value in {
-        "memory": seconds,
-        "memory, clipped": clipped_seconds,
-        "ours": ours,
-        "ours, clipped": ours_clipped,
-        "bytes": moved,
-        "bytes, clipped": moved_clipped,
-        "alone": alone,
-        "speed": seconds / ours,
-        "speed, clipped": clipped_seconds / ours_clipped,
-        "bandwidth": moved / ours / alone,
-        "optimizer": moved_update / update / alone,
-        "model": max(seconds, moved / alone),
-        "model, clipped": max(clipped_seconds, (moved_clipped - moved_update) / alone)
-        + moved_update / alone,
-    }.items():
-        found[name].append(value)
-    for suffix in ("", ", clipped"):
-        model, ours = found[f"model{suffix}"][-1], found[f"ours{suffix}"][-1]
-        found[f"predicted{suffix}"].append(model / ours)
+    runs = {"": None, ", clipped": 1.0}
+    moved = 0.0
+    for suffix, clip in runs.items():
+        memory = case.train(tokens, "auto", PhaseTimer(), clip)
+        seconds, compute = memory.step()[0], memory.compute()
+        timer: Any = PassTimer() if clip else Timer()
+        timer, layout = case.offloaded(tokens, timer, clip)
+        ours, nbytes = timer.step()
+        found[f"memory{suffix}"].append(seconds)
+        found[f"ours{suffix}"].append(ours)
+        found[f"bytes{suffix}"].append(nbytes)
+        found[f"speed{suffix}"].append(seconds / ours)
+        if clip is None:  # what updates inside backward computes there
+            moved = nbytes
+            compute = {**compute, BACKWARD: compute[BACKWARD] + compute[UPDATE]}
+        rates, alone = drive_alone(case.folder, max(int(moved / 2), 128 * MIB))
+        predicted = step_s(step_bytes(layout), compute, rates)
+        found[f"model{suffix}"].append(predicted)
+        found[f"predicted{suffix}"].append(predicted / ours)
+        found["read"].append(rates.read)
+        found["write"].append(rates.write)
+        found["alone"].append(alone)
+        if clip:
+            update, moved_update = timer.update()
+            found["optimizer"].append(moved_update / update / alone)
+        else:
+            found["bandwidth"].append(nbytes / ours / alone)
+            if in_place:
+                placed = case.offloaded(tokens, Timer(), None, atomic_step=False)[0].step()[0]
+                found["atomic"].append(ours / placed)
 
 
 def cell(values: list[float], scale: float = 1, digits: int = 0) -> str:
@@ -210,22 +294,27 @@ def cell(values: list[float], scale: float = 1, digits: int = 0) -> str:
 def show(found: dict[int, Figures]) -> None:
     for suffix in ("", ", clipped"):
         print(f"\n{'clipped' if suffix else 'unclipped'}; median [min, max] of the repeats")
-        print("| tokens | in memory, ms | ours, ms | MB moved | drive alone, MB/s | predicted |")
-        print("|---:|---|---|---:|---|---|")
+        print("| tokens | in memory, ms | ours, ms | MB moved | predicted / ours |")
+        print("|---:|---|---|---:|---|")
         for tokens, figures in found.items():
             cells = [
                 cell(figures[f"memory{suffix}"], 1e3),
                 cell(figures[f"ours{suffix}"], 1e3),
                 f"{median(figures[f'bytes{suffix}']) / 1e6:.0f}",
-                cell(figures["alone"], 1e-6),
                 cell(figures[f"predicted{suffix}"], 1, 2),
             ]
             print(f"| {tokens} | {' | '.join(cells)} |")
     least, most = min(found), max(found)
+    rates = (
+        f"{name} {cell([v for f in found.values() for v in f[key]], 1e-6)}"
+        for name, key in (("read", "read"), ("write", "write"), ("mixed", "alone"))
+    )
+    print(f"\ndrive alone, MB/s: {', '.join(rates)}", end="")
     print(
         f"\nat {least} tokens, of the drive alone:", cell(found[least]["bandwidth"], 1, 2), end=""
     )
     print(" (bar 0.6); optimizer pass", cell(found[least]["optimizer"], 1, 2), "(bar 0.8)")
+    print(f"an atomic step over one in place: {cell(found[least]['atomic'], 1, 2)} (bar 1.15)")
     worst = max(
         abs(median(figures[name]) - 1)
         for figures in found.values()
@@ -235,6 +324,14 @@ def show(found: dict[int, Figures]) -> None:
     for suffix, bar in (("", 0.85), (", clipped", 0.75)):
         speeds = cell(found[most][f"speed{suffix}"], 1, 3)
         print(f"speed of training in memory at {most} tokens{suffix}: {speeds} (bar {bar})")
+
+
+def draw_timelines(case: Case, tokens: int, folder: Path) -> None:
+    """A step that updates in backward and one whose gradients wait."""
+    for name, clip in (("early", None), ("clipped", 1.0)):
+        events = case.offloaded(tokens, Recorder(), clip)[0].events
+        figure = timeline(events, f"{tokens} tokens, {name}")
+        figure.savefig(folder / f"zero_infinity_timeline_{name}.png", dpi=120)
 
 
 def draw(found: dict[int, Figures], file: Path) -> None:
@@ -274,7 +371,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     parser.add_argument("--folder", type=Path, help="on the drive to measure")
-    parser.add_argument("--plot", type=Path, help="a picture of it")
+    parser.add_argument("--plot", type=Path, help="folder for pictures of it")
     arguments = parser.parse_args()
     quiet()
     start, moved = time.perf_counter(), sum(moved_bytes())
@@ -290,12 +387,13 @@ def main() -> None:
     try:
         for _ in range(1 if arguments.small else arguments.repeats):
             for count in tokens:
-                repeat(case, count, found[count])
+                repeat(case, count, found[count], in_place=count == min(tokens))
+        if arguments.plot:
+            draw(found, arguments.plot / "zero_infinity_step.png")
+            draw_timelines(case, tokens[len(tokens) // 2 - 1], arguments.plot)
     finally:
         shutil.rmtree(folder)
     show(found)
-    if arguments.plot:
-        draw(found, arguments.plot)
     print(f"{time.perf_counter() - start:.0f} s, {(sum(moved_bytes()) - moved) / 1e9:.1f} GB moved")
 
 
