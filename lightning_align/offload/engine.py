@@ -235,8 +235,10 @@ class OffloadEngine:
                 f"{block.name} has got a gradient after it was updated in the same backward, as"
                 " under reentrant checkpointing. Set update_in_backward=False."
             )
-        if block.gradients_stay:
+        alone = self._early and not self.gradients.names(block)  # there is nothing to add them to
+        if block.gradients_stay or alone:
             if self._early:
+                self._scaled.add(block.name)
                 self.gradients.use(block, factor=self._factor)
                 self.updates.update_from_grad(block, "backward")
             return
