@@ -2,21 +2,39 @@
 
 import ctypes
 import sys
+from typing import Any
 
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
+_LARGE = 256 << 10
+
+
+def map_large_allocations() -> None:
+    """Give large pieces of memory back to the system as soon as they are freed, from now on.
+
+    Tensors of up to 32 MB may lie in glibc's heap, which shrinks from its top only: gradients and
+    activations that come and go block by block take fresh heap each time, because a hole that an
+    aligned allocation leaves is too small for the next one. What is mapped by itself goes back when
+    it is freed; that begins at 256 KiB then, in the whole process, for what finds no hole in the
+    heap. Without glibc nothing is done.
+    """
+    library = _library()
+    if library is not None:
+        library.mallopt(_MMAP_THRESHOLD, _LARGE)
 
 
 def give_back_freed() -> None:
     """Give freed memory back to the system now, and large pieces of it from now on at once.
 
-    Tensors of up to 32 MB may lie in glibc's heap, which shrinks from its top only: a model that is
-    let go tensor by tensor stays resident below whatever was allocated last, and gradients that
-    come and go block by block take fresh heap each time. What is mapped by itself goes back when it
-    is freed; that begins at 1 MiB then, in the whole process, for what finds no hole in the heap.
-    Without glibc nothing is done.
+    A model that is let go tensor by tensor stays resident below whatever was allocated last.
     """
-    if sys.platform == "linux":
-        library = ctypes.CDLL(None)
-        if hasattr(library, "malloc_trim"):  # musl has neither
-            library.mallopt(_MMAP_THRESHOLD, 1 << 20)
-            library.malloc_trim(0)
+    map_large_allocations()
+    library = _library()
+    if library is not None:
+        library.malloc_trim(0)
+
+
+def _library() -> Any:
+    if sys.platform != "linux":
+        return None
+    library = ctypes.CDLL(None)
+    return library if hasattr(library, "malloc_trim") else None  # musl has neither

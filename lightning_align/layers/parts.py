@@ -15,6 +15,9 @@ from torch import nn
 if TYPE_CHECKING:
     from lightning_align.layers.map import ModelLayers
 
+# A weight of a Linear that is cut into rows has this name there, and a number behind it.
+TILE = "weight_tile"
+
 # A block is told by its number.
 Part = Literal["embedding", "head"] | int
 

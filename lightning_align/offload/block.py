@@ -78,6 +78,7 @@ class Block:
         nbytes: Length of that memory.
         memory: The values, while they are here.
         users: Forwards that are running in it now.
+        within: The block in whose forward it is called, if any.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Block:
         self.places, self.nbytes = placed(self.parameters)
         self.memory: Tensor | None = None
         self.users = 0
+        self.within: Block | None = None
         self._nan = {
             name: torch.full((), torch.nan, dtype=parameter.dtype, device=parameter.device)
             for name, parameter in self.parameters.items()

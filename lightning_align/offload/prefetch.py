@@ -101,8 +101,9 @@ class Residents:
         self._start(following)
 
     def _make_room(self, more: int) -> None:
-        for block in list(self._recent.values())[:-1]:  # the latest is in use
+        recent = list(self._recent.values())
+        for block in recent[:-1]:  # the latest is in use, and so is what it is within
             if len(self._recent) + len(self._reading) + more <= self.count:
                 return
-            if not block.users:
+            if not block.users and block is not recent[-1].within:
                 self.release(block)

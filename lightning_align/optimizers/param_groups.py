@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, SequentialLR
 from lightning_align._errors import argument_error
 from lightning_align.layers import ModelLayers, find_layers
 from lightning_align.layers.find import find_language_models
-from lightning_align.layers.parts import parameter_names
+from lightning_align.layers.parts import TILE, parameter_names
 
 # Group -> what an optimizer is told of it besides its parameters, in the order of the groups.
 # "use_muon" is the word of torch's and other Muons; "transposed" says that a matrix is stored
@@ -162,7 +162,7 @@ def _kind(owner: nn.Module, name: str, parameter: nn.Parameter) -> str:
     if name == "weight" and theirs is not None and isinstance(owner, theirs.Conv1D):
         return "matrices_transposed"
     # Whatever their shape: FSDP1 makes them flat, which Muon must refuse and not leave to AdamW.
-    if name == "weight" and isinstance(owner, nn.Linear):
+    if isinstance(owner, nn.Linear) and (name == "weight" or name.startswith(TILE)):
         return "matrices"
     if parameter.ndim < 2 or "norm" in type(owner).__name__.lower():
         return "norms_biases"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,13 @@ from lightning_align.offload import linked
 from lightning_align.offload.engine import OffloadEngine
 from lightning_align.offload.record import FILE, sync_folder
 from lightning_align.offload.store import ShardStore
+from lightning_align.offload.tiles import (
+    Tiled,
+    in_tiles,
+    tiled_optimizer_state,
+    whole_optimizer_state,
+    whole_values,
+)
 from lightning_align.strategies import replacing
 from lightning_align.strategies.zero_infinity.blocks import WHERE
 from lightning_align.strategies.zero_infinity.commits import load_payload
@@ -40,6 +47,7 @@ class BlockCheckpoints(ParallelStrategy):
     _engine: OffloadEngine | None = None
     _record: dict[str, Any] | None = None  # what is resumed from, if it is a commit
     _is_committing = False
+    _tiled: Sequence[Tiled] = ()  # weights that are cut into tiles
 
     # Whole values
 
@@ -59,7 +67,8 @@ class BlockCheckpoints(ParallelStrategy):
         if self._engine is None:
             rule = "no model is stored"
             raise argument_error(f"{WHERE}.gathered", "parameters", "...", rule, "Call fit first")
-        with self._engine.whole.gathered(parameters, modify=modify):
+        parts = None if parameters is None else in_tiles(parameters, self._tiled)
+        with self._engine.whole.gathered(parts, modify=modify):
             yield
 
     @override
@@ -74,10 +83,11 @@ class BlockCheckpoints(ParallelStrategy):
         if self._engine is None:
             return super().lightning_module_state_dict()
         copies = {} if self._is_committing else self._engine.whole.values()
-        return {
+        values = {
             name: _stored(value, copies) if isinstance(value, nn.Parameter) else value
             for name, value in module.state_dict(keep_vars=True).items()
         }
+        return whole_values(values, self._tiled)
 
     def whole_state_dict(self) -> dict[str, Any]:
         """The module's state with the values of all blocks; files show those that are away."""
@@ -89,7 +99,8 @@ class BlockCheckpoints(ParallelStrategy):
         if self._is_committing:  # what is large is in the blocks' files
             state = getattr(optimizer, "_optimizer", optimizer).state_dict()
             return {**state, _CLASS: type(self.optimizers[0]).__name__}
-        return self._engine.updates.state()
+        state = self._engine.updates.state()
+        return whole_optimizer_state(state, self.optimizers[0], self._tiled)
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
@@ -126,7 +137,10 @@ class BlockCheckpoints(ParallelStrategy):
             rule = f"the committed step is of {written}"
             way_out = "Go on with that, or begin anew with overwrite=True"
             raise argument_error(WHERE, "optimizer", type(optimizer).__name__, rule, way_out)
-        optimizer.load_state_dict({key: value for key, value in state.items() if key != _CLASS})
+        state = {key: value for key, value in state.items() if key != _CLASS}
+        if self._record is None:
+            state = tiled_optimizer_state(state, optimizer, self._tiled)
+        optimizer.load_state_dict(state)
         if self._record is None:
             self._engine.updates.put_state()
 

@@ -28,6 +28,7 @@ from lightning_align.offload.optimizer_stream import (
 from lightning_align.offload.record import read_record
 from lightning_align.offload.store import ShardStore, sweep
 from lightning_align.offload.striped import check_drives, mark_drives, strangers
+from lightning_align.offload.tiles import tile
 from lightning_align.offload.tuning import tuned
 from lightning_align.strategies.one_optimizer import one_optimizer
 from lightning_align.strategies.zero_infinity.blocks import WHERE, find_blocks
@@ -142,6 +143,8 @@ def _open(
     elif _uses_drive(strategy):
         _make_way(strategy, folders)
     blocks, modules = find_blocks(module, strategy.wrap_policy)
+    if strategy.tile_numel is not None:
+        blocks, modules, strategy._tiled = tile(blocks, modules, strategy.tile_numel)
     strategy.devices.assign(blocks)
     pinned = strategy.pin_memory and strategy.root_device.type == "cuda"
     stay = bool(hooks_on_gradients(module.trainer, module))
@@ -208,6 +211,10 @@ def _take_over(strategy: ZeROInfinityStrategy, engine: OffloadEngine, trainer: p
         raise argument_error(WHERE, "optimizers", [], rule, "Return one from configure_optimizers")
     optimizer = strategy.optimizers[0]
     check_optimizer(optimizer, WHERE)
+    if strategy._tiled and isinstance(optimizer, StepsParameters):
+        rule = f"{type(optimizer).__name__} looks at whole matrices, and a tile is a few rows"
+        way_out = "Use torch's AdamW, Adam or SGD, or leave it out"
+        raise argument_error(WHERE, "tile_numel", strategy.tile_numel, rule, way_out)
     stored = {p for block in engine.blocks for p in block.parameters.values()}
     if not known_parameters(optimizer) <= stored:
         rule = "it must hold parameters of the module only"

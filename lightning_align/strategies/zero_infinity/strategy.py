@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_align._compat import lightning_resume, lightning_trainer
+from lightning_align._compat.glibc_memory import map_large_allocations
 from lightning_align._errors import argument_error
 from lightning_align.checkpointing.lock import FolderLock
 from lightning_align.models.weights import parameters_on_meta
@@ -90,6 +91,8 @@ class ZeROInfinityStrategy(BlockCheckpoints):
             they need not be stored; ``"auto"`` does where nothing looks at all gradients first.
         wrap_policy: Classes of modules that are blocks (paths in YAML), or a function that says of
             a module whether it is one.
+        tile_numel: Elements of a weight from which on a Linear of a block is cut into tiles of so
+            many, each of which comes and goes by itself; None cuts none.
         save_distributed_checkpoint: Whether a checkpoint is a folder of links to the files, which
             takes milliseconds; otherwise it is one file, whose bytes are written anew.
         empty_init: Whether the command line, ``configure_model`` and ``trainer.init_module`` build
@@ -132,6 +135,7 @@ class ZeROInfinityStrategy(BlockCheckpoints):
         atomic_step: bool = True,
         update_in_backward: bool | Literal["auto"] = "auto",
         wrap_policy: list[str] | WrapPolicy | None = None,
+        tile_numel: int | None = None,
         save_distributed_checkpoint: bool = True,
         empty_init: bool = False,
         overwrite: bool = False,
@@ -140,6 +144,9 @@ class ZeROInfinityStrategy(BlockCheckpoints):
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
     ) -> None:
         super().__init__()
+        map_large_allocations()  # before the model is made, if that comes later
+        if tile_numel is not None and tile_numel < 1:
+            raise argument_error(WHERE, "tile_numel", tile_numel, "must be at least 1")
         self.devices = Devices(
             stage, offload_params_device, offload_optimizer_device, offload_fraction
         )
@@ -167,6 +174,7 @@ class ZeROInfinityStrategy(BlockCheckpoints):
         self.atomic_step = atomic_step
         self.update_in_backward = update_in_backward
         self.wrap_policy = wrap_policy
+        self.tile_numel = tile_numel
         self.save_distributed_checkpoint = save_distributed_checkpoint
         self.empty_init = empty_init
         self.overwrite = overwrite
