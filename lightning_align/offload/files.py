@@ -202,6 +202,11 @@ class DirectFile:
         except OSError as error:
             raise _told(self.path, "fdatasync", error) from error
 
+    @property
+    def nbytes(self) -> int:
+        """Length of the file."""
+        return os.fstat(self._descriptor).st_size
+
     def allocate(self, nbytes: int) -> None:
         """Reserve room, so that the disk cannot be full later.
 
@@ -211,7 +216,7 @@ class DirectFile:
         Raises:
             OSError: If there is none, with the bytes that are needed and that are free.
         """
-        size = os.fstat(self._descriptor).st_size
+        size = self.nbytes
         if nbytes <= size:
             return
         try:

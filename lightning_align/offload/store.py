@@ -116,12 +116,17 @@ class ShardStore:
         Raises:
             OSError: If there is no room.
         """
-        for (name, _), file in self._files.items():
-            block = self.blocks[name]
+        for name, block in self.blocks.items():
             states = 0 if block.states_stay else state_bytes.get(name, 0)
             self._room[name] = max(self._ends[name], block.nbytes + aligned(states))
-            if not file.is_held:
-                file.allocate(self._room[name])
+        try:
+            for (name, _), file in self._files.items():
+                if not file.is_held:
+                    file.allocate(self._room[name])
+        except OSError as error:
+            total = sum(self._room[name] for name, _ in self._files)
+            what = f"all blocks take {total:,} bytes; of a file {error.strerror}"
+            raise OSError(error.errno, what, error.filename) from error
 
     def place_state(self, block: str, parameter: str, nbytes: int) -> StatePlace:
         """Room for a parameter's optimizer state: where it was if it fits, else at the end.
@@ -295,7 +300,7 @@ class ShardStore:
         """Go to the committed step; None if there is none.
 
         Raises:
-            ValueError: If the record is damaged, or of other blocks.
+            ValueError: If the record is damaged, of other blocks, or of longer files.
         """
         record = read_record(self.folder)
         if record is None:
@@ -309,6 +314,13 @@ class ShardStore:
         for name, places in self.states.items():
             ends = [place.offset + place.capacity for place in places.values()]
             self._ends[name] = max([self.blocks[name].nbytes, *ends])
+        for name, slot in record.slots.items():  # before room is reserved, which would fill it up
+            file = self._files[name, slot]
+            if file.nbytes < self._ends[name]:
+                raise ValueError(
+                    f"{file.path} is damaged: it has {file.nbytes:,} of {self._ends[name]:,} bytes."
+                    f" Step {record.step} cannot be read there."
+                )
         self._committed = dict(record.slots)
         return record
 

@@ -41,6 +41,11 @@ class StripedFile:
         """Make what was written durable on all drives."""
         return Transfer.of_all(part.sync() for part in self.parts)
 
+    @property
+    def nbytes(self) -> int:
+        """Length of all parts."""
+        return sum(part.nbytes for part in self.parts)
+
     def allocate(self, nbytes: int) -> None:
         """Reserve room on each drive.
 

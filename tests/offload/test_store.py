@@ -99,8 +99,23 @@ def test_room_is_reserved_once(tmp_path):
         assert (tmp_path / "00000.0.block").stat().st_size == 4096 + 8192
 
 
+def test_a_file_that_is_shorter_than_its_record_says_is_refused(tmp_path):
+    """Reserving room for a step would fill it up with zeros."""
+    store = store_in(tmp_path)
+    put(store, "block 0", 1)
+    put(store, "block 1", 1)
+    store.commit(3, b"")
+    store.close()
+    os.truncate(tmp_path / "00001.0.block", 2048)
+    with pytest.raises(
+        ValueError, match=r"00001\.0\.block is damaged: it has 2,048 of 4,096 bytes"
+    ):
+        store_in(tmp_path).recover()
+
+
 def test_a_record_of_other_blocks_is_refused(tmp_path):
     store = store_in(tmp_path)
+    store.allocate({})
     store.commit(3, b"")
     other = ShardStore(tmp_path, blocks()[:1], Threads())
     with pytest.raises(ValueError, match="of step 3 of another model"):

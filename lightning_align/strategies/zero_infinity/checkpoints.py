@@ -126,6 +126,14 @@ class BlockCheckpoints(ParallelStrategy):
             return
         state = checkpoint["state_dict"]
         stands_in = {name for name, value in state.items() if _is_outline(value)}
+        ours = module.state_dict(keep_vars=True)
+        other = [n for n in state if n not in ours or ours[n].shape != state[n].shape]
+        other += [name for name in ours if name not in state]
+        if other:
+            rule = f"the committed step {checkpoint['global_step']} is of another model: it differs"
+            rule += f" in {', '.join(map(repr, sorted(set(other))[:3]))}. Nothing was touched there"
+            way_out = "Go on with that model, or set another nvme_path or overwrite=True"
+            raise argument_error(WHERE, "model", type(module).__name__, rule, way_out)
         module.load_state_dict({n: v for n, v in state.items() if n not in stands_in}, strict=False)
 
     @override

@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch import callbacks
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 
 from lightning_align._errors import argument_error
 from lightning_align.offload.block import Block
@@ -51,6 +52,10 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     if any(type(part).__name__ == "OptimizedModule" for part in module.modules()):
         rule = "it is compiled, and its compiled code would hold on to weights that come and go"
         raise argument_error(WHERE, "model", name, rule, "Leave torch.compile out")
+    for path, part in module.named_modules():
+        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse:
+            rule = f"the gradients of its {path!r} are sparse"
+            raise argument_error(WHERE, "model", name, rule, "Set sparse=False there")
     for callback in callbacks_of(trainer):
         if isinstance(callback, _OF_WHOLE_MODELS):
             rule = "it reads or copies the whole model, of which a few blocks are in memory"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,7 @@ from lightning_align.strategies.zero_infinity.checks import (
     warn_of_gradients,
 )
 from lightning_align.strategies.zero_infinity.counters import layout_of, tell, writing_bar
+from lightning_align.strategies.zero_infinity.faults import told_of_set_up, warn_of_memory
 from lightning_align.strategies.zero_infinity.first_values import fill, leave
 
 if TYPE_CHECKING:
@@ -108,14 +110,14 @@ def _lock_and_open(
     strategy: ZeROInfinityStrategy, module: pl.LightningModule, folders: list[Path]
 ) -> None:
     locks: list[FolderLock] = []
-    try:
-        if _uses_drive(strategy):
-            locks.extend(_locked(strategy, folder) for folder in folders)
-        strategy._engine = _open(strategy, module, folders)
-    except BaseException:
-        for lock in locks:
-            lock.release()
-        raise
+    with ExitStack() as undo:
+        for folder in folders if _uses_drive(strategy) else ():
+            locks.append(_locked(strategy, folder))
+            undo.callback(locks[-1].release)
+            warn_of_memory(folder)
+        with told_of_set_up(strategy.nvme_path, folders[0]):
+            strategy._engine = _open(strategy, module, folders, undo)
+        undo.pop_all()
     strategy._locks = locks
 
 
@@ -135,13 +137,18 @@ def _locked(strategy: ZeROInfinityStrategy, folder: Path) -> FolderLock:
 
 
 def _open(
-    strategy: ZeROInfinityStrategy, module: pl.LightningModule, folders: list[Path]
+    strategy: ZeROInfinityStrategy,
+    module: pl.LightningModule,
+    folders: list[Path],
+    undo: ExitStack,
 ) -> OffloadEngine:
     resumes, folder = strategy._record is not None, folders[0]
     if resumes:
         check_drives(folders)
     elif _uses_drive(strategy):
         _make_way(strategy, folders)
+        for place in folders:
+            undo.callback(sweep, place)  # what is half made would take room
     blocks, modules = find_blocks(module, strategy.wrap_policy)
     if strategy.tile_numel is not None:
         blocks, modules, strategy._tiled = tile(blocks, modules, strategy.tile_numel)
@@ -150,9 +157,11 @@ def _open(
     stay = bool(hooks_on_gradients(module.trainer, module))
     memory = plan(blocks, strategy.memory_limit, strategy.buffers, gradients_stay=stay)
     threads = _threads(strategy, blocks, folders)
+    undo.callback(threads.close)
     store = ShardStore(
         folder, blocks, threads, atomic_step=strategy.atomic_step, drives=folders[1:]
     )
+    undo.callback(store.close)
     activations = None
     if strategy.offload_activations != "none":
         on_disk = strategy.offload_activations == "nvme"
@@ -219,7 +228,8 @@ def _take_over(strategy: ZeROInfinityStrategy, engine: OffloadEngine, trainer: p
     if not known_parameters(optimizer) <= stored:
         rule = "it must hold parameters of the module only"
         raise argument_error(WHERE, "optimizer", type(optimizer).__name__, rule)
-    engine.optimize_with(optimizer, fresh=strategy._record is None)
+    with told_of_set_up(strategy.nvme_path, engine.store.folder):
+        engine.optimize_with(optimizer, fresh=strategy._record is None)
 
     def step(_: Optimizer, closure: Callable[[], Any]) -> Any:
         with torch.enable_grad():

@@ -40,6 +40,7 @@ from lightning_align.strategies.zero_infinity.checkpoints import BlockCheckpoint
 from lightning_align.strategies.zero_infinity.commits import CommitSteps
 from lightning_align.strategies.zero_infinity.counters import LogTraffic
 from lightning_align.strategies.zero_infinity.devices import Devices
+from lightning_align.strategies.zero_infinity.faults import tell_what_is_left
 from lightning_align.strategies.zero_infinity.first_values import built_on_disk, fill
 from lightning_align.strategies.zero_infinity.set_up import run_folders, set_up
 
@@ -365,6 +366,11 @@ class ZeROInfinityStrategy(BlockCheckpoints):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
+        told = isinstance(exception, ValueError)  # a refusal, and no fault
+        if self._engine is not None and self.lightning_module is not None and not told:
+            folder, step = self._engine.store.folder, self.lightning_module.trainer.global_step
+            whole = self.atomic_step
+            tell_what_is_left(exception, self.global_rank, step, folder, atomic_step=whole)
         with suppress(OSError):  # it may be the disk that has failed; what is committed stays
             self.close()
         failure.leave()

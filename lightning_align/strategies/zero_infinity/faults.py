@@ -1,0 +1,97 @@
+"""What a fault of the disk is told with: rank, step, path, and what is whole all the same."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lightning_align._errors import argument_error
+from lightning_align.offload.record import read_record
+from lightning_align.strategies.zero_infinity.blocks import WHERE
+
+_MOUNTS = "/proc/self/mounts"
+_IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs"}
+
+
+@contextmanager
+def told_of_set_up(nvme_path: str | None, folder: Path) -> Iterator[None]:
+    """Around the first writing of a rank's files.
+
+    Args:
+        nvme_path: As the user gave it.
+        folder: Of the rank.
+
+    Raises:
+        ValueError: If the disk refuses or is too small.
+    """
+    try:
+        yield
+    except OSError as error:
+        rule = f"the files of {folder.name} cannot be made in {folder} ({error.strerror})"
+        way_out = "Choose another folder, or make room; nothing was trained yet"
+        raise argument_error(WHERE, "nvme_path", nvme_path, rule, way_out) from error
+
+
+def tell_what_is_left(
+    error: BaseException, rank: int, step: int, folder: Path, *, atomic_step: bool
+) -> None:
+    """Say below an error in mid-run from where the run can go on.
+
+    Args:
+        error: What ended the run.
+        rank: Where.
+        step: Optimizer steps that were taken.
+        folder: Of the rank.
+        atomic_step: Whether a step is there as a whole or not at all.
+    """
+    try:
+        record = read_record(folder)
+    except (OSError, ValueError) as damage:
+        left = f"no step can be read there: {damage}"
+    else:
+        if record is None:
+            left = "no step was committed there"
+        elif not atomic_step:
+            left = f"step {record.step} was committed there, and may be damaged: atomic_step=False"
+        else:
+            left = f"step {record.step} is whole there: go on with fit(ckpt_path='last')"
+    note = f"{WHERE}, rank {rank}, after step {step}, in {folder}: {left}."
+    if hasattr(error, "add_note"):
+        error.add_note(note)
+    else:  # Python 3.10
+        warnings.warn(note, stacklevel=2)
+
+
+def warn_of_memory(folder: Path) -> None:
+    """Say that a folder is no disk, if it is none."""
+    kind = filesystem(folder)
+    if kind in _IN_MEMORY:
+        warnings.warn(
+            f"{WHERE}: {folder} is on {kind}, so files there are memory: nothing is saved, they"
+            " count against the limit of the process's cgroup, and are gone after a restart of the"
+            " machine. Set nvme_path to a folder on a drive.",
+            stacklevel=2,
+        )
+
+
+def filesystem(folder: Path, mounts: str = _MOUNTS) -> str:
+    """Kind of the filesystem that a folder is on; "" where the system does not say.
+
+    Args:
+        folder: Which one.
+        mounts: File with a mount per line: what, where, kind.
+    """
+    try:
+        lines = [line.split()[:3] for line in Path(mounts).read_text().splitlines()]
+    except OSError:
+        return ""
+    path, found, kind = os.path.realpath(folder), "", ""
+    for _, place, its_kind in (line for line in lines if len(line) == 3):
+        place = place.encode().decode("unicode_escape")  # a space is \\040 there
+        inside = path == place or path.startswith(place.rstrip("/") + "/")
+        if inside and len(place) >= len(found):  # later mounts cover earlier ones
+            found, kind = place, its_kind
+    return kind
