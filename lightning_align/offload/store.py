@@ -316,7 +316,7 @@ class ShardStore:
             self._ends[name] = max([self.blocks[name].nbytes, *ends])
         for name, slot in record.slots.items():  # before room is reserved, which would fill it up
             file = self._files[name, slot]
-            if file.nbytes < self._ends[name]:
+            if not isinstance(file, MemoryFile) and file.nbytes < self._ends[name]:
                 raise ValueError(
                     f"{file.path} is damaged: it has {file.nbytes:,} of {self._ends[name]:,} bytes."
                     f" Step {record.step} cannot be read there."

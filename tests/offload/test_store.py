@@ -66,6 +66,7 @@ def test_what_is_not_committed_is_lost_and_what_is_stays(tmp_path):
 
 def test_without_two_files_the_committed_one_is_overwritten(tmp_path):
     store = store_in(tmp_path, atomic_step=False)
+    store.allocate({})
     put(store, "block 0", 1)
     store.commit(1, b"")
     put(store, "block 0", 2)
