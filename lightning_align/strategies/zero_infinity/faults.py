@@ -17,7 +17,7 @@ _IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs"}
 
 
 @contextmanager
-def told_of_set_up(nvme_path: str | None, folder: Path) -> Iterator[None]:
+def told_of_set_up(nvme_path: object, folder: Path) -> Iterator[None]:
     """Around the first writing of a rank's files.
 
     Args:
