@@ -282,6 +282,22 @@ class DirectFile:
             os.close(self._cached)
 
 
+def filesystem(path: Path) -> str:
+    """Kind of the filesystem that a folder is on, such as ``"ext4"``; ``""`` if it cannot be told.
+
+    Args:
+        path: Of the folder.
+    """
+    device = os.stat(path).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    mounts = Path("/proc/self/mountinfo")
+    for line in mounts.read_text().splitlines() if mounts.exists() else ():
+        mount, _, kind = line.partition(" - ")
+        if mount.split()[2] == number:
+            return kind.split()[0]
+    return ""
+
+
 def _read_piece(file: DirectFile, descriptor: int, memory: memoryview, offset: int) -> None:
     while memory:
         count = _moved(file, descriptor, os.preadv, "reading", memory, offset)

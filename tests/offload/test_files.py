@@ -4,12 +4,13 @@ import errno
 import fcntl
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from lightning_align.offload.buffers import BufferPool
-from lightning_align.offload.files import DirectFile, Threads
+from lightning_align.offload.files import DirectFile, Threads, filesystem
 
 
 @pytest.fixture
@@ -181,3 +182,9 @@ def test_what_is_not_aligned_goes_through_the_page_cache(tmp_path, threads, monk
 def test_settings_out_of_range_are_refused(arguments):
     with pytest.raises(ValueError, match="must be"):
         Threads(**arguments)
+
+
+@pytest.mark.skipif(not Path("/proc/self/mountinfo").exists(), reason="Linux tells it there")
+def test_a_filesystem_is_told_by_its_device(tmp_path):
+    assert filesystem(Path("/proc")) == "proc"
+    assert filesystem(tmp_path) != "proc"

@@ -28,3 +28,12 @@ def test_zero_infinity_is_a_name() -> None:
     strategy = StrategyRegistry.get("zero_infinity")
     assert type(strategy).__name__ == "ZeROInfinityStrategy"
     assert strategy.nvme_path is None
+
+
+def test_zero_infinity_cpu_has_both_in_host_memory() -> None:
+    from lightning.pytorch.strategies import StrategyRegistry
+
+    import lightning_align  # noqa: F401
+
+    devices = StrategyRegistry.get("zero_infinity_cpu").devices
+    assert (devices.params, devices.optimizer, devices.stage) == ("cpu", "cpu", 3)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_align._compat.torch_optimizers import step_with_hooks
@@ -20,7 +21,7 @@ from lightning_align.checkpointing.lock import FolderLock
 from lightning_align.offload.activations import Activations
 from lightning_align.offload.block import Block
 from lightning_align.offload.engine import OffloadEngine
-from lightning_align.offload.files import Threads
+from lightning_align.offload.files import Threads, filesystem
 from lightning_align.offload.optimizer_stream import (
     StepsParameters,
     check_optimizer,
@@ -133,6 +134,12 @@ def _locked(strategy: ZeROInfinityStrategy, folder: Path) -> FolderLock:
     except OSError as error:
         rule = f"{folder} cannot be written ({error.strerror})"
         raise argument_error(WHERE, "nvme_path", strategy.nvme_path, rule) from error
+    if (kind := filesystem(folder)) in ("tmpfs", "ramfs"):
+        rank_zero_warn(
+            f"{WHERE}(nvme_path={strategy.nvme_path!r}): {folder} is on {kind}, so its files are"
+            " memory, which memory_limit does not count, and gone after a reboot. Give a folder on"
+            " a drive, or use strategy='zero_infinity_cpu', which needs no copies."
+        )
     return lock
 
 

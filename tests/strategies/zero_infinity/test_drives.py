@@ -1,5 +1,6 @@
 """Several drives: files striped over those of a rank, and all of them found again."""
 
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -119,3 +120,13 @@ def test_block_size_and_threads_are_measured_where_that_is_worth_it(tmp_path, mo
     remembered = small(overwrite=True, thread_count=3)
     run(tmp_path, remembered).strategy.close()
     assert remembered.io_settings == strategy.io_settings
+
+
+@pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
+def test_files_that_are_memory_are_told_once(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(set_up, "filesystem", lambda _: kind)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        run(tmp_path, small(nvme_path=str(tmp_path / "nvme"))).strategy.close()
+    found = [str(warning.message) for warning in told if "files are memory" in str(warning.message)]
+    assert len(found) == (kind == "tmpfs")
