@@ -5,12 +5,14 @@ from functools import partial
 import pytest
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lightning_align.strategies import ZeROInfinityStrategy
 from tests.helpers.offloaded import (
     ADAMW,
     Regression,
+    compare,
     fit,
     points,
     small,
@@ -34,15 +36,38 @@ class Several(Regression):
         return [torch.optim.SGD(self.inlet.parameters()), torch.optim.SGD(self.parts.parameters())]
 
 
+class Sparse(Regression):
+    def __init__(self):
+        super().__init__(ADAMW)
+        self.table = torch.nn.Embedding(5, 4, sparse=True)
+
+
+class Reentrant(Regression):
+    """Recomputes its blocks in a backward within backward."""
+
+    def forward(self, x):
+        x = self.inlet(x)
+        for part in self.parts:
+            x = x + checkpoint(part, x, use_reentrant=True)
+        return self.outlet(self.norm(x))
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_clip_val": 0.05}], ids=["early", "waits"])
+def test_reentrant_checkpointing(tmp_path, options):
+    data = DataLoader(points(), batch_size=8)
+    compare(tmp_path, lambda: Reentrant(ADAMW), data, **options)
+
+
 @pytest.mark.parametrize(
     ("module", "match"),
     [
+        (Sparse, "gradients of its 'table' are sparse"),
         (Manual, "optimizes manually"),
         (partial(Several, None), "must have one optimizer"),
         (partial(Regression, torch.optim.LBFGS), "optimizer='LBFGS'.*each parameter by itself"),
         (partial(Regression, torch.optim.Adagrad), "optimizer='Adagrad'"),
     ],
-    ids=["manual", "several", "LBFGS", "Adagrad"],
+    ids=["sparse", "manual", "several", "LBFGS", "Adagrad"],
 )
 def test_modules(tmp_path, module, match):
     refused(tmp_path, match, module())

@@ -37,6 +37,8 @@ def run(folder: Path, ckpt_path=None, *, kill_at=None, result=None, options, **a
         (DirectFile, "read"),
         (DirectFile, "sync"),
         (record.Record, "write"),
+        (os, "fsync"),  # of the new record, and of the folder behind its renaming
+        (Path, "replace"),
     ):
         operation = getattr(owner, name)
         setattr(owner, name, lambda *a, _operation=operation, **o: counted(_operation, *a, **o))
@@ -87,6 +89,25 @@ def resumed(tmp_path, kill_at, **arguments):
 def test_a_run_that_was_killed_ends_as_if_it_had_not_been(tmp_path, whole, number, name):
     kill_at = random.Random(f"{name} {number}").randrange(1, len(whole[name]["operations"]) + 1)
     found = resumed(tmp_path, kill_at, options=BOTH[name])
+    for part in ("module", "optimizer"):
+        assert_same(found[part], whole[name][part], part)
+
+
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize(
+    "operation",
+    [
+        "replace",
+        *(pytest.param(o, marks=pytest.mark.slow) for o in ("fsync", "fsync of the folder")),
+    ],
+)
+def test_a_kill_in_the_middle_of_a_commit_leaves_one_step(tmp_path, whole, operation, name):
+    """Before the new record is durable, between that and its renaming, and behind both."""
+    operations = [done for done, _ in whole[name]["operations"]]
+    renamings = [at for at, done in enumerate(operations) if done == "replace"]
+    assert operations[renamings[3] - 1] == operations[renamings[3] + 1] == "fsync"
+    at = renamings[3] + {"fsync": -1, "replace": 0}.get(operation, 1)
+    found = resumed(tmp_path, at + 1, options=BOTH[name])
     for part in ("module", "optimizer"):
         assert_same(found[part], whole[name][part], part)
 
