@@ -22,6 +22,8 @@ from lightning_align.data.hub import resolve_pretrained
 from lightning_align.data.tokenizer import load_tokenizer, pad_token_id
 from lightning_align.models.build import DTYPES, build_model
 from lightning_align.models.tokenizer_state import unpack_tokenizer
+from lightning_align.models.weights import parameters_on_meta
+from lightning_align.offload import linked
 
 GIVE_MODEL = "Give its name or folder as model (--model)"
 
@@ -62,7 +64,7 @@ def load_trained(
         raise argument_error(where, "dtype", dtype, f"must be one of {sorted(DTYPES)}")
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     source = str(source)
-    if Path(source).is_file():
+    if Path(source).is_file() or linked.is_linked(Path(source)):
         trained = _from_checkpoint(source, where, None if model is None else str(model), dtype, hub)
     elif model is not None:
         rule = f"{source!r} is no checkpoint file, and tells its architecture itself"
@@ -108,12 +110,16 @@ def _from_checkpoint(
     auto: Any = transformers.AutoModelForCausalLM
     try:
         kind, trust = DTYPES[dtype] if dtype else stored, hub["trust_remote_code"]
-        model = auto.from_config(config, dtype=kind, trust_remote_code=trust)
+        with parameters_on_meta():
+            model = auto.from_config(config, dtype=kind, trust_remote_code=trust)
     except ValueError as error:
         rule = f"transformers has no causal language model for its {type(config).__name__}"
         raise argument_error(where, "ckpt", path, rule) from error
     _check_weights(model.state_dict(), weights, path, where)
-    model.load_state_dict(weights)
+    # They take the place of the model's own, so that what was read by mmap takes no memory.
+    floating = {n: w.to(kind) if w.is_floating_point() else w for n, w in weights.items()}
+    model.load_state_dict(floating, assign=True)
+    model.tie_weights()
     name = spec if isinstance(spec, str) and not _is_json(spec) else None
     tokenizer = _checkpoint_tokenizer(checkpoint, name, where, hub)
     if name is not None:
@@ -131,7 +137,10 @@ def _from_checkpoint(
 def _read(path: str, where: str) -> dict[str, Any]:
     try:
         # mmap: the optimizer's state, twice the weights, is never read.
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if linked.is_linked(Path(path)):
+            checkpoint = linked.read(Path(path), where, weights_only=True, may_be_fixed=True)
+        else:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
         rule = f"cannot be read as plain data ({str(error).splitlines()[0]})"
         way_out = "Give a checkpoint that Lightning wrote"
