@@ -135,21 +135,25 @@ def _from_checkpoint(
 
 
 def _read(path: str, where: str) -> dict[str, Any]:
-    try:
-        # mmap: the optimizer's state, twice the weights, is never read.
-        if linked.is_linked(Path(path)):
-            checkpoint = linked.read(Path(path), where, weights_only=True, may_be_fixed=True)
-        else:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        rule = f"cannot be read as plain data ({str(error).splitlines()[0]})"
-        way_out = "Give a checkpoint that Lightning wrote"
-        raise argument_error(where, "ckpt", path, rule, way_out) from error
+    if linked.is_linked(Path(path)):
+        checkpoint = linked.read(Path(path), where, weights_only=True, may_be_fixed=True)
+    else:
+        checkpoint = _read_file(path, where)
     weights = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(weights, dict) or not any(name.startswith("model.") for name in weights):
         rule = "must be a checkpoint of a PretrainModule or DPOModule: it has no weights of a model"
         raise argument_error(where, "ckpt", path, rule)
-    return checkpoint  # type: ignore[no-any-return]
+    return checkpoint
+
+
+def _read_file(path: str, where: str) -> Any:
+    try:
+        # mmap: the optimizer's state, twice the weights, is never read.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        rule = f"cannot be read as plain data ({str(error).splitlines()[0]})"
+        way_out = "Give a checkpoint that Lightning wrote"
+        raise argument_error(where, "ckpt", path, rule, way_out) from error
 
 
 def _config(spec: Any, path: str, where: str, hub: dict[str, Any]) -> transformers.PretrainedConfig:

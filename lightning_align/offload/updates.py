@@ -171,9 +171,13 @@ class Updates:
         return state
 
     @torch.no_grad()
-    def put_state(self) -> None:
-        """Store what ``optimizer.load_state_dict`` has brought into memory."""
-        for block in self._blocks:
+    def put_state(self, blocks: Iterable[Block] | None = None) -> None:
+        """Store what ``optimizer.load_state_dict`` has brought into memory.
+
+        Args:
+            blocks: Of which ones; None means all.
+        """
+        for block in self._blocks if blocks is None else blocks:
             memory = self._residents.fetch(block, "values")
             self._store.settle(block.name)
             self._stream.save(block)

@@ -17,9 +17,9 @@ from lightning_align._errors import argument_error
 from lightning_align.offload import linked
 from lightning_align.run.replicas import is_spread
 from lightning_align.strategies import replacing
+from lightning_align.strategies.distributed_folder import META_FILE, DistributedFolder, is_one
 from lightning_align.strategies.pipeline import checkpoint_folder, whole_state
 from lightning_align.strategies.pipeline.chain import WHERE
-from lightning_align.strategies.pipeline.checkpoint_folder import META_FILE, DistributedCheckpoint
 from lightning_align.strategies.pipeline.ownership import Ownership
 
 
@@ -32,7 +32,7 @@ class StageCheckpoints(ParallelStrategy):
 
     save_distributed_checkpoint: bool
     _ownership: Ownership | None = None
-    _folder: DistributedCheckpoint | None = None  # what is resumed from, if it is a folder
+    _folder: DistributedFolder | None = None  # what is resumed from, if it is a folder
     _restores_late: bool | None = None  # None: not asked yet
 
     @property
@@ -77,7 +77,7 @@ class StageCheckpoints(ParallelStrategy):
     def _save_file(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any) -> None:
         place = Path(filepath)
         replacing.finish(place)
-        if not checkpoint_folder.is_one(place):
+        if not is_one(place):
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
         file = replacing.unfinished(place)  # in the place of a folder
@@ -86,7 +86,7 @@ class StageCheckpoints(ParallelStrategy):
 
     @override
     def remove_checkpoint(self, filepath: Any) -> None:
-        if not checkpoint_folder.is_one(Path(filepath)):
+        if not is_one(Path(filepath)):
             super().remove_checkpoint(filepath)
         elif self.is_global_zero:
             replacing.remove(Path(filepath))
@@ -126,7 +126,7 @@ class StageCheckpoints(ParallelStrategy):
             checkpoint_path = path
         if linked.is_linked(path):  # of ZeROInfinityStrategy; each rank reads what it keeps
             return linked.read(path, WHERE, weights_only=weights_only)
-        self._folder = DistributedCheckpoint(path) if path.is_dir() else None
+        self._folder = DistributedFolder(path, WHERE) if path.is_dir() else None
         if self._folder is None:
             return super().load_checkpoint(checkpoint_path, weights_only)
         meta_file = str(path / META_FILE)
@@ -148,7 +148,7 @@ class StageCheckpoints(ParallelStrategy):
         """The module's values out of a folder, once it is known which are needed here."""
         module = self.lightning_module
         if self._folder is not None and module is not None:
-            state = self._folder.module_state(module)
+            state = checkpoint_folder.module_state(self._folder, module)
             whole_state.load_module(module, state, module.strict_loading)
 
     @override
@@ -159,7 +159,9 @@ class StageCheckpoints(ParallelStrategy):
             state = saved
             if self._folder is not None:
                 groups = saved["param_groups"]
-                state = self._folder.optimizer_state(number, groups, self._ownership, optimizer)
+                state = checkpoint_folder.optimizer_state(
+                    self._folder, number, groups, self._ownership, optimizer
+                )
             whole_state.load_optimizer(self._ownership, optimizer, state)
 
 

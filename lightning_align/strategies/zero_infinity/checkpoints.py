@@ -30,10 +30,12 @@ from lightning_align.offload.tiles import (
     whole_values,
 )
 from lightning_align.strategies import replacing
+from lightning_align.strategies.distributed_folder import META_FILE, DistributedFolder
 from lightning_align.strategies.zero_infinity.blocks import WHERE
 from lightning_align.strategies.zero_infinity.commits import load_payload
 
 _CLASS = "class"  # key of an optimizer's state in a commit record
+_PART_BYTES = 64 << 20  # of a folder that is read in parts
 
 
 class BlockCheckpoints(ParallelStrategy):
@@ -46,6 +48,7 @@ class BlockCheckpoints(ParallelStrategy):
     save_distributed_checkpoint: bool
     _engine: OffloadEngine | None = None
     _record: dict[str, Any] | None = None  # what is resumed from, if it is a commit
+    _folder: DistributedFolder | None = None  # what is resumed from, if ranks wrote it in parts
     _is_committing = False
     _tiled: Sequence[Tiled] = ()  # weights that are cut into tiles
 
@@ -109,8 +112,13 @@ class BlockCheckpoints(ParallelStrategy):
             self._record = load_payload(path.parent, weights_only=bool(weights_only))
             return self._record
         path = replacing.whereabouts(path)
-        if linked.is_linked(path) or path.is_dir():
+        if linked.is_linked(path):
             return linked.read(path, WHERE, weights_only=weights_only, may_be_fixed=True)
+        if path.is_dir():
+            self._folder = DistributedFolder(path, WHERE)
+            meta_file = str(path / META_FILE)
+            others: Any = self.checkpoint_io.load_checkpoint(meta_file, weights_only=weights_only)
+            return {**others, **self._folder.outline(self.global_rank)}
         if zipfile.is_zipfile(path) and type(self.checkpoint_io) is TorchCheckpointIO:
             return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
         return super().load_checkpoint(checkpoint_path, weights_only)
@@ -119,13 +127,28 @@ class BlockCheckpoints(ParallelStrategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         module = self.lightning_module
         assert module is not None
-        if self._record is None:
-            context: Any = nullcontext() if self._engine is None else self._engine.whole.put()
-            with context:
-                super().load_model_state_dict(checkpoint, strict)
-            return
         state = checkpoint["state_dict"]
-        stands_in = {name for name, value in state.items() if _is_outline(value)}
+        if self._record is not None:
+            self._check_same(module, checkpoint)
+            values = {name: value for name, value in state.items() if not _is_outline(value)}
+            module.load_state_dict(values, strict=False)
+            return
+        context: Any = nullcontext() if self._engine is None else self._engine.whole.put()
+        with context:
+            if self._folder is None:
+                super().load_model_state_dict(checkpoint, strict)
+                return
+            self._folder.check(module, strict)
+            for names in _in_parts(state):
+                module.load_state_dict(self._folder.values(names), strict=False)
+
+    def _check_same(self, module: pl.LightningModule, checkpoint: Mapping[str, Any]) -> None:
+        """Refuse a committed step of another model.
+
+        Raises:
+            ValueError: If it is one.
+        """
+        state = checkpoint["state_dict"]
         ours = module.state_dict(keep_vars=True)
         other = [n for n in state if n not in ours or ours[n].shape != state[n].shape]
         other += [name for name in ours if name not in state]
@@ -134,7 +157,6 @@ class BlockCheckpoints(ParallelStrategy):
             rule += f" in {', '.join(map(repr, sorted(set(other))[:3]))}. Nothing was touched there"
             way_out = "Go on with that model, or set another nvme_path or overwrite=True"
             raise argument_error(WHERE, "model", type(module).__name__, rule, way_out)
-        module.load_state_dict({n: v for n, v in state.items() if n not in stands_in}, strict=False)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -145,12 +167,37 @@ class BlockCheckpoints(ParallelStrategy):
             rule = f"the committed step is of {written}"
             way_out = "Go on with that, or begin anew with overwrite=True"
             raise argument_error(WHERE, "optimizer", type(optimizer).__name__, rule, way_out)
+        if self._folder is not None and self._tiled:
+            rule = "weights are cut into tiles, and a folder of another strategy has whole ones"
+            tool = "python -m lightning.pytorch.utilities.consolidate_checkpoint"
+            way_out = f"Make one file of it: {tool} {self._folder.path}"
+            raise argument_error(WHERE, "ckpt_path", str(self._folder.path), rule, way_out)
+        if self._folder is not None:
+            self._load_in_parts(self._folder, optimizer, state["param_groups"])
+            return
         state = {key: value for key, value in state.items() if key != _CLASS}
         if self._record is None:
             state = tiled_optimizer_state(state, optimizer, self._tiled)
         optimizer.load_state_dict(state)
         if self._record is None:
             self._engine.updates.put_state()
+
+    def _load_in_parts(
+        self, folder: DistributedFolder, optimizer: Optimizer, groups: list[dict[str, Any]]
+    ) -> None:
+        """Read and store the optimizer's state of one block after the other."""
+        assert self._engine is not None
+        assert self.lightning_module is not None
+        every = {parameter: name for name, parameter in self.lightning_module.named_parameters()}
+        names = [every[p] for group in optimizer.param_groups for p in group["params"]]
+        small: dict[Any, Any] = {}  # what stays in memory of those before
+        for block in self._engine.blocks:
+            mine = {every[parameter] for parameter in block.parameters.values()}
+            state = folder.optimizer_state(0, groups, optimizer, names, mine.__contains__)
+            optimizer.load_state_dict(state)
+            self._engine.updates.put_state([block])
+            small.update(optimizer.state)
+        optimizer.state.update(small)
 
     # Saving
 
@@ -223,3 +270,16 @@ def _stored(parameter: nn.Parameter, copies: Mapping[nn.Parameter, Tensor]) -> T
 
 def _is_outline(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_meta
+
+
+def _in_parts(state: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    """Names of tensors to be in memory together."""
+    names: list[str] = []
+    size = 0
+    for name, value in state.items():
+        if names and size + value.nbytes > _PART_BYTES:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += value.nbytes
+    yield names

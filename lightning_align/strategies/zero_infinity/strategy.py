@@ -246,7 +246,7 @@ class ZeROInfinityStrategy(BlockCheckpoints):
     def connect(self, model: pl.LightningModule) -> None:
         if model is not self.lightning_module:
             self.close()
-        self._record = None
+        self._record = self._folder = None
         super().connect(model)
 
     @override

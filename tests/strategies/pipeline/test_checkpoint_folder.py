@@ -15,8 +15,8 @@ from torch import distributed
 
 from lightning_align._compat import torch_dcp
 from lightning_align.strategies import replacing
+from lightning_align.strategies.distributed_folder import META_FILE, DistributedFolder
 from lightning_align.strategies.pipeline import checkpoint_folder
-from lightning_align.strategies.pipeline.checkpoint_folder import META_FILE, DistributedCheckpoint
 from tests.helpers.pipelines import PositionedBatches, Run
 from tests.helpers.ranks import end_of_ranks, run_ranks
 from tests.strategies.pipeline.test_checkpoints import SaveAt
@@ -101,7 +101,7 @@ def value_at(path: Path) -> float:
     if place.is_file():
         return float(torch.load(place)["value"])
     index = torch_dcp.read_index(place)
-    DistributedCheckpoint(place)
+    DistributedFolder(place, "test")
     value = float(torch.load(place / META_FILE)["value"])
     state = torch_dcp.read(place, index, list(torch_dcp.names(index)))
     assert torch.equal(state["model"]["weight"], torch.full((3,), value))
