@@ -3,11 +3,14 @@
 A parameter of a block is the same object all the time; only its data come and go. While they are
 away they are one NaN that is seen in the parameter's shape, which takes no memory; and whoever
 reads them is told so (``away``).
+
+Where several ranks train one model a block's memory is cut into as many sections, all of one
+length, and each rank stores and updates the parameters, or pieces of them, that lie in its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +20,7 @@ from lightning_align.offload.away import come_back, go_away
 from lightning_align.offload.files import ALIGNMENT
 
 PADDING = 64  # elements: vector kernels treat the rest of a tensor that is no multiple otherwise
+_WIDEST = 8  # bytes of the widest element
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,24 @@ class Place:
         return part.view(self.dtype).view(self.shape)
 
 
+@dataclass(frozen=True)
+class Piece:
+    """The part of a parameter that a rank stores and updates: all of it, or a stretch.
+
+    Attributes:
+        start: First element of the parameter that is part of it.
+        place: Where it lies in the rank's section.
+    """
+
+    start: int
+    place: Place
+
+    def of_whole(self, tensor: Tensor) -> Tensor:
+        """The same part of another tensor of the parameter's shape."""
+        numel = torch.Size(self.place.shape).numel()
+        return tensor.reshape(-1)[self.start : self.start + numel].view(self.place.shape)
+
+
 def placed(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Place], int]:
     """Places for tensors one after the other, and the bytes that all of them take.
 
@@ -56,9 +78,53 @@ def placed(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Place], int]:
     return places, aligned(offset)
 
 
-def aligned(nbytes: int) -> int:
-    """The next multiple of what direct transfers ask for."""
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+def aligned(nbytes: int, unit: int = ALIGNMENT) -> int:
+    """The next multiple of a unit, by default of what direct transfers ask for."""
+    return -(-nbytes // unit) * unit
+
+
+def cut_anywhere(tensors: Mapping[str, Tensor], count: int) -> tuple[dict[str, Place], int]:
+    """Places one after the other, wherever sections begin, and the bytes of all sections.
+
+    A section begins at a multiple of ``PADDING`` elements of whatever parameter lies there.
+
+    Args:
+        tensors: By name.
+        count: Sections.
+    """
+    places, offset = {}, 0
+    for name, tensor in tensors.items():
+        places[name] = Place(offset, tuple(tensor.shape), tensor.dtype)
+        offset += aligned(places[name].nbytes, PADDING * _WIDEST)
+    return places, aligned(offset, ALIGNMENT * count)
+
+
+def cut_between(
+    tensors: Mapping[str, Tensor], count: int, first: int = 0
+) -> tuple[dict[str, Place], int]:
+    """Places that lie in one section each, the largest tensor first where least is, and all bytes.
+
+    Args:
+        tensors: By name.
+        count: Sections.
+        first: Which section is filled first, so that it need not be the same in all blocks.
+    """
+    sizes = {
+        n: aligned(t.numel() * t.element_size(), PADDING * _WIDEST) for n, t in tensors.items()
+    }
+    order = [(first + number) % count for number in range(count)]
+    filled = dict.fromkeys(order, 0)
+    found = {}
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
+        section = min(order, key=filled.__getitem__)
+        found[name] = section, filled[section]
+        filled[section] += sizes[name]
+    length = aligned(max(filled.values()))
+    places = {
+        name: Place(found[name][0] * length + found[name][1], tuple(tensor.shape), tensor.dtype)
+        for name, tensor in tensors.items()
+    }
+    return places, length * count
 
 
 class Block:
@@ -76,6 +142,8 @@ class Block:
         states_stay: Whether its optimizer state stays in memory, and is nowhere else.
         places: Where each parameter lies in the block's memory.
         nbytes: Length of that memory.
+        section: Which part of it this rank stores and updates; without others, all of it.
+        pieces: What lies there, by name of parameter.
         memory: The values, while they are here.
         users: Forwards that are running in it now.
         within: The block in whose forward it is called, if any.
@@ -88,7 +156,7 @@ class Block:
         self.parameters = dict(parameters)
         self.kept = self.gradients_stay = kept
         self.is_stored, self.states_stay = True, False
-        self.places, self.nbytes = placed(self.parameters)
+        self.divide(0, 1)
         self.memory: Tensor | None = None
         self.users = 0
         self.within: Block | None = None
@@ -96,6 +164,60 @@ class Block:
             name: torch.full((), torch.nan, dtype=parameter.dtype, device=parameter.device)
             for name, parameter in self.parameters.items()
         }
+
+    def divide(self, rank: int, count: int, *, whole: bool = False, first: int = 0) -> None:
+        """Cut the memory into sections; values that are there must be placed anew.
+
+        Args:
+            rank: Whose section is this rank's.
+            count: Sections.
+            whole: Whether no parameter may lie in two of them.
+            first: Which section gets the largest parameter then.
+        """
+        if count == 1:
+            self.places, self.nbytes = placed(self.parameters)
+        elif whole:
+            self.places, self.nbytes = cut_between(self.parameters, count, first)
+        else:
+            self.places, self.nbytes = cut_anywhere(self.parameters, count)
+        length = self.nbytes // count
+        self.section = slice(rank * length, (rank + 1) * length)
+        everything = {name: Piece(0, place) for name, place in self.places.items()}
+        self.pieces = everything if count == 1 else dict(self._pieces())
+
+    def _pieces(self) -> Iterator[tuple[str, Piece]]:
+        for name, place in self.places.items():
+            begin = max(place.offset, self.section.start)
+            end = min(place.offset + place.nbytes, self.section.stop)
+            if end - begin == place.nbytes and begin < self.section.stop:
+                offset = place.offset - self.section.start
+                yield name, Piece(0, Place(offset, place.shape, place.dtype))
+            elif begin < end:
+                size = place.dtype.itemsize
+                part = Place(begin - self.section.start, ((end - begin) // size,), place.dtype)
+                yield name, Piece((begin - place.offset) // size, part)
+
+    def stretches(self, within: slice) -> Iterator[tuple[torch.dtype, slice]]:
+        """Parts of the memory that are of numbers of one kind.
+
+        Args:
+            within: Of which part of it.
+        """
+        begin, dtype = within.start, None
+        for place in sorted(self.places.values(), key=lambda place: place.offset):
+            if place.offset >= within.stop or dtype == place.dtype:
+                continue
+            if dtype is not None and place.offset > begin:
+                yield dtype, slice(begin, place.offset)
+                begin = place.offset
+            dtype = place.dtype
+        if dtype is not None:
+            yield dtype, slice(begin, within.stop)
+
+    @property
+    def section_nbytes(self) -> int:
+        """Bytes that each rank stores of it."""
+        return int(self.section.stop - self.section.start)
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -114,12 +236,27 @@ class Block:
         for name, place in self.places.items():
             come_back(self.parameters[name], place.of(memory))
 
+    def show_section(self, memory: Tensor) -> None:
+        """Let the parameters be their pieces, for the optimizer.
+
+        Args:
+            memory: This rank's section.
+        """
+        for name in self.parameters:
+            if name in self.pieces:
+                come_back(self.parameters[name], self.pieces[name].place.of(memory))
+            else:
+                self._go_away(name)
+
     def hide(self) -> None:
         """Take the values away; who holds a view of them keeps it, and the memory with it."""
         self.memory = None
-        for name, parameter in self.parameters.items():
-            stand_in = self._nan[name].expand(self.places[name].shape)
-            go_away(parameter, f"{name} of {self.name}", stand_in)
+        for name in self.parameters:
+            self._go_away(name)
+
+    def _go_away(self, name: str) -> None:
+        stand_in = self._nan[name].expand(self.places[name].shape)
+        go_away(self.parameters[name], f"{name} of {self.name}", stand_in)
 
 
 def check_names(blocks: Iterable[Block]) -> None:

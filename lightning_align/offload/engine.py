@@ -24,7 +24,9 @@ from lightning_align.offload.block import Block
 from lightning_align.offload.buffers import BufferPool
 from lightning_align.offload.files import Threads
 from lightning_align.offload.gradients import GradientSums
+from lightning_align.offload.optimizer_stream import StepsParameters
 from lightning_align.offload.prefetch import Residents
+from lightning_align.offload.reductions import Reductions
 from lightning_align.offload.saved_weights import SavedWeights
 from lightning_align.offload.store import ShardStore
 from lightning_align.offload.updates import Updates
@@ -102,6 +104,7 @@ class OffloadEngine:
         self._early = False  # whether this backward updates blocks
         self._factor: Tensor | None = None  # by which this backward scales them
         self._scaled: set[str] = set()  # blocks that it has scaled
+        self._reductions: Reductions | None = None  # of a backward that closes a window of ranks
         self._phase = "forward"  # in backward a block that recomputes is called, too
         self._handles: list[Any] = []
 
@@ -141,6 +144,10 @@ class OffloadEngine:
         Raises:
             OSError: If there is no room.
         """
+        whole = self.store.ranks.size > 1 and isinstance(optimizer, StepsParameters)
+        if fresh and whole != self.store.whole:
+            self.whole.arrange(whole=whole)
+            self.gradients.place()
         self.updates = Updates(
             optimizer,
             self.store,
@@ -192,11 +199,14 @@ class OffloadEngine:
             yield
 
     @contextmanager
-    def backward(self, *, updates: bool, factor: Tensor | None = None) -> Iterator[None]:
+    def backward(
+        self, *, updates: bool, closes: bool = True, factor: Tensor | None = None
+    ) -> Iterator[None]:
         """Around a backward.
 
         Args:
             updates: Whether each block is updated as soon as its gradients are there.
+            closes: Whether it is the last of its window, behind which ranks share gradients.
             factor: What ``scale_gradients`` will be called with, if that is known already.
         """
         self.residents.begin("backward")
@@ -204,14 +214,22 @@ class OffloadEngine:
         self._scaled.clear()
         self._phase = "backward"
         self._waiting = {block.name: len(block.trainable) for block in self.blocks}
+        if closes and self.store.ranks.size > 1:
+            summed = [] if self.gradients.stay else self._summed[::-1]
+            order = [block for block in summed if block.trainable]
+            self._reductions = Reductions(self.store.ranks, self.gradients, order, self._reduced)
         try:
             yield
             if self.activations is not None:
                 self.activations.settle()
             for block in self._left():  # those of which some parameters have got no gradient
                 self._collect(block)
+            if self._reductions is not None:
+                self._reductions.finish()
+                self._share_what_stays()
+                self.gradients.share_norms(self._summed, self.store.ranks)
         finally:
-            self._early, self._phase = False, "forward"
+            self._early, self._phase, self._reductions = False, "forward", None
 
     def _left(self) -> list[Block]:
         """Blocks whose gradients are in ``p.grad`` and should not be."""
@@ -230,22 +248,44 @@ class OffloadEngine:
     @torch.no_grad()
     def _collect(self, block: Block) -> None:
         """All gradients of a block are there."""
-        if self.gradients.is_used(block):
+        reductions = self._reductions
+        if self.gradients.is_used(block) or (reductions and reductions.has_taken(block)):
             raise RuntimeError(
                 f"{block.name} has got a gradient after it was updated in the same backward, as"
                 " under reentrant checkpointing. Set update_in_backward=False."
             )
         alone = self._early and not self.gradients.names(block)  # there is nothing to add them to
-        if block.gradients_stay or alone:
-            if self._early:
+        if block.gradients_stay or (alone and reductions is None):
+            if self._early and self.store.ranks.size == 1:
                 self._scaled.add(block.name)
                 self.gradients.use(block, factor=self._factor)
                 self.updates.update_from_grad(block, "backward")
+            return
+        if reductions is not None:
+            if self._early:
+                self.residents.keep_section(block)
+            reductions.take(block)
             return
         memory = self.gradients.add(block, factor=self._factor, store=not self._early)
         self._scaled.add(block.name)
         if self._early:
             self.updates.update(block, memory, "backward")
+
+    @torch.no_grad()
+    def _reduced(self, block: Block, section: Tensor, present: Tensor) -> None:
+        """The means over ranks of a block's gradients are there."""
+        self._scaled.add(block.name)
+        factor, store = self._factor, not self._early
+        self.gradients.reduced(block, section, present, factor=factor, store=store)
+        if self._early:
+            self.updates.update(block, section, "backward")
+
+    @torch.no_grad()
+    def _share_what_stays(self) -> None:
+        """Put means over ranks in the place of gradients that stay in ``p.grad``."""
+        staying = [b for b in self.blocks if b.gradients_stay or self.gradients.stay]
+        parameters = [p for block in staying for p in block.trainable.values()]
+        self.store.ranks.share_gradients(parameters)
 
     # Gradients, between backward and update
 

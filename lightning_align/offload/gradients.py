@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lightning_align.offload.block import Block
+from lightning_align.offload.block import Block, Place
 from lightning_align.offload.buffers import BufferPool
 from lightning_align.offload.files import Threads, Transfer
+from lightning_align.offload.ranks import Ranks
 from lightning_align.offload.striped import open_file
 
 FILE = "gradients"
@@ -43,16 +44,12 @@ class GradientSums:
         pool: BufferPool,
         threads: Threads,
     ) -> None:
-        self._offsets: dict[str, int] = {}
-        offset = 0
-        for block in blocks:
-            self._offsets[block.name] = offset
-            offset += block.nbytes
+        self._blocks = blocks
         self._file = open_file(folders, FILE, threads) if folders and blocks else None
-        if self._file is not None:
-            self._file.allocate(offset)
+        self.place()
         self._pool = pool
         self._memory: dict[str, Tensor] = {}  # of blocks, where there is no file
+        self._nbytes: dict[str, int] = {}  # of what was put away: a block's, or a section's
         self._writes: dict[str, Transfer] = {}
         self._reading: dict[str, tuple[Tensor, Transfer]] = {}
         self._names: dict[str, set[str]] = {}  # block -> parameters that have a sum
@@ -65,6 +62,16 @@ class GradientSums:
     def is_stored(self) -> bool:
         """Whether sums that wait do so in a file."""
         return self._file is not None
+
+    def place(self) -> None:
+        """Reserve room for the sums of all blocks, as long as they are now."""
+        self._offsets: dict[str, int] = {}
+        offset = 0
+        for block in self._blocks:
+            self._offsets[block.name] = offset
+            offset += block.nbytes
+        if self._file is not None:
+            self._file.allocate(offset)
 
     def names(self, block: Block) -> set[str]:
         """Parameters of a block that have a sum."""
@@ -103,14 +110,82 @@ class GradientSums:
                 place.copy_(parameter.grad)
                 known.add(name)
             parameter.grad = None
-        for name in known:
-            place = block.places[name].of(memory)
+        parts = {name: block.places[name] for name in known}
+        self._finish(block, parts, memory, factor=factor, store=store)
+        return memory
+
+    def to_reduce(self, block: Block) -> tuple[Tensor, Tensor]:
+        """The window's sums of a block on this rank, with zeros where there is none.
+
+        Returns:
+            They, and for each parameter whether it has one.
+        """
+        memory = self.add(block, store=False)
+        known = self.names(block)
+        for name in block.parameters.keys() - known:
+            block.places[name].of(memory).zero_()
+        return memory, torch.tensor([int(name in known) for name in block.parameters])
+
+    def reduced(
+        self,
+        block: Block,
+        section: Tensor,
+        present: Tensor,
+        *,
+        factor: Tensor | float | None = None,
+        store: bool = True,
+    ) -> None:
+        """Take up what has become of the sums of all ranks.
+
+        Args:
+            block: Which one.
+            section: This rank's.
+            present: For each parameter whether it has a gradient on any rank.
+            factor: What is then multiplied.
+            store: Whether to put the section away; otherwise the caller uses it at once.
+        """
+        known = {name for name, there in zip(block.parameters, present, strict=True) if there}
+        self._names[block.name] = known
+        if store and self._file is None:
+            section = section.clone()  # and not the memory of all sections
+        parts = {name: piece.place for name, piece in block.pieces.items() if name in known}
+        self._finish(block, parts, section, factor=factor, store=store)
+
+    def _finish(
+        self,
+        block: Block,
+        parts: dict[str, Place],
+        memory: Tensor,
+        *,
+        factor: Tensor | float | None,
+        store: bool,
+    ) -> None:
+        for name, place in parts.items():
+            gradient = place.of(memory)
             if factor is not None:
-                place.mul_(factor)
-            self.norms[block.parameters[name]] = torch.linalg.vector_norm(place)
+                gradient.mul_(factor)
+            self.norms[block.parameters[name]] = torch.linalg.vector_norm(gradient)
         if store:
             self.put(block, memory)
-        return memory
+
+    def share_norms(self, blocks: Iterable[Block], ranks: Ranks) -> None:
+        """Let each rank know the norms of all parameters, of which each has those of its pieces.
+
+        A norm that one rank has is sent as it is, so that it stays the same to the bit.
+        """
+        named = [(block, n, p) for block in blocks for n, p in block.parameters.items()]
+        norms, squares = torch.zeros(2, len(named), dtype=torch.float64)
+        for number, (block, name, parameter) in enumerate(named):
+            piece = block.pieces.get(name)
+            if piece is not None and parameter in self.norms:
+                is_whole = piece.place.nbytes == block.places[name].nbytes
+                norm = self.norms[parameter].double()
+                (norms if is_whole else squares)[number] = norm if is_whole else norm**2
+        shared = ranks.sum("the norms", torch.stack([norms, squares]))
+        for (block, name, parameter), norm, square in zip(named, *shared, strict=True):
+            if name in self.names(block):
+                norm = square.sqrt() if square else norm
+                self.norms[parameter] = norm.to(parameter.dtype)
 
     def use(self, block: Block, *, factor: Tensor | float | None = None) -> None:
         """The gradients of a block in ``p.grad`` are about to be used.
@@ -132,6 +207,7 @@ class GradientSums:
 
     def put(self, block: Block, memory: Tensor) -> None:
         """Put sums away."""
+        self._nbytes[block.name] = len(memory)
         if self._file is None:
             self._memory[block.name] = memory
         else:
@@ -179,7 +255,7 @@ class GradientSums:
         """Begin to read a block's sums."""
         if self._file is not None and block.name not in self._reading:
             self._settle(block.name)
-            memory = self._pool.take(block.nbytes)
+            memory = self._pool.take(self._nbytes[block.name])
             transfer = self._file.read(memory, self._offsets[block.name])
             self._reading[block.name] = memory, transfer
 

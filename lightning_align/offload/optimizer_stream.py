@@ -59,14 +59,15 @@ def expected_state_bytes(optimizer: Optimizer, block: Block) -> int:
     count = {AdamW: 2, Adam: 2, SGD: 1}.get(type(optimizer), 0)
     known = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     total = 0
-    for parameter in block.parameters.values():
-        group = known.get(id(parameter), {})
+    for name, piece in block.pieces.items():
+        group = known.get(id(block.parameters[name]), {})
         tensors = count + bool(group.get("amsgrad"))
         if not group or (type(optimizer) is SGD and not group["momentum"]):
             continue
-        if parameter.numel() == 1:  # its state stays in memory, as counters of steps do
+        numel = torch.Size(piece.place.shape).numel()
+        if numel == 1:  # its state stays in memory, as counters of steps do
             continue
-        padded = -(-parameter.numel() // 64) * 64 * parameter.element_size()
+        padded = aligned(piece.place.nbytes, 64 * piece.place.dtype.itemsize)
         total += aligned(tensors * padded)
     return total
 
@@ -99,24 +100,25 @@ class OptimizerStream:
     def update(
         self,
         block: Block,
+        section: Tensor,
         gradients: Callable[[str], Tensor | None],
         meanwhile: Callable[[], None] = lambda: None,
     ) -> None:
-        """Step a block whose values are in memory, and write it.
+        """Step this rank's pieces of a block, which are in memory, and write them.
 
         Args:
             block: Which one.
-            gradients: Its gradient for the name of a parameter; None leaves that one alone.
+            section: What they lie in; parameters are their pieces.
+            gradients: That of a piece, for the name of its parameter; None leaves it alone.
             meanwhile: Called when all that this update reads is being read.
         """
-        assert block.memory is not None
         self._store.settle(block.name)  # its memory may still be on its way to the disk
         if block.states_stay:
             meanwhile()
-            self._step_parameters(block, list(block.parameters), gradients)
+            self._step_parameters(block, list(block.pieces), gradients)
         else:
             self._step_groups(block, gradients, meanwhile)
-        self._store.write(block.name, block.memory)
+        self._store.write(block.name, section)
         self._store.update_done(block.name)
 
     def _step_groups(
@@ -154,7 +156,7 @@ class OptimizerStream:
     def _forget_others(self, block: Block, groups: list[list[str]]) -> None:
         """Drop what was foreseen of a block and is not needed: at its next update it is old."""
         needed = {name for names in groups for name in names}
-        for name in (block.parameters.keys() - needed) & self._reading.keys():
+        for name in (block.pieces.keys() - needed) & self._reading.keys():
             self._reading.pop(name)[1].wait()
 
     def show(self, block: Block) -> None:
@@ -165,13 +167,13 @@ class OptimizerStream:
         whole = self._store.state_values(block.name)
         for name, place in places.items():
             state = self._optimizer.state[block.parameters[name]]
-            start = place.offset - block.nbytes
+            start = place.offset - block.section_nbytes
             for key, where in place.tensors.items():
                 state[key] = part_of(whole, start + where.offset, where.shape, where.dtype)
 
     def drop(self, block: Block) -> None:
         """Forget what ``show`` has brought."""
-        for name in () if block.states_stay else block.parameters:
+        for name in () if block.states_stay else block.pieces:
             _remove_large(self._state(block, name))
 
     def save(self, block: Block) -> None:
@@ -180,7 +182,7 @@ class OptimizerStream:
         The caller writes the parameters, and then says that the update is done.
         """
         self._forget_others(block, [])
-        for name in () if block.states_stay else block.parameters:
+        for name in () if block.states_stay else block.pieces:
             self._detach(block, name, None)
 
     def _groups(
@@ -190,7 +192,7 @@ class OptimizerStream:
         moves = self._store.moves(block.name)  # then what is not stepped comes along, too
         group: list[str] = []
         size = 0
-        for name in block.parameters:
+        for name in block.pieces:
             if not moves and gradients(name) is None:
                 continue
             place = self._store.states[block.name].get(name)
@@ -223,7 +225,7 @@ class OptimizerStream:
     def _detach(self, block: Block, name: str, memory: Tensor | None) -> None:
         """Write a parameter's state, from the memory that it is in or from one that is made."""
         state = self._state(block, name)
-        large = {key: value for key, value in state.items() if _is_large(value)}
+        large = {key: value for key, value in state.items() if is_large(value)}
         known = self._store.states[block.name]
         if not large:
             self._store.forget_state(block.name, name)
@@ -287,12 +289,13 @@ def _copy_unless_there(
         targets[key].copy_(value)
 
 
-def _is_large(value: Any) -> bool:
+def is_large(value: Any) -> bool:
+    """Whether a part of an optimizer's state is a tensor that is stored, and no counter."""
     return isinstance(value, Tensor) and value.numel() > 1
 
 
 def _remove_large(state: dict[str, Any]) -> None:
-    for key in [key for key, value in state.items() if _is_large(value)]:
+    for key in [key for key, value in state.items() if is_large(value)]:
         del state[key]
 
 

@@ -3,6 +3,9 @@
 The order of a step is the order of the step before, so what comes next is known and read while the
 present block computes. Given up is what was used longest ago; that is safe at any moment, because
 whoever needs the values again fetches them, and whoever still looks at them keeps their memory.
+
+Of several ranks each reads its own section, and gathers those of the others behind it; for an
+update its own section is enough.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ class Residents:
         self.by_storage: dict[int, Block] = {}
         self._store, self._pool = store, pool
         self._reading: dict[str, tuple[Tensor, Transfer]] = {}
+        self._own: dict[str, tuple[Tensor, Transfer]] = {}  # sections, for updates to come
         self._recent: OrderedDict[str, Block] = OrderedDict()  # those that are not kept
         self._follows: dict[tuple[str, str], str] = {}
         self._last: dict[str, str] = {}
@@ -70,6 +74,59 @@ class Residents:
         self._foresee(block.name, phase)
         return block.memory
 
+    def foresee_section(self, block: Block) -> None:
+        """Begin to read the section of a block that this rank will update."""
+        is_here = self._store.ranks.size == 1 or block.memory is not None
+        if not is_here and block.name not in self._own:
+            memory = self._pool.take(block.section_nbytes)
+            self._own[block.name] = memory, self._store.read(block.name, memory)
+
+    def keep_section(self, block: Block) -> None:
+        """Keep a copy of a block's section, if it is here: an update to come will need it."""
+        if block.memory is not None and not block.kept:
+            memory = self._pool.take(block.section_nbytes)
+            memory.copy_(block.memory[block.section])
+            self._own[block.name] = memory, Transfer()
+
+    def take_section(self, block: Block, phase: str) -> Tensor:
+        """This rank's section of a block, to be updated; parameters are their pieces there.
+
+        Args:
+            block: Which one.
+            phase: What for.
+        """
+        if self._store.ranks.size == 1:
+            return self.fetch(block, phase)
+        self.foresee_section(block)
+        if block.name in self._own:
+            memory, transfer = self._own.pop(block.name)
+            transfer.wait()
+        else:
+            assert block.memory is not None
+            memory = block.memory[block.section]
+        block.show_section(memory)
+        return memory
+
+    def section_updated(self, block: Block) -> None:
+        """Behind an update of a section: others have updated theirs, too."""
+        if self._store.ranks.size == 1:
+            return
+        if not block.kept:
+            self.discard(block)
+            return
+        assert block.memory is not None
+        self._gather(block, block.memory).wait()
+        block.show(block.memory)
+
+    def discard(self, block: Block) -> None:
+        """Give up a block whose values are no longer those that are stored."""
+        if block.name in self._reading:
+            self._reading.pop(block.name)[1].wait()
+        if block.memory is not None:
+            self.by_storage.pop(block.memory.untyped_storage().data_ptr(), None)
+        self._recent.pop(block.name, None)
+        block.hide()
+
     def release(self, block: Block) -> None:
         """Give a block up, unless it stays."""
         self._recent.pop(block.name, None)
@@ -79,15 +136,23 @@ class Residents:
 
     def release_all(self) -> None:
         """Give up whatever need not stay."""
-        for _, transfer in self._reading.values():
-            transfer.wait()
-        self._reading.clear()
+        for begun in (self._reading, self._own):
+            for _, transfer in begun.values():
+                transfer.wait()
+            begun.clear()
         for block in list(self._recent.values()):
             self.release(block)
 
     def _start(self, block: Block) -> None:
         memory = self._pool.take(block.nbytes)
-        self._reading[block.name] = memory, self._store.read(block.name, memory)
+        transfer = self._store.read(block.name, memory[block.section])
+        if self._store.ranks.size > 1:
+            transfer = self._gather(block, memory, transfer)
+        self._reading[block.name] = memory, transfer
+
+    def _gather(self, block: Block, memory: Tensor, own: Transfer | None = None) -> Transfer:
+        gathered = self._store.ranks.gather(block.name, memory, own)
+        return Transfer([gathered], self._store.traffic)
 
     def _foresee(self, name: str, phase: str) -> None:
         previous = self._last.get(phase)

@@ -20,6 +20,9 @@ from lightning_align.offload.block import Place
 
 FORMAT = 1
 FILE = "committed"
+BEFORE = "committed.before"
+_NEW = "committed.new"
+FILES = (FILE, BEFORE, _NEW)
 
 
 @dataclass
@@ -41,6 +44,8 @@ class Record:
         states: Block -> parameter -> where its optimizer state is.
         layout: Digest of what the blocks are made of.
         payload: What else belongs to that step, as the caller gave it.
+        ranks: How many ranks have committed it, each its own record.
+        whole: Whether no parameter is cut between ranks.
     """
 
     step: int
@@ -48,9 +53,11 @@ class Record:
     states: dict[str, dict[str, StatePlace]]
     layout: str
     payload: bytes
+    ranks: int = 1
+    whole: bool = False
 
-    def write(self, folder: Path) -> None:
-        """Put the record in the place of the one before; what it names must be durable."""
+    def prepare(self, folder: Path) -> None:
+        """Write the record beside its place; what it names must be durable."""
         body = {
             "format": FORMAT,
             "step": self.step,
@@ -60,29 +67,42 @@ class Record:
                 for block, places in self.states.items()
             },
             "layout": self.layout,
+            "ranks": self.ranks,
+            "whole": self.whole,
             "payload": [len(self.payload), xxhash.xxh3_128_hexdigest(self.payload)],
         }
         head = json.dumps(body).encode()
         digest = xxhash.xxh3_128_hexdigest(head).encode()
-        unfinished = folder / f"{FILE}.new"
-        with unfinished.open("wb") as file:
+        with (folder / _NEW).open("wb") as file:
             file.writelines([digest, b"\n", head, b"\n", self.payload])
             file.flush()
             os.fsync(file.fileno())
-        unfinished.replace(folder / FILE)
+
+    def put_in_place(self, folder: Path, *, keeps_before: bool = False) -> None:
+        """Let a record that was prepared be the one that counts.
+
+        Args:
+            folder: Where it is.
+            keeps_before: Whether the one before is kept, for ranks that may not come to this one.
+        """
+        if keeps_before and (folder / FILE).exists():
+            (folder / BEFORE).unlink(missing_ok=True)
+            (folder / BEFORE).hardlink_to(folder / FILE)
+        (folder / _NEW).replace(folder / FILE)
         sync_folder(folder)
 
 
-def read_record(folder: Path) -> Record | None:
+def read_record(folder: Path, name: str = FILE) -> Record | None:
     """The committed step of a folder; None if there is none.
 
     Args:
         folder: Of a store.
+        name: ``FILE``, or ``BEFORE`` for the step that was committed before it.
 
     Raises:
         ValueError: If the record is damaged.
     """
-    path = folder / FILE
+    path = folder / name
     if not path.exists():
         return None
     digest, head, payload = [*path.read_bytes().split(b"\n", 2), b"", b""][:3]
@@ -97,7 +117,8 @@ def read_record(folder: Path) -> Record | None:
         block: {name: _place(listed) for name, listed in places.items()}
         for block, places in body["states"].items()
     }
-    return Record(body["step"], body["slots"], states, body["layout"], payload)
+    of_ranks = body["ranks"], body["whole"]
+    return Record(body["step"], body["slots"], states, body["layout"], payload, *of_ranks)
 
 
 def sync_folder(folder: Path) -> None:

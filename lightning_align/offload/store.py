@@ -22,13 +22,14 @@ from lightning_align.offload.block import Block, aligned, check_names
 from lightning_align.offload.buffers import BufferPool
 from lightning_align.offload.files import DirectFile, Threads, Transfer
 from lightning_align.offload.memory_file import MemoryFile
-from lightning_align.offload.record import FILE, Record, StatePlace, read_record, sync_folder
+from lightning_align.offload.ranks import Ranks
+from lightning_align.offload.record import FILE, FILES, Record, StatePlace, read_record, sync_folder
 from lightning_align.offload.striped import MARK, StripedFile, open_file
 from lightning_align.offload.tuning import TRIAL
 
 _SUFFIX = ".block"
 _FRESH = f".fresh{_SUFFIX}"
-_LEFT = (f"{FILE}.new", "gradients", "activations", MARK)  # by a run, or by its end
+_LEFT = ("gradients", "activations", MARK)  # by a run, or by its end
 AnyFile = DirectFile | StripedFile | MemoryFile
 
 
@@ -41,6 +42,7 @@ class ShardStore:
         threads: Who reads and writes.
         atomic_step: Whether a block has two files, so that a step counts as a whole or not at all.
         drives: Folders on further drives, over which files are striped.
+        ranks: Who trains the model; each stores its section of every block.
 
     Attributes:
         commits: Whether a step can be committed: not if any of it is in memory alone.
@@ -56,18 +58,21 @@ class ShardStore:
         *,
         atomic_step: bool = True,
         drives: Sequence[Path] = (),
+        ranks: Ranks | None = None,
     ) -> None:
         self.folder, self.folders = folder, [folder, *drives]
         self.blocks = {block.name: block for block in blocks}
         self._numbers = {name: number for number, name in enumerate(self.blocks)}
         check_names(self.blocks.values())
+        self.ranks = ranks or Ranks()
+        self._divide(whole=False)
         values = self.blocks.values()
         self.commits = all(block.is_stored and not block.states_stay for block in values)
         self.is_on_drive = any(block.is_stored or not block.states_stay for block in values)
         self.atomic_step = atomic_step and self.commits
         self.states: dict[str, dict[str, StatePlace]] = {name: {} for name in self.blocks}
         self._threads, self.traffic = threads, threads.traffic
-        self._ends = {name: block.nbytes for name, block in self.blocks.items()}
+        self._ends = {name: block.section_nbytes for name, block in self.blocks.items()}
         self._room = dict(self._ends)  # what is reserved, at least
         self._current = dict.fromkeys(self.blocks, 0)
         self._committed: dict[str, int] | None = None
@@ -88,11 +93,16 @@ class ShardStore:
                 path.unlink()
             sync_folder(place)
 
+    def _divide(self, *, whole: bool) -> None:
+        self.whole = whole
+        for number, block in enumerate(self.blocks.values()):
+            block.divide(self.ranks.rank, self.ranks.size, whole=whole, first=number)
+
     def _open(self, block: Block, name: str, values: Tensor | None = None) -> AnyFile:
         if block.is_stored:
             return open_file(self.folders, name, self._threads)
         behind = None if block.states_stay else open_file(self.folders, name, self._threads)
-        return MemoryFile(block.nbytes, behind, values)
+        return MemoryFile(block.section_nbytes, behind, values)
 
     def _name(self, block: str, slot: int) -> str:
         return f"{self._numbers[block]:05d}.{slot}{_SUFFIX}"
@@ -118,7 +128,7 @@ class ShardStore:
         """
         for name, block in self.blocks.items():
             states = 0 if block.states_stay else state_bytes.get(name, 0)
-            self._room[name] = max(self._ends[name], block.nbytes + aligned(states))
+            self._room[name] = max(self._ends[name], block.section_nbytes + aligned(states))
         try:
             for (name, _), file in self._files.items():
                 if not file.is_held:
@@ -153,14 +163,14 @@ class ShardStore:
         """What is stored of an optimizer is of another one."""
         for name, block in self.blocks.items():
             self.states[name] = {}
-            self._ends[name] = block.nbytes
+            self._ends[name] = block.section_nbytes
 
     # Transfers
 
     def in_memory(self, block: str) -> Tensor | None:
         """The block's values themselves, if they are in memory; nobody need read or write them."""
         file = self._files[block, self._current[block]]
-        if not isinstance(file, MemoryFile):
+        if not isinstance(file, MemoryFile) or self.ranks.size > 1:
             return None
         return file.view(0, self.blocks[block].nbytes)
 
@@ -247,23 +257,23 @@ class ShardStore:
     # What stays as it is, while training goes on
 
     def values(self, block: str) -> Tensor:
-        """The block's parameters, as memory that is read when it is looked at.
+        """This rank's section of the block, as memory that is read when it is looked at.
 
         Args:
             block: Its name.
         """
         self.settle(block)
         file = self._files[block, self._current[block]]
-        return file.shown(0, self.blocks[block].nbytes)
+        return file.shown(0, self.blocks[block].section_nbytes)
 
     def state_values(self, block: str) -> Tensor:
-        """What lies behind the parameters, in the same way.
+        """What lies behind the section, in the same way.
 
         Args:
             block: Its name.
         """
         self.settle(block)
-        start = self.blocks[block].nbytes
+        start = self.blocks[block].section_nbytes
         return self._files[block, self._current[block]].shown(start, self._ends[block] - start)
 
     @property
@@ -290,9 +300,21 @@ class ShardStore:
         """
         assert self.commits
         self.traffic.begin("commit")
-        self.make_durable()
-        record = Record(step, dict(self._current), self.states, self.layout, payload)
-        record.write(self.folder)
+        record = Record(
+            step,
+            dict(self._current),
+            self.states,
+            self.layout,
+            payload,
+            self.ranks.size,
+            self.whole,
+        )
+        with self.ranks.together(f"step {step}, what it has written"):
+            self.make_durable()
+            record.prepare(self.folder)
+        # No rank writes anything of the next step until all have come to this one.
+        with self.ranks.together(f"step {step}, its commit"):
+            record.put_in_place(self.folder, keeps_before=self.ranks.size > 1)
         self._committed = dict(self._current)
         self.traffic.begin("")
 
@@ -305,6 +327,14 @@ class ShardStore:
         record = read_record(self.folder)
         if record is None:
             return None
+        if record.ranks != self.ranks.size:
+            raise ValueError(
+                f"{self.folder / FILE} is of step {record.step} of {record.ranks} rank(s), and this"
+                f" run has {self.ranks.size}. Go on with as many, or from a checkpoint, which any"
+                " number of ranks can read. Nothing was touched there."
+            )
+        if record.whole != self.whole:
+            self._divide(whole=record.whole)
         if record.layout != self.layout:
             raise ValueError(
                 f"{self.folder / FILE} is of step {record.step} of another model, or of one that is"
@@ -313,7 +343,7 @@ class ShardStore:
         self._current, self.states = dict(record.slots), record.states
         for name, places in self.states.items():
             ends = [place.offset + place.capacity for place in places.values()]
-            self._ends[name] = max([self.blocks[name].nbytes, *ends])
+            self._ends[name] = max([self.blocks[name].section_nbytes, *ends])
         for name, slot in record.slots.items():  # before room is reserved, which would fill it up
             file = self._files[name, slot]
             if not isinstance(file, MemoryFile) and file.nbytes < self._ends[name]:
@@ -335,7 +365,8 @@ def sweep(folder: Path) -> None:
     """Delete the files of a store: leftovers, or a state that is to be overwritten."""
     if not folder.is_dir():
         return
-    (folder / FILE).unlink(missing_ok=True)  # first, so that nothing half deleted is committed
+    for name in FILES:  # first, so that nothing half deleted is committed
+        (folder / name).unlink(missing_ok=True)
     for path in folder.iterdir():
         if path.suffix in (_SUFFIX, TRIAL) or path.name in _LEFT:
             path.unlink()

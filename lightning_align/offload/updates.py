@@ -24,6 +24,7 @@ from lightning_align.offload.optimizer_stream import (
 )
 from lightning_align.offload.prefetch import Residents
 from lightning_align.offload.store import ShardStore
+from lightning_align.offload.whole_states import gather_states, keep_own_states
 
 
 class Updates:
@@ -58,7 +59,7 @@ class Updates:
         *,
         fresh: bool,
     ) -> None:
-        self._optimizer, self._store = optimizer, store
+        self._optimizer, self._store, self._ranks = optimizer, store, store.ranks
         self._residents, self._gradients = residents, gradients
         self._blocks = list(store.blocks.values())
         if fresh:
@@ -99,6 +100,7 @@ class Updates:
         """Begin to read what the updates of blocks will need, but for their parameters."""
         for block in blocks:
             self._gradients.foresee(block)
+            self._residents.foresee_section(block)
             self._stream.foresee(block, self._gradients.names(block).__contains__)
 
     def foresee(self, block: Block) -> None:
@@ -121,15 +123,13 @@ class Updates:
             phase: In which the block is fetched.
             meanwhile: Called when all that this update reads is being read.
         """
-        self._residents.fetch(block, phase)
-        names = self._gradients.names(block)
-
-        def gradient(name: str) -> Tensor | None:
-            return block.places[name].of(sums) if name in names else None
-
-        for name in names:
-            self._gradients.edit(block.places[name].of(sums))
-        self._stream.update(block, gradient, meanwhile)
+        section = self._residents.take_section(block, phase)
+        names = self._gradients.names(block) & block.pieces.keys()
+        gradients = {name: block.pieces[name].place.of(sums) for name in names}
+        for gradient in gradients.values():
+            self._gradients.edit(gradient)
+        self._stream.update(block, section, gradients.get, meanwhile)
+        self._residents.section_updated(block)
         self._gradients.used(block)
 
     def update_from_grad(self, block: Block, phase: str) -> None:
@@ -139,12 +139,16 @@ class Updates:
             block: Which one.
             phase: In which the block is fetched.
         """
-        gradients = {name: p.grad for name, p in block.parameters.items()}
-        if any(gradient is not None for gradient in gradients.values()):
-            self._residents.fetch(block, phase)
+        gradients = {n: p.grad for n, p in block.parameters.items() if p.grad is not None}
+        if gradients:
             for parameter in block.parameters.values():
                 parameter.grad = None
-            self._stream.update(block, gradients.get)
+            section = self._residents.take_section(block, phase)
+            pieces = {
+                n: p.of_whole(gradients[n]) for n, p in block.pieces.items() if n in gradients
+            }
+            self._stream.update(block, section, pieces.get)
+            self._residents.section_updated(block)
         if self._gradients.stay:
             for name, gradient in gradients.items():
                 block.parameters[name].grad = gradient
@@ -160,15 +164,35 @@ class Updates:
                     self._store.forget_state(block.name, name)
 
     def state(self) -> dict[str, Any]:
-        """The optimizer's whole state, in memory or as files show it; what is shown stays."""
+        """The optimizer's whole state, in memory or as files show it; what is shown stays.
+
+        Of several ranks the first has copies, and others have nothing; collective.
+        """
         for block in self._blocks:
             self._stream.show(block)
+        if self._ranks.size > 1:
+            return self._gathered_state()
         state = self._optimizer.state_dict()
         in_order = sorted(state["state"].items())  # not as blocks were stepped
         state = {**state, "state": {key: dict(value) for key, value in in_order}}
         for block in self._blocks:
             self._stream.drop(block)
         return state
+
+    def _gathered_state(self) -> dict[str, Any]:
+        own: Any = self._optimizer.state
+        whole: dict[nn.Parameter, dict[str, Any]] = {}
+        for block in self._blocks:
+            whole.update(gather_states(self._ranks, block, own))
+            self._stream.drop(block)
+        small = {parameter: dict(state) for parameter, state in own.items()}
+        own.clear()
+        own.update(whole)
+        state = self._optimizer.state_dict()
+        own.clear()
+        own.update(small)
+        in_order = {key: dict(value) for key, value in sorted(state["state"].items())}
+        return {**state, "state": in_order} if self._ranks.rank == 0 else {}
 
     @torch.no_grad()
     def put_state(self, blocks: Iterable[Block] | None = None) -> None:
@@ -177,9 +201,12 @@ class Updates:
         Args:
             blocks: Of which ones; None means all.
         """
+        states: Any = self._optimizer.state
         for block in self._blocks if blocks is None else blocks:
             memory = self._residents.fetch(block, "values")
             self._store.settle(block.name)
+            if self._ranks.size > 1:
+                keep_own_states(block, states)
             self._stream.save(block)
-            self._store.write(block.name, memory)
+            self._store.write(block.name, memory[block.section])
             self._store.update_done(block.name)

@@ -47,13 +47,37 @@ class WholeValues:
                 memory = self._pool.take(block.nbytes)
             block.copy_into(memory)
             taken(block)
-            self._store.write(block.name, memory)
+            self._store.ranks.of_one(f"the first values of {block.name}", memory)
+            self._store.write(block.name, memory[block.section])
             self._store.update_done(block.name)
             if block.kept:
                 block.show(memory)
             else:
                 block.hide()
             give_back_freed()  # a model in memory is given back while it moves
+
+    @torch.no_grad()
+    def arrange(self, *, whole: bool) -> None:
+        """Store the values in other sections; what is stored of an optimizer is forgotten.
+
+        Args:
+            whole: Whether no parameter may lie in two of them.
+        """
+        ranks = self._store.ranks
+        for number, block in enumerate(self._blocks):
+            old, places = self._residents.fetch(block, "values"), block.places
+            self._residents.discard(block)
+            block.divide(ranks.rank, ranks.size, whole=whole, first=number)
+            memory = self._pool.take(block.nbytes)
+            for name, place in block.places.items():
+                place.of(memory).copy_(places[name].of(old))
+            if block.kept:
+                block.show(memory)
+            self._store.settle(block.name)
+            self._store.write(block.name, memory[block.section])
+            self._store.update_done(block.name)
+        self._store.whole = whole
+        self._store.forget_states()
 
     def read_values(self) -> None:
         """Let go the values that the parameters have, and take the stored ones."""
@@ -110,11 +134,18 @@ class WholeValues:
         assert block.memory is not None
         self._store.settle(block.name)
         self._store.carry_states(block.name, self._pool)
-        self._store.write(block.name, block.memory)
+        self._store.write(block.name, block.memory[block.section])
         self._store.update_done(block.name)
+        if block.kept and self._store.ranks.size > 1:  # what was edited may differ elsewhere
+            self._store.ranks.gather(block.name, block.memory).result()
 
     def values(self) -> dict[nn.Parameter, Tensor]:
-        """All parameters as they are in memory, or as files show them; what is shown stays."""
+        """All parameters as they are in memory, or as files show them; what is shown stays.
+
+        Of several ranks the first has copies, and others have nothing; collective.
+        """
+        if self._store.ranks.size > 1:
+            return self._gathered()
         shown = {}
         for block in self._blocks:
             whole = self._store.values(block.name)
@@ -122,6 +153,16 @@ class WholeValues:
                 place = block.places[name]
                 shown[parameter] = part_of(whole, place.offset, place.shape, place.dtype)
         return shown
+
+    @torch.no_grad()
+    def _gathered(self) -> dict[nn.Parameter, Tensor]:
+        copies = {}
+        for block in self._blocks:
+            memory = self._residents.fetch(block, "values")
+            for name, place in block.places.items():
+                if self._store.ranks.rank == 0:
+                    copies[block.parameters[name]] = place.of(memory).clone()
+        return copies
 
 
 class _CopiesToBlocks(TorchFunctionMode):

@@ -9,14 +9,17 @@ from lightning_align.offload.files import Threads
 from lightning_align.offload.store import ShardStore
 
 
-def network():
+def network(width=6):
     torch.manual_seed(0)
-    return nn.Sequential(
-        *(nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 6)) for _ in range(4))
-    )
+    wider = width * 3 // 2
+
+    def part():
+        return nn.Sequential(nn.Linear(width, wider), nn.GELU(), nn.Linear(wider, width))
+
+    return nn.Sequential(*(part() for _ in range(4)))
 
 
-def offloaded(folder, module, count=2, stays=(), every=2, **memory):
+def offloaded(folder, module, count=2, stays=(), every=2, ranks=None, **memory):
     """Its engine.
 
     Args:
@@ -25,6 +28,7 @@ def offloaded(folder, module, count=2, stays=(), every=2, **memory):
         count: Blocks in memory at a time.
         stays: Attributes of blocks that say what of it stays in memory.
         every: Of which blocks: each second one.
+        ranks: Who trains it.
         **memory: Of ``Memory``.
     """
     blocks = [
@@ -35,7 +39,7 @@ def offloaded(folder, module, count=2, stays=(), every=2, **memory):
         for attribute in stays:
             setattr(block, attribute, attribute != "is_stored")
     threads = Threads()
-    store = ShardStore(folder, blocks, threads)
+    store = ShardStore(folder, blocks, threads, ranks=ranks)
     modules = dict(module.named_children())
     engine = OffloadEngine(modules, store, threads, Memory(count, **memory))
     engine.whole.store_values()

@@ -43,7 +43,7 @@ def test_steps_are_those_of_memory_and_state_leaves_it(tmp_path, group_bytes):
         expected.step()
         if step > 1:  # foreseen too much and too little
             stream.foresee(block, lambda name: name != "0")
-        stream.update(block, gradients.get)
+        stream.update(block, memory, gradients.get)
         store.commit(step, b"")  # the next one writes the other file
         state = [value for p in ours for value in optimizer.state[p].values()]
         assert [value.numel() for value in state] == [1, 1, 1]  # counters of steps

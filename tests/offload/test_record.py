@@ -11,14 +11,17 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
     places, _ = placed({"exp_avg": torch.zeros(3, 4, dtype=torch.float64)})
     states = {"block": {"weight": StatePlace(4096, 8192, places)}}
     written = Record(7, {"block": 1}, states, "layout", b"pay\nload")
-    written.write(tmp_path)
+    written.prepare(tmp_path)
+    written.put_in_place(tmp_path)
     assert read_record(tmp_path) == written
     assert sorted(path.name for path in tmp_path.iterdir()) == [FILE]
 
 
 @pytest.mark.parametrize("place", [0, 40, -1])
 def test_a_damaged_record_is_refused(tmp_path, place):
-    Record(7, {"block": 1}, {}, "layout", b"payload").write(tmp_path)
+    record = Record(7, {"block": 1}, {}, "layout", b"payload")
+    record.prepare(tmp_path)
+    record.put_in_place(tmp_path)
     data = bytearray((tmp_path / FILE).read_bytes())
     data[place] ^= 1
     (tmp_path / FILE).write_bytes(data)

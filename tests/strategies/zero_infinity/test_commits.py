@@ -36,7 +36,7 @@ def run(folder: Path, ckpt_path=None, *, kill_at=None, result=None, options, **a
         (DirectFile, "write"),
         (DirectFile, "read"),
         (DirectFile, "sync"),
-        (record.Record, "write"),
+        (record.Record, "put_in_place"),
         (os, "fsync"),  # of the new record, and of the folder behind its renaming
         (Path, "replace"),
     ):
@@ -119,7 +119,7 @@ def test_without_atomic_steps_a_kill_in_an_update_damages_the_run(tmp_path, whol
     assert in_child(partial(run_in_place, tmp_path / "whole", result=tmp_path / "result")) == 0
     operations = torch.load(tmp_path / "result")["operations"]
     # In the fourth step of six: blocks that were written before are of it, and the others are not.
-    commits = [at for at, (name, _) in enumerate(operations) if name == "write" and not _]
+    commits = [at for at, (name, _) in enumerate(operations) if name == "put_in_place"]
     written = [
         at
         for at, (name, path) in enumerate(operations)
