@@ -37,7 +37,8 @@ def refuse_another_model(
         ValueError: If names or shapes in the checkpoint are not the module's, which loads strictly.
     """
     theirs = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
-    ours = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    state = module.state_dict(keep_vars=True)  # of values that are away, shapes may be asked
+    ours = {name: tuple(value.shape) for name, value in state.items()}
     different = sorted(k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k))
     if different and module.strict_loading:
         name = different[0]

@@ -115,6 +115,8 @@ class OffloadEngine:
 
     def attach(self) -> None:
         """Fetch blocks from now on when their modules are called."""
+        if self._handles:
+            return
         for block in self.blocks:
             module = self._modules.get(block.name)
             stays = block.kept and block.states_stay  # there is nothing to fetch

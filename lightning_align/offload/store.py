@@ -117,24 +117,28 @@ class ShardStore:
 
     # Room
 
-    def allocate(self, state_bytes: dict[str, int]) -> None:
+    def allocate(self, state_bytes: dict[str, int] | None) -> None:
         """Reserve the files, so that no step finds the disk full.
 
         Args:
-            state_bytes: Block -> bytes of optimizer state to expect.
+            state_bytes: Block -> bytes of optimizer state to expect; None as long as values are
+                only read, which takes one file of each block.
 
         Raises:
             OSError: If there is no room.
         """
+        needed = self._files
+        if state_bytes is None:
+            needed = {(name, slot): needed[name, slot] for name, slot in self._current.items()}
         for name, block in self.blocks.items():
-            states = 0 if block.states_stay else state_bytes.get(name, 0)
+            states = 0 if block.states_stay else (state_bytes or {}).get(name, 0)
             self._room[name] = max(self._ends[name], block.section_nbytes + aligned(states))
         try:
-            for (name, _), file in self._files.items():
+            for (name, _), file in needed.items():
                 if not file.is_held:
                     file.allocate(self._room[name])
         except OSError as error:
-            total = sum(self._room[name] for name, _ in self._files)
+            total = sum(self._room[name] for name, _ in needed)
             what = f"all blocks take {total:,} bytes; of a file {error.strerror}"
             raise OSError(error.errno, what, error.filename) from error
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from lightning_align._compat import lightning_resume
@@ -42,7 +43,8 @@ class CommitSteps(pl.Callback):
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.sanity_checking:
+        is_fit = trainer.state.fn == TrainerFn.FITTING  # validate() alone changes nothing
+        if is_fit and not trainer.sanity_checking:
             self._commit(trainer)
 
     @override

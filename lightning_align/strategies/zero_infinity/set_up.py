@@ -180,7 +180,7 @@ def _open(
         store.recover()
         engine.whole.read_values()
     else:
-        store.allocate({})
+        store.allocate(None)  # the rest when there is an optimizer
         with writing_bar(module.trainer, sum(block.nbytes for block in blocks)) as bar:
 
             def taken(block: Block) -> None:

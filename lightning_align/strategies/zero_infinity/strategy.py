@@ -246,6 +246,8 @@ class ZeROInfinityStrategy(BlockCheckpoints):
     def connect(self, model: pl.LightningModule) -> None:
         if model is not self.lightning_module:
             self.close()
+        elif self._engine is not None:
+            self._engine.attach()  # setup hooks may call the model, as our modules' do
         self._record = self._folder = None
         super().connect(model)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -56,7 +58,7 @@ def ends(trainer, module, ckpt_path=None):
     trainer.fit(module, DataLoader(batches(), batch_size=2), ckpt_path=ckpt_path)
     found = trainer.strategy.lightning_module_state_dict()
     states = trainer.strategy.optimizer_state(trainer.optimizers[0])
-    return found, states
+    return copy.deepcopy(found), copy.deepcopy(states)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "llama_tied"])
@@ -160,3 +162,61 @@ def test_a_committed_step_is_gone_on_with(tmp_path, empty):
         ended.append(found)
     assert trainer.global_step == 12
     assert_same(ended[1], ended[0])
+
+
+def evaluated(trainer, module, what, **options):
+    """What validating, testing or predicting comes to."""
+    loader = DataLoader(batches(count=3), batch_size=2)
+    if what == "predict":
+        return torch.cat(trainer.predict(module, loader, **options))
+    getattr(trainer, what)(module, loader, verbose=False, **options)
+    return dict(trainer.callback_metrics)
+
+
+@pytest.mark.parametrize("what", ["validate", "test", "predict"])
+def test_without_a_fit_blocks_are_read_and_have_one_file(tmp_path, what):
+    path, _ = save(tmp_path, 3)
+    found = []
+    for strategy in (None, small(nvme_path=str(tmp_path / "nvme"))):
+        trainer = trainer_of(tmp_path, strategy)
+        torch.manual_seed(7)
+        with trainer.init_module():
+            module = pretrain("llama_tied")
+        found.append([evaluated(trainer, module, what, ckpt_path=c) for c in (None, path)])
+    assert_same(found[1], found[0])
+    values = sum(p.numel() * 4 for p in module.parameters())
+    files = [file.stat().st_size for file in (tmp_path / "nvme" / "rank00000").glob("*.block")]
+    assert values <= sum(files) <= 1.1 * values + 4096 * len(files)
+    assert not (tmp_path / "nvme" / "rank00000" / "committed").exists()
+    strategy.close()
+
+
+def test_fit_and_validate_in_any_order(tmp_path):
+    found = []
+    for strategy in (None, small(nvme_path=str(tmp_path / "nvme"))):
+        trainer = trainer_of(tmp_path, strategy)
+        torch.manual_seed(7)
+        with trainer.init_module():
+            module = pretrain("gpt2")
+        steps = [evaluated(trainer, module, "validate"), *ends(trainer, module)]
+        steps += [evaluated(trainer, module, "predict"), evaluated(trainer, module, "test")]
+        trainer.fit_loop.max_epochs = 2
+        steps += [*ends(trainer, module), evaluated(trainer, module, "validate")]
+        found.append(steps)
+    assert_same(found[1], found[0])
+    strategy.close()
+
+
+def test_without_values_nothing_is_validated(tmp_path):
+    trainer = trainer_of(tmp_path, small(nvme_path=str(tmp_path / "nvme")))
+    with trainer.init_module(empty_init=True):
+        module = pretrain("gpt2")
+    with pytest.raises(ValueError, match=r"nothing says where their values are"):
+        evaluated(trainer, module, "validate")
+
+
+def test_a_folder_whose_parent_is_missing_is_refused_before_anything_is_built(tmp_path):
+    trainer = trainer_of(tmp_path, small(nvme_path=str(tmp_path / "parent/nvme")))
+    match = "parent is not there"
+    with pytest.raises(ValueError, match=match), trainer.init_module():
+        pass
