@@ -13,7 +13,6 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_align.modules import PretrainModule
-from lightning_align.offload import record
 from lightning_align.offload.files import DirectFile
 from lightning_align.strategies import ZeROInfinityStrategy
 from tests.helpers.children import in_child
@@ -36,7 +35,6 @@ def run(folder: Path, ckpt_path=None, *, kill_at=None, result=None, options, **a
         (DirectFile, "write"),
         (DirectFile, "read"),
         (DirectFile, "sync"),
-        (record.Record, "put_in_place"),
         (os, "fsync"),  # of the new record, and of the folder behind its renaming
         (Path, "replace"),
     ):
@@ -119,7 +117,7 @@ def test_without_atomic_steps_a_kill_in_an_update_damages_the_run(tmp_path, whol
     assert in_child(partial(run_in_place, tmp_path / "whole", result=tmp_path / "result")) == 0
     operations = torch.load(tmp_path / "result")["operations"]
     # In the fourth step of six: blocks that were written before are of it, and the others are not.
-    commits = [at for at, (name, _) in enumerate(operations) if name == "put_in_place"]
+    commits = [at for at, (name, _) in enumerate(operations) if name == "replace"]
     written = [
         at
         for at, (name, path) in enumerate(operations)
