@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import copy
+import threading
+from pathlib import Path
+
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from lightning_align import ExactResume
-from tests.helpers.offloaded import ADAMW, Both, Regression, assert_same, fit, points, small
+from lightning_align import AsyncCheckpoint, ExactResume
+from lightning_align.checkpointing import engine, latest_valid_checkpoint
+from lightning_align.checkpointing.snapshot import HostBuffer
+from lightning_align.offload import linked
+from tests.helpers.offloaded import (
+    ADAMW,
+    Both,
+    Regression,
+    assert_same,
+    fit,
+    points,
+    small,
+    trainer_of,
+)
 
 
 @pytest.mark.parametrize("window", [1, 2])
@@ -43,3 +60,169 @@ def test_edits_are_stored(tmp_path):
         module.parts[2][0].weight.fill_(2.0)
     found = strategy.lightning_module_state_dict()
     assert (found[name] == 2).all()
+
+
+class Keep(pl.Callback):
+    """Copies of the state after some steps."""
+
+    def __init__(self, *steps):
+        self.steps, self.states = steps, {}
+
+    def on_train_batch_end(self, trainer, *_):
+        step = trainer.global_step
+        if step in self.steps:
+            state = trainer.strategy.lightning_module_state_dict()
+            optimizer = trainer.strategy.optimizer_state(trainer.optimizers[0])
+            self.states[step] = copy.deepcopy((dict(state), optimizer))
+
+
+def assert_holds(path, state):
+    """Whether the checkpoint, a folder or a file, has that state of model and optimizer."""
+    found = linked.read(path, "test", weights_only=True) if path.is_dir() else torch.load(path)
+    module, optimizer = state
+    assert_same(found["state_dict"], module)
+    assert_same(found["optimizer_states"][0], optimizer)
+
+
+def bytes_in(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_training_on_does_not_change_a_checkpoint(tmp_path):
+    class Bytes(pl.Callback):
+        def __init__(self):
+            self.then = {}
+
+        def on_train_batch_start(self, trainer, *_):
+            for path in tmp_path.glob("*.ckpt"):
+                self.then.setdefault(path, bytes_in(path))
+
+    keep, found = Keep(1, 2, 3, 4, 5, 6), Bytes()
+    save = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
+    data = DataLoader(points(), batch_size=8)
+    options = {"enable_checkpointing": True, "callbacks": [keep, save, found]}
+    trainer = fit(tmp_path, Regression(ADAMW), data, small(), **options)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(trainer.lightning_module, data)
+    assert len(found.then) == 11
+    for path, then in found.then.items():
+        assert bytes_in(path) == then
+    for step in keep.steps:
+        assert_holds(tmp_path / f"step={step}.ckpt", keep.states[step])
+    trainer.strategy.close()
+
+
+def test_a_checkpoint_that_is_deleted_gives_its_files_free(tmp_path):
+    """By ModelCheckpoint, through the CheckpointIO; the store then writes in place again."""
+    save = ModelCheckpoint(tmp_path, "{step}", save_top_k=1, every_n_train_steps=1, save_last=True)
+    data = DataLoader(points(), batch_size=8)
+    options = {"enable_checkpointing": True, "callbacks": [save]}
+    trainer = fit(tmp_path, Regression(ADAMW), data, small(), **options)
+    assert {path.name for path in tmp_path.glob("*.ckpt")} == {"step=6.ckpt", "last.ckpt"}
+    store = tmp_path / "zero_infinity" / "rank00000"
+    links = [path.stat().st_nlink for path in store.glob("*.block")]
+    assert sorted(set(links)) == [1, 3]
+    assert links.count(3) == len(links) / 2
+    trainer.strategy.close()
+
+
+def test_saving_and_whole_values_work_after_fit_has_ended(tmp_path):
+    data = DataLoader(points(), batch_size=8)
+    keep = Keep(6)
+    for number, distributed in enumerate((True, False)):
+        strategy = small(save_distributed_checkpoint=distributed, overwrite=True)
+        trainer = fit(tmp_path, Regression(ADAMW), data, strategy, callbacks=[keep])
+        trainer.save_checkpoint(tmp_path / f"{number}.ckpt")
+        trainer.save_checkpoint(tmp_path / f"{number}.weights", weights_only=True)
+        assert_same(dict(strategy.lightning_module_state_dict()), keep.states[6][0])
+        assert (tmp_path / f"{number}.ckpt").is_dir() == distributed
+        assert_holds(tmp_path / f"{number}.ckpt", keep.states[6])
+        strategy.close()
+    # One form in the place of the other.
+    trainer = fit(tmp_path, Regression(ADAMW), data, small(overwrite=True))
+    trainer.save_checkpoint(tmp_path / "1.ckpt")
+    trainer.strategy.save_distributed_checkpoint = False
+    trainer.save_checkpoint(tmp_path / "0.ckpt")
+    assert_holds(tmp_path / "0.ckpt", keep.states[6])
+    assert_holds(tmp_path / "1.ckpt", keep.states[6])
+
+
+def test_what_a_file_has_is_never_in_memory_as_a_whole(tmp_path, monkeypatch):
+    """No tensor of a block is copied on its way into a file, nor read before it is written."""
+    copied = []
+    copy_ = HostBuffer.copy
+
+    def note(self, tensors, state=None):
+        copied.append(copy_(self, tensors, state))
+        return copied[-1]
+
+    monkeypatch.setattr(HostBuffer, "copy", note)
+    strategy = small(save_distributed_checkpoint=False)
+    module = Regression(ADAMW, width=200)
+    trainer = fit(tmp_path, module, DataLoader(points(), batch_size=8), strategy)
+    trainer.save_checkpoint(tmp_path / "file.ckpt")
+    assert sum(copied) < 5000  # buffers of the norm, counters of steps
+    assert (tmp_path / "file.ckpt").stat().st_size > 600_000
+
+
+def test_a_place_that_is_in_use_is_refused(tmp_path):
+    trainer = fit(tmp_path, Regression(ADAMW), DataLoader(points(), batch_size=8), small())
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").touch()
+    with pytest.raises(ValueError, match="the folder is in use"):
+        trainer.save_checkpoint(tmp_path / "mine")
+    with pytest.raises(ValueError, match="a local path, not to a URL"):
+        trainer.save_checkpoint("memory://bucket/x.ckpt")
+
+
+def test_async_checkpoint_writes_what_the_files_held_when_it_saved(tmp_path, monkeypatch):
+    """Though the writing thread comes to it only when training has ended, and nothing is copied."""
+    may_write = threading.Event()
+    commit = engine.commit
+
+    def waits(*args):
+        may_write.wait()
+        return commit(*args)
+
+    monkeypatch.setattr(engine, "commit", waits)
+    keep, logged = Keep(2), {}
+
+    class End(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            logged.update(trainer.callback_metrics)
+
+        def on_train_end(self, *_):
+            may_write.set()
+
+    save = AsyncCheckpoint(tmp_path / "saved", every_n_train_steps=2, backpressure="skip")
+    options = {"enable_checkpointing": True, "callbacks": [keep, save, End()]}
+    module = Regression(ADAMW)
+    trainer = fit(tmp_path, module, DataLoader(points(), batch_size=8), small(), **options)
+    path = Path(latest_valid_checkpoint(tmp_path / "saved"))
+    assert torch.load(path)["global_step"] == 2
+    assert_holds(path, keep.states[2])
+    trainer.strategy.close()
+    # It is an ordinary file, from which both sides go on.
+    ends = []
+    for strategy in ("auto", small(overwrite=True)):
+        options = {"enable_checkpointing": True, "callbacks": [AsyncCheckpoint(tmp_path / "saved")]}
+        data = DataLoader(points(), batch_size=8)
+        trainer = fit(tmp_path, Regression(ADAMW), data, strategy, path, **options)
+        ends.append(dict(trainer.strategy.lightning_module_state_dict()))
+    assert_same(*ends)
+
+
+def test_async_checkpoint_keeps_the_best_and_last_finds_the_newest(tmp_path):
+    save = AsyncCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=1, save_last=True)
+    data = DataLoader(points(), batch_size=8)
+    options = {"enable_checkpointing": True, "callbacks": [save]}
+    trainer = fit(tmp_path, Regression(ADAMW), data, small(), **options)
+    assert [path.name for path in tmp_path.glob("*.ckpt")] == ["epoch=0-step=6.ckpt"]
+    trainer.strategy.close()
+    store = tmp_path / "zero_infinity" / "rank00000"
+    assert {path.stat().st_nlink for path in store.glob("*.block")} == {1}
+    (store / "committed").unlink()
+    save = AsyncCheckpoint(tmp_path, every_n_train_steps=1)
+    trainer = trainer_of(tmp_path, small(), enable_checkpointing=True, callbacks=[save])
+    trainer.fit(Regression(ADAMW), data, ckpt_path="last")
+    assert trainer.global_step == 6
