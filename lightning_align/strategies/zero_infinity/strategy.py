@@ -12,11 +12,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
@@ -223,7 +223,7 @@ class ZeROInfinityStrategy(BlockCheckpoints):
         committed = run_folders(self, trainer)[0] / FILE
         if not committed.is_file():
             return found
-        saved = Path(found).stat().st_mtime if found is not None else 0.0
+        saved = get_filesystem(found).modified(found).timestamp() if found is not None else 0.0
         self._may_overwrite = saved > committed.stat().st_mtime
         return found if self._may_overwrite else str(committed)
 

@@ -226,3 +226,14 @@ def test_async_checkpoint_keeps_the_best_and_last_finds_the_newest(tmp_path):
     trainer = trainer_of(tmp_path, small(), enable_checkpointing=True, callbacks=[save])
     trainer.fit(Regression(ADAMW), data, ckpt_path="last")
     assert trainer.global_step == 6
+
+
+def test_last_compares_the_committed_step_with_what_is_behind_a_url(tmp_path):
+    data, url = DataLoader(points(), batch_size=8), f"memory://{tmp_path.name}"
+    for steps in (4, 6):
+        save = AsyncCheckpoint(url, every_n_train_steps=2, save_last=True)
+        options = {"enable_checkpointing": True, "callbacks": [save], "max_steps": steps}
+        trainer = trainer_of(tmp_path, small(), **options)
+        trainer.fit(Regression(ADAMW), data, ckpt_path="last")
+        assert trainer.global_step == steps
+        trainer.strategy.close()
