@@ -194,6 +194,30 @@ class Updates:
         in_order = {key: dict(value) for key, value in sorted(state["state"].items())}
         return {**state, "state": in_order} if self._ranks.rank == 0 else {}
 
+    def resume(self, state: dict[str, Any]) -> None:
+        """Take up the optimizer's state of a commit, whose large tensors stay in their files.
+
+        Args:
+            state: Its ``state_dict()`` without them.
+        """
+        if self._ranks.size > 1:  # a class asks for whole tensors, and here are parts
+            Optimizer.load_state_dict(self._optimizer, state)
+            return
+        groups = zip(state["param_groups"], self._optimizer.param_groups, strict=False)
+        numbers: dict[Any, int] = {}
+        for packed, group in groups:
+            numbers.update(zip(group["params"], packed["params"], strict=False))
+        shown = {number: dict(values) for number, values in state["state"].items()}
+        for block in self._blocks:
+            for name, stored in self._store.states[block.name].items():
+                number = numbers.get(block.parameters[name])
+                for key, place in stored.tensors.items():
+                    nothing = torch.zeros((), dtype=place.dtype).expand(place.shape)
+                    shown.setdefault(number, {})[key] = nothing
+        self._optimizer.load_state_dict({**state, "state": shown})
+        for block in self._blocks:
+            self._stream.drop(block)
+
     @torch.no_grad()
     def put_state(self, blocks: Iterable[Block] | None = None) -> None:
         """Store what ``optimizer.load_state_dict`` has brought into memory.

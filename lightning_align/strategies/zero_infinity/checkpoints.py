@@ -176,11 +176,11 @@ class BlockCheckpoints(ParallelStrategy):
             self._load_in_parts(self._folder, optimizer, state["param_groups"])
             return
         state = {key: value for key, value in state.items() if key != _CLASS}
-        if self._record is None:
-            state = tiled_optimizer_state(state, optimizer, self._tiled)
-        optimizer.load_state_dict(state)
-        if self._record is None:
-            self._engine.updates.put_state()
+        if self._record is not None:
+            self._engine.updates.resume(state)
+            return
+        optimizer.load_state_dict(tiled_optimizer_state(state, optimizer, self._tiled))
+        self._engine.updates.put_state()
 
     def _load_in_parts(
         self, folder: DistributedFolder, optimizer: Optimizer, groups: list[dict[str, Any]]

@@ -1,0 +1,105 @@
+"""Half precision on one rank against the same in memory, and steps that must not be taken."""
+
+from functools import partial
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_align import GaLoreAdamW, Muon, StableAdamW
+from lightning_align.modules import PretrainModule
+from tests.helpers.offloaded import (
+    ADAMW,
+    Regression,
+    assert_same,
+    batches,
+    compare,
+    fit,
+    points,
+    small,
+)
+from tests.helpers.tiny_models import TINY_MODELS
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_language_model_trains_as_in_memory(tmp_path, precision, recompute):
+    data = DataLoader(batches(), batch_size=2)
+    compare(
+        tmp_path,
+        lambda: PretrainModule(
+            TINY_MODELS["llama"](), optimizer=ADAMW, activation_checkpointing=recompute
+        ),
+        data,
+        precision=precision,
+        accumulate_grad_batches=2,
+    )
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])
+def test_a_module_written_by_hand_trains_as_in_memory(tmp_path, precision):
+    data = DataLoader(points(), batch_size=8)
+    build = partial(torch.optim.AdamW, lr=1e-2)  # under autocast Lightning clips no fused one
+    options = {"precision": precision, "gradient_clip_val": 0.05}
+    compare(tmp_path, lambda: Regression(build), data, **options)
+
+
+class Spoilt(Regression):
+    """Its third step has a gradient that is not finite, in one block."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        if batch_idx == 2:
+            loss = loss + self.spoil(self.parts[2](torch.ones(2, 20))).sum()
+        return loss
+
+    def spoil(self, x):
+        return x * torch.inf
+
+
+class Files(pl.Callback):
+    """What is committed behind each step: values and optimizer state of all blocks."""
+
+    def __init__(self):
+        self.states = []
+
+    def on_train_batch_end(self, trainer, *_):
+        values = trainer.strategy.lightning_module_state_dict()
+        state = trainer.strategy.optimizer_state(trainer.optimizers[0])["state"]
+        copy = partial(torch.utils._pytree.tree_map_only, torch.Tensor, torch.clone)
+        self.states.append((copy(values), copy(state)))
+
+
+@pytest.mark.parametrize("build", [StableAdamW, Muon, partial(GaLoreAdamW, rank=4)])
+def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(tmp_path, build):
+    data = DataLoader(points(), batch_size=8)
+    found = []
+    for strategy in ("auto", small()):
+        files = Files()
+        module = Spoilt(partial(build, lr=1e-2))
+        fit(tmp_path, module, data, strategy, callbacks=[files])
+        found.append(files.states)
+    theirs, ours = found
+    for name, value in ours[2][0].items():  # what batch norm has seen is the forward's
+        if not name.startswith("norm.running"):
+            assert name == "norm.num_batches_tracked" or torch.equal(value, ours[1][0][name]), name
+    moments = [
+        [{k: v for k, v in of.items() if torch.is_tensor(v) and v.ndim} for of in state.values()]
+        for _, state in ours[1:3]
+    ]
+    assert_same(moments[1], moments[0])
+    assert_same(ours[-1], theirs[-1])
+    assert all(value.isfinite().all() for value in ours[-1][0].values())
+
+
+@pytest.mark.parametrize("build", [StableAdamW, Muon, partial(GaLoreAdamW, rank=4)])
+def test_raising_leaves_the_step_before_on_disk(tmp_path, build):
+    data = DataLoader(points(), batch_size=8)
+    build = partial(build, lr=1e-2, on_nonfinite="raise")
+    expected = fit(tmp_path / "whole", Regression(build), data, small(), max_steps=4)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        fit(tmp_path, Spoilt(build), data, small())
+    trainer = fit(tmp_path, Regression(build), data, small(), "last", max_steps=4)
+    values = trainer.strategy.lightning_module_state_dict()
+    assert_same(values, expected.strategy.lightning_module_state_dict())
