@@ -22,12 +22,17 @@ def map_large_allocations() -> None:
         library.mallopt(_MMAP_THRESHOLD, _LARGE)
 
 
-def give_back_freed() -> None:
-    """Give freed memory back to the system now, and large pieces of it from now on at once.
+def give_back_freed(*, from_now_on: bool = True) -> None:
+    """Give freed memory back to the system now.
 
     A model that is let go tensor by tensor stays resident below whatever was allocated last.
+
+    Args:
+        from_now_on: Whether large pieces are given back from now on at once, too. To map them anew
+            costs 50 ms for each 100 MB, at every step.
     """
-    map_large_allocations()
+    if from_now_on:
+        map_large_allocations()
     library = _library()
     if library is not None:
         library.malloc_trim(0)

@@ -54,7 +54,8 @@ class WholeValues:
                 block.show(memory)
             else:
                 block.hide()
-            give_back_freed()  # a model in memory is given back while it moves
+            # A model in memory is given back while it moves.
+            give_back_freed(from_now_on=self._store.is_on_drive)
 
     @torch.no_grad()
     def arrange(self, *, whole: bool) -> None:
@@ -85,7 +86,7 @@ class WholeValues:
             block.hide()
             if block.kept:
                 self._residents.fetch(block, "begin")
-        give_back_freed()
+        give_back_freed(from_now_on=self._store.is_on_drive)
 
     @contextmanager
     def gathered(

@@ -145,12 +145,13 @@ class ZeROInfinityStrategy(BlockCheckpoints):
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
     ) -> None:
         super().__init__()
-        map_large_allocations()  # before the model is made, if that comes later
         if tile_numel is not None and tile_numel < 1:
             raise argument_error(WHERE, "tile_numel", tile_numel, "must be at least 1")
         self.devices = Devices(
             stage, offload_params_device, offload_optimizer_device, offload_fraction
         )
+        if self.devices.uses_drive:
+            map_large_allocations()  # before the model is made, if that comes later
         self.buffers = Buffers(params_buffer_count, optimizer_buffer_count, sub_group_size)
         if nvme_path == []:
             raise argument_error(WHERE, "nvme_path", nvme_path, "must name at least one folder")
