@@ -27,6 +27,7 @@ from lightning_align.modules.causal_lm import CausalLMModule
 from lightning_align.modules.continued import save_plain_hyperparameters
 from lightning_align.modules.reference import fingerprint, fingerprint_until_0_1
 from lightning_align.modules.window import Sums
+from lightning_align.run.replicas import is_spread
 
 
 class DPOModule(CausalLMModule):
@@ -71,6 +72,7 @@ class DPOModule(CausalLMModule):
     """
 
     train_prefix = ""  # TRL's names have none
+    _saved_reference: dict[str, str] = {}  # noqa: RUF012 - replaced, and never changed
     progress_bar_metrics = ("loss", "rewards/accuracies")
     pipeline_refusal = "its rows are pairs, which micro-batches would tear apart"
 
@@ -100,6 +102,7 @@ class DPOModule(CausalLMModule):
         save_plain_hyperparameters(self, model=model, ref_model=ref_model)
         self.options = options
         turn_off_dropout(self.model)
+        self._reference_is_copy = ref_model is None
         if ref_model is None:
             reference = copy.deepcopy(self.model)
         else:
@@ -122,13 +125,23 @@ class DPOModule(CausalLMModule):
             raise argument_error("DPOModule", "ref_model", type(reference).__name__, rule)
         # nn.Module.__setattr__ registers modules; a ModelLayers is none, so this stays outside.
         self.reference_layers: ModelLayers = layers
-        # Now, before a strategy casts it: a checkpoint tells whether the reference is the same.
-        self._reference_fingerprint = fingerprint(reference)
-        self._reference_dtypes = {parameter.dtype for parameter in reference.parameters()}
+        self.frozen_modules_filled()
 
     def frozen_modules(self) -> dict[str, nn.Module]:
         """Modules outside the module tree that take part in a step, for strategies."""
         return {"reference": self.reference_layers.model}
+
+    def frozen_copies(self) -> dict[str, str]:
+        """A reference that begins as a copy of the model, for strategies that bring values."""
+        return {"reference": "model"} if self._reference_is_copy else {}
+
+    def frozen_modules_filled(self) -> None:
+        """Take the fingerprint of the reference, unless it has no values yet."""
+        reference = self.reference_layers.model
+        # Now, before a strategy casts it: a checkpoint tells whether the reference is the same.
+        self._reference_fingerprint = fingerprint(reference)
+        self._reference_dtypes = {parameter.dtype for parameter in reference.parameters()}
+        self._check_reference()
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -165,7 +178,8 @@ class DPOModule(CausalLMModule):
     @override
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        self.reference_layers.probe()
+        if not is_spread(self.reference_layers.model):
+            self.reference_layers.probe()
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -175,10 +189,17 @@ class DPOModule(CausalLMModule):
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        saved, ours = checkpoint.get("reference"), self._reference_fingerprint
+        saved = checkpoint.get("reference")
         if isinstance(saved, str):
             self._check_older_reference(saved)
-        elif saved and ours and saved != ours:
+        else:
+            self._saved_reference = saved or {}
+            self._check_reference()
+
+    def _check_reference(self) -> None:
+        """Refuse a reference that is not the checkpoint's, as soon as both are known."""
+        saved, ours = self._saved_reference, self._reference_fingerprint
+        if saved and ours and saved != ours:
             what = " and ".join(name for name in ours if saved.get(name) != ours[name])
             raise self._reference_error(f"another reference, which differs in its {what}")
 

@@ -30,17 +30,17 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
 
     Reads each weight once, as fast as memory gives it; not cryptographic.
     """
-    tensors = {name: x for name, x in model.state_dict().items() if isinstance(x, Tensor)}
-    state = {name: x if x.layout == torch.strided else x.to_dense() for name, x in tensors.items()}
-    if any(tensor.is_meta for tensor in state.values()):
+    state = model.state_dict(keep_vars=True)  # nothing is read yet: values may be on disk
+    tensors = {name: x for name, x in state.items() if isinstance(x, Tensor)}
+    if any(tensor.is_meta for tensor in tensors.values()):
         return {}
     weights = xxhash.xxh3_128()
-    digests: dict[Any, str] = {}  # a tied weight has two names, and is read once
-    for name, tensor in sorted(state.items()):
-        place = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
-        if place not in digests:
-            digests[place] = xxhash.xxh3_128_hexdigest(_bytes(tensor))
-        weights.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {digests[place]}\n".encode())
+    digests: dict[Tensor, str] = {}  # a tied weight has two names, and is read once
+    for name, tensor in sorted(tensors.items()):
+        if tensor not in digests:
+            digests[tensor] = xxhash.xxh3_128_hexdigest(_bytes(tensor))
+        described = f"{name} {tuple(tensor.shape)} {tensor.dtype} {digests[tensor]}\n"
+        weights.update(described.encode())
     adapters = _adapters(model)
     settings = [configuration(model), adapters] if adapters else configuration(model)
     text = json.dumps(settings, sort_keys=True, default=str)
@@ -51,7 +51,8 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
 
 
 def _bytes(tensor: Tensor) -> Any:
-    plain = tensor.detach().cpu().resolve_conj().resolve_neg()
+    dense = tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()
+    plain = dense.cpu().resolve_conj().resolve_neg()
     return plain.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 

@@ -134,6 +134,7 @@ class Block:
         name: Of the block, also of its files.
         parameters: By name; tied ones once.
         kept: Whether it stays in memory from beginning to end.
+        read_only: Whether nobody ever trains it: it has one file, and no part in what is saved.
 
     Attributes:
         kept: Whether its values stay in memory from beginning to end.
@@ -150,9 +151,14 @@ class Block:
     """
 
     def __init__(
-        self, name: str, parameters: Mapping[str, nn.Parameter], *, kept: bool = False
+        self,
+        name: str,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        kept: bool = False,
+        read_only: bool = False,
     ) -> None:
-        self.name = name
+        self.name, self.read_only = name, read_only
         self.parameters = dict(parameters)
         self.kept = self.gradients_stay = kept
         self.is_stored, self.states_stay = True, False

@@ -85,7 +85,7 @@ class ShardStore:
         self._files = {
             (name, slot): self._open(block, self._name(name, slot))
             for name, block in self.blocks.items()
-            for slot in slots
+            for slot in (slots[:1] if block.read_only else slots)
         }
         self._fresh: dict[str, AnyFile] = {}  # written in the place of one that is held
         for place in made:
@@ -240,7 +240,7 @@ class ShardStore:
         self._unsynced.add(block)
 
     def _target(self, block: str) -> int:
-        if self._committed is None or not self.atomic_step:
+        if self._committed is None or (block, 1) not in self._files:
             return self._current[block]
         return 1 - self._committed[block]
 

@@ -69,7 +69,8 @@ def tile(
         mine = {} if module is None else _cut_linears(block, module, tile_numel)
         gone = {name for tiled in mine.values() for name in (tiled.name, *tiled.tiles)}
         rest = {name: p for name, p in block.parameters.items() if name not in gone}
-        owner = Block(block.name, rest, kept=block.kept) if mine else block
+        kinds = {"kept": block.kept, "read_only": block.read_only}
+        owner = Block(block.name, rest, **kinds) if mine else block
         if rest:
             cut.append(owner)
             owners.update({} if module is None else {block.name: module})
@@ -77,7 +78,7 @@ def tile(
             found.append(tiled)
             parts = vars(linear)[_TILES]
             for part, (name, parameter) in zip(parts, tiled.tiles.items(), strict=True):
-                cut.append(Block(name, {name: parameter}))
+                cut.append(Block(name, {name: parameter}, read_only=block.read_only))
                 cut[-1].within = owner
                 owners[name] = part
     return cut, owners, found

@@ -61,11 +61,11 @@ class Updates:
     ) -> None:
         self._optimizer, self._store, self._ranks = optimizer, store, store.ranks
         self._residents, self._gradients = residents, gradients
-        self._blocks = list(store.blocks.values())
+        self._blocks = [block for block in store.blocks.values() if not block.read_only]
         if fresh:
             store.forget_states()
         self.state_bytes = {
-            block.name: expected_state_bytes(optimizer, block) for block in self._blocks
+            name: expected_state_bytes(optimizer, block) for name, block in store.blocks.items()
         }
         store.allocate(self.state_bytes)
         self._stream = OptimizerStream(optimizer, store, pool, group_bytes, groups)

@@ -31,6 +31,7 @@ class WholeValues:
     def __init__(self, store: ShardStore, residents: Residents, pool: BufferPool) -> None:
         self._store, self._residents, self._pool = store, residents, pool
         self._blocks = list(store.blocks.values())
+        self._trained = [block for block in self._blocks if not block.read_only]
 
     @torch.no_grad()
     def store_values(self, taken: Callable[[Block], None] = lambda _: None) -> None:
@@ -98,13 +99,14 @@ class WholeValues:
         """All parameters, or some, in memory for a while.
 
         Args:
-            parameters: They or their names; their whole blocks are fetched.
+            parameters: They or their names; their whole blocks are fetched. None means all but
+                those that are only read.
             modify: Whether their values are stored at the end.
         """
         wanted = None if parameters is None else set(parameters)
         blocks = [
             block
-            for block in self._blocks
+            for block in (self._trained if wanted is None else self._blocks)
             if wanted is None
             or wanted & block.parameters.keys()
             or wanted.intersection(block.parameters.values())
@@ -148,7 +150,7 @@ class WholeValues:
         if self._store.ranks.size > 1:
             return self._gathered()
         shown = {}
-        for block in self._blocks:
+        for block in self._trained:
             whole = self._store.values(block.name)
             for name, parameter in block.parameters.items():
                 place = block.places[name]
@@ -158,7 +160,7 @@ class WholeValues:
     @torch.no_grad()
     def _gathered(self) -> dict[nn.Parameter, Tensor]:
         copies = {}
-        for block in self._blocks:
+        for block in self._trained:
             memory = self._residents.fetch(block, "values")
             for name, place in block.places.items():
                 if self._store.ranks.rank == 0:

@@ -57,6 +57,17 @@ class HasFrozenModules(Protocol):
 
 
 @runtime_checkable
+class FillsFrozenModules(Protocol):
+    """Its frozen modules may be built without values, which the strategy brings."""
+
+    def frozen_copies(self) -> dict[str, str]:
+        """Frozen modules that begin as copies, and the name of its submodule that each is of."""
+
+    def frozen_modules_filled(self) -> None:
+        """Called when their values are there, before they are put away."""
+
+
+@runtime_checkable
 class DeclaresReduction(Protocol):
     """Its step's loss is a "sum" over the rows of a batch; without this a "mean"."""
 
@@ -245,7 +256,7 @@ def window_sums(module: pl.LightningModule) -> dict[str, Tensor]:
     return sums if isinstance(sums, dict) else {}  # a module of one's own may mean something else
 
 
-def frozen_modules(module: pl.LightningModule) -> dict[str, nn.Module]:
+def frozen_modules(module: nn.Module) -> dict[str, nn.Module]:
     """Modules beside a module's own that take part in its step, by name."""
     return module.frozen_modules() if isinstance(module, HasFrozenModules) else {}
 

@@ -39,7 +39,9 @@ class KeptParameters(Protocol):
         ...
 
 
-def fill_empty(trainer: pl.Trainer, kept: KeptParameters, *, where: str) -> None:
+def fill_empty(
+    trainer: pl.Trainer, kept: KeptParameters, *, where: str, is_saved: bool = True
+) -> None:
     """Values for what this rank keeps of a module that was built without them; collective.
 
     They come from the checkpoint that will be loaded, from the safetensors files of the folder that
@@ -49,6 +51,7 @@ def fill_empty(trainer: pl.Trainer, kept: KeptParameters, *, where: str) -> None
         trainer: It knows whether a checkpoint will be loaded, and whether this is a fit.
         kept: What this rank keeps of the module.
         where: Class of the strategy, for error messages.
+        is_saved: Whether checkpoints have the module.
 
     Raises:
         ValueError: If nothing says what they are, on all ranks.
@@ -59,8 +62,9 @@ def fill_empty(trainer: pl.Trainer, kept: KeptParameters, *, where: str) -> None
         empty = {name: tensor for name, tensor in named if tensor.is_meta and kept.is_here(name)}
         if not empty:
             return
-        read = None if trainer.ckpt_path else weights_reader(module)
-        is_fresh = read is None and not trainer.ckpt_path
+        is_loaded = is_saved and bool(trainer.ckpt_path)
+        read = None if is_loaded else weights_reader(module)
+        is_fresh = read is None and not is_loaded
         may_draw = trainer.state.fn == TrainerFn.FITTING
         _check_origin(module, empty, is_known=may_draw or not is_fresh, where=where)
         filled = kept.fill(read)

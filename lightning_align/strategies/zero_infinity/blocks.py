@@ -7,6 +7,7 @@ block, or tied from one to another, stays in memory.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from lightning_align._errors import argument_error
 from lightning_align.offload.block import Block
+from lightning_align.run.protocols import frozen_modules
 
 WHERE = "ZeROInfinityStrategy"
 REST = "rest"
@@ -26,6 +28,9 @@ def find_blocks(
 ) -> tuple[list[Block], dict[str, nn.Module]]:
     """Blocks of all parameters, and the modules that those which come and go belong to.
 
+    Modules beside it that take part in its step, such as DPO's reference, have blocks of their own,
+    which are only read.
+
     Args:
         module: The whole module.
         wrap_policy: Classes of modules that are blocks, or what says of a module whether it is one.
@@ -33,7 +38,29 @@ def find_blocks(
     Raises:
         ValueError: If the policy finds none, or a parameter is not of floating-point numbers.
     """
-    for name, parameter in module.named_parameters():
+    chosen = dict(_chosen(module, wrap_policy))
+    if wrap_policy is not None and not chosen:
+        rule = f"must choose at least one module of {type(module).__name__}"
+        raise argument_error(WHERE, "wrap_policy", wrap_policy, rule)
+    blocks = list(_blocks(module, chosen, dict(module.named_parameters())))
+    modules = {block.name: chosen[block.name] for block in blocks if not block.kept}
+    for prefix, frozen in frozen_modules(module).items():
+        trained = {p for block in blocks for p in block.parameters.values()}
+        own = {name: p for name, p in frozen.named_parameters() if p not in trained}
+        chosen = dict(_chosen(frozen, wrap_policy))
+        for block in _blocks(frozen, chosen, own):
+            named = {f"{prefix}.{name}": p for name, p in block.parameters.items()}
+            blocks.append(Block(f"{prefix}.{block.name}", named, kept=block.kept, read_only=True))
+            if not block.kept:
+                modules[blocks[-1].name] = chosen[block.name]
+    return blocks, modules
+
+
+def _blocks(
+    module: nn.Module, chosen: dict[str, nn.Module], parameters: dict[str, nn.Parameter]
+) -> Iterator[Block]:
+    """A block for each module that was chosen, and one of all other parameters."""
+    for name, parameter in parameters.items():
         if not parameter.is_floating_point():
             rule = f"must have real floating-point parameters, and {name!r} is {parameter.dtype}"
             raise argument_error(WHERE, "model", type(module).__name__, rule)
@@ -41,29 +68,20 @@ def find_blocks(
             rule = f"its parameter {name!r} is on the meta device"
             way_out = "Build the model with its values"
             raise argument_error(WHERE, "model", type(module).__name__, rule, way_out)
-    chosen = dict(_chosen(module, wrap_policy))
-    if wrap_policy is not None and not chosen:
-        rule = f"must choose at least one module of {type(module).__name__}"
-        raise argument_error(WHERE, "wrap_policy", wrap_policy, rule)
-    users: dict[int, int] = {}
-    for part in chosen.values():
-        for parameter in part.parameters():
-            users[id(parameter)] = users.get(id(parameter), 0) + 1
-    outside = {id(p) for p in _outside(module, list(chosen.values()))}
-    blocks, rest = [], dict(module.named_parameters())
+    users = Counter(p for part in chosen.values() for p in part.parameters())
+    outside = set(_outside(module, list(chosen.values())))
+    rest = dict(parameters)
     for name, part in chosen.items():
         owned = {
-            f"{name}.{key}": parameter
-            for key, parameter in part.named_parameters()
-            if users[id(parameter)] == 1 and id(parameter) not in outside
+            full: p
+            for key, p in part.named_parameters()
+            if (full := f"{name}.{key}") in rest and users[p] == 1 and p not in outside
         }
         if owned:
-            blocks.append(Block(name, owned))
-    moving = {id(p) for block in blocks for p in block.parameters.values()}
-    rest = {name: p for name, p in rest.items() if id(p) not in moving}
+            yield Block(name, owned)
+        rest = {full: p for full, p in rest.items() if full not in owned}
     if rest:
-        blocks.append(Block(REST, rest, kept=True))
-    return blocks, {block.name: chosen[block.name] for block in blocks if not block.kept}
+        yield Block(REST, rest, kept=True)
 
 
 def _chosen(module: nn.Module, policy: WrapPolicy | None) -> Iterator[tuple[str, nn.Module]]:

@@ -124,11 +124,11 @@ class _Held:
 
     def __init__(self, blocks: Sequence[Block], gradients_stay: bool) -> None:
         moving = [block.nbytes for block in blocks if not block.kept]
-        stay = [gradients_stay or block.gradients_stay for block in blocks]
-        summed = [b.nbytes for b, stays in zip(blocks, stay, strict=True) if not stays]
-        self.in_grad = sum(b.nbytes for b, stays in zip(blocks, stay, strict=True) if stays)
+        trained = [block for block in blocks if not block.read_only]
+        summed = [b.nbytes for b in trained if not (gradients_stay or b.gradients_stay)]
+        self.in_grad = sum(block.nbytes for block in trained) - sum(summed)
         # An optimizer has at most two tensors of state for one of parameters.
-        states = sum(2 * block.nbytes for block in blocks if block.states_stay)
+        states = sum(2 * block.nbytes for block in trained if block.states_stay)
         values = sum(block.nbytes for block in blocks if not block.is_stored and block.kept)
         sizes = [place.nbytes for block in blocks for place in block.places.values()]
         self.tensor = max(sizes, default=0)

@@ -70,6 +70,7 @@ class Devices:
             block.states_stay = not (on_drive and self.optimizer == "nvme")
             block.kept = belongs_to_none or self.stage < 3 or not block.is_stored
             block.gradients_stay = belongs_to_none or self.stage < 2 or block.states_stay
+            block.gradients_stay |= block.read_only  # of which there are none
 
 
 def spread(sizes: Sequence[int], share: float) -> Iterator[bool]:

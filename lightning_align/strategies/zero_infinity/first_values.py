@@ -13,6 +13,7 @@ from torch import Tensor, distributed, nn
 
 from lightning_align._errors import argument_error
 from lightning_align.offload.building import Building
+from lightning_align.run.protocols import FillsFrozenModules, frozen_modules
 from lightning_align.strategies.empty_weights import fill_empty
 from lightning_align.strategies.zero_infinity.blocks import WHERE
 
@@ -55,8 +56,22 @@ def fill(strategy: ZeROInfinityStrategy, trainer: pl.Trainer) -> None:
     """
     module = strategy.lightning_module
     assert module is not None
-    if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+    if _is_empty(module):
         fill_empty(trainer, _Whole(module, _building(strategy)), where=WHERE)
+    answers = module if isinstance(module, FillsFrozenModules) else None
+    frozen = {name: part for name, part in frozen_modules(module).items() if _is_empty(part)}
+    for name, part in frozen.items():
+        whole = part
+        if answers is not None and name in answers.frozen_copies():
+            whole = nn.Module()  # values are drawn by name: it gets those of what it is a copy of
+            whole.add_module(answers.frozen_copies()[name], part)
+        fill_empty(trainer, _Whole(whole, _building(strategy)), where=WHERE, is_saved=False)
+    if frozen and answers is not None:
+        answers.frozen_modules_filled()
+
+
+def _is_empty(module: nn.Module) -> bool:
+    return any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
 
 
 class _Whole:

@@ -176,7 +176,7 @@ def _open(
     memory = replace(memory, pinned=pinned)
     engine = OffloadEngine(modules, store, threads, memory, activations)
     if resumes:
-        leave(strategy, module.parameters())
+        leave(strategy, (p for block in blocks for p in block.parameters.values()))
         store.recover()
         engine.whole.read_values()
     else:

@@ -1,0 +1,145 @@
+"""DPO: the reference's blocks are read and never written or saved; all else is as in memory."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_align.modules import DPOModule
+from lightning_align.offload.away import Away
+from lightning_align.offload.record import read_record
+from tests.helpers.offloaded import ADAMW, assert_same, small, trainer_of
+from tests.helpers.tiny_models import TINY_MODELS, VOCAB_SIZE
+
+BUILDS = {
+    "a copy": lambda name: DPOModule(TINY_MODELS[name]().config, optimizer=ADAMW),
+    "another": lambda name: DPOModule(
+        TINY_MODELS[name]().config, TINY_MODELS[name](hidden_size=48).config, optimizer=ADAMW
+    ),
+}
+
+
+def pairs():
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, VOCAB_SIZE, (6, 4, 12), generator=generator)
+    completion = torch.zeros_like(ids)
+    completion[..., 5:] = 1
+    return [
+        {"input_ids": i, "attention_mask": torch.ones_like(i), "completion_mask": c}
+        for i, c in zip(ids, completion, strict=True)
+    ]
+
+
+def ends(trainer, module, ckpt_path=None):
+    trainer.fit(module, DataLoader(pairs(), batch_size=None), ckpt_path=ckpt_path)
+    found = trainer.strategy.lightning_module_state_dict()
+    states = trainer.strategy.optimizer_state(trainer.optimizers[0])
+    logged = {k: v for k, v in trainer.callback_metrics.items() if "per_second" not in k}
+    logged["fingerprint"] = module._reference_fingerprint
+    return copy.deepcopy(found), copy.deepcopy(states), logged
+
+
+def built(trainer, build, empty=False):
+    torch.manual_seed(7)
+    with trainer.init_module(empty_init=empty):
+        return build()
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "gpt2"])
+@pytest.mark.parametrize("kind", BUILDS)
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_training_is_that_of_memory(tmp_path, kind, name, clip):
+    found = []
+    for strategy in (None, small(nvme_path=str(tmp_path / "nvme"))):
+        trainer = trainer_of(tmp_path, strategy, gradient_clip_val=clip)
+        module = built(trainer, partial(BUILDS[kind], name))
+        found.append(ends(trainer, module))
+    assert_same(found[1], found[0])
+    engine = strategy._engine
+    frozen = [block for block in engine.blocks if block.name.startswith("reference.")]
+    assert len(frozen) == len(engine.blocks) / 2
+    assert all(isinstance(p, Away) for b in frozen if not b.kept for p in b.parameters.values())
+    strategy.close()
+
+
+def test_the_reference_has_one_file_which_no_step_touches(tmp_path):
+    trainer = trainer_of(tmp_path, small(nvme_path=str(tmp_path / "nvme")), max_steps=1)
+    module = built(trainer, partial(BUILDS["another"], "llama"))
+    ends(trainer, module)
+    folder = tmp_path / "nvme" / "rank00000"
+    numbers = [n for n, b in enumerate(trainer.strategy._engine.blocks) if b.read_only]
+    files = [*folder.glob("*.block")]
+    own = [file for file in files if int(file.name[:5]) in numbers]
+    assert sorted(file.name for file in own) == [f"{n:05d}.0.block" for n in numbers]
+    values = sum(p.numel() * 4 for p in module.reference_layers.model.parameters())
+    assert values <= sum(file.stat().st_size for file in own) <= values + 8192 * len(own)
+    before = {file: file.read_bytes() for file in own}
+    trainer.fit_loop.epoch_loop.max_steps = 4
+    ends(trainer, module)
+    assert {file: file.read_bytes() for file in own} == before
+    trainer.strategy.close()
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_a_committed_step_has_its_reference(tmp_path, empty):
+    (path := tmp_path / "nvme").mkdir()
+    found = []
+    build = partial(BUILDS["a copy"], "llama_tied")
+    for number, limits in enumerate([(-1,), (3, -1)]):
+        for steps in limits:
+            strategy = small(nvme_path=str(path / str(number)))
+            trainer = trainer_of(tmp_path, strategy, max_steps=steps)
+            result = ends(trainer, built(trainer, build, empty), "last")
+            strategy.close()
+        found.append(result)
+    assert_same(found[1], found[0])
+    record = read_record(path / "1" / "rank00000")
+    assert record.step == trainer.global_step == 6
+
+
+def test_another_reference_is_refused(tmp_path):
+    for seed in (7, 8):
+        strategy = small(nvme_path=str(tmp_path / "nvme"))
+        trainer = trainer_of(tmp_path, strategy, max_steps=2 * seed)
+        torch.manual_seed(seed)
+        for empty in (True, False)[: seed - 6]:
+            with trainer.init_module(empty_init=empty):
+                module = BUILDS["a copy"]("llama_tied")
+            if seed == 7:
+                ends(trainer, module, "last")
+            else:
+                with pytest.raises(ValueError, match="differs in its weights"):
+                    ends(trainer, module, "last")
+        strategy.close()
+
+
+class Both(pl.Callback):
+    """Values of the model and of its reference, before the first step."""
+
+    def on_fit_start(self, trainer, pl_module):
+        reference = pl_module.reference_layers.model
+        with trainer.strategy.gathered([*pl_module.parameters(), *reference.parameters()]):
+            states = pl_module.model.state_dict(), reference.state_dict()
+            self.model, self.reference = copy.deepcopy(states)
+
+
+@pytest.mark.parametrize("kind", ["folder", "config"])
+def test_a_reference_that_is_built_empty_gets_the_values_of_its_model(tmp_path, kind):
+    whole = TINY_MODELS["llama_tied"]()
+    whole.save_pretrained(tmp_path / "model")
+    source = str(tmp_path / "model") if kind == "folder" else whole.config
+    trainer = trainer_of(tmp_path, small(), max_steps=1, callbacks=[values := Both()])
+    module = built(trainer, lambda: DPOModule(source, optimizer=ADAMW), empty=True)
+    assert module._reference_fingerprint == {}
+    ends(trainer, module)
+    assert_same(values.reference, values.model)
+    assert not any(value.isnan().any() for value in values.model.values())
+    if kind == "folder":
+        assert_same(dict(values.model), dict(whole.state_dict()))
+    assert module._reference_fingerprint
+    trainer.strategy.close()
