@@ -17,8 +17,9 @@ from lightning_align.offload.optimizer_stream import (
 from lightning_align.offload.store import ShardStore
 
 
+@pytest.mark.parametrize("count", [1, 2, 4])
 @pytest.mark.parametrize("group_bytes", [1, 1 << 20])
-def test_steps_are_those_of_memory_and_state_leaves_it(tmp_path, group_bytes):
+def test_steps_are_those_of_memory_and_state_leaves_it(tmp_path, group_bytes, count):
     theirs = [
         nn.Parameter(torch.randn(7, 5)),
         nn.Parameter(torch.randn(70)),
@@ -33,7 +34,7 @@ def test_steps_are_those_of_memory_and_state_leaves_it(tmp_path, group_bytes):
     block.show(memory)
     expected = torch.optim.AdamW(theirs, lr=0.1, fused=True)
     optimizer = torch.optim.AdamW(ours, lr=0.1, fused=True)
-    stream = OptimizerStream(optimizer, store, pool, group_bytes)
+    stream = OptimizerStream(optimizer, store, pool, group_bytes, count)
     for step in range(4):
         gradients = {str(n): torch.randn_like(p) for n, p in enumerate(theirs)}
         if step % 2:
@@ -75,3 +76,29 @@ def test_what_looks_across_parameters_is_refused():
     for kind in (torch.optim.LBFGS, torch.optim.Rprop):
         with pytest.raises(ValueError, match=rf"Strategy\(optimizer='{kind.__name__}'\)"):
             check_optimizer(kind([parameter]), "Strategy")
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"), [(1, [1, 1, 1, 1]), (2, [2, 2, 2, 1]), (3, [3, 3, 2, 1])]
+)
+def test_as_many_groups_are_read_ahead_as_may_be_in_memory(tmp_path, monkeypatch, count, expected):
+    parameters = {str(n): nn.Parameter(torch.ones(2000)) for n in range(4)}
+    block = Block("block", parameters)
+    store, pool = ShardStore(tmp_path, [block], Threads()), BufferPool()
+    memory = pool.take(block.nbytes)
+    block.copy_into(memory)
+    block.show(memory)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=0.1)
+    stream = OptimizerStream(optimizer, store, pool, 1, count)
+    gradients = {name: torch.ones(2000) for name in parameters}
+    stream.update(block, memory, gradients.get)
+    held, step = [], OptimizerStream._step_parameters
+
+    def counted(self, block, names, gradients):
+        held.append(len(names) + len(self._reading))
+        step(self, block, names, gradients)
+
+    monkeypatch.setattr(OptimizerStream, "_step_parameters", counted)
+    stream.foresee(block, lambda _: True)
+    stream.update(block, memory, gradients.get)
+    assert held == expected

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from lightning_align.strategies.zero_infinity.blocks import find_blocks
 from lightning_align.strategies.zero_infinity.budget import Buffers, parse_bytes, plan
 from lightning_align.strategies.zero_infinity.strategy import ZeROInfinityStrategy
-from tests.helpers.offloaded import ADAMW, Regression, fit, points
+from tests.helpers.offloaded import ADAMW, Regression, compare, fit, points
 
 GROUPS = Buffers(sub_group_size=512)
 
@@ -59,3 +59,51 @@ def test_what_is_held_keeps_to_the_limit(tmp_path, clip, extra):
     fit(tmp_path, Wide(), data, strategy, callbacks=[Held()], gradient_clip_val=clip)
     assert max(held) <= least + extra
     assert sum(block.nbytes for block in blocks) * 4 > least  # parameters, gradients and moments
+
+
+def least_of(module, buffers):
+    blocks, _ = find_blocks(module, None)
+    with pytest.raises(ValueError, match="must be at least") as error:
+        plan(blocks, 1, buffers)
+    return int(str(error.value).split("at least ")[1].split(" ")[0].replace(",", ""))
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_clip_val": 0.05}], ids=["plain", "clipped"])
+@pytest.mark.parametrize("extra", [20_000, 10**7], ids=["gradients on disk", "in memory"])
+def test_blocks_that_fit_stay_and_train_as_in_memory(tmp_path, extra, options):
+    limit = least_of(Regression(ADAMW), GROUPS) + extra
+    blocks, _ = find_blocks(Regression(ADAMW), None)
+    plan(blocks, limit, GROUPS)
+    assert all(block.kept for block in blocks)
+    assert all(block.gradients_stay for block in blocks) == (extra == 10**7)
+    strategy = ZeROInfinityStrategy(memory_limit=limit, sub_group_size=512)
+    data = DataLoader(points(), batch_size=8)
+    compare(tmp_path, lambda: Regression(ADAMW), data, strategy, **options)
+
+
+def test_a_higher_limit_keeps_more_blocks_spread_over_the_order():
+    buffers = Buffers(sub_group_size=20_000)
+    least, found = least_of(Wide(), buffers), []
+    for more in range(13):
+        blocks, _ = find_blocks(Wide(), None)
+        memory = plan(blocks, least + more * 700_000, buffers)
+        moving = [block for block in blocks if block.name != "rest"]
+        found.append((memory.gradients, [block.kept for block in moving]))
+    counts = [sum(kept) for gradients, kept in found if not gradients]
+    assert counts == sorted(counts)
+    assert 0 < counts[3] < counts[-1] == 8
+    assert found[0][1] == [False] * 8
+    some = next(kept for _, kept in found if sum(kept) == 2)
+    assert some not in ([True] * 2 + [False] * 6, [False] * 6 + [True] * 2)
+
+
+def test_groups_become_smaller_before_a_limit_is_refused():
+    """Of the usual 64 MiB a group, unless sub_group_size says otherwise."""
+    blocks, _ = find_blocks(Regression(ADAMW), None)
+    limit = least_of(Regression(ADAMW), Buffers())
+    assert limit < 10**6
+    memory = plan(blocks, limit, Buffers())
+    assert memory.group_bytes < 10**4
+    with pytest.raises(ValueError, match="must be at least"):
+        plan(blocks, limit, Buffers(sub_group_size=8 << 20))
+    assert plan(blocks, "auto", Buffers(optimizer=4)).groups == 4

@@ -85,6 +85,26 @@ def test_language_models_and_optimizers(tmp_path, arguments, build):
     compare(tmp_path, module, data, small(**arguments), **options)
 
 
+@pytest.mark.parametrize("arguments", [HOST, {"offload_fraction": 0.5}, {"stage": 2}], ids=str)
+def test_tiles(tmp_path, arguments):
+    """The order of a sum differs, which six steps amplify: in doubles it is far below 1e-12."""
+    found = []
+    build = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+    for strategy in ("auto", small(tile_numel=200, **arguments)):
+        data = DataLoader([(x.double(), y.double()) for x, y in points()], batch_size=8)
+        trainer = fit(tmp_path, Regression(build), data, strategy, precision="64-true")
+        found.append(trainer.strategy.lightning_module_state_dict())
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("offload_activations", ["cpu", "nvme"])
+def test_activations_may_be_on_a_drive_where_nothing_else_is(tmp_path, offload_activations):
+    data = DataLoader(points(), batch_size=8)
+    strategy = small(offload_activations=offload_activations, **HOST)
+    compare(tmp_path, lambda: Regression(ADAMW), data, strategy)
+
+
 @pytest.mark.parametrize("state", ["drop", "keep"])
 @pytest.mark.parametrize("arguments", [HOST, {"offload_fraction": 0.5}], ids=["cpu", "half"])
 def test_lisa_in_host_memory(tmp_path, arguments, state):
