@@ -109,7 +109,8 @@ def _cut(linear: nn.Linear, tile_numel: int) -> None:
     # Of one that an earlier run has left away nobody will ask for the values.
     is_lost = isinstance(weight, Away) and weight.bring is None
     whole: Any = nan.expand(weight.shape) if is_lost else weight.detach()
-    parts = [nn.Parameter(part, weight.requires_grad) for part in whole.split(rows)]
+    # Views share a counter of versions, and one tile is updated while autograd still needs another.
+    parts = [nn.Parameter(part.data, weight.requires_grad) for part in whole.split(rows)]
     del linear.weight, linear.bias
     for number, part in enumerate(parts):
         linear.register_parameter(f"{TILE}{number}", part)
