@@ -75,20 +75,18 @@ def theirs(setting: str, tokens: int, case: Case) -> list[float]:
     if setting == PARAMETERS:
         zero["offload_param"] = {"device": "nvme", "nvme_path": path, "buffer_count": 8}
         zero["stage3_param_persistence_threshold"] = 0  # else what is small stays in memory
+    config = {
+        "train_micro_batch_size_per_gpu": max(1, tokens // SEQUENCE),
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # DeepSpeedCPUAdam is not torch's AdamW
+        "aio": AIO.get(setting, {}),
+    }
     torch.manual_seed(0)
-    model = llama(case.width, case.blocks)
+    with deepspeed.zero.Init(config_dict_or_path=config, enabled=setting == PARAMETERS):
+        model = llama(case.width, case.blocks)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        config={
-            "train_micro_batch_size_per_gpu": max(1, tokens // SEQUENCE),
-            "zero_optimization": zero,
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,  # DeepSpeedCPUAdam is not torch's AdamW
-            "aio": AIO.get(setting, {}),
-        },
-    )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     found = []
     for batch in batches(tokens, case.steps):
         start = time.perf_counter()
