@@ -291,14 +291,19 @@ class OffloadEngine:
 
     # Gradients, between backward and update
 
-    def waiting_gradients(self) -> dict[str, Tensor]:
-        """Copies of the sums of the open window, by name of parameter."""
-        found = {}
-        for block in self._summed:
-            if names := self.gradients.names(block):
-                sums = self.gradients.take(block)
-                found.update({name: block.places[name].of(sums).clone() for name in names})
-        return found
+    @torch.no_grad()
+    def put_gradients(self, gradients: Mapping[str, Tensor]) -> set[str]:
+        """Let gradients be all that waits, but for what does so in ``p.grad``.
+
+        Args:
+            gradients: By name of parameter.
+
+        Returns:
+            Names of those that wait now.
+        """
+        self.gradients.clear()
+        blocks = () if self.gradients.stay else self._summed
+        return {name for block in blocks for name in self.gradients.take_back(block, gradients)}
 
     @torch.no_grad()
     def scale_gradients(self, factor: Tensor | float, parameters: Iterable[nn.Parameter]) -> None:

@@ -7,15 +7,17 @@ noted down, and done to each when the update reads it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from lightning_align.mapped import part_of
 from lightning_align.offload.block import Block, Place
 from lightning_align.offload.buffers import BufferPool
-from lightning_align.offload.files import Threads, Transfer
+from lightning_align.offload.files import DirectFile, Threads, Transfer
 from lightning_align.offload.ranks import Ranks
 from lightning_align.offload.striped import open_file
 
@@ -46,6 +48,7 @@ class GradientSums:
     ) -> None:
         self._blocks = blocks
         self._file = open_file(folders, FILE, threads) if folders and blocks else None
+        self._threads = threads
         self.place()
         self._pool = pool
         self._memory: dict[str, Tensor] = {}  # of blocks, where there is no file
@@ -204,6 +207,53 @@ class GradientSums:
     def take(self, block: Block) -> Tensor:
         """The block's sums, for the update; they are put away no more."""
         return self._read(block)
+
+    def shown(self) -> dict[str, Tensor]:
+        """The sums as they are now, by name of parameter, also when they change.
+
+        Those in memory are copied; those in a file are written to another one, which has no name
+        and shows them.
+        """
+        sums = {block.name: block for block in self._blocks if self.names(block)}
+        if self._file is None:
+            copies = {name: self._read(block).clone() for name, block in sums.items()}
+            return self._by_parameter(copies)
+        with tempfile.TemporaryDirectory(dir=self._file.path.parent) as folder:
+            file = DirectFile(Path(folder, FILE), self._threads)
+        starts, end = {}, 0
+        for name, block in sums.items():
+            memory = self._read(block)
+            file.write(memory, end).wait()
+            starts[name], end = end, end + len(memory)
+        whole = file.shown(0, end)
+        file.close()
+        return self._by_parameter({name: whole[start:] for name, start in starts.items()})
+
+    def _by_parameter(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            name: part_of(sums[block.name], place.offset, place.shape, place.dtype)
+            for block in self._blocks
+            for name, place in block.places.items()
+            if name in self.names(block)
+        }
+
+    def take_back(self, block: Block, gradients: Mapping[str, Tensor]) -> set[str]:
+        """Let gradients be the sums of a block, which has none.
+
+        Args:
+            block: Which one.
+            gradients: By name of parameter, of other blocks, too.
+
+        Returns:
+            Names of those that are of the block.
+        """
+        names = block.parameters.keys() & gradients.keys()
+        for name in names:
+            parameter = block.parameters[name]
+            parameter.grad = gradients[name].to(dtype=parameter.dtype, copy=True)
+        if names:
+            self.add(block)
+        return names
 
     def put(self, block: Block, memory: Tensor) -> None:
         """Put sums away."""

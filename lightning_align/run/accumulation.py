@@ -126,8 +126,10 @@ def replace_window(trainer: pl.Trainer, pl_module: pl.LightningModule, window: W
     """
     parameters = _parameters(trainer, pl_module)
     gradients, sums = window.get("gradients", {}), window_sums(pl_module)
+    strategy = trainer.strategy
+    taken = strategy.put_gradients(gradients) if isinstance(strategy, HoldsGradients) else set()
     for name, parameter in parameters.items():
-        saved = gradients.get(name)
+        saved = None if name in taken else gradients.get(name)
         parameter.grad = None if saved is None else saved.to(parameter, copy=True)
     sums.clear()
     saved_sums = window.get("sums", {})

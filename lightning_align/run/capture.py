@@ -49,13 +49,14 @@ from lightning_align._compat.lightning_resume import validation_follows
 from lightning_align._compat.lightning_trainer import current_hook, restart_train_iteration
 from lightning_align._errors import argument_error
 from lightning_align.checkpointing.structure import Copier
+from lightning_align.mapped import source_of
 from lightning_align.run import accumulation, epoch_means, position, settings
 from lightning_align.run.accumulation import WINDOW_KEY
 from lightning_align.run.attributes import Attributes, Plain
 from lightning_align.run.callbacks import callbacks_of
 from lightning_align.run.loader import PositionedLoader
 from lightning_align.run.position import Place, batches_consumed, epoch_is_open, next_place
-from lightning_align.run.protocols import began_elsewhere, has_replicas
+from lightning_align.run.protocols import began_elsewhere, restores_in_fit
 from lightning_align.run.settings import Settings, restore_settings, settings_in_force
 
 _MEANS_KEY = "lightning_align.epoch_means"
@@ -195,6 +196,10 @@ class RunState:
 def capture(trainer: pl.Trainer) -> RunState:
     """Everything that decides the next step, copied to host memory.
 
+    What ``ZeROInfinityStrategy`` has on disk stays there, and takes no memory: the state holds its
+    files, so that each block which is updated from then on takes the disk of one more file, 12
+    bytes a parameter with AdamW in fp32, until the state is dropped.
+
     To be called on each rank in ``on_train_batch_end``, of a callback or of the module: there a
     batch is part of the weights and the next one has not begun. What callbacks behind the one that
     calls it do in that hook is no part of the state.
@@ -292,7 +297,7 @@ def _check_ranks(trainer: pl.Trainer, function: str) -> None:
     Raises:
         ValueError: If they do.
     """
-    if not has_replicas(trainer.strategy):
+    if not restores_in_fit(trainer.strategy):
         name = type(trainer.strategy).__name__
         rule = "its ranks hold parts of the model, and a state is whole on each rank"
         way_out = "Train in one process or with strategy='ddp', or save checkpoints and resume"
@@ -332,8 +337,12 @@ def _kept(callback: pl.Callback) -> Keeper | None:
 
 
 def _copied(state: Any) -> Any:
-    """A copy on the host that shares nothing with the run."""
-    return Copier({}, {Tensor: lambda tensor: tensor.detach().to("cpu", copy=True)}).copy(state)
+    """A copy on the host that shares nothing with the run; files go on showing what they show."""
+    return Copier({}, {Tensor: _copied_tensor}).copy(state)
+
+
+def _copied_tensor(tensor: Tensor) -> Tensor:
+    return tensor if source_of(tensor) is not None else tensor.detach().to("cpu", copy=True)
 
 
 def _name_what_ran_early(trainer: pl.Trainer, place: Place) -> None:

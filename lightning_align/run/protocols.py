@@ -8,7 +8,7 @@ own classes, or one for all others. What is asked of optimizers is in ``optimize
 takes microseconds, so it is asked at set-up and not in every step.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from difflib import get_close_matches
 from typing import Any
@@ -179,7 +179,19 @@ class HoldsGradients(Protocol):
         """Multiply all gradients of the open window."""
 
     def waiting_gradients(self) -> dict[str, Tensor]:
-        """Copies of those that wait for their step, by name; they come back in ``p.grad``."""
+        """Copies of those that wait for their step, by name."""
+
+    def put_gradients(self, gradients: Mapping[str, Tensor], /) -> set[str]:
+        """Let gradients wait in the place of those that do; names of those that are taken."""
+
+
+@runtime_checkable
+class RestoresInFit(Protocol):
+    """It says whether each rank can put a state back in mid-fit that it has taken."""
+
+    @property
+    def restores_in_fit(self) -> bool:
+        """Whether it can."""
 
 
 @runtime_checkable
@@ -359,6 +371,13 @@ def follow_freezing(trainer: pl.Trainer, dropped: Collection[nn.Parameter]) -> N
             optimizer.state.pop(parameter, None)
     if isinstance(strategy, DDPStrategy):
         wrap_in_ddp_again(strategy, trainer.lightning_module)
+
+
+def restores_in_fit(strategy: Strategy) -> bool:
+    """Whether each rank has all of a state, and can put it back in mid-fit."""
+    if isinstance(strategy, RestoresInFit):
+        return strategy.restores_in_fit
+    return has_replicas(strategy)
 
 
 def has_replicas(strategy: Strategy) -> bool:

@@ -103,5 +103,5 @@ def test_a_block_that_is_called_twice_gets_the_sum_of_both(tmp_path):
         loss = ours[0](ours(x)).sum()
     with engine.backward(updates=False):
         loss.backward()
-    assert torch.equal(engine.waiting_gradients()["0.0.weight"], expected)
+    assert torch.equal(engine.gradients.shown()["0.0.weight"], expected)
     engine.close()

@@ -115,6 +115,7 @@ ANSWER: dict[str, Callable[[], Any]] = {
     "HasPosition": text,
     "SpreadsModel": la.PipelineStrategy,
     "HoldsGradients": la.ZeROInfinityStrategy,
+    "RestoresInFit": la.ZeROInfinityStrategy,
     "GathersParameters": la.ZeROInfinityStrategy,
     "GathersState": la.PipelineStrategy,
     "SaysWhoSaves": la.PipelineStrategy,

@@ -323,7 +323,12 @@ class ZeROInfinityStrategy(BlockCheckpoints):
     def waiting_gradients(self) -> dict[str, Tensor]:
         """Copies of the gradients on disk that wait for their step, by name of parameter."""
         assert self._engine is not None
-        return self._engine.waiting_gradients()
+        return self._engine.gradients.shown()
+
+    def put_gradients(self, gradients: Mapping[str, Tensor]) -> set[str]:
+        """Let gradients wait on disk for their step, in the place of those that do; their names."""
+        assert self._engine is not None
+        return self._engine.put_gradients(gradients)
 
     def _clip_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         assert self._engine is not None
@@ -339,6 +344,16 @@ class ZeROInfinityStrategy(BlockCheckpoints):
         self._engine.clip_values(clip_val, self.precision_plugin.main_params(optimizer))
 
     # What others ask
+
+    @property
+    def restores_in_fit(self) -> bool:
+        """Whether a state can be put back in mid-fit: if this rank has all of it."""
+        return self.world_size == 1
+
+    @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self._record = self._folder = None  # what is put back from now on is something else
 
     def follow_freezing(self, dropped: Collection[nn.Parameter]) -> None:
         """Forget the optimizer's state of some parameters; what requires a gradient is seen."""

@@ -15,7 +15,9 @@ from torch.utils.data import DataLoader
 from lightning_align import AsyncCheckpoint, ExactResume
 from lightning_align.checkpointing import engine, latest_valid_checkpoint
 from lightning_align.checkpointing.snapshot import HostBuffer
+from lightning_align.mapped import source_of
 from lightning_align.offload import linked
+from lightning_align.offload.record import read_record
 from tests.helpers.offloaded import (
     ADAMW,
     Both,
@@ -26,6 +28,7 @@ from tests.helpers.offloaded import (
     small,
     trainer_of,
 )
+from tests.helpers.rewinds import Rewinds
 
 
 @pytest.mark.parametrize("window", [1, 2])
@@ -237,3 +240,36 @@ def test_last_compares_the_committed_step_with_what_is_behind_a_url(tmp_path):
         trainer.fit(Regression(ADAMW), data, ckpt_path="last")
         assert trainer.global_step == steps
         trainer.strategy.close()
+
+
+@pytest.mark.parametrize(
+    ("at", "until", "options"),
+    [
+        (1, 2, {}),
+        (2, 5, {"gradient_clip_val": 0.05}),
+        (2, 5, {"accumulate_grad_batches": 2}),
+        (3, 5, {"accumulate_grad_batches": 2}),  # from a window that is open, into another one
+        (3, 4, {"accumulate_grad_batches": 2, "strategy": {"memory_limit": "10MB"}}),
+    ],
+    ids=str,
+)
+def test_a_run_goes_back_in_mid_fit_as_in_memory(tmp_path, at, until, options):
+    arguments = options.get("strategy", {})
+    options = {key: value for key, value in options.items() if key != "strategy"}
+    data, ends = DataLoader(points(), batch_size=8), []
+    for strategy in ("auto", small(**arguments)):
+        rewinds = Rewinds(at, until, 2)
+        module = Regression(ADAMW, schedule=True)
+        callbacks = [ExactResume(), rewinds]
+        trainer = fit(tmp_path, module, data, strategy, callbacks=callbacks, **options)
+        state = dict(trainer.strategy.lightning_module_state_dict())
+        ends.append((state, trainer.strategy.optimizer_state(trainer.optimizers[0])))
+        assert not rewinds.times
+    assert_same(ends[1], ends[0])
+    weight = rewinds.state.checkpoint["state_dict"]["parts.0.0.weight"]
+    moment = rewinds.state.checkpoint["optimizer_states"][0]["state"][4]["exp_avg"]
+    assert source_of(weight)
+    assert source_of(moment)
+    store = tmp_path / "zero_infinity" / "rank00000"
+    assert read_record(store).step == trainer.global_step
+    trainer.strategy.close()
