@@ -90,6 +90,9 @@ def test_pretrain_then_dpo(folder: Path) -> None:
     fit("dpo", *steps)
     assert moved("outputs/dpo/model", "outputs/pretrain/model")
     assert (folder / "outputs/dpo/dpo.png").exists()
+    fit("zero_infinity_dpo", *steps, "--model.optimizer.init_args.fused=true")
+    assert moved("outputs/zero_infinity_dpo/model", "outputs/pretrain/model")
+    assert Path("zero_infinity_dpo/rank00000/committed").exists()
 
 
 def over_ddp(layer: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -207,6 +210,7 @@ def test_every_recipe_is_run_here() -> None:
         "sft_chat",
         "stable_adamw",
         "zero_infinity",
+        "zero_infinity_dpo",
     ]
 
 
