@@ -136,12 +136,15 @@ class OffloadEngine:
         self.residents.release_all()
         self.pool.trim()
 
-    def optimize_with(self, optimizer: Optimizer, *, fresh: bool) -> None:
+    def optimize_with(
+        self, optimizer: Optimizer, *, fresh: bool, has_masters: bool = False
+    ) -> None:
         """Reserve room for an optimizer's state, and step it from now on.
 
         Args:
             optimizer: The user's.
             fresh: Whether it has no state yet; otherwise what is stored is its.
+            has_masters: Whether parameters of half precision have fp32 masters.
 
         Raises:
             OSError: If there is no room.
@@ -159,6 +162,7 @@ class OffloadEngine:
             self._memory.group_bytes,
             self._memory.groups,
             fresh=fresh,
+            has_masters=has_masters,
         )
 
     # Forward and backward

@@ -19,6 +19,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from lightning_align._compat.torch_optimizers import unhooked_step
 from lightning_align._errors import argument_error
 from lightning_align.mapped import part_of
+from lightning_align.offload import masters
 from lightning_align.offload.block import Block, Place, aligned, placed
 from lightning_align.offload.buffers import BufferPool
 from lightning_align.offload.files import Transfer
@@ -54,8 +55,14 @@ def check_optimizer(optimizer: Optimizer, where: str) -> None:
     raise argument_error(where, "optimizer", type(optimizer).__name__, rule, way_out)
 
 
-def expected_state_bytes(optimizer: Optimizer, block: Block) -> int:
-    """Bytes of state that a block will have; 0 where only its first step will show."""
+def expected_state_bytes(optimizer: Optimizer, block: Block, *, has_masters: bool = False) -> int:
+    """Bytes of state that a block will have; 0 where only its first step will show.
+
+    Args:
+        optimizer: Whose state.
+        block: Of which.
+        has_masters: Whether there are fp32 masters, with moments in fp32, too.
+    """
     count = {AdamW: 2, Adam: 2, SGD: 1}.get(type(optimizer), 0)
     known = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     total = 0
@@ -67,8 +74,8 @@ def expected_state_bytes(optimizer: Optimizer, block: Block) -> int:
         numel = torch.Size(piece.place.shape).numel()
         if numel == 1:  # its state stays in memory, as counters of steps do
             continue
-        padded = aligned(piece.place.nbytes, 64 * piece.place.dtype.itemsize)
-        total += aligned(tensors * padded)
+        dtype = torch.float32 if has_masters else piece.place.dtype
+        total += aligned((tensors + has_masters) * aligned(numel, 64) * dtype.itemsize)
     return total
 
 
@@ -81,6 +88,7 @@ class OptimizerStream:
         pool: Memory for states.
         group_bytes: Bytes of state of a group; a single parameter's always are one.
         group_count: Groups that are in memory at a time, one of which is stepped.
+        has_masters: Whether parameters are stepped in fp32, from which they are then rounded.
     """
 
     def __init__(
@@ -90,8 +98,11 @@ class OptimizerStream:
         pool: BufferPool,
         group_bytes: int,
         group_count: int = 2,
+        *,
+        has_masters: bool = False,
     ) -> None:
         self._optimizer, self._store, self._pool = optimizer, store, pool
+        self._has_masters = has_masters
         self._group_bytes, self._group_count = group_bytes, group_count
         self._step = unhooked_step(optimizer)
         self._reading: dict[str, tuple[Tensor, Transfer]] = {}
@@ -242,22 +253,27 @@ class OptimizerStream:
     def _step_parameters(
         self, block: Block, names: list[str], gradients: Callable[[str], Tensor | None]
     ) -> None:
-        stepped = []
+        stepped: dict[nn.Parameter, Tensor] = {}  # with their values in half precision
         for name in names:
-            gradient = gradients(name)
+            parameter, gradient = block.parameters[name], gradients(name)
             if gradient is not None:
-                block.parameters[name].grad = gradient
-                stepped.append(block.parameters[name])
+                stepped[parameter] = parameter.data
+                if self._has_masters:
+                    parameter.grad = None
+                    masters.lift(parameter, self._optimizer.state[parameter])
+                parameter.grad = gradient.to(parameter.dtype)
         if not stepped:
             return
         if isinstance(self._optimizer, StepsParameters):
             for parameter in stepped:
                 self._optimizer.step_param(parameter)
         else:
-            with self._alone(stepped):
+            with self._alone(list(stepped)):
                 self._step()
-        for parameter in stepped:
+        for parameter, half in stepped.items():
             parameter.grad = None
+            if self._has_masters:
+                masters.round_off(parameter, self._optimizer.state[parameter], half)
 
     @contextmanager
     def _alone(self, parameters: list[nn.Parameter]) -> Iterator[None]:

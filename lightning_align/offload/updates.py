@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_align.offload import masters
 from lightning_align.offload.block import Block
 from lightning_align.offload.buffers import BufferPool
 from lightning_align.offload.gradients import GradientSums
@@ -39,6 +40,7 @@ class Updates:
         group_bytes: Optimizer state of a group.
         groups: Groups that are in memory at a time.
         fresh: Whether the optimizer has no state yet; otherwise what is stored is its.
+        has_masters: Whether parameters are stepped in fp32, from which they are then rounded.
 
     Attributes:
         state_bytes: Block -> bytes of its state, as far as they are known before the first step.
@@ -58,17 +60,22 @@ class Updates:
         groups: int = 2,
         *,
         fresh: bool,
+        has_masters: bool = False,
     ) -> None:
         self._optimizer, self._store, self._ranks = optimizer, store, store.ranks
         self._residents, self._gradients = residents, gradients
         self._blocks = [block for block in store.blocks.values() if not block.read_only]
+        self._has_masters = has_masters
         if fresh:
             store.forget_states()
         self.state_bytes = {
-            name: expected_state_bytes(optimizer, block) for name, block in store.blocks.items()
+            name: expected_state_bytes(optimizer, block, has_masters=has_masters)
+            for name, block in store.blocks.items()
         }
         store.allocate(self.state_bytes)
-        self._stream = OptimizerStream(optimizer, store, pool, group_bytes, groups)
+        self._stream = OptimizerStream(
+            optimizer, store, pool, group_bytes, groups, has_masters=has_masters
+        )
 
     @torch.no_grad()
     def step(self) -> None:
@@ -194,6 +201,16 @@ class Updates:
         in_order = {key: dict(value) for key, value in sorted(state["state"].items())}
         return {**state, "state": in_order} if self._ranks.rank == 0 else {}
 
+    def load(self, state: dict[str, Any], blocks: Iterable[Block] | None = None) -> None:
+        """Store an optimizer's whole state.
+
+        Args:
+            state: As ``state_dict()`` of it.
+            blocks: Of which there is something in it; None means all.
+        """
+        self._take(state)
+        self.put_state(blocks)
+
     def resume(self, state: dict[str, Any]) -> None:
         """Take up the optimizer's state of a commit, whose large tensors stay in their files.
 
@@ -203,10 +220,7 @@ class Updates:
         if self._ranks.size > 1:  # a class asks for whole tensors, and here are parts
             Optimizer.load_state_dict(self._optimizer, state)
             return
-        groups = zip(state["param_groups"], self._optimizer.param_groups, strict=False)
-        numbers: dict[Any, int] = {}
-        for packed, group in groups:
-            numbers.update(zip(group["params"], packed["params"], strict=False))
+        numbers = {p: number for number, p in self._numbered(state).items()}
         shown = {number: dict(values) for number, values in state["state"].items()}
         for block in self._blocks:
             for name, stored in self._store.states[block.name].items():
@@ -214,9 +228,22 @@ class Updates:
                 for key, place in stored.tensors.items():
                     nothing = torch.zeros((), dtype=place.dtype).expand(place.shape)
                     shown.setdefault(number, {})[key] = nothing
-        self._optimizer.load_state_dict({**state, "state": shown})
+        self._take({**state, "state": shown})
         for block in self._blocks:
             self._stream.drop(block)
+
+    def _take(self, state: dict[str, Any]) -> None:
+        """Let the optimizer load a state, in the kinds of numbers that it has."""
+        known = {**state, "state": masters.without_masters(state["state"])}
+        self._optimizer.load_state_dict(known)
+        if self._has_masters:
+            found = {n: self._optimizer.state[p] for n, p in self._numbered(state).items()}
+            masters.put_back(state["state"], found)
+
+    def _numbered(self, state: dict[str, Any]) -> dict[int, nn.Parameter]:
+        groups = zip(state["param_groups"], self._optimizer.param_groups, strict=False)
+        pairs = (zip(packed["params"], own["params"], strict=False) for packed, own in groups)
+        return {number: parameter for pair in pairs for number, parameter in pair}
 
     @torch.no_grad()
     def put_state(self, blocks: Iterable[Block] | None = None) -> None:

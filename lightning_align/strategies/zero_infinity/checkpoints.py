@@ -179,8 +179,7 @@ class BlockCheckpoints(ParallelStrategy):
         if self._record is not None:
             self._engine.updates.resume(state)
             return
-        optimizer.load_state_dict(tiled_optimizer_state(state, optimizer, self._tiled))
-        self._engine.updates.put_state()
+        self._engine.updates.load(tiled_optimizer_state(state, optimizer, self._tiled))
 
     def _load_in_parts(
         self, folder: DistributedFolder, optimizer: Optimizer, groups: list[dict[str, Any]]
@@ -194,8 +193,7 @@ class BlockCheckpoints(ParallelStrategy):
         for block in self._engine.blocks:
             mine = {every[parameter] for parameter in block.parameters.values()}
             state = folder.optimizer_state(0, groups, optimizer, names, mine.__contains__)
-            optimizer.load_state_dict(state)
-            self._engine.updates.put_state([block])
+            self._engine.updates.load(state, [block])
             small.update(optimizer.state)
         optimizer.state.update(small)
 

@@ -236,7 +236,8 @@ def _take_over(strategy: ZeROInfinityStrategy, engine: OffloadEngine, trainer: p
         rule = "it must hold parameters of the module only"
         raise argument_error(WHERE, "optimizer", type(optimizer).__name__, rule)
     with told_of_set_up(strategy.nvme_path, engine.store.folder):
-        engine.optimize_with(optimizer, fresh=strategy._record is None)
+        has_masters = trainer.precision == "bf16-true"
+        engine.optimize_with(optimizer, fresh=strategy._record is None, has_masters=has_masters)
 
     def step(_: Optimizer, closure: Callable[[], Any]) -> Any:
         with torch.enable_grad():

@@ -1,10 +1,12 @@
 """Half precision on one rank against the same in memory, and steps that must not be taken."""
 
+import copy
 from functools import partial
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_align import GaLoreAdamW, Muon, StableAdamW
@@ -43,6 +45,31 @@ def test_a_module_written_by_hand_trains_as_in_memory(tmp_path, precision):
     build = partial(torch.optim.AdamW, lr=1e-2)  # under autocast Lightning clips no fused one
     options = {"precision": precision, "gradient_clip_val": 0.05}
     compare(tmp_path, lambda: Regression(build), data, **options)
+
+
+@pytest.mark.parametrize("build", [ADAMW, partial(Muon, lr=1e-2)])
+@pytest.mark.parametrize("kind", ["commit", "checkpoint"])
+def test_masters_are_gone_on_with(tmp_path, kind, build):
+    data = DataLoader(points(), batch_size=8)
+    run = {"precision": "bf16-true", "enable_checkpointing": kind == "checkpoint"}
+    whole = small()
+    trainer = fit(tmp_path / "whole", Regression(build), data, whole, **run)
+    states = copy.deepcopy(trainer.strategy.optimizer_state(trainer.optimizers[0]))
+    save = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3, save_top_k=-1)
+    callbacks = [save] if kind == "checkpoint" else []
+    begun = small()
+    fit(tmp_path, Regression(build), data, begun, max_steps=3, callbacks=callbacks, **run)
+    begun.close()
+    path = "last" if kind == "commit" else tmp_path / "step=3.ckpt"
+    strategy = small(overwrite=kind == "checkpoint")
+    run["enable_checkpointing"] = False
+    trainer = fit(tmp_path, Regression(build), data, strategy, path, **run)
+    assert_same(strategy.lightning_module_state_dict(), whole.lightning_module_state_dict())
+    found = strategy.optimizer_state(trainer.optimizers[0])
+    assert_same(found["state"], states["state"])
+    masters = [state["master"] for state in found["state"].values()]
+    assert all(master.dtype == torch.float32 for master in masters)
+    assert len(masters) == len(list(Regression(build).parameters()))
 
 
 class Spoilt(Regression):
