@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchmetrics import MeanMetric
 
 from lightning_align import ExactResume
+from tests.helpers.read_checkpoint import read_checkpoint
 from tests.helpers.resume import SaveEveryBatch, weights_hash
 
 NUM_ROWS, BATCH_SIZE = 22, 4  # 6 batches an epoch, the last one smaller
@@ -255,7 +256,7 @@ class ForeignRun:
 
 def consumed_in(checkpoint: str | Path) -> int:
     """Batches that are part of a checkpoint."""
-    loops = torch.load(checkpoint, weights_only=True)["loops"]["fit_loop"]
+    loops = read_checkpoint(checkpoint)["loops"]["fit_loop"]
     return int(loops["epoch_loop.batch_progress"]["total"]["processed"])
 
 

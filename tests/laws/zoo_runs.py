@@ -33,6 +33,7 @@ from lightning_align.run.replicas import replica
 from lightning_align.run.rng import reseed
 from tests.helpers.foreign import consumed_in
 from tests.helpers.ranks import ForkedRanks, end_of_ranks, run_ranks
+from tests.helpers.read_checkpoint import read_checkpoint
 from tests.laws.zoo import Row
 
 SEED = 7
@@ -43,7 +44,7 @@ OURS = (
     lambda folder: AsyncCheckpoint(folder, every_n_train_steps=3, save_top_k=-1),
     lambda folder: MetricPlot(metrics=["train_loss", "val_loss"]),
 )
-LOGGED_BY_US = ("checkpoint/", "lr", "tokens_seen")
+LOGGED_BY_US = ("checkpoint/", "lr", "tokens_seen", "zero_infinity/")
 # Neutral, for its learning rate is always the one that the optimizer was built with.
 OF_TOKENS = (lambda folder: TokenSchedule(max_tokens=10**6, schedule="constant"),)
 
@@ -195,7 +196,7 @@ def fit(
             if type(module).predict_step is not pl.LightningModule.predict_step:
                 for number, output in enumerate(trainer.predict(module, module.val_dataloader())):
                     record.events.append((10**6, f"prediction {number}", numbers(output)))
-            state = torch.load(f"{folder}/end.ckpt", weights_only=True)["state_dict"]
+            state = read_checkpoint(f"{folder}/end.ckpt")["state_dict"]
             record.weights = {name: value.flatten().tolist() for name, value in state.items()}
         except Exception as error:
             record.error = "".join(traceback.format_exception_only(error))
