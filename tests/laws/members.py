@@ -197,15 +197,15 @@ DATAMODULES = [
 
 OPTIMIZERS = [
     Member(
-        f"torch AdamW, fused={fused}",
-        spec("torch.optim.AdamW", lr=3e-3, fused=fused),
+        f"torch AdamW{name}",
+        spec("torch.optim.AdamW", lr=3e-3, **settings),
         exempt={
             "a non-finite gradient is skipped": "it is written into the weights",
             "goes on after a gradient of 1e21": "its second moment stays infinite",
             "a state of other shapes is refused": "it is taken; our modules refuse the checkpoint",
         },
     )
-    for fused in (False, True)
+    for name, settings in (("", {}), (", fused", {"fused": True}))
 ] + [
     Member("Muon", spec(OURS + "Muon", lr=3e-3, adjust_lr_fn="match_rms_adamw")),
     Member("StableAdamW", spec(OURS + "StableAdamW", lr=3e-3)),
@@ -275,6 +275,15 @@ STRATEGIES = [
             params_buffer_count=2,
             sub_group_size=1000,
             overwrite=True,  # a run that goes on from a checkpoint of its own
+        ),
+    ),
+    Member(
+        "zero_infinity_cpu",
+        spec(
+            OURS + "ZeROInfinityStrategy",
+            offload_params_device="cpu",
+            offload_optimizer_device="cpu",
+            sub_group_size=1000,
         ),
     ),
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,9 +10,6 @@ from pathlib import Path
 from lightning_align._errors import argument_error
 from lightning_align.offload.record import read_record
 from lightning_align.strategies.zero_infinity.blocks import WHERE
-
-_MOUNTS = "/proc/self/mounts"
-_IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs"}
 
 
 @contextmanager
@@ -63,35 +59,3 @@ def tell_what_is_left(
         error.add_note(note)
     else:  # Python 3.10
         warnings.warn(note, stacklevel=2)
-
-
-def warn_of_memory(folder: Path) -> None:
-    """Say that a folder is no disk, if it is none."""
-    kind = filesystem(folder)
-    if kind in _IN_MEMORY:
-        warnings.warn(
-            f"{WHERE}: {folder} is on {kind}, so files there are memory: nothing is saved, they"
-            " count against the limit of the process's cgroup, and are gone after a restart of the"
-            " machine. Set nvme_path to a folder on a drive.",
-            stacklevel=2,
-        )
-
-
-def filesystem(folder: Path, mounts: str = _MOUNTS) -> str:
-    """Kind of the filesystem that a folder is on; "" where the system does not say.
-
-    Args:
-        folder: Which one.
-        mounts: File with a mount per line: what, where, kind.
-    """
-    try:
-        lines = [line.split()[:3] for line in Path(mounts).read_text().splitlines()]
-    except OSError:
-        return ""
-    path, found, kind = os.path.realpath(folder), "", ""
-    for _, place, its_kind in (line for line in lines if len(line) == 3):
-        place = place.encode().decode("unicode_escape")  # a space is \\040 there
-        inside = path == place or path.startswith(place.rstrip("/") + "/")
-        if inside and len(place) >= len(found):  # later mounts cover earlier ones
-            found, kind = place, its_kind
-    return kind

@@ -42,7 +42,7 @@ from lightning_align.strategies.zero_infinity.checks import (
     warn_of_gradients,
 )
 from lightning_align.strategies.zero_infinity.counters import layout_of, tell, writing_bar
-from lightning_align.strategies.zero_infinity.faults import told_of_set_up, warn_of_memory
+from lightning_align.strategies.zero_infinity.faults import told_of_set_up
 from lightning_align.strategies.zero_infinity.first_values import fill, leave
 
 if TYPE_CHECKING:
@@ -115,7 +115,6 @@ def _lock_and_open(
         for folder in folders if _uses_drive(strategy) else ():
             locks.append(_locked(strategy, folder))
             undo.callback(locks[-1].release)
-            warn_of_memory(folder)
         with told_of_set_up(strategy.nvme_path, folders[0]):
             strategy._engine = _open(strategy, module, folders, undo)
         undo.pop_all()

@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader
 from lightning_align import GaLoreAdamW, Muon, StableAdamW
 from lightning_align.offload import store
 from lightning_align.offload.record import read_record
-from lightning_align.strategies.zero_infinity.faults import filesystem, warn_of_memory
 from tests.helpers.children import fork, in_child
 from tests.helpers.offloaded import ADAMW, Regression, assert_same, fit, points, small
 
@@ -125,10 +124,10 @@ class TestSmallDisk:
         usage, allocated = shutil.disk_usage(tmp_path), []
         allocate = store.ShardStore.allocate
 
-        def and_then_full(self, state_bytes):
+        def and_then_full(self, state_bytes=None):
             free = 10_000 if state_bytes else usage.free
             monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free))
-            allocated.append(dict(state_bytes))
+            allocated.append(state_bytes)
             return allocate(self, state_bytes)
 
         monkeypatch.setattr(store.ShardStore, "allocate", and_then_full)
@@ -190,7 +189,7 @@ def run_until_full(tmp_path, place):
                     while True:
                         file.write(bytes(4096))
 
-    with pytest.warns(UserWarning, match="is on tmpfs, so files there are memory"):  # noqa: SIM117
+    with pytest.warns(UserWarning, match="is on tmpfs, so its files are memory"):  # noqa: SIM117
         with pytest.raises(OSError, match="No space left") as error:
             fit(tmp_path, Regression(ADAMW), DATA(), strategy(), callbacks=[Fill()])
     for note in getattr(error.value, "__notes__", []):
@@ -288,29 +287,3 @@ def test_a_gradient_that_is_no_number_touches_nothing_on_disk(tmp_path, build):
     assert all(value.isfinite().all() for value in found.values())
     assert_same(found, theirs.state_dict())
     trainer.strategy.close()
-
-
-def test_the_kind_of_a_filesystem_is_known(tmp_path):
-    mounts = tmp_path / "mounts"
-    lines = [
-        "/dev/vda / ext4 rw 0 0",
-        "none /dev/shm tmpfs rw 0 0",
-        f"none {tmp_path}/with\\040space tmpfs rw 0 0",
-        "/dev/vdb /dev/shmem xfs rw 0 0",
-    ]
-    mounts.write_text("\n".join(lines))
-    for place, kind in {
-        "/home": "ext4",
-        "/dev/shm/run": "tmpfs",
-        "/dev/shmem/run": "xfs",
-        f"{tmp_path}/with space/run": "tmpfs",
-    }.items():
-        assert filesystem(Path(place), str(mounts)) == kind
-    assert filesystem(tmp_path, str(tmp_path / "none")) == ""
-
-
-def test_a_folder_in_memory_is_told(tmp_path, monkeypatch):
-    kind = "lightning_align.strategies.zero_infinity.faults.filesystem"
-    monkeypatch.setattr(kind, lambda _: "tmpfs")
-    with pytest.warns(UserWarning, match=r"is on tmpfs, so files there are memory: nothing is sav"):
-        warn_of_memory(tmp_path)
