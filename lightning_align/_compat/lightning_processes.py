@@ -57,6 +57,11 @@ def join_process_group(
     distributed._init_dist_connection(environment, backend, timeout=timeout, device_id=device_id)
 
 
+def reduce_in_place(tensor: Tensor, group: Any, reduce_op: Any) -> Tensor:
+    """Reduce a tensor over ranks, if there are several, as Lightning's DDP does."""
+    return distributed._sync_ddp_if_available(tensor, group, reduce_op=reduce_op)
+
+
 def share_overflow(scaler: torch.amp.GradScaler, add_up: Callable[[Tensor], Any]) -> None:
     """Let a loss scaler count what ``add_up`` brings from other ranks as its own overflow."""
     unscale = scaler.unscale_

@@ -13,8 +13,8 @@ long.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
-from contextlib import contextmanager
+from concurrent.futures import Future, InvalidStateError, wait
+from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any, TypeVar
@@ -48,6 +48,7 @@ class Ranks:
         self.rank, self.size = (0, 1) if group is None else (group.rank(), group.size())
         self._group = group
         self._failure: BaseException | None = None
+        self._open: set[Future[Any]] = set()
         self._tasks: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
         if (
             self.size > 1
@@ -57,16 +58,19 @@ class Ranks:
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:
             future, call = task
-            try:
-                if self._failure is not None:
-                    raise self._failure
-                future.set_result(call())
-            except BaseException as error:
-                self._failure = error
-                future.set_exception(error)
+            with suppress(InvalidStateError):  # nobody waits for it any more
+                try:
+                    if self._failure is not None:
+                        raise self._failure
+                    future.set_result(call())
+                except BaseException as error:
+                    self._failure = error
+                    future.set_exception(error)
 
     def _start(self, call: Callable[[], _Result]) -> Future[_Result]:
         future: Future[_Result] = Future()
+        self._open.add(future)
+        future.add_done_callback(self._open.discard)
         self._tasks.put((future, call))
         return future
 
@@ -112,10 +116,19 @@ class Ranks:
             error = own
         self._start(lambda: self._agree(what, error)).result()
 
-    def tell_failure(self, error: BaseException) -> None:
-        """Let those know that wait for this rank; it takes part in nothing any more."""
-        if self.size > 1:
-            self._start(lambda: self._agree("its end", error))
+    def leave(self, error: BaseException, wait_s: float) -> None:
+        """Let those know that wait for this rank; it takes part in nothing any more.
+
+        Args:
+            error: Why.
+            wait_s: How long; who is somewhere else meanwhile will find a closed connection.
+        """
+        wait([self._start(lambda: self._agree("its end", error))], wait_s)
+        self._failure = error
+        for future in list(self._open):
+            with suppress(InvalidStateError):
+                future.set_exception(error)
+        self.close()
 
     def close(self) -> None:
         """End the thread when what was begun is done."""

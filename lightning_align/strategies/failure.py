@@ -36,11 +36,22 @@ def pipeline_error(place: str, error: BaseException) -> PipelineError:
         error: What was raised here.
     """
     cause = error.__cause__ if error.__cause__ is not None else error
-    own = f"{place}: {type(cause).__name__}: {cause}"
-    first = _first_failure(own)
-    if first is None or first == own:
-        return PipelineError(own)
+    first = first_failure(place, cause)
+    if first is None:
+        return PipelineError(f"{place}: {type(cause).__name__}: {cause}")
     return PipelineError(f"{place} has lost its peer. The failure was at {first}")
+
+
+def first_failure(place: str, error: BaseException) -> str | None:
+    """What has failed first, if that was elsewhere; otherwise others are told of this.
+
+    Args:
+        place: Rank and step, in words.
+        error: What was raised here.
+    """
+    own = f"{place}: {type(error).__name__}: {error}"
+    first = _first_failure(own)
+    return None if first == own else first
 
 
 @contextmanager

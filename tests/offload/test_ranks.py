@@ -81,7 +81,7 @@ def test_who_waits_for_a_rank_that_has_failed_elsewhere_is_told():
     def run(rank):
         ranks = ranks_of_all()
         if rank == 1:
-            ranks.tell_failure(ValueError("elsewhere"))
+            ranks.leave(ValueError("elsewhere"), wait_s=30)
         ranks.sum("a number", torch.zeros(1))
 
     ended = end_of_ranks(run)

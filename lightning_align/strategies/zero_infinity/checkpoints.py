@@ -20,6 +20,7 @@ from lightning_align._errors import argument_error
 from lightning_align.checkpointing.streamed import save_streamed
 from lightning_align.offload import linked
 from lightning_align.offload.engine import OffloadEngine
+from lightning_align.offload.ranks import Ranks
 from lightning_align.offload.record import FILE, sync_folder
 from lightning_align.offload.store import ShardStore
 from lightning_align.offload.tiles import (
@@ -33,6 +34,7 @@ from lightning_align.strategies import replacing
 from lightning_align.strategies.distributed_folder import META_FILE, DistributedFolder
 from lightning_align.strategies.zero_infinity.blocks import WHERE
 from lightning_align.strategies.zero_infinity.commits import load_payload
+from lightning_align.strategies.zero_infinity.ranks import return_to_common_step
 
 _CLASS = "class"  # key of an optimizer's state in a commit record
 _PART_BYTES = 64 << 20  # of a folder that is read in parts
@@ -50,6 +52,7 @@ class BlockCheckpoints(ParallelStrategy):
     _record: dict[str, Any] | None = None  # what is resumed from, if it is a commit
     _folder: DistributedFolder | None = None  # what is resumed from, if ranks wrote it in parts
     _is_committing = False
+    ranks: Ranks
     _tiled: Sequence[Tiled] = ()  # weights that are cut into tiles
 
     # Whole values
@@ -86,6 +89,8 @@ class BlockCheckpoints(ParallelStrategy):
         if self._engine is None:
             return super().lightning_module_state_dict()
         copies = {} if self._is_committing else self._engine.whole.values()
+        if self.ranks.rank and not self._is_committing:  # the first has it
+            return {}
         values = {
             name: _stored(value, copies) if isinstance(value, nn.Parameter) else value
             for name, value in module.state_dict(keep_vars=True).items()
@@ -103,12 +108,17 @@ class BlockCheckpoints(ParallelStrategy):
             state = getattr(optimizer, "_optimizer", optimizer).state_dict()
             return {**state, _CLASS: type(self.optimizers[0]).__name__}
         state = self._engine.updates.state()
+        if self.ranks.rank:
+            return state
         return whole_optimizer_state(state, self.optimizers[0], self._tiled)
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
         path = Path(checkpoint_path)
         if path.name == FILE:
+            if self.ranks.size > 1:  # the path is that of some rank
+                path = self._own_record(path)
+                return_to_common_step(path.parent, self.ranks)
             self._record = load_payload(path.parent, weights_only=bool(weights_only))
             return self._record
         path = replacing.whereabouts(path)
@@ -197,6 +207,10 @@ class BlockCheckpoints(ParallelStrategy):
             small.update(optimizer.state)
         optimizer.state.update(small)
 
+    def _own_record(self, record: Path) -> Path:
+        """This rank's record of the step that some rank's record was named for."""
+        raise NotImplementedError
+
     # Saving
 
     @property
@@ -211,18 +225,19 @@ class BlockCheckpoints(ParallelStrategy):
         place = Path(filepath)
         if type(self.checkpoint_io) is not TorchCheckpointIO or storage_options is not None:
             super().save_checkpoint(checkpoint, filepath, storage_options)
-        elif self._engine is None or not self._saves_links(self._engine.store):
+        elif self._engine is not None and self._saves_links(self._engine.store):
+            self._save_links(checkpoint, place)
+        elif self.is_global_zero:
             replacing.finish(place)
             if linked.is_linked(place):
                 save_streamed(checkpoint, replacing.unfinished(place))
                 replacing.end(place)
             else:
                 save_streamed(checkpoint, filepath)
-        else:
-            self._save_links(checkpoint, place)
 
     def _saves_links(self, store: ShardStore) -> bool:
-        return self.save_distributed_checkpoint and store.is_on_drive
+        # Of several ranks the first has copies of what others store.
+        return self.save_distributed_checkpoint and store.is_on_drive and self.ranks.size == 1
 
     def _save_links(self, checkpoint: dict[str, Any], place: Path) -> None:
         assert self._engine is not None

@@ -32,12 +32,9 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """Refuse what cannot be trained with blocks that come and go.
 
     Raises:
-        ValueError: If the module, the precision or the number of ranks is such.
+        ValueError: If the module, a callback, the device or the precision is such.
     """
     name = type(module).__name__
-    if trainer.world_size > 1:
-        rule = "one rank at a time so far"
-        raise argument_error(WHERE, "devices", trainer.world_size, rule, "Set devices=1")
     if trainer.strategy.root_device.type != "cpu":
         rule = "blocks are read into host memory and computed there so far"
         device = str(trainer.strategy.root_device)

@@ -44,6 +44,7 @@ from lightning_align.strategies.zero_infinity.checks import (
 from lightning_align.strategies.zero_infinity.counters import layout_of, tell, writing_bar
 from lightning_align.strategies.zero_infinity.faults import told_of_set_up
 from lightning_align.strategies.zero_infinity.first_values import fill, leave
+from lightning_align.strategies.zero_infinity.ranks import persistent_buffers
 
 if TYPE_CHECKING:
     from lightning_align.strategies.zero_infinity.strategy import ZeROInfinityStrategy
@@ -64,6 +65,8 @@ def set_up(strategy: ZeROInfinityStrategy, trainer: pl.Trainer) -> None:
     accelerator.setup(trainer)
     check_trainer(trainer, module)
     fill(strategy, trainer)
+    if strategy.ranks.size > 1:
+        strategy._buffers = persistent_buffers(module)
     strategy.model = strategy.precision_plugin.convert_module(module)
     if strategy._engine is None:
         _lock_and_open(strategy, module, run_folders(strategy, trainer))
@@ -85,10 +88,23 @@ def set_up(strategy: ZeROInfinityStrategy, trainer: pl.Trainer) -> None:
     strategy.setup_precision_plugin()
 
 
-def run_folders(strategy: ZeROInfinityStrategy, trainer: pl.Trainer) -> list[Path]:
-    """This rank's folders, one on each of its drives, which may not be there yet.
+def folders_here(strategy: ZeROInfinityStrategy, trainer: pl.Trainer) -> list[Path]:
+    """The first folder of each rank of this machine."""
+    count = max(strategy.num_processes, 1)
+    return [run_folders(strategy, trainer, rank)[0] for rank in range(count)]
+
+
+def run_folders(
+    strategy: ZeROInfinityStrategy, trainer: pl.Trainer, local_rank: int | None = None
+) -> list[Path]:
+    """A rank's folders, one on each of its drives, which may not be there yet.
 
     With fewer drives than ranks each rank has one, rank by rank; with more it has several.
+
+    Args:
+        strategy: With ``nvme_path``.
+        trainer: With ``default_root_dir``.
+        local_rank: Which rank of this machine; by default this one.
 
     Raises:
         ValueError: If the parent of a folder of ``nvme_path`` is not there.
@@ -103,8 +119,18 @@ def run_folders(strategy: ZeROInfinityStrategy, trainer: pl.Trainer) -> list[Pat
                 rule = f"the folder {root.parent} is not there"
                 way_out = "Make it, or mount it"
                 raise argument_error(WHERE, "nvme_path", given, rule, way_out)
-    of_rank = roots[strategy.local_rank % len(roots) :: max(strategy.num_processes, 1)]
-    return [root / f"rank{strategy.global_rank:05d}" for root in of_rank]
+    here, count = strategy.local_rank if local_rank is None else local_rank, strategy.num_processes
+    number = strategy.node_rank * count + here  # before processes are started nobody knows it
+    return [root / f"rank{number:05d}" for root in roots[here % len(roots) :: max(count, 1)]]
+
+
+def own_record(strategy: ZeROInfinityStrategy, record: Path) -> Path:
+    """This rank's record of the step that some rank's record was named for."""
+    assert strategy.lightning_module is not None
+    trainer = strategy.lightning_module.trainer
+    if record.parent in folders_here(strategy, trainer):
+        return run_folders(strategy, trainer)[0] / record.name
+    return record.parent.with_name(f"rank{strategy.global_rank:05d}") / record.name
 
 
 def _lock_and_open(
@@ -165,14 +191,20 @@ def _open(
     threads = _threads(strategy, blocks, folders)
     undo.callback(threads.close)
     store = ShardStore(
-        folder, blocks, threads, atomic_step=strategy.atomic_step, drives=folders[1:]
+        folder,
+        blocks,
+        threads,
+        atomic_step=strategy.atomic_step,
+        drives=folders[1:],
+        ranks=strategy.ranks,
     )
     undo.callback(store.close)
     activations = None
     if strategy.offload_activations != "none":
         on_disk = strategy.offload_activations == "nvme"
         activations = Activations(folder if on_disk else None, threads)
-    memory = replace(memory, pinned=pinned)
+    count = min(strategy.ranks.of_all("blocks in memory", memory.blocks))  # they come in one order
+    memory = replace(memory, pinned=pinned, blocks=count)
     engine = OffloadEngine(modules, store, threads, memory, activations)
     if resumes:
         leave(strategy, (p for block in blocks for p in block.parameters.values()))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -22,13 +23,14 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_align._compat import lightning_resume, lightning_trainer
+from lightning_align._compat import lightning_processes, lightning_resume, lightning_trainer
 from lightning_align._compat.glibc_memory import map_large_allocations
 from lightning_align._errors import argument_error
 from lightning_align.checkpointing.lock import FolderLock
 from lightning_align.models.weights import parameters_on_meta
 from lightning_align.offload.building import Building
 from lightning_align.offload.files import Threads
+from lightning_align.offload.ranks import Ranks
 from lightning_align.offload.record import FILE
 from lightning_align.offload.tuning import DEFAULT, IOSettings
 from lightning_align.run.exact_resume import ExactResume
@@ -42,7 +44,13 @@ from lightning_align.strategies.zero_infinity.counters import LogTraffic
 from lightning_align.strategies.zero_infinity.devices import Devices
 from lightning_align.strategies.zero_infinity.faults import tell_what_is_left
 from lightning_align.strategies.zero_infinity.first_values import built_on_disk, fill
-from lightning_align.strategies.zero_infinity.set_up import run_folders, set_up
+from lightning_align.strategies.zero_infinity.ranks import (
+    end_together,
+    is_committed,
+    join,
+    share_buffers,
+)
+from lightning_align.strategies.zero_infinity.set_up import folders_here, own_record, set_up
 
 
 class ZeROInfinityStrategy(BlockCheckpoints):
@@ -185,6 +193,8 @@ class ZeROInfinityStrategy(BlockCheckpoints):
         self.start_method = start_method
         self.num_nodes = 1
         self._locks: list[FolderLock] = []
+        self.ranks = Ranks()
+        self._buffers: list[str] = []  # that ranks share
         self._may_overwrite = False  # since what is resumed from is newer
         self._building: Building | None = None  # what is built and not in blocks yet
         self._early = False  # whether the open window is updated in backward
@@ -201,6 +211,11 @@ class ZeROInfinityStrategy(BlockCheckpoints):
     def num_processes(self) -> int:
         """Processes on this node."""
         return len(self.parallel_devices or [])
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether each rank loads its part of the data, and what is logged is averaged."""
+        return self.num_processes * self.num_nodes > 1
 
     @override
     def _configure_launcher(self) -> None:
@@ -221,18 +236,23 @@ class ZeROInfinityStrategy(BlockCheckpoints):
                 " committed: ckpt_path='last' is the latest checkpoint of a callback."
             )
             return found
-        committed = run_folders(self, trainer)[0] / FILE
-        if not committed.is_file():
+        records = [folder / FILE for folder in folders_here(self, trainer)]
+        if not is_committed([record.parent for record in records]):
+            self._may_overwrite = any(record.is_file() for record in records)
             return found
         saved = get_filesystem(found).modified(found).timestamp() if found is not None else 0.0
-        self._may_overwrite = saved > committed.stat().st_mtime
-        return found if self._may_overwrite else str(committed)
+        written = max(record.stat().st_mtime for record in records if record.is_file())
+        self._may_overwrite = saved > written
+        return found if self._may_overwrite else str(records[self.local_rank])
+
+    @override
+    def _own_record(self, record: Path) -> Path:
+        return own_record(self, record)
 
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
-        if self.num_processes > 1:  # a group of one would be in the way of what forks
-            launching.join_ranks(self)
+        join(self)
         assert self.lightning_module is not None
         trainer: Any = self.lightning_module.trainer
         present = {type(callback) for callback in trainer.callbacks}
@@ -282,6 +302,9 @@ class ZeROInfinityStrategy(BlockCheckpoints):
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         assert self._engine is not None
+        if self.ranks.size > 1:
+            assert self.lightning_module is not None
+            share_buffers(self.lightning_module, self._buffers)
         with self._engine.forward():
             return super().training_step(*args, **kwargs)
 
@@ -297,7 +320,7 @@ class ZeROInfinityStrategy(BlockCheckpoints):
         stay = self._engine.gradients.stay  # then hooks see them as they are in memory
         if closes and not stay and isinstance(module, KnowsGradientFactor):
             factor = module.gradient_factor()
-        with self._engine.backward(updates=self._early and closes, factor=factor):
+        with self._engine.backward(updates=self._early and closes, closes=closes, factor=factor):
             self.pre_backward(closure_loss)
             loss = self.precision_plugin.pre_backward(closure_loss, module)
             self.precision_plugin.backward(loss, module, optimizer, *args, **kwargs)
@@ -374,11 +397,16 @@ class ZeROInfinityStrategy(BlockCheckpoints):
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        return obj
+        box = [obj]
+        if distributed.is_initialized():
+            distributed.broadcast_object_list(box, src)
+        return box[0]
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        return tensor
+        if not isinstance(tensor, Tensor):
+            return tensor
+        return lightning_processes.reduce_in_place(tensor, group, reduce_op)
 
     # The end
 
@@ -389,7 +417,8 @@ class ZeROInfinityStrategy(BlockCheckpoints):
             folder, step = self._engine.store.folder, self.lightning_module.trainer.global_step
             whole = self.atomic_step
             tell_what_is_left(exception, self.global_rank, step, folder, atomic_step=whole)
-        with suppress(OSError):  # it may be the disk that has failed; what is committed stays
+        end_together(self, exception)
+        with suppress(OSError, type(exception)):  # what may have failed; what is committed stays
             self.close()
         failure.leave()
 

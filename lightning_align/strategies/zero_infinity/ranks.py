@@ -1,0 +1,114 @@
+"""Ranks that train one model: how they meet, go on from one step, and end together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import distributed, nn
+
+from lightning_align.offload.ranks import Ranks
+from lightning_align.offload.record import BEFORE, FILE, read_record, sync_folder
+from lightning_align.strategies import failure, launching
+from lightning_align.strategies.zero_infinity.blocks import WHERE
+
+if TYPE_CHECKING:
+    from lightning_align.strategies.zero_infinity.strategy import ZeROInfinityStrategy
+
+_FAREWELL_S = 5.0  # until then one that computes comes to its next message; then it is cut off
+
+
+def join(strategy: ZeROInfinityStrategy) -> None:
+    """Let the ranks be one group; collective. One that is alone needs none: it would bar forks."""
+    if strategy.is_distributed:
+        launching.join_ranks(strategy)
+        if strategy.ranks.size == 1:
+            # Nobody else may send messages in it, or they would be taken for others.
+            strategy.ranks = Ranks(distributed.new_group(timeout=strategy.timeout))
+
+
+def persistent_buffers(module: nn.Module) -> list[str]:
+    """Names of what training may change beside parameters, such as running means."""
+    named, state = dict(module.named_buffers()), module.state_dict(keep_vars=True)
+    return [name for name, buffer in named.items() if state.get(name) is buffer]
+
+
+def share_buffers(module: nn.Module, names: list[str]) -> None:
+    """Give all ranks the buffers of the first, as DDP does before a forward; collective."""
+    works = [distributed.broadcast(module.get_buffer(name), 0, async_op=True) for name in names]
+    for work in works:
+        assert work is not None
+        work.wait()
+
+
+# Steps that were committed
+
+
+def is_committed(folders: list[Path]) -> bool:
+    """Whether all ranks of this machine have a step; their first may have been cut off.
+
+    Args:
+        folders: Of these ranks.
+    """
+    have = [(folder / FILE).is_file() for folder in folders]
+    if all(have) or not any(have):
+        return all(have)
+    begun = all(folder.is_dir() for folder in folders)
+    first = all(read.ranks == len(folders) for folder in folders if (read := read_record(folder)))
+    # With another number of ranks, or a drive that is not there, it is no first step.
+    return not (begun and first and not any((folder / BEFORE).exists() for folder in folders))
+
+
+def return_to_common_step(folder: Path, ranks: Ranks) -> None:
+    """Take a commit back that not all ranks have come to; collective.
+
+    A kill between the renamings of two ranks leaves one of them a step ahead. What the step before
+    it has written is untouched, as nobody goes on before all have come to a step.
+
+    Args:
+        folder: Of this rank.
+        ranks: All of them.
+
+    Raises:
+        ValueError: If ranks have no step in common.
+    """
+    what = "the step that was committed"
+    with ranks.together(what):
+        record = read_record(folder)
+        if record is None:
+            raise ValueError(f"{WHERE}: rank {ranks.rank} has committed no step in {folder}.")
+    assert record is not None
+    steps = ranks.of_all(what, record.step)
+    common = min(steps)
+    with ranks.together(what):
+        if record.step > common:
+            before = read_record(folder, BEFORE)
+            if before is None or before.step != common:
+                raise ValueError(
+                    f"{WHERE}: the ranks have committed steps {steps}, and in {folder} there is no"
+                    f" step {common} any more. Go on from a checkpoint, with overwrite=True."
+                )
+            (folder / BEFORE).replace(folder / FILE)
+            sync_folder(folder)
+
+
+# The end
+
+
+def end_together(strategy: ZeROInfinityStrategy, error: BaseException) -> None:
+    """Let other ranks know of an error here, and add to it what has failed before elsewhere.
+
+    Args:
+        strategy: Whose run ends.
+        error: Why.
+    """
+    if strategy.ranks.size == 1:
+        return
+    module = strategy.lightning_module
+    step = 0 if module is None or module._trainer is None else module.trainer.global_step
+    place = f"rank {strategy.global_rank}, after step {step}"
+    first = failure.first_failure(place, error)
+    if first is not None and hasattr(error, "add_note"):  # Python 3.11
+        error.add_note(f"{WHERE}: {place} has lost its peer. The failure was at {first}")
+    strategy.ranks.leave(error, _FAREWELL_S)
+    strategy.ranks = Ranks()
