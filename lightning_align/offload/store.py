@@ -178,6 +178,14 @@ class ShardStore:
             return None
         return file.view(0, self.blocks[block].nbytes)
 
+    def rearranged(self, block: str) -> None:
+        """The block's section is another one: what it has in memory begins anew, of its length."""
+        slot = self._current[block]
+        if isinstance(file := self._files[block, slot], MemoryFile):
+            self.settle(block)
+            file.close()
+            self._files[block, slot] = self._open(self.blocks[block], self._name(block, slot))
+
     def read(self, block: str, memory: Tensor, offset: int = 0) -> Transfer:
         """Fill memory from the block's values.
 

@@ -70,6 +70,7 @@ class WholeValues:
             old, places = self._residents.fetch(block, "values"), block.places
             self._residents.discard(block)
             block.divide(ranks.rank, ranks.size, whole=whole, first=number)
+            self._store.rearranged(block.name)
             memory = self._pool.take(block.nbytes)
             for name, place in block.places.items():
                 place.of(memory).copy_(places[name].of(old))

@@ -63,6 +63,47 @@ def test_two_ranks_train_as_ddp(tmp_path, early, window, gradients):
     assert run_ranks(run) == [[], []]
 
 
+PLACES = {
+    "values in memory": ("is_stored",),
+    "state in memory": ("states_stay",),
+    "both in memory": ("is_stored", "states_stay"),
+    "whole values": ("kept",),
+    "whole values, gradients in p.grad": ("kept", "gradients_stay"),
+}
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("stays", PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize("early", [False, True], ids=["after backward", "in backward"])
+def test_two_ranks_train_as_ddp_wherever_blocks_lie(tmp_path, early, stays, every):
+    def run(rank):
+        return train_both(tmp_path, rank, early, window=2, gradients=True, stays=stays, every=every)
+
+    assert run_ranks(run) == [[], []]
+
+
+@pytest.mark.parametrize("stays", [("is_stored",), ("is_stored", "states_stay"), ("kept",)])
+def test_sections_in_memory_can_be_cut_anew(tmp_path, stays):
+    """Muon's may not cut a matrix, and are longer then."""
+
+    def run(rank):
+        module = network(WIDTH)
+        expected = [p.detach().clone() for p in module.parameters()]
+        ranks = Ranks(distributed.new_group())
+        engine = offloaded(tmp_path / str(rank), module, ranks=ranks, stays=stays)
+        length = engine.blocks[0].section_nbytes
+        engine.whole.arrange(whole=True)
+        assert engine.blocks[0].section_nbytes > length
+        with engine.whole.gathered():
+            same = all(
+                torch.equal(p, e) for p, e in zip(module.parameters(), expected, strict=True)
+            )
+        engine.close()
+        return same
+
+    assert run_ranks(run, 3) == [True] * 3
+
+
 def test_without_padding_two_ranks_train_otherwise(tmp_path, monkeypatch):
     """Vector kernels treat the end of a piece differently, and pieces would end anywhere."""
     monkeypatch.setattr(block, "PADDING", 1)
