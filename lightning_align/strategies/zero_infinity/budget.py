@@ -75,6 +75,7 @@ def plan(
     buffers: Buffers,
     *,
     gradients_stay: bool = False,
+    ranks: int = 1,
 ) -> Memory:
     """How much may be in memory; blocks that fit are kept there.
 
@@ -83,18 +84,20 @@ def plan(
         memory_limit: Bytes; ``"auto"`` takes the least that overlaps reads with compute.
         buffers: How many there are.
         gradients_stay: Whether all gradients are left where autograd puts them.
+        ranks: How many share what lies in host memory.
 
     Raises:
         ValueError: If the limit is below what the largest block needs.
     """
-    held = _Held(blocks, gradients_stay)
+    held = _Held(blocks, gradients_stay, ranks)
+    in_memory = gradients_stay or not held.summed_on_drive
     groups = (buffers.optimizer or 2) if any(not block.states_stay for block in blocks) else 0
     group = _BYTES * (buffers.sub_group_size or _SUB_GROUP)
     of_one = 2 * held.tensor  # a group has at least one parameter, with two tensors of state
     if memory_limit == "auto":
         count = buffers.params or 3
         pool = held.pool + groups * max(group, of_one) + count * held.largest
-        return Memory(count, gradients_stay, group, pool, groups)
+        return Memory(count, in_memory, group, pool, groups)
     limit = parse_bytes(memory_limit)
     count = buffers.params or 2
     least = held.beside + held.pool + count * held.largest
@@ -106,11 +109,11 @@ def plan(
     free = limit - least
     if buffers.params is None and free >= held.largest:
         count, free = count + 1, free - held.largest
-    gradients = held.summed <= free  # nothing, if they stay anyway
+    gradients = in_memory or held.summed_on_drive <= free
     if gradients:
-        free -= held.summed
-    _keep(blocks, free, count * held.largest, gradients=gradients)
-    beside = _Held(blocks, gradients_stay).beside
+        free -= held.summed_on_drive
+    _keep(blocks, free, count * held.largest, gradients=gradients and ranks == 1)
+    beside = _Held(blocks, gradients_stay, ranks).beside
     return Memory(count, gradients, group, limit - beside, groups)
 
 
@@ -120,24 +123,34 @@ class _Held:
     Args:
         blocks: All blocks.
         gradients_stay: Whether all gradients are left where autograd puts them.
+        ranks: How many share what lies in host memory.
     """
 
-    def __init__(self, blocks: Sequence[Block], gradients_stay: bool) -> None:
+    def __init__(self, blocks: Sequence[Block], gradients_stay: bool, ranks: int) -> None:
         moving = [block.nbytes for block in blocks if not block.kept]
         trained = [block for block in blocks if not block.read_only]
         summed = [b.nbytes for b in trained if not (gradients_stay or b.gradients_stay)]
         self.in_grad = sum(block.nbytes for block in trained) - sum(summed)
-        # An optimizer has at most two tensors of state for one of parameters.
-        states = sum(2 * block.nbytes for block in trained if block.states_stay)
-        values = sum(block.nbytes for block in blocks if not block.is_stored and block.kept)
+        in_host = [block for block in blocks if not block.is_stored]
+        states = sum(map(_state_bytes, (b for b in trained if b.states_stay))) // ranks
+        values = sum(b.nbytes if b.kept else b.nbytes // ranks for b in in_host)
+        in_pool = sum(block.nbytes for block in blocks if block.kept and block.is_stored)
         sizes = [place.nbytes for block in blocks for place in block.places.values()]
         self.tensor = max(sizes, default=0)
         self.largest = max(moving, default=0)
-        self.summed = sum(summed)
+        here = [b.nbytes for b in trained if b.states_stay and not b.gradients_stay]
+        here = [] if gradients_stay else here  # sums go where the state is
+        self.summed_on_drive = sum(summed) - sum(here)
         self.kept = sum(block.nbytes for block in blocks if block.kept)
         # Sums of two blocks are in the pool, and gradients of one where autograd puts them.
-        self.pool = self.kept - values + 2 * max(summed, default=0)
+        self.pool = in_pool + sum(here) + 2 * max(summed, default=0)
         self.beside = values + states + self.in_grad + max(summed, default=0)
+
+
+def _state_bytes(block: Block) -> int:
+    """At most two tensors of an optimizer for one of parameters; in bf16 three in fp32."""
+    sizes = ((p.numel(), p.element_size()) for p in block.parameters.values())
+    return sum(numel * (2 * size if size >= 4 else 12) for numel, size in sizes)
 
 
 def _keep(blocks: Sequence[Block], free: int, buffers: int, *, gradients: bool) -> None:

@@ -57,19 +57,25 @@ class Devices:
         """Whether anything is there."""
         return "nvme" in (self.params, self.optimizer) and self.fraction > 0
 
-    def assign(self, blocks: Sequence[Block]) -> None:
+    def assign(self, blocks: Sequence[Block], ranks: int = 1) -> None:
         """Say of each block what of it lies where.
+
+        Of several ranks each has a section in host memory. The whole of it is put together for each
+        use, and gradients are reduced to it.
 
         Args:
             blocks: All blocks, as ``find_blocks`` gives them.
+            ranks: How many there are.
         """
         chosen = spread([block.nbytes for block in blocks], self.fraction)
         for block, on_drive in zip(blocks, chosen, strict=True):
             belongs_to_none = block.kept
             block.is_stored = on_drive and self.params == "nvme"
             block.states_stay = not (on_drive and self.optimizer == "nvme")
-            block.kept = belongs_to_none or self.stage < 3 or not block.is_stored
-            block.gradients_stay = belongs_to_none or self.stage < 2 or block.states_stay
+            stays = belongs_to_none or self.stage < 3
+            block.kept = stays or (ranks == 1 and not block.is_stored)
+            stays = belongs_to_none or self.stage < 2
+            block.gradients_stay = stays or (ranks == 1 and block.states_stay)
             block.gradients_stay |= block.read_only  # of which there are none
 
 

@@ -184,10 +184,11 @@ def _open(
     blocks, modules = find_blocks(module, strategy.wrap_policy)
     if strategy.tile_numel is not None:
         blocks, modules, strategy._tiled = tile(blocks, modules, strategy.tile_numel)
-    strategy.devices.assign(blocks)
+    ranks = strategy.world_size
+    strategy.devices.assign(blocks, ranks)
     pinned = strategy.pin_memory and strategy.root_device.type == "cuda"
     stay = bool(hooks_on_gradients(module.trainer, module))
-    memory = plan(blocks, strategy.memory_limit, strategy.buffers, gradients_stay=stay)
+    memory = plan(blocks, strategy.memory_limit, strategy.buffers, gradients_stay=stay, ranks=ranks)
     threads = _threads(strategy, blocks, folders)
     undo.callback(threads.close)
     store = ShardStore(

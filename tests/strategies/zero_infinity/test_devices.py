@@ -98,6 +98,20 @@ def test_tiles(tmp_path, arguments):
         torch.testing.assert_close(found[1][name], value, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("arguments", [HOST, {"offload_fraction": 0.5}, {"stage": 2}], ids=str)
+def test_bf16_true_has_its_masters_wherever_state_lies(tmp_path, arguments):
+    found = []
+    for strategy in (small(), small(overwrite=True, **arguments)):
+        data = DataLoader(batches(), batch_size=2)
+        module = PretrainModule(TINY_MODELS["llama"](), optimizer=ADAMW)
+        trainer = fit(tmp_path, module, data, strategy, precision="bf16-true")
+        states = strategy.optimizer_state(trainer.optimizers[0])["state"]
+        found.append((strategy.lightning_module_state_dict(), states))
+        assert sum("master" in key for key in states[0]) == 1
+        strategy.close()
+    assert_same(found[1], found[0])
+
+
 @pytest.mark.parametrize("offload_activations", ["cpu", "nvme"])
 def test_activations_may_be_on_a_drive_where_nothing_else_is(tmp_path, offload_activations):
     data = DataLoader(points(), batch_size=8)
