@@ -287,3 +287,16 @@ def test_a_gradient_that_is_no_number_touches_nothing_on_disk(tmp_path, build):
     assert all(value.isfinite().all() for value in found.values())
     assert_same(found, theirs.state_dict())
     trainer.strategy.close()
+
+
+def test_one_that_raises_leaves_the_step_before_it(tmp_path):
+    build = partial(StableAdamW, lr=1e-2, on_nonfinite="raise")
+    with pytest.raises(FloatingPointError) as error:
+        fit(tmp_path, Spoils(build), DATA(), small())
+    for note in getattr(error.value, "__notes__", []):
+        assert "step 2 is whole there" in note
+    trainer = fit(tmp_path, Regression(build), DATA(), small(), "last")  # without the bad batch
+    theirs = Regression(build)
+    fit(tmp_path, theirs, DATA())
+    assert_same(trainer.strategy.lightning_module_state_dict(), theirs.state_dict())
+    trainer.strategy.close()
