@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lightning_align.checkpointing.files import Folder
+from lightning_align.checkpointing.files import Bytes, Folder
 from lightning_align.checkpointing.frozen import freeze
 from lightning_align.checkpointing.snapshot import HostBuffer
+
+
+def pieces(state: Any) -> Iterator[Bytes]:
+    """The bytes of the file, one piece after the other.
+
+    Args:
+        state: Nested dicts, lists and tuples of tensors and other values.
+
+    Raises:
+        ValueError: If the state cannot be saved.
+    """
+    structure, tensors = freeze(state)
+    buffer = HostBuffer()
+    buffer.copy(tensors, state)
+    return buffer.file(structure)
 
 
 def save_streamed(state: Any, path: str | os.PathLike[str]) -> None:
@@ -24,15 +40,12 @@ def save_streamed(state: Any, path: str | os.PathLike[str]) -> None:
     directory, _, name = os.fspath(path).replace(os.sep, "/").rpartition("/")
     folder = Folder(directory or ".")
     folder.create()
-    structure, tensors = freeze(state)
-    buffer = HostBuffer()
-    buffer.copy(tensors, state)
     if not folder.is_local:
-        folder.write(name, buffer.file(structure))
+        folder.write(name, pieces(state))
         return
     unfinished = f".{name}.unfinished"
     try:
-        folder.write(unfinished, buffer.file(structure))
+        folder.write(unfinished, pieces(state))
         Path(folder.path(unfinished)).replace(folder.path(name))
     except BaseException:
         folder.delete(unfinished)

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_align._errors import argument_error
-from lightning_align.checkpointing.streamed import save_streamed
+from lightning_align.checkpointing.streamed import pieces, save_streamed
 from lightning_align.offload import linked
 from lightning_align.offload.engine import OffloadEngine
 from lightning_align.offload.ranks import Ranks
@@ -246,7 +246,9 @@ class BlockCheckpoints(ParallelStrategy):
         store.make_durable()
         unfinished = replacing.begin(place)
         rest = linked.link(checkpoint, unfinished, self.global_rank, store.current)
-        save_streamed(rest, unfinished / linked.META_FILE)
+        with (unfinished / linked.META_FILE).open("wb") as file:
+            file.writelines(pieces(rest))
+        linked.make_durable(unfinished)
         replacing.end(place)
         sync_folder(place.parent)
 
