@@ -2,6 +2,7 @@
 
 import gc
 
+import pytest
 import torch
 
 from lightning_align.offload.buffers import BufferPool
@@ -32,3 +33,12 @@ def test_memory_is_aligned_and_not_wasted_on_what_is_small():
     assert pool.allocated_bytes == (1 << 20) + 4096
     pool.trim()
     assert pool.allocated_bytes == 4096
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_buffers_may_be_registered_with_cuda():
+    pool = BufferPool(pinned=True)
+    memory = pool.take(1 << 20)
+    assert memory.is_pinned()
+    assert torch.equal(memory.to("cuda", non_blocking=True).cpu(), memory)
