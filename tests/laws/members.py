@@ -275,7 +275,9 @@ STRATEGIES = [
             params_buffer_count=2,
             sub_group_size=1000,
             overwrite=True,  # a run that goes on from a checkpoint of its own
+            start_method="fork",
         ),
+        ranks=2,
     ),
     Member(
         "zero_infinity_cpu",
@@ -284,6 +286,8 @@ STRATEGIES = [
             offload_params_device="cpu",
             offload_optimizer_device="cpu",
             sub_group_size=1000,
+            start_method="fork",
         ),
+        ranks=2,
     ),
 ]

@@ -58,11 +58,6 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
             rule = "it reads or copies the whole model, of which a few blocks are in memory"
             way_out = "Leave the callback out, or use another strategy"
             raise argument_error(WHERE, "callbacks", type(callback).__name__, rule, way_out)
-    if (hooks := hooks_on_gradients(trainer, module)) and trainer.world_size > 1:
-        rule = f"with {', '.join(hooks)} all gradients stay in p.grad, which takes one rank so far"
-        way_out = "Set devices=1, or leave them out: Trainer(gradient_clip_val=...) clips, and"
-        way_out += " strategy.total_grad_norm() is the norm"
-        raise argument_error(WHERE, "devices", trainer.world_size, rule, way_out)
 
 
 def hooks_on_gradients(trainer: pl.Trainer, module: pl.LightningModule) -> list[str]:

@@ -11,6 +11,9 @@ from lightning_align import StableAdamW
 from lightning_align.modules import PretrainModule
 from tests.helpers.offloaded import ADAMW, Regression, batches, compare, fit, points, small
 from tests.helpers.tiny_models import TINY_MODELS
+from tests.strategies.zero_infinity.test_ranks import compare as compare_ranks
+
+SLOW = pytest.mark.slow
 
 
 def gradients(module):
@@ -136,3 +139,28 @@ def test_what_it_costs_is_told_and_counted(tmp_path):
         fit(tmp_path, Looks(), data, small(memory_limit="60KB", overwrite=True))
     with pytest.raises(ValueError, match=r"update_in_backward=True\).*looks at all gradients"):
         fit(tmp_path, Looks(), data, small(update_in_backward=True, overwrite=True))
+
+
+@pytest.mark.parametrize(
+    "kind", [Clips, pytest.param(ClipsByLightning, marks=SLOW), pytest.param(Replaces, marks=SLOW)]
+)
+@pytest.mark.parametrize("window", [1, 2])
+def test_two_ranks_that_handle_gradients_train_as_under_ddp(tmp_path, kind, window):
+    options = {"accumulate_grad_batches": window}
+    compare_ranks(
+        tmp_path, lambda: kind(ADAMW), lambda: DataLoader(points(), batch_size=4), **options
+    )
+
+
+class Notes(Looks):
+    """Shows in its loss what hooks have seen, so that ranks can be compared by it."""
+
+    def training_step(self, batch, batch_idx):
+        sums = [value.sum() for _, found in self.seen for value in found.values()]
+        self.log("seen", torch.stack(sums).sum() if sums else torch.zeros(()))
+        return super().training_step(batch, batch_idx)
+
+
+def test_hooks_of_two_ranks_see_what_ddp_shows(tmp_path):
+    options = {"accumulate_grad_batches": 2}
+    compare_ranks(tmp_path, Notes, lambda: DataLoader(points(), batch_size=4), **options)
