@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,9 +45,28 @@ class ScriptLauncher(launchers._SubprocessScriptLauncher):
         return result
 
 
-def multiprocessing_launcher(strategy: Any, start_method: Any) -> Any:
-    """Lightning's launcher that forks or spawns the processes."""
-    return launchers._MultiProcessingLauncher(strategy, start_method=start_method)
+def multiprocessing_launcher(
+    strategy: Any, start_method: Any, whole: Callable[[], AbstractContextManager[None]]
+) -> Any:
+    """Lightning's launcher that forks or spawns the processes, and takes the module's state back.
+
+    Args:
+        strategy: Whose processes.
+        start_method: How they are started.
+        whole: Around the reading of that state, on every rank.
+    """
+    launcher: Any = launchers._MultiProcessingLauncher(strategy, start_method=start_method)
+    collect = launcher._collect_rank_zero_results
+    launcher._collect_rank_zero_results = partial(_within, whole, collect)
+    return launcher
+
+
+def _within(
+    around: Callable[[], AbstractContextManager[None]], call: Callable[..., Any], *args: Any
+) -> Any:
+    """A call in a context; at the top of a module, so that spawned processes find it."""
+    with around():
+        return call(*args)
 
 
 def join_process_group(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,15 @@ from lightning.fabric.utilities.seed import reset_seed
 from torch import distributed
 
 from lightning_align._compat import lightning_processes
+from lightning_align.run.protocols import GathersParameters
 from lightning_align.strategies import failure
 
 
 def launcher(strategy: Any) -> Any:
     """What starts the processes, unless torchrun or a cluster has, and lets them end together."""
     if strategy.start_method != "popen":
-        return lightning_processes.multiprocessing_launcher(strategy, strategy.start_method)
+        whole = strategy.gathered if isinstance(strategy, GathersParameters) else nullcontext
+        return lightning_processes.multiprocessing_launcher(strategy, strategy.start_method, whole)
     return lightning_processes.ScriptLauncher(
         strategy.cluster_environment,
         strategy.num_processes,

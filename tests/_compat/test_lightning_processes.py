@@ -1,5 +1,6 @@
 """Private APIs that a strategy of several processes needs."""
 
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -18,9 +19,23 @@ def test_launchers_are_those_of_lightning() -> None:
     by_script = lightning_processes.ScriptLauncher(LightningEnvironment(), 2, 1, lambda: None)
     # What Lightning asks for when it ends processes on Ctrl-C.
     assert "_SubprocessScriptLauncher" in [base.__name__ for base in type(by_script).__bases__]
-    forking = lightning_processes.multiprocessing_launcher(PipelineStrategy(), "fork")
+    inside = []
+
+    @contextmanager
+    def whole():
+        inside.append("begin")
+        yield
+        inside.append("end")
+
+    forking = lightning_processes.multiprocessing_launcher(PipelineStrategy(), "fork", whole)
     assert type(forking).__name__ == "_MultiProcessingLauncher"
     assert forking._start_method == "fork"
+    # The method that reads the module's state has its old name.
+    kind: Any = type(forking)
+    assert forking._collect_rank_zero_results.args[1].__func__ is kind._collect_rank_zero_results
+    with pytest.raises(AttributeError):
+        forking._collect_rank_zero_results(None, None)
+    assert inside == ["begin"]
 
 
 def test_processes_that_are_there_already_end_together_too() -> None:
