@@ -69,6 +69,9 @@ class Ranks:
 
     def _start(self, call: Callable[[], _Result]) -> Future[_Result]:
         future: Future[_Result] = Future()
+        if self._failure is not None:
+            future.set_exception(self._failure)
+            return future
         self._open.add(future)
         future.add_done_callback(self._open.discard)
         self._tasks.put((future, call))

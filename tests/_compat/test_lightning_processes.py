@@ -91,3 +91,15 @@ def test_default_store_holds_what_a_rank_puts_there() -> None:
         return bytes(store.get("key"))
 
     assert run_ranks(put) == [b"value"] * 2
+
+
+def test_reduce_in_place_is_a_mean_over_ranks() -> None:
+    def reduce(rank: int) -> tuple[float, float]:
+        values = torch.tensor([rank + 1.0, rank + 1.0])
+        mean = lightning_processes.reduce_in_place(values[:1], None, "mean")
+        total = lightning_processes.reduce_in_place(values[1:], None, "sum")
+        return float(mean), float(total)
+
+    assert run_ranks(reduce) == [(1.5, 3.0)] * 2
+    alone = torch.tensor([2.0])
+    assert lightning_processes.reduce_in_place(alone, None, "mean") is alone
