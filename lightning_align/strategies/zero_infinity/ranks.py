@@ -75,10 +75,15 @@ def return_to_common_step(folder: Path, ranks: Ranks) -> None:
     what = "the step that was committed"
     with ranks.together(what):
         record = read_record(folder)
-        if record is None:
-            raise ValueError(f"{WHERE}: rank {ranks.rank} has committed no step in {folder}.")
-    assert record is not None
-    steps = ranks.of_all(what, record.step)
+    everyone = ranks.of_all(what, record and (record.step, record.ranks))
+    steps = [each[0] for each in everyone if each is not None]
+    counts = {each[1] for each in everyone if each is not None}
+    if record is None or len(steps) < ranks.size or counts != {ranks.size}:
+        raise ValueError(
+            f"{WHERE}: {len(steps)} of {ranks.size} ranks have a step in {folder.parent}, which"
+            f" {', '.join(map(str, counts))} rank(s) have committed. Go on with as many, or from a"
+            " checkpoint, which any number of ranks can read. Nothing was touched there."
+        )
     common = min(steps)
     with ranks.together(what):
         if record.step > common:
