@@ -221,12 +221,6 @@ def child(arguments: argparse.Namespace) -> None:
             self.losses.append(float(trainer.callback_metrics["val_loss"]))
             self.validated.add(len(self.marks) - 1)
 
-    torch.manual_seed(0)
-    module = PretrainModule(
-        llama(width, blocks),
-        optimizer=partial(torch.optim.AdamW, lr=3e-4, fused=True),
-        activation_checkpointing=True,
-    )
     watch = Watch()
     # The string's defaults; its class only for the folder.
     strategy = ZeROInfinityStrategy(nvme_path=str(Path(arguments.folder, "nvme")))
@@ -246,6 +240,13 @@ def child(arguments: argparse.Namespace) -> None:
         callbacks=[watch],
         **RUNS[arguments.run],
     )
+    with trainer.init_module():  # built on disk, so that the limit may hold from the start
+        torch.manual_seed(0)
+        module = PretrainModule(
+            llama(width, blocks),
+            optimizer=partial(torch.optim.AdamW, lr=3e-4, fused=True),
+            activation_checkpointing=True,
+        )
     start = time.perf_counter()
     trainer.fit(module, novel(tokens, arguments.folder))
     engine: Any = strategy._engine
