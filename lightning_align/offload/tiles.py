@@ -183,7 +183,7 @@ def whole_optimizer_state(
         tiled: What was cut.
     """
     known = {p: each for each in tiled for p in each.tiles.values()}
-    if not known:
+    if not known or not state:  # ranks but the first have none
         return state
     merged: dict[int, Any] = {}
     groups, number = [], 0

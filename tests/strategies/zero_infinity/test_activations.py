@@ -12,6 +12,7 @@ from lightning_align.modules import PretrainModule
 from lightning_align.offload import activations
 from tests.helpers.offloaded import ADAMW, Both, Regression, batches, compare, points, small
 from tests.helpers.tiny_models import TINY_MODELS, PlainDecoder
+from tests.strategies.zero_infinity import test_ranks as ranks
 
 
 class Moved(pl.Callback):
@@ -73,3 +74,11 @@ def test_a_module_written_by_hand_trains_as_in_memory(tmp_path, moved, kind, whe
     strategy = small(offload_activations=where)
     compare(tmp_path, lambda: kind(ADAMW), data, strategy, callbacks=[moved])
     assert (min(moved.counts) >= 4) == (where == "nvme")
+
+
+def test_each_rank_moves_its_own(tmp_path, moved):
+    def build():
+        model = TINY_MODELS["llama"]()
+        return PretrainModule(model, optimizer=ADAMW, activation_checkpointing=True)
+
+    ranks.compare(tmp_path, build, ranks.text, arguments={"offload_activations": "nvme"})

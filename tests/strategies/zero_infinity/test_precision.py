@@ -1,6 +1,7 @@
 """Half precision on one rank against the same in memory, and steps that must not be taken."""
 
 import copy
+from datetime import timedelta
 from functools import partial
 
 import lightning.pytorch as pl
@@ -21,7 +22,9 @@ from tests.helpers.offloaded import (
     points,
     small,
 )
+from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_models import TINY_MODELS
+from tests.strategies.zero_infinity import test_ranks as ranks
 
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])
@@ -130,3 +133,24 @@ def test_raising_leaves_the_step_before_on_disk(tmp_path, build):
     trainer = fit(tmp_path, Regression(build), data, small(), "last", max_steps=4)
     values = trainer.strategy.lightning_module_state_dict()
     assert_same(values, expected.strategy.lightning_module_state_dict())
+
+
+@pytest.mark.parametrize("build", [ADAMW, partial(Muon, lr=1e-2)])
+def test_ranks_round_off_masters_that_are_cut(tmp_path, build):
+    def run(rank):
+        strategy = small(timeout=timedelta(seconds=60))
+        data, options = ranks.points_of(), {"precision": "bf16-true"}
+        trainer = ranks.fit(tmp_path, rank, Regression(build, width=48), data, strategy, **options)
+        states = strategy.optimizer_state(trainer.optimizers[0]).get("state", {})
+        values = strategy.lightning_module_state_dict()
+        masters = [state["master"] for state in states.values()]
+        names = {p: name for name, p in trainer.lightning_module.named_parameters()}
+        order = [p for group in trainer.optimizers[0].param_groups for p in group["params"]]
+        return [values[names[p]] for p in order if values], masters
+
+    values, masters = run_ranks(run, 2, timeout_s=120)[0]
+    assert len(masters) == len(values)
+    for value, master in zip(values, masters, strict=True):
+        assert master.dtype == torch.float32
+        assert torch.equal(value, master.bfloat16())
+    assert any(not torch.equal(m, m.bfloat16().float()) for m in masters)

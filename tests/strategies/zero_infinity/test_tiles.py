@@ -22,6 +22,7 @@ from tests.helpers.offloaded import (
     trainer_of,
 )
 from tests.helpers.tiny_models import TINY_MODELS
+from tests.strategies.zero_infinity.test_ranks import both, largest_difference, text
 
 # AdamW divides by the square roots of sums that are rounding errors where the gradient is zero.
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
@@ -145,3 +146,10 @@ def test_optimizers_of_whole_matrices_are_refused(tmp_path):
 def test_a_tile_has_at_least_one_element():
     with pytest.raises(ValueError, match="tile_numel=0"):
         small(tile_numel=0)
+
+
+def test_ranks_train_in_tiles_as_under_ddp(tmp_path):
+    build = lambda: PretrainModule(TINY_MODELS["llama"](), optimizer=SGD)  # noqa: E731
+    arguments = {"tile_numel": 300}
+    pair = both(tmp_path, build, text, arguments=arguments, precision="64-true")
+    assert largest_difference(*pair) < 1e-12
