@@ -17,13 +17,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import xxhash
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_align._errors import argument_error
 from lightning_align.mapped import Part, mapped, part_of, source_of
@@ -51,7 +52,33 @@ class _Entry(NamedTuple):
     pieces: list[Piece]
 
 
+class Stretch(NamedTuple):
+    """Elements of a tensor, in a file of a store."""
+
+    file: Any
+    offset: int  # bytes
+    start: int  # first element
+    length: int  # elements
+
+
 # Writing
+
+_OUTLINES: Any = WeakIdKeyDictionary()  # tensor on meta -> what this rank has of it
+
+
+def outline(shape: Sequence[int], dtype: torch.dtype, stretches: list[Stretch]) -> Tensor:
+    """What stands in a checkpoint for a tensor that ranks have in parts.
+
+    Args:
+        shape: Of the whole tensor.
+        dtype: Of the tensor.
+        stretches: What this rank has of it.
+    """
+    if not math.prod(shape):
+        return torch.empty(*shape, dtype=dtype)
+    made = torch.empty(*shape, dtype=dtype, device="meta")
+    _OUTLINES[made] = stretches
+    return made
 
 
 def link(checkpoint: dict[str, Any], folder: Path, rank: int, current: Collection[Any]) -> Any:
@@ -65,32 +92,57 @@ def link(checkpoint: dict[str, Any], folder: Path, rank: int, current: Collectio
 
     Returns:
         The checkpoint with tensors on the meta device in the place of what is linked.
+
+    Raises:
+        ValueError: If something was made of an ``outline``, as by ``half()``, and is nowhere.
     """
     own = folder / f"rank{rank:05d}"
     own.mkdir()
     names: dict[DirectFile, str] = {}
-    entries = []
+    entries: list[Any] = []
+    lost: list[str] = []
+    in_parts: list[Tensor] = []
 
-    def outline(value: Any, path: Path_) -> Any:
+    def walk(value: Any, path: Path_) -> Any:
         if isinstance(value, dict):
-            copied = {key: outline(item, (*path, key)) for key, item in value.items()}
+            copied = {key: walk(item, (*path, key)) for key, item in value.items()}
             return value if all(copied[key] is value[key] for key in copied) else copied
         if type(value) is list:
-            return [outline(item, (*path, number)) for number, item in enumerate(value)]
-        source: Any = source_of(value) if type(value) is Tensor and value.is_contiguous() else None
-        if source is None or source[0][0] not in current:
+            return [walk(item, (*path, number)) for number, item in enumerate(value)]
+        if type(value) is not Tensor:
             return value
-        (file, begin), offset = source
-        pieces, start = [], 0
-        for part, place, nbytes in file.pieces(begin + offset, value.nbytes):
-            name = names.setdefault(part, f"{own.name}/{len(names):05d}.block")
-            count = nbytes // value.element_size()
-            pieces.append(Piece(name, place, start, count))
-            start += count
-        entries.append([path, list(value.shape), str(value.dtype).removeprefix("torch."), pieces])
+        stretches = _OUTLINES.get(value)
+        if stretches is None and value.is_meta:
+            lost.append("/".join(map(str, path)))
+            return value
+        if stretches is not None:
+            in_parts.append(value)
+        else:
+            source: Any = source_of(value) if value.is_contiguous() else None
+            if source is None or source[0][0] not in current:
+                return value
+            (file, begin), offset = source
+            stretches = [Stretch(file, begin + offset, 0, value.numel())]
+        pieces = [piece for each in stretches for piece in in_files(each, value.element_size())]
+        if pieces:
+            dtype = str(value.dtype).removeprefix("torch.")
+            entries.append([path, list(value.shape), dtype, pieces])
         return torch.empty_like(value, device="meta")
 
-    rest = {key: outline(value, (key,)) for key, value in checkpoint.items()}
+    def in_files(stretch: Stretch, itemsize: int) -> Iterator[Piece]:
+        file, offset, start, length = stretch
+        for part, place, nbytes in file.pieces(offset, length * itemsize):
+            name = names.setdefault(part, f"{own.name}/{len(names):05d}.block")
+            yield Piece(name, place, start, nbytes // itemsize)
+            start += nbytes // itemsize
+
+    rest = {key: walk(value, (key,)) for key, value in checkpoint.items()}
+    if lost and in_parts:
+        rule = "it was made of a parameter of which each rank has a part, and has no values"
+        way_out = (
+            "Leave it as it is in on_save_checkpoint, or set save_distributed_checkpoint=False"
+        )
+        raise argument_error("save_checkpoint", "checkpoint", lost[0], rule, way_out)
     for file, name in names.items():
         file.link(folder / name)
     sizes = {name: (folder / name).stat().st_size for name in names.values()}

@@ -23,6 +23,7 @@ from lightning_align.offload import masters
 from lightning_align.offload.block import Block, Place, aligned, placed
 from lightning_align.offload.buffers import BufferPool
 from lightning_align.offload.files import Transfer
+from lightning_align.offload.linked import Stretch, outline
 from lightning_align.offload.record import StatePlace
 from lightning_align.offload.store import ShardStore
 
@@ -182,8 +183,22 @@ class OptimizerStream:
             for key, where in place.tensors.items():
                 state[key] = part_of(whole, start + where.offset, where.shape, where.dtype)
 
+    def outline(self, block: Block) -> None:
+        """Let ``optimizer.state`` have of a block's state what ``linked`` links."""
+        if block.states_stay:
+            return
+        file = self._store.file(block.name)
+        for name, place in self._store.states[block.name].items():
+            state, piece = self._optimizer.state[block.parameters[name]], block.pieces[name]
+            is_part = piece.place.shape != block.places[name].shape
+            for key, where in place.tensors.items():
+                length = torch.Size(where.shape).numel()
+                stretch = Stretch(file, place.offset + where.offset, piece.start, length)
+                shape = block.places[name].shape if is_part else where.shape
+                state[key] = outline(shape, where.dtype, [stretch])
+
     def drop(self, block: Block) -> None:
-        """Forget what ``show`` has brought."""
+        """Forget what ``show`` or ``outline`` has brought."""
         for name in () if block.states_stay else block.pieces:
             _remove_large(self._state(block, name))
 

@@ -288,6 +288,11 @@ class ShardStore:
         start = self.blocks[block].section_nbytes
         return self._files[block, self._current[block]].shown(start, self._ends[block] - start)
 
+    def file(self, block: str) -> AnyFile:
+        """The file that has the block's values now, once they are written."""
+        self.settle(block)
+        return self._files[block, self._current[block]]
+
     @property
     def current(self) -> set[AnyFile]:
         """Files that have the values now."""

@@ -22,6 +22,7 @@ from lightning_align.offload.optimizer_stream import (
     OptimizerStream,
     StepsParameters,
     expected_state_bytes,
+    is_large,
 )
 from lightning_align.offload.prefetch import Residents
 from lightning_align.offload.store import ShardStore
@@ -185,6 +186,26 @@ class Updates:
         for block in self._blocks:
             self._stream.drop(block)
         return state
+
+    def outlined_state(self) -> dict[str, Any]:
+        """The same as ``linked`` links it: on each rank what it has, on rank 0 all that is small.
+
+        Collective.
+        """
+        for block in self._blocks:
+            self._stream.outline(block)
+        state = self._optimizer.state_dict()
+        own = {number: dict(entry) for number, entry in state["state"].items()}
+        for block in self._blocks:
+            self._stream.drop(block)
+        small = {
+            number: {key: value for key, value in entry.items() if not is_large(value)}
+            for number, entry in own.items()
+        }
+        for others in self._ranks.of_all("the small states", small):
+            for number, entry in others.items():
+                own[number] = {**entry, **own.get(number, {})}
+        return {**state, "state": dict(sorted(own.items()))}
 
     def _gathered_state(self) -> dict[str, Any]:
         own: Any = self._optimizer.state

@@ -15,6 +15,7 @@ from lightning_align._compat.glibc_memory import give_back_freed
 from lightning_align.mapped import part_of
 from lightning_align.offload.block import Block
 from lightning_align.offload.buffers import BufferPool
+from lightning_align.offload.linked import Stretch, outline
 from lightning_align.offload.prefetch import Residents
 from lightning_align.offload.store import ShardStore
 
@@ -157,6 +158,20 @@ class WholeValues:
                 place = block.places[name]
                 shown[parameter] = part_of(whole, place.offset, place.shape, place.dtype)
         return shown
+
+    def outlines(self) -> dict[nn.Parameter, Tensor]:
+        """For each parameter what this rank has of it, as ``linked`` links it."""
+        found = {}
+        for block in self._blocks:
+            file = self._store.file(block.name)
+            for name, parameter in block.parameters.items():
+                stretches = []
+                if (piece := block.pieces.get(name)) is not None:
+                    length = torch.Size(piece.place.shape).numel()
+                    stretches = [Stretch(file, piece.place.offset, piece.start, length)]
+                place = block.places[name]
+                found[parameter] = outline(place.shape, place.dtype, stretches)
+        return found
 
     @torch.no_grad()
     def _gathered(self) -> dict[nn.Parameter, Tensor]:

@@ -52,6 +52,7 @@ class BlockCheckpoints(ParallelStrategy):
     _record: dict[str, Any] | None = None  # what is resumed from, if it is a commit
     _folder: DistributedFolder | None = None  # what is resumed from, if ranks wrote it in parts
     _is_committing = False
+    _is_saving = False
     ranks: Ranks
     _tiled: Sequence[Tiled] = ()  # weights that are cut into tiles
 
@@ -88,14 +89,21 @@ class BlockCheckpoints(ParallelStrategy):
         assert module is not None
         if self._engine is None:
             return super().lightning_module_state_dict()
-        copies = {} if self._is_committing else self._engine.whole.values()
-        if self.ranks.rank and not self._is_committing:  # the first has it
+        copies = {} if self._is_committing else self._values(self._engine)
+        if not copies and not self._is_committing:  # the first rank has it
             return {}
         values = {
             name: _stored(value, copies) if isinstance(value, nn.Parameter) else value
             for name, value in module.state_dict(keep_vars=True).items()
         }
         return whole_values(values, self._tiled)
+
+    def _values(self, engine: OffloadEngine) -> dict[nn.Parameter, Tensor]:
+        return engine.whole.outlines() if self._links_parts(engine) else engine.whole.values()
+
+    def _links_parts(self, engine: OffloadEngine) -> bool:
+        """Whether each rank of several is about to link what it has."""
+        return self.ranks.size > 1 and self._saves_links(engine.store)
 
     def whole_state_dict(self) -> dict[str, Any]:
         """The module's state with the values of all blocks; files show those that are away."""
@@ -107,6 +115,8 @@ class BlockCheckpoints(ParallelStrategy):
         if self._is_committing:  # what is large is in the blocks' files
             state = getattr(optimizer, "_optimizer", optimizer).state_dict()
             return {**state, _CLASS: type(self.optimizers[0]).__name__}
+        if self._links_parts(self._engine):
+            return self._engine.updates.outlined_state()
         state = self._engine.updates.state()
         if self.ranks.rank:
             return state
@@ -236,21 +246,42 @@ class BlockCheckpoints(ParallelStrategy):
                 save_streamed(checkpoint, filepath)
 
     def _saves_links(self, store: ShardStore) -> bool:
-        # Of several ranks the first has copies of what others store.
-        return self.save_distributed_checkpoint and store.is_on_drive and self.ranks.size == 1
+        if not self.save_distributed_checkpoint or self.ranks.size == 1:
+            return self.save_distributed_checkpoint and store.is_on_drive
+        # Otherwise the first of several ranks has copies of what others store.
+        return self._is_saving and store.commits and not self._tiled
 
     def _save_links(self, checkpoint: dict[str, Any], place: Path) -> None:
         assert self._engine is not None
-        _check_place(place)
-        store = self._engine.store
-        store.make_durable()
-        unfinished = replacing.begin(place)
-        rest = linked.link(checkpoint, unfinished, self.global_rank, store.current)
-        with (unfinished / linked.META_FILE).open("wb") as file:
-            file.writelines(pieces(rest))
-        linked.make_durable(unfinished)
-        replacing.end(place)
-        sync_folder(place.parent)
+        store, ranks, is_first = self._engine.store, self.ranks, self.ranks.rank == 0
+        with ranks.together(f"the beginning of {place}"):
+            if is_first:
+                _check_place(place)
+                replacing.begin(place)
+        unfinished = replacing.unfinished(place)
+        with ranks.together(f"links in {place}"):
+            store.make_durable()
+            rest = linked.link(checkpoint, unfinished, ranks.rank, store.current)
+        with ranks.together(f"the end of {place}"):
+            if is_first:
+                with (unfinished / linked.META_FILE).open("wb") as file:
+                    file.writelines(pieces(rest))
+                linked.make_durable(unfinished)
+                replacing.end(place)
+                sync_folder(place.parent)
+
+    def know_of_saving(self, trainer: pl.Trainer) -> None:
+        """Let what Lightning puts together be outlines, where ``save_checkpoint`` links parts."""
+        save = type(trainer).save_checkpoint
+
+        def save_checkpoint(*args: Any, **options: Any) -> None:
+            self._is_saving = True
+            try:
+                save(trainer, *args, **options)
+            finally:
+                self._is_saving = False
+
+        vars(trainer)["save_checkpoint"] = save_checkpoint
 
     def commit(self, trainer: pl.Trainer, dump: Callable[[], bytes]) -> None:
         """Make the present step the one that a kill leaves."""

@@ -255,6 +255,7 @@ class ZeROInfinityStrategy(BlockCheckpoints):
         join(self)
         assert self.lightning_module is not None
         trainer: Any = self.lightning_module.trainer
+        self.know_of_saving(trainer)
         present = {type(callback) for callback in trainer.callbacks}
         commits = (CommitSteps,) if self.devices.commits else ()
         for kind in (ExactResume, *commits, LogTraffic):

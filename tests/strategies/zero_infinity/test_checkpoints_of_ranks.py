@@ -1,0 +1,122 @@
+"""Checkpoints of several ranks, of which each links what it has."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_align import ExactResume, Muon
+from lightning_align.modules import PretrainModule
+from lightning_align.offload import linked
+from tests.helpers.offloaded import ADAMW, Regression, assert_same, batches, points, small
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny_models import TINY_MODELS
+from tests.strategies.zero_infinity.test_ranks import fit
+
+
+class SaveAt(pl.Callback):
+    """Saves a folder, and the same state as a file that rank 0 has gathered."""
+
+    def __init__(self, batch, folder):
+        self.batch, self.folder = batch, folder
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == self.batch:
+            for links in (True, False):
+                trainer.strategy.save_distributed_checkpoint = links
+                trainer.save_checkpoint(self.folder / ("links" if links else "file"))
+
+
+def run(folder, rank, build, data, *callbacks, size=2, ckpt_path=None, **options):
+    strategy = small(timeout=timedelta(seconds=60), overwrite=True)
+    callbacks = [ExactResume(), *callbacks]
+    trainer = fit(
+        folder,
+        rank,
+        build(),
+        data(),
+        strategy,
+        ckpt_path,
+        size=size,
+        callbacks=callbacks,
+        **options,
+    )
+    state = dict(trainer.strategy.lightning_module_state_dict())
+    states = trainer.strategy.optimizer_state(trainer.optimizers[0])
+    trainer.strategy.close()
+    return state, states
+
+
+def regression():
+    return Regression(ADAMW, schedule=True)
+
+
+def language():
+    return PretrainModule(
+        TINY_MODELS["llama_tied"](), optimizer=lambda groups: Muon(groups, lr=1e-2)
+    )
+
+
+def rows():
+    return DataLoader(points(), batch_size=4)
+
+
+def texts():
+    return DataLoader(batches(), batch_size=2)
+
+
+@pytest.mark.parametrize(
+    ("build", "data", "window"),
+    [(regression, rows, 1), (regression, rows, 2), (language, texts, 1)],
+    ids=["cut anywhere", "in an open window", "whole matrices"],
+)
+def test_a_folder_of_two_ranks_has_what_rank_0_would_have_gathered(tmp_path, build, data, window):
+    options = {"accumulate_grad_batches": window}
+    saves = SaveAt(2, tmp_path)
+    whole = run_ranks(lambda rank: run(tmp_path, rank, build, data, saves, **options), 2, 120)[0]
+    ranks = sorted(path.name for path in (tmp_path / "links").glob("rank*"))
+    assert ranks == ["rank00000", "rank00001"]
+    found = linked.read(tmp_path / "links", "test", weights_only=True)
+    expected = torch.load(tmp_path / "file", weights_only=True)
+    assert found.keys() == expected.keys()
+    assert_same(found["state_dict"], expected["state_dict"])
+    assert_same(found["optimizer_states"], expected["optimizer_states"])
+    # Two ranks go on from it, to the bit.
+    goes_on = {**options, "ckpt_path": tmp_path / "links"}
+    ended = run_ranks(lambda rank: run(tmp_path, rank, build, data, **goes_on), 2, 120)[0]
+    assert_same(ended, whole)
+    if window == 1:  # and so does one
+        one = run_ranks(lambda rank: run(tmp_path, rank, build, data, size=1, **goes_on), 1, 120)
+        assert one[0][1]["state"].keys() == whole[1]["state"].keys()
+
+
+def test_one_ranks_folder_is_read_by_two(tmp_path):
+    saves = SaveAt(2, tmp_path)
+    run_ranks(lambda rank: run(tmp_path, rank, regression, rows, saves, size=1), 1, 120)
+    ends = [
+        run_ranks(
+            lambda rank: run(tmp_path, rank, regression, rows, ckpt_path=tmp_path / name),  # noqa: B023
+            2,
+            120,
+        )[0]
+        for name in ("links", "file")
+    ]
+    assert_same(*ends)
+
+
+def test_what_a_hook_makes_of_parts_is_refused(tmp_path):
+    class Halves(Regression):
+        def on_save_checkpoint(self, checkpoint):
+            state = checkpoint["state_dict"]
+            state["half"] = state["parts.0.0.weight"].half()
+
+    def train(rank):
+        with pytest.raises(Exception, match=r"'state_dict/half'.*has no values|rank . has failed"):
+            run(tmp_path, rank, lambda: Halves(ADAMW), rows, SaveAt(0, tmp_path))
+
+    run_ranks(train, 2, 60)
+    assert not (tmp_path / "links").exists()
