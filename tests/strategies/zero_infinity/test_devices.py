@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from lightning_align import LISA, Muon
+from lightning_align import LISA, ExactResume, Muon
 from lightning_align._compat import glibc_memory
 from lightning_align.modules import PretrainModule
 from lightning_align.strategies import ZeROInfinityStrategy
@@ -25,6 +25,7 @@ from tests.helpers.offloaded import (
     fit,
     points,
     small,
+    trainer_of,
 )
 from tests.helpers.tiny_models import TINY_MODELS
 
@@ -42,6 +43,10 @@ def test_a_share_is_chosen_and_spread(sizes, share):
 
 def test_a_half_is_every_second():
     assert list(spread([10] * 6, 0.5)) == [True, False, True, False, True, False]
+
+
+def clone(state):
+    return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state.items()}
 
 
 HOST = {"offload_params_device": "cpu", "offload_optimizer_device": "none"}
@@ -131,6 +136,48 @@ def test_lisa_in_host_memory(tmp_path, arguments, state):
         )
         found.append((lisa.history, trainer.strategy.lightning_module_state_dict()))
     assert_same(found[1], found[0])
+
+
+@pytest.mark.parametrize("arguments", [HOST, {"offload_fraction": 0.5}, {"stage": 2}], ids=str)
+def test_validation_comes_first_and_fit_twice(tmp_path, arguments):
+    data = DataLoader(points(), batch_size=8)
+    modules, found = (Regression(ADAMW), Regression(ADAMW)), []
+    for module, strategy in zip(modules, ("auto", small(**arguments)), strict=True):
+        trainer = trainer_of(tmp_path, strategy)
+        trainer.validate(module, data, verbose=False)
+        found.append(float(trainer.callback_metrics["val_loss"]))
+        trainer.fit(module, data)
+        trainer.fit_loop.max_epochs = 2
+        trainer.fit(module, data)
+        trainer.validate(module, data, verbose=False)
+        found.append(float(trainer.callback_metrics["val_loss"]))
+    assert found[:2] == found[2:]
+    assert_same(trainer.strategy.lightning_module_state_dict(), modules[0].state_dict())
+    trainer.strategy.close()
+
+
+@pytest.mark.parametrize("saves_links", [True, False])
+@pytest.mark.parametrize("arguments", [HOST, {"offload_fraction": 0.5}, {"stage": 2}], ids=str)
+def test_checkpoints_are_of_their_moment_and_read_by_either_side(tmp_path, arguments, saves_links):
+    """Written in mid-window, while training goes on."""
+    data, options = DataLoader(points(), batch_size=8), {"accumulate_grad_batches": 2}
+    save = ModelCheckpoint(
+        tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1, save_on_train_epoch_end=False
+    )
+    strategy = small(save_distributed_checkpoint=saves_links, **arguments)
+    callbacks = [ExactResume(), save]
+    saving = {"enable_checkpointing": True, "callbacks": callbacks, **options}
+    whole = fit(tmp_path, Regression(ADAMW), data, strategy, **saving)
+    expected = clone(strategy.lightning_module_state_dict())
+    states = clone(strategy.optimizer_state(whole.optimizers[0]))
+    strategy.close()
+    for after in ("auto", small(overwrite=True, **arguments)):
+        path = tmp_path / "step=2.ckpt"
+        trainer = fit(
+            tmp_path, Regression(ADAMW), data, after, path, callbacks=[ExactResume()], **options
+        )
+        assert_same(trainer.strategy.lightning_module_state_dict(), expected)
+        assert_same(trainer.strategy.optimizer_state(trainer.optimizers[0]), states)
 
 
 def test_in_host_memory_there_is_no_folder_and_nothing_goes_away(tmp_path):

@@ -67,6 +67,19 @@ def test_training_is_that_of_memory(tmp_path, kind, name, clip):
     strategy.close()
 
 
+HOST = {"offload_params_device": "cpu", "offload_optimizer_device": "cpu"}
+
+
+@pytest.mark.parametrize("place", [HOST, {"offload_fraction": 0.5}, {"stage": 2}], ids=str)
+def test_wherever_it_lies_training_is_that_of_memory(tmp_path, place):
+    found = []
+    for strategy in (None, small(nvme_path=str(tmp_path / "nvme"), **place)):
+        trainer = trainer_of(tmp_path, strategy)
+        found.append(ends(trainer, built(trainer, partial(BUILDS["a copy"], "llama_tied"))))
+    assert_same(found[1], found[0])
+    strategy.close()
+
+
 def test_the_reference_has_one_file_which_no_step_touches(tmp_path):
     trainer = trainer_of(tmp_path, small(nvme_path=str(tmp_path / "nvme")), max_steps=1)
     module = built(trainer, partial(BUILDS["another"], "llama"))
