@@ -11,11 +11,14 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, modeling_utils
 
-from lightning_align import AsyncCheckpoint, ExactResume
+from lightning_align import AsyncCheckpoint, ExactResume, SavePretrained
 from lightning_align.checkpointing import engine, latest_valid_checkpoint
 from lightning_align.checkpointing.snapshot import HostBuffer
+from lightning_align.cli.export import export
 from lightning_align.mapped import source_of
+from lightning_align.modules import PretrainModule
 from lightning_align.offload import linked
 from lightning_align.offload.record import read_record
 from tests.helpers.offloaded import (
@@ -23,12 +26,14 @@ from tests.helpers.offloaded import (
     Both,
     Regression,
     assert_same,
+    batches,
     fit,
     points,
     small,
     trainer_of,
 )
 from tests.helpers.rewinds import Rewinds
+from tests.helpers.tiny_models import TINY_MODELS
 
 
 @pytest.mark.parametrize("window", [1, 2])
@@ -273,3 +278,48 @@ def test_a_run_goes_back_in_mid_fit_as_in_memory(tmp_path, at, until, options):
     store = tmp_path / "zero_infinity" / "rank00000"
     assert read_record(store).step == trainer.global_step
     trainer.strategy.close()
+
+
+def test_a_folder_for_others_is_written_from_the_files(tmp_path, monkeypatch):
+    """Not one of the tensors that safetensors gets has memory of its own."""
+    written = []
+    save_file = modeling_utils.safe_save_file
+
+    def note(tensors, *args, **options):
+        written.append({name: source_of(tensor) is not None for name, tensor in tensors.items()})
+        return save_file(tensors, *args, **options)
+
+    monkeypatch.setattr(modeling_utils, "safe_save_file", note)
+    module = PretrainModule(TINY_MODELS["llama_tied"](), optimizer=ADAMW)
+    data = DataLoader(batches(), batch_size=2)
+    trainer = fit(tmp_path, module, data, small(), callbacks=[SavePretrained(tmp_path / "model")])
+    state = trainer.strategy.lightning_module_state_dict()
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    assert_same(found, {name.removeprefix("model."): value for name, value in state.items()})
+    assert all(all(each.values()) for each in written)
+    assert sum(map(len, written)) == len({value.data_ptr() for value in state.values()})
+
+
+def test_export_and_use_read_a_folder_in_no_memory_of_their_own(tmp_path, monkeypatch):
+    from lightning_align.models import trained
+
+    module = PretrainModule(TINY_MODELS["llama_tied"]().config, optimizer=ADAMW)
+    data = DataLoader(batches(), batch_size=2)
+    trainer = fit(tmp_path, module, data, small())
+    trainer.save_checkpoint(tmp_path / "saved")
+    state = dict(trainer.strategy.lightning_module_state_dict())
+    export(tmp_path / "saved", tmp_path / "model")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    assert_same(found, {name.removeprefix("model."): value for name, value in state.items()})
+    places = []
+    read = linked.read
+
+    def note(*args, **options):
+        checkpoint = read(*args, **options)
+        places.extend(value.data_ptr() for value in checkpoint["state_dict"].values())
+        return checkpoint
+
+    monkeypatch.setattr(linked, "read", note)
+    model = trained.load_trained(tmp_path / "saved", where="test").model
+    assert {parameter.data_ptr() for parameter in model.parameters()} <= set(places)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
