@@ -75,7 +75,8 @@ def return_to_common_step(folder: Path, ranks: Ranks) -> None:
     what = "the step that was committed"
     with ranks.together(what):
         record = read_record(folder)
-    everyone = ranks.of_all(what, record and (record.step, record.ranks))
+    own = None if record is None else (record.step, record.ranks)
+    everyone = ranks.of_all(what, own)
     steps = [each[0] for each in everyone if each is not None]
     counts = {each[1] for each in everyone if each is not None}
     if record is None or len(steps) < ranks.size or counts != {ranks.size}:

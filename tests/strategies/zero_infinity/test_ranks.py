@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import pickle
 from datetime import timedelta
 from functools import partial
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from lightning_align import GaLoreAdamW, Muon, StableAdamW
+from lightning_align import GaLoreAdamW, GenerateSamples, Muon, StableAdamW
 from lightning_align.modules import PretrainModule
-from tests.helpers.offloaded import ADAMW, Regression, assert_same, batches, points, small
-from tests.helpers.ranks import ForkedRanks, run_ranks
+from lightning_align.offload.files import DirectFile
+from tests.helpers.offloaded import ADAMW, STEPS, Regression, assert_same, batches, points, small
+from tests.helpers.ranks import ForkedRanks, end_of_ranks, run_ranks
 from tests.helpers.tiny_models import TINY_MODELS
 
 
@@ -150,3 +154,126 @@ def test_three_ranks_train_as_ddp_up_to_the_order_of_sums(tmp_path):
     build = lambda: PretrainModule(TINY_MODELS["llama"](), optimizer=ADAMW)  # noqa: E731
     pair = both(tmp_path, build, text, size=3, accumulate_grad_batches=2)
     assert largest_difference(*pair) < 1e-4
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("operation", ["read", "write", "sync"])
+def test_a_disk_that_fails_on_one_rank_ends_all(tmp_path, operation, failing):
+    """The rank itself has its own error, the other one that names it, with step and path."""
+
+    def run(rank):
+        count = []
+        working = getattr(DirectFile, operation)
+
+        def broken(file, *args):
+            count.append(1)
+            if rank == failing and len(count) == 10:  # in a step, not at set-up
+                raise OSError(errno.EIO, "cannot", str(file.path))
+            return working(file, *args)
+
+        setattr(DirectFile, operation, broken)
+        module = PretrainModule(TINY_MODELS["llama"](), optimizer=ADAMW)
+        fit(tmp_path, rank, module, text(), small(timeout=timedelta(seconds=30)))
+
+    ended = end_of_ranks(run, timeout_s=60)
+    assert not any(end.stuck for end in ended)
+    assert "OSError: [Errno 5] cannot: " in ended[failing].error
+    other = ended[1 - failing].error
+    assert f"The failure was at rank {failing}, after step " in other
+    assert f"rank{failing:05d}/" in other
+
+
+class Wanders(Regression):
+    """Calls its blocks in another order on the second rank, from its third batch on."""
+
+    def forward(self, x):
+        x = self.inlet(x)
+        late = self.global_rank == 1 and self.trainer.global_step > 1
+        for part in reversed(self.parts) if late else self.parts:
+            x = x + part(x)
+        return self.outlet(self.norm(x))
+
+
+def test_ranks_that_call_blocks_in_another_order_are_refused(tmp_path):
+    """All blocks are of one size, so that values of one could be taken for those of another."""
+
+    def run(rank):
+        module = Wanders(ADAMW, width=48)
+        fit(tmp_path, rank, module, points_of(), small(timeout=timedelta(seconds=30)))
+
+    ended = end_of_ranks(run, timeout_s=60)
+    assert not any(end.stuck for end in ended)
+    for end in ended:
+        assert (
+            "RankError: The ranks are at different places (rank 0: the values of parts."
+            in end.error
+        )
+
+
+def test_callbacks_that_run_the_model_on_one_rank_are_refused(tmp_path):
+    def run(rank):
+        module = PretrainModule(TINY_MODELS["llama"](), optimizer=ADAMW)
+        sample = GenerateSamples(["a"], tokenizer=object())
+        fit(tmp_path, rank, module, text(), small(), callbacks=[sample])
+
+    for end in end_of_ranks(run, timeout_s=60):
+        assert "GenerateSamples(prompts=['a']): under ZeROInfinityStrategy" in end.error
+
+
+class Watches(pl.Callback):
+    """Looks at all gradients before the update."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.seen.append({name: p.grad.clone() for name, p in pl_module.named_parameters()})
+
+
+def test_hooks_see_the_gradients_that_they_see_under_ddp(tmp_path):
+    def run(rank):
+        seen = []
+        for strategy in ("ddp", small(timeout=timedelta(seconds=60))):
+            watches = Watches()
+            module = PretrainModule(TINY_MODELS["llama"](), optimizer=ADAMW)
+            options = {"callbacks": [watches], "accumulate_grad_batches": 2}
+            fit(tmp_path, rank, module, text(), strategy, **options)
+            seen.append(watches.seen)
+        assert_same(seen[1], seen[0])
+        return len(seen[0])
+
+    assert run_ranks(run, timeout_s=60) == [STEPS // 2] * 2
+
+
+@pytest.mark.parametrize("sizes", [(1, 2), (2, 1), (2, 2), (2, 3)], ids=str)
+def test_checkpoints_are_read_by_another_number_of_ranks(tmp_path, sizes):
+    """What a checkpoint holds is stored as it was, parameters and moments."""
+
+    def written(rank):
+        save = ModelCheckpoint(tmp_path, "saved", every_n_train_steps=3, save_top_k=-1)
+        module = PretrainModule(TINY_MODELS["llama"](), optimizer=ADAMW)
+        saving = {"enable_checkpointing": True, "callbacks": [save], "max_steps": 3}
+        strategy = small(timeout=timedelta(seconds=60))
+        trainer = fit(tmp_path, rank, module, text(), strategy, size=sizes[0], **saving)
+        return states(trainer)
+
+    def read(rank):
+        module = PretrainModule(TINY_MODELS["llama"](), optimizer=ADAMW)
+        strategy = small(timeout=timedelta(seconds=60), nvme_path=str(tmp_path / "again"))
+        (path,) = tmp_path.glob("saved*")
+        trainer = fit(tmp_path, rank, module, text(), strategy, path, sizes[1], max_steps=3)
+        return states(trainer)
+
+    expected = run_ranks(written, sizes[0], timeout_s=60)[0]
+    assert expected[1]["state"]
+    assert_same(run_ranks(read, sizes[1], timeout_s=60)[0], expected)
+
+
+def states(trainer):
+    strategy = trainer.strategy
+    found = (
+        strategy.lightning_module_state_dict(),
+        strategy.optimizer_state(trainer.optimizers[0]),
+    )
+    strategy.barrier()
+    return pickle.loads(pickle.dumps(found))  # of files that will change
