@@ -1,13 +1,14 @@
 """Turn what a user passes as ``model`` into a module in training mode and the wanted dtype."""
 
 import json
-from contextlib import nullcontext
+import warnings
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
 from lightning_align._errors import argument_error
 from lightning_align.data.hub import resolve_pretrained
@@ -74,18 +75,48 @@ def build_model(
         raise argument_error(where, argument, model, rule)
     resolve_pretrained(where, argument, str(model), revision)
     if on_meta:
-        hub = {"revision": revision, "trust_remote_code": trust_remote_code}
-        with weights.parameters_on_meta():
-            settings = AutoConfig.from_pretrained(model, **hub)
-            empty = _from_config(settings, options, where, argument)
-        weights.remember_weights(empty, str(model), revision)
-        return empty
+        return _empty(str(model), revision, options, where, argument)
+    if weights.are_read_in_parts():
+        try:
+            return _read_in_parts(str(model), revision, options, where, argument)
+        except ValueError as error:
+            warnings.warn(f"{model} is loaded into memory as a whole: {error}", stacklevel=2)
     try:
         loaded = AutoModelForCausalLM.from_pretrained(model, revision=revision, **options)
     except (OSError, ValueError) as error:
         rule = f"transformers cannot load a causal language model from it ({error})"
         raise argument_error(where, argument, model, rule) from error
     return _module(loaded).train()  # from_pretrained returns eval mode
+
+
+def _empty(
+    name: str, revision: str, options: dict[str, Any], where: str, argument: str
+) -> nn.Module:
+    """The model of a folder without its weights, which are remembered."""
+    hub = {"revision": revision, "trust_remote_code": options["trust_remote_code"]}
+    with weights.parameters_on_meta():
+        settings = AutoConfig.from_pretrained(name, **hub)
+        empty = _from_config(settings, options, where, argument)
+    weights.remember_weights(empty, name, revision)
+    return empty
+
+
+def _read_in_parts(
+    name: str, revision: str, options: dict[str, Any], where: str, argument: str
+) -> nn.Module:
+    model: Any = _empty(name, revision, options, where, argument)
+    read = weights.weights_reader(model)
+    assert read is not None
+
+    def filled(empty: nn.Parameter, names: list[str]) -> nn.Parameter:
+        value = read(names).to(empty.dtype, copy=True)  # of the file, which is let go
+        return nn.Parameter(value, empty.requires_grad)
+
+    weights.fill_parameters(model, filled)
+    with suppress(OSError):  # a folder may have none
+        model.generation_config = GenerationConfig.from_pretrained(name, revision=revision)
+    loaded: nn.Module = model
+    return loaded
 
 
 def plain_model(model: nn.Module | str | PretrainedConfig | None) -> str | None:

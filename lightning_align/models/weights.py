@@ -21,6 +21,7 @@ from lightning_align._errors import argument_error
 
 _ATTRIBUTE = "pretrained_weights_folder"
 _BUILDING = ContextVar("parameters_on_meta", default=False)
+_IN_PARTS = ContextVar("weights_in_parts", default=False)
 
 
 @contextmanager
@@ -45,6 +46,21 @@ def parameters_on_meta() -> Iterator[None]:
     finally:
         _BUILDING.reset(token)
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+@contextmanager
+def weights_in_parts() -> Iterator[None]:
+    """Have models that are loaded read one tensor after the other: memory has no room for all."""
+    token = _IN_PARTS.set(True)
+    try:
+        yield
+    finally:
+        _IN_PARTS.reset(token)
+
+
+def are_read_in_parts() -> bool:
+    """Whether a model that is loaded now is to be read one tensor after the other."""
+    return _IN_PARTS.get()
 
 
 @contextmanager
@@ -92,6 +108,31 @@ def weights_reader(module: nn.Module) -> Callable[[list[str]], Tensor] | None:
         if (folder := vars(part).get(_ATTRIBUTE)) is not None:
             return _Reader(part, f"{prefix}." if prefix else "", Path(folder)).read
     return None
+
+
+def fill_parameters(
+    module: nn.Module, make: Callable[[nn.Parameter, list[str]], nn.Parameter]
+) -> dict[str, nn.Parameter]:
+    """Put parameters in the place of those on the meta device; what is tied stays tied.
+
+    Args:
+        module: Some of its parameters are on the meta device.
+        make: Given one of them and its names, what takes its place.
+
+    Returns:
+        What was put there, by its first name.
+    """
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, empty in module.named_parameters(remove_duplicate=False):
+        if empty.is_meta:
+            names.setdefault(empty, []).append(name)
+    filled = {}
+    for empty, all_names in names.items():
+        filled[all_names[0]] = parameter = make(empty, all_names)
+        for name in all_names:
+            holder, _, attribute = name.rpartition(".")
+            setattr(module.get_submodule(holder), attribute, parameter)
+    return filled
 
 
 class _Reader:

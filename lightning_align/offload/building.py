@@ -63,6 +63,7 @@ class Building:
         self._pool = BufferPool(budget + 2 * _PIECE)
         # Parameter -> (offset, bytes that are reserved for it); None before it was written.
         self._places: Any = WeakIdKeyDictionary()
+        self._freed = 0  # bytes since memory was given back
         self._here: Any = WeakIdKeyDictionary()  # parameter -> its bytes; those that are in memory
 
     @contextmanager
@@ -186,6 +187,10 @@ class Building:
             memory[: len(part)].copy_(part)
             self._open_file().write(memory, place[0] + start).wait()
         self._send_away(parameter)
+        self._freed += nbytes
+        if self._freed > self._budget:  # what has found a hole in the heap leaves one there
+            give_back_freed()
+            self._freed = 0
 
     def _send_away(self, parameter: nn.Parameter) -> None:
         nan = torch.full((), torch.nan, dtype=parameter.dtype)

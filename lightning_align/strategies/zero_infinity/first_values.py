@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from lightning_align._errors import argument_error
+from lightning_align.models.weights import fill_parameters, weights_in_parts
 from lightning_align.offload.building import Building
 from lightning_align.run.protocols import FillsFrozenModules, frozen_modules
 from lightning_align.strategies.empty_weights import fill_empty
@@ -34,7 +35,7 @@ def built_on_disk(strategy: ZeROInfinityStrategy) -> Iterator[None]:
         yield
         return
     building = _building(strategy)
-    with building.taking_over():
+    with building.taking_over(), weights_in_parts():
         yield
     leave(strategy, [])
 
@@ -91,19 +92,13 @@ class _Whole:
 
     @torch.no_grad()
     def fill(self, read: Callable[[list[str]], Tensor] | None) -> dict[str, nn.Parameter]:
-        names: dict[nn.Parameter, list[str]] = {}
-        for name, empty in self.module.named_parameters(remove_duplicate=False):
-            if empty.is_meta:
-                names.setdefault(empty, []).append(name)
-        filled = {}
-        for empty, all_names in names.items():  # a tied one has several
-            parameter = filled[all_names[0]] = self._building.empty_like(empty)
+        def made(empty: nn.Parameter, names: list[str]) -> nn.Parameter:
+            parameter = self._building.empty_like(empty)
             if read is not None:
-                parameter.copy_(read(all_names))
-            for name in all_names:
-                holder, _, attribute = name.rpartition(".")
-                setattr(self.module.get_submodule(holder), attribute, parameter)
-        return filled
+                parameter.copy_(read(names))
+            return parameter
+
+        return fill_parameters(self.module, made)
 
 
 def _building(strategy: ZeROInfinityStrategy) -> Building:
