@@ -33,7 +33,8 @@ class Member:
         neutral: Callbacks: whether training with it is bit-identical to training without.
         ranks: Strategies: how many ranks may share a batch.
         splits_batch: Strategies: whether each rank has a part of the batch, or all have all of it.
-        refuses: Name of a member of another list -> what the error at ``setup`` must say.
+        refuses: Name of a member of another list, or "strategy, 2 ranks" -> what the error at
+            ``setup`` must say.
         exempt: Name of a law that does not hold -> why. The tests show that it does not.
     """
 
@@ -241,6 +242,8 @@ CALLBACKS = [
         refuses={
             "hand-written": "HandWritten'\\): holds no module with a generate method",
             "pipeline": "rank zero may not hold the whole model",
+            "zero_infinity, 2 ranks": "rank zero may not hold the whole model",
+            "zero_infinity_cpu, 2 ranks": "rank zero may not hold the whole model",
         },
     ),
     Member(
