@@ -198,7 +198,7 @@ class CausalLMModule(pl.LightningModule, ABC):
             self.layers.probe()
         elif not isinstance(self.trainer.strategy, SpreadsModel):
             rule = "its parameters are on the meta device, and the strategy does not load them"
-            way_out = "Build it without empty_init, or use PipelineStrategy"
+            way_out = "Build it without empty_init, or use PipelineStrategy or ZeROInfinityStrategy"
             name = type(self.model).__name__
             raise argument_error(type(self).__name__, "model", name, rule, way_out)
         tokenizer = tokenizer_of(self.trainer)

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lightning_align.modules import PretrainModule
 from lightning_align.offload.away import Away
+from lightning_align.offload.record import read_record
 from lightning_align.run.protocols import gathered
 from lightning_align.strategies import ZeROInfinityStrategy
 from tests.helpers.offloaded import ADAMW, assert_same, batches, small, trainer_of
@@ -23,6 +24,7 @@ from tests.helpers.pipelines import Run
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_models import TINY_MODELS, VOCAB_SIZE, PlainDecoder
 from tests.strategies.pipeline.test_meta import peak_bytes, reset_peak
+from tests.strategies.zero_infinity.test_ranks import trainer_of as ranks_of
 
 
 def config(name):
@@ -225,6 +227,38 @@ def test_a_folder_whose_parent_is_missing_is_refused_before_anything_is_built(tm
     match = "parent is not there"
     with pytest.raises(ValueError, match=match), trainer.init_module():
         pass
+
+
+def test_a_committed_step_is_validated_and_left_as_it_is(tmp_path):
+    found = []
+    for steps, empty in ((3, False), (3, True), (5, False)):
+        strategy = small(nvme_path=str(tmp_path / "nvme"))
+        trainer = trainer_of(tmp_path, strategy, max_steps=steps)
+        with trainer.init_module(empty_init=empty):
+            module = pretrain("gpt2")
+        if not empty:
+            ends(trainer, module, "last")
+        found.append(evaluated(trainer, module, "predict", ckpt_path="last" if empty else None))
+        record = read_record(tmp_path / "nvme" / "rank00000")
+        assert record.step == steps
+        strategy.close()
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[1], found[2])
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_two_ranks_start_from_the_values_of_one(tmp_path, empty):
+    def begun(rank, size):
+        strategy = small(nvme_path=str(tmp_path / f"nvme{size}"))
+        trainer = ranks_of(tmp_path, rank, strategy, size, max_steps=1)
+        torch.manual_seed(7)
+        with trainer.init_module(empty_init=empty):
+            module = pretrain("llama_tied")
+        return begins(trainer, module)
+
+    one = run_ranks(lambda rank: begun(rank, 1), 1, group=False)[0]
+    for found in run_ranks(lambda rank: begun(rank, 2), 2):
+        assert_same(found, one)
 
 
 @pytest.mark.slow

@@ -14,7 +14,9 @@ from lightning_align.modules import DPOModule
 from lightning_align.offload.away import Away
 from lightning_align.offload.record import read_record
 from tests.helpers.offloaded import ADAMW, assert_same, small, trainer_of
+from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_models import TINY_MODELS, VOCAB_SIZE
+from tests.strategies.zero_infinity.test_ranks import trainer_of as ranks_of
 
 BUILDS = {
     "a copy": lambda name: DPOModule(TINY_MODELS[name]().config, optimizer=ADAMW),
@@ -50,9 +52,10 @@ def built(trainer, build, empty=False):
         return build()
 
 
-@pytest.mark.parametrize("name", ["llama_tied", "gpt2"])
-@pytest.mark.parametrize("kind", BUILDS)
-@pytest.mark.parametrize("clip", [None, 0.1])
+@pytest.mark.parametrize(
+    ("kind", "name", "clip"),
+    [("a copy", "gpt2", None), ("a copy", "llama_tied", 0.1), ("another", "llama_tied", None)],
+)
 def test_training_is_that_of_memory(tmp_path, kind, name, clip):
     found = []
     for strategy in (None, small(nvme_path=str(tmp_path / "nvme"))):
@@ -113,6 +116,25 @@ def test_a_committed_step_has_its_reference(tmp_path, empty):
     assert_same(found[1], found[0])
     record = read_record(path / "1" / "rank00000")
     assert record.step == trainer.global_step == 6
+
+
+def test_on_two_ranks_each_reads_its_part_of_the_reference(tmp_path):
+    def run(rank):
+        found = []
+        for strategy in ("ddp", small()):
+            trainer = ranks_of(tmp_path, rank, strategy)
+            module = built(trainer, partial(BUILDS["another"], "llama_tied"))
+            found.append(ends(trainer, module)[:2])
+        files = (tmp_path / "zero_infinity" / f"rank{rank:05d}").glob("*.block")
+        numbers = [n for n, b in enumerate(strategy._engine.blocks) if b.read_only]
+        sizes = sum(f.stat().st_size for f in files if int(f.name[:5]) in numbers)
+        whole = sum(p.numel() * 4 for p in module.reference_layers.model.parameters())
+        strategy.close()
+        return found, sizes / whole
+
+    results = run_ranks(run, 2, timeout_s=120)
+    assert_same(results[0][0][1], results[0][0][0])
+    assert all(0.45 < share < 0.7 for _, share in results)
 
 
 def test_another_reference_is_refused(tmp_path):
