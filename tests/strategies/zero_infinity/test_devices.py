@@ -82,11 +82,13 @@ def test_wherever_it_lies_it_trains_as_in_memory(tmp_path, arguments, options):
     [ADAMW, partial(Muon, lr=1e-2), partial(torch.optim.SGD, lr=1e-2, momentum=0.9)],
     ids=["AdamW", "Muon", "SGD"],
 )
+@pytest.mark.parametrize("clip", [None, 0.5], ids=["in backward", "clipped"])
 @pytest.mark.parametrize("arguments", [HOST, {"offload_fraction": 0.5}, {"stage": 2}], ids=str)
-def test_language_models_and_optimizers(tmp_path, arguments, build):
+def test_language_models_and_optimizers(tmp_path, arguments, clip, build):
+    """Sums over tokens, which are scaled within backward where blocks are updated there."""
     data = DataLoader(batches(), batch_size=2)
     module = lambda: PretrainModule(TINY_MODELS["llama_tied"](), optimizer=build)  # noqa: E731
-    options = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
+    options = {"accumulate_grad_batches": 2, "gradient_clip_val": clip}
     compare(tmp_path, module, data, small(**arguments), **options)
 
 
