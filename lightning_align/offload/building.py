@@ -18,9 +18,10 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
+import xxhash
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakIdKeyDictionary
@@ -33,6 +34,12 @@ from lightning_align.offload.buffers import BufferPool
 from lightning_align.offload.files import DirectFile, Threads
 
 _PIECE = 4 << 20  # bytes that are copied to be written
+
+
+class _Place(NamedTuple):
+    offset: int
+    room: int  # bytes that are reserved there
+    digest: bytes  # of what is there
 
 
 class Building:
@@ -61,7 +68,7 @@ class Building:
         self._end = 0
         self._budget = budget
         self._pool = BufferPool(budget + 2 * _PIECE)
-        # Parameter -> (offset, bytes that are reserved for it); None before it was written.
+        # Parameter -> its place; None before it was written.
         self._places: Any = WeakIdKeyDictionary()
         self._freed = 0  # bytes since memory was given back
         self._here: Any = WeakIdKeyDictionary()  # parameter -> its bytes; those that are in memory
@@ -155,7 +162,7 @@ class Building:
                 if place is None:
                     values.fill_(torch.nan)
                 else:
-                    self._open_file().read(memory, place[0]).wait()
+                    self._open_file().read(memory, place.offset).wait()
                 come_back(parameter, values)
 
     @torch.no_grad()
@@ -175,22 +182,28 @@ class Building:
 
     def _let_go(self, parameter: nn.Parameter) -> None:
         del self._here[parameter]
-        nbytes = _nbytes(parameter)
-        place = self._places[parameter]
-        if place is None or place[1] < nbytes:
-            place = self._places[parameter] = (self._end, aligned(nbytes))
-            self._end += place[1]
+        nbytes, place = _nbytes(parameter), self._places[parameter]
         values = parameter.detach().contiguous().view(-1).view(torch.uint8)
-        for start in range(0, nbytes, _PIECE):
-            part = values[start : start + _PIECE]
-            memory = self._pool.take(aligned(len(part)))
-            memory[: len(part)].copy_(part)
-            self._open_file().write(memory, place[0] + start).wait()
+        array: Any = values.numpy()
+        digest = xxhash.xxh3_128_digest(array)
+        if place is None or place.digest != digest:  # what was only read is on disk
+            if place is None or place.room < nbytes:
+                place = _Place(self._end, aligned(nbytes), b"")
+                self._end += place.room
+            self._places[parameter] = place._replace(digest=digest)
+            self._write(values, place.offset)
         self._send_away(parameter)
         self._freed += nbytes
         if self._freed > self._budget:  # what has found a hole in the heap leaves one there
             give_back_freed()
             self._freed = 0
+
+    def _write(self, values: Tensor, offset: int) -> None:
+        for start in range(0, len(values), _PIECE):
+            part = values[start : start + _PIECE]
+            memory = self._pool.take(aligned(len(part)))
+            memory[: len(part)].copy_(part)
+            self._open_file().write(memory, offset + start).wait()
 
     def _send_away(self, parameter: nn.Parameter) -> None:
         nan = torch.full((), torch.nan, dtype=parameter.dtype)

@@ -160,3 +160,16 @@ def test_a_parameter_without_values_gets_them(tmp_path):
     nn.init.ones_(parameter)
     building._make_room(0)
     assert (parameter == 1).all()
+
+
+def test_what_is_only_read_is_not_written_again(tmp_path):
+    module, building = built(tmp_path, TINY_MODELS["llama"], 1)
+    traffic = building._threads.traffic
+    before, read = traffic.written, traffic.read
+    module(torch.arange(4)[None])
+    building._make_room(0)
+    assert traffic.written == before
+    assert traffic.read > read
+    module.lm_head.weight.data.mul_(2)
+    building._make_room(0)
+    assert traffic.written >= before + module.lm_head.weight.numel() * 4
