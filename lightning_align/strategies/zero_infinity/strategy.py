@@ -119,7 +119,7 @@ class ZeROInfinityStrategy(BlockCheckpoints):
     Example:
         >>> strategy = ZeROInfinityStrategy(memory_limit="4GB")
 
-    Note: one rank on a CPU so far. Manual optimization, several optimizers, optimizers that look
+    Note: on a CPU so far. Manual optimization, several optimizers, optimizers that look
     across parameters (LBFGS) and loss scalers are refused at set-up.
     """
 
@@ -236,7 +236,10 @@ class ZeROInfinityStrategy(BlockCheckpoints):
                 " committed: ckpt_path='last' is the latest checkpoint of a callback."
             )
             return found
-        records = [folder / FILE for folder in folders_here(self, trainer)]
+        try:
+            records = [folder / FILE for folder in folders_here(self, trainer)]
+        except ValueError:  # of this rank alone, maybe: the others hear of it at set-up
+            return found
         if not is_committed([record.parent for record in records]):
             self._may_overwrite = any(record.is_file() for record in records)
             return found

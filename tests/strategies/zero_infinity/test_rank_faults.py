@@ -98,3 +98,15 @@ def test_a_folder_that_one_rank_cannot_make(tmp_path):
     (tmp_path / "zero_infinity" / "rank00001").touch()
     for error in ends(partial(train, folder=tmp_path)):
         assert "rank00001 cannot be written" in error
+
+
+@pytest.mark.parametrize("ckpt_path", [None, "last"])
+def test_a_node_on_which_the_path_is_missing(tmp_path, ckpt_path):
+    """Each node has drives of its own, and all ranks hear of the one that has none."""
+
+    def run(rank):
+        parent = tmp_path if rank == 0 else tmp_path / "not mounted"
+        train(rank, tmp_path, ckpt_path, nvme_path=str(parent / "nvme"))
+
+    for error in ends(run):
+        assert "not mounted is not there" in error
