@@ -97,7 +97,7 @@ def test_ranks_take_one_drive_after_the_other(tmp_path, ranks, paths, expected):
     roots = [str(tmp_path / str(number)) for number in range(paths)]
     for rank, numbers in enumerate(expected):
         of_rank = SimpleNamespace(
-            nvme_path=roots, num_processes=ranks, local_rank=rank, global_rank=rank
+            nvme_path=roots, num_processes=ranks, local_rank=rank, node_rank=0
         )
         folders = run_folders(of_rank, None)
         assert folders == [tmp_path / str(number) / f"rank{rank:05d}" for number in numbers]
