@@ -84,6 +84,11 @@ class GradientSums:
         """Whether a block was updated with its sums."""
         return block.name in self._used
 
+    @property
+    def are_used(self) -> bool:
+        """Whether some blocks were updated, and the step has not come to its end."""
+        return bool(self._used)
+
     def used(self, block: Block) -> None:
         """A block was updated with its sums."""
         self._used.add(block.name)

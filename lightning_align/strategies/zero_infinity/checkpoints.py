@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -233,6 +234,15 @@ class BlockCheckpoints(ParallelStrategy):
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
     ) -> None:
         place = Path(filepath)
+        if self._engine is not None and self._engine.gradients.are_used:
+            whole = self._committed_checkpoint(self._engine)
+            if whole is None:
+                rank_zero_warn(
+                    f"{WHERE}: {place} is not saved: a step was interrupted while blocks were"
+                    " updated, and no step is committed that it could be of."
+                )
+                return
+            checkpoint = whole
         if type(self.checkpoint_io) is not TorchCheckpointIO or storage_options is not None:
             super().save_checkpoint(checkpoint, filepath, storage_options)
         elif self._engine is not None and self._saves_links(self._engine.store):
@@ -244,6 +254,23 @@ class BlockCheckpoints(ParallelStrategy):
                 replacing.end(place)
             else:
                 save_streamed(checkpoint, filepath)
+
+    def _committed_checkpoint(self, engine: OffloadEngine) -> dict[str, Any] | None:
+        """Of a run that ends in the middle of an update: the step before, if there is one."""
+        store = engine.store
+        if self.ranks.size > 1 or not store.atomic_step or store.recover() is None:
+            return None
+        checkpoint = load_payload(store.folder, weights_only=False)
+        values = self.lightning_module_state_dict()
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {
+            name: values[name] if _is_outline(value) else value for name, value in state.items()
+        }
+        (small,) = checkpoint["optimizer_states"]
+        large = self.optimizer_state(self.optimizers[0])["state"]
+        small["state"] = {n: {**large.get(n, {}), **entry} for n, entry in small["state"].items()}
+        del small[_CLASS]
+        return checkpoint
 
     def _saves_links(self, store: ShardStore) -> bool:
         if not self.save_distributed_checkpoint or self.ranks.size == 1:

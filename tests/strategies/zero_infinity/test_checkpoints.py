@@ -323,3 +323,55 @@ def test_export_and_use_read_a_folder_in_no_memory_of_their_own(tmp_path, monkey
     model = trained.load_trained(tmp_path / "saved", where="test").model
     assert {parameter.data_ptr() for parameter in model.parameters()} <= set(places)
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+class Fails(Regression):
+    """Its backward raises when the last two blocks have been updated, in the fourth step."""
+
+    def forward(self, x):
+        x = self.inlet(x)
+        for number, part in enumerate(self.parts):
+            x = x + part(x)
+            if number == 1 and self.training and self.trainer.global_step == 3:
+                x.register_hook(self.fail)
+        return self.outlet(self.norm(x))
+
+    def fail(self, _):
+        raise RuntimeError("in mid-update")
+
+
+class SaveOnException(pl.Callback):
+    def __init__(self, path):
+        self.path = path
+
+    def on_exception(self, trainer, *_):
+        trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_what_is_saved_in_the_middle_of_an_update_is_the_step_before(tmp_path, distributed):
+    data, keep, path = DataLoader(points(), batch_size=8), Keep(3), tmp_path / "saved"
+    fit(tmp_path, Regression(ADAMW), data, "auto", max_steps=3, callbacks=[keep])
+    save = SaveOnException(path)
+    strategy = small(save_distributed_checkpoint=distributed)
+    with pytest.raises(RuntimeError, match="in mid-update"):
+        fit(tmp_path, Fails(ADAMW), data, strategy, callbacks=[save])
+    assert_holds(path, keep.states[3])
+    ends = []
+    for kind, ckpt_path in (("auto", None), ("auto", path), (small(overwrite=True), path)):
+        callbacks = [ExactResume()]
+        trainer = fit(tmp_path, Regression(ADAMW), data, kind, ckpt_path, callbacks=callbacks)
+        ends.append(dict(trainer.strategy.lightning_module_state_dict()))
+    assert_same(ends[1], ends[0])
+    assert_same(ends[2], ends[0])
+
+
+def test_without_a_whole_step_nothing_is_saved(tmp_path):
+    data, path = DataLoader(points(), batch_size=8), tmp_path / "saved"
+    strategy, save = small(atomic_step=False), SaveOnException(path)
+    with (
+        pytest.raises(RuntimeError, match="in mid-update"),
+        pytest.warns(UserWarning, match="saved is not saved: a step was interrupted"),
+    ):
+        fit(tmp_path, Fails(ADAMW), data, strategy, callbacks=[save])
+    assert not path.exists()
