@@ -164,6 +164,7 @@ class Block:
         self.is_stored, self.states_stay = True, False
         self.divide(0, 1)
         self.memory: Tensor | None = None
+        self._stored: list[int] = []  # versions of the parameters
         self.users = 0
         self.within: Block | None = None
         self._nan = {
@@ -241,6 +242,17 @@ class Block:
         self.memory = memory
         for name, place in self.places.items():
             come_back(self.parameters[name], place.of(memory))
+        self.note_stored()
+
+    def note_stored(self) -> None:
+        """What is in memory is what is stored."""
+        self._stored = [parameter._version for parameter in self.parameters.values()]
+
+    @property
+    def is_edited(self) -> bool:
+        """Whether somebody has changed values that stay in memory, in place, since then."""
+        now = [parameter._version for parameter in self.parameters.values()]
+        return self.kept and self.memory is not None and now != self._stored
 
     def show_section(self, memory: Tensor) -> None:
         """Let the parameters be their pieces, for the optimizer.

@@ -138,6 +138,7 @@ class Updates:
             self._gradients.edit(gradient)
         self._stream.update(block, section, gradients.get, meanwhile)
         self._residents.section_updated(block)
+        block.note_stored()
         self._gradients.used(block)
 
     def update_from_grad(self, block: Block, phase: str) -> None:
@@ -157,6 +158,7 @@ class Updates:
             }
             self._stream.update(block, section, pieces.get)
             self._residents.section_updated(block)
+            block.note_stored()
         if self._gradients.stay:
             for name, gradient in gradients.items():
                 block.parameters[name].grad = gradient

@@ -141,14 +141,22 @@ class WholeValues:
         self._store.carry_states(block.name, self._pool)
         self._store.write(block.name, block.memory[block.section])
         self._store.update_done(block.name)
+        block.note_stored()
         if block.kept and self._store.ranks.size > 1:  # what was edited may differ elsewhere
             self._store.ranks.gather(block.name, block.memory).result()
+
+    def store_edits(self) -> None:
+        """Write what was changed, in place, of values that stay in memory; collective."""
+        for block in self._blocks:
+            if block.is_stored and block.is_edited:
+                self._rewrite(block)
 
     def values(self) -> dict[nn.Parameter, Tensor]:
         """All parameters as they are in memory, or as files show them; what is shown stays.
 
         Of several ranks the first has copies, and others have nothing; collective.
         """
+        self.store_edits()
         if self._store.ranks.size > 1:
             return self._gathered()
         shown = {}
@@ -161,6 +169,7 @@ class WholeValues:
 
     def outlines(self) -> dict[nn.Parameter, Tensor]:
         """For each parameter what this rank has of it, as ``linked`` links it."""
+        self.store_edits()
         found = {}
         for block in self._blocks:
             file = self._store.file(block.name)

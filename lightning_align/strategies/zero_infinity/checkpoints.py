@@ -318,6 +318,7 @@ class BlockCheckpoints(ParallelStrategy):
             payload = dump()
         finally:
             self._is_committing = False
+        self._engine.whole.store_edits()
         self._engine.store.commit(trainer.global_step, payload)
 
 

@@ -375,3 +375,24 @@ def test_without_a_whole_step_nothing_is_saved(tmp_path):
     ):
         fit(tmp_path, Fails(ADAMW), data, strategy, callbacks=[save])
     assert not path.exists()
+
+
+class Edits(pl.Callback):
+    """Clips weights that stay in memory, as in some adversarial trainings."""
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        with torch.no_grad():
+            pl_module.inlet.weight.clamp_(-0.1, 0.1)
+
+
+def test_edits_of_what_stays_in_memory_are_saved_and_committed(tmp_path):
+    data, ends = DataLoader(points(), batch_size=8), []
+    for strategy in ("auto", small()):
+        callbacks = [Edits(), Keep(6)]
+        trainer = fit(tmp_path, Regression(ADAMW), data, strategy, callbacks=callbacks)
+        ends.append(dict(trainer.strategy.lightning_module_state_dict()))
+    assert_same(ends[1], ends[0])
+    trainer.strategy.close()
+    trainer = trainer_of(tmp_path, small(), callbacks=[Edits()])
+    trainer.fit(Regression(ADAMW), data, ckpt_path="last")
+    assert_same(dict(trainer.strategy.lightning_module_state_dict()), ends[0])
