@@ -1,12 +1,17 @@
 import json
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig
 
 from lightning_align.models.build import build_model, plain_model, save_pretrained
+from lightning_align.models.weights import weights_in_parts
+from tests.helpers.tiny_models import TINY_MODELS
 from tests.modules.test_pretrain import llama
 
 
@@ -101,3 +106,33 @@ def test_on_meta_only_parameters_have_no_values() -> None:
     buffers = dict(model.named_buffers())
     assert buffers
     assert not any(buffer.is_meta for buffer in buffers.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_folder_read_in_parts_is_the_model_that_is_loaded_whole(
+    tmp_path: Path, dtype: str
+) -> None:
+    written = build_model(TINY_MODELS["llama_tied"]().config, where="T")
+    written.generation_config.max_length = 33  # type: ignore[union-attr]
+    save_pretrained(written, tmp_path)
+    theirs: Any = build_model(tmp_path, where="T", dtype=dtype)
+    with weights_in_parts(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours: Any = build_model(tmp_path, where="T", dtype=dtype)
+    assert ours.training
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
+    assert ours.generation_config.to_dict() == theirs.generation_config.to_dict()
+    for name, value in theirs.state_dict().items():
+        assert ours.state_dict()[name].dtype == value.dtype
+        assert torch.equal(ours.state_dict()[name], value)
+
+
+def test_a_folder_that_lacks_a_weight_is_loaded_whole_with_a_warning(tmp_path: Path) -> None:
+    save_pretrained(build_model(llama(), where="T"), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    match = r"loaded into memory as a whole: .* have no 'lm_head\.weight'"
+    with weights_in_parts(), pytest.warns(UserWarning, match=match):
+        model = build_model(tmp_path, where="T")
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
