@@ -222,7 +222,8 @@ class OptimizerStream:
             if not moves and gradients(name) is None:
                 continue
             place = self._store.states[block.name].get(name)
-            nbytes = place.capacity if place else 0
+            # Before the first step: most have two tensors, in memory of their own until it ends.
+            nbytes = place.capacity if place else 2 * block.pieces[name].place.nbytes
             if group and size + nbytes > self._group_bytes:
                 yield group
                 group, size = [], 0

@@ -16,7 +16,7 @@ from lightning_align.offload.engine import Memory
 from lightning_align.strategies.zero_infinity.blocks import WHERE
 from lightning_align.strategies.zero_infinity.devices import spread
 
-_SUB_GROUP = 8 << 20  # parameters of a group
+_SUB_GROUP = 2 << 20  # parameters of a group
 _BYTES = 8  # of its state for each
 _UNITS = {
     "": 1,

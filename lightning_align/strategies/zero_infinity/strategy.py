@@ -88,7 +88,7 @@ class ZeROInfinityStrategy(BlockCheckpoints):
         params_buffer_count: Blocks of parameters in memory at a time, at least 2; by default 3, or
             what ``memory_limit`` leaves.
         optimizer_buffer_count: Groups of optimizer state in memory at a time, by default 2.
-        sub_group_size: Parameters of such a group, by default 8 million, or what ``memory_limit``
+        sub_group_size: Parameters of such a group, by default 2 million, or what ``memory_limit``
             leaves.
         block_size: Bytes of one read or write; None measures, where that is worth a second.
         thread_count: Threads that read and write, for each drive; None measures as well.
