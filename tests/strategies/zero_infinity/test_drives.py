@@ -4,8 +4,10 @@ import warnings
 from types import SimpleNamespace
 
 import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
+from lightning_align import ExactResume
 from lightning_align.checkpointing.files import Folder
 from lightning_align.checkpointing.lock import FolderLock
 from lightning_align.offload import striped
@@ -70,6 +72,20 @@ def test_leftovers_of_a_run_that_has_committed_nothing_are_swept(tmp_path, drive
     run(tmp_path, small(nvme_path=drives), max_steps=1).strategy.close()
     (tmp_path / "first" / "rank00000" / "committed").unlink()
     run(tmp_path, small(nvme_path=drives)).strategy.close()
+
+
+def test_a_checkpoint_of_striped_files_is_of_its_moment(tmp_path, drives):
+    save = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=2)
+    saving = {"enable_checkpointing": True, "callbacks": [save]}
+    strategy = small(nvme_path=drives)
+    run(tmp_path, strategy, **saving)
+    expected = {k: v.clone() for k, v in strategy.lightning_module_state_dict().items()}
+    strategy.close()
+    path = tmp_path / "step=2.ckpt"
+    for after in ("auto", small(nvme_path=drives, overwrite=True)):
+        trainer = run(tmp_path, after, path, callbacks=[ExactResume()])
+        assert_same(trainer.strategy.lightning_module_state_dict(), expected)
+    after.close()
 
 
 def test_a_live_run_holds_each_of_its_folders(tmp_path, drives):
