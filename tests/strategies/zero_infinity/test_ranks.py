@@ -247,7 +247,8 @@ def test_activations_wait_on_disk_as_under_ddp(tmp_path):
     compare(tmp_path, build, text, arguments={"offload_activations": "nvme"})
 
 
+@pytest.mark.slow
 def test_tiles_train_as_under_ddp(tmp_path):
-    """The gradient of a tiled layer's input is a sum over tiles: another order, also on one rank."""
+    """The gradient of a tiled layer's input is a sum over tiles, in another order on one rank, too."""
     build = lambda: PretrainModule(TINY_MODELS["llama"](), optimizer=ADAMW)  # noqa: E731
     assert largest_difference(*both(tmp_path, build, text, arguments={"tile_numel": 500})) < 1e-4
