@@ -249,6 +249,6 @@ def test_activations_wait_on_disk_as_under_ddp(tmp_path):
 
 @pytest.mark.slow
 def test_tiles_train_as_under_ddp(tmp_path):
-    """The gradient of a tiled layer's input is a sum over tiles, in another order on one rank, too."""
+    """A tiled layer's input has a gradient that is summed over tiles, in another order."""
     build = lambda: PretrainModule(TINY_MODELS["llama"](), optimizer=ADAMW)  # noqa: E731
     assert largest_difference(*both(tmp_path, build, text, arguments={"tile_numel": 500})) < 1e-4
