@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_align.offload.traffic import READ, STALL, SYNC, WRITE, Event
 from lightning_align.pipelining.plot import COLORS
@@ -51,7 +51,7 @@ def timeline(events: Sequence[Event], title: str = "") -> Figure:
         for what, color in kinds.items():
             spans = [(e.start_s - begin, e.end_s - e.start_s) for e in events if e.what == what]
             if spans:
-                look = {"facecolors": color, "alpha": 1.0 if height == 0 else 0.6, "linewidth": 0}
+                look: Any = {"facecolors": color, "alpha": 0.6 if height else 1.0, "linewidth": 0}
                 label = _NAMES.get(what, what)
                 axes.broken_barh(spans, (height - 0.4, 0.8), label=label, **look)
     axes.set_ylim(len(_LANES) - 0.4, -0.6)
