@@ -114,3 +114,41 @@ def test_without_padding_two_ranks_train_otherwise(tmp_path, monkeypatch):
         return train_both(tmp_path, rank)
 
     assert any(run_ranks(run))
+
+
+def step(module, engine):
+    with engine.forward():
+        loss = module(torch.ones(2, 200)).square().mean()
+    with engine.backward(updates=False):
+        loss.backward()
+    engine.updates.step()
+
+
+def test_each_rank_moves_its_half_and_the_next_block_is_under_way(tmp_path):
+    """Of what a step of one rank reads and writes; and what comes next is gathered ahead."""
+
+    def run(rank, size):
+        ranks = Ranks(distributed.new_group()) if size > 1 else Ranks()
+        module = network(200)
+        engine = offloaded(tmp_path / f"{size}{rank}", module, ranks=ranks, count=3)
+        engine.optimize_with(torch.optim.AdamW(module.parameters(), fused=True), fresh=True)
+        ahead = []
+        for part in module:
+            part.register_forward_hook(lambda *_: ahead.append(len(engine.residents._reading)))
+        for _ in range(2):
+            step(module, engine)
+        traffic = engine.threads.traffic
+        before = traffic.read, traffic.written
+        ahead.clear()
+        step(module, engine)
+        engine.store.settle_all()
+        moved = traffic.read - before[0], traffic.written - before[1]
+        engine.close()
+        return moved, ahead
+
+    ((whole, _),) = run_ranks(lambda rank: run(rank, 1), 1)
+    for moved, ahead in run_ranks(lambda rank: run(rank, 2), 2):
+        # One rank reads no block again that is in memory still, at either end of a pass.
+        assert moved[0] <= 0.8 * whole[0]
+        assert moved[1] == pytest.approx(whole[1] / 2, rel=0.02)
+        assert ahead == [1, 1, 1, 0]
