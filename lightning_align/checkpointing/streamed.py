@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,9 @@ def save_streamed(state: Any, path: str | os.PathLike[str]) -> None:
         folder.write(name, pieces(state))
         return
     unfinished = f".{name}.unfinished"
-    try:
+    with ExitStack() as undo:
+        undo.callback(folder.delete, unfinished)
         folder.write(unfinished, pieces(state))
         Path(folder.path(unfinished)).replace(folder.path(name))
-    except BaseException:
-        folder.delete(unfinished)
-        raise
+        undo.pop_all()
     folder.sync()

@@ -261,6 +261,9 @@ class DirectFile:
 
         Args:
             path: That name; nothing may be there.
+
+        Raises:
+            OSError: If neither is possible.
         """
         try:
             os.link(self.path, path)

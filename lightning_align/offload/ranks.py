@@ -82,6 +82,7 @@ class Ranks:
 
         Raises:
             RankError: If it is not the same, or another rank has failed.
+            error: What has failed here.
         """
         code = crc32(what.encode())
         told = torch.tensor([code, -code, 0 if error is None else self.rank + 1])

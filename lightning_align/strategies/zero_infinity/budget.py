@@ -105,7 +105,9 @@ def plan(
         group = min(group, max((limit - least) // max(groups, 1), of_one))
     least += groups * max(group, of_one)
     if limit < least:
-        raise _too_low(memory_limit, least, held, gradients_stay)
+        rule = _too_low(least, held, gradients_stay)
+        way_out = "Raise it, lower sub_group_size, or choose smaller blocks with wrap_policy"
+        raise argument_error(WHERE, "memory_limit", memory_limit, rule, way_out)
     free = limit - least
     if buffers.params is None and free >= held.largest:
         count, free = count + 1, free - held.largest
@@ -167,9 +169,7 @@ def _keep(blocks: Sequence[Block], free: int, buffers: int, *, gradients: bool) 
             block.kept, block.gradients_stay = True, block.gradients_stay or gradients
 
 
-def _too_low(memory_limit: int | str, least: int, held: _Held, gradients_stay: bool) -> ValueError:
+def _too_low(least: int, held: _Held, gradients_stay: bool) -> str:
     rule = f"must be at least {least:,} bytes: the largest block has {held.largest:,} bytes of"
     rule += f" parameters, {held.kept:,} of others stay, and {held.in_grad:,} bytes of gradients"
-    rule += ", for the hooks that look there" if gradients_stay else ""
-    way_out = "Raise it, lower sub_group_size, or choose smaller blocks with wrap_policy"
-    return argument_error(WHERE, "memory_limit", memory_limit, rule, way_out)
+    return rule + (", for the hooks that look there" if gradients_stay else "")
