@@ -77,6 +77,7 @@ class StepLayout:
         resident: Blocks whose parameters are in memory at a time.
         batches: Forwards and backwards of the step.
         gradients_wait: Whether blocks are updated after the last backward instead of inside it.
+        updates_wait: Whether those that come and go then wait for the next step's forward.
         activation_bytes: What each batch puts on the drive in forward and takes back in backward.
         ranks: Among which parameters, gradients and states are divided.
     """
@@ -85,6 +86,7 @@ class StepLayout:
     resident: int = 3
     batches: int = 1
     gradients_wait: bool = False
+    updates_wait: bool = False
     activation_bytes: float = 0.0
     ranks: int = 1
 
@@ -122,7 +124,7 @@ def fetches(layout: StepLayout) -> list[tuple[str, list[BlockBytes]]]:
     backward = [n for n in reversed(moving) if n >= min(trains, default=len(layout.blocks))]
     phases = [(FORWARD, moving), (BACKWARD, backward)] * layout.batches
     if layout.gradients_wait:
-        phases.append((UPDATE, [n for n in moving if n in trains]))
+        phases.append((UPDATE, [] if layout.updates_wait else [n for n in moving if n in trains]))
     memory: OrderedDict[int, None] = OrderedDict()
     for _ in range(2):  # the second step is like all that follow
         found = [
@@ -133,25 +135,34 @@ def fetches(layout: StepLayout) -> list[tuple[str, list[BlockBytes]]]:
 
 
 def gradient_bytes(layout: StepLayout) -> list[Moved]:
-    """Bytes of gradients that the backward of each batch reads and writes, then the update.
+    """Bytes of gradients that the backward of each batch reads and writes.
 
     The sums of a window are read and written again by each of its batches; the last one of a
     window whose gradients do not wait uses them at once.
     """
     size = sum(block.gradients for block in layout.training)
-    waits = [
-        number + 1 < layout.batches or layout.gradients_wait for number in range(layout.batches)
-    ]
-    found = [Moved(size * (number > 0), size * wait) for number, wait in enumerate(waits)]
-    return [*found, Moved(size * layout.gradients_wait)]
+    written = layout.batches - 1 + layout.gradients_wait
+    return [Moved(size * (n > 0), size * (n < written)) for n in range(layout.batches)]
+
+
+def update_bytes(blocks: Sequence[BlockBytes], *, gradients_wait: bool) -> Moved:
+    """Bytes of updating blocks whose parameters are in memory.
+
+    Args:
+        blocks: Which ones.
+        gradients_wait: Whether their gradients are read, too.
+    """
+    states = sum(block.states for block in blocks)
+    gradients = sum(block.gradients for block in blocks) * gradients_wait
+    return Moved(states + gradients, states + sum(block.stored for block in blocks))
 
 
 def step_bytes(layout: StepLayout) -> list[tuple[str, Moved]]:
     """Phases of a step in their order, with the bytes that one rank moves in each.
 
     For AdamW in fp32 and many blocks, a parameter of a block costs 4 bytes for forward, 4 for
-    backward, 8 of moments read and 12 written; 12 more where gradients wait, and 16 for each
-    further batch.
+    backward, 8 of moments read and 12 written; 12 more where gradients wait, 8 if updates do, too;
+    and 16 for each further batch.
 
     Args:
         layout: What the step is made of.
@@ -161,20 +172,19 @@ def step_bytes(layout: StepLayout) -> list[tuple[str, Moved]]:
     gradients = iter(gradient_bytes(layout))
     found = []
     for phase, blocks in fetches(layout):
-        moved = Moved(
-            sum(block.stored for block in blocks), 0.0, sum(block.parameters for block in blocks)
-        )
+        gathered = sum(block.parameters for block in blocks)
+        moved = Moved(sum(block.stored for block in blocks), 0.0, gathered)
         if phase == FORWARD:
             moved = moved.plus(Moved(written=activations))
         elif phase == BACKWARD:
-            moved = moved.plus(Moved(read=activations, exchanged=reduced))
-        if phase != FORWARD:
-            moved = moved.plus(next(gradients))
+            moved = moved.plus(Moved(activations, 0.0, reduced)).plus(next(gradients))
         found.append((phase, moved))
-    states = sum(block.states for block in layout.training)
-    written = states + sum(block.stored for block in layout.training)
-    last, moved = found.pop()
-    found.append((last, moved.plus(Moved(states, written))))
+    waits = layout.gradients_wait
+    late = [b for b in layout.training if waits and layout.updates_wait and not b.stays]
+    others = [block for block in layout.training if block not in late]
+    for number, updated in ((0, late), (-1, others)):
+        phase, moved = found[number]
+        found[number] = phase, moved.plus(update_bytes(updated, gradients_wait=waits))
     ranks = layout.ranks
     return [
         (phase, Moved(read / ranks, written / ranks, exchanged * (ranks - 1) / ranks))

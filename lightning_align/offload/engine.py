@@ -215,6 +215,7 @@ class OffloadEngine:
             closes: Whether it is the last of its window, behind which ranks share gradients.
             factor: What ``scale_gradients`` will be called with, if that is known already.
         """
+        self.finish_updates()  # of blocks that this forward has not called
         self.residents.begin("backward")
         self._early, self._factor = updates, factor
         self._scaled.clear()
@@ -295,6 +296,16 @@ class OffloadEngine:
 
     # Gradients, between backward and update
 
+    @property
+    def updates_wait(self) -> bool:
+        """Whether updates wait for the next forward; then no window is open."""
+        return hasattr(self, "updates") and self.updates.late.are_waiting
+
+    def finish_updates(self) -> None:
+        """Do the updates that wait for the next forward."""
+        if self.updates_wait:
+            self.updates.late.finish()
+
     @torch.no_grad()
     def put_gradients(self, gradients: Mapping[str, Tensor]) -> set[str]:
         """Let gradients be all that waits, but for what does so in ``p.grad``.
@@ -305,6 +316,7 @@ class OffloadEngine:
         Returns:
             Names of those that wait now.
         """
+        self.finish_updates()
         self.gradients.clear()
         blocks = () if self.gradients.stay else self._summed
         return {name for block in blocks for name in self.gradients.take_back(block, gradients)}

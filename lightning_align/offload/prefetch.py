@@ -11,6 +11,7 @@ update its own section is enough.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -30,6 +31,7 @@ class Residents:
 
     Attributes:
         by_storage: Where in memory those are that need not stay.
+        fetched: Called with a block whose values are here, and the phase, before they are used.
     """
 
     def __init__(self, store: ShardStore, pool: BufferPool, count: int) -> None:
@@ -42,6 +44,7 @@ class Residents:
         self._recent: OrderedDict[str, Block] = OrderedDict()  # those that are not kept
         self._follows: dict[tuple[str, str], str] = {}
         self._last: dict[str, str] = {}
+        self.fetched: Callable[[Block, str], None] = lambda *_: None
 
     def begin(self, phase: str) -> None:
         """A phase, such as the forward of a step, begins: what comes first follows nothing.
@@ -72,6 +75,7 @@ class Residents:
             self._recent.move_to_end(block.name)
             self._make_room(0)
         self._foresee(block.name, phase)
+        self.fetched(block, phase)
         return block.memory
 
     def foresee_section(self, block: Block) -> None:

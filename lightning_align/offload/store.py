@@ -12,7 +12,7 @@ written again: the next update of the block makes a new file, which takes the ol
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import xxhash
@@ -48,6 +48,7 @@ class ShardStore:
         commits: Whether a step can be committed: not if any of it is in memory alone.
         is_on_drive: Whether any of it is not.
         states: Block -> parameter -> where its optimizer state lies in the block's file.
+        looked_at: Called before somebody looks at what is stored; finishes what is not yet.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class ShardStore:
         self.atomic_step = atomic_step and self.commits
         self.states: dict[str, dict[str, StatePlace]] = {name: {} for name in self.blocks}
         self._threads, self.traffic = threads, threads.traffic
+        self.looked_at: Callable[[], None] = lambda: None
         self._ends = {name: block.section_nbytes for name, block in self.blocks.items()}
         self._room = dict(self._ends)  # what is reserved, at least
         self._current = dict.fromkeys(self.blocks, 0)
@@ -274,6 +276,7 @@ class ShardStore:
         Args:
             block: Its name.
         """
+        self.looked_at()
         self.settle(block)
         file = self._files[block, self._current[block]]
         return file.shown(0, self.blocks[block].section_nbytes)
@@ -284,6 +287,7 @@ class ShardStore:
         Args:
             block: Its name.
         """
+        self.looked_at()
         self.settle(block)
         start = self.blocks[block].section_nbytes
         return self._files[block, self._current[block]].shown(start, self._ends[block] - start)
@@ -300,6 +304,7 @@ class ShardStore:
 
     def make_durable(self) -> None:
         """Wait until what the files have would outlive a loss of power."""
+        self.looked_at()
         self.settle_all()
         syncs = [self._files[name, self._current[name]].sync() for name in self._unsynced]
         for sync in syncs:
@@ -316,6 +321,7 @@ class ShardStore:
             payload: What else belongs to it.
         """
         assert self.commits
+        self.looked_at()
         self.traffic.begin("commit")
         record = Record(
             step,

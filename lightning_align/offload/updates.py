@@ -18,6 +18,7 @@ from lightning_align.offload import masters
 from lightning_align.offload.block import Block
 from lightning_align.offload.buffers import BufferPool
 from lightning_align.offload.gradients import GradientSums
+from lightning_align.offload.late_updates import LateUpdates
 from lightning_align.offload.optimizer_stream import (
     OptimizerStream,
     StepsParameters,
@@ -44,6 +45,7 @@ class Updates:
         has_masters: Whether parameters are stepped in fp32, from which they are then rounded.
 
     Attributes:
+        late: Updates of the step before that are still to be done.
         state_bytes: Block -> bytes of its state, as far as they are known before the first step.
 
     Raises:
@@ -74,13 +76,22 @@ class Updates:
             for name, block in store.blocks.items()
         }
         store.allocate(self.state_bytes)
+        self.late = LateUpdates(
+            optimizer, self._update_summed, self._foresee, self._gradients.clear
+        )
+        residents.fetched = self.late.do
+        store.looked_at = self.late.finish
         self._stream = OptimizerStream(
             optimizer, store, pool, group_bytes, groups, has_masters=has_masters
         )
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update what has gradients and was not updated in backward; the window is over."""
+        """Update what has gradients and was not updated in backward; the window is over.
+
+        Blocks that come and go are updated when they come next, where one rank has them all.
+        """
+        self.late.finish()
         everything = [p for block in self._blocks for p in block.parameters.values()]
         may_step = True
         if isinstance(self._optimizer, StepsParameters):
@@ -91,18 +102,28 @@ class Updates:
             for block in (self._blocks if may_step else ())
             if self._gradients.names(block) and not self._gradients.is_used(block)
         ]
-        for number, block in enumerate(waiting):
-            following = waiting[number + 1 : number + 2]
-            self.update(
-                block, self._gradients.take(block), "update", partial(self._foresee, following)
-            )
+        late = [b for b in waiting if not b.kept] if self._ranks.size == 1 else []
+        at_once = [block for block in waiting if block not in late]
+        for number, block in enumerate(at_once):
+            following = at_once[number + 1 : number + 2]
+            self._update_summed(block, "update", partial(self._foresee, following))
         for block in self._blocks if may_step else ():
             if block.gradients_stay or self._gradients.stay:
                 self.update_from_grad(block, "update")
         if not self._gradients.stay:
             for parameter in everything:
                 parameter.grad = None
-        self._gradients.clear()
+        if late:
+            self._gradients.norms.clear()
+            self.late.wait(late)
+        else:
+            self._gradients.clear()
+
+    @torch.inference_mode(False)  # a validation may come before the next forward of training
+    @torch.inference_mode(False)  # a validation may come before the next forward of training
+    @torch.no_grad()
+    def _update_summed(self, block: Block, phase: str, meanwhile: Callable[[], None]) -> None:
+        self.update(block, self._gradients.take(block), phase, meanwhile)
 
     def _foresee(self, blocks: list[Block]) -> None:
         """Begin to read what the updates of blocks will need, but for their parameters."""
@@ -165,6 +186,7 @@ class Updates:
 
     def forget_state(self, parameters: Iterable[nn.Parameter]) -> None:
         """Let the optimizer begin anew for some parameters."""
+        self.late.finish()
         dropped = set(parameters)
         for parameter in dropped:
             self._optimizer.state.pop(parameter, None)

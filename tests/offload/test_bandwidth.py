@@ -39,6 +39,7 @@ def adamw(count=MANY, gradients=4, **options):
         ({}, 28),  # forward 4, backward 4, moments read 8, all written 12
         ({"gradients_wait": True}, 40),  # and 4 + 4 of gradients, 4 of the parameter once more
         ({"gradients_wait": True, "gradients": 0}, 32),
+        ({"gradients_wait": True, "updates_wait": True}, 36),  # with the next forward
         ({"batches": 2}, 28 + 16),  # 8 read, gradients written and read
         ({"batches": 3, "gradients_wait": True}, 40 + 2 * 16),
     ],
@@ -61,6 +62,12 @@ def test_phases_of_four_blocks_of_which_two_are_in_memory():
         (FORWARD, Moved(16)),
         (BACKWARD, Moved(8, 16)),
         (UPDATE, Moved(8 + 16 + 32, 32 + 16)),
+    ]
+    later = step_bytes(adamw(4, gradients_wait=True, updates_wait=True))
+    assert later == [
+        (FORWARD, Moved(8 + 16 + 32, 32 + 16)),
+        (BACKWARD, Moved(8, 16)),
+        (UPDATE, Moved()),
     ]
 
 
@@ -153,7 +160,7 @@ def test_an_engine_moves_what_is_predicted(tmp_path, count, early, window):
     blocks = [
         BlockBytes(b.nbytes, size, b.nbytes) for b, size in zip(engine.blocks, states, strict=True)
     ]
-    layout = StepLayout(blocks, count, window, gradients_wait=not early)
+    layout = StepLayout(blocks, count, window, gradients_wait=not early, updates_wait=not early)
     expected = total(step_bytes(layout))
     assert traffic.read - before[0] == 2 * expected.read
     assert traffic.written - before[1] == 2 * expected.written

@@ -34,7 +34,7 @@ from lightning_align.offload.tiles import (
 from lightning_align.strategies import replacing
 from lightning_align.strategies.distributed_folder import META_FILE, DistributedFolder
 from lightning_align.strategies.zero_infinity.blocks import WHERE
-from lightning_align.strategies.zero_infinity.commits import load_payload
+from lightning_align.strategies.zero_infinity.commits import Payload, load_payload
 from lightning_align.strategies.zero_infinity.ranks import return_to_common_step
 
 _CLASS = "class"  # key of an optimizer's state in a commit record
@@ -310,16 +310,19 @@ class BlockCheckpoints(ParallelStrategy):
 
         vars(trainer)["save_checkpoint"] = save_checkpoint
 
-    def commit(self, trainer: pl.Trainer, dump: Callable[[], bytes]) -> None:
-        """Make the present step the one that a kill leaves."""
+    def commit(self, trainer: pl.Trainer, dump: Callable[[], dict[str, Any]]) -> None:
+        """Make the present step the one that a kill leaves, when all of its updates are done."""
         assert self._engine is not None
         self._is_committing = True
         try:
-            payload = dump()
+            payload = Payload(dump())
         finally:
             self._is_committing = False
         self._engine.whole.store_edits()
-        self._engine.store.commit(trainer.global_step, payload)
+        store, step, optimizer = self._engine.store, trainer.global_step, self.optimizers[0]
+        self._engine.updates.late.then(
+            lambda: store.commit(step, payload.with_state(optimizer.state_dict()["state"]))
+        )
 
 
 def _check_place(place: Path) -> None:

@@ -56,14 +56,37 @@ class CommitSteps(pl.Callback):
         step = trainer.global_step
         if step == self._committed or is_accumulating(trainer) or not is_safe_point(trainer):
             return
-        strategy.commit(trainer, lambda: _dumped(trainer))
+        dump = lightning_resume.dump_checkpoint
+        strategy.commit(trainer, lambda: dump(trainer, weights_only=False))
         self._committed = step
 
 
-def _dumped(trainer: pl.Trainer) -> bytes:
-    """What Lightning puts into a checkpoint, as bytes."""
+class Payload:
+    """What belongs to a step beside the tensors of blocks.
+
+    The optimizer's counters are of updates that may still be to come, and are added behind them.
+
+    Args:
+        checkpoint: What Lightning puts into one; it is written down at once.
+    """
+
+    def __init__(self, checkpoint: dict[str, Any]) -> None:
+        first, *others = checkpoint["optimizer_states"]
+        states = [{**first, "state": {}}, *others]
+        self._rest = _written({**checkpoint, "optimizer_states": states})
+
+    def with_state(self, state: dict[Any, Any]) -> bytes:
+        """All of it, as bytes.
+
+        Args:
+            state: The optimizer's, without what blocks have of it.
+        """
+        return len(self._rest).to_bytes(8, "little") + self._rest + _written(state)
+
+
+def _written(value: Any) -> bytes:
     buffer = io.BytesIO()
-    torch.save(lightning_resume.dump_checkpoint(trainer, weights_only=False), buffer)
+    torch.save(value, buffer)
     return buffer.getvalue()
 
 
@@ -80,5 +103,11 @@ def load_payload(folder: Path, *, weights_only: bool) -> dict[str, Any]:
     record = read_record(folder)
     if record is None:
         raise ValueError(f"No step is committed in {folder}.")
-    payload: dict[str, Any] = torch.load(io.BytesIO(record.payload), weights_only=weights_only)
-    return payload
+    end = 8 + int.from_bytes(record.payload[:8], "little")
+    rest, state = (
+        torch.load(io.BytesIO(part), weights_only=weights_only)
+        for part in (record.payload[8:end], record.payload[end:])
+    )
+    checkpoint: dict[str, Any] = rest
+    checkpoint["optimizer_states"][0]["state"] = state
+    return checkpoint

@@ -120,7 +120,8 @@ def layout_of(engine: OffloadEngine, batches: int, *, gradients_wait: bool) -> S
         )
         for block in sorted(engine.blocks, key=lambda block: not block.kept)
     ]
-    return StepLayout(blocks, engine.residents.count, batches, gradients_wait)
+    alone = engine.store.ranks.size == 1
+    return StepLayout(blocks, engine.residents.count, batches, gradients_wait, alone)
 
 
 def tell(engine: OffloadEngine, layout: StepLayout, bandwidth: float | None = None) -> None:
@@ -143,7 +144,7 @@ def tell(engine: OffloadEngine, layout: StepLayout, bandwidth: float | None = No
         f" {layout.resident} are in memory at a time, and {kept / 1e6:,.1f} MB that stay there.",
         f"A step reads {moved.read / 1e9:.3g} GB and writes {moved.written / 1e9:.3g} GB,"
         f" {(moved.read + moved.written) / count:.1f} bytes a parameter"
-        + ("; its gradients wait for the update." if layout.gradients_wait else ".")
+        + ("; its gradients wait for their update." if layout.gradients_wait else ".")
         + ("" if states else " The optimizer's state comes on top: its size is not known yet."),
     ]
     if bandwidth is not None:

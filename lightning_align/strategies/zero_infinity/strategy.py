@@ -350,7 +350,8 @@ class ZeROInfinityStrategy(BlockCheckpoints):
     def waiting_gradients(self) -> dict[str, Tensor]:
         """Copies of the gradients on disk that wait for their step, by name of parameter."""
         assert self._engine is not None
-        return self._engine.gradients.shown()
+        # Those of updates that wait are of a window that is closed.
+        return {} if self._engine.updates_wait else self._engine.gradients.shown()
 
     def put_gradients(self, gradients: Mapping[str, Tensor]) -> set[str]:
         """Let gradients wait on disk for their step, in the place of those that do; their names."""
@@ -429,6 +430,7 @@ class ZeROInfinityStrategy(BlockCheckpoints):
     @override
     def teardown(self) -> None:
         if self._engine is not None:
+            self._engine.finish_updates()
             self._engine.detach()
         for hook in ("clip_grad_by_norm", "clip_grad_by_value"):
             vars(self.precision_plugin).pop(hook, None)

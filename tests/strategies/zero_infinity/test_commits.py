@@ -8,15 +8,18 @@ import signal
 from functools import partial
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from lightning_align.modules import PretrainModule
 from lightning_align.offload.files import DirectFile
+from lightning_align.offload.record import read_record
 from lightning_align.strategies import ZeROInfinityStrategy
+from lightning_align.strategies.zero_infinity.commits import load_payload
 from tests.helpers.children import in_child
-from tests.helpers.offloaded import ADAMW, assert_same, batches, fit
+from tests.helpers.offloaded import ADAMW, Regression, assert_same, batches, fit, points, small
 from tests.helpers.tiny_models import PlainDecoder
 
 
@@ -129,3 +132,28 @@ def test_without_atomic_steps_a_kill_in_an_update_damages_the_run(tmp_path, whol
     found = resumed(tmp_path, written[2], options=BOTH["clipped"], atomic_step=False)
     pairs = [(found["module"][name], value) for name, value in whole["clipped"]["module"].items()]
     assert not all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+def test_a_step_whose_updates_wait_is_committed_in_the_next_forward(tmp_path):
+    """With counters of all its updates; what looks at values, or the end, commits it before."""
+    found = []
+
+    def committed(trainer):
+        record = read_record(trainer.strategy._engine.store.folder)
+        found.append((trainer.global_step, record and record.step))
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            committed(trainer)
+            if trainer.global_step == 3:
+                trainer.strategy.lightning_module_state_dict()
+                committed(trainer)
+
+    options = {"gradient_clip_val": 0.5, "callbacks": [Look()], "max_steps": 4}
+    data, module = DataLoader(points(), batch_size=8), Regression(ADAMW)
+    fit(tmp_path, module, data, small(), **options)
+    assert found == [(0, None), (1, None), (2, 1), (3, 2), (3, 3)]
+    payload = load_payload(tmp_path / "zero_infinity" / "rank00000", weights_only=False)
+    states = payload["optimizer_states"][0]["state"]
+    assert [int(state["step"]) for state in states.values()] == [4] * len(states)
+    assert len(states) == len(list(module.parameters()))

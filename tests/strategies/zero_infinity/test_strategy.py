@@ -117,8 +117,8 @@ def test_blocks_that_recompute_their_activations_are_fetched_again(tmp_path, nam
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "weight_norm"])
-@pytest.mark.parametrize("state", ["drop", "keep"])
-def test_lisa_trains_as_in_memory(tmp_path, sampling, state):
+@pytest.mark.parametrize(("state", "clip"), [("drop", None), ("keep", None), ("drop", 0.5)])
+def test_lisa_trains_as_in_memory(tmp_path, sampling, state, clip):
     """Blocks that come back warm up, with new moments or with those that they had."""
     data = DataLoader(batches(), batch_size=2)
     settings = {"interval_steps": 3, "reactivation_warmup_steps": 1, "filename": None}
@@ -126,7 +126,7 @@ def test_lisa_trains_as_in_memory(tmp_path, sampling, state):
     for strategy in ("auto", small()):
         lisa = LISA(1, sampling=sampling, optimizer_state=state, **settings)
         module = PretrainModule(TINY_MODELS["llama"](), optimizer=ADAMW)
-        trainer = fit(tmp_path, module, data, strategy, callbacks=[lisa])
+        trainer = fit(tmp_path, module, data, strategy, callbacks=[lisa], gradient_clip_val=clip)
         states = trainer.strategy.optimizer_state(trainer.optimizers[0])["state"]
         found.append((lisa.history, trainer.strategy.lightning_module_state_dict(), states))
     assert len({active for _, active in found[0][0]}) > 1
@@ -151,6 +151,13 @@ def test_a_tied_decoder_with_dropout_and_validation(tmp_path):
         return PretrainModule(TiedDecoder(dropout=0.1), optimizer=ADAMW)
 
     compare(tmp_path, module, Both(data), val_check_interval=5)
+
+
+def test_a_validation_finds_updates_that_have_waited_for_it(tmp_path):
+    """Its inference mode is no place to make an optimizer's state in."""
+    data = Both(DataLoader(points(), batch_size=8))
+    options = {"gradient_clip_val": 0.05, "val_check_interval": 1}
+    compare(tmp_path, lambda: Regression(ADAMW, schedule=True), data, **options)
 
 
 def test_memory_holds_as_many_blocks_as_it_may(tmp_path):
