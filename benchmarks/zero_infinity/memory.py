@@ -19,7 +19,7 @@ Bytes of a step: median over steps without validation, by our counters, by the k
 (/proc/self/io) and by the formula for N parameters in L blocks, B of them in memory, M parameters
 in no block: 4 bytes of each parameter of a block for forward and for backward but for the B blocks
 that are there when their phase begins; 8 bytes of moments read, 12 written, also for M; clipped,
-4 bytes of gradients written and read, and the parameters once more for the update.
+4 bytes of gradients written and read.
 
 Bars: states over peak 4, net of imports 8; counters within 2 % of the kernel's and 5 % of the
 formula.
@@ -156,15 +156,13 @@ def quiet(threads: int = 1) -> None:
     logging.disable(logging.WARNING)
 
 
-def expected(blocks: list[Any], resident: int, clipped: bool) -> tuple[int, int]:
+def expected(engine: Any, clipped: bool) -> tuple[float, float]:
     """Bytes of a step, read and written, by the formula."""
-    moving = [block for block in blocks if not block.kept]
-    parameters = sum(block.nbytes for block in moving)
-    everything = sum(block.nbytes for block in blocks)
-    fetched = parameters - sum(block.nbytes for block in moving[:resident])
-    phases = 3 if clipped else 2
-    gradients = parameters if clipped else 0
-    return phases * fetched + 2 * everything + gradients, 3 * everything + gradients
+    from lightning_align.offload.bandwidth import step_bytes, total
+    from lightning_align.strategies.zero_infinity.counters import layout_of
+
+    moved = total(step_bytes(layout_of(engine, 1, gradients_wait=clipped)))
+    return moved.read, moved.written
 
 
 def novel(tokens: int, folder: str) -> Any:
@@ -268,9 +266,7 @@ def child(arguments: argparse.Namespace) -> None:
                 "step_s": median(b[0] - a[0] for a, b in pairs),
                 "ours": [median(b[1][i] - a[1][i] for a, b in pairs) for i in (0, 1)],
                 "kernel": [median(b[2][i] - a[2][i] for a, b in pairs) for i in (0, 1)],
-                "formula": expected(
-                    engine.blocks, engine.residents.count, arguments.run == "clipped"
-                ),
+                "formula": expected(engine, arguments.run == "clipped"),
                 "losses": watch.losses,
                 "disk": sum(
                     f.stat().st_blocks * 512 for f in Path(arguments.folder, "nvme").rglob("*")

@@ -5,11 +5,12 @@
 
 A Llama with 8 blocks of width 512 (26 M parameters), AdamW (fused), PretrainModule in a Trainer,
 one compute thread. In each repeat, for each number of tokens: the same run in memory, then under
-zero_infinity, unclipped (blocks are updated in backward) and clipped (gradients wait on disk), and
-the drive alone, by the same threads in pieces of the same size: reads, writes, and both in the
-proportions of an unclipped step, made durable. A step is from one batch's start to the next one's,
-the commit included; the median of a run's steps counts, without the first two. At the smallest
-number of tokens also with atomic_step=False.
+zero_infinity, unclipped (blocks are updated in backward) and clipped (gradients wait on disk, and
+blocks are updated in the next forward), then the drive alone, by the same threads in pieces of the
+same size: reads, writes, and both in the proportions of an unclipped step, made durable. A step is
+from one batch's start to the next one's, the commit included; the median of a run's steps counts,
+without the first two. At the smallest number of tokens also with atomic_step=False, and the
+optimizer pass of a clipped step by itself, with nothing computed beside it.
 
 Predicted is what lightning_align.offload.bandwidth says, from nothing but the sizes of blocks, the
 rates of the drive alone, and the seconds that forward, backward and the rest of a step take in
@@ -113,19 +114,25 @@ class PhaseTimer(Timer):
 
 
 class PassTimer(Timer):
-    """Also the optimizer pass. A hook that sees gradients: for clipped runs only."""
+    """Also the optimizer pass by itself, of updates that would wait for the next forward."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.begins: list[tuple[float, int]] = []
+        self.passes: list[tuple[float, int]] = []
 
-    def on_before_optimizer_step(self, trainer: Any, *_: Any) -> None:
-        self.begins.append((time.perf_counter(), _moved(trainer)))
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        super().on_train_batch_start(trainer)
+        engine = trainer.strategy._engine
+        engine.store.settle_all()
+        start, moved = time.perf_counter(), _moved(trainer)
+        engine.updates.late.finish()
+        engine.store.settle_all()
+        self.passes.append((time.perf_counter() - start, _moved(trainer) - moved))
 
     def update(self) -> tuple[float, float]:
         """Median seconds and bytes of the pass."""
-        pairs = list(zip(self.begins, self.marks[1:], strict=False))[2:]
-        return median(b[0] - a[0] for a, b in pairs), median(b[1] - a[1] for a, b in pairs)
+        seconds, moved = zip(*self.passes[2:], strict=True)
+        return median(seconds), median(moved)
 
 
 class Recorder(pl.Callback):
@@ -252,38 +259,39 @@ def drive_alone(folder: str, nbytes: int) -> tuple[Bandwidth, float]:
 Figures = dict[str, list[float]]
 
 
-def repeat(case: Case, tokens: int, found: Figures, *, in_place: bool) -> None:
+def repeat(case: Case, tokens: int, found: Figures, *, smallest: bool) -> None:
     """One of each side, one after the other."""
     runs = {"": None, ", clipped": 1.0}
-    moved = 0.0
     for suffix, clip in runs.items():
         memory = case.train(tokens, "auto", PhaseTimer(), clip)
         seconds, compute = memory.step()[0], memory.compute()
-        timer: Any = PassTimer() if clip else Timer()
-        timer, layout = case.offloaded(tokens, timer, clip)
+        timer, layout = case.offloaded(tokens, Timer(), clip)
         ours, nbytes = timer.step()
-        found[f"memory{suffix}"].append(seconds)
-        found[f"ours{suffix}"].append(ours)
-        found[f"bytes{suffix}"].append(nbytes)
-        found[f"speed{suffix}"].append(seconds / ours)
-        if clip is None:  # what updates inside backward computes there
-            moved = nbytes
-            compute = {**compute, BACKWARD: compute[BACKWARD] + compute[UPDATE]}
-        rates, alone = drive_alone(case.folder, max(int(moved / 2), 128 * MIB))
+        # Where updates are done: inside backward, or in the next forward.
+        updates = FORWARD if clip else BACKWARD
+        compute = {**compute, updates: compute[updates] + compute[UPDATE], UPDATE: 0.0}
+        rates, alone = drive_alone(case.folder, max(int(nbytes / 2), 128 * MIB))
         predicted = step_s(step_bytes(layout), compute, rates)
-        found[f"model{suffix}"].append(predicted)
-        found[f"predicted{suffix}"].append(predicted / ours)
-        found["read"].append(rates.read)
-        found["write"].append(rates.write)
-        found["alone"].append(alone)
+        for name, value in {
+            "memory": seconds,
+            "ours": ours,
+            "bytes": nbytes,
+            "speed": seconds / ours,
+            "bandwidth": nbytes / ours / alone,
+            "model": predicted,
+            "predicted": predicted / ours,
+        }.items():
+            found[f"{name}{suffix}"].append(value)
+        for name, value in {"read": rates.read, "write": rates.write, "alone": alone}.items():
+            found[name].append(value)
+        if not smallest:
+            continue
         if clip:
-            update, moved_update = timer.update()
-            found["optimizer"].append(moved_update / update / alone)
+            update, moved = case.offloaded(tokens, PassTimer(), clip)[0].update()
+            found["optimizer"].append(moved / update / alone)
         else:
-            found["bandwidth"].append(nbytes / ours / alone)
-            if in_place:
-                placed = case.offloaded(tokens, Timer(), None, atomic_step=False)[0].step()[0]
-                found["atomic"].append(ours / placed)
+            placed = case.offloaded(tokens, Timer(), None, atomic_step=False)[0].step()[0]
+            found["atomic"].append(ours / placed)
 
 
 def cell(values: list[float], scale: float = 1, digits: int = 0) -> str:
@@ -387,7 +395,7 @@ def main() -> None:
     try:
         for _ in range(1 if arguments.small else arguments.repeats):
             for count in tokens:
-                repeat(case, count, found[count], in_place=count == min(tokens))
+                repeat(case, count, found[count], smallest=count == min(tokens))
         if arguments.plot:
             draw(found, arguments.plot / "zero_infinity_step.png")
             draw_timelines(case, tokens[len(tokens) // 2 - 1], arguments.plot)

@@ -65,7 +65,7 @@ class ZeROInfinityStrategy(BlockCheckpoints):
     A block is an element of the module's outermost ``nn.ModuleList`` or ``nn.Sequential``. What
     belongs to no block, or is tied, stays in memory: embedding, head and final norm of a language
     model. Costs 12 bytes of disk a parameter with AdamW in fp32, twice that with ``atomic_step``,
-    and 28 bytes of traffic a step, 40 where gradients wait, as for clipping.
+    and 28 bytes of traffic a step, 36 where gradients wait, as for clipping.
 
     Args:
         stage: What comes and goes block by block: at 3 everything, at 2 gradients and optimizer

@@ -59,8 +59,10 @@ def test_an_error_of_the_disk_ends_the_run_at_a_whole_step(tmp_path, monkeypatch
         fit(tmp_path, Regression(ADAMW), DATA(), small(update_in_backward=early), callbacks=[count])
     monkeypatch.undo()
     (note,) = getattr(error.value, "__notes__", [None])
-    step = 3 if call in ("preadv", "pwritev") else 4  # the others fail in the next commit
-    left = f"in {tmp_path}/zero_infinity/rank00000: step 3 is whole there"
+    # The others fail in the next commit. Updates that wait for a forward are not done by then, and
+    # their step is committed there.
+    step = 4 if early and call not in ("preadv", "pwritev") else 3
+    left = f"in {tmp_path}/zero_infinity/rank00000: step {3 if early else 2} is whole there"
     assert note is None or (left in note and f"rank 0, after step {step}" in note)
     trainer = fit(tmp_path, Regression(ADAMW), DATA(), small(), "last")
     assert_same(trainer.strategy.lightning_module_state_dict(), whole(tmp_path))
@@ -266,6 +268,7 @@ def test_a_gradient_that_is_no_number_touches_nothing_on_disk(tmp_path, build):
 
     class Watch(pl.Callback):
         def content(self, trainer):
+            trainer.strategy._engine.finish_updates()  # of the step before
             trainer.strategy._engine.store.settle_all()
             files = (tmp_path / "zero_infinity" / "rank00000").glob("*.block")
             return {path.name: path.read_bytes() for path in files}

@@ -31,6 +31,7 @@ class Steps(pl.Callback):
         self.now.clear()
 
     def on_train_batch_end(self, trainer, *_):
+        trainer.strategy._engine.finish_updates()  # which would wait for the next batch
         store = trainer.strategy._engine.store
         numbers = {name: number for number, name in enumerate(store.blocks)}
         self.blocks = {n: b for b in store.blocks.values() for n in [numbers[b.name]]}
