@@ -67,8 +67,13 @@ class LateUpdates:
             return
         del self._blocks[block.name]
         following = list(self._blocks.values())[:1]
-        with self._as_in_its_step():
-            self._update(block, phase, lambda: self._foresee(following))
+        try:
+            with self._as_in_its_step():
+                self._update(block, phase, lambda: self._foresee(following))
+        except BaseException:  # the step is not whole, and will not be
+            self._blocks.clear()
+            self._then.clear()
+            raise
         if not self._blocks:
             self._finished()
 

@@ -123,6 +123,7 @@ class Updates:
     @torch.inference_mode(False)  # a validation may come before the next forward of training
     @torch.no_grad()
     def _update_summed(self, block: Block, phase: str, meanwhile: Callable[[], None]) -> None:
+        self._gradients.used(block)  # also where the update is interrupted
         self.update(block, self._gradients.take(block), phase, meanwhile)
 
     def _foresee(self, blocks: list[Block]) -> None:

@@ -169,6 +169,7 @@ class WholeValues:
 
     def outlines(self) -> dict[nn.Parameter, Tensor]:
         """For each parameter what this rank has of it, as ``linked`` links it."""
+        self._store.looked_at()
         self.store_edits()
         found = {}
         for block in self._blocks:

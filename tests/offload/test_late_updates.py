@@ -57,6 +57,17 @@ def test_what_is_to_follow_comes_at_once_where_nothing_waits(setting):
     assert done == ["then"]
 
 
+def test_behind_one_that_fails_none_is_done_and_no_step_is_committed(setting):
+    (a, b, _), _, late, done = setting
+    late.wait([a, b])
+    late.then(lambda: done.append("then"))
+    late._update = lambda *_: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        late.do(a, "forward")
+    late.finish()
+    assert done == []
+
+
 def test_blocks_are_updated_in_the_next_forward_or_when_somebody_looks(tmp_path):
     module = network()
     engine = offloaded(tmp_path, module)
