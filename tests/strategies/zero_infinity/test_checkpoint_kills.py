@@ -27,7 +27,9 @@ def marked_at(path):
     return found["marker"], found["state_dict"]
 
 
-@pytest.mark.parametrize("distributed", [True, False], ids=["folder", "file"])
+@pytest.mark.parametrize(
+    "distributed", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["folder", "file"]
+)
 @pytest.mark.parametrize(
     "replaces", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["replaced", "new"]
 )

@@ -71,8 +71,11 @@ def texts():
 
 @pytest.mark.parametrize(
     ("build", "data", "window"),
-    [(regression, rows, 1), (regression, rows, 2), (language, texts, 1)],
-    ids=["cut anywhere", "in an open window", "whole matrices"],
+    [
+        pytest.param(regression, rows, 1, id="cut anywhere"),
+        pytest.param(regression, rows, 2, id="in an open window", marks=pytest.mark.slow),
+        pytest.param(language, texts, 1, id="whole matrices"),
+    ],
 )
 def test_a_folder_of_two_ranks_has_what_rank_0_would_have_gathered(tmp_path, build, data, window):
     options = {"accumulate_grad_batches": window}
