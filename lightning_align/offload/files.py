@@ -301,20 +301,28 @@ def filesystem(path: Path) -> str:
     return ""
 
 
-def _read_piece(file: DirectFile, descriptor: int, memory: memoryview, offset: int) -> None:
-    while memory:
-        count = _moved(file, descriptor, os.preadv, "reading", memory, offset)
-        offset, memory = offset + count, memory[count:]
-        size = os.fstat(descriptor).st_size
-        if memory and offset >= size:
-            short = f"reading stopped at {offset:,}: the file has {size:,} bytes and is truncated"
-            raise OSError(errno.EIO, short, str(file.path))
+# A thread may hold on to what it was given for a while after all is done, and somebody may look
+# whether the memory is free: so the view is released before.
 
 
-def _write_piece(file: DirectFile, descriptor: int, memory: memoryview, offset: int) -> None:
-    while memory:
-        count = _moved(file, descriptor, os.pwritev, "writing", memory, offset)
-        offset, memory = offset + count, memory[count:]
+def _read_piece(file: DirectFile, descriptor: int, piece: memoryview, offset: int) -> None:
+    with piece:
+        memory = piece
+        while memory:
+            count = _moved(file, descriptor, os.preadv, "reading", memory, offset)
+            offset, memory = offset + count, memory[count:]
+            size = os.fstat(descriptor).st_size
+            if memory and offset >= size:
+                short = f"reading stopped at {offset:,}: the file has {size:,} bytes and is"
+                raise OSError(errno.EIO, f"{short} truncated", str(file.path))
+
+
+def _write_piece(file: DirectFile, descriptor: int, piece: memoryview, offset: int) -> None:
+    with piece:
+        memory = piece
+        while memory:
+            count = _moved(file, descriptor, os.pwritev, "writing", memory, offset)
+            offset, memory = offset + count, memory[count:]
 
 
 def _moved(

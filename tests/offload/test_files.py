@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_align._compat.torch_storage import is_shared_with_others
 from lightning_align.offload.buffers import BufferPool
 from lightning_align.offload.files import DirectFile, Threads, filesystem
 
@@ -188,3 +189,14 @@ def test_settings_out_of_range_are_refused(arguments):
 def test_a_filesystem_is_told_by_its_device(tmp_path):
     assert filesystem(Path("/proc")) == "proc"
     assert filesystem(tmp_path) != "proc"
+
+
+def test_memory_is_free_as_soon_as_a_transfer_is_done(tmp_path, threads):
+    """Whatever the thread that has moved it still holds: a buffer comes back, a view is alone."""
+    file = DirectFile(tmp_path / "file", threads)
+    for move in (file.write, file.read):
+        for _ in range(200):
+            memory = torch.zeros(4096, dtype=torch.uint8)
+            move(memory, 0).wait()
+            assert not is_shared_with_others(memory)
+    file.close()
