@@ -95,7 +95,8 @@ class ZeROInfinityStrategy(BlockCheckpoints):
         pin_memory: Whether to register buffers with CUDA; without it nothing is done.
         direct_io: Whether to go past the page cache; ``"auto"`` does where the filesystem lets us.
         atomic_step: Whether a step that a kill interrupts leaves the one before it whole, for twice
-            the disk.
+            the disk; without effect where anything is in host memory alone, as no step is committed
+            then.
         update_in_backward: Whether a block is updated as soon as its gradients are there, so that
             they need not be stored; ``"auto"`` does where nothing looks at all gradients first.
         wrap_policy: Classes of modules that are blocks (paths in YAML), or a function that says of

@@ -98,7 +98,7 @@ def test_a_higher_limit_keeps_more_blocks_spread_over_the_order():
 
 
 def test_groups_become_smaller_before_a_limit_is_refused():
-    """Of the usual 64 MiB a group, unless sub_group_size says otherwise."""
+    """Of the usual size of a group, unless sub_group_size says otherwise."""
     blocks, _ = find_blocks(Regression(ADAMW), None)
     limit = least_of(Regression(ADAMW), Buffers())
     assert limit < 10**6
