@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import distributed, nn
 
@@ -33,11 +33,14 @@ def persistent_buffers(module: nn.Module) -> list[str]:
     return [name for name, buffer in named.items() if state.get(name) is buffer]
 
 
-def share_buffers(module: nn.Module, names: list[str]) -> None:
+def share_buffers(strategy: ZeROInfinityStrategy) -> None:
     """Give all ranks the buffers of the first, as DDP does before a forward; collective."""
-    works = [distributed.broadcast(module.get_buffer(name), 0, async_op=True) for name in names]
+    module = strategy.lightning_module
+    if module is None or strategy.ranks.size == 1:
+        return
+    buffers = [module.get_buffer(name) for name in strategy._buffers]
+    works: list[Any] = [distributed.broadcast(each, 0, async_op=True) for each in buffers]
     for work in works:
-        assert work is not None
         work.wait()
 
 

@@ -307,11 +307,21 @@ class ZeROInfinityStrategy(BlockCheckpoints):
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         assert self._engine is not None
-        if self.ranks.size > 1:
-            assert self.lightning_module is not None
-            share_buffers(self.lightning_module, self._buffers)
+        share_buffers(self)
         with self._engine.forward():
             return super().training_step(*args, **kwargs)
+
+    @override
+    def on_validation_start(self) -> None:
+        share_buffers(self)
+
+    @override
+    def on_test_start(self) -> None:
+        share_buffers(self)
+
+    @override
+    def on_predict_start(self) -> None:
+        share_buffers(self)
 
     @override
     def backward(

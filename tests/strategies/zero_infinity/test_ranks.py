@@ -14,7 +14,16 @@ from torch.utils.data import DataLoader
 from lightning_align import GaLoreAdamW, GenerateSamples, Muon, StableAdamW
 from lightning_align.modules import PretrainModule
 from lightning_align.offload.files import DirectFile
-from tests.helpers.offloaded import ADAMW, STEPS, Regression, assert_same, batches, points, small
+from tests.helpers.offloaded import (
+    ADAMW,
+    STEPS,
+    Both,
+    Regression,
+    assert_same,
+    batches,
+    points,
+    small,
+)
 from tests.helpers.ranks import ForkedRanks, end_of_ranks, run_ranks
 from tests.helpers.tiny_models import TINY_MODELS
 
@@ -110,6 +119,12 @@ def test_language_models_train_as_under_ddp(tmp_path, name, window):
     """The last window of an epoch is shorter, and tokens are not counted equally."""
     build = lambda: PretrainModule(TINY_MODELS[name](), optimizer=ADAMW)  # noqa: E731
     compare(tmp_path, build, text, accumulate_grad_batches=window)
+
+
+def test_a_validation_sees_the_buffers_of_the_first_rank_as_under_ddp(tmp_path):
+    """Running means, which each rank has of its own batches."""
+    build = lambda: Regression(ADAMW, width=48)  # noqa: E731
+    compare(tmp_path, build, lambda: Both(points_of()), limit_val_batches=2)
 
 
 def frozen(module):
