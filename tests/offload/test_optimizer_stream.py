@@ -55,6 +55,32 @@ def test_steps_are_those_of_memory_and_state_leaves_it(tmp_path, group_bytes, co
             assert torch.equal(optimizer.state[parameter][key], value)
 
 
+@pytest.mark.parametrize("group_bytes", [16 << 10, 64 << 10])
+def test_no_group_is_larger_than_it_may_be_in_the_first_step_either(tmp_path, group_bytes):
+    """Moments that a step makes are in memory until it ends, of all parameters that it steps."""
+    parameters = [nn.Parameter(torch.zeros(1024)) for _ in range(9)]
+    block = Block("block", {str(number): p for number, p in enumerate(parameters)})
+    store = ShardStore(tmp_path, [block], Threads())
+    pool = BufferPool()
+    memory = pool.take(block.nbytes)
+    block.copy_into(memory)
+    block.show(memory)
+    made = []
+
+    class Watched(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            made.append(sum(len(group["params"]) for group in self.param_groups))
+
+    optimizer = Watched(parameters, lr=0.1, momentum=0.9)
+    stream = OptimizerStream(optimizer, store, pool, group_bytes)
+    for _ in range(2):
+        stream.update(block, memory, lambda _: torch.ones(1024))
+    at_first, later = group_bytes // 8192, group_bytes // 4096  # two tensors are expected
+    assert max(made) <= later
+    assert made[0] == min(9, at_first)
+
+
 def test_room_is_reserved_for_what_is_known():
     zeros = [nn.Parameter(torch.zeros(n)) for n in (1024, 1024, 1)]
     parameters = dict(zip("abc", zeros, strict=True))
