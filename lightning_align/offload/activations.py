@@ -73,7 +73,7 @@ class Activations:
         self._pool = BufferPool(pinned=pinned)
         self._end = self._number = 0
         self._live: weakref.WeakValueDictionary[int, _Copy] = weakref.WeakValueDictionary()
-        # Storage -> whether it is gone, its version then, number of its copy.
+        # Storage -> what keeps its identity from others, its version then, number of its copy.
         self._known: dict[int, tuple[Callable[[], bool], int, int]] = {}
         self._writing: deque[_Copy] = deque()
 
@@ -126,7 +126,7 @@ class Activations:
     def _copied(self, storage: torch.UntypedStorage, version: int) -> _Copy:
         key = identity(storage)
         known = self._known.get(key)
-        if known is not None and known[1] == version and not known[0]():
+        if known is not None and known[1] == version:
             found = self._live.get(known[2])
             if found is not None:
                 return found
