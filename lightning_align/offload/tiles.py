@@ -172,6 +172,17 @@ def whole_values(state: dict[str, Any], tiled: Iterable[Tiled]) -> dict[str, Any
     return state
 
 
+def in_parts(state: Mapping[str, Tensor], tiled: Iterable[Tiled]) -> dict[str, Tensor]:
+    """The other way: tiles in the place of whole weights."""
+    parted = dict(state)
+    for each in tiled:
+        if each.name in parted:
+            whole: Any = parted.pop(each.name)
+            rows = [len(parameter) for parameter in each.tiles.values()]
+            parted.update(zip(each.tiles, whole.split(rows), strict=True))
+    return parted
+
+
 def whole_optimizer_state(
     state: dict[str, Any], optimizer: torch.optim.Optimizer, tiled: Iterable[Tiled]
 ) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from lightning_align.offload.building import Building
 from lightning_align.offload.files import Threads
 from lightning_align.offload.ranks import Ranks
 from lightning_align.offload.record import FILE
+from lightning_align.offload.tiles import in_parts, whole_values
 from lightning_align.offload.tuning import DEFAULT, IOSettings
 from lightning_align.run.exact_resume import ExactResume
 from lightning_align.run.protocols import KnowsGradientFactor
@@ -362,12 +363,13 @@ class ZeROInfinityStrategy(BlockCheckpoints):
         """Copies of the gradients on disk that wait for their step, by name of parameter."""
         assert self._engine is not None
         # Those of updates that wait are of a window that is closed.
-        return {} if self._engine.updates_wait else self._engine.gradients.shown()
+        shown = {} if self._engine.updates_wait else self._engine.gradients.shown()
+        return whole_values(shown, self._tiled)
 
     def put_gradients(self, gradients: Mapping[str, Tensor]) -> set[str]:
         """Let gradients wait on disk for their step, in the place of those that do; their names."""
         assert self._engine is not None
-        return self._engine.put_gradients(gradients)
+        return self._engine.put_gradients(in_parts(gradients, self._tiled))
 
     def _clip_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         assert self._engine is not None
