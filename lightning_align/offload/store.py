@@ -322,6 +322,7 @@ class ShardStore:
         """
         assert self.commits
         self.looked_at()
+        before = self.traffic.phase
         self.traffic.begin("commit")
         record = Record(
             step,
@@ -339,7 +340,7 @@ class ShardStore:
         with self.ranks.together(f"step {step}, its commit"):
             record.put_in_place(self.folder, keeps_before=self.ranks.size > 1)
         self._committed = dict(self._current)
-        self.traffic.begin("")
+        self.traffic.begin("forward" if before == "forward" else "")  # where updates have waited
 
     def recover(self) -> Record | None:
         """Go to the committed step; None if there is none.

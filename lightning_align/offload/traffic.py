@@ -41,6 +41,11 @@ class Traffic:
         self._events: list[Event] | None = None
         self._phase = ("", 0.0)
 
+    @property
+    def phase(self) -> str:
+        """The phase that runs now, while events are recorded."""
+        return self._phase[0]
+
     def record(self) -> None:
         """Record events from now on."""
         self._events, self._phase = [], ("", time.perf_counter())
