@@ -62,6 +62,9 @@ class LateUpdates:
         Args:
             block: Which one.
             phase: In which it was fetched.
+
+        Raises:
+            BaseException: What the update raises; those that still wait are then dropped.
         """
         if block.name not in self._blocks:
             return
