@@ -120,7 +120,6 @@ class Updates:
             self._gradients.clear()
 
     @torch.inference_mode(False)  # a validation may come before the next forward of training
-    @torch.inference_mode(False)  # a validation may come before the next forward of training
     @torch.no_grad()
     def _update_summed(self, block: Block, phase: str, meanwhile: Callable[[], None]) -> None:
         self._gradients.used(block)  # also where the update is interrupted
