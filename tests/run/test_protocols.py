@@ -103,6 +103,7 @@ ANSWER: dict[str, Callable[[], Any]] = {
     "SumsOverWindow": dpo,
     "CountsTokens": dpo,
     "HasFrozenModules": dpo,
+    "FillsFrozenModules": dpo,
     "DeclaresReduction": dpo,
     "KnowsGradientFactor": dpo,
     "RefusesPipeline": dpo,
