@@ -248,10 +248,12 @@ def child(arguments: argparse.Namespace) -> None:
     start = time.perf_counter()
     trainer.fit(module, novel(tokens, arguments.folder))
     engine: Any = strategy._engine
-    pairs = [  # optimizer states are there from the second step on
+    # Optimizer states are there from the second step on. A validation does the updates that wait,
+    # which are then missing in the step behind it.
+    pairs = [
         pair
         for step, pair in enumerate(pairwise(watch.marks))
-        if step > 1 and step not in watch.validated
+        if step > 1 and not {step - 1, step} & watch.validated
     ]
     parameters = sum(p.numel() for p in module.parameters())
     print(
