@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     )
     from lightning_align.optimizers import GaLoreAdamW, Muon, StableAdamW, build_param_groups
     from lightning_align.run import ExactResume
+    from lightning_align.stability import SpikeDetector
     from lightning_align.strategies import PipelineStrategy, ZeROInfinityStrategy
 else:
     _HOMES = {
@@ -61,6 +62,7 @@ else:
         "PreferenceDataModule": "modules",
         "PretrainModule": "modules",
         "SavePretrained": "callbacks",
+        "SpikeDetector": "stability",
         "StableAdamW": "optimizers",
         "TextDataModule": "modules",
         "TokenSchedule": "callbacks",
@@ -98,6 +100,7 @@ __all__ = [
     "PreferenceDataModule",
     "PretrainModule",
     "SavePretrained",
+    "SpikeDetector",
     "StableAdamW",
     "TextDataModule",
     "TokenSchedule",
