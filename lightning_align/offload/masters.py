@@ -8,8 +8,10 @@ compute with is its rounding (mixed precision training, arXiv:1710.03740, sectio
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 KEY = "master"  # of the optimizer's state
@@ -44,8 +46,30 @@ def without_masters(states: dict[Any, dict[str, Any]]) -> dict[Any, dict[str, An
     return {n: {k: v for k, v in state.items() if k != KEY} for n, state in states.items()}
 
 
+def outlines(
+    states: dict[Any, dict[str, Any]], parameters: Mapping[Any, nn.Parameter]
+) -> dict[Any, dict[str, Any]]:
+    """The same states with shapes in the place of tensors: a cast of these is no whole model.
+
+    Args:
+        states: By number.
+        parameters: Whose they are.
+    """
+    return {
+        number: {key: _outline(value, parameters.get(number)) for key, value in state.items()}
+        for number, state in states.items()
+    }
+
+
+def _outline(value: Any, parameter: nn.Parameter | None) -> Any:
+    if not isinstance(value, Tensor) or value.numel() < 2 or parameter is None:
+        return value
+    dtype = parameter.dtype if value.is_floating_point() else value.dtype
+    return torch.zeros((), dtype=dtype).expand(value.shape)
+
+
 def put_back(states: dict[Any, dict[str, Any]], found: dict[Any, dict[str, Any]]) -> None:
-    """Undo that ``load_state_dict`` casts a state to its parameter's kind of numbers.
+    """Put tensors in the place of outlines, and of what ``load_state_dict`` has cast.
 
     Args:
         states: What was to be loaded, by number or parameter.
@@ -55,5 +79,5 @@ def put_back(states: dict[Any, dict[str, Any]], found: dict[Any, dict[str, Any]]
         tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
         for name, value in tensors.items():
             known = found[key].get(name)
-            if known is None or known.dtype != value.dtype:
+            if known is None or value.numel() > 1 or known.dtype != value.dtype:
                 found[key][name] = value

@@ -279,11 +279,15 @@ class Updates:
 
     def _take(self, state: dict[str, Any]) -> None:
         """Let the optimizer load a state, in the kinds of numbers that it has."""
-        known = {**state, "state": masters.without_masters(state["state"])}
-        self._optimizer.load_state_dict(known)
-        if self._has_masters:
-            found = {n: self._optimizer.state[p] for n, p in self._numbered(state).items()}
-            masters.put_back(state["state"], found)
+        known = masters.without_masters(state["state"])
+        if not self._has_masters:
+            self._optimizer.load_state_dict({**state, "state": known})
+            return
+        numbered = self._numbered(state)
+        shapes = masters.outlines(known, numbered)
+        self._optimizer.load_state_dict({**state, "state": shapes})
+        found = {number: self._optimizer.state[p] for number, p in numbered.items()}
+        masters.put_back(state["state"], found)
 
     def _numbered(self, state: dict[str, Any]) -> dict[int, nn.Parameter]:
         groups = zip(state["param_groups"], self._optimizer.param_groups, strict=False)

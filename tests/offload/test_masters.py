@@ -86,3 +86,18 @@ def test_a_state_that_was_cast_is_what_it_was():
     masters.put_back({0: {**state, masters.KEY: torch.ones(3)}}, found)
     assert torch.equal(found[0]["exp_avg"], state["exp_avg"])
     assert torch.equal(found[0][masters.KEY], torch.ones(3))
+
+
+def test_a_state_of_masters_is_loaded_without_a_cast_of_it():
+    parameter = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    optimizer = torch.optim.AdamW([parameter])
+    state = {"exp_avg": torch.full((3,), 1 / 3), "step": torch.tensor(2.0)}
+    shapes = masters.outlines({0: state}, {0: parameter})
+    assert shapes[0]["exp_avg"].untyped_storage().nbytes() == 2
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": shapes, "param_groups": groups})
+    found = {0: optimizer.state[parameter]}
+    assert found[0]["exp_avg"].untyped_storage().nbytes() == 2
+    masters.put_back({0: state}, found)
+    assert found[0]["exp_avg"] is state["exp_avg"]
+    assert found[0]["step"] == 2
