@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         MetricPlot,
         OptimizerSwap,
         SavePretrained,
+        SpikeGuard,
         TokenSchedule,
     )
     from lightning_align.layers import ModelLayers, find_layers
@@ -63,6 +64,7 @@ else:
         "PretrainModule": "modules",
         "SavePretrained": "callbacks",
         "SpikeDetector": "stability",
+        "SpikeGuard": "callbacks",
         "StableAdamW": "optimizers",
         "TextDataModule": "modules",
         "TokenSchedule": "callbacks",
@@ -101,6 +103,7 @@ __all__ = [
     "PretrainModule",
     "SavePretrained",
     "SpikeDetector",
+    "SpikeGuard",
     "StableAdamW",
     "TextDataModule",
     "TokenSchedule",

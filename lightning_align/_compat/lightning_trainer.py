@@ -77,3 +77,10 @@ def log_step_value(
         module.log(name, value, prog_bar=prog_bar)
     else:
         results.update_metrics(key, value, batch_size=1)
+
+
+def correct_step_value(module: pl.LightningModule, name: str, value: Tensor) -> None:
+    """Another value for what ``on_before_optimizer_step`` of this step has logged."""
+    results, key = module.trainer._results, f"on_before_optimizer_step.{name}"
+    if results is not None and key in results:
+        results.update_metrics(key, value, batch_size=1)

@@ -32,6 +32,7 @@ from lightning_align.callbacks.lisa_layers import (
 from lightning_align.callbacks.lisa_picture import draw_history
 from lightning_align.layers import ModelLayers
 from lightning_align.reports.pictures import log_figure, new_figure
+from lightning_align.run.position import batches_consumed
 from lightning_align.run.protocols import follow_freezing, gathered, may_freeze
 
 
@@ -117,6 +118,7 @@ class LISA(Callback):
         self.history: list[tuple[int, tuple[int, ...]]] = []
         self._layers: ModelLayers | None = None
         self._parameters: Partition | None = None
+        self._drawn_at: int | None = None  # number of the batch before which the last draw was
         self._in_force: tuple[int, ...] | None = None  # what requires_grad says
         self._held: dict[str, Tensor] = {}  # what is logged, anew with each draw
         self._unramped: list[tuple[nn.Parameter, Tensor]] = []  # weights before a step
@@ -149,6 +151,11 @@ class LISA(Callback):
             weights = [1.0] * len(self._layers.blocks)
         return draw_blocks(self.seed, step // self.interval_steps, self.activated_layers, weights)
 
+    def planned_change(self, position: int) -> str | None:
+        """That other blocks train from a batch on: their gradients have another norm."""
+        switched = position == self._drawn_at and len(self.history) > 1
+        return f"LISA trains blocks {list(self.active_layers)}" if switched else None
+
     # Before training
 
     @override
@@ -165,7 +172,7 @@ class LISA(Callback):
         self._check_blocks(self._layers)
         self._in_force = None
         if trainer.global_step == 0:  # a new run; a resumed one loads its state after setup
-            self.history, self._saved_settings = [], None
+            self.history, self._saved_settings, self._drawn_at = [], None, None
         try:
             if self.filename is not None:
                 new_figure(1, 1)
@@ -229,6 +236,7 @@ class LISA(Callback):
             if self.sampling == "weight_norm":  # other machines may round norms in another way
                 active = trainer.strategy.broadcast(active)
             self.history.append((step, active))
+            self._drawn_at = batches_consumed(trainer)
         if self._in_force != self.active_layers:
             self._switch(trainer)
 
@@ -334,11 +342,13 @@ class LISA(Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         history = [[step, list(active)] for step, active in self.history]
-        return {"settings": self._saved_settings or self._settings(), "history": history}
+        settings = self._saved_settings or self._settings()
+        return {"settings": settings, "history": history, "drawn_at": self._drawn_at}
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self.history = [(step, tuple(active)) for step, active in state_dict["history"]]
+        self._drawn_at = state_dict.get("drawn_at")
         self._in_force = None  # in mid-fit, too: requires_grad may say another draw than the state
         # Compared when training starts: a checkpoint may be evaluated under any settings.
         self._saved_settings = dict(state_dict["settings"])

@@ -169,6 +169,10 @@ class TokenSchedule(Callback):
         self._set_learning_rates(trainer)
         self._stop_if_spent(trainer)
 
+    def forget_window(self) -> None:
+        """The step of the open window is left out: its tokens do not count."""
+        self._window, self._batch_tokens = 0, 0
+
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         max_tokens = self.settings["max_tokens"]

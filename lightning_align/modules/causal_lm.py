@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from typing_extensions import Self, override
 
+from lightning_align._compat.lightning_trainer import correct_step_value
 from lightning_align._errors import argument_error
 from lightning_align.layers import ModelLayers, checkpoint_blocks, find_layers
 from lightning_align.models.build import Loading, build_model, save_pretrained
 from lightning_align.models.rotary import rotary_in_fp32
 from lightning_align.modules.continued import groups_of_an_older_run, refuse_another_model
-from lightning_align.modules.window import Clock, Sums, collect, log_step, means_over_ranks
+from lightning_align.modules.window import StepNotes, Sums, collect, log_step, means_over_ranks
 from lightning_align.optimizers import param_groups
 from lightning_align.run.callbacks import callbacks_of
 from lightning_align.run.exact_resume import ExactResume
@@ -77,7 +78,7 @@ class CausalLMModule(pl.LightningModule, ABC):
         # strategy that runs steps on one rank only tells both sums to the others.
         self.accumulated: dict[str, Tensor] = {}
         self.evaluated: dict[str, Tensor] = {}
-        self._clock = Clock()
+        self._notes = StepNotes()
         self._saved_groups: list[dict[str, Any]] | None = None
 
     @property
@@ -144,6 +145,9 @@ class CausalLMModule(pl.LightningModule, ABC):
 
     @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self._notes.measured = self._notes.tokens = None
+        if not self.accumulated:  # a subclass's step has returned None for each batch
+            return
         scale_gradients(self.trainer, self, self.gradient_factor())
         means, _ = means_over_ranks(self.trainer, self.accumulated)
         tokens = means.pop("tokens")
@@ -154,7 +158,21 @@ class CausalLMModule(pl.LightningModule, ABC):
         values["grad_norm"] = total_grad_norm(self.trainer, self)
         values["lr"] = torch.tensor(float(optimizer.param_groups[0]["lr"]), device=self.device)
         values["tokens_seen"] = self._tokens_seen.float()
-        log_step(self, values, tokens, self._clock)
+        self._notes.measured = (values["train_loss"], values["grad_norm"])
+        self._notes.tokens = tokens.long()
+        log_step(self, values, tokens, self._notes)
+
+    @property
+    def measured(self) -> tuple[Tensor, Tensor] | None:
+        """Mean loss and gradient norm of the latest window, over all ranks; None without a loss."""
+        return self._notes.measured
+
+    def forget_window(self) -> None:
+        """Take back the tokens of a window whose step is about to be left out."""
+        if self._notes.tokens is not None:
+            self._tokens_seen = self._tokens_seen - self._notes.tokens
+            self._notes.tokens = None
+            correct_step_value(self, "tokens_seen", self._tokens_seen.float())
 
     # Logging
 
@@ -164,7 +182,7 @@ class CausalLMModule(pl.LightningModule, ABC):
 
     @override
     def on_train_epoch_start(self) -> None:
-        self._clock.step_began = None
+        self._notes.began = None
 
     @override
     def on_validation_epoch_start(self) -> None:
@@ -173,7 +191,7 @@ class CausalLMModule(pl.LightningModule, ABC):
     @override
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("val_")
-        self._clock.step_began = None  # a step's throughput does not count the validation before it
+        self._notes.began = None  # a step's throughput does not count the validation before it
 
     @override
     def on_test_epoch_start(self) -> None:

@@ -17,10 +17,18 @@ from lightning_align._compat.lightning_trainer import log_step_value
 Sums = dict[str, tuple[Tensor, Tensor]]
 
 
-class Clock:
-    """When the present step began, by this process's clock: no state of a run."""
+class StepNotes:
+    """What concerns one step alone, and is no state of a run.
 
-    step_began: float | None = None
+    Attributes:
+        began: When it did, by this process's clock.
+        measured: Mean loss and gradient norm of its window, over all ranks; None without a loss.
+        tokens: How many it counts as learned from.
+    """
+
+    began: float | None = None
+    measured: tuple[Tensor, Tensor] | None = None
+    tokens: Tensor | None = None
 
     def __getstate__(self) -> dict[str, float]:
         return {}
@@ -51,15 +59,15 @@ def means_over_ranks(
 
 
 def log_step(
-    module: pl.LightningModule, values: dict[str, Tensor], tokens: Tensor, clock: Clock
+    module: pl.LightningModule, values: dict[str, Tensor], tokens: Tensor, notes: StepNotes
 ) -> None:
-    """Log the values of an optimizer step, and how fast it learned from its tokens."""
+    """Log the values of an optimizer step, and how fast it has gone through its tokens."""
     now = time.perf_counter()
-    if clock.step_began is not None:
-        values["tokens_per_second"] = tokens / (now - clock.step_began)
+    if notes.began is not None:
+        values["tokens_per_second"] = tokens / (now - notes.began)
     for name, value in values.items():
         log_step_value(module, name, value, prog_bar=name in ("train_loss", "tokens_per_second"))
-    clock.step_began = now
+    notes.began = now
 
 
 def perplexity(mean_nll: Tensor) -> Tensor:

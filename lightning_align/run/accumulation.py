@@ -116,6 +116,14 @@ def restore_accumulation(
     replace_window(trainer, pl_module, windows[trainer.global_rank])
 
 
+def drop_gradients(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Let no gradient wait for the next step, wherever it does."""
+    if isinstance(trainer.strategy, HoldsGradients):
+        trainer.strategy.put_gradients({})
+    for parameter in _parameters(trainer, pl_module).values():
+        parameter.grad = None
+
+
 def replace_window(trainer: pl.Trainer, pl_module: pl.LightningModule, window: Window) -> None:
     """Let the gradients and sums of a window be all that waits for the next step.
 

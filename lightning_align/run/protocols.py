@@ -49,6 +49,15 @@ class CountsTokens(Protocol):
 
 
 @runtime_checkable
+class MeasuresSteps(Protocol):
+    """When its ``on_before_optimizer_step`` has run, it knows what the window came to."""
+
+    @property
+    def measured(self) -> tuple[Tensor, Tensor] | None:
+        """Mean loss and gradient norm, over window and ranks; None if no batch had a loss."""
+
+
+@runtime_checkable
 class HasFrozenModules(Protocol):
     """Modules that are not its submodules take part in its step."""
 
@@ -247,7 +256,23 @@ class GathersParameters(Protocol):
         """Around code that reads parameters, or edits them: some, or all for None; collective."""
 
 
-# Of a callback that writes checkpoints
+# Of callbacks
+
+
+@runtime_checkable
+class PlansChanges(Protocol):
+    """What it does to a run moves loss or gradient norm to another level, by intent."""
+
+    def planned_change(self, position: int, /) -> str | None:
+        """What changes with the batch of this number, in a few words; None for nothing."""
+
+
+@runtime_checkable
+class ForgetsWindow(Protocol):
+    """It counts what is learned; a LightningModule may be asked, too."""
+
+    def forget_window(self) -> None:
+        """Called before the step of a window that will not be taken: do not count it."""
 
 
 @runtime_checkable
@@ -292,6 +317,13 @@ def misspelt(module: pl.LightningModule) -> dict[str, str]:
 def datamodule_of(trainer: pl.Trainer | None) -> Any:
     """The datamodule of a run, None without one; Lightning's types do not know of it."""
     return getattr(trainer, "datamodule", None)
+
+
+def forget_window(answers: Sequence[Any]) -> None:
+    """Let nobody among module and callbacks count a window whose step will not be taken."""
+    for each in answers:
+        if isinstance(each, ForgetsWindow):
+            each.forget_window()
 
 
 def tokenizer_of(trainer: pl.Trainer | None) -> Any:

@@ -1,0 +1,49 @@
+"""What SpikeGuard refuses, before it trains anything."""
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_align._errors import argument_error
+from lightning_align.run.callbacks import callbacks_of
+from lightning_align.run.protocols import SpreadsModel, has_replicas
+
+
+def refuse_unbuilt(argument: str, value: Any) -> None:
+    """Refuse what is not there yet."""
+    if value:
+        raise argument_error("SpikeGuard", argument, value, "is not there yet")
+
+
+def check_run(trainer: Trainer, module: LightningModule, kind: type[Callback]) -> None:
+    """Refuse a run whose steps cannot be judged.
+
+    Raises:
+        ValueError: If it has two guards, or the module or the strategy is such.
+    """
+    guards = sum(isinstance(callback, kind) for callback in callbacks_of(trainer))
+    if guards > 1:
+        rule = f"the Trainer has {guards} of them, and a step gets one verdict"
+        raise argument_error("SpikeGuard", "callbacks", "...", rule, "Leave one of them")
+    if not module.automatic_optimization:
+        rule = "it optimizes manually, and a verdict falls in Lightning's own steps"
+        way_out = "Set automatic_optimization = True, or leave SpikeGuard out"
+        raise argument_error("SpikeGuard", "model", type(module).__name__, rule, way_out)
+    strategy: Any = trainer.strategy
+    if not has_replicas(strategy) and not isinstance(strategy, SpreadsModel):
+        name = type(strategy).__name__
+        rule = "its ranks hold parts of the gradients, and it does not say what their norm is"
+        way_out = "Train in one process, or with strategy='ddp', a pipeline or 'zero_infinity'"
+        raise argument_error("SpikeGuard", "strategy", name, rule, way_out)
+
+
+def check_optimizers(trainer: Trainer) -> None:
+    """Refuse optimizers whose gradients are not whole before their step.
+
+    Raises:
+        ValueError: If there are several, or if one divides by the scale of the loss by itself.
+    """
+    if len(trainer.optimizers) != 1:
+        rule = f"the module has {len(trainer.optimizers)}, and a step gets one verdict"
+        way_out = "Put all parameters into groups of one"
+        raise argument_error("SpikeGuard", "optimizers", "...", rule, way_out)

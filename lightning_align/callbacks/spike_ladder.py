@@ -1,0 +1,106 @@
+"""Which action an alarm gets: a ladder that repeated alarms at one place climb. Plain numbers."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_align._errors import argument_error, check_choice, check_least
+
+ACTIONS = ("log", "clip", "skip", "rewind", "stop")
+ACCEPT = "accept"  # of the level that stays; no rung
+NEAR_STEPS = 20  # an alarm at most so many optimizer steps behind the last one is at its place
+
+
+def rungs_of(action: str | Sequence[str]) -> list[str]:
+    """The rungs of what a user has given, from the mildest to the strongest.
+
+    Raises:
+        ValueError: If one is unknown, if there are none, or if one is milder than the one below it.
+    """
+    rungs = [action] if isinstance(action, str) else list(action)
+    if not rungs:
+        rule = f"must have at least one of {', '.join(map(repr, ACTIONS))}"
+        raise argument_error("SpikeGuard", "action", action, rule)
+    for rung in rungs:
+        check_choice("SpikeGuard", "action", rung, ACTIONS)
+    if sorted(set(rungs), key=ACTIONS.index) != rungs:
+        rule = f"each must be once, in this order: {', '.join(map(repr, ACTIONS))}"
+        raise argument_error("SpikeGuard", "action", action, rule)
+    return rungs
+
+
+class Ladder:
+    """The rung that the next alarm gets.
+
+    An alarm near the last one is at the same place and climbs a rung, up to the top one, which it
+    keeps; one elsewhere begins at the bottom.
+
+    Args:
+        rungs: From ``rungs_of``.
+        max_rewinds: Rewinds at one place before the next rung, which is "stop" where there is none.
+        max_consecutive_skips: Steps skipped in a row after which the level is taken for a new one.
+
+    Raises:
+        ValueError: If a number is below 1.
+    """
+
+    def __init__(self, rungs: list[str], max_rewinds: int, max_consecutive_skips: int) -> None:
+        check_least("SpikeGuard", 1, max_rewinds=max_rewinds)
+        check_least("SpikeGuard", 1, max_consecutive_skips=max_consecutive_skips)
+        self.rungs = rungs
+        self.max_rewinds, self.max_consecutive_skips = max_rewinds, max_consecutive_skips
+        self._rung = 0
+        self._last: int | None = None  # position of the latest alarm
+        self._rewinds = 0  # at its place
+        self._skips = 0  # steps in a row that were skipped
+
+    def calm(self) -> None:
+        """A step without an alarm was taken."""
+        self._skips = 0
+
+    def climb(self, position: int, near: int, *, is_finite: bool, can_rewind: bool = True) -> str:
+        """The action for an alarm.
+
+        Args:
+            position: Number of its batch in the stream.
+            near: How many batches behind the last alarm it is still at the same place.
+            is_finite: Whether loss and gradient norm are numbers; no such level can be accepted,
+                and no such gradient clipped.
+            can_rewind: Whether there is a snapshot to go back to.
+        """
+        same_place = self._last is not None and position <= self._last + near
+        if not same_place:
+            self._rung, self._rewinds = 0, 0
+        elif self.rungs[self._rung] != "rewind" or self._rewinds >= self.max_rewinds:
+            self._rung = min(self._rung + 1, len(self.rungs) - 1)
+        self._last = position
+        action = self._usable(self.rungs[self._rung], is_finite, can_rewind)
+        if action == "rewind":
+            self._rewinds += 1
+        self._skips = self._skips + 1 if action == "skip" else 0
+        if self._skips > self.max_consecutive_skips:
+            self._skips = 0
+            action = ACCEPT if is_finite else "stop"
+        return action
+
+    def _usable(self, action: str, is_finite: bool, can_rewind: bool) -> str:
+        """The action, or what is done in its place where it cannot be."""
+        if action == "rewind" and self._rewinds >= self.max_rewinds:
+            return "stop"
+        if action == "rewind" and not can_rewind:
+            return "skip"
+        return "skip" if action == "clip" and not is_finite else action
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it stands, as plain data."""
+        return {
+            "rung": self._rung,
+            "last": self._last,
+            "rewinds": self._rewinds,
+            "skips": self._skips,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there; with fewer rungs than then, on the top one."""
+        self._rung = min(state_dict["rung"], len(self.rungs) - 1)
+        self._last, self._rewinds = state_dict["last"], state_dict["rewinds"]
+        self._skips = state_dict["skips"]
