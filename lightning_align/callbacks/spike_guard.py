@@ -89,11 +89,18 @@ class SpikeGuard(Callback):
         skip_list: str | None = None,
     ) -> None:
         rungs = rungs_of(action)
-        for argument, value in {"rewind": "rewind" in rungs, "agc": agc, "skip_list": skip_list}.items():
+        for argument, value in {
+            "rewind": "rewind" in rungs,
+            "agc": agc,
+            "skip_list": skip_list,
+        }.items():
             spike_checks.refuse_unbuilt(argument, value)
         self.detector = detector or SpikeDetector()
         self.ladder = Ladder(rungs, max_rewinds, max_consecutive_skips)
         self.verdict: SpikeVerdict | None = None
+        self.rewinding = (rewind_steps, skip_batches, snapshot_every_n_steps)
+        self.afterwards = (lr_factor, lr_steps, moments)
+        self.reporting = (report_dir, preview_tokens)
         self._losses = WindowLosses()
         self._planning: list[PlansChanges] = []
         self._window_start = 0  # number of the first batch of the open window
@@ -114,8 +121,7 @@ class SpikeGuard(Callback):
         # An attribute of the instance: the class, and so every other module of it, stays.
         theirs = getattr(pl_module, _HOOK)
         vars(pl_module)[_HOOK] = partial(self._before_clipping, trainer, pl_module, theirs)
-        # CAUSE: evidence.set_up(trainer, pl_module)
-        # REWIND: rewind.setup(trainer)
+        # Seam: evidence and rewind are set up here.
 
     # A window
 
@@ -125,14 +131,14 @@ class SpikeGuard(Callback):
     ) -> None:
         if not self._losses.losses:
             self._window_start = batches_consumed(trainer)
-        # CAUSE: evidence.begin_batch(batch, position)
+        # Seam: the evidence gets batch and position.
 
     @override
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
         self._losses.add(trainer, loss)
-        # CAUSE: evidence.add_loss(what the line above returns)
+        # Seam: the evidence gets what this returns.
 
     @override
     def on_before_optimizer_step(
@@ -159,13 +165,13 @@ class SpikeGuard(Callback):
 
     def _act(self, trainer: Trainer, pl_module: LightningModule, measured: Measured) -> str:
         """Judge the step, do what its verdict asks for, and say what that is."""
-        # CAUSE: evidence.before_step(optimizer, *measured)
+        # Seam: the evidence looks at the gradients.
         self.verdict = self.detector.update(trainer.global_step, *measured)
         if not self.verdict.is_spike:
             self.ladder.calm()
             return "log"
         near = NEAR_STEPS * trainer.accumulate_grad_batches
-        position = batches_consumed(trainer)  # SKIPS: stream_position(trainer)
+        position = batches_consumed(trainer)  # seam: of the stream
         action = self.ladder.climb(position, near, is_finite=measured.is_finite)
         if action == ACCEPT:
             rank_zero_warn(
@@ -179,7 +185,7 @@ class SpikeGuard(Callback):
             f"SpikeGuard: step {trainer.global_step}, loss {measured.loss:.4g}, gradient norm"
             f" {measured.grad_norm:.4g}: {self.verdict.reason}; {action}."
         )
-        # CAUSE: incident = Incident(...); evidence.explain(trainer, pl_module, incident)
+        # Seam: the incident, which the evidence explains.
         if action in ("skip", "rewind", "stop"):
             drop_gradients(trainer, pl_module)
             forget_window([pl_module, *callbacks_of(trainer)])
@@ -195,8 +201,7 @@ class SpikeGuard(Callback):
         if is_accumulating(trainer):
             return
         self._was_skipped = False
-        # CAUSE: evidence.after_step(trainer, pl_module, taken)
-        # REWIND: rewind.rewind(trainer) of the alarmed batch, or rewind.after_batch(trainer)
+        # Seam: evidence after the step; the rewind, or its snapshot.
 
     # The end
 

@@ -104,6 +104,7 @@ ANSWER: dict[str, Callable[[], Any]] = {
     "CountsTokens": dpo,
     "HasFrozenModules": dpo,
     "FillsFrozenModules": dpo,
+    "MeasuresSteps": dpo,
     "DeclaresReduction": dpo,
     "KnowsGradientFactor": dpo,
     "RefusesPipeline": dpo,
@@ -124,6 +125,8 @@ ANSWER: dict[str, Callable[[], Any]] = {
     "SaysHowParametersLie": Answers,
     "FollowsFreezing": Answers,
     "HasStorageOptions": la.AsyncCheckpoint,
+    "PlansChanges": la.LISA,
+    "ForgetsWindow": lambda: la.TokenSchedule(10),
 }
 
 
