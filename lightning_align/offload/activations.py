@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from lightning_align._compat.torch_storage import expiry, identity
-from lightning_align.offload.block import aligned
 from lightning_align.offload.buffers import BufferPool
 from lightning_align.offload.files import DirectFile, Threads, Transfer
+from lightning_align.offload.places import aligned
 
 FILE = "activations"
 LEAST_BYTES = 64 << 10  # of a storage: what is smaller stays

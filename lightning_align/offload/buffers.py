@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,6 +21,27 @@ from torch import Tensor
 from lightning_align.host_block import HostBlock
 
 _PAGE = 4096
+
+
+@dataclass(frozen=True)
+class Memory:
+    """How much may be in memory.
+
+    Attributes:
+        blocks: Blocks whose parameters are there at a time, at least 2.
+        gradients: Whether the gradients of all blocks stay there.
+        group_bytes: Optimizer state that is there at a time, of one group.
+        pool_bytes: What all of it may take together; None leaves that open.
+        groups: Groups of optimizer state that are there at a time, at least 1.
+        pinned: Whether to register buffers with CUDA.
+    """
+
+    blocks: int = 3
+    gradients: bool = False
+    group_bytes: int = 64 << 20
+    pool_bytes: int | None = None
+    groups: int = 2
+    pinned: bool = False
 
 
 class BufferPool:

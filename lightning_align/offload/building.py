@@ -29,9 +29,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lightning_align._compat.glibc_memory import give_back_freed
 from lightning_align._compat.torch_storage import is_shared_with_others
 from lightning_align.offload.away import Away, come_back, go_away
-from lightning_align.offload.block import aligned
 from lightning_align.offload.buffers import BufferPool
 from lightning_align.offload.files import DirectFile, Threads
+from lightning_align.offload.places import aligned
 
 _PIECE = 4 << 20  # bytes that are copied to be written
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_align.offload.activations import Activations
 from lightning_align.offload.block import Block
-from lightning_align.offload.buffers import BufferPool
+from lightning_align.offload.buffers import BufferPool, Memory
 from lightning_align.offload.files import Threads
 from lightning_align.offload.gradients import GradientSums
 from lightning_align.offload.optimizer_stream import StepsParameters
@@ -31,27 +30,6 @@ from lightning_align.offload.saved_weights import SavedWeights
 from lightning_align.offload.store import ShardStore
 from lightning_align.offload.updates import Updates
 from lightning_align.offload.whole_values import WholeValues
-
-
-@dataclass(frozen=True)
-class Memory:
-    """How much may be in memory.
-
-    Attributes:
-        blocks: Blocks whose parameters are there at a time, at least 2.
-        gradients: Whether the gradients of all blocks stay there.
-        group_bytes: Optimizer state that is there at a time, of one group.
-        pool_bytes: What all of it may take together; None leaves that open.
-        groups: Groups of optimizer state that are there at a time, at least 1.
-        pinned: Whether to register buffers with CUDA.
-    """
-
-    blocks: int = 3
-    gradients: bool = False
-    group_bytes: int = 64 << 20
-    pool_bytes: int | None = None
-    groups: int = 2
-    pinned: bool = False
 
 
 class OffloadEngine:

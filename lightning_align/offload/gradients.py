@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_align.mapped import part_of
-from lightning_align.offload.block import Block, Place
+from lightning_align.offload.block import Block
 from lightning_align.offload.buffers import BufferPool
 from lightning_align.offload.files import DirectFile, Threads, Transfer
+from lightning_align.offload.places import Place
 from lightning_align.offload.ranks import Ranks
 from lightning_align.offload.striped import open_file
 

@@ -20,10 +20,11 @@ from lightning_align._compat.torch_optimizers import unhooked_step
 from lightning_align._errors import argument_error
 from lightning_align.mapped import part_of
 from lightning_align.offload import masters
-from lightning_align.offload.block import Block, Place, aligned, placed
+from lightning_align.offload.block import Block
 from lightning_align.offload.buffers import BufferPool
 from lightning_align.offload.files import Transfer
 from lightning_align.offload.linked import Stretch, outline
+from lightning_align.offload.places import Place, aligned, placed
 from lightning_align.offload.record import StatePlace
 from lightning_align.offload.store import ShardStore
 

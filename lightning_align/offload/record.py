@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import xxhash
 
-from lightning_align.offload.block import Place
+from lightning_align.offload.places import Place
 
 FORMAT = 1
 FILE = "committed"

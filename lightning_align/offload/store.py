@@ -18,10 +18,11 @@ from pathlib import Path
 import xxhash
 from torch import Tensor
 
-from lightning_align.offload.block import Block, aligned, check_names
+from lightning_align.offload.block import Block, check_names
 from lightning_align.offload.buffers import BufferPool
 from lightning_align.offload.files import DirectFile, Threads, Transfer
 from lightning_align.offload.memory_file import MemoryFile
+from lightning_align.offload.places import aligned
 from lightning_align.offload.ranks import Ranks
 from lightning_align.offload.record import FILE, FILES, Record, StatePlace, read_record, sync_folder
 from lightning_align.offload.striped import MARK, StripedFile, open_file

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_align.offload.block import Block, placed
+from lightning_align.offload.block import Block
 from lightning_align.offload.optimizer_stream import is_large
+from lightning_align.offload.places import placed
 from lightning_align.offload.ranks import Ranks
 
 _States = dict[nn.Parameter, dict[str, Any]]

@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from lightning_align.offload.block import Block
-from lightning_align.offload.engine import Memory, OffloadEngine
+from lightning_align.offload.buffers import Memory
+from lightning_align.offload.engine import OffloadEngine
 from lightning_align.offload.files import Threads
 from lightning_align.offload.store import ShardStore
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_align.offload.block import placed
+from lightning_align.offload.places import placed
 from lightning_align.offload.record import FILE, Record, StatePlace, read_record
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 from lightning_align._errors import argument_error, check_least
 from lightning_align.offload.block import Block
-from lightning_align.offload.engine import Memory
+from lightning_align.offload.buffers import Memory
 from lightning_align.strategies.zero_infinity.blocks import WHERE
 from lightning_align.strategies.zero_infinity.devices import spread
 
