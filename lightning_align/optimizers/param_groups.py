@@ -123,6 +123,18 @@ def build_param_groups(
     return groups
 
 
+def parameter_kinds(
+    module: nn.Module, layers: ModelLayers | None = None
+) -> dict[nn.Parameter, str]:
+    """The name of the group that each parameter of a module is sorted into.
+
+    Args:
+        module: Any module.
+        layers: Map of the model, where it is known already.
+    """
+    return _kinds(module, *_embeddings_and_heads(module, layers, None, warn=False))
+
+
 def _matching(
     patterns: Sequence[str], names: dict[nn.Parameter, list[str]], argument: str
 ) -> set[nn.Parameter]:
