@@ -205,15 +205,15 @@ def _norm(gradient: Tensor) -> float:
     return float(torch.linalg.vector_norm(gradient, dtype=wide))
 
 
-def are_usable_on_all_ranks(gradients: list[Tensor], process_group: ProcessGroup | None) -> bool:
-    """The same, agreed upon by all ranks that hold other parts of the same model.
+def on_all_ranks(gradients: list[Tensor], process_group: ProcessGroup | None) -> tuple[bool, bool]:
+    """(``are_usable``, whether there are any), agreed upon by all ranks with parts of one model.
 
     Args:
         gradients: Of this rank.
         process_group: Ranks that hold other parameters; None asks those that DTensors lie on, and
             where there are none, nobody: under DDP all ranks have the same gradients.
     """
-    usable = are_usable(gradients)
+    usable, none = are_usable(gradients), not gradients
     if process_group:
         groups = [(process_group, gradients[0].device.type if gradients else "cpu")]
     else:
@@ -221,10 +221,10 @@ def are_usable_on_all_ranks(gradients: list[Tensor], process_group: ProcessGroup
         # Gradients that were moved to the CPU still lie on a mesh of GPUs, whose group talks there.
         groups = [(group, mesh.device_type) for mesh in meshes for group in mesh.get_all_groups()]
     for group, device in groups:
-        flag = torch.tensor(float(usable), device=device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=group)
-        usable = bool(flag)
-    return usable
+        flags = torch.tensor([float(usable), float(none)], device=device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MIN, group=group)
+        usable, none = map(bool, flags)
+    return usable, not none
 
 
 def check_gradients(optimizer: Optimizer) -> list[Tensor]:
@@ -261,13 +261,18 @@ def begin_step(
 ) -> bool:
     """Whether the gradients may be used, for the step that is counted here.
 
+    Without any gradient nothing moves, and no step is counted: it was left out by somebody else.
+
     Args:
         optimizer: Whose step it is.
-        process_group: See ``are_usable_on_all_ranks``.
+        process_group: See ``on_all_ranks``.
         norms: Of the gradients, where they are not all here at once.
     """
     gradients = check_gradients(optimizer) if norms is None else norms
-    may_step = may_use(optimizer, gradients, process_group)
+    usable, there_are_any = on_all_ranks(gradients, process_group)
+    if not there_are_any:
+        return False
+    may_step = usable or _skipped(optimizer)
     first = optimizer.param_groups[0]
     first[STEPS] = first.get(STEPS, 0) + 1
     return may_step
@@ -336,14 +341,13 @@ class _SafeOptimizer(Optimizer, ABC):  # private: no choice on the command line
     def step_param(self, parameter: Tensor) -> None:
         """The step of one parameter, for whoever updates inside backward, if it may be taken."""
         group = next(g for g in self.param_groups if any(p is parameter for p in g["params"]))
-        if parameter.grad is not None and may_use(self, [parameter.grad]):
+        gradient = parameter.grad
+        if gradient is not None and (are_usable([gradient]) or _skipped(self)):
             self._step_parameters(group, [parameter])
 
 
-def may_use(
-    optimizer: Optimizer, gradients: list[Tensor], process_group: ProcessGroup | None = None
-) -> bool:
-    """False if a gradient is not usable and this step is to be skipped for all groups.
+def _skipped(optimizer: Optimizer) -> Literal[False]:
+    """A gradient is not usable: this step is skipped for all groups.
 
     One bad gradient says that the whole backward was bad. Skipped steps are counted in the first
     group, and the first one is warned of.
@@ -351,8 +355,6 @@ def may_use(
     Raises:
         FloatingPointError: If a gradient is not usable and ``on_nonfinite`` is "raise".
     """
-    if are_usable_on_all_ranks(gradients, process_group):
-        return True
     name = type(optimizer).__name__
     first = optimizer.param_groups[0]
     found = f"at step {first.get(STEPS, 0) + 1} {_culprit(optimizer)}"

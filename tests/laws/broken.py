@@ -151,6 +151,15 @@ class GreedyAdamW(torch.optim.AdamW):
         return super().step(closure)
 
 
+class CountingAdamW(torch.optim.AdamW):
+    """Counts its steps, those without a gradient too."""
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        first = self.param_groups[0]
+        first["steps"] = first.get("steps", 0) + 1
+        return super().step(closure)
+
+
 class Keepsake:
     """An object that no safe unpickler knows."""
 

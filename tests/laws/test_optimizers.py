@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tests.laws import broken
 from tests.laws.composition import note
 from tests.laws.members import OPTIMIZERS, Member, build, spec
+from tests.laws.test_callbacks import same
 
 SHAPES = ((6, 4), (4, 6), (5,), ())
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
@@ -55,6 +56,23 @@ def leaves_alone_what_has_no_gradient(member: Member) -> None:
     before = parameters[0].detach().clone()
     steps(parameters[1:], optimizer, range(2))
     assert torch.equal(parameters[0], before), "it moved"
+    assert not optimizer.state.get(parameters[0]), "it has a state"
+
+
+def leaves_all_alone_without_gradients(member: Member) -> None:
+    """A step that somebody has left out: moments, counts and decay stand still, and the next one
+    is as if it had not been."""
+    parameters, optimizer = start(member)
+    weights = steps(parameters, optimizer, range(3))
+    before = copy.deepcopy(optimizer.state_dict())
+    for parameter in parameters:
+        parameter.grad = None
+    optimizer.step()
+    assert all(map(torch.equal, weights, parameters)), "a weight moved"
+    assert same(optimizer.state_dict(), before), "the state moved"
+    ours = steps(parameters, optimizer, range(3, 6))
+    theirs = steps(*start(member), range(6))
+    assert all(map(torch.equal, ours, theirs)), "the steps that follow are others"
 
 
 def skips_a_non_finite_gradient(member: Member) -> None:
@@ -149,6 +167,7 @@ LAWS: dict[str, Law] = {
     "deterministic": is_deterministic,
     "dtypes are kept": keeps_dtypes,
     "without a gradient nothing moves": leaves_alone_what_has_no_gradient,
+    "without any gradient the state stays": leaves_all_alone_without_gradients,
     "a non-finite gradient is skipped": skips_a_non_finite_gradient,
     "goes on after a gradient of 1e21": goes_on_after_a_huge_gradient,
     "state loads as plain data": has_plain_state,
@@ -174,6 +193,7 @@ BROKEN: dict[str, tuple[str, type[Exception]]] = {
     "deterministic": ("NoisyAdamW", AssertionError),
     "dtypes are kept": ("WideningAdamW", AssertionError),
     "without a gradient nothing moves": ("GreedyAdamW", AssertionError),
+    "without any gradient the state stays": ("CountingAdamW", AssertionError),
     "a non-finite gradient is skipped": ("ForgetfulAdamW", AssertionError),
     "goes on after a gradient of 1e21": ("ForgetfulAdamW", AssertionError),
     "state loads as plain data": ("PicklingAdamW", pickle.UnpicklingError),
