@@ -111,8 +111,8 @@ def part_of(whole: Tensor, offset: int, shape: Sequence[int], dtype: torch.dtype
     """
     nbytes = torch.Size(shape).numel() * dtype.itemsize
     if not nbytes:
-        return torch.empty(*shape, dtype=dtype)
-    return torch.frombuffer(whole.numpy()[offset : offset + nbytes], dtype=dtype).view(*shape)
+        return torch.empty(tuple(shape), dtype=dtype)
+    return torch.frombuffer(whole.numpy()[offset : offset + nbytes], dtype=dtype).view(tuple(shape))
 
 
 def source_of(tensor: Tensor) -> tuple[object, int] | None:

@@ -84,3 +84,9 @@ def test_where_memory_is_limited_it_counts_nothing(file):
 def data_bytes():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmData"))
+
+
+def test_a_part_may_be_a_single_number(file):
+    shown = mapped([Part(file.fileno(), 0, PAGE)])
+    assert part_of(shown, 0, (), torch.float32).shape == ()
+    assert part_of(shown, 0, (), torch.uint8) == 0

@@ -79,7 +79,7 @@ class AsyncCheckpoint(ModelCheckpoint):
         ...                            monitor="val_loss")
 
     Note: with optimizer state of the size of the model twice over, the copy takes host memory of
-    three times the model. Under ``ZeROInfinityStrategy``, on one rank, nothing is copied.
+    three times the model. Under ``ZeROInfinityStrategy`` what is on disk takes no memory.
     """
 
     def __init__(

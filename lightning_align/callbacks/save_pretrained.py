@@ -16,7 +16,7 @@ class SavePretrained(pl.Callback):
 
     The datamodule's tokenizer goes with it. Written once, by rank 0, when ``fit`` has ended; from a
     pipeline, rank 0 collects the stages first and needs host memory for all of them; under
-    ``ZeROInfinityStrategy``, on one rank, the files of blocks are read as the folder is written.
+    ``ZeROInfinityStrategy`` its values are on disk, and read as the folder is written.
 
     Args:
         dirpath: Folder to write; created if it does not exist.

@@ -7,19 +7,18 @@ noted down, and done to each when the update reads it.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from lightning_align.mapped import part_of
 from lightning_align.offload.block import Block
 from lightning_align.offload.buffers import BufferPool
-from lightning_align.offload.files import DirectFile, Threads, Transfer
+from lightning_align.offload.files import Threads, Transfer
 from lightning_align.offload.places import Place
 from lightning_align.offload.ranks import Ranks
+from lightning_align.offload.set_aside import set_aside
 from lightning_align.offload.striped import open_file
 
 FILE = "gradients"
@@ -220,28 +219,14 @@ class GradientSums:
         Those in memory are copied; those in a file are written to another one, which has no name
         and shows them.
         """
-        sums = {block.name: block for block in self._blocks if self.names(block)}
-        if self._file is None:
-            copies = {name: self._read(block).clone() for name, block in sums.items()}
-            return self._by_parameter(copies)
-        with tempfile.TemporaryDirectory(dir=self._file.path.parent) as folder:
-            file = DirectFile(Path(folder, FILE), self._threads)
-        starts, end = {}, 0
-        for name, block in sums.items():
+        folder = None if self._file is None else self._file.path.parent
+        copies: dict[str, Tensor] = {}
+        for block in filter(self.names, self._blocks):
             memory = self._read(block)
-            file.write(memory, end).wait()
-            starts[name], end = end, end + len(memory)
-        whole = file.shown(0, end)
-        file.close()
-        return self._by_parameter({name: whole[start:] for name, start in starts.items()})
-
-    def _by_parameter(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {
-            name: part_of(sums[block.name], place.offset, place.shape, place.dtype)
-            for block in self._blocks
-            for name, place in block.places.items()
-            if name in self.names(block)
-        }
+            places = {n: place for n, place in block.places.items() if n in self.names(block)}
+            sums = [[place.of(memory)] for place in places.values()]
+            copies.update(zip(places, set_aside(sums, folder, self._threads), strict=True))
+        return copies
 
     def take_back(self, block: Block, gradients: Mapping[str, Tensor]) -> set[str]:
         """Let gradients be the sums of a block, which has none.

@@ -25,6 +25,7 @@ from lightning_align.offload.memory_file import MemoryFile
 from lightning_align.offload.places import aligned
 from lightning_align.offload.ranks import Ranks
 from lightning_align.offload.record import FILE, FILES, Record, StatePlace, read_record, sync_folder
+from lightning_align.offload.set_aside import set_aside
 from lightning_align.offload.striped import MARK, StripedFile, open_file
 from lightning_align.offload.tuning import TRIAL
 
@@ -292,6 +293,10 @@ class ShardStore:
         self.settle(block)
         start = self.blocks[block].section_nbytes
         return self._files[block, self._current[block]].shown(start, self._ends[block] - start)
+
+    def set_aside(self, tensors: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """Copies of tensors, each of parts, as the function of that name makes them."""
+        return set_aside(tensors, self.folder if self.is_on_drive else None, self._threads)
 
     def file(self, block: str) -> AnyFile:
         """The file that has the block's values now, once they are written."""

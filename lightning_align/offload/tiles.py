@@ -9,7 +9,7 @@ that it has without tiles, so that either side reads the other's checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,8 +21,11 @@ from torch.nn import functional as F  # noqa: N812
 from lightning_align.layers.parts import TILE
 from lightning_align.offload.away import Away, go_away
 from lightning_align.offload.block import Block
+from lightning_align.offload.set_aside import in_memory
 
 _TILES = "_tiles"  # attribute of a layer: the modules of its tiles
+
+SetAside = Callable[[Sequence[Sequence[Tensor]]], list[Tensor]]  # as a store does
 
 
 @dataclass(frozen=True)
@@ -159,17 +162,24 @@ def in_tiles(
     return {part for parameter in parameters for part in known.get(parameter, [parameter])}
 
 
-def whole_values(state: dict[str, Any], tiled: Iterable[Tiled]) -> dict[str, Any]:
+def whole_values(
+    state: dict[str, Any], tiled: Iterable[Tiled], set_aside: SetAside = in_memory
+) -> dict[str, Any]:
     """A module's state with whole weights in the place of tiles.
 
     Args:
         state: By name.
         tiled: What was cut.
+        set_aside: Puts a weight together; one weight at a time is looked at.
     """
     for each in tiled:
         if each.tiles.keys() <= state.keys():
-            state[each.name] = torch.cat([state.pop(name) for name in each.tiles])
+            state[each.name] = _put_aside([state.pop(name) for name in each.tiles], set_aside)
     return state
+
+
+def _put_aside(parts: list[Tensor], set_aside: SetAside) -> Tensor:
+    return torch.cat(parts) if parts[0].is_meta else set_aside([parts])[0]
 
 
 def in_parts(state: Mapping[str, Tensor], tiled: Iterable[Tiled]) -> dict[str, Tensor]:
@@ -184,7 +194,10 @@ def in_parts(state: Mapping[str, Tensor], tiled: Iterable[Tiled]) -> dict[str, T
 
 
 def whole_optimizer_state(
-    state: dict[str, Any], optimizer: torch.optim.Optimizer, tiled: Iterable[Tiled]
+    state: dict[str, Any],
+    optimizer: torch.optim.Optimizer,
+    tiled: Iterable[Tiled],
+    set_aside: SetAside = in_memory,
 ) -> dict[str, Any]:
     """An optimizer's state as it is without tiles.
 
@@ -192,6 +205,7 @@ def whole_optimizer_state(
         state: Its ``state_dict()``.
         optimizer: Whose groups hold the tiles.
         tiled: What was cut.
+        set_aside: Puts a tensor of it together.
     """
     known = {p: each for each in tiled for p in each.tiles.values()}
     if not known or not state:  # ranks but the first have none
@@ -204,7 +218,7 @@ def whole_optimizer_state(
         for place, rows in _runs(group["params"], known):
             parts = [state["state"].get(packed["params"][place + k], {}) for k in range(rows)]
             if any(parts):
-                merged[number] = _joined(parts)
+                merged[number] = _joined(parts, set_aside)
             indices.append(number)
             if "param_names" in packed:
                 name = packed["param_names"][place]
@@ -247,11 +261,11 @@ def _runs(parameters: list[nn.Parameter], known: Mapping[nn.Parameter, Tiled]) -
         place += rows
 
 
-def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
+def _joined(parts: list[dict[str, Any]], set_aside: SetAside) -> dict[str, Any]:
     if len(parts) == 1:
         return parts[0]
     return {
-        key: torch.cat([part[key] for part in parts]) if _has_rows(value) else value
+        key: _put_aside([part[key] for part in parts], set_aside) if _has_rows(value) else value
         for key, value in parts[0].items()
     }
 

@@ -198,7 +198,8 @@ class Updates:
     def state(self) -> dict[str, Any]:
         """The optimizer's whole state, in memory or as files show it; what is shown stays.
 
-        Of several ranks the first has copies, and others have nothing; collective.
+        Of several ranks the first has copies that are set aside, and others have nothing;
+        collective.
         """
         for block in self._blocks:
             self._stream.show(block)
@@ -235,8 +236,13 @@ class Updates:
         own: Any = self._optimizer.state
         whole: dict[nn.Parameter, dict[str, Any]] = {}
         for block in self._blocks:
-            whole.update(gather_states(self._ranks, block, own))
+            states = gather_states(self._ranks, block, own)
             self._stream.drop(block)
+            large = [(p, k) for p, state in states.items() for k, v in state.items() if is_large(v)]
+            copies = self._store.set_aside([[states[p][key]] for p, key in large])
+            for (parameter, key), copy in zip(large, copies, strict=True):
+                states[parameter][key] = copy
+            whole.update(states)
         small = {parameter: dict(state) for parameter, state in own.items()}
         own.clear()
         own.update(whole)

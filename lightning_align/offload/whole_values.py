@@ -154,7 +154,8 @@ class WholeValues:
     def values(self) -> dict[nn.Parameter, Tensor]:
         """All parameters as they are in memory, or as files show them; what is shown stays.
 
-        Of several ranks the first has copies, and others have nothing; collective.
+        Of several ranks the first has copies that are set aside, and others have nothing;
+        collective.
         """
         self.store_edits()
         if self._store.ranks.size > 1:
@@ -185,12 +186,13 @@ class WholeValues:
 
     @torch.no_grad()
     def _gathered(self) -> dict[nn.Parameter, Tensor]:
-        copies = {}
+        copies: dict[nn.Parameter, Tensor] = {}
         for block in self._trained:
             memory = self._residents.fetch(block, "values")
-            for name, place in block.places.items():
-                if self._store.ranks.rank == 0:
-                    copies[block.parameters[name]] = place.of(memory).clone()
+            if self._store.ranks.rank == 0:
+                values = [[block.places[name].of(memory)] for name in block.parameters]
+                copied = self._store.set_aside(values)
+                copies.update(zip(block.parameters.values(), copied, strict=True))
         return copies
 
 

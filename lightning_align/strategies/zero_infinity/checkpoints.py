@@ -97,7 +97,7 @@ class BlockCheckpoints(ParallelStrategy):
             name: _stored(value, copies) if isinstance(value, nn.Parameter) else value
             for name, value in module.state_dict(keep_vars=True).items()
         }
-        return whole_values(values, self._tiled)
+        return whole_values(values, self._tiled, self._engine.store.set_aside)
 
     def _values(self, engine: OffloadEngine) -> dict[nn.Parameter, Tensor]:
         return engine.whole.outlines() if self._links_parts(engine) else engine.whole.values()
@@ -121,7 +121,8 @@ class BlockCheckpoints(ParallelStrategy):
         state = self._engine.updates.state()
         if self.ranks.rank:
             return state
-        return whole_optimizer_state(state, self.optimizers[0], self._tiled)
+        aside = self._engine.store.set_aside
+        return whole_optimizer_state(state, self.optimizers[0], self._tiled, aside)
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:

@@ -364,7 +364,7 @@ class ZeROInfinityStrategy(BlockCheckpoints):
         assert self._engine is not None
         # Those of updates that wait are of a window that is closed.
         shown = {} if self._engine.updates_wait else self._engine.gradients.shown()
-        return whole_values(shown, self._tiled)
+        return whole_values(shown, self._tiled, self._engine.store.set_aside)
 
     def put_gradients(self, gradients: Mapping[str, Tensor]) -> set[str]:
         """Let gradients wait on disk for their step, in the place of those that do; their names."""

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_align import ExactResume, Muon
+from lightning_align import AsyncCheckpoint, ExactResume, Muon
+from lightning_align.checkpointing.snapshot import HostBuffer
+from lightning_align.mapped import source_of
 from lightning_align.modules import PretrainModule
 from lightning_align.offload import linked
 from tests.helpers.offloaded import ADAMW, Regression, assert_same, batches, points, small
@@ -95,6 +97,48 @@ def test_a_folder_of_two_ranks_has_what_rank_0_would_have_gathered(tmp_path, bui
     if window == 1:  # and so does one
         one = run_ranks(lambda rank: run(tmp_path, rank, build, data, size=1, **goes_on), 1, 120)
         assert one[0][1]["state"].keys() == whole[1]["state"].keys()
+
+
+def tensors_in(value):
+    if isinstance(value, dict):
+        return [tensor for item in value.values() for tensor in tensors_in(item)]
+    return [value] if isinstance(value, torch.Tensor) and value.numel() > 1 else []
+
+
+@pytest.mark.parametrize("tile_numel", [None, pytest.param(200, marks=pytest.mark.slow)])
+def test_what_rank_0_gathers_for_a_file_is_in_none_of_its_memory(tmp_path, tile_numel):
+    """Neither for a file of the Trainer nor for one of AsyncCheckpoint."""
+
+    def saved(rank):
+        copied, copy_ = [], HostBuffer.copy
+
+        def note(self, tensors, state=None):
+            copied.append(copy_(self, tensors, state))
+            return copied[-1]
+
+        HostBuffer.copy = note
+        strategy = small(tile_numel=tile_numel, save_distributed_checkpoint=False)
+        save = AsyncCheckpoint(tmp_path / "async", every_n_train_steps=6)
+        options = {"callbacks": [save], "enable_checkpointing": True}
+        trainer = fit(tmp_path, rank, Regression(ADAMW), rows(), strategy, **options)
+        trainer.save_checkpoint(tmp_path / "file.ckpt")
+        state = strategy.lightning_module_state_dict()
+        states = strategy.optimizer_state(trainer.optimizers[0])
+        assert bool(state) == bool(states) == (rank == 0)
+        found = [*tensors_in(state), *tensors_in(states.get("state", {}))]
+        shown = [tensor for tensor in found if source_of(tensor)]
+        assert len(shown) == len(found) - 2 * (rank == 0)  # but for running mean and variance
+        kept = [tensor.clone() for tensor in found]
+        strategy.close()
+        assert len(copied) == (2 if rank == 0 else 0)
+        assert sum(copied) < 5000  # counters of steps, running means
+        return kept
+
+    expected = run_ranks(saved)[0]
+    for path in (tmp_path / "file.ckpt", next((tmp_path / "async").glob("*.ckpt"))):
+        ours = torch.load(path)
+        found = [*tensors_in(ours["state_dict"]), *tensors_in(ours["optimizer_states"][0]["state"])]
+        assert_same(found, expected)
 
 
 def test_one_ranks_folder_is_read_by_two(tmp_path):
