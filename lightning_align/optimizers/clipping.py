@@ -156,4 +156,5 @@ def clip_units_(
 def _norm(values: Tensor, dims: tuple[int, ...]) -> Tensor:
     if not dims:  # a scalar
         return values.detach().abs()
-    return torch.linalg.vector_norm(values.detach(), dim=dims, keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(values.detach(), dim=dims, keepdim=True)
+    return norm
