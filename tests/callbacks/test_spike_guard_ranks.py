@@ -3,6 +3,7 @@ disk."""
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,12 +11,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_align import PretrainModule, SpikeGuard
+from lightning_align import Muon, PretrainModule, SpikeGuard, ZeROInfinityStrategy
+from lightning_align.run.protocols import gathered
 from tests.callbacks.test_spike_guard import Watch
 from tests.helpers.pipelines import Run, one_process, pipeline
 from tests.helpers.ranks import ForkedRanks, run_ranks
 from tests.helpers.spiky import AlarmAt, Regression, batches
-from tests.modules.test_pretrain import llama, rows
+from tests.modules.test_pretrain import fit, llama, rows, weights
 
 POISONED = 4  # the batch that is not a number on one rank
 
@@ -128,3 +130,68 @@ def test_a_pipeline_skips_on_all_ranks_as_one_process_does(
     assert ranks[0]["losses"] == pytest.approx(alone["losses"], rel=1e-4)
     assert alone["losses"][:3] == unguarded["losses"][:3]
     assert alone["losses"][3:] != pytest.approx(unguarded["losses"][3:], rel=1e-4)
+
+
+class Counting(ZeROInfinityStrategy):
+    """Notes how much was written when forward and backward have run."""
+
+    def __init__(self, **arguments: Any) -> None:
+        small: dict[str, Any] = {"params_buffer_count": 2, "sub_group_size": 400}
+        super().__init__(**small, **arguments)
+        self.forward: list[int] = []
+        self.backward_done: list[int] = []
+
+    def _written(self) -> int:
+        assert self._engine is not None
+        self._engine.gradients.settle_all()
+        self._engine.store.settle_all()
+        return self._engine.threads.traffic.written
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().training_step(*args, **kwargs)
+        self.forward.append(self._written())  # updates that have waited are done
+        return loss
+
+    def backward(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().backward(*args, **kwargs)
+        self.backward_done.append(self._written())
+        return loss
+
+
+@pytest.mark.parametrize(
+    "optimizer", [torch.optim.AdamW, pytest.param(Muon, marks=pytest.mark.slow)]
+)
+def test_blocks_on_disk_are_skipped_and_nothing_is_written(optimizer: Any, tmp_path: Any) -> None:
+    """Windows of two batches, with a clip; the fourth step is left out."""
+
+    def run(strategy: Any) -> tuple[torch.Tensor, Any]:
+        torch.manual_seed(0)
+        module = PretrainModule(llama(num_hidden_layers=4), optimizer=partial(optimizer, lr=1e-2))
+        guard = SpikeGuard(detector=AlarmAt(3))
+        options = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}
+        data = [rows(i, i + 1) for i in range(12)]
+        where = {"default_root_dir": tmp_path, "strategy": strategy}
+        trainer = fit(module, data, callbacks=[guard], **options, **where)
+        with gathered(trainer.strategy, list(module.parameters())):
+            return weights(module), guard.detector.seen  # type: ignore[attr-defined]
+
+    theirs, seen = run("auto")
+    strategy = Counting()
+    ours, also_seen = run(strategy)
+    assert torch.equal(ours, theirs)
+    assert also_seen == seen
+    # From the backward that closes a window to the forward of the next one.
+    pairs = zip(strategy.backward_done[1::2], strategy.forward[2::2], strict=False)
+    assert [after > before for before, after in pairs] == [True, True, True, False, True]
+
+
+def test_updates_in_backward_are_refused_beside_a_guard(tmp_path: Any) -> None:
+    module = PretrainModule(llama())
+    with pytest.raises(ValueError, match=r"update_in_backward=True.*looks at all gradients"):
+        fit(
+            module,
+            [rows(0)],
+            callbacks=[SpikeGuard()],
+            default_root_dir=tmp_path,
+            strategy=ZeROInfinityStrategy(update_in_backward=True),
+        )
