@@ -1,11 +1,11 @@
 """Why a step is not like the others: a cause by elimination, and the figures that say so.
 
-Four things decide a loss: the weights, the batch, and how the weights came about, which is the size
-of the steps and what else wrote to them. The one question that parts them is asked of the last
-healthy batch: is its loss with the present weights what it was? If it is, the weights are
-well and the new batch is to blame. If not, a step before this one did it (a learning rate
-that has jumped; gradients that are large against a second moment of quieter times, the
-"stuck-in-the-past" of Wortsman et al., arXiv:2304.13013, section 3.4), or something that is no step.
+The weights and the batch decide a loss. One question parts them, asked of the latest healthy batch:
+is its loss with the present weights what it was? If so, the weights are well, and the new batch is
+to blame. If not, a step before this one did it (its learning rate had jumped, or its gradients were
+large against a second moment of quieter times, arXiv:2304.13013, Section 3.4), or something wrote
+to the weights that is no step. Where nobody can ask that question, the size of the latest steps and
+what the weights did between them say as much in most cases.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import median
 from typing import Literal
 
@@ -53,7 +54,7 @@ class Evidence:
         losses: Mean loss of the window.
         lrs: Learning rate, the largest of all parameter groups.
         grad_norms: Norm of the gradient by layer, layers in the order of the forward.
-        gradient_ratios: RMS of g / sqrt(v) by layer, with v from before the step.
+        gradient_ratios: RMS of g / sqrt(v) by layer, v the second moment with this gradient in it.
         updates: RMS of the change by the step over that of the weights, by layer. The alarm's is
             unknown.
         outside: The same of what changed the weights between the step before and this one.
@@ -119,7 +120,7 @@ def loss_excess(losses: Sequence[float]) -> tuple[float, float]:
     if not before or not losses:
         return 0.0, math.inf
     middle = median(before)
-    steps = [abs(b - a) for a, b in zip(before, before[1:], strict=False)]
+    steps = [abs(b - a) for a, b in pairwise(before)]
     # Normal noise: the median of |difference| is 0.6745 * sqrt(2) standard deviations.
     scale = median(steps) / 0.954 if steps else 0.0
     return losses[-1] - middle, max(scale, 0.01 * abs(middle), 1e-12)
@@ -214,8 +215,8 @@ def _written_from_outside(evidence: Evidence) -> Cause | None:
     """Weights that have changed since the last step, by something that is no step."""
     found: dict[str, tuple[float, float]] = {}
     for layer, history in evidence.outside.items():
-        usual_update = _usual(evidence.updates.get(layer, []))
-        usual = max(_usual(history), usual_update, 1e-7)
+        usual_update = typical(evidence.updates.get(layer, []))
+        usual = max(typical(history), usual_update, 1e-7)
         change = max(_recent(history), default=0.0)
         # A few weights out of many are not among those that are looked at one by one.
         change = max(change, _jump_of_norm(evidence, layer))
@@ -245,7 +246,7 @@ def _jump_of_norm(evidence: Evidence, layer: str) -> float:
 def _lr_jump(lrs: Sequence[float]) -> tuple[float, float] | None:
     """(learning rate before, after) of the largest jump in the latest steps, if there is one."""
     # The alarm's own learning rate has moved nothing yet.
-    steps = list(zip(lrs[:-1], lrs[1:-1], strict=False))[-RECENT - 1 :]
+    steps = list(pairwise(lrs[:-1]))[-RECENT - 1 :]
     jumps = [(a, b) for a, b in steps if a > 0 and b / a >= LR_JUMP]
     return max(jumps, key=lambda pair: pair[1] / pair[0]) if jumps else None
 
@@ -263,7 +264,7 @@ def _learning_rate(evidence: Evidence) -> Cause | None:
 def _stale_before(evidence: Evidence) -> Cause | None:
     """Steps just before the alarm with gradients that the second moment did not know."""
     found = {
-        layer: (max(_recent(history[:-1]), default=0.0), _usual(history))
+        layer: (max(_recent(history[:-1]), default=0.0), typical(history))
         for layer, history in evidence.gradient_ratios.items()
     }
     return _stale(found, "and the weights got worse")
@@ -271,7 +272,7 @@ def _stale_before(evidence: Evidence) -> Cause | None:
 
 def _stale_now(evidence: Evidence) -> Cause | None:
     """A usual loss, with gradients that the second moment does not know."""
-    found = {n: (_last(h), _usual(h)) for n, h in evidence.gradient_ratios.items() if h}
+    found = {n: (_last(h), typical(h)) for n, h in evidence.gradient_ratios.items() if h}
     return _stale(found, "while the loss is a usual one")
 
 
@@ -296,7 +297,7 @@ def _unexplained_update(evidence: Evidence) -> Cause | None:
     """A step that was larger than ever, though neither gradients nor learning rate were."""
     found = {}
     for layer, history in evidence.updates.items():
-        usual = _usual(history)
+        usual = typical(history)
         update = max(_recent(history[:-1]), default=0.0)
         if usual > 0 and update > 10 * usual:
             found[layer] = (update, usual)
@@ -340,8 +341,8 @@ def _last_or(history: Sequence[float]) -> float:
     return value if math.isfinite(value) else math.inf
 
 
-def _usual(history: Sequence[float]) -> float:
-    """Median of what was before the latest steps, or of all before the last if that is little."""
+def typical(history: Sequence[float]) -> float:
+    """Median of a history before its latest steps, or of all before the last if that is little."""
     before = [v for v in history[: -RECENT - 1] if math.isfinite(v)]
     if len(before) < 8:
         before = [v for v in history[:-1] if math.isfinite(v)]

@@ -13,6 +13,7 @@ from typing import Any
 
 from lightning_align._errors import argument_error
 from lightning_align.spike_causes import Cause
+from lightning_align.stability import SpikeVerdict
 
 # JSON has no words for these numbers, and a loss of NaN is what an incident is often about.
 _NUMBERS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -52,7 +53,7 @@ class LayerRecord:
         usual_grad_norm: Median of its history.
         update: Root mean square of its latest update over that of its weights.
         usual_update: Median of its history.
-        gradient_ratio: RMS of g / sqrt(v), with the second moment v from before the step.
+        gradient_ratio: RMS of g / sqrt(v), v the second moment with this gradient in it.
         usual_gradient_ratio: Median of its history.
     """
 
@@ -79,8 +80,12 @@ class Incident:
         loss: Mean loss of the window.
         grad_norm: Norm of its gradient, None where it was not known.
         reason: Why it was an alarm, in words.
-        loss_score, norm_score: Of the verdict.
-        loss_threshold, norm_threshold: Of the verdict: what loss and norm were not to exceed.
+        loss_score: Error of the loss's forecast, in standard deviations.
+        norm_score: The same of the gradient norm.
+        loss_threshold: What the score of the loss was not to exceed.
+        norm_threshold: What the score of the norm was not to exceed.
+        loss_limit: The same in units of the loss.
+        norm_limit: The same in units of the norm.
         action: What was done: "log", "clip", "skip", "rewind" or "stop".
         rewound_to: Position that a rewind went back to.
         skipped: Ranges [begin, end) of positions that were left out because of it.
@@ -105,6 +110,8 @@ class Incident:
     norm_score: float | None = None
     loss_threshold: float | None = None
     norm_threshold: float | None = None
+    loss_limit: float | None = None
+    norm_limit: float | None = None
     action: str = "log"
     rewound_to: int | None = None
     skipped: list[list[int]] = field(default_factory=list)
@@ -116,6 +123,12 @@ class Incident:
     history: dict[str, list[float]] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, verdict: SpikeVerdict, **known: Any) -> Incident:
+        """The incident of a verdict, with what else is known of it: position, action, ..."""
+        shared = {each.name for each in fields(cls)} & {each.name for each in fields(verdict)}
+        return cls(**{name: getattr(verdict, name) for name in shared}, **known)
 
     def to_json(self) -> str:
         """The incident as JSON that any reader takes."""
@@ -133,7 +146,8 @@ class Incident:
             ValueError: If it is none.
         """
         try:
-            return _build(cls, json.loads(text))
+            incident: Incident = _build(cls, json.loads(text))
+            return incident
         except (ValueError, TypeError, AttributeError) as error:
             rule = f"is no report of an incident: {error}"
             raise argument_error("Incident.from_json", "source", source, rule) from error

@@ -5,6 +5,7 @@ import pytest
 
 from lightning_align.spike_causes import Cause
 from lightning_align.spike_incidents import BatchRecord, Incident, LayerRecord
+from lightning_align.stability import SpikeVerdict
 
 
 def an_incident(**changed):
@@ -56,3 +57,10 @@ def test_what_a_later_version_adds_is_left_out():
 def test_what_is_no_incident_is_refused_with_its_source(text):
     with pytest.raises(ValueError, match=r"source='a.json'\): is no report of an incident"):
         Incident.from_json(text, "a.json")
+
+
+def test_an_incident_has_what_the_verdict_says():
+    verdict = SpikeVerdict(7, True, "loss", 9.0, 2.0, loss_score=8.0, loss_limit=3.0)
+    incident = Incident.of(verdict, position=70, num_batches=1, epoch=0, action="skip")
+    assert (incident.step, incident.loss, incident.loss_limit) == (7, 9.0, 3.0)
+    assert (incident.position, incident.action, incident.reason) == (70, "skip", "loss")

@@ -132,6 +132,12 @@ class CausalLMModule(pl.LightningModule, ABC):
         collect(sums, into)
         return loss
 
+    def batch_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Mean loss of a batch, neither logged nor counted."""
+        _, sums = self.loss_from_hidden(self.forward_hidden(**self.model_inputs(batch)), batch)
+        total, weight = sums["loss"]
+        return total / weight.clamp(min=1)
+
     # Exact weighting of gradients
 
     def gradient_factor(self) -> Tensor:

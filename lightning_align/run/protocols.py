@@ -58,6 +58,14 @@ class MeasuresSteps(Protocol):
 
 
 @runtime_checkable
+class ComputesBatchLoss(Protocol):
+    """It can tell the loss of a batch without anything else coming of it."""
+
+    def batch_loss(self, batch: Any, /) -> Tensor:
+        """Mean loss, neither logged nor counted."""
+
+
+@runtime_checkable
 class HasFrozenModules(Protocol):
     """Modules that are not its submodules take part in its step."""
 

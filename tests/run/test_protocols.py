@@ -102,6 +102,7 @@ def text() -> pl.LightningDataModule:
 ANSWER: dict[str, Callable[[], Any]] = {
     "SumsOverWindow": dpo,
     "CountsTokens": dpo,
+    "ComputesBatchLoss": dpo,
     "HasFrozenModules": dpo,
     "FillsFrozenModules": dpo,
     "MeasuresSteps": dpo,

@@ -1,0 +1,178 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_align.callbacks.spike_layers import LayerFigures, layer_of_parameters
+from tests.helpers.tiny_models import TINY_MODELS
+
+
+class Holder(nn.Module):
+    def __init__(self, **parts):
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+
+def test_layers_of_a_language_model_are_in_the_order_of_its_forward():
+    module = Holder(net=TINY_MODELS["llama"](), probe=nn.Linear(2, 2))
+    layers = layer_of_parameters(module)
+    assert list(dict.fromkeys(layers.values())) == [
+        "probe",
+        "net.model.embed_tokens",
+        *(f"net.model.layers.{i}" for i in range(3)),
+        "net.lm_head",
+    ]
+    assert layers["net.model.norm.weight"] == "net.lm_head"
+    assert layers["net.model.layers.1.mlp.up_proj.weight"] == "net.model.layers.1"
+
+
+def test_layers_of_any_other_module_are_its_parts():
+    """A wrapper around all is no part, and a list has one part for each item."""
+    inner = Holder(stem=nn.Linear(2, 2), body=nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+    inner.scale = nn.Parameter(torch.ones(1))
+    layers = layer_of_parameters(Holder(net=inner))
+    assert layers == {
+        "net.scale": "net",
+        "net.stem.weight": "net.stem",
+        "net.stem.bias": "net.stem",
+        "net.body.0.weight": "net.body.0",
+        "net.body.0.bias": "net.body.0",
+        "net.body.1.weight": "net.body.1",
+        "net.body.1.bias": "net.body.1",
+    }
+    assert set(layer_of_parameters(nn.Sequential(nn.Linear(1, 1))).values()) == {"0"}
+
+
+def two_layers():
+    torch.manual_seed(0)
+    return Holder(a=nn.Linear(4, 3), b=nn.Linear(3, 2))
+
+
+def give_gradients(module, scale=1.0):
+    for parameter in module.parameters():
+        parameter.grad = torch.randn_like(parameter) * scale
+
+
+def test_norms_and_updates_are_those_of_all_elements_where_the_sample_is_all():
+    module = two_layers()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    figures = LayerFigures(module, sample=1000)
+    give_gradients(module)
+    figures.before_step([optimizer])
+    gradient = torch.cat([p.grad.flatten() for p in module.a.parameters()])
+    weights = torch.cat([p.detach().flatten() for p in module.a.parameters()])
+    optimizer.step()
+    figures.after_step()
+    found = figures.histories()
+    assert found["grad_norms"]["a"] == pytest.approx([float(gradient.norm())])
+    assert found["weight_norms"]["a"] == pytest.approx([float(weights.norm())])
+    # An update is lr * g for SGD.
+    assert found["updates"]["a"] == pytest.approx([0.1 * float(gradient.norm() / weights.norm())])
+    assert found["gradient_ratios"] == {} == found["outside"]
+
+
+def test_the_ratio_is_that_of_stable_adamw():
+    """RMS_t = sqrt(mean(g^2 / u_t)), arXiv:2304.13013, Algorithm 2, over all of a layer."""
+    module = two_layers()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.01, betas=(0.9, 0.95))
+    figures = LayerFigures(module, sample=1000)
+    for scale in (1.0, 1.0, 10.0):
+        give_gradients(module, scale)
+        figures.before_step([optimizer])
+        second, steps = {}, {}
+        for p in module.parameters():
+            state = optimizer.state.get(p, {})
+            steps[p] = float(state.get("step", 0)) + 1
+            second[p] = 0.95 * state.get("exp_avg_sq", torch.zeros_like(p)) + 0.05 * p.grad**2
+        optimizer.step()
+    squares = [p.grad**2 / (second[p] / (1 - 0.95 ** steps[p])) for p in module.a.parameters()]
+    expected = torch.cat([each.flatten() for each in squares]).mean().sqrt()
+    ours = figures.histories()["gradient_ratios"]["a"]
+    assert len(ours) == 2, "no second moment before the first step"
+    assert ours[-1] == pytest.approx(float(expected), rel=1e-5)
+    assert ours[-1] > 1.3 * ours[0]
+
+
+def test_what_writes_to_weights_between_steps_is_seen_in_its_layer():
+    module = two_layers()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    figures = LayerFigures(module, sample=1000)
+    for corrupt in (False, True):
+        if corrupt:
+            module.b.weight.data.mul_(3)
+        give_gradients(module)
+        figures.before_step([optimizer])
+        optimizer.step()
+        figures.after_step()
+    outside = figures.histories()["outside"]
+    assert outside["a"] == [0.0]
+    assert 1 < outside["b"][-1] <= 2
+
+
+def test_a_restored_model_is_nobodys_change():
+    module = two_layers()
+    figures = LayerFigures(module)
+    give_gradients(module)
+    figures.before_step([])
+    figures.after_step()
+    module.b.weight.data.mul_(3)
+    figures.forget_weights()
+    figures.before_step([])
+    assert figures.histories()["outside"] == {}
+
+
+def test_frozen_layers_have_no_gradient_and_other_ranks_layers_nothing():
+    module = two_layers()
+    module.c = nn.Linear(2, 2, device="meta")
+    figures = LayerFigures(module)
+    give_gradients(Holder(b=module.b))
+    figures.before_step([])
+    found = figures.histories()
+    assert list(found["grad_norms"]) == ["b"]
+    assert list(found["weight_norms"]) == ["a", "b"]
+    assert figures.layers == ["a", "b", "c"]
+
+
+def test_a_module_without_a_parameter_has_no_figures():
+    figures = LayerFigures(nn.Module())
+    figures.before_step([])
+    figures.after_step()
+    assert all(found == {} for found in figures.histories().values())
+
+
+def test_only_the_window_is_remembered_and_non_finite_values_stay_in_their_layer():
+    module = two_layers()
+    figures = LayerFigures(module, window=4)
+    for step in range(6):
+        give_gradients(module, step + 1)
+        if step == 5:
+            module.b.weight.grad[0, 0] = math.nan
+        figures.before_step([])
+        figures.after_step()
+    norms = figures.histories()["grad_norms"]
+    assert len(norms["a"]) == 4 == len(norms["b"])
+    assert math.isfinite(norms["a"][-1])
+    assert math.isnan(norms["b"][-1])
+    assert norms["a"] == sorted(norms["a"])
+
+
+def test_looking_changes_nothing():
+    def run(look):
+        torch.manual_seed(1)
+        module = two_layers()
+        optimizer = torch.optim.AdamW(module.parameters())
+        figures = LayerFigures(module, sample=2)
+        for _ in range(3):
+            give_gradients(module)
+            if look:
+                figures.before_step([optimizer])
+            optimizer.step()
+            if look:
+                figures.after_step()
+        return [p.detach().clone() for p in module.parameters()], torch.rand(1)
+
+    (ours, ours_draw), (plain, plain_draw) = run(True), run(False)
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+    assert torch.equal(ours_draw, plain_draw)
