@@ -43,6 +43,11 @@ class Cause:
     text: str = ""
     figures: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def label(self) -> str:
+        """Kind and layer in a few words."""
+        return self.kind if self.layer is None else f"{self.kind} in {self.layer}"
+
 
 @dataclass
 class Evidence:

@@ -62,29 +62,43 @@ def log_figure(
     """
     if not trainer.is_global_zero:
         return []
-    png, image_HWC = _draw(figure)
-    step = trainer.global_step
-    ways: dict[str, Callable[[Any], object]] = {
-        "log_image": lambda log: log(key=key, images=[image_HWC], step=step),
-        "add_image": lambda add: add(key, image_HWC, step, dataformats="HWC"),
-    }
-    places = send(trainer, key, ways)
+    png, image_HWC = draw(figure)
+    places = send_image(trainer, key, image_HWC)
     if filename is None and not places:
         filename = f"{key.replace('/', '_')}.png"
     if filename is not None:
         path = os.path.join(trainer.default_root_dir, filename)
         try:
-            filesystem, inner_path = url_to_fs(path)
-            filesystem.makedirs(os.path.dirname(inner_path), exist_ok=True)
-            with filesystem.open(inner_path, "wb") as file:
-                file.write(png)
+            write_file(path, png)
             places.append(path)
         except OSError as error:
             rank_zero_warn(f"The picture {key!r} was not written to {path}: {error}")
     return places
 
 
-def _draw(figure: Figure) -> tuple[bytes, NDArray[np.uint8]]:
+def send_image(trainer: pl.Trainer, key: str, image_HWC: NDArray[np.uint8]) -> list[str]:
+    """Send a picture to every logger that takes images; returns where it went, in words."""
+    step = trainer.global_step
+    ways: dict[str, Callable[[Any], object]] = {
+        "log_image": lambda log: log(key=key, images=[image_HWC], step=step),
+        "add_image": lambda add: add(key, image_HWC, step, dataformats="HWC"),
+    }
+    return send(trainer, key, ways)
+
+
+def write_file(path: str, content: bytes) -> None:
+    """Write a file at any fsspec URL, and the folders above it.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    filesystem, inner_path = url_to_fs(path)
+    filesystem.makedirs(os.path.dirname(inner_path), exist_ok=True)
+    with filesystem.open(inner_path, "wb") as file:
+        file.write(content)
+
+
+def draw(figure: Figure) -> tuple[bytes, NDArray[np.uint8]]:
     """The picture as a PNG file, and as (height, width, 3) bytes."""
     from PIL import Image  # matplotlib brings it
 

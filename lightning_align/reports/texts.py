@@ -36,14 +36,8 @@ def log_rows(trainer: pl.Trainer, key: str, rows: list[Row], *, filename: str) -
     """
     if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return []
-    step, columns = trainer.global_step, list(rows[0])
-    data = [[row[name] for name in columns] for row in rows]
-    text = "\n\n".join(map(_markdown, rows))
-    ways: dict[str, Callable[[Any], object]] = {
-        "log_table": lambda log: log(key=key, columns=columns, data=data, step=step),
-        "add_text": lambda add: add(key, text, step),
-    }
-    places = send(trainer, key, ways)
+    step = trainer.global_step
+    places = send_rows(trainer, key, rows)
     if not places:
         path = os.path.join(trainer.default_root_dir, filename)
         try:
@@ -52,6 +46,18 @@ def log_rows(trainer: pl.Trainer, key: str, rows: list[Row], *, filename: str) -
         except OSError as error:
             rank_zero_warn(f"{key!r} of step {step} was not written: {error}")
     return places
+
+
+def send_rows(trainer: pl.Trainer, key: str, rows: list[Row]) -> list[str]:
+    """Send rows to every logger that takes them; returns where they went, in words."""
+    step, columns = trainer.global_step, list(rows[0])
+    data = [[row[name] for name in columns] for row in rows]
+    text = "\n\n".join(map(_markdown, rows))
+    ways: dict[str, Callable[[Any], object]] = {
+        "log_table": lambda log: log(key=key, columns=columns, data=data, step=step),
+        "add_text": lambda add: add(key, text, step),
+    }
+    return send(trainer, key, ways)
 
 
 def send(trainer: pl.Trainer, key: str, ways: Mapping[str, Callable[[Any], object]]) -> list[str]:
