@@ -89,14 +89,27 @@ class SpikeEvidence:
         self._steps: deque[tuple[int, float, float, float]] = deque(maxlen=WINDOW)
         self._flagged: set[int] = set()  # steps with an alarm
         self._sums_before: Tensor | None = None
+        self._stepping = False
         self._open: Incident | None = None
         self._previous: tuple[int, Cause] | None = None
 
-    def set_up(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Find the layers, where the strategy leaves weights and gradients in them."""
+    def set_up(
+        self, trainer: pl.Trainer, module: pl.LightningModule, by_layer: bool = True
+    ) -> None:
+        """Find the layers, where the strategy leaves weights and gradients in them.
+
+        Args:
+            trainer: The run, with its strategy set up.
+            module: Its module.
+            by_layer: Whether layers are looked at in each step.
+        """
         self._begin()
         strategy = trainer.strategy
-        if isinstance(strategy, GathersParameters) or not keeps_shapes(strategy):
+        if not by_layer:
+            self._missing.append(
+                "figures by layer: nobody reads them, without report_dir or logger"
+            )
+        elif isinstance(strategy, GathersParameters) or not keeps_shapes(strategy):
             name = type(strategy).__name__
             self._missing.append(f"figures by layer: {name} keeps weights and gradients elsewhere")
         else:
@@ -115,6 +128,11 @@ class SpikeEvidence:
         kept = batch if self._asks else _tokens(batch)
         self._window.append(_Batch(position, kept, _finite(batch)))
 
+    @property
+    def window(self) -> dict[str, int]:
+        """Where the open window is, as an incident has it."""
+        return {"position": self._window[0].position, "num_batches": len(self._window)}
+
     def add_loss(self, module: pl.LightningModule, loss: Tensor) -> None:
         """Note the mean loss of the batch that was begun last, once it is known."""
         sums = window_sums(module).get("loss")
@@ -132,6 +150,7 @@ class SpikeEvidence:
         lr = max(float(group["lr"]) for group in optimizer.param_groups)
         norm = grad_norm if grad_norm is not None else math.nan
         self._steps.append((step, loss, norm, lr))
+        self._stepping = True
         if self._layers is not None:
             self._layers.before_step([optimizer])
 
@@ -150,8 +169,9 @@ class SpikeEvidence:
         Returns:
             The incident of this step, if its batches' losses after the step were added.
         """
-        if self._layers is not None:
+        if self._layers is not None and taken and self._stepping:
             self._layers.after_step()
+        self._stepping = False  # a window without a loss has no step to look at
         incident, self._open = self._open, None
         batches, self._window, self._sums_before = self._window, [], None
         if incident is None:

@@ -19,12 +19,15 @@ from typing_extensions import override
 
 from lightning_align._compat.lightning_trainer import is_accumulating
 from lightning_align.callbacks import spike_checks
+from lightning_align.callbacks.spike_evidence import SpikeEvidence
 from lightning_align.callbacks.spike_ladder import ACCEPT, NEAR_STEPS, Ladder, rungs_of
 from lightning_align.callbacks.spike_measures import Measured, WindowLosses
+from lightning_align.reports.spikes import SpikeReport, describe
 from lightning_align.run.accumulation import drop_gradients
 from lightning_align.run.callbacks import callbacks_of
 from lightning_align.run.position import batches_consumed
 from lightning_align.run.protocols import PlansChanges, forget_window
+from lightning_align.spike_incidents import Incident
 from lightning_align.stability import SpikeDetector, SpikeVerdict
 
 _HOOK = "configure_gradient_clipping"
@@ -100,7 +103,8 @@ class SpikeGuard(Callback):
         self.verdict: SpikeVerdict | None = None
         self.rewinding = (rewind_steps, skip_batches, snapshot_every_n_steps)
         self.afterwards = (lr_factor, lr_steps, moments)
-        self.reporting = (report_dir, preview_tokens)
+        self.evidence = SpikeEvidence(preview_tokens)
+        self.report = SpikeReport(report_dir)
         self._losses = WindowLosses()
         self._planning: list[PlansChanges] = []
         self._window_start = 0  # number of the first batch of the open window
@@ -121,7 +125,9 @@ class SpikeGuard(Callback):
         # An attribute of the instance: the class, and so every other module of it, stays.
         theirs = getattr(pl_module, _HOOK)
         vars(pl_module)[_HOOK] = partial(self._before_clipping, trainer, pl_module, theirs)
-        # Seam: evidence and rewind are set up here.
+        by_layer = self.report.is_read(trainer)
+        self.evidence.set_up(trainer, pl_module, by_layer)
+        # Seam: the rewind is set up here.
 
     # A window
 
@@ -131,14 +137,13 @@ class SpikeGuard(Callback):
     ) -> None:
         if not self._losses.losses:
             self._window_start = batches_consumed(trainer)
-        # Seam: the evidence gets batch and position.
+        self.evidence.begin_batch(batch, batches_consumed(trainer))
 
     @override
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
-        self._losses.add(trainer, loss)
-        # Seam: the evidence gets what this returns.
+        self.evidence.add_loss(pl_module, self._losses.add(trainer, loss))
 
     @override
     def on_before_optimizer_step(
@@ -165,7 +170,8 @@ class SpikeGuard(Callback):
 
     def _act(self, trainer: Trainer, pl_module: LightningModule, measured: Measured) -> str:
         """Judge the step, do what its verdict asks for, and say what that is."""
-        # Seam: the evidence looks at the gradients.
+        self.evidence.before_step(trainer.global_step, trainer.optimizers[0], *measured)
+        self.report.note(trainer.global_step, *measured)
         self.verdict = self.detector.update(trainer.global_step, *measured)
         if not self.verdict.is_spike:
             self.ladder.calm()
@@ -181,11 +187,12 @@ class SpikeGuard(Callback):
             )
             self.detector.accept_level()
             return "log"
-        rank_zero_info(
-            f"SpikeGuard: step {trainer.global_step}, loss {measured.loss:.4g}, gradient norm"
-            f" {measured.grad_norm:.4g}: {self.verdict.reason}; {action}."
+        incident = Incident.of(
+            self.verdict, action=action, epoch=trainer.current_epoch, **self.evidence.window
         )
-        # Seam: the incident, which the evidence explains.
+        self.evidence.explain(trainer, pl_module, incident)
+        rank_zero_info(f"SpikeGuard: {describe(incident)}")
+        self.report.add(trainer, incident)
         if action in ("skip", "rewind", "stop"):
             drop_gradients(trainer, pl_module)
             forget_window([pl_module, *callbacks_of(trainer)])
@@ -200,10 +207,17 @@ class SpikeGuard(Callback):
     ) -> None:
         if is_accumulating(trainer):
             return
+        again = self.evidence.after_step(trainer, pl_module, taken=not self._was_skipped)
+        if again is not None:
+            self.report.update(trainer, again)
         self._was_skipped = False
-        # Seam: evidence after the step; the rewind, or its snapshot.
+        # Seam: the rewind, or its snapshot.
 
     # The end
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.report.end(trainer)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

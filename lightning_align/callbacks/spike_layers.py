@@ -75,7 +75,7 @@ class LayerFigures:
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Note how far the step has moved the weights."""
+        """Note how far the step has moved the weights that ``before_step`` has seen."""
         if self._weights_S is not None:
             weights_S = self._samples(self.parameters)
             self.ring[(self.steps - 1) % self._window, UPDATE] = self._change(weights_S)

@@ -42,7 +42,7 @@ def draw_incident(incident: Incident) -> Figure:
     losses = incident.history.get("loss", [incident.loss])
     _curve(axes[0], "loss", steps, losses, incident.loss_limit)
     norms = incident.history.get("grad_norm", [])
-    _curve(axes[1], "gradient norm", steps[-len(norms) :], norms, incident.norm_limit)
+    _curve(axes[1], "gradient norm", steps[: len(norms)], norms, incident.norm_limit)
     if layers:
         shown = sorted(layers, key=lambda each: -_finite(each.score))[:MOST_LAYERS]
         names = [each.name for each in layers if each in shown]

@@ -5,8 +5,10 @@ A report is never worth a run: whatever cannot be written or sent is warned of o
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from array import array
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -39,12 +41,19 @@ class SpikeReport:
         self.folder = folder
         self.incidents: list[Incident] = []
         self._names: dict[int, str] = {}  # by their number
+        self._curve = {name: array("d") for name in ("step", "loss", "grad_norm")}
         self._warned = False
 
     def is_read(self, trainer: pl.Trainer) -> bool:
         """Whether a report goes anywhere."""
         loggers = [each for each in trainer.loggers if not isinstance(each, DummyLogger)]
         return self.folder is not None or bool(loggers)
+
+    def note(self, step: int, loss: float, grad_norm: float | None) -> None:
+        """Note a step for the picture of the whole run."""
+        values = (step, loss, math.nan if grad_norm is None else grad_norm)
+        for curve, value in zip(self._curve.values(), values, strict=True):
+            curve.append(value)
 
     def add(self, trainer: pl.Trainer, incident: Incident) -> None:
         """Report a new incident: files, picture, scalars, a table of all so far, an alert."""
@@ -60,16 +69,11 @@ class SpikeReport:
         if self._writes(trainer):
             self._try(self._write_files, trainer, incident)
 
-    def end(self, trainer: pl.Trainer, curve: Mapping[str, Sequence[float]]) -> None:
-        """Draw the whole run, if it had an incident.
-
-        Args:
-            trainer: The run.
-            curve: ``{"step": ..., "loss": ..., "grad_norm": ...}``, of all steps.
-        """
+    def end(self, trainer: pl.Trainer) -> None:
+        """Draw the whole run, if it had an incident."""
         if not self.incidents or not self._writes(trainer):
             return
-        arguments = (curve, self.incidents)
+        arguments = (self._curve, self.incidents)
         self._try(self._send_picture, trainer, f"{KEY}/overview", draw_overview, *arguments)
         if self.folder is not None:
             path = os.path.join(self._folder(trainer), "overview.png")

@@ -146,7 +146,7 @@ def test_only_the_window_is_remembered_and_non_finite_values_stay_in_their_layer
     module = two_layers()
     figures = LayerFigures(module, window=4)
     for step in range(6):
-        give_gradients(module, step + 1)
+        give_gradients(module, 10**step)
         if step == 5:
             module.b.weight.grad[0, 0] = math.nan
         figures.before_step([])

@@ -1,0 +1,187 @@
+"""SpikeEvidence: what a guarded run knows of an incident, and what looking costs: nothing."""
+
+import math
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+import lightning_align as la
+from lightning_align import SpikeGuard
+from lightning_align.callbacks.spike_evidence import SpikeEvidence
+from lightning_align.reports.spikes import SpikeReport
+from lightning_align.spike_incidents import Incident
+from tests.helpers.byte_tokenizer import ByteTokenizer
+from tests.helpers.spiky import AlarmAt, Regression, batches
+from tests.modules.test_pretrain import fit, gpt2, llama, rows, sgd_module, weights
+
+
+class Kept(SpikeReport):
+    """Keeps incidents, and draws nothing."""
+
+    def __init__(self) -> None:
+        super().__init__("")
+
+    def _writes(self, trainer: pl.Trainer) -> bool:
+        return False
+
+
+def incidents_of(
+    module: pl.LightningModule, data: Any, *steps: int, action: str = "skip", **options: Any
+) -> list[Incident]:
+    guard = SpikeGuard(action, AlarmAt(*steps))
+    guard.report = Kept()
+    callbacks = [guard, *options.pop("callbacks", [])]
+    fit(module, data, callbacks=callbacks, **options)
+    return guard.report.incidents
+
+
+class Before(pl.Callback):
+    """Does something to the module before the batch of a number."""
+
+    def __init__(self, number: int, what: Any) -> None:
+        self.number, self.what = number, what
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == self.number:
+            with torch.no_grad():
+                self.what(pl_module)
+
+
+def test_the_losses_of_a_window_are_those_of_its_batches(tmp_path: Any) -> None:
+    """Means over the tokens of each, whatever the window weighs them with."""
+    data = [rows(0), rows(1, 2, 3), rows(4, 5), rows(6)]
+    (incident,) = incidents_of(
+        sgd_module(), data, 1, accumulate_grad_batches=2, default_root_dir=tmp_path
+    )
+    assert (incident.step, incident.position, incident.num_batches) == (1, 2, 2)
+    assert [batch.position for batch in incident.batches] == [2, 3]
+    first, second = (float(batch.loss or 0) for batch in incident.batches)
+    tokens = [int((batch["labels"][:, 1:] != -100).sum()) for batch in data[2:]]
+    mean = (tokens[0] * first + tokens[1] * second) / sum(tokens)
+    assert mean == pytest.approx(incident.loss, rel=1e-5)
+    assert first != pytest.approx(second, rel=1e-3)
+
+
+def test_an_incident_has_layers_learning_rates_and_history(tmp_path: Any) -> None:
+    data = [rows(i) for i in range(6)]
+    (incident,) = incidents_of(sgd_module(), data, 4, default_root_dir=tmp_path)
+    assert [layer.name for layer in incident.layers] == [
+        "model.model.embed_tokens",
+        "model.model.layers.0",
+        "model.model.layers.1",
+        "model.lm_head",
+    ]
+    assert all(layer.grad_norm and layer.update for layer in incident.layers)
+    total = math.hypot(*(layer.grad_norm or 0 for layer in incident.layers))
+    assert total == pytest.approx(incident.grad_norm, rel=1e-5)
+    assert incident.lrs == [0.5] * 5
+    assert incident.history["step"] == [0, 1, 2, 3, 4]
+    assert incident.history["loss"][-1] == incident.loss
+    assert incident.missing == []
+
+
+def test_losses_after_are_by_the_weights_after_the_step(tmp_path: Any) -> None:
+    """Of a step that is taken; after a skip they would be the same."""
+    data, module = [rows(i) for i in range(3)], sgd_module()
+    taken, skipped = (
+        incidents_of(module, data, 2, action=action, default_root_dir=tmp_path)[0].batches[0]
+        for action in ("log", "skip")
+    )
+    assert skipped.loss_after is None
+    assert taken.loss_after is not None
+    assert taken.loss is not None
+    assert taken.loss_after < taken.loss, "a step of plain gradient descent on this very batch"
+
+
+@pytest.mark.parametrize("steps", [(), (2, 4)], ids=["calm", "alarms"])
+def test_looking_changes_nothing(steps: tuple[int, ...], tmp_path: Any) -> None:
+    """With dropout: weights and draws are those of a run without a guard."""
+    data = [rows(i, i + 1) for i in range(6)]
+
+    def train(*callbacks: Any) -> torch.Tensor:
+        module = sgd_module(gpt2(dropout=0.1))
+        fit(module, data, callbacks=list(callbacks), default_root_dir=tmp_path)
+        return torch.cat([weights(module), torch.rand(1)])
+
+    guard = SpikeGuard("log", AlarmAt(*steps))
+    guard.report = Kept()
+    assert torch.equal(train(guard), train())
+    assert len(guard.report.incidents) == len(steps)
+
+
+def test_a_module_that_cannot_tell_a_batchs_loss_has_all_the_rest(tmp_path: Any) -> None:
+    (incident,) = incidents_of(Regression(), batches(5), 3, default_root_dir=tmp_path)
+    assert incident.missing == ["losses of batches after the step: the module has no batch_loss"]
+    assert [layer.name for layer in incident.layers] == ["net.0", "net.2"]
+    assert incident.batches[0].loss == pytest.approx(incident.loss)
+
+
+def test_nan_in_the_weights_names_the_layer(tmp_path: Any) -> None:
+    def corrupt(module: Any) -> None:
+        module.model.model.layers[1].mlp.up_proj.weight[0, 0] = math.nan
+
+    callbacks = [Before(3, corrupt)]
+    data = [rows(i) for i in range(5)]
+    incident, _ = incidents_of(
+        sgd_module(), data, 3, 4, callbacks=callbacks, default_root_dir=tmp_path
+    )
+    assert incident.cause is not None
+    assert (incident.cause.kind, incident.cause.layer) == ("numerics", "model.model.layers.1")
+
+
+def test_a_layer_whose_output_overflows_is_found_by_a_forward(tmp_path: Any) -> None:
+    """Its weights are finite; loss and all gradients are not."""
+
+    def overflow(module: Any) -> None:
+        module.model.model.layers[1].mlp.down_proj.weight.fill_(3e38)
+
+    data = [rows(i) for i in range(5)]
+    (incident,) = incidents_of(
+        sgd_module(), data, 3, callbacks=[Before(3, overflow)], default_root_dir=tmp_path
+    )
+    assert incident.cause is not None
+    assert (incident.cause.kind, incident.cause.layer) == ("numerics", "model.model.layers.1")
+
+
+def test_samples_and_a_preview_come_from_the_datamodule(tmp_path: Any) -> None:
+    (tmp_path / "text.txt").write_text("abcdefgh " * 60)
+    data = la.TextDataModule(
+        [str(tmp_path / "text.txt")],
+        ByteTokenizer(),
+        block_size=8,
+        batch_size=2,
+        val_fraction=0.0,
+        cache_dir=tmp_path,
+    )
+    module = la.PretrainModule(
+        llama(vocab_size=len(ByteTokenizer())), optimizer=partial(torch.optim.SGD, lr=0.1)
+    )
+    for tokens, expected in ((4, 4), (0, 0)):
+        guard = SpikeGuard("skip", AlarmAt(2), preview_tokens=tokens)
+        guard.report = Kept()
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            max_steps=3,
+            callbacks=[guard],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )
+        trainer.fit(module, data)
+        ((batch,),) = (incident.batches for incident in guard.report.incidents)
+        assert data.train_sampler is not None
+        assert batch.samples == data.train_sampler.batch(2)
+        assert [len(text) for text in batch.preview] == ([expected] * 2 if tokens else [])
+        assert all(text in "abcdefgh " * 3 for text in batch.preview)
+
+
+def test_a_preview_of_less_than_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"SpikeGuard\(preview_tokens=-1\): must be at least 0"):
+        SpikeEvidence(preview_tokens=-1)
