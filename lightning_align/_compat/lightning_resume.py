@@ -9,6 +9,7 @@ from functools import cache, partial
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loops.loop import _Loop
@@ -16,7 +17,10 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompose
 from lightning.pytorch.utilities import CombinedLoader
-from lightning.pytorch.utilities.combined_loader import _shutdown_workers_and_reset_iterator
+from lightning.pytorch.utilities.combined_loader import (
+    _SUPPORTED_MODES,
+    _shutdown_workers_and_reset_iterator,
+)
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -285,6 +289,12 @@ def forget_train_loaders(trainer: pl.Trainer) -> None:
 def combined_mode(loaders: CombinedLoader) -> str:
     """How several loaders are combined."""
     return loaders._mode
+
+
+def combined_length(loaders: CombinedLoader) -> int | None:
+    """Batches of an epoch, None without a length; asked for before an iteration, unlike ``len``."""
+    iterator = _SUPPORTED_MODES[loaders._mode]["iterator"]
+    return sized_len(iterator(loaders.flattened, loaders.limits))
 
 
 def shut_down_workers(loader: DataLoader[Any]) -> None:

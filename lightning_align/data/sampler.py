@@ -13,6 +13,7 @@ duplicates data or crashes with a custom ``batch_sampler``; this one it leaves a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Protocol, cast
 
 from torch.utils.data.distributed import DistributedSampler
@@ -20,6 +21,7 @@ from torch.utils.data.distributed import DistributedSampler
 from lightning_align._errors import argument_error, check_least
 from lightning_align.data.mixture import Mixture
 from lightning_align.data.order import Order, Sequential, mixed, shuffled
+from lightning_align.data.skipped import SkippedBatches
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,15 +60,18 @@ class PositionSampler(DistributedSampler[list[int]]):
         shuffle: Draw an order per pass; otherwise samples come in their own order.
         num_replicas: Number of ranks that share a batch.
         rank: This process, counted from 0.
-        position: Called once when an iteration starts; returns the number of its first batch. By
-            default ``ExactResume`` knows it, and without that each epoch is one pass.
+        position: Called once when an iteration starts; returns how many batches come before its
+            first, those that are skipped not counted. By default ``ExactResume`` knows it, and
+            without that each epoch is one pass.
         mixture: Corpora of unequal weight that the samples belong to; None takes every sample once
             per pass.
+        skipped: Called with ``position``; returns the batches to pass over, by their numbers.
 
     Attributes:
         order: The stream of samples that batches are cut from; another one may be put in its place.
-        start: Position at which the latest iteration began; None before the first.
-        run_position: What ``ExactResume`` puts in the place of ``position``.
+        start: Number of the first batch of the latest iteration; None before the first.
+        follow: What ``ExactResume`` puts in the place of both functions: returns the number of the
+            first batch, and the batches to pass over from there on.
 
     Raises:
         ValueError: If a count is below 1, ``rank`` is outside ``[0, num_replicas)``, or a mixture
@@ -89,6 +94,7 @@ class PositionSampler(DistributedSampler[list[int]]):
         rank: int = 0,
         position: Callable[[], int] | None = None,
         mixture: Mixture | None = None,
+        skipped: Callable[[], SkippedBatches] = SkippedBatches,
     ) -> None:
         sizes = {"num_samples": num_samples, "batch_size": batch_size, "num_replicas": num_replicas}
         check_least("PositionSampler", 1, **sizes)
@@ -109,7 +115,8 @@ class PositionSampler(DistributedSampler[list[int]]):
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)
         self.batch_size = batch_size
         self.position = position
-        self.run_position: Callable[[], int] | None = None
+        self.skipped = skipped
+        self.follow: Callable[[], tuple[int, SkippedBatches]] = self._place
         self.start: int | None = None
 
     def __len__(self) -> int:
@@ -119,9 +126,13 @@ class PositionSampler(DistributedSampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         """One window of ``len(self)`` batches that begins at the run's position."""
         # Not a generator: the position must be read now, not when the first batch is asked for.
-        position = self.run_position or self.position
-        self.start = position() if position is not None else self.epoch * len(self)
-        return map(self.batch, range(self.start, self.start + len(self)))
+        self.start, skipped = self.follow()
+        return map(self.batch, islice(skipped.kept_from(self.start), len(self)))
+
+    def _place(self) -> tuple[int, SkippedBatches]:
+        skipped = self.skipped()
+        kept = self.position() if self.position is not None else self.epoch * len(self)
+        return skipped.position_of(kept), skipped
 
     def batch(self, n: int) -> list[int]:
         """This rank's indices of global batch ``n``, a pure function of the seed and ``n``."""

@@ -4,6 +4,7 @@ The datamodule owns the position n: it hands it to the sampler, saves it with ev
 refuses a checkpoint of a run whose batches were others.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from typing_extensions import override
 from lightning_align._errors import argument_error, check_least
 from lightning_align.data.mixture import Mixture
 from lightning_align.data.sampler import BatchDataset, PositionSampler
+from lightning_align.data.skipped import SkippedBatches
 from lightning_align.models.tokenizer_state import pack_tokenizer
 from lightning_align.run.position import batches_consumed
 from lightning_align.run.replicas import replica
@@ -36,7 +38,7 @@ class PositionedDataModule(pl.LightningDataModule):
         val_fraction: Share of the samples to hold out; what is held out is a subclass's affair.
 
     Attributes:
-        skipped: Training batches passed over without a step; whoever skips some adds to it.
+        skipped: Training batches of the stream that are passed over; a number n is the first n.
         fingerprint: Tells the training samples of one run from those of another.
         train_sampler: Sampler of the latest training loader.
 
@@ -58,7 +60,7 @@ class PositionedDataModule(pl.LightningDataModule):
         self.seed = seed
         self.num_workers = num_workers
         self.val_fraction = val_fraction
-        self.skipped = 0
+        self._skipped = SkippedBatches()
         self.tokenizer: Any = None
         self.fingerprint = ""
         self.train_dataset: BatchDataset | None = None
@@ -68,17 +70,30 @@ class PositionedDataModule(pl.LightningDataModule):
         self._packed_tokenizer: tuple[Any, dict[str, Any]] = (None, {})
 
     @property
+    def skipped(self) -> SkippedBatches:
+        """Training batches of the stream that are passed over."""
+        return self._skipped
+
+    @skipped.setter
+    def skipped(self, value: SkippedBatches | int | Iterable[Iterable[int]]) -> None:
+        self._skipped = SkippedBatches.of(value)
+
+    @property
     def position(self) -> int:
-        """Number of the training batch that comes next: those consumed, and those skipped."""
-        consumed = batches_consumed(self.trainer) if self.trainer is not None else 0
-        return consumed + self.skipped
+        """Number in the stream of the training batch that comes next."""
+        return self._skipped.position_of(self._consumed)
+
+    @property
+    def _consumed(self) -> int:
+        return batches_consumed(self.trainer) if self.trainer is not None else 0
 
     @override
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Batches of the training stream, from the position onwards."""
         assert self.train_dataset is not None, "setup() comes first"
         order: dict[str, Any] = {"seed": self.seed, "mixture": self.train_mixture}
-        sampler = self._sampler(self.train_dataset, position=lambda: self.position, **order)
+        follow = {"position": lambda: self._consumed, "skipped": lambda: self._skipped}
+        sampler = self._sampler(self.train_dataset, **follow, **order)
         self.train_sampler = sampler
         return self._loader(self.train_dataset, sampler)
 
@@ -102,7 +117,7 @@ class PositionedDataModule(pl.LightningDataModule):
     @override
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands in which stream of batches, and the tokenizer of that stream."""
-        state = {"position": self.position, "skipped": self.skipped, **self._stream}
+        state = {"position": self.position, "skipped": self._skipped.plain(), **self._stream}
         return state | ({"tokenizer": packed} if (packed := self._tokenizer_state()) else {})
 
     def _tokenizer_state(self) -> dict[str, Any]:
@@ -134,6 +149,7 @@ class PositionedDataModule(pl.LightningDataModule):
             if saved != value and value != "":
                 rule = f"the checkpoint's run has {saved!r}"
                 raise argument_error(self._name, argument, value, rule, way_out)
+        # Once a number k, which was added to every position: as if the first k were passed over.
         self.skipped = state_dict["skipped"]
 
     @property

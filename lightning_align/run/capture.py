@@ -58,6 +58,7 @@ from lightning_align.run.loader import PositionedLoader
 from lightning_align.run.position import Place, batches_consumed, epoch_is_open, next_place
 from lightning_align.run.protocols import began_elsewhere, restores_in_fit
 from lightning_align.run.settings import Settings, restore_settings, settings_in_force
+from lightning_align.run.skipping import keep_skipping
 
 _MEANS_KEY = "lightning_align.epoch_means"
 _PLATEAU_KEY = "lightning_align.plateau"
@@ -251,7 +252,10 @@ def restore(trainer: pl.Trainer, state: RunState) -> None:
     module = trainer.lightning_module
     place = next_place(state.checkpoint["loops"]["fit_loop"])
     keeper.module_hook()
-    with lightning_resume.only_callbacks(trainer, _that_go_back(trainer)):
+    with (
+        lightning_resume.only_callbacks(trainer, _that_go_back(trainer)),
+        keep_skipping(trainer),
+    ):
         loaders = lightning_resume.restore_in_fit(trainer, _copied(state.checkpoint))
     trainer.should_stop = state.should_stop
     same = (state.settings, state.settings)  # a fit begins once: every setting goes back

@@ -21,6 +21,7 @@ from lightning_align.run.protocols import seed_of
 from lightning_align.run.replicas import replica
 from lightning_align.run.rng import reseed
 from lightning_align.run.settings import LeftOut
+from lightning_align.run.skipping import Skipping
 
 
 class ExactResume(Callback):
@@ -57,6 +58,7 @@ class ExactResume(Callback):
         self.seed = seed
         self._effective_seed = seed or 0
         self.keeper = Keeper()  # of the latest fit
+        self.skipping = Skipping()
         self._left_out = LeftOut()  # by DDP
 
     @override
@@ -65,6 +67,7 @@ class ExactResume(Callback):
             ours = seed_of(trainer)
             seed = ours if ours is not None else os.environ.get("PL_GLOBAL_SEED", 0)
             self._effective_seed = int(seed)
+        self.skipping.follow(trainer)
         # Lightning looks for a stateful loader; whatever it finds, we make it follow the position.
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that")
         lightning_resume.wrap_train_loaders(trainer, partial(self._follow, trainer))
@@ -82,6 +85,8 @@ class ExactResume(Callback):
             consumed=lambda: int(progress.processed),
             position=lambda: batches_consumed(trainer),
             replica=replica(trainer),
+            skipped=lambda: self.skipping.ranges,
+            ended=self.skipping.ended,
         )
 
     def _place(self, trainer: Trainer) -> Place:
@@ -115,18 +120,22 @@ class ExactResume(Callback):
         if self.keeper.epoch_is_open:
             self.keeper.epoch_is_open = False
             lightning_resume.begin_epoch(trainer)  # the one before had no batch to train
-        reseed(self._effective_seed, batches_consumed(trainer), replica(trainer)[1], "epoch")
+        self._reseed(trainer, "epoch")
 
     @override
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        reseed(self._effective_seed, batches_consumed(trainer), replica(trainer)[1], "train")
+        self._reseed(trainer, "train")
         self._left_out.warn_of_thawed(trainer, pl_module)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        reseed(self._effective_seed, batches_consumed(trainer), replica(trainer)[1], "validate")
+        self._reseed(trainer, "validate")
+
+    def _reseed(self, trainer: Trainer, stage: str) -> None:
+        position = self.skipping.ranges.position_of(batches_consumed(trainer))
+        reseed(self._effective_seed, position, replica(trainer)[1], stage)
 
     # Lightning calls the module's hooks behind those of callbacks that save, and on a resume not at
     # all: what they do for that batch, or that validation, would be lost.
@@ -166,7 +175,7 @@ class ExactResume(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"seed": self._effective_seed}
+        return {"seed": self._effective_seed, **self.skipping.state_dict()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -175,6 +184,7 @@ class ExactResume(Callback):
             way_out = "Leave seed out to continue that run, or start a new one without ckpt_path"
             raise argument_error("ExactResume", "seed", self.seed, rule, way_out)
         self._effective_seed = state_dict["seed"]
+        self.skipping.load_state_dict(state_dict)
 
 
 def _read_linked(path: Any, weights_only: bool | None) -> dict[str, Any] | None:

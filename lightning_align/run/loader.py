@@ -20,14 +20,19 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader
 from typing_extensions import Self, override
 
-from lightning_align._compat.lightning_resume import combined_mode, shut_down_workers
+from lightning_align._compat.lightning_resume import (
+    combined_length,
+    combined_mode,
+    shut_down_workers,
+)
 from lightning_align._errors import argument_error
 from lightning_align.data.sampler import PositionSampler
+from lightning_align.data.skipped import SkippedBatches
+from lightning_align.run.passes import EndedPasses, EpochStream
 from lightning_align.run.position import Place
 from lightning_align.run.rng import reseed
 from lightning_align.seeds import derive_seed
@@ -43,9 +48,12 @@ class PositionedLoader(CombinedLoader):
         consumed: How many batches of this epoch are part of the weights.
         position: How many batches of all epochs are.
         replica: Number of replicas that share a batch, and that of this rank.
+        skipped: What of the stream is passed over; asked for whenever an iteration begins.
+        ended: Passes over the data that have ended, where batches of them were passed over.
 
     Attributes:
         started: Where the present iteration began, or None before the first.
+        restart_at: Where the next iteration is to begin instead of at ``place()``.
 
     Raises:
         ValueError: If a ``PositionSampler`` is one of another number of replicas.
@@ -60,39 +68,50 @@ class PositionedLoader(CombinedLoader):
         consumed: Callable[[], int],
         position: Callable[[], int],
         replica: tuple[int, int],
+        skipped: Callable[[], SkippedBatches] = SkippedBatches,
+        ended: EndedPasses | None = None,
     ) -> None:
         mode: Any = "max_size_cycle"  # Lightning's default
         if isinstance(loaders, CombinedLoader):
             loaders, mode = loaders.iterables, combined_mode(loaders)
         super().__init__(loaders, mode)
         self.started: Place | None = None
+        self.restart_at: Place | None = None
         self._seed, self._place, self._consumed = seed, place, consumed
-        self._position = position
+        self._position, self._skipped = position, skipped
+        self._ended = EndedPasses() if ended is None else ended
         for sampler in (sampler for loader in self.flattened for sampler in _samplers(loader)):
             _check_replica(sampler, replica)
-        self._drawn = 0  # batches of this epoch taken from the loaders
+        self._stream = EpochStream(0, 0, None, SkippedBatches(), self._ended)  # of this epoch
+        self._drawn = 0  # batches of this epoch that were drawn, dropped ones not counted
+        self._taken = Place(0, 0)  # the pass, and how many batches the loaders have given of it
+        self._next = 0  # number in the stream of the batch that they give next
         self._drawn_ahead = False  # Lightning does so to notice the end of data without a length
         self._states: dict[int, list[dict[str, Any]]] = {}  # batches drawn -> states of the loaders
         self._own_seeds: dict[int, int] = {}  # id of a generator -> the seed that its owner chose
 
     @override
     def __iter__(self) -> Self:
-        self.started = self._place()
+        self.started, self.restart_at = self.restart_at or self._place(), None
         epoch, consumed = self.started
-        for loader in self.flattened:
-            self._begin_epoch(loader, first=self._iterator is None)
-        self._drawn = consumed if self._resume_themselves else 0
-        self._reseed(epoch)
-        super().__iter__()
-        self._states, self._drawn_ahead = {}, sized_len(self) is None
+        self._ended.forget_behind(epoch)
+        length, trained = combined_length(self), self._position() - consumed
+        self._stream = EpochStream(epoch, trained, length, self._skipped(), self._ended)
+        self._states, self._drawn_ahead = {}, length is None
+        self._drawn = consumed
+        place, number = self._stream.behind(consumed)
+        if self._pass_over_themselves or (self._are_stateful and consumed > 0):
+            self._begin(place, number)
+            return self
+        self._begin(Place(place.epoch, 0), number - place.batch)
         try:
-            while self._drawn < consumed:
-                self._draw()
+            while self._taken.batch < place.batch:
+                self._take()
         except StopIteration:
-            place = f"batch {consumed} of epoch {epoch}"
-            rule = f"the training loader ends after {self._drawn} batches"
+            where = f"batch {consumed} of epoch {epoch}"
+            rule = f"the training loader ends after {self._taken.batch} batches"
             way_out = "Resume with the data and the batch size that the checkpoint was written with"
-            raise argument_error("ExactResume", "ckpt_path", place, rule, way_out) from None
+            raise argument_error("ExactResume", "ckpt_path", where, rule, way_out) from None
         return self
 
     @override
@@ -100,23 +119,53 @@ class PositionedLoader(CombinedLoader):
         if self._drawn_ahead and self._are_stateful:
             before = {number: s for number, s in self._states.items() if number == self._drawn - 1}
             self._states = {**before, self._drawn: copy.deepcopy(super()._state_dicts())}
-        return self._draw()
-
-    def _draw(self) -> Any:
-        assert self.started is not None
-        self._reseed(self.started.epoch, self._drawn)
-        batch = super().__next__()
+        batch = self._draw()
         self._drawn += 1
         return batch
+
+    def _draw(self) -> Any:
+        """The epoch's next batch; what is to be passed over before it is drawn and dropped."""
+        if self._pass_over_themselves:
+            self._reseed(*self._stream.place(self._drawn))
+            return super().__next__()
+        while True:
+            place = self._stream.place(self._drawn)
+            if place.epoch != self._taken.epoch:
+                self._begin(Place(place.epoch, 0), self._stream.number(self._drawn) - place.batch)
+            try:
+                while self._taken.batch < place.batch:
+                    self._take()
+                return self._take()
+            except StopIteration:
+                empty = self._taken.batch == 0
+                if not self._stream.skipped or empty:
+                    raise
+                if not self._stream.end_pass(self._next, self._drawn):
+                    raise
+
+    def _take(self) -> Any:
+        """The next batch that the loaders give."""
+        self._reseed(*self._taken)
+        batch = super().__next__()
+        self._taken = Place(self._taken.epoch, self._taken.batch + 1)
+        self._next += 1
+        return batch
+
+    def _begin(self, place: Place, number: int) -> None:
+        """Begin an iteration of the loaders at a place, whose batch has that number."""
+        self._taken, self._next = place, number
+        for loader in self.flattened:
+            self._begin_pass(loader, first=self._iterator is None)
+        self._reseed(place.epoch)
+        super().__iter__()
 
     def _reseed(self, epoch: int, batch: int = 0) -> None:
         reseed(self._seed(), batch, 0, f"data of epoch {epoch}")
 
-    def _begin_epoch(self, loader: Any, *, first: bool) -> None:
-        """Let nothing of earlier epochs decide what this one yields."""
-        assert self.started is not None
-        epoch, consumed = self.started
-        restored = _is_stateful(loader) and consumed > 0
+    def _begin_pass(self, loader: Any, *, first: bool) -> None:
+        """Let nothing of earlier passes decide what this one yields."""
+        epoch, taken = self._taken
+        restored = _is_stateful(loader) and taken > 0
         for part in _parts(loader):
             # Lightning tells the epoch only after the workers have drawn the first batches.
             if callable(set_epoch := getattr(part, "set_epoch", None)):
@@ -126,33 +175,38 @@ class PositionedLoader(CombinedLoader):
                 own = self._own_seeds.setdefault(id(generator), generator.initial_seed())
                 generator.manual_seed(derive_seed(own, self._seed(), 0, f"epoch {epoch}"))
         for sampler in _samplers(loader):
-            self._let_follow(sampler, consumed)
+            self._let_follow(sampler)
         persistent = isinstance(loader, DataLoader) and loader.persistent_workers
         if persistent and not first and not _is_stateful(loader):
             # The draws of a worker that lives on depend on all the epochs before.
             shut_down_workers(loader)
 
-    def _let_follow(self, sampler: PositionSampler, consumed: int) -> None:
+    def _let_follow(self, sampler: PositionSampler) -> None:
         """Batch n of the run is batch n of the sampler, however often it is begun in an epoch."""
-        own = sampler.position
+        assert self.started is not None
+        consumed, own = self.started.batch, sampler.position
         position = own() if own is not None else self._position()
-        # Batches are counted as they are drawn: on a resume those that are dropped are, too.
         first = position - consumed if position >= consumed else position
-        sampler.run_position = lambda: first + self._drawn
+        ahead = first - self._stream.trained  # of the run's numbers, if the owner has others
+        skipped = self._stream.skipped.shifted(ahead)
+        if self._pass_over_themselves:
+            sampler.follow = lambda: (ahead + self._stream.number(self._drawn), skipped)
+        else:
+            sampler.follow = lambda: (ahead + self._next, SkippedBatches())
 
     @property
-    def _are_stateful(self) -> bool:
-        return all(map(_is_stateful, self.flattened))
-
-    @property
-    def _resume_themselves(self) -> bool:
-        """Whether the loaders skip what was consumed; if one cannot, batches of all are dropped."""
-        return self._are_stateful or all(
+    def _pass_over_themselves(self) -> bool:
+        """Whether the loaders yield what is to be trained; else batches of all are dropped."""
+        return all(
             isinstance(loader, DataLoader)
             and isinstance(loader.sampler, PositionSampler)
             and loader.batch_sampler is None
             for loader in self.flattened
         )
+
+    @property
+    def _are_stateful(self) -> bool:
+        return all(map(_is_stateful, self.flattened))
 
     @override
     def _state_dicts(self) -> list[dict[str, Any]]:

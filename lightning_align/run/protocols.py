@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from typing_extensions import Protocol, get_protocol_members, runtime_checkable
 
 from lightning_align._compat.lightning_trainer import wrap_in_ddp_again
+from lightning_align.data.skipped import SkippedBatches
 
 # Of a LightningModule
 
@@ -175,6 +176,13 @@ class HasPosition(Protocol):
     @property
     def position(self) -> int:
         """Number of that batch."""
+
+
+@runtime_checkable
+class SkipsBatches(Protocol):
+    """Its position counts training batches that it passes over."""
+
+    skipped: SkippedBatches
 
 
 # Of a strategy
@@ -358,6 +366,13 @@ def began_elsewhere(trainer: pl.Trainer) -> bool:
     if not isinstance(data, HasPosition) or data.train_sampler is None:
         return False
     return data.train_sampler.start not in (None, data.position)
+
+
+def datamodule_skips(trainer: pl.Trainer) -> SkipsBatches | None:
+    """The datamodule of a run, if it passes over batches by itself."""
+    data = datamodule_of(trainer)
+    skips = isinstance(data, SkipsBatches) and isinstance(data.skipped, SkippedBatches)
+    return data if skips else None
 
 
 def saves_whole_state(strategy: Strategy) -> bool:

@@ -6,6 +6,7 @@ import torch
 
 from lightning_align.data.packing import PackedDataset
 from lightning_align.data.sampler import PositionSampler
+from lightning_align.data.skipped import SkippedBatches
 from lightning_align.data.token_cache import TokenSplit
 from lightning_align.modules.positioned import PositionedDataModule
 from tests.helpers.recorder import Recorder, recorded, samples, trainer
@@ -89,7 +90,7 @@ def test_what_is_skipped_moves_the_position_and_is_resumed(tmp_path):
     first.save_checkpoint(tmp_path / "a.ckpt")
     again = Numbers()
     fit(tmp_path, again, tmp_path / "a.ckpt", max_steps=6)
-    assert again.skipped == 2
+    assert again.skipped == SkippedBatches([(0, 2)])
     assert samples(tmp_path, "train") == expected(2, 8)
 
 
@@ -101,7 +102,7 @@ def test_the_state_round_trips():
     state = data.state_dict()
     assert state == {
         "position": 3,
-        "skipped": 3,
+        "skipped": [[0, 3]],
         "seed": 5,
         "batch": 4,
         "fingerprint": "numbers",

@@ -125,7 +125,7 @@ def test_data_that_became_shorter_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("leave_out", "what"),
     [
-        ("_begin_epoch", "generator"),
+        ("_begin_pass", "generator"),
         ("_reseed", "shuffled"),
         ("_draw", "stream"),
         ("_load_state_dicts", "stateful"),
@@ -137,7 +137,7 @@ def test_the_comparison_notices_what_is_left_out(
     run = ForeignRun(str(tmp_path), loader=what, checkpoint=EVERY_STEP).fit()
     path = next(path for path in checkpoints(tmp_path) if consumed_in(path) == 9)
     if leave_out == "_draw":  # nothing is dropped
-        monkeypatch.setattr(PositionedLoader, "_resume_themselves", True)
+        monkeypatch.setattr(PositionedLoader, "_are_stateful", True)
     else:
         monkeypatch.setattr(PositionedLoader, leave_out, lambda *args, **kwargs: None)
     resumed = run.resumed(path).fit()

@@ -116,6 +116,7 @@ ANSWER: dict[str, Callable[[], Any]] = {
     "HasSeed": text,
     "SeparatesDocuments": text,
     "HasPosition": text,
+    "SkipsBatches": text,
     "SpreadsModel": la.PipelineStrategy,
     "HoldsGradients": la.ZeROInfinityStrategy,
     "RestoresInFit": la.ZeROInfinityStrategy,
