@@ -221,6 +221,16 @@ class SnapshotEngine:
         rule = f"steps in memory: {self.steps or 'none'}"
         raise argument_error("SnapshotEngine.restore", "step", step, rule, "Raise keep_last")
 
+    def forget(self, after: int) -> None:
+        """Drop the snapshots of later steps from memory, which is used for the next ones.
+
+        Args:
+            after: Step of which the snapshot stays, as those of earlier ones do.
+        """
+        for snapshot in self._pool.newest(self.keep_last):
+            if snapshot.step > after and not snapshot.pending:
+                snapshot.empty()
+
     @property
     def steps(self) -> list[int]:
         """Steps of the snapshots in memory, the newest first."""

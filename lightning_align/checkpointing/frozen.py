@@ -29,7 +29,9 @@ def freeze(state: Any) -> tuple[Any, list[Tensor]]:
         ValueError: If something in it can be neither copied nor saved.
     """
     frozen = _Frozen(state)
-    return frozen.copier.copy(state), frozen.tensors
+    structure, tensors = frozen.copier.copy(state), frozen.tensors
+    vars(frozen).clear()  # or it and its copier would hold the state until they are collected
+    return structure, tensors
 
 
 class _Frozen:
@@ -109,4 +111,6 @@ def thaw(structure: Any, buffer: HostBuffer) -> Any:
     copier = Copier(
         {Leaf: tensor, TypedLeaf: typed, Reduced: rebuilt}, dict.fromkeys(_STORAGES, _Clones())
     )
-    return copier.copy(structure)
+    state = copier.copy(structure)
+    storages.clear()  # held by functions that hold each other
+    return state

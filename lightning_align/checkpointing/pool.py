@@ -18,6 +18,11 @@ class Snapshot:
     number: int = -1  # of the save; -1: nothing whole in it
     pending: bool = False  # queued or being written
 
+    def empty(self) -> None:
+        """Nothing whole is in it any more; its memory stays, files that it showed do not."""
+        self.buffer.let_go()
+        self.structure, self.number = None, -1
+
     def written(self) -> None:
         """It is written, or will not be: files that it showed are no longer held."""
         if self.buffer.let_go():

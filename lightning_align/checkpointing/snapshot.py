@@ -199,13 +199,15 @@ class HostBuffer:
         return held
 
     def tensor(self, index: int, storages: dict[int, torch.UntypedStorage]) -> Tensor:
-        """Copy tensor ``index`` out of the buffer.
+        """Copy tensor ``index`` out of the buffer; what a file shows, it goes on showing.
 
         Args:
             index: Its place in the order in which tensors were met while copying.
             storages: Copies made so far, by address, so that shared storage stays shared.
         """
         view = self.plan.views[index]
+        if source_of(view) is not None:
+            return view
         storage = view.untyped_storage()
         key = storage.data_ptr() or -1 - index
         if key not in storages:

@@ -15,6 +15,7 @@ from lightning_align.checkpointing import (
     latest_valid_checkpoint,
     load_checkpoint,
 )
+from lightning_align.mapped import Part, mapped, part_of, source_of
 from tests.helpers.children import in_child
 from tests.helpers.faulty_files import FaultyFileSystem, Gate, faulty
 
@@ -158,6 +159,37 @@ def test_in_memory_only(tmp_path: Path) -> None:
     assert engine.restore(1)["weight"].mean() == 1
     assert engine.close()
     assert not (tmp_path / "none").exists()
+
+
+def test_later_snapshots_are_forgotten_and_their_steps_can_be_saved_again() -> None:
+    engine = SnapshotEngine(persist=False, keep_last=3)
+    for step in (1, 2, 3):
+        engine.save(state(step), f"step{step}", step)
+    engine.forget(after=1)
+    assert engine.steps == [1]
+    for step in (2, 3):
+        engine.save(state(10 * step), f"again{step}", step)
+    assert engine.steps == [3, 2, 1]
+    assert [engine.restore(step)["step"] for step in (1, 2, 3)] == [1, 20, 30]
+
+
+def test_what_a_file_shows_is_shown_again_and_let_go_when_it_is_forgotten(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(range(256)) * 16)
+    ended: list[bool] = []
+    with (tmp_path / "file").open("rb") as file:
+        whole = mapped([Part(file.fileno(), 0, 4096)], "file", lambda: ended.append(True))
+    shown = part_of(whole, 256, (64,), torch.float32)
+    engine = SnapshotEngine(persist=False, keep_last=2)
+    engine.save({"shown": shown, "own": torch.ones(3)}, "a", 1)
+    del whole, shown
+    found = engine.restore(1)
+    assert source_of(found["shown"]) == ("file", 256)
+    assert source_of(found["own"]) is None
+    assert bytes(found["shown"].numpy().data) == bytes(range(256))
+    engine.forget(after=0)
+    assert not ended
+    del found
+    assert ended
 
 
 def test_a_deletion_waits_for_the_save_before_it(gate: Gate) -> None:
