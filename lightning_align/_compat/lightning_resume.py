@@ -3,7 +3,7 @@
 import os
 import signal
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
@@ -340,12 +340,50 @@ def only_callbacks(trainer: pl.Trainer, callbacks: list[pl.Callback]) -> Iterato
         owner.callbacks = everyone
 
 
+@contextmanager
+def state_in_parts(
+    strategy: Strategy,
+    take: Callable[[], dict[str, Any]],
+    put: Callable[[Mapping[str, Any]], None],
+) -> Iterator[None]:
+    """Let a checkpoint be put together, or taken up, with what these functions have of a state.
+
+    Args:
+        strategy: Which is asked for the state of model and optimizers otherwise.
+        take: Returns it, under Lightning's names in a checkpoint.
+        put: Given such a checkpoint, puts it back.
+    """
+    taken: dict[str, Any] = {}
+
+    def module_state() -> Any:
+        taken.update(take())
+        return taken["state_dict"]
+
+    def optimizer_state(optimizer: Any) -> Any:
+        return taken["optimizer_states"][strategy.optimizers.index(optimizer)]
+
+    own = {
+        "lightning_module_state_dict": module_state,
+        "optimizer_state": optimizer_state,
+        "load_model_state_dict": lambda checkpoint, **_: put(checkpoint),
+        "load_optimizer_state_dict": lambda *_: None,
+    }
+    vars(strategy).update(own)
+    try:
+        yield
+    finally:
+        for name in own:
+            vars(strategy).pop(name)
+
+
 def restore_in_fit(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
     """Put back what ``dump_checkpoint`` gave, while loops run; returns the states of the loaders.
 
-    Lightning means its loops to restart, which skips what running ones have yet to do.
+    Lightning means its loops to restart, which skips what running ones have yet to do. The number
+    that loggers count by goes on.
     """
     connector, loop = trainer._checkpoint_connector, trainer.fit_loop
+    lines = loop.epoch_loop._batches_that_stepped
     connector._loaded_checkpoint = checkpoint
     try:
         connector.restore_model()
@@ -356,6 +394,7 @@ def restore_in_fit(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> list[dict
         connector._loaded_checkpoint = {}
     for each in _with_inner(loop):
         each.on_iteration_done()
+    loop.epoch_loop._batches_that_stepped = max(lines, loop.epoch_loop._batches_that_stepped)
     states, loop._combined_loader_states_to_load = loop._combined_loader_states_to_load, []
     return states
 

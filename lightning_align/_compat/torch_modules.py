@@ -35,6 +35,13 @@ class BeforeDraws(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@contextmanager
+def outside_of_modes() -> Iterator[None]:
+    """Context in which torch's functions are its own, whatever ``TorchFunctionMode`` is entered."""
+    with torch._C.DisableTorchFunction():
+        yield
+
+
 def intercept_calls(module: nn.Module, call: Callable[..., Any] | None) -> None:
     """Have ``module(...)`` call something else, hooks included; None undoes it.
 

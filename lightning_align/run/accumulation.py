@@ -70,8 +70,10 @@ def own_window(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Window:
     # Lightning empties the gradients of a manual step before a validation, and knows no window.
     if validation_follows(trainer) and trainer.training if manual else not is_accumulating(trainer):
         return {}
-    named = _parameters(trainer, pl_module).items()
-    gradients = {n: p.grad.detach().to("cpu", copy=True) for n, p in named if p.grad is not None}
+    given = {n: p.grad for n, p in _parameters(trainer, pl_module).items() if p.grad is not None}
+    # A hook of the user may be shown gradients of other ranks, without values.
+    here = {name: gradient for name, gradient in given.items() if not gradient.is_meta}
+    gradients = {n: gradient.detach().to("cpu", copy=True) for n, gradient in here.items()}
     if isinstance(trainer.strategy, HoldsGradients):
         gradients |= trainer.strategy.waiting_gradients()
     sums = {name: value.to("cpu", copy=True) for name, value in window_sums(pl_module).items()}

@@ -35,18 +35,21 @@ The order in which parts are put back:
 8.  In mid-fit: the loader, last, since its workers are copies of this process.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint, StochasticWeightAveraging
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_align._compat import lightning_resume
 from lightning_align._compat.lightning_resume import validation_follows
 from lightning_align._compat.lightning_trainer import current_hook, restart_train_iteration
+from lightning_align._compat.torch_modules import outside_of_modes
 from lightning_align._errors import argument_error
 from lightning_align.checkpointing.structure import Copier
 from lightning_align.mapped import source_of
@@ -56,7 +59,7 @@ from lightning_align.run.attributes import Attributes, Plain
 from lightning_align.run.callbacks import callbacks_of
 from lightning_align.run.loader import PositionedLoader
 from lightning_align.run.position import Place, batches_consumed, epoch_is_open, next_place
-from lightning_align.run.protocols import began_elsewhere, restores_in_fit
+from lightning_align.run.protocols import SnapshotsOwnPart, began_elsewhere, restores_in_fit
 from lightning_align.run.settings import Settings, restore_settings, settings_in_force
 from lightning_align.run.skipping import keep_skipping
 
@@ -66,6 +69,10 @@ _FOLLOWS_KEY = "lightning_align.follows"  # whether a batch had its end before i
 _SETTINGS_KEY = "lightning_align.settings"
 _ATTRIBUTES_KEY = "lightning_align.attributes"
 _KEYS = (WINDOW_KEY, _MEANS_KEY, _PLATEAU_KEY, _FOLLOWS_KEY, _SETTINGS_KEY, _ATTRIBUTES_KEY)
+
+
+def _nothing() -> None:
+    """Nothing waits."""
 
 
 class Keeper:
@@ -194,7 +201,7 @@ class RunState:
     fit: object
 
 
-def capture(trainer: pl.Trainer) -> RunState:
+def capture(trainer: pl.Trainer, *, copy: bool = True) -> RunState:
     """Everything that decides the next step, copied to host memory.
 
     What ``ZeROInfinityStrategy`` has on disk stays there, and takes no memory: the state holds its
@@ -207,29 +214,38 @@ def capture(trainer: pl.Trainer) -> RunState:
 
     Args:
         trainer: Who fits. It must have ``ExactResume``, which our modules bring themselves.
+        copy: Whether to copy; otherwise the state shows what training is about to change, for
+            whoever copies it before the hook ends.
 
     Raises:
         ValueError: If it is called elsewhere, if ranks hold parts of the state, or if a callback
             cannot go back.
     """
     keeper, attributes = _keeper(trainer, "capture")
-    module = trainer.lightning_module
+    module, copied = trainer.lightning_module, _copied if copy else _as_it_is
     keeper.module_hook()
-    with lightning_resume.only_callbacks(trainer, _that_go_back(trainer)):
-        checkpoint = lightning_resume.dump_checkpoint(trainer, weights_only=False)
-    return RunState(
-        position=batches_consumed(trainer),
-        checkpoint=_copied(checkpoint),
-        settings=settings_in_force(trainer, module),
-        attributes=_copied(attributes.now()),
-        window=accumulation.own_window(trainer, module),
-        means=epoch_means.own_means(trainer, module),
-        should_stop=trainer.should_stop,
-        fit=attributes,
-    )
+    with _own_part(trainer.strategy):
+        with _only_those_that_go_back(trainer):
+            checkpoint = lightning_resume.dump_checkpoint(trainer, weights_only=False)
+        return RunState(
+            position=batches_consumed(trainer),
+            checkpoint=copied(checkpoint),
+            settings=settings_in_force(trainer, module),
+            attributes=copied(attributes.now()),
+            window=accumulation.own_window(trainer, module),
+            means=epoch_means.own_means(trainer, module),
+            should_stop=trainer.should_stop,
+            fit=attributes,
+        )
 
 
-def restore(trainer: pl.Trainer, state: RunState) -> None:
+def restore(
+    trainer: pl.Trainer,
+    state: RunState,
+    *,
+    copy: bool = True,
+    before_loader: Callable[[], Any] = _nothing,
+) -> None:
     """Go on from a state of this fit as if nothing had come after it.
 
     To be called on each rank, by what has called ``capture`` and in the same hook. The next batch
@@ -237,11 +253,14 @@ def restore(trainer: pl.Trainer, state: RunState) -> None:
     again. The state may be of an earlier epoch, and stays as it is for another ``restore``.
 
     What has gone out stays: lines of loggers and files, and what ``ModelCheckpoint`` and
-    ``AsyncCheckpoint`` know of their files.
+    ``AsyncCheckpoint`` know of their files. The number that loggers count their lines by goes on,
+    for some drop a line that goes back.
 
     Args:
         trainer: Who fits.
         state: From ``capture``, on this rank.
+        copy: Whether the state stays as it is; otherwise it is used up, and takes no more memory.
+        before_loader: Called when all but the training loader is back, which then begins anew.
 
     Raises:
         ValueError: If it is called where ``capture`` must not be, or if the state is of another fit
@@ -252,17 +271,17 @@ def restore(trainer: pl.Trainer, state: RunState) -> None:
     module = trainer.lightning_module
     place = next_place(state.checkpoint["loops"]["fit_loop"])
     keeper.module_hook()
-    with (
-        lightning_resume.only_callbacks(trainer, _that_go_back(trainer)),
-        keep_skipping(trainer),
-    ):
-        loaders = lightning_resume.restore_in_fit(trainer, _copied(state.checkpoint))
-    trainer.should_stop = state.should_stop
-    same = (state.settings, state.settings)  # a fit begins once: every setting goes back
-    restore_settings(trainer, module, same, state.settings, window_is_open=bool(state.window))
-    attributes.replace(state.attributes)
-    accumulation.replace_window(trainer, module, state.window)
-    epoch_means.replace_means(trainer, module, state.means)
+    checkpoint = _copied(state.checkpoint) if copy else state.checkpoint
+    with _own_part(trainer.strategy):
+        with _only_those_that_go_back(trainer), keep_skipping(trainer):
+            loaders = lightning_resume.restore_in_fit(trainer, checkpoint)
+        trainer.should_stop = state.should_stop
+        same = (state.settings, state.settings)  # a fit begins once: every setting goes back
+        restore_settings(trainer, module, same, state.settings, window_is_open=bool(state.window))
+        attributes.replace(state.attributes)
+        accumulation.replace_window(trainer, module, state.window)
+        epoch_means.replace_means(trainer, module, state.means)
+    before_loader()
     if place.batch > 0:  # or the epoch is at its end, and the next one begins the loader
         keeper.place = place
         lightning_resume.restart_in_epoch(trainer, loaders)
@@ -280,13 +299,8 @@ def _keeper(trainer: pl.Trainer, function: str) -> tuple[Keeper, Attributes]:
         way_out = "Call it in on_train_batch_end. Before an optimizer step that is not to be, set"
         way_out += " parameter.grad = None, and restore at the end of that batch"
         raise argument_error(function, "hook", hook, rule, way_out)
-    _check_ranks(trainer, function)
+    check_goes_back(trainer, function)
     callbacks = callbacks_of(trainer)
-    for callback in callbacks:
-        if isinstance(callback, StochasticWeightAveraging):
-            name = type(callback).__name__
-            rule = "it takes up its averages where a fit begins, and not in it"
-            raise argument_error(function, "callbacks", name, rule, "Use EMAWeightAveraging")
     keeper = next(filter(None, map(_kept, callbacks)), None)
     if keeper is None or keeper.attributes is None:
         rule = "without ExactResume data and randomness do not follow the position"
@@ -295,21 +309,30 @@ def _keeper(trainer: pl.Trainer, function: str) -> tuple[Keeper, Attributes]:
     return keeper, keeper.attributes
 
 
-def _check_ranks(trainer: pl.Trainer, function: str) -> None:
-    """Refuse ranks that hold parts of the state.
+def check_goes_back(trainer: pl.Trainer, where: str) -> None:
+    """Refuse a run that cannot go back to an earlier batch, as far as is known at set-up.
+
+    Args:
+        trainer: Who fits.
+        where: Who asks, as the message begins.
 
     Raises:
-        ValueError: If they do.
+        ValueError: If ranks hold parts of the state, or a callback cannot go back.
     """
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, StochasticWeightAveraging):
+            name = type(callback).__name__
+            rule = "it takes up its averages where a fit begins, and not in it"
+            raise argument_error(where, "callbacks", name, rule, "Use EMAWeightAveraging")
     if not restores_in_fit(trainer.strategy):
         name = type(trainer.strategy).__name__
         rule = "its ranks hold parts of the model, and a state is whole on each rank"
         way_out = "Train in one process or with strategy='ddp', or save checkpoints and resume"
-        raise argument_error(function, "strategy", name, rule, way_out)
+        raise argument_error(where, "strategy", name, rule, way_out)
     for optimizer in trainer.optimizers if trainer.world_size > 1 else ():
         if hasattr(optimizer, "consolidate_state_dict"):  # as ZeroRedundancyOptimizer has
             name, rule = type(optimizer).__name__, "each rank holds a part of its state"
-            raise argument_error(function, "optimizer", name, rule, "Take one that is not sharded")
+            raise argument_error(where, "optimizer", name, rule, "Take one that is not sharded")
 
 
 def _check_state(trainer: pl.Trainer, state: RunState, attributes: Attributes) -> None:
@@ -334,6 +357,22 @@ def _that_go_back(trainer: pl.Trainer) -> list[pl.Callback]:
     return [c for c in callbacks_of(trainer) if not (isinstance(c, Checkpoint) or _kept(c))]
 
 
+def _only_those_that_go_back(trainer: pl.Trainer) -> AbstractContextManager[None]:
+    return lightning_resume.only_callbacks(trainer, _that_go_back(trainer))
+
+
+@contextmanager
+def _own_part(strategy: Strategy) -> Iterator[None]:
+    """Let each rank put together, and take up, what is its own of model and optimizer."""
+    if not isinstance(strategy, SnapshotsOwnPart):
+        yield
+        return
+    take, put = strategy.snapshot_state, strategy.restore_state
+    # A hook of the user may run in a mode that shows him values of all ranks.
+    with lightning_resume.state_in_parts(strategy, take, put), outside_of_modes():
+        yield
+
+
 def _kept(callback: pl.Callback) -> Keeper | None:
     """What a callback keeps, if it is ExactResume."""
     keeper = getattr(callback, "keeper", None)
@@ -345,8 +384,14 @@ def _copied(state: Any) -> Any:
     return Copier({}, {Tensor: _copied_tensor}).copy(state)
 
 
+def _as_it_is(state: Any) -> Any:
+    return state
+
+
 def _copied_tensor(tensor: Tensor) -> Tensor:
-    return tensor if source_of(tensor) is not None else tensor.detach().to("cpu", copy=True)
+    if tensor.is_meta or source_of(tensor) is not None:
+        return tensor
+    return tensor.detach().to("cpu", copy=True)
 
 
 def _name_what_ran_early(trainer: pl.Trainer, place: Place) -> None:
@@ -364,7 +409,3 @@ def _name_what_ran_early(trainer: pl.Trainer, place: Place) -> None:
             f" on_train_epoch_end of {names} was called; it will be called again at its end."
             " A run that had not been stopped comes to it only there."
         )
-
-
-def _nothing() -> None:
-    """No hook waits."""

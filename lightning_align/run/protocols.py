@@ -220,6 +220,25 @@ class RestoresInFit(Protocol):
 
 
 @runtime_checkable
+class SnapshotsOwnPart(Protocol):
+    """Each rank can take, and put back in mid-fit, what is its own of model and optimizer."""
+
+    def snapshot_state(self) -> dict[str, Any]:
+        """That part, under ``state_dict`` and ``optimizer_states``; not copied, nothing is sent."""
+
+    def restore_state(self, state: Mapping[str, Any], /) -> None:
+        """Put it back, on the rank that has taken it."""
+
+
+@runtime_checkable
+class SaysWhatStateTakes(Protocol):
+    """A state that is held in mid-fit takes other memory than its tensors have, or none."""
+
+    def state_nbytes(self) -> Mapping[str, int]:
+        """Most bytes that one takes on this rank, by folder; "" is host memory."""
+
+
+@runtime_checkable
 class GathersState(Protocol):
     """It has to put the state of the module together."""
 
@@ -429,10 +448,10 @@ def follow_freezing(trainer: pl.Trainer, dropped: Collection[nn.Parameter]) -> N
 
 
 def restores_in_fit(strategy: Strategy) -> bool:
-    """Whether each rank has all of a state, and can put it back in mid-fit."""
+    """Whether each rank has all of a state, or a part to itself, and can put it back in mid-fit."""
     if isinstance(strategy, RestoresInFit):
         return strategy.restores_in_fit
-    return has_replicas(strategy)
+    return isinstance(strategy, SnapshotsOwnPart) or has_replicas(strategy)
 
 
 def has_replicas(strategy: Strategy) -> bool:

@@ -371,3 +371,40 @@ def test_only_callbacks_decides_whose_state_is_dumped() -> None:
     with lightning_resume.only_callbacks(trainer, []):
         assert trainer.callbacks == []
     assert trainer.callbacks is everyone
+
+
+def test_state_in_parts_is_taken_and_put_by_others_and_nobody_is_left_behind() -> None:
+    put: list[Any] = []
+
+    def dumped(trainer: pl.Trainer) -> list[Any]:
+        (optimizer,) = trainer.optimizers
+        own = {"state_dict": {"a": 1}, "optimizer_states": [{"b": 2}]}
+        strategy = trainer.strategy
+        before = set(vars(strategy))
+        with lightning_resume.state_in_parts(strategy, lambda: own, put.append):
+            checkpoint = lightning_resume.dump_checkpoint(trainer, weights_only=False)
+            strategy.load_model_state_dict(checkpoint, strict=True)
+            strategy.load_optimizer_state_dict(checkpoint)
+        assert set(vars(strategy)) == before
+        assert put.pop() is checkpoint
+        assert optimizer.state_dict()["param_groups"]
+        return [checkpoint["state_dict"], checkpoint["optimizer_states"]]
+
+    returned, _ = watched(dumped)
+    assert returned[0] == [{"a": 1}, [{"b": 2}]]
+
+
+def test_the_number_that_loggers_count_by_does_not_go_back() -> None:
+    dumped: dict[str, Any] = {}
+    lines: list[int] = []
+
+    def back_from_the_fourth(trainer: pl.Trainer) -> None:
+        lines.append(trainer.fit_loop.epoch_loop._batches_that_stepped)
+        if trainer.global_step == 2 and not dumped:
+            dumped.update(lightning_resume.dump_checkpoint(trainer, weights_only=False))
+        if trainer.global_step == 4 and len(lines) == 4:
+            states = lightning_resume.restore_in_fit(trainer, dumped)
+            lightning_resume.restart_in_epoch(trainer, states)
+
+    watched(back_from_the_fourth)
+    assert lines == list(range(8))

@@ -17,6 +17,7 @@ from lightning_align._compat.torch_modules import (
     is_compiled,
     is_in_reentrant_checkpoint,
     one_group_of_gradients,
+    outside_of_modes,
     storage_key,
 )
 
@@ -97,3 +98,19 @@ def test_spectral_norms_of_both_kinds_are_known() -> None:
     assert all(has_spectral_norm(layer) for layer in normed)
     weight_normed = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
     assert not has_spectral_norm(weight_normed)
+
+
+def test_outside_of_modes_functions_are_torchs_own() -> None:
+    class Counts(TorchFunctionMode):
+        seen = 0
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            Counts.seen += 1
+            return func(*args, **(kwargs or {}))
+
+    with Counts():
+        torch.ones(2).sum()
+        seen = Counts.seen
+        with outside_of_modes():
+            torch.ones(2).sum()
+        assert Counts.seen == seen > 0

@@ -122,6 +122,8 @@ ANSWER: dict[str, Callable[[], Any]] = {
     "RestoresInFit": la.ZeROInfinityStrategy,
     "GathersParameters": la.ZeROInfinityStrategy,
     "GathersState": la.PipelineStrategy,
+    "SnapshotsOwnPart": la.PipelineStrategy,
+    "SaysWhatStateTakes": la.ZeROInfinityStrategy,
     "SaysWhoSaves": la.PipelineStrategy,
     "SaysWhoRuns": Answers,
     "SaysHowParametersLie": Answers,

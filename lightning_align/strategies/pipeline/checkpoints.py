@@ -91,6 +91,28 @@ class StageCheckpoints(ParallelStrategy):
         elif self.is_global_zero:
             replacing.remove(Path(filepath))
 
+    # In mid-fit, to go back to.
+
+    def snapshot_state(self) -> dict[str, Any]:
+        """This rank's stages and their optimizer state; nothing is gathered."""
+        assert self._ownership is not None
+        return {
+            "state_dict": whole_state.own_module(self._ownership),
+            "optimizer_states": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+
+    def restore_state(self, state: Mapping[str, Any]) -> None:
+        """Put back what this rank has taken.
+
+        Args:
+            state: From ``snapshot_state``.
+        """
+        assert self._ownership is not None
+        whole_state.load_module(self._ownership.module, state["state_dict"], strict=True)
+        states = zip(self.optimizers, state["optimizer_states"], strict=True)
+        for optimizer, own in states:
+            whole_state.load_optimizer(self._ownership, optimizer, own)
+
     # Loading.
 
     @override

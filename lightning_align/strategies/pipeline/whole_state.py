@@ -31,6 +31,17 @@ def gather_module(ownership: Ownership) -> dict[str, Any]:
     return gathered if ownership.rank == 0 else {}
 
 
+def own_module(ownership: Ownership) -> dict[str, Any]:
+    """The module's state; what is on other ranks alone has a shape, and no values."""
+    state = ownership.module.state_dict()
+    return {key: _outline(value) for key, value in state.items()}
+
+
+def _outline(value: Any) -> Any:
+    is_elsewhere = isinstance(value, Tensor) and value.is_meta
+    return torch.empty(value.shape, dtype=value.dtype, device="meta") if is_elsewhere else value
+
+
 def complete_first_rank(ownership: Ownership) -> None:
     """Put the whole model into the module of rank 0; collective."""
     state = gather_module(ownership)

@@ -6,8 +6,9 @@ Counted is what the strategy holds. Activations, the interpreter and the librari
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from lightning_align._errors import argument_error, check_least
@@ -117,6 +118,27 @@ def plan(
     _keep(blocks, free, count * held.largest, gradients=gradients and ranks == 1)
     beside = _Held(blocks, gradients_stay, ranks).beside
     return Memory(count, gradients, group, limit - beside, groups)
+
+
+def held_nbytes(blocks: Iterable[Block], folders: Sequence[Path], ranks: int) -> dict[str, int]:
+    """Most bytes that a state takes on a rank as long as it is held, by folder; "" is memory.
+
+    Its files, and its sections in memory, are not written again: each block that is updated takes
+    as much once more.
+
+    Args:
+        blocks: All blocks.
+        folders: Over which files are spread.
+        ranks: How many share a block.
+    """
+    memory = disk = 0
+    for block in blocks:
+        values, states = block.section_nbytes, _state_bytes(block) // ranks
+        if block.read_only:
+            continue
+        memory += values * (not block.is_stored) + states * block.states_stay
+        disk += values * block.is_stored + states * (not block.states_stay)
+    return {"": memory, **{str(folder): disk // len(folders) for folder in folders if disk}}
 
 
 class _Held:

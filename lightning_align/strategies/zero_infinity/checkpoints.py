@@ -34,6 +34,7 @@ from lightning_align.offload.tiles import (
 from lightning_align.strategies import replacing
 from lightning_align.strategies.distributed_folder import META_FILE, DistributedFolder
 from lightning_align.strategies.zero_infinity.blocks import WHERE
+from lightning_align.strategies.zero_infinity.budget import held_nbytes
 from lightning_align.strategies.zero_infinity.commits import Payload, load_payload
 from lightning_align.strategies.zero_infinity.ranks import return_to_common_step
 
@@ -123,6 +124,12 @@ class BlockCheckpoints(ParallelStrategy):
             return state
         aside = self._engine.store.set_aside
         return whole_optimizer_state(state, self.optimizers[0], self._tiled, aside)
+
+    def state_nbytes(self) -> Mapping[str, int]:
+        """Most bytes that a state takes that is held in mid-fit, by folder; "" is memory."""
+        assert self._engine is not None
+        engine = self._engine
+        return held_nbytes(engine.blocks, engine.store.folders, self.ranks.size)
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:

@@ -6,7 +6,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_align.strategies.zero_infinity.blocks import find_blocks
-from lightning_align.strategies.zero_infinity.budget import Buffers, parse_bytes, plan
+from lightning_align.strategies.zero_infinity.budget import (
+    Buffers,
+    held_nbytes,
+    parse_bytes,
+    plan,
+)
 from lightning_align.strategies.zero_infinity.strategy import ZeROInfinityStrategy
 from tests.helpers.offloaded import ADAMW, Regression, compare, fit, points
 
@@ -29,6 +34,25 @@ def test_a_limit_below_the_largest_block_names_the_least_possible():
     richer = plan(blocks, least + 10**6, GROUPS)
     assert richer.gradients
     assert all(block.kept and block.gradients_stay for block in blocks)
+
+
+def test_a_held_state_takes_each_block_once_more_where_it_lies(tmp_path):
+    strategy = ZeROInfinityStrategy(sub_group_size=400)
+    trainer = fit(tmp_path, Regression(ADAMW), DataLoader(points(), batch_size=8), strategy)
+    engine = trainer.strategy._engine
+    folders = engine.store.folders
+    found = held_nbytes(engine.blocks, folders, 1)
+    numel = sum(p.numel() for p in Regression(ADAMW).parameters())
+    assert found.keys() == {"", str(folders[0])}
+    assert found[""] == 0
+    # Parameters and two moments; blocks begin at pages.
+    least = 12 * numel
+    assert least <= found[str(folders[0])] <= least + 4096 * len(engine.blocks)
+    assert strategy.state_nbytes() == found
+    for block in engine.blocks:
+        block.is_stored, block.states_stay = False, True
+    assert held_nbytes(engine.blocks, folders, 1) == {"": found[str(folders[0])]}
+    trainer.strategy.close()
 
 
 class Wide(Regression):
