@@ -3,10 +3,12 @@
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 
 def is_accumulating(trainer: pl.Trainer) -> bool:
@@ -84,3 +86,8 @@ def correct_step_value(module: pl.LightningModule, name: str, value: Tensor) -> 
     results, key = module.trainer._results, f"on_before_optimizer_step.{name}"
     if results is not None and key in results:
         results.update_metrics(key, value, batch_size=1)
+
+
+def unscales(optimizer: Optimizer) -> bool:
+    """Whether an optimizer divides gradients by the scale of the loss within its own step."""
+    return bool(_optimizer_handles_unscaling(optimizer))

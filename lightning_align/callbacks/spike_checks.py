@@ -3,10 +3,13 @@
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import LBFGS
 
+from lightning_align._compat.lightning_trainer import unscales
 from lightning_align._errors import argument_error
+from lightning_align.callbacks.spike_measures import scaler_of
 from lightning_align.run.callbacks import callbacks_of
-from lightning_align.run.protocols import SpreadsModel, has_replicas
+from lightning_align.run.protocols import HoldsGradients, SpreadsModel, has_replicas
 
 
 def refuse_unbuilt(argument: str, value: Any) -> None:
@@ -41,9 +44,31 @@ def check_optimizers(trainer: Trainer) -> None:
     """Refuse optimizers whose gradients are not whole before their step.
 
     Raises:
-        ValueError: If there are several, or if one divides by the scale of the loss by itself.
+        ValueError: If there are several, or if one computes gradients anew within its step, or
+            divides them there by the scale of the loss.
     """
     if len(trainer.optimizers) != 1:
         rule = f"the module has {len(trainer.optimizers)}, and a step gets one verdict"
         way_out = "Put all parameters into groups of one"
         raise argument_error("SpikeGuard", "optimizers", "...", rule, way_out)
+    optimizer = trainer.optimizers[0]
+    name = type(optimizer).__name__
+    if isinstance(optimizer, LBFGS):
+        rule = "it computes gradients several times in a step, and a step gets one verdict"
+        raise argument_error("SpikeGuard", "optimizer", name, rule, "Take one of first order")
+    if scaler_of(trainer) is not None and unscales(optimizer):
+        rule = "it divides gradients by the scale of the loss within its step, behind the verdict"
+        raise argument_error("SpikeGuard", "optimizer", name, rule, "Set fused=False")
+
+
+def check_agc(trainer: Trainer) -> None:
+    """Refuse to clip by unit what is not in memory beside its weight.
+
+    Raises:
+        ValueError: If the strategy keeps gradients elsewhere.
+    """
+    strategy: Any = trainer.strategy
+    if isinstance(strategy, HoldsGradients):
+        name = type(strategy).__name__
+        rule = "it keeps gradients apart from their weights, and agc compares them"
+        raise argument_error("SpikeGuard", "strategy", name, rule, "Leave agc out")

@@ -7,30 +7,37 @@ Lightning calls whether or not there is anything to clip: ``configure_gradient_c
 run fits, the guard stands in its place, judges the step, and calls it unless the step is left out.
 """
 
+import copy
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_align._compat.lightning_trainer import is_accumulating
+from lightning_align._errors import argument_error
 from lightning_align.callbacks import spike_checks
 from lightning_align.callbacks.spike_evidence import SpikeEvidence
 from lightning_align.callbacks.spike_ladder import ACCEPT, NEAR_STEPS, Ladder, rungs_of
-from lightning_align.callbacks.spike_measures import Measured, WindowLosses
+from lightning_align.callbacks.spike_measures import Measured, Overflows, WindowLosses
+from lightning_align.optimizers.clipping import ZClip, clip_units_, units
 from lightning_align.reports.spikes import SpikeReport, describe
 from lightning_align.run.accumulation import drop_gradients
 from lightning_align.run.callbacks import callbacks_of
 from lightning_align.run.position import batches_consumed
-from lightning_align.run.protocols import PlansChanges, forget_window
+from lightning_align.run.protocols import MeasuresSteps, PlansChanges, forget_window
+from lightning_align.run.replicas import of_every_rank, scale_gradients
 from lightning_align.spike_incidents import Incident
 from lightning_align.stability import SpikeDetector, SpikeVerdict
 
 _HOOK = "configure_gradient_clipping"
+_WINDOW_KEY = "lightning_align.spike_guard"  # of a checkpoint in mid-accumulation
 
 
 class SpikeGuard(Callback):
@@ -92,12 +99,11 @@ class SpikeGuard(Callback):
         skip_list: str | None = None,
     ) -> None:
         rungs = rungs_of(action)
-        for argument, value in {
-            "rewind": "rewind" in rungs,
-            "agc": agc,
-            "skip_list": skip_list,
-        }.items():
+        for argument, value in {"rewind": "rewind" in rungs, "skip_list": skip_list}.items():
             spike_checks.refuse_unbuilt(argument, value)
+        if agc is not None and not 0 < agc < math.inf:
+            raise argument_error("SpikeGuard", "agc", agc, "must be a number above 0, say 0.01")
+        self.agc = agc
         self.detector = detector or SpikeDetector()
         self.ladder = Ladder(rungs, max_rewinds, max_consecutive_skips)
         self.verdict: SpikeVerdict | None = None
@@ -106,9 +112,13 @@ class SpikeGuard(Callback):
         self.evidence = SpikeEvidence(preview_tokens)
         self.report = SpikeReport(report_dir)
         self._losses = WindowLosses()
+        self._overflows = Overflows()
+        self._limits = ZClip()
+        self._units: dict[nn.Parameter, tuple[int, ...]] = {}
         self._planning: list[PlansChanges] = []
         self._window_start = 0  # number of the first batch of the open window
         self._was_skipped = False
+        self._as_built = copy.deepcopy(self.state_dict())
 
     # Before training
 
@@ -117,16 +127,22 @@ class SpikeGuard(Callback):
         if stage != "fit":
             return
         spike_checks.check_run(trainer, pl_module, SpikeGuard)
+        if self.agc is not None:
+            spike_checks.check_agc(trainer)
+        if trainer.global_step == 0:  # a new run; a resumed one loads its state after setup
+            self.load_state_dict(copy.deepcopy(self._as_built))
+            self._losses = WindowLosses()
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         spike_checks.check_optimizers(trainer)
         self._planning = [each for each in callbacks_of(trainer) if isinstance(each, PlansChanges)]
+        if self.agc is not None:
+            self._units = units(pl_module)
         # An attribute of the instance: the class, and so every other module of it, stays.
         theirs = getattr(pl_module, _HOOK)
-        vars(pl_module)[_HOOK] = partial(self._before_clipping, trainer, pl_module, theirs)
-        by_layer = self.report.is_read(trainer)
-        self.evidence.set_up(trainer, pl_module, by_layer)
+        vars(pl_module)[_HOOK] = partial(self._before_clipping, pl_module, theirs)
+        self.evidence.set_up(trainer, pl_module, self.report.is_read(trainer))
         # Seam: the rewind is set up here.
 
     # A window
@@ -157,49 +173,69 @@ class SpikeGuard(Callback):
 
     def _before_clipping(
         self,
-        trainer: Trainer,
         pl_module: LightningModule,
         theirs: Callable[..., None],
         optimizer: Optimizer,
         **clipping: Any,
     ) -> None:
         """What Lightning calls instead of the module's ``configure_gradient_clipping``."""
+        trainer = pl_module.trainer
         measured = self._losses.close(trainer, pl_module)
-        if measured is None or self._act(trainer, pl_module, measured) in ("log", "clip"):
-            theirs(optimizer, **clipping)
+        if measured is not None and not self._overflows.is_one(trainer, measured):
+            action = self._judge(trainer, pl_module, measured)
+            if action in ("skip", "rewind", "stop"):
+                self._leave_out(trainer, pl_module, stop=action == "stop")
+                return
+            self._clip(trainer, pl_module, measured.grad_norm, outlier=action == "clip")
+        theirs(optimizer, **clipping)
 
-    def _act(self, trainer: Trainer, pl_module: LightningModule, measured: Measured) -> str:
-        """Judge the step, do what its verdict asks for, and say what that is."""
-        self.evidence.before_step(trainer.global_step, trainer.optimizers[0], *measured)
-        self.report.note(trainer.global_step, *measured)
-        self.verdict = self.detector.update(trainer.global_step, *measured)
+    def _judge(
+        self, trainer: Trainer, pl_module: LightningModule, measured: Measured
+    ) -> str | None:
+        """The action that a step gets, None for a step like others."""
+        step = trainer.global_step
+        self.evidence.before_step(step, trainer.optimizers[0], *measured)
+        self.report.note(step, *measured)
+        self.verdict = self.detector.update(step, *measured)
         if not self.verdict.is_spike:
             self.ladder.calm()
-            return "log"
+            return None
         near = NEAR_STEPS * trainer.accumulate_grad_batches
         position = batches_consumed(trainer)  # seam: of the stream
-        action = self.ladder.climb(position, near, is_finite=measured.is_finite)
+        shortens = self._limits.limit(measured.grad_norm) < measured.grad_norm
+        useless = () if shortens and measured.is_finite else ("clip",)
+        action = self.ladder.climb(position, near, is_finite=measured.is_finite, useless=useless)
         if action == ACCEPT:
             rank_zero_warn(
-                f"SpikeGuard: {self.ladder.max_consecutive_skips} steps in a row were skipped, so"
-                f" from step {trainer.global_step} on a loss of {measured.loss:.4g} and a gradient"
-                f" norm of {measured.grad_norm:.4g} count as normal."
+                f"SpikeGuard: {self.ladder.max_consecutive_skips} steps in a row were skipped. From"
+                f" step {step} on, a loss of {measured.loss:.4g} and a gradient norm of"
+                f" {measured.grad_norm:.4g} count as normal."
             )
             self.detector.accept_level()
-            return "log"
-        incident = Incident.of(
-            self.verdict, action=action, epoch=trainer.current_epoch, **self.evidence.window
-        )
-        self.evidence.explain(trainer, pl_module, incident)
+            return None
+        epoch, window = trainer.current_epoch, self.evidence.window
+        incident = Incident.of(self.verdict, action=action, epoch=epoch, **window)
+        self.evidence.explain(trainer, pl_module, incident)  # while gradients are there
         rank_zero_info(f"SpikeGuard: {describe(incident)}")
         self.report.add(trainer, incident)
-        if action in ("skip", "rewind", "stop"):
-            drop_gradients(trainer, pl_module)
-            forget_window([pl_module, *callbacks_of(trainer)])
-            self._was_skipped = True
-        if action == "stop":
-            trainer.should_stop = True
         return action
+
+    def _leave_out(self, trainer: Trainer, pl_module: LightningModule, *, stop: bool) -> None:
+        """Let the optimizer's step move nothing, and nobody count its window."""
+        drop_gradients(trainer, pl_module)
+        forget_window([pl_module, *callbacks_of(trainer)])
+        self._was_skipped = True
+        trainer.should_stop = trainer.should_stop or stop
+
+    def _clip(
+        self, trainer: Trainer, pl_module: LightningModule, norm: float, *, outlier: bool
+    ) -> None:
+        """Shorten an outlier as a whole, and the gradients of units at every step."""
+        limit = self._limits.update(norm)
+        if outlier:
+            scale_gradients(trainer, pl_module, torch.tensor(limit / norm, device=pl_module.device))
+        if self.agc is not None:
+            clip_units_(self._units.items(), self.agc)
 
     @override
     def on_train_batch_end(
@@ -229,11 +265,38 @@ class SpikeGuard(Callback):
     ) -> None:
         vars(pl_module).pop(_HOOK, None)
 
+    # Resuming
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # A module that measures has its sums in the checkpoint; ranks have losses of their own.
+        if is_accumulating(trainer) and not isinstance(pl_module, MeasuresSteps):
+            checkpoint[_WINDOW_KEY] = of_every_rank(trainer, self._losses.plain())
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        windows = checkpoint.get(_WINDOW_KEY, [])
+        own = windows[trainer.global_rank] if len(windows) == trainer.world_size else []
+        self._losses.restore(own)
+
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"detector": self.detector.state_dict(), "ladder": self.ladder.state_dict()}
+        return {
+            "detector": self.detector.state_dict(),
+            "ladder": self.ladder.state_dict(),
+            "limits": self._limits.state_dict(),
+            "overflows": self._overflows.in_a_row,
+            "window_start": self._window_start,
+        }
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self.detector.load_state_dict(state_dict["detector"])
         self.ladder.load_state_dict(state_dict["ladder"])
+        self._limits.load_state_dict(state_dict["limits"])
+        self._overflows.in_a_row = state_dict["overflows"]
+        self._window_start = state_dict["window_start"]

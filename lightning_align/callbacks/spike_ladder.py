@@ -1,6 +1,6 @@
 """Which action an alarm gets: a ladder that repeated alarms at one place climb. Plain numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from lightning_align._errors import argument_error, check_choice, check_least
@@ -57,15 +57,16 @@ class Ladder:
         """A step without an alarm was taken."""
         self._skips = 0
 
-    def climb(self, position: int, near: int, *, is_finite: bool, can_rewind: bool = True) -> str:
+    def climb(
+        self, position: int, near: int, *, is_finite: bool, useless: Collection[str] = ()
+    ) -> str:
         """The action for an alarm.
 
         Args:
             position: Number of its batch in the stream.
             near: How many batches behind the last alarm it is still at the same place.
-            is_finite: Whether loss and gradient norm are numbers; no such level can be accepted,
-                and no such gradient clipped.
-            can_rewind: Whether there is a snapshot to go back to.
+            is_finite: Whether loss and gradient norm are numbers; else no level can be accepted.
+            useless: Actions that would do nothing here; the step is skipped in their place.
         """
         same_place = self._last is not None and position <= self._last + near
         if not same_place:
@@ -73,22 +74,17 @@ class Ladder:
         elif self.rungs[self._rung] != "rewind" or self._rewinds >= self.max_rewinds:
             self._rung = min(self._rung + 1, len(self.rungs) - 1)
         self._last = position
-        action = self._usable(self.rungs[self._rung], is_finite, can_rewind)
-        if action == "rewind":
-            self._rewinds += 1
+        action = self.rungs[self._rung]
+        if action == "rewind" and self._rewinds >= self.max_rewinds:
+            action = "stop"
+        elif action in useless:
+            action = "skip"
+        self._rewinds += action == "rewind"
         self._skips = self._skips + 1 if action == "skip" else 0
         if self._skips > self.max_consecutive_skips:
             self._skips = 0
             action = ACCEPT if is_finite else "stop"
         return action
-
-    def _usable(self, action: str, is_finite: bool, can_rewind: bool) -> str:
-        """The action, or what is done in its place where it cannot be."""
-        if action == "rewind" and self._rewinds >= self.max_rewinds:
-            return "stop"
-        if action == "rewind" and not can_rewind:
-            return "skip"
-        return "skip" if action == "clip" and not is_finite else action
 
     def state_dict(self) -> dict[str, Any]:
         """Where it stands, as plain data."""

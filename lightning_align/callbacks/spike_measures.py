@@ -32,6 +32,31 @@ class Measured(NamedTuple):
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
+def scaler_of(trainer: pl.Trainer) -> Any:
+    """The loss scaler of mixed precision in fp16, None without one."""
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
+class Overflows:
+    """Steps that a loss scaler leaves out by itself, because its scale was too large.
+
+    Attributes:
+        in_a_row: How many of them until now.
+    """
+
+    # From torch's first scale of 2^16 down to 1: what still overflows then is no matter of scale.
+    LONGEST = 16
+
+    def __init__(self) -> None:
+        self.in_a_row = 0
+
+    def is_one(self, trainer: pl.Trainer, measured: Measured) -> bool:
+        """Whether this step is one, and not one too many of them."""
+        norm_alone = math.isfinite(measured.loss) and not math.isfinite(measured.grad_norm)
+        self.in_a_row = self.in_a_row + 1 if norm_alone and scaler_of(trainer) is not None else 0
+        return 0 < self.in_a_row <= self.LONGEST
+
+
 class WindowLosses:
     """Losses of the open window's batches on this rank, which are waited for when it closes."""
 
@@ -43,11 +68,19 @@ class WindowLosses:
         """Take a loss that is about to be propagated back, and return that of the batch itself."""
         # Lightning has divided it, and a loss scaler has multiplied it.
         if self._scale is None:
-            scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
+            scaler = scaler_of(trainer)
             self._scale = 1.0 if scaler is None else scaler.get_scale()
         own = loss.detach().float() * (trainer.accumulate_grad_batches / self._scale)
         self.losses.append(own)
         return own
+
+    def plain(self) -> list[float]:
+        """Those of the open window so far, as numbers."""
+        return [float(loss) for loss in self.losses]
+
+    def restore(self, losses: list[float]) -> None:
+        """Let these be the open window's so far."""
+        self.losses = [torch.tensor(loss) for loss in losses]
 
     def close(self, trainer: pl.Trainer, module: pl.LightningModule) -> Measured | None:
         """What the window came to; None if no batch of it had a loss. Waits for the device.
@@ -60,8 +93,8 @@ class WindowLosses:
             return None if measured is None else _numbers(*measured)
         if not losses:
             return None
-        norm = total_grad_norm(trainer, module).to(losses[0])
-        ours = torch.stack([torch.stack(losses).mean(), norm])
+        mean = torch.stack([loss.to(losses[-1].device) for loss in losses]).mean()
+        ours = torch.stack([mean, total_grad_norm(trainer, module).to(mean)])
         # A NaN of one rank is everybody's in a mean.
         return _numbers(*trainer.strategy.reduce(ours, reduce_op="mean"))
 

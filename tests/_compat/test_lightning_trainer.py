@@ -180,3 +180,33 @@ def test_current_hook_is_the_one_that_runs(tmp_path: Path) -> None:
     trainer.fit(HandWritten(), SequenceData())
     assert asks.at_the_end == "on_train_batch_end"
     assert asks.before_the_step == "on_before_optimizer_step"
+
+
+def test_a_value_that_the_step_has_logged_is_corrected(tmp_path: Path) -> None:
+    """By ``configure_gradient_clipping``, which is the hook behind the one that has logged it."""
+
+    class Corrects(Layered):
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            self.log("seen", torch.tensor(1.0 + self.global_step))
+
+        def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
+            if self.global_step == 1:
+                lightning_trainer.correct_step_value(self, "seen", torch.tensor(-1.0))
+            lightning_trainer.correct_step_value(self, "never logged", torch.tensor(-1.0))
+
+    logged = []
+
+    class Notes(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            logged.append(trainer.callback_metrics["seen"].item())
+
+    options = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
+    trainer = pl.Trainer(max_steps=3, accelerator="cpu", callbacks=[Notes()], **options)
+    trainer.fit(Corrects(), DataLoader(torch.ones(3, 3)))
+    assert logged == [1.0, -1.0, 3.0]
+
+
+def test_which_optimizers_unscale_by_themselves() -> None:
+    weight = [torch.nn.Parameter(torch.ones(1))]
+    assert lightning_trainer.unscales(torch.optim.AdamW(weight, fused=True))
+    assert not lightning_trainer.unscales(torch.optim.AdamW(weight))

@@ -1,16 +1,21 @@
 """SpikeGuard: where the verdict falls, what each action leaves, and what is refused."""
 
+import contextlib
 import copy
 import math
+import pickle
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 
-from lightning_align import LISA, SpikeGuard, TokenSchedule
+from lightning_align import LISA, ExactResume, PretrainModule, SpikeGuard, TokenSchedule
+from lightning_align.optimizers.clipping import ZClip, clip_units_, units
 from tests.helpers.spiky import AlarmAt, Regression, batches
-from tests.modules.test_pretrain import fit, rows, sgd_module, weights
+from tests.modules.test_pretrain import fit, llama, rows, sgd_module, weights
 
 
 class Watch(pl.Callback):
@@ -159,3 +164,243 @@ class Another(SpikeGuard):
 def test_what_is_refused_before_training(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# Clipping
+
+
+class LastGradients(pl.Callback):
+    """Gradients of each step as the optimizer gets them."""
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+        self.gradients: list[list[torch.Tensor]] = []
+
+    def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        if gradients:
+            self.norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+            self.gradients.append([gradient.clone() for gradient in gradients])
+
+
+def test_clip_shortens_an_outlier_to_zclips_limit() -> None:
+    """Behind ZClip's 25 steps; what the optimizer gets has the norm that the paper's rule says."""
+    last, detector = LastGradients(), AlarmAt(35)
+    guarded(
+        Regression(lr=1e-4),
+        SpikeGuard("clip", detector),
+        batches(40, at35=1e3),
+        more=[last],
+    )
+    norms = [norm for _, _, norm in detector.seen]
+    limits = ZClip()
+    expected = [limits.update(norm) for norm in norms]  # type: ignore[arg-type]
+    assert expected[35] < 0.01 * norms[35]  # type: ignore[operator]
+    # A product in fp32, and a norm of it.
+    assert last.norms[35] == pytest.approx(expected[35], rel=1e-5)
+    assert last.norms[:35] == pytest.approx(norms[:35], rel=1e-6)
+
+
+def test_what_cannot_be_clipped_is_skipped() -> None:
+    watch, _ = guarded(
+        Regression(), SpikeGuard("clip", AlarmAt(30, 32)), batches(40, at30=math.nan)
+    )
+    assert torch.equal(watch.weights[30], watch.weights[29])  # not a number
+    assert torch.equal(watch.weights[32], watch.weights[31])  # a loss, whose gradient is no outlier
+
+
+def test_agc_clips_each_unit_before_lightning_clips() -> None:
+    last, theirs = LastGradients(), LastGradients()
+    module = Regression(lr=0.0)
+    guarded(module, SpikeGuard(agc=0.01), batches(3), more=[last], gradient_clip_val=1e9)
+    guarded(Regression(lr=0.0), SpikeGuard(), batches(3), more=[theirs])
+    parameters = list(module.parameters())
+    for ours, unclipped in zip(last.gradients, theirs.gradients, strict=True):
+        for parameter, gradient in zip(parameters, unclipped, strict=True):
+            parameter.grad = gradient.clone()
+        clip_units_(units(module).items(), 0.01)
+        assert all(
+            torch.equal(gradient, parameter.grad)  # type: ignore[arg-type]
+            for parameter, gradient in zip(parameters, ours, strict=True)
+        )
+    assert any(
+        not torch.equal(a, b) for a, b in zip(last.gradients[0], theirs.gradients[0], strict=True)
+    )
+
+
+# Ladders
+
+
+def test_alarms_at_one_place_climb_and_a_level_that_stays_is_accepted() -> None:
+    guard = SpikeGuard(["log", "skip"], AlarmAt(*range(5, 30)), max_consecutive_skips=4)
+    with pytest.warns(UserWarning, match="4 steps in a row were skipped. From step 10 on"):
+        watch, _ = guarded(Regression(), guard, batches(12))
+    moved = [
+        not torch.equal(watch.weights[number], watch.weights[number - 1]) for number in range(1, 12)
+    ]
+    assert moved == [True] * 5 + [False] * 4 + [True] + [False]
+
+
+def test_what_is_not_a_number_for_too_long_ends_training() -> None:
+    data = batches(30, **{f"at{number}": math.nan for number in range(5, 30)})
+    watch, trainer = guarded(Regression(), SpikeGuard(max_consecutive_skips=3), data)
+    assert len(watch.weights) == 9  # three skipped, and one at which it stops
+    assert trainer.should_stop
+    assert weights(trainer.lightning_module).isfinite().all()
+
+
+# Steps that are none
+
+
+class Pausing(Regression):
+    """Returns no loss for one batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return None if batch_idx == 2 else super().training_step(batch, batch_idx)
+
+
+class PausingPretrain(PretrainModule):
+    """The same of ours."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return None if batch_idx == 2 else super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("kind", [Pausing, PausingPretrain])
+def test_a_batch_without_a_loss_is_passed_over(kind: Any, accumulate: int) -> None:
+    detector = AlarmAt()
+    module = kind() if kind is Pausing else kind(llama())
+    data = batches(6) if kind is Pausing else [rows(i, i + 1) for i in range(6)]
+    guarded(module, SpikeGuard(detector=detector), data, accumulate_grad_batches=accumulate)
+    steps = [step for step, _, _ in detector.seen]
+    assert steps == ([0, 1, 3, 4, 5] if accumulate == 1 else [0, 1, 2])
+    assert all(math.isfinite(loss) for _, loss, _ in detector.seen)
+
+
+# Loss scaling
+
+
+class Scaled(MixedPrecision):
+    """fp16's scaler on a CPU, around arithmetic in fp32."""
+
+    def __init__(self) -> None:
+        super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+
+    def autocast_context_manager(self) -> Any:
+        return contextlib.nullcontext()
+
+
+class Overflowing(Regression):
+    """Gradients overflow while the scale is above a limit, and from a step on always."""
+
+    def __init__(self, limit: float, always_from: int = 10**9) -> None:
+        super().__init__()
+        self.limit, self.always_from = limit, always_from
+        self.net[0].weight.register_hook(self.overflow)
+
+    def overflow(self, gradient: torch.Tensor) -> torch.Tensor:
+        scale = self.trainer.precision_plugin.scaler.get_scale()
+        overflows = scale > self.limit or self.trainer.global_step >= self.always_from
+        return gradient * math.inf if overflows else gradient
+
+
+def test_overflows_of_a_scaler_are_its_own_and_losses_are_unscaled() -> None:
+    detector, plain = AlarmAt(), AlarmAt()
+    data = batches(8)
+    guarded(Overflowing(2.0**14), SpikeGuard(detector=detector), data, plugins=[Scaled()])
+    guarded(Regression(), SpikeGuard(detector=plain), data[2:])
+    assert [step for step, _, _ in detector.seen] == [2, 3, 4, 5, 6, 7]
+    # The scale is a power of two, and no number is near the ends of fp32.
+    assert [loss for _, loss, _ in detector.seen] == [loss for _, loss, _ in plain.seen]
+    assert [norm for _, _, norm in detector.seen] == [norm for _, _, norm in plain.seen]
+
+
+def test_a_row_of_overflows_is_an_incident() -> None:
+    guard = SpikeGuard(max_consecutive_skips=2)
+    watch, trainer = guarded(
+        Overflowing(math.inf, always_from=3), guard, batches(40), plugins=[Scaled()]
+    )
+    # Batches 3 to 18 are left to the scaler; 19 and 20 are skipped, and 21 ends training.
+    assert guard.verdict is not None
+    assert guard.verdict.reason == "gradient norm is not finite"
+    assert len(watch.weights) == 22
+    assert trainer.should_stop
+
+
+# Resuming
+
+
+class SaveAt(pl.Callback):
+    """Saves behind a batch, in the middle of a window."""
+
+    def __init__(self, path: Any, batch: int) -> None:
+        self.path, self.batch = path, batch
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.fit_loop.epoch_loop.batch_idx == self.batch:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("batch", [6, 7])
+def test_a_resumed_guard_sees_what_one_that_went_on_sees(batch: int, tmp_path: Any) -> None:
+    path, data = tmp_path / "some.ckpt", batches(16)
+    whole, resumed = AlarmAt(5), AlarmAt(5)
+    options = {"accumulate_grad_batches": 2, "more": [ExactResume()]}
+    more = [SaveAt(path, batch), ExactResume()]
+    ours, _ = guarded(
+        Regression(), guard := SpikeGuard(detector=whole), data, **{**options, "more": more}
+    )
+    theirs, _ = guarded(
+        Regression(), again := SpikeGuard(detector=resumed), data, ckpt_path=path, **options
+    )
+    assert torch.equal(ours.weights[-1], theirs.weights[-1])
+    first = (batch + 1) // 2
+    assert resumed.seen == whole.seen[first:]
+    assert again.state_dict() == guard.state_dict()
+
+
+def test_a_second_run_begins_anew() -> None:
+    guard = SpikeGuard()
+    guarded(Regression(), guard, batches(40))
+    first = guard.state_dict()
+    guarded(Regression(), guard, batches(40))
+    assert guard.state_dict() == first
+
+
+def test_a_module_can_be_copied_and_pickled_while_it_is_guarded() -> None:
+    class Copies(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            copy.deepcopy(pl_module)
+            pickle.dumps(pl_module)
+
+    guarded(Regression(), SpikeGuard(), batches(2), more=[Copies()])
+
+
+# Refused
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "LBFGS": (lambda: {"module": Regression(torch.optim.LBFGS)}, "several times in a step"),
+    "fused with a scaler": (
+        lambda: {
+            "module": Regression(partial(torch.optim.AdamW, fused=True)),
+            "plugins": [Scaled()],
+        },
+        "behind the verdict. Set fused=False",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_optimizers_that_are_refused(name: str) -> None:
+    make, message = REFUSED[name]
+    options = make()
+    with pytest.raises(ValueError, match=message):
+        guarded(options.pop("module"), SpikeGuard(), batches(2), **options)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+def test_ratios_of_agc_that_are_refused(value: float) -> None:
+    with pytest.raises(ValueError, match="must be a number above 0"):
+        SpikeGuard(agc=value)

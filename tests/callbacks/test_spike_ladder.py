@@ -41,8 +41,10 @@ def test_a_step_that_is_taken_ends_the_row() -> None:
 
 
 def test_what_cannot_be_done_is_replaced() -> None:
-    assert climbs(ladder("clip"), 1, finite=False) == ["skip"]
-    assert ladder("rewind").climb(1, 10, is_finite=True, can_rewind=False) == "skip"
+    which = ladder("clip", "rewind")
+    useless = ("clip", "rewind")
+    assert [which.climb(1, 10, is_finite=True, useless=useless) for _ in range(2)] == ["skip"] * 2
+    assert climbs(which, 2, 3, 4) == ["rewind", "rewind", "stop"]
 
 
 def test_the_state_round_trips() -> None:
