@@ -4,6 +4,7 @@ import contextlib
 import copy
 import math
 import pickle
+import warnings
 from functools import partial
 from typing import Any
 
@@ -12,9 +13,23 @@ import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 
-from lightning_align import LISA, ExactResume, PretrainModule, SpikeGuard, TokenSchedule
+from lightning_align import (
+    LISA,
+    DPOModule,
+    ExactResume,
+    Muon,
+    OptimizerSwap,
+    PretrainModule,
+    SpikeGuard,
+    StableAdamW,
+    TokenSchedule,
+)
 from lightning_align.optimizers.clipping import ZClip, clip_units_, units
+from tests.helpers.lisa import OPTIMIZERS
 from tests.helpers.spiky import AlarmAt, Regression, batches
+from tests.helpers.tiny_models import TINY_MODELS
+from tests.laws.test_callbacks import same
+from tests.modules.test_dpo import pairs
 from tests.modules.test_pretrain import fit, llama, rows, sgd_module, weights
 
 
@@ -104,9 +119,7 @@ def test_a_planted_spike_and_nan_are_found_with_the_defaults_and_kept_out() -> N
 def test_tokens_of_a_skipped_window_are_counted_by_nobody() -> None:
     data = [rows(i, i + 1) for i in range(5)]
     schedule = TokenSchedule(max_tokens=10_000)
-    watch, trainer = guarded(
-        sgd_module(), SpikeGuard(detector=AlarmAt(2)), data, more=[schedule], logger=True
-    )
+    watch, trainer = guarded(sgd_module(), SpikeGuard(detector=AlarmAt(2)), data, more=[schedule])
     learned = [int((batch["labels"][:, 1:] != -100).sum()) for batch in data]
     expected = sum(learned) - learned[2]
     assert schedule.tokens_seen == trainer.lightning_module.tokens_seen == expected
@@ -404,3 +417,71 @@ def test_optimizers_that_are_refused(name: str) -> None:
 def test_ratios_of_agc_that_are_refused(value: float) -> None:
     with pytest.raises(ValueError, match="must be a number above 0"):
         SpikeGuard(agc=value)
+
+
+# What a skipped step leaves, optimizer by optimizer
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_skipped_batch_is_as_if_it_had_not_been(name: str) -> None:
+    """Momentum, weight decay, refreshes of GaLore's bases: the run without the batch, to the
+    bit."""
+
+    def trained(data: Any, *alarms: int) -> Any:
+        torch.manual_seed(0)
+        module = PretrainModule(llama(), optimizer=OPTIMIZERS[name])
+        watch, _ = guarded(module, SpikeGuard(detector=AlarmAt(*alarms)), data)
+        return watch.weights[-1], watch.states[-1]
+
+    data = [rows(i, i + 1) for i in range(7)]
+    ours, state = trained(data, 3, 4)
+    theirs, expected = trained(data[:3] + data[5:])
+    assert torch.equal(ours, theirs)
+    assert same(state, expected)
+
+
+def test_lisas_blocks_are_skipped_too_and_their_interval_goes_on() -> None:
+    lisa, detector = LISA(1, interval_steps=2, filename=None), AlarmAt(3)
+    watch, _ = guarded(
+        sgd_module(),
+        SpikeGuard(detector=detector),
+        [rows(i, i + 1) for i in range(8)],
+        more=[lisa],
+    )
+    assert [step for step, _ in lisa.history] == [0, 2, 4, 6]
+    assert torch.equal(watch.weights[3], watch.weights[2])
+    assert not torch.equal(watch.weights[4], watch.weights[3])
+
+
+# Swapped optimizers, pairs
+
+
+def test_an_optimizer_that_was_swapped_is_skipped() -> None:
+    swap = OptimizerSwap(partial(Muon, lr=1e-2))
+    watch, trainer = guarded(Regression(), SpikeGuard(detector=AlarmAt(2)), batches(5), more=[swap])
+    assert isinstance(trainer.optimizers[0], Muon)
+    assert torch.equal(watch.weights[2], watch.weights[1])
+    assert not torch.equal(watch.weights[3], watch.weights[2])
+
+
+def test_non_finite_gradients_are_counted_once() -> None:
+    """By the guard, or, where it only logs, by the optimizer."""
+    data = batches(8, at4=math.nan)
+    for action, skipped in (("skip", 0), ("log", 1)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            watch, trainer = guarded(
+                Regression(partial(StableAdamW)), guard := SpikeGuard(action), data
+            )
+        assert trainer.optimizers[0].skipped_steps == skipped
+        assert torch.equal(watch.weights[4], watch.weights[3])
+        assert watch.weights[-1].isfinite().all()
+        assert len(guard.report.incidents) == 1
+
+
+def test_pairs_are_skipped_and_their_tokens_taken_back() -> None:
+    module = DPOModule(TINY_MODELS["llama"]())
+    watch, _ = guarded(module, SpikeGuard(detector=AlarmAt(1)), [pairs(0), pairs(1), pairs(2)])
+    assert torch.equal(watch.weights[1], watch.weights[0])
+    assert watch.logged[1]["tokens_seen"] == watch.logged[0]["tokens_seen"]
+    assert watch.logged[2]["tokens_seen"] == module.tokens_seen > watch.logged[0]["tokens_seen"]

@@ -255,6 +255,7 @@ CALLBACKS = [
             "pipeline": "it does not follow when other blocks are frozen and released",
         },
     ),
+    Member("SpikeGuard", spec(OURS + "SpikeGuard", action=["clip", "skip", "stop"])),
     Member(
         "OptimizerSwap",
         spec(OURS + "OptimizerSwap", optimizer=spec(OURS + "Muon", lr=3e-3, adamw_lr=1e-3)),
