@@ -76,6 +76,16 @@ def restore_logged_sums(trainer: pl.Trainer, captured: dict[str, dict[str, Any]]
     trainer._logger_connector._first_loop_iter = False
 
 
+def lightnings_line(trainer: pl.Trainer) -> int:
+    """By which number Lightning logs next; where a run goes back it does not."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def line_number(trainer: pl.Trainer) -> int:
+    """By which number of ours: that of optimizer steps, or a larger one where a run went back."""
+    return max(trainer.global_step, lightnings_line(trainer))
+
+
 def forget_logged(trainer: pl.Trainer) -> None:
     """Let nothing be logged yet in this training epoch, and no monitor see a value.
 

@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_align._compat import lightning_logged
 from lightning_align.callbacks.checkpoint_folder import CheckpointFolder
 from lightning_align.checkpointing import Commit
 
@@ -20,7 +21,7 @@ def log(trainer: pl.Trainer, **values: float) -> None:
     """
     metrics = {f"checkpoint/{name}": value for name, value in values.items()}
     for logger in trainer.loggers:
-        logger.log_metrics(metrics, step=trainer.global_step)
+        logger.log_metrics(metrics, step=lightning_logged.line_number(trainer))
 
 
 def tell_of_commits(

@@ -26,6 +26,7 @@ from lightning_align.callbacks import spike_checks
 from lightning_align.callbacks.spike_evidence import SpikeEvidence
 from lightning_align.callbacks.spike_ladder import ACCEPT, NEAR_STEPS, Ladder, rungs_of
 from lightning_align.callbacks.spike_measures import Measured, Overflows, WindowLosses
+from lightning_align.callbacks.spike_rewind import SpikeRewind
 from lightning_align.optimizers.clipping import ZClip, clip_units_, units
 from lightning_align.reports.spikes import SpikeReport, describe
 from lightning_align.run.accumulation import drop_gradients
@@ -37,6 +38,7 @@ from lightning_align.spike_incidents import Incident
 from lightning_align.stability import SpikeDetector, SpikeVerdict
 
 _HOOK = "configure_gradient_clipping"
+_LEAVES_OUT = ("skip", "rewind", "stop")  # actions by which a step is not taken
 _WINDOW_KEY = "lightning_align.spike_guard"  # of a checkpoint in mid-accumulation
 
 
@@ -99,7 +101,7 @@ class SpikeGuard(Callback):
         skip_list: str | None = None,
     ) -> None:
         rungs = rungs_of(action)
-        for argument, value in {"rewind": "rewind" in rungs, "skip_list": skip_list}.items():
+        for argument, value in {"skip_list": skip_list}.items():
             spike_checks.refuse_unbuilt(argument, value)
         if agc is not None and not 0 < agc < math.inf:
             raise argument_error("SpikeGuard", "agc", agc, "must be a number above 0, say 0.01")
@@ -107,8 +109,15 @@ class SpikeGuard(Callback):
         self.detector = detector or SpikeDetector()
         self.ladder = Ladder(rungs, max_rewinds, max_consecutive_skips)
         self.verdict: SpikeVerdict | None = None
-        self.rewinding = (rewind_steps, skip_batches, snapshot_every_n_steps)
-        self.afterwards = (lr_factor, lr_steps, moments)
+        rewind = SpikeRewind(
+            rewind_steps,
+            snapshot_every_n_steps,
+            skip_batches,
+            lr_factor=lr_factor,
+            lr_steps=lr_steps,
+            moments=moments,
+        )
+        self._rewind = rewind if "rewind" in rungs else None
         self.evidence = SpikeEvidence(preview_tokens)
         self.report = SpikeReport(report_dir)
         self._losses = WindowLosses()
@@ -117,7 +126,7 @@ class SpikeGuard(Callback):
         self._units: dict[nn.Parameter, tuple[int, ...]] = {}
         self._planning: list[PlansChanges] = []
         self._window_start = 0  # number of the first batch of the open window
-        self._was_skipped = False
+        self._action: str | None = None  # that the latest step got
         self._as_built = copy.deepcopy(self.state_dict())
 
     # Before training
@@ -129,6 +138,8 @@ class SpikeGuard(Callback):
         spike_checks.check_run(trainer, pl_module, SpikeGuard)
         if self.agc is not None:
             spike_checks.check_agc(trainer)
+        if self._rewind is not None:
+            self._rewind.setup(trainer, pl_module, stage)
         if trainer.global_step == 0:  # a new run; a resumed one loads its state after setup
             self.load_state_dict(copy.deepcopy(self._as_built))
             self._losses = WindowLosses()
@@ -143,7 +154,11 @@ class SpikeGuard(Callback):
         theirs = getattr(pl_module, _HOOK)
         vars(pl_module)[_HOOK] = partial(self._before_clipping, pl_module, theirs)
         self.evidence.set_up(trainer, pl_module, self.report.is_read(trainer))
-        # Seam: the rewind is set up here.
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._rewind is not None:
+            self._rewind.start(trainer)
 
     # A window
 
@@ -181,13 +196,16 @@ class SpikeGuard(Callback):
         """What Lightning calls instead of the module's ``configure_gradient_clipping``."""
         trainer = pl_module.trainer
         measured = self._losses.close(trainer, pl_module)
+        self._action = None
         if measured is not None and not self._overflows.is_one(trainer, measured):
-            action = self._judge(trainer, pl_module, measured)
-            if action in ("skip", "rewind", "stop"):
+            self._action = action = self._judge(trainer, pl_module, measured)
+            if action in _LEAVES_OUT:
                 self._leave_out(trainer, pl_module, stop=action == "stop")
                 return
             self._clip(trainer, pl_module, measured.grad_norm, outlier=action == "clip")
         theirs(optimizer, **clipping)
+        if self._rewind is not None:
+            self._rewind.before_step(trainer)
 
     def _judge(
         self, trainer: Trainer, pl_module: LightningModule, measured: Measured
@@ -201,9 +219,11 @@ class SpikeGuard(Callback):
             self.ladder.calm()
             return None
         near = NEAR_STEPS * trainer.accumulate_grad_batches
-        position = batches_consumed(trainer)  # seam: of the stream
+        position = batches_consumed(trainer)  # of those trained: a rewind does not lead elsewhere
         shortens = self._limits.limit(measured.grad_norm) < measured.grad_norm
-        useless = () if shortens and measured.is_finite else ("clip",)
+        useless = [] if shortens and measured.is_finite else ["clip"]
+        if self._rewind is not None and not self._rewind.reaches(trainer):
+            useless.append("rewind")
         action = self.ladder.climb(position, near, is_finite=measured.is_finite, useless=useless)
         if action == ACCEPT:
             rank_zero_warn(
@@ -224,7 +244,6 @@ class SpikeGuard(Callback):
         """Let the optimizer's step move nothing, and nobody count its window."""
         drop_gradients(trainer, pl_module)
         forget_window([pl_module, *callbacks_of(trainer)])
-        self._was_skipped = True
         trainer.should_stop = trainer.should_stop or stop
 
     def _clip(
@@ -243,11 +262,22 @@ class SpikeGuard(Callback):
     ) -> None:
         if is_accumulating(trainer):
             return
-        again = self.evidence.after_step(trainer, pl_module, taken=not self._was_skipped)
+        action, self._action = self._action, None
+        again = self.evidence.after_step(trainer, pl_module, taken=action not in _LEAVES_OUT)
         if again is not None:
             self.report.update(trainer, again)
-        self._was_skipped = False
-        # Seam: the rewind, or its snapshot.
+        if self._rewind is None:
+            return
+        if action != "rewind":
+            self._rewind.after_batch(trainer)
+            return
+        climbed = self.ladder.state_dict()  # the run goes back, its guard does not come down
+        done = self._rewind.rewind(trainer)
+        self.ladder.load_state_dict(climbed)
+        rank_zero_info(
+            f"SpikeGuard: back from step {done.from_step} to step {done.to_step}; batches"
+            f" {done.left_out[0]} to {done.left_out[1] - 1} of the run are left out."
+        )
 
     # The end
 
@@ -257,13 +287,18 @@ class SpikeGuard(Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        vars(pl_module).pop(_HOOK, None)
+        self._stop(trainer, pl_module)
 
     @override
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
+        self._stop(trainer, pl_module)
+
+    def _stop(self, trainer: Trainer, pl_module: LightningModule) -> None:
         vars(pl_module).pop(_HOOK, None)
+        if self._rewind is not None:
+            self._rewind.stop(trainer)
 
     # Resuming
 
@@ -285,13 +320,14 @@ class SpikeGuard(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {
+        state = {
             "detector": self.detector.state_dict(),
             "ladder": self.ladder.state_dict(),
             "limits": self._limits.state_dict(),
             "overflows": self._overflows.in_a_row,
             "window_start": self._window_start,
         }
+        return state if self._rewind is None else {**state, "rewind": self._rewind.state_dict()}
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -300,3 +336,5 @@ class SpikeGuard(Callback):
         self._limits.load_state_dict(state_dict["limits"])
         self._overflows.in_a_row = state_dict["overflows"]
         self._window_start = state_dict["window_start"]
+        if self._rewind is not None and "rewind" in state_dict:
+            self._rewind.load_state_dict(state_dict["rewind"])

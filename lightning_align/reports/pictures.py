@@ -21,6 +21,7 @@ from fsspec.core import url_to_fs
 from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 
+from lightning_align._compat import lightning_logged
 from lightning_align.reports.texts import send
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def log_figure(
 
 def send_image(trainer: pl.Trainer, key: str, image_HWC: NDArray[np.uint8]) -> list[str]:
     """Send a picture to every logger that takes images; returns where it went, in words."""
-    step = trainer.global_step
+    step = lightning_logged.line_number(trainer)
     ways: dict[str, Callable[[Any], object]] = {
         "log_image": lambda log: log(key=key, images=[image_HWC], step=step),
         "add_image": lambda add: add(key, image_HWC, step, dataformats="HWC"),

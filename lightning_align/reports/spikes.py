@@ -16,6 +16,7 @@ from fsspec.core import url_to_fs
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_align._compat import lightning_logged
 from lightning_align.reports.pictures import draw, send_image, write_file
 from lightning_align.reports.spike_pictures import draw_incident, draw_overview
 from lightning_align.reports.texts import Row, send, send_rows
@@ -124,7 +125,7 @@ class SpikeReport:
         }
         numbers = {name: value for name, value in values.items() if value is not None}
         for logger in trainer.loggers:
-            logger.log_metrics(numbers, step=trainer.global_step)
+            logger.log_metrics(numbers, step=lightning_logged.line_number(trainer))
         send_rows(trainer, f"{KEY}/incidents", [_row(each) for each in self.incidents])
         title, text = f"Spike at step {incident.step}", describe(incident)
         send(trainer, KEY, {"alert": lambda alert: alert(title=title, text=text)})

@@ -19,6 +19,8 @@ from fsspec.implementations.local import LocalFileSystem
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_align._compat import lightning_logged
+
 Row = dict[str, Any]  # column -> plain value; every row of a call has the same columns
 
 
@@ -36,7 +38,7 @@ def log_rows(trainer: pl.Trainer, key: str, rows: list[Row], *, filename: str) -
     """
     if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return []
-    step = trainer.global_step
+    step = lightning_logged.line_number(trainer)
     places = send_rows(trainer, key, rows)
     if not places:
         path = os.path.join(trainer.default_root_dir, filename)
@@ -50,7 +52,7 @@ def log_rows(trainer: pl.Trainer, key: str, rows: list[Row], *, filename: str) -
 
 def send_rows(trainer: pl.Trainer, key: str, rows: list[Row]) -> list[str]:
     """Send rows to every logger that takes them; returns where they went, in words."""
-    step, columns = trainer.global_step, list(rows[0])
+    step, columns = lightning_logged.line_number(trainer), list(rows[0])
     data = [[row[name] for name in columns] for row in rows]
     text = "\n\n".join(map(_markdown, rows))
     ways: dict[str, Callable[[Any], object]] = {

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from torchmetrics import MeanMetric
 
@@ -78,3 +79,16 @@ def test_forgotten_is_all_that_was_logged_in_training() -> None:
     counts, _ = watched(forget, limit_train_batches=3)
     assert [after for _, after in counts] == [0, 0, 0]
     assert all(before > 0 for before, _ in counts)
+
+
+def test_lines_are_numbered_by_steps_and_where_a_run_goes_back_higher() -> None:
+    lines: list[tuple[int, int]] = []
+
+    def number(trainer: pl.Trainer) -> None:
+        lines.append((lightning_logged.lightnings_line(trainer), trainer.global_step))
+        assert lightning_logged.line_number(trainer) == max(lines[-1])
+        if trainer.global_step == 4:
+            trainer.fit_loop.epoch_loop._batches_that_stepped = 9
+
+    watched(number)
+    assert lines == [(0, 1), (1, 2), (2, 3), (3, 4), (10, 5), (11, 6)]

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from tqdm.auto import tqdm
 from typing_extensions import override
 
+from lightning_align._compat import lightning_logged
 from lightning_align.offload.bandwidth import (
     Bandwidth,
     BlockBytes,
@@ -80,6 +81,8 @@ class LogTraffic(pl.Callback):
         batch_idx: int,
     ) -> None:
         before, step = self._mark, trainer.global_step
+        if before is not None and step < before.steps:  # the run has gone back
+            self._mark = before = _mark(trainer)
         interval = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if before is None or step == before.steps or not interval or step % interval:
             return
@@ -89,7 +92,7 @@ class LogTraffic(pl.Callback):
         found = {**rates(before, self._mark), "resident_gb": resident}
         metrics = {f"zero_infinity/{name}": value for name, value in found.items()}
         for logger in trainer.loggers:  # not self.log: times are no part of a run that is resumed
-            logger.log_metrics(metrics, step=step - 1)  # as Lightning counts in its logs
+            logger.log_metrics(metrics, step=lightning_logged.lightnings_line(trainer))
 
 
 def _mark(trainer: pl.Trainer) -> Mark:
