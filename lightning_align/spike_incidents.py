@@ -96,6 +96,7 @@ class Incident:
         lrs: Learning rate of the steps up to it, the last one its own.
         history: ``{"step": [...], "loss": [...], "grad_norm": [...]}`` of the steps up to it.
         missing: What could not be looked at, and why.
+        stream: What tells the stream of batches from another, as plain data.
         notes: What else there is to know, such as checkpoints that hold the step.
     """
 
@@ -122,6 +123,7 @@ class Incident:
     lrs: list[float] = field(default_factory=list)
     history: dict[str, list[float]] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
+    stream: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @classmethod
@@ -135,12 +137,21 @@ class Incident:
         return json.dumps(_plain(asdict(self)), indent=1, ensure_ascii=False, allow_nan=False)
 
     @classmethod
-    def from_json(cls, text: str, source: str = "...") -> Incident:
+    def from_json(
+        cls,
+        text: str,
+        source: str = "...",
+        *,
+        where: str = "Incident.from_json",
+        argument: str = "source",
+    ) -> Incident:
         """The incident that ``to_json`` wrote; unknown fields of a later version are left out.
 
         Args:
             text: The JSON.
             source: Where it comes from, for the message.
+            where: What the user called.
+            argument: Name of the argument that led to the source.
 
         Raises:
             ValueError: If it is none.
@@ -150,11 +161,11 @@ class Incident:
             return incident
         except (ValueError, TypeError, AttributeError) as error:
             rule = f"is no report of an incident: {error}"
-            raise argument_error("Incident.from_json", "source", source, rule) from error
+            raise argument_error(where, argument, source, rule) from error
 
 
 _NESTED: dict[str, Any] = {"batches": BatchRecord, "layers": LayerRecord, "cause": Cause}
-_TEXTS = ("preview", "reason", "notes", "missing", "text")
+_TEXTS = ("preview", "reason", "notes", "missing", "text", "stream")
 
 
 def _build(kind: Any, values: dict[str, Any]) -> Any:

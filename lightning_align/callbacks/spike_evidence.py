@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from lightning_align._errors import check_least
 from lightning_align.callbacks.spike_layers import LayerFigures
 from lightning_align.data.sampler import PositionSampler
+from lightning_align.data.skipped import SkippedBatches
 from lightning_align.layers.surgery import evaluating
 from lightning_align.run.protocols import (
     ComputesBatchLoss,
@@ -213,6 +214,9 @@ class SpikeEvidence:
         incident.cause = name_cause(evidence)
         incident.layers = _layer_records(evidence)
         incident.first_layers = first_to_leave(evidence.grad_norms)
+        if incident.action in ("skip", "rewind", "stop"):  # what is rewound over comes later
+            positions = {(each.position, each.position + 1) for each in incident.batches}
+            incident.skipped = SkippedBatches(positions).plain()
         steps, losses, norms, _ = zip(*self._steps, strict=True)
         incident.history = {"step": list(steps), "loss": list(losses), "grad_norm": list(norms)}
 

@@ -34,6 +34,7 @@ from lightning_align.run.callbacks import callbacks_of
 from lightning_align.run.position import batches_consumed
 from lightning_align.run.protocols import MeasuresSteps, PlansChanges, forget_window
 from lightning_align.run.replicas import of_every_rank, scale_gradients
+from lightning_align.run.skipping import stream_position
 from lightning_align.spike_incidents import Incident
 from lightning_align.stability import SpikeDetector, SpikeVerdict
 
@@ -168,7 +169,7 @@ class SpikeGuard(Callback):
     ) -> None:
         if not self._losses.losses:
             self._window_start = batches_consumed(trainer)
-        self.evidence.begin_batch(batch, batches_consumed(trainer))
+        self.evidence.begin_batch(batch, stream_position(trainer))
 
     @override
     def on_before_backward(

@@ -50,6 +50,7 @@ COMMANDS = {
     "generate": Command("Write text with a trained model.", "lightning_align.cli.generate"),
     "export": Command("Write a checkpoint as a Hugging Face folder.", "lightning_align.cli.export"),
     "schedule": Command("Simulate and draw a pipeline.", "lightning_align.cli.schedule"),
+    "spikes": Command("Read reports of loss spikes, or find spikes.", "lightning_align.cli.spikes"),
     "completion": Command("Print a completion script.", "lightning_align.cli.completion"),
     "demo": Command("The whole job on a novel, in a few minutes.", "lightning_align.demo.run"),
 }
