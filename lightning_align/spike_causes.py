@@ -92,7 +92,7 @@ def name_cause(evidence: Evidence) -> Cause:
     share = _share_of_weights(evidence, excess, scale)
     weights_are_well = share is not None and share < 0.5
     broken = _broken(evidence)
-    if broken is not None and not (broken.layer is None and _lr_jump(evidence.lrs)):
+    if broken is not None and (broken.kind == "data" or _lr_jump(evidence.lrs) is None):
         return broken
     foreign = _written_from_outside(evidence)
     if foreign is not None and not weights_are_well:
