@@ -36,7 +36,7 @@ from lightning_align.run.protocols import (
     tokenizer_of,
     window_sums,
 )
-from lightning_align.run.replicas import of_every_rank
+from lightning_align.run.replicas import of_every_rank, replica
 from lightning_align.spike_causes import (
     Cause,
     Evidence,
@@ -207,7 +207,7 @@ class SpikeEvidence:
         self._flagged.add(incident.step)
         self._open = incident
         ranks = of_every_rank(trainer, self._own(trainer, module))
-        incident.batches = [BatchRecord(**each) for own in ranks for each in own["batches"]]
+        incident.batches = _of_all_replicas(ranks)
         incident.missing = list(dict.fromkeys(text for own in ranks for text in own["missing"]))
         evidence = self._evidence(ranks, incident)
         incident.lrs = evidence.lrs
@@ -241,7 +241,7 @@ class SpikeEvidence:
             with _first_broken(module, self._layers) as found:
                 self._loss(trainer, module, broken[0].batch, missing)
             own["broken_layer"] = next(iter(found), None)
-        own["batches"] = [asdict(each) for each in batches]
+        own |= {"batches": [asdict(each) for each in batches], "replica": replica(trainer)[1]}
         return own
 
     def _evidence(self, ranks: list[dict[str, Any]], incident: Incident) -> Evidence:
@@ -321,6 +321,20 @@ class SpikeEvidence:
         except RuntimeError as error:  # no memory left; an explanation is not worth a run
             missing.append(f"loss of a batch: {error}")
             return None
+
+
+def _of_all_replicas(ranks: list[dict[str, Any]]) -> list[BatchRecord]:
+    """The batches of each replica once, from a rank that knows the most losses of them."""
+    best: dict[int, list[dict[str, Any]]] = {}
+    for own in ranks:
+        before = best.setdefault(own["replica"], own["batches"])
+        if _known(own["batches"]) > _known(before):
+            best[own["replica"]] = own["batches"]
+    return [BatchRecord(**each) for batches in best.values() for each in batches]
+
+
+def _known(batches: list[dict[str, Any]]) -> int:
+    return sum(each["loss"] is not None for each in batches)
 
 
 def _layer_records(evidence: Evidence) -> list[LayerRecord]:

@@ -98,7 +98,8 @@ class LayerFigures:
         for at, figure in enumerate(FIGURES):
             for number, layer in enumerate(self.layers):
                 history = values[:, at, number].tolist()
-                if history and at == UPDATE and history[-1] == ABSENT:
+                is_here = count and values[-1, WEIGHT_NORM, number] != ABSENT
+                if is_here and at == UPDATE and history[-1] == ABSENT:
                     history[-1] = nan
                 if history and history[-1] != ABSENT:
                     found[figure][layer] = [value for value in history if value != ABSENT]

@@ -1,6 +1,7 @@
 """SpikeEvidence: what a guarded run knows of an incident, and what looking costs: nothing."""
 
 import math
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,8 @@ from lightning_align.callbacks.spike_evidence import SpikeEvidence
 from lightning_align.reports.spikes import SpikeReport
 from lightning_align.spike_incidents import Incident
 from tests.helpers.byte_tokenizer import ByteTokenizer
+from tests.helpers.pipelines import Run, one_process, pipeline
+from tests.helpers.ranks import ForkedRanks, run_ranks
 from tests.helpers.spiky import AlarmAt, Regression, batches
 from tests.modules.test_pretrain import fit, gpt2, llama, rows, sgd_module, weights
 
@@ -185,3 +188,59 @@ def test_samples_and_a_preview_come_from_the_datamodule(tmp_path: Any) -> None:
 def test_a_preview_of_less_than_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match=r"SpikeGuard\(preview_tokens=-1\): must be at least 0"):
         SpikeEvidence(preview_tokens=-1)
+
+
+def test_two_ranks_tell_each_other_what_they_have_seen(tmp_path: Any) -> None:
+    """A batch that is not finite on the second rank alone: both know which one it was."""
+
+    class Noisy(Regression):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            loss = super().training_step(batch, batch_idx)
+            return loss * (math.nan if batch_idx == 2 and self.global_rank == 1 else 1.0)
+
+    def train(rank: int) -> dict[str, Any]:
+        options: dict[str, Any] = {"devices": 2, "plugins": [ForkedRanks(rank, 2)]}
+        (incident,) = incidents_of(
+            Noisy(), batches(8), 2, strategy="ddp", default_root_dir=tmp_path, **options
+        )
+        return asdict(incident)
+
+    one, two = run_ranks(train)
+    assert repr(one) == repr(two)
+    batches_seen = [(each["rank"], each["position"]) for each in one["batches"]]
+    assert batches_seen == [(0, 2), (1, 2)]
+    assert [math.isnan(each["loss"]) for each in one["batches"]] == [False, True]
+    assert one["cause"]["kind"] == "numerics"
+
+
+@pytest.mark.slow
+def test_ranks_of_a_pipeline_put_their_layers_together() -> None:
+    """Each has gradients of its own stages; batches and losses are those of one process."""
+    kept: list[Kept] = []
+
+    def guard() -> SpikeGuard:
+        made = SpikeGuard("skip", AlarmAt(4))
+        made.report = Kept()
+        kept.append(made.report)
+        return made
+
+    class Asked(Run):
+        def fit(self, rank: int | None = None, ranks: int = 2, **options: Any) -> dict[str, Any]:
+            super().fit(rank, ranks, **options)
+            (incident,) = kept.pop().incidents
+            return asdict(incident)
+
+    strategy = {"schedule": "1F1B", "num_microbatches": 4}
+    run = Asked(model="llama", steps=6, strategy=strategy, callbacks=[guard])
+    ranks, alone = pipeline(run), one_process(run)
+    for ours in ranks:
+        assert [each["name"] for each in ours["layers"]] == [e["name"] for e in alone["layers"]]
+        for figure in ("grad_norm", "update", "gradient_ratio"):
+            assert [each[figure] for each in ours["layers"]] == pytest.approx(
+                [each[figure] for each in alone["layers"]], rel=1e-3
+            )
+        assert [each["position"] for each in ours["batches"]] == [4]
+        assert ours["batches"][0]["loss"] == pytest.approx(alone["batches"][0]["loss"], rel=1e-5)
+        assert ours["missing"] == [
+            "losses of batches after the step: PipelineStrategy divides the model among ranks"
+        ]
