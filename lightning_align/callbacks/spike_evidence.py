@@ -170,11 +170,13 @@ class SpikeEvidence:
         Returns:
             The incident of this step, if its batches' losses after the step were added.
         """
-        if self._layers is not None and taken and self._stepping:
-            self._layers.after_step()
-        self._stepping = False  # a window without a loss has no step to look at
+        stepping, self._stepping = self._stepping, False
         incident, self._open = self._open, None
         batches, self._window, self._sums_before = self._window, [], None
+        if not stepping:  # a window without a loss, or an overflow that a scaler has dealt with
+            return None
+        if self._layers is not None and taken:
+            self._layers.after_step()
         if incident is None:
             self._healthy = batches[-1] if batches else None
             return None

@@ -144,6 +144,7 @@ class SpikeGuard(Callback):
         if trainer.global_step == 0:  # a new run; a resumed one loads its state after setup
             self.load_state_dict(copy.deepcopy(self._as_built))
             self._losses = WindowLosses()
+            self.report.begin()
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -40,6 +40,10 @@ class SpikeReport:
 
     def __init__(self, folder: str | None) -> None:
         self.folder = folder
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin the reports of a new run."""
         self.incidents: list[Incident] = []
         self._names: dict[int, str] = {}  # by their number
         self._curve = {name: array("d") for name in ("step", "loss", "grad_norm")}
