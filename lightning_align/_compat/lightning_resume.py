@@ -406,18 +406,26 @@ def _with_inner(loop: _Loop) -> Iterator[_Loop]:
             yield from _with_inner(inner)
 
 
-def restart_in_epoch(trainer: pl.Trainer, states: list[dict[str, Any]]) -> None:
+def restart_in_epoch(trainer: pl.Trainer, states: list[dict[str, Any]]) -> bool:
     """Start the training loader anew in an epoch whose counters have been put back.
 
     Args:
         trainer: Who trains.
         states: Of the loaders, if they have any.
+
+    Returns:
+        Whether it has another batch. If not, the present one ends the epoch: what Lightning does
+        for such a batch before ``on_train_batch_end`` is done here.
     """
     loop: Any = trainer.fit_loop
     if states:
         loop._combined_loader._load_state_dicts(states)
     iter(loop._data_fetcher)
     loop._data_fetcher.fetched += loop.epoch_loop.batch_progress.current.ready
+    if loop._data_fetcher.done:
+        loop.epoch_loop.batch_progress.is_last_batch = True
+        loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=False)
+    return not loop._data_fetcher.done
 
 
 def wandb_run_id(trainer: pl.Trainer) -> str | None:

@@ -61,7 +61,7 @@ from lightning_align.run.loader import PositionedLoader
 from lightning_align.run.position import Place, batches_consumed, epoch_is_open, next_place
 from lightning_align.run.protocols import SnapshotsOwnPart, began_elsewhere, restores_in_fit
 from lightning_align.run.settings import Settings, restore_settings, settings_in_force
-from lightning_align.run.skipping import keep_skipping
+from lightning_align.run.skipping import begin_anew_in_epoch, keep_skipping
 
 _MEANS_KEY = "lightning_align.epoch_means"
 _PLATEAU_KEY = "lightning_align.plateau"
@@ -284,7 +284,7 @@ def restore(
     before_loader()
     if place.batch > 0:  # or the epoch is at its end, and the next one begins the loader
         keeper.place = place
-        lightning_resume.restart_in_epoch(trainer, loaders)
+        begin_anew_in_epoch(trainer, loaders)
         keeper.place = None
 
 

@@ -17,6 +17,7 @@ their rank's part rely on that.
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -85,6 +86,7 @@ class PositionedLoader(CombinedLoader):
         self._stream = EpochStream(0, 0, None, SkippedBatches(), self._ended)  # of this epoch
         self._drawn = 0  # batches of this epoch that were drawn, dropped ones not counted
         self._taken = Place(0, 0)  # the pass, and how many batches the loaders have given of it
+        self._begun = Place(0, 0)  # the same when this iteration of them began
         self._next = 0  # number in the stream of the batch that they give next
         self._drawn_ahead = False  # Lightning does so to notice the end of data without a length
         self._states: dict[int, list[dict[str, Any]]] = {}  # batches drawn -> states of the loaders
@@ -131,6 +133,7 @@ class PositionedLoader(CombinedLoader):
         while True:
             place = self._stream.place(self._drawn)
             if place.epoch != self._taken.epoch:
+                self._use_up_state()
                 self._begin(Place(place.epoch, 0), self._stream.number(self._drawn) - place.batch)
             try:
                 while self._taken.batch < place.batch:
@@ -151,9 +154,15 @@ class PositionedLoader(CombinedLoader):
         self._next += 1
         return batch
 
+    def _use_up_state(self) -> None:
+        """A loader may take up the state that it was given only where it is asked for a batch."""
+        if self._are_stateful and self._taken == self._begun:
+            with suppress(StopIteration):
+                self._take()
+
     def _begin(self, place: Place, number: int) -> None:
         """Begin an iteration of the loaders at a place, whose batch has that number."""
-        self._taken, self._next = place, number
+        self._taken, self._begun, self._next = place, place, number
         for loader in self.flattened:
             self._begin_pass(loader, first=self._iterator is None)
         self._reseed(place.epoch)
@@ -165,7 +174,7 @@ class PositionedLoader(CombinedLoader):
     def _begin_pass(self, loader: Any, *, first: bool) -> None:
         """Let nothing of earlier passes decide what this one yields."""
         epoch, taken = self._taken
-        restored = _is_stateful(loader) and taken > 0
+        restored = is_stateful(loader) and taken > 0
         for part in _parts(loader):
             # Lightning tells the epoch only after the workers have drawn the first batches.
             if callable(set_epoch := getattr(part, "set_epoch", None)):
@@ -177,7 +186,7 @@ class PositionedLoader(CombinedLoader):
         for sampler in _samplers(loader):
             self._let_follow(sampler)
         persistent = isinstance(loader, DataLoader) and loader.persistent_workers
-        if persistent and not first and not _is_stateful(loader):
+        if persistent and not first and not is_stateful(loader):
             # The draws of a worker that lives on depend on all the epochs before.
             shut_down_workers(loader)
 
@@ -206,7 +215,7 @@ class PositionedLoader(CombinedLoader):
 
     @property
     def _are_stateful(self) -> bool:
-        return all(map(_is_stateful, self.flattened))
+        return all(map(is_stateful, self.flattened))
 
     @override
     def _state_dicts(self) -> list[dict[str, Any]]:
@@ -222,7 +231,8 @@ class PositionedLoader(CombinedLoader):
             super()._load_state_dicts(states)
 
 
-def _is_stateful(loader: Any) -> bool:
+def is_stateful(loader: Any) -> bool:
+    """Whether a loader can tell and restore where it stands."""
     return all(callable(getattr(loader, f"{verb}state_dict", None)) for verb in ("", "load_"))
 
 

@@ -5,13 +5,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_align._compat.lightning_resume import restart_in_epoch, train_loaders
-from lightning_align._compat.lightning_trainer import current_hook, restart_train_iteration
+from lightning_align._compat.lightning_trainer import (
+    current_hook,
+    is_accumulating,
+    restart_train_iteration,
+)
 from lightning_align._errors import argument_error
 from lightning_align.data.skipped import SkippedBatches
+from lightning_align.run.accumulation import replace_window
 from lightning_align.run.callbacks import callbacks_of
-from lightning_align.run.loader import PositionedLoader
+from lightning_align.run.loader import PositionedLoader, is_stateful
 from lightning_align.run.passes import EndedPasses
 from lightning_align.run.position import Place, batches_consumed
 from lightning_align.run.protocols import datamodule_skips
@@ -149,7 +155,48 @@ def _begin_anew(trainer: pl.Trainer, *, in_epoch: bool) -> None:
         current: Any = batches.current
         states = loaders._state_dicts()
         loaders.restart_at = Place(loaders.started.epoch, int(current.processed))
-        restart_in_epoch(trainer, states)
+        begin_anew_in_epoch(trainer, states)
+
+
+def begin_anew_in_epoch(trainer: pl.Trainer, states: list[dict[str, Any]]) -> None:
+    """Begin the training loader anew where the counters of the epoch are.
+
+    Where the data have no length, and all that is left of them is passed over, the epoch is over.
+
+    Args:
+        trainer: Who fits.
+        states: Of the loaders, if they have any.
+    """
+    is_open = is_accumulating(trainer)
+    if not restart_in_epoch(trainer, states) and is_open:
+        replace_window(trainer, trainer.lightning_module, {})
+        rank_zero_warn(
+            "ExactResume: what is left of this epoch's data is passed over, in mid-accumulation: the"
+            " batches of the open window are left out, too."
+        )
+
+
+def check_begins_anew(trainer: pl.Trainer, where: str) -> None:
+    """Refuse a training loader that cannot yield its batches once more.
+
+    To be called in ``on_train_start``, by whoever wants to go back.
+
+    Args:
+        trainer: Who fits.
+        where: Who wants to.
+
+    Raises:
+        ValueError: If it is an iterator, or loads from one.
+    """
+    loaders = train_loaders(trainer)
+    for loader in loaders.flattened if loaders is not None else ():
+        for part in (loader, getattr(loader, "dataset", None)):
+            if isinstance(part, Iterator) and not is_stateful(loader):
+                rule = "an iterator cannot be begun anew, and going back draws its batches again"
+                way_out = "Give an object whose __iter__ begins at the first batch, such as a"
+                way_out += " DataLoader, or one with state_dict and load_state_dict"
+                name = type(part).__name__
+                raise argument_error(where, "train_dataloader", name, rule, way_out)
 
 
 def _skipping(trainer: pl.Trainer) -> Skipping | None:
