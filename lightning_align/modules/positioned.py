@@ -117,7 +117,7 @@ class PositionedDataModule(pl.LightningDataModule):
     @override
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands in which stream of batches, and the tokenizer of that stream."""
-        state = {"position": self.position, "skipped": self._skipped.plain(), **self._stream}
+        state = {"position": self.position, "skipped": self._skipped.plain(), **self.stream}
         return state | ({"tokenizer": packed} if (packed := self._tokenizer_state()) else {})
 
     def _tokenizer_state(self) -> dict[str, Any]:
@@ -143,7 +143,7 @@ class PositionedDataModule(pl.LightningDataModule):
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             return  # a checkpoint may be evaluated on any data
         way_out = "Resume with the same data and settings, or start a new run from the weights"
-        for argument, value in self._stream.items():
+        for argument, value in self.stream.items():
             saved = state_dict[argument]
             # Before setup (load_from_checkpoint) the fingerprint is unknown. Fitting asks again.
             if saved != value and value != "":
@@ -153,7 +153,7 @@ class PositionedDataModule(pl.LightningDataModule):
         self.skipped = state_dict["skipped"]
 
     @property
-    def _stream(self) -> dict[str, Any]:
+    def stream(self) -> dict[str, Any]:
         """All that decides which samples batch n holds, over all ranks."""
         batch = self.batch_size * self._replicas[0]
         return {"seed": self.seed, "batch": batch, "fingerprint": self.fingerprint}

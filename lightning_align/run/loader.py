@@ -92,6 +92,11 @@ class PositionedLoader(CombinedLoader):
         self._states: dict[int, list[dict[str, Any]]] = {}  # batches drawn -> states of the loaders
         self._own_seeds: dict[int, int] = {}  # id of a generator -> the seed that its owner chose
 
+    @property
+    def seed(self) -> int:
+        """Seed of the run."""
+        return self._seed()
+
     @override
     def __iter__(self) -> Self:
         self.started, self.restart_at = self.restart_at or self._place(), None

@@ -185,6 +185,15 @@ class SkipsBatches(Protocol):
     skipped: SkippedBatches
 
 
+@runtime_checkable
+class TellsStream(Protocol):
+    """It says what decides which samples a training batch holds, over all ranks."""
+
+    @property
+    def stream(self) -> dict[str, Any]:
+        """Plain data, the same wherever batch n is the same."""
+
+
 # Of a strategy
 
 
@@ -392,6 +401,13 @@ def datamodule_skips(trainer: pl.Trainer) -> SkipsBatches | None:
     data = datamodule_of(trainer)
     skips = isinstance(data, SkipsBatches) and isinstance(data.skipped, SkippedBatches)
     return data if skips else None
+
+
+def told_stream(trainer: pl.Trainer) -> dict[str, Any] | None:
+    """What the datamodule of a run says of its stream of batches, if it does."""
+    data = datamodule_of(trainer)
+    stream = data.stream if isinstance(data, TellsStream) else None
+    return stream if isinstance(stream, dict) else None  # one's own may mean something else
 
 
 def saves_whole_state(strategy: Strategy) -> bool:

@@ -171,8 +171,8 @@ def begin_anew_in_epoch(trainer: pl.Trainer, states: list[dict[str, Any]]) -> No
     if not restart_in_epoch(trainer, states) and is_open:
         replace_window(trainer, trainer.lightning_module, {})
         rank_zero_warn(
-            "ExactResume: what is left of this epoch's data is passed over, in mid-accumulation: the"
-            " batches of the open window are left out, too."
+            "ExactResume: what is left of this epoch's data is passed over, in mid-accumulation:"
+            " the batches of the open window are left out, too."
         )
 
 

@@ -117,6 +117,7 @@ ANSWER: dict[str, Callable[[], Any]] = {
     "SeparatesDocuments": text,
     "HasPosition": text,
     "SkipsBatches": text,
+    "TellsStream": text,
     "SpreadsModel": la.PipelineStrategy,
     "HoldsGradients": la.ZeROInfinityStrategy,
     "RestoresInFit": la.ZeROInfinityStrategy,
