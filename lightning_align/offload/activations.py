@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lightning_align._compat.torch_storage import expiry, identity
 from lightning_align.offload.buffers import BufferPool
+from lightning_align.offload.device import Copies, Event
 from lightning_align.offload.files import DirectFile, Threads, Transfer
 from lightning_align.offload.places import aligned
 
@@ -43,6 +44,10 @@ class _Copy:
     def __init__(self, number: int, offset: int, nbytes: int, device: torch.device) -> None:
         self.number, self.offset, self.nbytes, self.device = number, offset, nbytes, device
         self.memory: Tensor | None = None
+        self.there: Tensor | None = None  # again, where it came from
+        self.event: Event | None = None  # of the copy from there
+        self.source: Tensor | None = None  # until then, of what version
+        self.version = 0
         self.transfer = Transfer([])
 
 
@@ -60,13 +65,22 @@ class Activations:
     """Saved tensors that are away from memory; ``pack`` and ``unpack`` are autograd's hooks.
 
     Args:
-        folder: Where the file is; None copies into host memory what is on another device.
+        folder: Where the file is; None leaves in host memory what a device has copied there.
         threads: Who reads and writes.
+        copies: To and from that device; None where the host computes.
         pinned: Whether to register host memory with CUDA.
     """
 
-    def __init__(self, folder: Path | None, threads: Threads, *, pinned: bool = False) -> None:
-        self._file = None
+    def __init__(
+        self,
+        folder: Path | None,
+        threads: Threads,
+        copies: Copies | None = None,
+        *,
+        pinned: bool = False,
+    ) -> None:
+        self._file, self._copies = None, copies
+        self._device = torch.device("cpu") if copies is None else copies.device
         if folder is not None:
             self._file = DirectFile(folder / FILE, threads)
             self._file.path.unlink()  # nothing of it is left by a kill
@@ -75,6 +89,8 @@ class Activations:
         self._live: weakref.WeakValueDictionary[int, _Copy] = weakref.WeakValueDictionary()
         # Storage -> what keeps its identity from others, its version then, number of its copy.
         self._known: dict[int, tuple[Callable[[], bool], int, int]] = {}
+        self._leaving: deque[_Copy] = deque()  # from the device
+        self._returning: list[tuple[Event, Tensor]] = []  # host memory that is being copied
         self._writing: deque[_Copy] = deque()
 
     def begin(self) -> None:
@@ -86,8 +102,13 @@ class Activations:
 
     def settle(self) -> None:
         """Wait until all copies are in the file, and let their memory go."""
+        while self._leaving:
+            self._write_oldest()
         while self._writing:
             self._settle_oldest()
+        for event, _ in self._returning:
+            event.wait()
+        self._returning.clear()
 
     def pack(self, tensor: Tensor) -> Tensor | Moved:
         """Move a tensor's storage, if that is large.
@@ -96,13 +117,13 @@ class Activations:
             tensor: What autograd saves; strided.
         """
         storage = tensor.untyped_storage()
-        on_host = tensor.device.type == "cpu"
-        if storage.nbytes() < LEAST_BYTES or (self._file is None and on_host):
+        is_there = self._file is None and self._copies is None
+        if is_there or tensor.device != self._device or storage.nbytes() < LEAST_BYTES:
             return tensor
         if type(tensor) is not Tensor or tensor.is_meta or tensor.is_conj() or tensor.is_neg():
             return tensor
         where = int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride()
-        return Moved(self._copied(storage, tensor._version), tensor.dtype, *where)
+        return Moved(self._copied(storage, tensor), tensor.dtype, *where)
 
     def unpack(self, moved: Moved) -> Tensor:
         """The tensor again."""
@@ -110,12 +131,22 @@ class Activations:
         self._read(copy)
         self._read_ahead(copy.number)
         copy.transfer.wait()
-        assert copy.memory is not None
-        if copy.memory.device != copy.device:
-            copy.memory = copy.memory.to(copy.device)
+        memory = copy.memory if self._copies is None else self._there(copy, self._copies)
+        assert memory is not None
         empty = torch.empty(0, dtype=moved.dtype, device=copy.device)
-        storage = copy.memory.untyped_storage()
+        storage = memory.untyped_storage()
         return empty.set_(storage, moved.offset, moved.shape, moved.stride)
+
+    def _there(self, copy: _Copy, copies: Copies) -> Tensor:
+        if copy.there is None:
+            while copy in self._leaving:
+                self._write_oldest()
+            assert copy.memory is not None
+            copy.there, event = copies.to_device(copy.memory[: copy.nbytes])
+            event.compute_waits()
+            self._returning = [each for each in self._returning if not each[0].is_done]
+            self._returning.append((event, copy.memory))
+        return copy.there
 
     def close(self) -> None:
         """Close the file; what is in it is lost."""
@@ -123,30 +154,53 @@ class Activations:
         if self._file is not None:
             self._file.close()
 
-    def _copied(self, storage: torch.UntypedStorage, version: int) -> _Copy:
-        key = identity(storage)
+    def _copied(self, storage: torch.UntypedStorage, tensor: Tensor) -> _Copy:
+        key, version = identity(storage), tensor._version
         known = self._known.get(key)
         if known is not None and known[1] == version:
             found = self._live.get(known[2])
             if found is not None:
                 return found
-        copy = self._copy(storage)
+        copy = self._copy(storage, tensor)
         self._known[key] = expiry(storage), version, copy.number
         self._live[copy.number] = copy
         return copy
 
-    def _copy(self, storage: torch.UntypedStorage) -> _Copy:
+    def _copy(self, storage: torch.UntypedStorage, tensor: Tensor) -> _Copy:
         copy = _Copy(self._number, self._end, storage.nbytes(), storage.device)
         self._number, self._end = self._number + 1, self._end + aligned(copy.nbytes)
         copy.memory = self._pool.take(aligned(copy.nbytes))
         theirs = torch.empty(0, dtype=torch.uint8, device=copy.device).set_(storage)
-        copy.memory[: copy.nbytes].copy_(theirs)
+        if self._copies is None:
+            copy.memory[: copy.nbytes].copy_(theirs)
+            self._write(copy)
+            return copy
+        copy.event = self._copies.to_host(theirs, copy.memory[: copy.nbytes])
+        copy.source, copy.version = tensor.detach(), tensor._version
+        self._leaving.append(copy)
+        if len(self._leaving) > _UNDER_WAY:
+            self._write_oldest()
+        return copy
+
+    def _write_oldest(self) -> None:
+        copy = self._leaving.popleft()
+        assert copy.event is not None
+        copy.event.wait()
+        if copy.source is not None and copy.source._version != copy.version:  # who knows when
+            raise RuntimeError(
+                "A tensor that autograd has saved was modified in place while it was copied from"
+                " the device. Set offload_activations='none', or leave the operation's inplace out."
+            )
+        copy.source = None
+        self._write(copy)
+
+    def _write(self, copy: _Copy) -> None:
         if self._file is not None:
+            assert copy.memory is not None
             copy.transfer = self._file.write(copy.memory, copy.offset)
             self._writing.append(copy)
             if len(self._writing) > _UNDER_WAY:
                 self._settle_oldest()
-        return copy
 
     def _settle_oldest(self) -> None:
         copy = self._writing.popleft()

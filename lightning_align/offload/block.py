@@ -4,6 +4,9 @@ A parameter of a block is the same object all the time; only its data come and g
 away they are one NaN that is seen in the parameter's shape, which takes no memory; and whoever
 reads them is told so (``away``).
 
+Where something else than the host computes, a block that is present has two memories: in the host's
+it is read, updated and written, and on the device there is a copy, in which its parameters are.
+
 Where several ranks train one model a block's memory is cut into as many sections, all of one
 length, and each rank stores and updates the parameters, or pieces of them, that lie in its own.
 """
@@ -29,7 +32,8 @@ class Block:
         read_only: Whether nobody ever trains it: it has one file, and no part in what is saved.
 
     Attributes:
-        kept: Whether its values stay in memory from beginning to end.
+        kept: Whether its values stay in host memory from beginning to end.
+        travels: Whether they do, and come and go on a device that computes all the same.
         is_stored: Whether its values are on a drive; otherwise they are in memory alone.
         gradients_stay: Whether its gradients stay in ``p.grad`` until they are used.
         states_stay: Whether its optimizer state stays in memory, and is nowhere else.
@@ -37,7 +41,8 @@ class Block:
         nbytes: Length of that memory.
         section: Which part of it this rank stores and updates; without others, all of it.
         pieces: What lies there, by name of parameter.
-        memory: The values, while they are here.
+        memory: The values in host memory, while they are there.
+        there: Their copy on another device that computes, while there is one.
         users: Forwards that are running in it now.
         within: The block in whose forward it is called, if any.
     """
@@ -54,8 +59,10 @@ class Block:
         self.parameters = dict(parameters)
         self.kept = self.gradients_stay = kept
         self.is_stored, self.states_stay = True, False
+        self.travels = False
         self.divide(0, 1)
         self.memory: Tensor | None = None
+        self.there: Tensor | None = None
         self._stored: list[int] = []  # versions of the parameters
         self.users = 0
         self.within: Block | None = None
@@ -114,6 +121,16 @@ class Block:
             yield dtype, slice(begin, within.stop)
 
     @property
+    def comes_and_goes(self) -> bool:
+        """Whether parameters are away while others compute."""
+        return self.travels or not self.kept
+
+    @property
+    def seen(self) -> Tensor | None:
+        """The memory in which the parameters are, while they compute."""
+        return self.memory if self.there is None else self.there
+
+    @property
     def section_nbytes(self) -> int:
         """Bytes that each rank stores of it."""
         return int(self.section.stop - self.section.start)
@@ -122,6 +139,13 @@ class Block:
     def trainable(self) -> dict[str, nn.Parameter]:
         """Parameters that require gradients now."""
         return {name: p for name, p in self.parameters.items() if p.requires_grad}
+
+    def take_gradients(self) -> dict[str, Tensor]:
+        """The gradients in ``p.grad``, which are no longer there."""
+        found = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        return found
 
     def copy_into(self, memory: Tensor) -> None:
         """Copy the parameters' values, which must be here, into memory of ``nbytes``."""
@@ -132,6 +156,14 @@ class Block:
     def show(self, memory: Tensor) -> None:
         """Let the parameters have their values there."""
         self.memory = memory
+        self._be_in(memory)
+
+    def show_there(self, there: Tensor) -> None:
+        """Let the parameters be in the copy of their values on another device."""
+        self.there = there
+        self._be_in(there)
+
+    def _be_in(self, memory: Tensor) -> None:
         for name, place in self.places.items():
             come_back(self.parameters[name], place.of(memory))
         self.note_stored()
@@ -144,7 +176,8 @@ class Block:
     def is_edited(self) -> bool:
         """Whether somebody has changed values that stay in memory, in place, since then."""
         now = [parameter._version for parameter in self.parameters.values()]
-        return self.kept and self.memory is not None and now != self._stored
+        is_here = self.memory is not None and not self.comes_and_goes
+        return is_here and now != self._stored
 
     def show_section(self, memory: Tensor) -> None:
         """Let the parameters be their pieces, for the optimizer.
@@ -161,8 +194,17 @@ class Block:
     def hide(self) -> None:
         """Take the values away; who holds a view of them keeps it, and the memory with it."""
         self.memory = None
+        self.hide_there()
+
+    def hide_there(self) -> None:
+        """Take the parameters away from the device; values in host memory stay."""
+        self.there = None
         for name in self.parameters:
             self._go_away(name)
+
+    def stand_in_on(self, device: torch.device) -> None:
+        """Let parameters be on a device whenever they are away; autograd asks where they are."""
+        self._nan = {name: nan.to(device) for name, nan in self._nan.items()}
 
     def _go_away(self, name: str) -> None:
         stand_in = self._nan[name].expand(self.places[name].shape)

@@ -87,7 +87,8 @@ class BufferPool:
             self.allocated_bytes += block.nbytes
         owner = np.frombuffer(block.memory, np.uint8)
         weakref.finalize(owner, self._free.append, block).atexit = False
-        return torch.frombuffer(owner, dtype=torch.uint8)[:nbytes]
+        with torch.inference_mode(False):  # what a validation has read may be written in training
+            return torch.frombuffer(owner, dtype=torch.uint8)[:nbytes]
 
     def _free_block(self, nbytes: int) -> HostBlock | None:
         """Take the smallest free block that has so many bytes, and not far more."""

@@ -10,7 +10,7 @@ where nobody calls its module.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from torch.utils._pytree import tree_leaves
 from lightning_align.offload.activations import Activations
 from lightning_align.offload.block import Block
 from lightning_align.offload.buffers import BufferPool, Memory
+from lightning_align.offload.device import Copies
+from lightning_align.offload.device_blocks import Arrived, Departures, DeviceBlocks
 from lightning_align.offload.files import Threads
 from lightning_align.offload.gradients import GradientSums
 from lightning_align.offload.optimizer_stream import StepsParameters
@@ -64,7 +66,7 @@ class OffloadEngine:
         self.blocks = list(store.blocks.values())
         self.pool = BufferPool(memory.pool_bytes, self._relieve, pinned=memory.pinned)
         self.residents = Residents(store, self.pool, memory.blocks)
-        self._moving = [block for block in self.blocks if not block.kept]
+        self._moving = [block for block in self.blocks if block.comes_and_goes]
         self._summed = [block for block in self.blocks if not block.gradients_stay]
         folders = None if memory.gradients else store.folders
         self.gradients = GradientSums(folders, self._summed, self.pool, threads)
@@ -83,6 +85,7 @@ class OffloadEngine:
         self._factor: Tensor | None = None  # by which this backward scales them
         self._scaled: set[str] = set()  # blocks that it has scaled
         self._reductions: Reductions | None = None  # of a backward that closes a window of ranks
+        self._departures: Departures | None = None  # of gradients, where a device computes
         self._phase = "forward"  # in backward a block that recomputes is called, too
         self._handles: list[Any] = []
 
@@ -97,7 +100,7 @@ class OffloadEngine:
             return
         for block in self.blocks:
             module = self._modules.get(block.name)
-            stays = block.kept and block.states_stay  # there is nothing to fetch
+            stays = block.states_stay and not block.comes_and_goes  # there is nothing to fetch
             if module is not None and not stays:
                 hooks: Any = module
                 self._handles += [
@@ -111,8 +114,19 @@ class OffloadEngine:
             self._handles.pop().remove()
         self._hooked.clear()
         self.gradients.clear()
+        self.compute_on(None)
         self.residents.release_all()
         self.pool.trim()
+
+    def compute_on(self, copies: Copies | None) -> None:
+        """Let the modules compute on a device from now on.
+
+        Args:
+            copies: To and from it; None means in host memory, as at the beginning.
+        """
+        device = None if copies is None else DeviceBlocks(copies, self.pool)
+        self.residents.compute_on(device)
+        self._departures = None if device is None else Departures(device, self._collected)
 
     def optimize_with(
         self, optimizer: Optimizer, *, fresh: bool, has_masters: bool = False
@@ -171,7 +185,9 @@ class OffloadEngine:
         """Around a forward that may be followed by a backward."""
         self.residents.begin("forward")
         for block in self._left():  # gradients of a window that was resumed
-            self.gradients.add(block)
+            device = self.residents.device
+            arrived = device.receive(block, block.take_gradients()) if device else None
+            self.gradients.add(block, arrived)
         for parameter in self._owner.keys() - self._hooked:
             if parameter.requires_grad:
                 hooks: Any = parameter
@@ -195,7 +211,7 @@ class OffloadEngine:
         """
         self.finish_updates()  # of blocks that this forward has not called
         self.residents.begin("backward")
-        self._early, self._factor = updates, factor
+        self._early, self._factor = updates, None if factor is None else factor.cpu()
         self._scaled.clear()
         self._phase = "backward"
         self._waiting = {block.name: len(block.trainable) for block in self.blocks}
@@ -204,16 +220,20 @@ class OffloadEngine:
             order = [block for block in summed if block.trainable]
             self._reductions = Reductions(self.store.ranks, self.gradients, order, self._reduced)
         try:
-            yield
+            with nullcontext() if self._departures is None else _in_this_thread():
+                yield
             if self.activations is not None:
                 self.activations.settle()
             for block in self._left():  # those of which some parameters have got no gradient
                 self._collect(block)
+            self._finish_departures()
             if self._reductions is not None:
                 self._reductions.finish()
                 self._share_what_stays()
                 self.gradients.share_norms(self._summed, self.store.ranks)
         finally:
+            if self._departures is not None:
+                self._departures.drop()
             self._early, self._phase, self._reductions = False, "forward", None
 
     def _left(self) -> list[Block]:
@@ -230,9 +250,20 @@ class OffloadEngine:
         if not self._waiting[block.name]:
             self._collect(block)
 
-    @torch.no_grad()
     def _collect(self, block: Block) -> None:
-        """All gradients of a block are there."""
+        """All gradients of a block are there, on whatever device."""
+        if self._departures is None or block.gradients_stay:
+            self._collected(block)
+        else:
+            self._departures.take(block)
+
+    def _finish_departures(self) -> None:
+        if self._departures is not None:
+            self._departures.finish()
+
+    @torch.no_grad()
+    def _collected(self, block: Block, arrived: Arrived | None = None) -> None:
+        """All gradients of a block are there, in host memory."""
         reductions = self._reductions
         if self.gradients.is_used(block) or (reductions and reductions.has_taken(block)):
             raise RuntimeError(
@@ -240,7 +271,7 @@ class OffloadEngine:
                 " under reentrant checkpointing. Set update_in_backward=False."
             )
         alone = self._early and not self.gradients.names(block)  # there is nothing to add them to
-        if block.gradients_stay or (alone and reductions is None):
+        if block.gradients_stay or (alone and reductions is None and arrived is None):
             if self._early and self.store.ranks.size == 1:
                 self._scaled.add(block.name)
                 self.gradients.use(block, factor=self._factor)
@@ -249,9 +280,9 @@ class OffloadEngine:
         if reductions is not None:
             if self._early:
                 self.residents.keep_section(block)
-            reductions.take(block)
+            reductions.take(block, arrived)
             return
-        memory = self.gradients.add(block, factor=self._factor, store=not self._early)
+        memory = self.gradients.add(block, arrived, factor=self._factor, store=not self._early)
         self._scaled.add(block.name)
         if self._early:
             self.updates.update(block, memory, "backward")
@@ -304,9 +335,11 @@ class OffloadEngine:
         """Multiply the gradients of parameters, those of blocks when they are read."""
         here = [p.grad for p in parameters if p.grad is not None]
         if here:
-            torch._foreach_mul_(here, factor)
+            there = factor.to(here[0].device) if isinstance(factor, Tensor) else factor
+            torch._foreach_mul_(here, there)
         if self.gradients.stay:
             return
+        factor = factor.cpu() if isinstance(factor, Tensor) else factor
         if self._factor is not None:
             assert torch.equal(self._factor, torch.as_tensor(factor))
             for block in self._summed:  # those that the last backward did not come to
@@ -335,3 +368,10 @@ class OffloadEngine:
             self.activations.close()
         self.store.close()
         self.threads.close()
+
+
+def _in_this_thread() -> AbstractContextManager[Any]:
+    """Around a backward on a device, which would run in another thread than forward and waits."""
+    context: Any = torch.autograd.set_multithreading_enabled
+    found: AbstractContextManager[Any] = context(False)
+    return found

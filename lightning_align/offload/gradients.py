@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_align.offload.block import Block
 from lightning_align.offload.buffers import BufferPool
+from lightning_align.offload.device_blocks import Arrived
 from lightning_align.offload.files import Threads, Transfer
 from lightning_align.offload.places import Place
 from lightning_align.offload.ranks import Ranks
@@ -94,12 +95,18 @@ class GradientSums:
         self._used.add(block.name)
 
     def add(
-        self, block: Block, *, factor: Tensor | float | None = None, store: bool = True
+        self,
+        block: Block,
+        arrived: Arrived | None = None,
+        *,
+        factor: Tensor | float | None = None,
+        store: bool = True,
     ) -> Tensor:
         """Move the gradients of a block into its sums.
 
         Args:
             block: Which one.
+            arrived: Its gradients, from a device; None means those in ``p.grad``.
             factor: What the sums are then multiplied by.
             store: Whether to put the sums away; otherwise the caller uses them at once.
 
@@ -107,28 +114,35 @@ class GradientSums:
             The block's sums.
         """
         known = self._names.setdefault(block.name, set())
-        memory = self._read(block) if known else self._pool.take(block.nbytes)
-        for name, parameter in block.parameters.items():
-            if parameter.grad is None:
-                continue
-            place = block.places[name].of(memory)
+        gradients = block.take_gradients() if arrived is None else dict(arrived.gradients)
+        if arrived is not None and not known:  # they are their own first sums
+            memory = arrived.memory
+            known.update(gradients)
+            gradients.clear()
+        else:
+            memory = self._read(block) if known else self._pool.take(block.nbytes)
+        for name in list(gradients):
+            place, gradient = block.places[name].of(memory), gradients.pop(name)  # and let go
             if name in known:
-                place.add_(parameter.grad)
+                place.add_(gradient)
             else:
-                place.copy_(parameter.grad)
+                place.copy_(gradient)
                 known.add(name)
-            parameter.grad = None
         parts = {name: block.places[name] for name in known}
         self._finish(block, parts, memory, factor=factor, store=store)
         return memory
 
-    def to_reduce(self, block: Block) -> tuple[Tensor, Tensor]:
+    def to_reduce(self, block: Block, arrived: Arrived | None = None) -> tuple[Tensor, Tensor]:
         """The window's sums of a block on this rank, with zeros where there is none.
+
+        Args:
+            block: Which one.
+            arrived: As in ``add``.
 
         Returns:
             They, and for each parameter whether it has one.
         """
-        memory = self.add(block, store=False)
+        memory = self.add(block, arrived, store=False)
         known = self.names(block)
         for name in block.parameters.keys() - known:
             block.places[name].of(memory).zero_()
@@ -239,11 +253,12 @@ class GradientSums:
             Names of those that are of the block.
         """
         names = block.parameters.keys() & gradients.keys()
+        memory = self._pool.take(block.nbytes)
         for name in names:
-            parameter = block.parameters[name]
-            parameter.grad = gradients[name].to(dtype=parameter.dtype, copy=True)
+            block.places[name].of(memory).copy_(gradients[name])
         if names:
-            self.add(block)
+            views = {name: block.places[name].of(memory) for name in names}
+            self.add(block, Arrived(memory, views, []))
         return names
 
     def put(self, block: Block, memory: Tensor) -> None:
@@ -258,7 +273,7 @@ class GradientSums:
     def norms_of(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
         """Norms of the gradients that are there, parameter by parameter; also of ``p.grad``."""
         return [
-            self.norms[p] if p in self.norms else torch.linalg.vector_norm(p.grad)
+            self.norms[p] if p in self.norms else torch.linalg.vector_norm(p.grad).cpu()
             for p in parameters
             if p in self.norms or p.grad is not None
         ]

@@ -23,6 +23,7 @@ class MemoryFile:
         nbytes: What lies in memory.
         behind: Where the rest is; None if there is none.
         memory: The values; None makes room for them.
+        pinned: Whether to register that room with CUDA.
     """
 
     def __init__(
@@ -30,9 +31,11 @@ class MemoryFile:
         nbytes: int,
         behind: DirectFile | StripedFile | None = None,
         memory: Tensor | None = None,
+        *,
+        pinned: bool = False,
     ) -> None:
         if memory is None:
-            block = HostBlock(nbytes, pinned=False)
+            block = HostBlock(nbytes, pinned=pinned)
             memory = torch.frombuffer(block.memory, dtype=torch.uint8)[:nbytes]
         self._memory: Tensor = memory
         self._behind = behind

@@ -11,12 +11,15 @@ update its own section is enough.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from lightning_align.offload.block import Block
 from lightning_align.offload.buffers import BufferPool
+from lightning_align.offload.device_blocks import DeviceBlocks
 from lightning_align.offload.files import Transfer
 from lightning_align.offload.store import ShardStore
 
@@ -30,7 +33,8 @@ class Residents:
         count: How many that need not stay may be there at a time, at least 2.
 
     Attributes:
-        by_storage: Where in memory those are that need not stay.
+        by_storage: Where in memory those are that need not stay, and compute.
+        device: Where blocks compute, if that is not host memory.
         fetched: Called with a block whose values are here, and the phase, before they are used.
     """
 
@@ -38,6 +42,7 @@ class Residents:
         assert count >= 2
         self.count = count
         self.by_storage: dict[int, Block] = {}
+        self.device: DeviceBlocks | None = None
         self._store, self._pool = store, pool
         self._reading: dict[str, tuple[Tensor, Transfer]] = {}
         self._own: dict[str, tuple[Tensor, Transfer]] = {}  # sections, for updates to come
@@ -62,21 +67,58 @@ class Residents:
             block: Which one.
             phase: What for; blocks follow each other in a phase as they did the last time.
         """
+        memory = self.values(block, phase)
+        if self.device is not None:
+            memory = self.device.bring(block)
+        if block.comes_and_goes:
+            self.by_storage[memory.untyped_storage().data_ptr()] = block
+        return memory
+
+    def values(self, block: Block, phase: str) -> Tensor:
+        """The block's values in host memory, for whoever does not compute with them.
+
+        Args:
+            block: Which one.
+            phase: As in ``fetch``.
+        """
+        self._read(block)
+        if block.comes_and_goes:
+            self._recent[block.name] = block
+            self._recent.move_to_end(block.name)
+            self._make_room(0)
+        self._foresee(block.name, phase)
+        self.fetched(block, phase)
+        return self._current(block)
+
+    def _current(self, block: Block) -> Tensor:
+        if self.device is not None and block.is_edited:
+            return self.edited(block)
+        assert block.memory is not None
+        return block.memory
+
+    def edited(self, block: Block) -> Tensor:
+        """The block's values in host memory, as somebody has edited them where they compute."""
+        if self.device is not None and block.there is not None:
+            self._store.settle(block.name)
+            self.device.take_back(block)
+        assert block.memory is not None
+        return block.memory
+
+    def _read(self, block: Block) -> None:
         if block.memory is None:
             if block.name not in self._reading:
                 self._start(block)
             memory, transfer = self._reading.pop(block.name)
             transfer.wait()
+            self.put(block, memory)
+
+    def put(self, block: Block, memory: Tensor) -> None:
+        """Let a block have its values in host memory there; they compute when they are fetched."""
+        if self.device is None:
             block.show(memory)
-        assert block.memory is not None
-        if not block.kept:
-            self._recent[block.name] = block
-            self.by_storage[block.memory.untyped_storage().data_ptr()] = block
-            self._recent.move_to_end(block.name)
-            self._make_room(0)
-        self._foresee(block.name, phase)
-        self.fetched(block, phase)
-        return block.memory
+        else:
+            block.memory = memory
+            self.device.admit(block)
 
     def foresee_section(self, block: Block) -> None:
         """Begin to read the section of a block that this rank will update."""
@@ -99,44 +141,59 @@ class Residents:
             block: Which one.
             phase: What for.
         """
-        if self._store.ranks.size == 1:
-            return self.fetch(block, phase)
+        alone = self._store.ranks.size == 1
         self.foresee_section(block)
         if block.name in self._own:
             memory, transfer = self._own.pop(block.name)
             transfer.wait()
         else:
-            assert block.memory is not None
-            memory = block.memory[block.section]
-        block.show_section(memory)
+            values = self.values(block, phase) if alone else self._current(block)
+            memory = values[block.section]
+        if self.device is not None:
+            self.device.settle(block)
+        if not alone or self.device is not None:
+            block.show_section(memory)
         return memory
 
     def section_updated(self, block: Block) -> None:
         """Behind an update of a section: others have updated theirs, too."""
-        if self._store.ranks.size == 1:
-            return
-        if not block.kept:
+        alone = self._store.ranks.size == 1
+        if not alone and not block.kept:
             self.discard(block)
             return
         assert block.memory is not None
-        self._gather(block, block.memory).wait()
-        block.show(block.memory)
+        if not alone:
+            self._gather(block, block.memory).wait()
+        if self.device is not None:
+            self._compute_no_more(block)
+            self.device.updated(block)
+        elif not alone:
+            block.show(block.memory)
 
     def discard(self, block: Block) -> None:
         """Give up a block whose values are no longer those that are stored."""
         if block.name in self._reading:
             self._reading.pop(block.name)[1].wait()
-        if block.memory is not None:
-            self.by_storage.pop(block.memory.untyped_storage().data_ptr(), None)
         self._recent.pop(block.name, None)
+        self._compute_no_more(block)
+        if self.device is not None:
+            self.device.leave(block)
         block.hide()
 
     def release(self, block: Block) -> None:
         """Give a block up, unless it stays."""
         self._recent.pop(block.name, None)
-        if not block.kept and block.memory is not None and not block.users:
-            del self.by_storage[block.memory.untyped_storage().data_ptr()]
+        if block.users or not block.comes_and_goes:
+            return
+        self._compute_no_more(block)
+        if self.device is not None:
+            self.device.leave(block)
+        if not block.kept:
             block.hide()
+
+    def _compute_no_more(self, block: Block) -> None:
+        if block.seen is not None:
+            self.by_storage.pop(block.seen.untyped_storage().data_ptr(), None)
 
     def release_all(self) -> None:
         """Give up whatever need not stay."""
@@ -146,6 +203,35 @@ class Residents:
             begun.clear()
         for block in list(self._recent.values()):
             self.release(block)
+
+    def compute_on(self, device: DeviceBlocks | None) -> None:
+        """Let blocks compute somewhere else from now on; None is host memory."""
+        if device is self.device:
+            return
+        self.release_all()
+        if self.device is not None:
+            for block in self._store.blocks.values():
+                if block.is_edited:
+                    self.edited(block)
+                block.stand_in_on(torch.device("cpu"))
+                self.device.leave(block)
+                if block.memory is not None:
+                    block.show(block.memory)
+            self.device.settle_all()
+        self.device = device
+        if device is not None:
+            for block in self._store.blocks.values():
+                device.admit(block)
+
+    @contextmanager
+    def in_host_memory(self) -> Iterator[None]:
+        """Around what asks parameters where they are, to put something else there."""
+        device = self.device
+        self.compute_on(None)
+        try:
+            yield
+        finally:
+            self.compute_on(device)
 
     def _start(self, block: Block) -> None:
         memory = self._pool.take(block.nbytes)

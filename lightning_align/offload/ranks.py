@@ -201,9 +201,12 @@ class Ranks:
             distributed.all_reduce(present, distributed.ReduceOp.MAX, self._group)
             for parameter in (p for p, there in zip(parameters, present, strict=True) if there):
                 if parameter.grad is None:
-                    parameter.grad = torch.zeros(parameter.shape, dtype=parameter.dtype)
-                parameter.grad.mul_(1 / self.size)
-                distributed.all_reduce(parameter.grad, group=self._group)
+                    parameter.grad = torch.zeros(
+                        parameter.shape, dtype=parameter.dtype, device=parameter.device
+                    )
+                here = parameter.grad.mul_(1 / self.size).cpu()  # messages are of host memory
+                distributed.all_reduce(here, group=self._group)
+                parameter.grad.copy_(here)
 
         self._start(run).result()
 

@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from torch import Tensor
 
 from lightning_align.offload.block import Block
+from lightning_align.offload.device_blocks import Arrived
 from lightning_align.offload.gradients import GradientSums
 from lightning_align.offload.ranks import Ranks
 
@@ -46,10 +47,15 @@ class Reductions:
         """Whether the gradients of a block were taken."""
         return block.name in self._taken
 
-    def take(self, block: Block) -> None:
-        """Take the gradients of a block, which are all there."""
+    def take(self, block: Block, arrived: Arrived | None = None) -> None:
+        """Take the gradients of a block, which are all there.
+
+        Args:
+            block: Which one.
+            arrived: They, from a device; None means those in ``p.grad``.
+        """
         self._taken.add(block.name)
-        self._ready[block.name] = self._gradients.to_reduce(block)
+        self._ready[block.name] = self._gradients.to_reduce(block, arrived)
         while self._order and self._order[0].name in self._ready:
             following = self._order.popleft()
             memory, present = self._ready.pop(following.name)

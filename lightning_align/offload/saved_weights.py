@@ -44,7 +44,7 @@ class SavedWeights:
     ) -> None:
         self._residents = residents
         self._activations = activations
-        self._kept = [block for block in blocks if block.kept]
+        self._kept = [block for block in blocks if not block.comes_and_goes]
 
     def notes(self) -> AbstractContextManager[Any]:
         """Around a forward whose backward fetches what it needs of blocks."""
@@ -77,10 +77,10 @@ class SavedWeights:
             assert self._activations is not None
             return self._activations.unpack(saved)
         memory = self._residents.fetch(saved.block, "backward")
-        empty = torch.empty(0, dtype=saved.dtype)
+        empty = torch.empty(0, dtype=saved.dtype, device=memory.device)
         return empty.set_(memory.untyped_storage(), saved.offset, saved.shape, saved.stride)
 
     def _is_kept(self, storage: int) -> bool:
         """Whether that is where the parameters are that stay in memory."""
-        memories = (block.memory for block in self._kept)
+        memories = (block.seen for block in self._kept)
         return any(m is not None and m.untyped_storage().data_ptr() == storage for m in memories)

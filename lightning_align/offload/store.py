@@ -45,6 +45,7 @@ class ShardStore:
         atomic_step: Whether a block has two files, so that a step counts as a whole or not at all.
         drives: Folders on further drives, over which files are striped.
         ranks: Who trains the model; each stores its section of every block.
+        pinned: Whether to register with CUDA what stays in memory.
 
     Attributes:
         commits: Whether a step can be committed: not if any of it is in memory alone.
@@ -62,7 +63,9 @@ class ShardStore:
         atomic_step: bool = True,
         drives: Sequence[Path] = (),
         ranks: Ranks | None = None,
+        pinned: bool = False,
     ) -> None:
+        self._pinned = pinned
         self.folder, self.folders = folder, [folder, *drives]
         self.blocks = {block.name: block for block in blocks}
         self._numbers = {name: number for number, name in enumerate(self.blocks)}
@@ -106,7 +109,7 @@ class ShardStore:
         if block.is_stored:
             return open_file(self.folders, name, self._threads)
         behind = None if block.states_stay else open_file(self.folders, name, self._threads)
-        return MemoryFile(block.section_nbytes, behind, values)
+        return MemoryFile(block.section_nbytes, behind, values, pinned=self._pinned)
 
     def _name(self, block: str, slot: int) -> str:
         return f"{self._numbers[block]:05d}.{slot}{_SUFFIX}"

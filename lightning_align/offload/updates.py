@@ -102,7 +102,7 @@ class Updates:
             for block in (self._blocks if may_step else ())
             if self._gradients.names(block) and not self._gradients.is_used(block)
         ]
-        late = [b for b in waiting if not b.kept] if self._ranks.size == 1 else []
+        late = [b for b in waiting if b.comes_and_goes] if self._ranks.size == 1 else []
         at_once = [block for block in waiting if block not in late]
         for number, block in enumerate(at_once):
             following = at_once[number + 1 : number + 2]
@@ -169,14 +169,12 @@ class Updates:
             block: Which one.
             phase: In which the block is fetched.
         """
-        gradients = {n: p.grad for n, p in block.parameters.items() if p.grad is not None}
+        gradients = block.take_gradients()
         if gradients:
-            for parameter in block.parameters.values():
-                parameter.grad = None
+            device = self._residents.device
+            here = device.receive(block, gradients).gradients if device else gradients
             section = self._residents.take_section(block, phase)
-            pieces = {
-                n: p.of_whole(gradients[n]) for n, p in block.pieces.items() if n in gradients
-            }
+            pieces = {n: p.of_whole(here[n]) for n, p in block.pieces.items() if n in here}
             self._stream.update(block, section, pieces.get)
             self._residents.section_updated(block)
             block.note_stored()
@@ -269,7 +267,8 @@ class Updates:
             state: Its ``state_dict()`` without them.
         """
         if self._ranks.size > 1:  # a class asks for whole tensors, and here are parts
-            Optimizer.load_state_dict(self._optimizer, state)
+            with self._residents.in_host_memory():
+                Optimizer.load_state_dict(self._optimizer, state)
             return
         numbers = {p: number for number, p in self._numbered(state).items()}
         shown = {number: dict(values) for number, values in state["state"].items()}
@@ -286,12 +285,12 @@ class Updates:
     def _take(self, state: dict[str, Any]) -> None:
         """Let the optimizer load a state, in the kinds of numbers that it has."""
         known = masters.without_masters(state["state"])
-        if not self._has_masters:
-            self._optimizer.load_state_dict({**state, "state": known})
-            return
         numbered = self._numbered(state)
-        shapes = masters.outlines(known, numbered)
-        self._optimizer.load_state_dict({**state, "state": shapes})
+        shapes = masters.outlines(known, numbered) if self._has_masters else known
+        with self._residents.in_host_memory():  # which is where the optimizer steps
+            self._optimizer.load_state_dict({**state, "state": shapes})
+        if not self._has_masters:
+            return
         found = {number: self._optimizer.state[p] for number, p in numbered.items()}
         masters.put_back(state["state"], found)
 
@@ -309,7 +308,7 @@ class Updates:
         """
         states: Any = self._optimizer.state
         for block in self._blocks if blocks is None else blocks:
-            memory = self._residents.fetch(block, "values")
+            memory = self._residents.values(block, "values")
             self._store.settle(block.name)
             if self._ranks.size > 1:
                 keep_own_states(block, states)

@@ -68,7 +68,7 @@ class WholeValues:
         """
         ranks = self._store.ranks
         for number, block in enumerate(self._blocks):
-            old, places = self._residents.fetch(block, "values"), block.places
+            old, places = self._residents.values(block, "values"), block.places
             self._residents.discard(block)
             block.divide(ranks.rank, ranks.size, whole=whole, first=number)
             self._store.rearranged(block.name)
@@ -76,7 +76,7 @@ class WholeValues:
             for name, place in block.places.items():
                 place.of(memory).copy_(places[name].of(old))
             if block.kept:
-                block.show(memory)
+                self._residents.put(block, memory)
             self._store.settle(block.name)
             self._store.write(block.name, memory[block.section])
             self._store.update_done(block.name)
@@ -136,20 +136,24 @@ class WholeValues:
             yield
 
     def _rewrite(self, block: Block) -> None:
-        assert block.memory is not None
         self._store.settle(block.name)
+        memory = self._residents.edited(block)
         self._store.carry_states(block.name, self._pool)
-        self._store.write(block.name, block.memory[block.section])
+        self._store.write(block.name, memory[block.section])
         self._store.update_done(block.name)
         block.note_stored()
         if block.kept and self._store.ranks.size > 1:  # what was edited may differ elsewhere
-            self._store.ranks.gather(block.name, block.memory).result()
+            self._store.ranks.gather(block.name, memory).result()
+            if self._residents.device is not None:
+                self._residents.device.updated(block)
 
     def store_edits(self) -> None:
         """Write what was changed, in place, of values that stay in memory; collective."""
         for block in self._blocks:
-            if block.is_stored and block.is_edited:
+            if block.is_edited and block.is_stored:
                 self._rewrite(block)
+            elif block.is_edited:
+                self._residents.edited(block)
 
     def values(self) -> dict[nn.Parameter, Tensor]:
         """All parameters as they are in memory, or as files show them; what is shown stays.
@@ -188,7 +192,7 @@ class WholeValues:
     def _gathered(self) -> dict[nn.Parameter, Tensor]:
         copies: dict[nn.Parameter, Tensor] = {}
         for block in self._trained:
-            memory = self._residents.fetch(block, "values")
+            memory = self._residents.values(block, "values")
             if self._store.ranks.rank == 0:
                 values = [[block.places[name].of(memory)] for name in block.parameters]
                 copied = self._store.set_aside(values)

@@ -77,6 +77,7 @@ def plan(
     *,
     gradients_stay: bool = False,
     ranks: int = 1,
+    on_device: bool = False,
 ) -> Memory:
     """How much may be in memory; blocks that fit are kept there.
 
@@ -86,6 +87,8 @@ def plan(
         buffers: How many there are.
         gradients_stay: Whether all gradients are left where autograd puts them.
         ranks: How many share what lies in host memory.
+        on_device: Whether something else than the host computes: gradients of one block are then on
+            their way, and it stays for its update, while the next computes.
 
     Raises:
         ValueError: If the limit is below what the largest block needs.
@@ -95,12 +98,13 @@ def plan(
     groups = (buffers.optimizer or 2) if any(not block.states_stay for block in blocks) else 0
     group = _BYTES * (buffers.sub_group_size or _SUB_GROUP)
     of_one = 2 * held.tensor  # a group has at least one parameter, with two tensors of state
+    fewest = 3 if on_device else 2
     if memory_limit == "auto":
-        count = buffers.params or 3
+        count = max(buffers.params or 3, fewest)
         pool = held.pool + groups * max(group, of_one) + count * held.largest
         return Memory(count, in_memory, group, pool, groups)
     limit = parse_bytes(memory_limit)
-    count = buffers.params or 2
+    count = max(buffers.params or 2, fewest)
     least = held.beside + held.pool + count * held.largest
     if buffers.sub_group_size is None:
         group = min(group, max((limit - least) // max(groups, 1), of_one))
@@ -188,7 +192,8 @@ def _keep(blocks: Sequence[Block], free: int, buffers: int, *, gradients: bool) 
     for block, stays in zip(moving, spread([b.nbytes for b in moving], share), strict=True):
         if stays and block.nbytes <= room:
             room -= block.nbytes
-            block.kept, block.gradients_stay = True, block.gradients_stay or gradients
+            block.kept = True
+            block.gradients_stay |= gradients and not block.travels
 
 
 def _too_low(least: int, held: _Held, gradients_stay: bool) -> str:

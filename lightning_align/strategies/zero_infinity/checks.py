@@ -35,10 +35,9 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
         ValueError: If the module, a callback, the device or the precision is such.
     """
     name = type(module).__name__
-    if trainer.strategy.root_device.type != "cpu":
-        rule = "blocks are read into host memory and computed there so far"
-        device = str(trainer.strategy.root_device)
-        raise argument_error(WHERE, "accelerator", device, rule, "Set accelerator='cpu'")
+    if (device := trainer.strategy.root_device).type not in ("cpu", "cuda"):
+        rule = "blocks are copied to CUDA devices, or computed in host memory"
+        raise argument_error(WHERE, "accelerator", str(device), rule, "Set accelerator='cpu'")
     if trainer.precision not in _PRECISIONS:
         rule = f"must be one of {', '.join(map(repr, _PRECISIONS))}: a loss scaler looks at all"
         rule += " gradients at once"

@@ -105,7 +105,7 @@ def load_payload(folder: Path, *, weights_only: bool) -> dict[str, Any]:
         raise ValueError(f"No step is committed in {folder}.")
     end = 8 + int.from_bytes(record.payload[:8], "little")
     rest, state = (
-        torch.load(io.BytesIO(part), weights_only=weights_only)
+        torch.load(io.BytesIO(part), map_location="cpu", weights_only=weights_only)
         for part in (record.payload[8:end], record.payload[end:])
     )
     checkpoint: dict[str, Any] = rest

@@ -1,7 +1,9 @@
 """Which of a model is on a drive and which in host memory, in DeepSpeed's words.
 
 On a CPU ``"cpu"`` and ``"none"`` are one place. What is in host memory alone is used where it lies:
-nothing of it is copied, and nothing of it outlives the process.
+nothing of it is copied, and nothing of it outlives the process. Where a device computes, parameters
+of ``"cpu"`` come and go there, and those of ``"none"`` stay. The optimizer's state is in host
+memory for both words, as it is stepped there.
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ class Devices:
         """Whether anything is there."""
         return "nvme" in (self.params, self.optimizer) and self.fraction > 0
 
-    def assign(self, blocks: Sequence[Block], ranks: int = 1) -> None:
+    def assign(self, blocks: Sequence[Block], ranks: int = 1, *, on_device: bool = False) -> None:
         """Say of each block what of it lies where.
 
         Of several ranks each has a section in host memory. The whole of it is put together for each
@@ -66,16 +68,18 @@ class Devices:
         Args:
             blocks: All blocks, as ``find_blocks`` gives them.
             ranks: How many there are.
+            on_device: Whether something else than the host computes.
         """
         chosen = spread([block.nbytes for block in blocks], self.fraction)
         for block, on_drive in zip(blocks, chosen, strict=True):
             belongs_to_none = block.kept
             block.is_stored = on_drive and self.params == "nvme"
             block.states_stay = not (on_drive and self.optimizer == "nvme")
-            stays = belongs_to_none or self.stage < 3
+            stays = belongs_to_none or self.stage < 3 or (on_device and self.params == "none")
+            block.travels = on_device and not stays
             block.kept = stays or (ranks == 1 and not block.is_stored)
             stays = belongs_to_none or self.stage < 2
-            block.gradients_stay = stays or (ranks == 1 and block.states_stay)
+            block.gradients_stay = stays or (ranks == 1 and block.states_stay and not on_device)
             block.gradients_stay |= block.read_only  # of which there are none
 
 

@@ -24,7 +24,10 @@ def join(strategy: ZeROInfinityStrategy) -> None:
         launching.join_ranks(strategy)
         if strategy.ranks.size == 1:
             # Nobody else may send messages in it, or they would be taken for others.
-            strategy.ranks = Ranks(distributed.new_group(timeout=strategy.timeout))
+            # What is sent is in host memory, also where a device computes and has a backend.
+            backend = None if strategy.root_device.type == "cpu" else "gloo"
+            group = distributed.new_group(timeout=strategy.timeout, backend=backend)
+            strategy.ranks = Ranks(group)
 
 
 def persistent_buffers(module: nn.Module) -> list[str]:

@@ -44,6 +44,7 @@ from lightning_align.strategies.zero_infinity.checks import (
 from lightning_align.strategies.zero_infinity.counters import layout_of, tell, writing_bar
 from lightning_align.strategies.zero_infinity.faults import told_of_set_up
 from lightning_align.strategies.zero_infinity.first_values import fill, leave
+from lightning_align.strategies.zero_infinity.on_device import find_device, move_there
 from lightning_align.strategies.zero_infinity.ranks import persistent_buffers
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def set_up(strategy: ZeROInfinityStrategy, trainer: pl.Trainer) -> None:
     assert accelerator is not None
     accelerator.setup(trainer)
     check_trainer(trainer, module)
+    find_device(strategy)
     fill(strategy, trainer)
     if strategy.ranks.size > 1:
         strategy._buffers = persistent_buffers(module)
@@ -75,6 +77,7 @@ def set_up(strategy: ZeROInfinityStrategy, trainer: pl.Trainer) -> None:
         strategy._engine.whole.read_values()
     assert strategy._engine is not None
     strategy._engine.attach()
+    move_there(strategy)
     if trainer.state.fn == TrainerFn.FITTING:
         with one_optimizer(WHERE):
             strategy.setup_optimizers(trainer)
@@ -185,10 +188,18 @@ def _open(
     if strategy.tile_numel is not None:
         blocks, modules, strategy._tiled = tile(blocks, modules, strategy.tile_numel)
     ranks = strategy.world_size
-    strategy.devices.assign(blocks, ranks)
-    pinned = strategy.pin_memory and strategy.root_device.type == "cuda"
+    on_device = strategy._copies is not None
+    strategy.devices.assign(blocks, ranks, on_device=on_device)
+    pinned = bool(strategy.pin_memory) and strategy.root_device.type == "cuda"
     stay = bool(hooks_on_gradients(module.trainer, module))
-    memory = plan(blocks, strategy.memory_limit, strategy.buffers, gradients_stay=stay, ranks=ranks)
+    memory = plan(
+        blocks,
+        strategy.memory_limit,
+        strategy.buffers,
+        gradients_stay=stay,
+        ranks=ranks,
+        on_device=on_device,
+    )
     threads = _threads(strategy, blocks, folders)
     undo.callback(threads.close)
     store = ShardStore(
@@ -198,12 +209,15 @@ def _open(
         atomic_step=strategy.atomic_step,
         drives=folders[1:],
         ranks=strategy.ranks,
+        pinned=pinned,
     )
     undo.callback(store.close)
     activations = None
     if strategy.offload_activations != "none":
         on_disk = strategy.offload_activations == "nvme"
-        activations = Activations(folder if on_disk else None, threads)
+        activations = Activations(
+            folder if on_disk else None, threads, strategy._copies, pinned=pinned
+        )
     count = min(strategy.ranks.of_all("blocks in memory", memory.blocks))  # they come in one order
     memory = replace(memory, pinned=pinned, blocks=count)
     engine = OffloadEngine(modules, store, threads, memory, activations)

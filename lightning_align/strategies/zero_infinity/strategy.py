@@ -29,6 +29,7 @@ from lightning_align._errors import argument_error
 from lightning_align.checkpointing.lock import FolderLock
 from lightning_align.models.weights import parameters_on_meta
 from lightning_align.offload.building import Building
+from lightning_align.offload.device import Copies
 from lightning_align.offload.files import Threads
 from lightning_align.offload.ranks import Ranks
 from lightning_align.offload.record import FILE
@@ -45,6 +46,7 @@ from lightning_align.strategies.zero_infinity.counters import LogTraffic
 from lightning_align.strategies.zero_infinity.devices import Devices
 from lightning_align.strategies.zero_infinity.faults import tell_what_is_left
 from lightning_align.strategies.zero_infinity.first_values import built_on_disk, fill
+from lightning_align.strategies.zero_infinity.on_device import move_back
 from lightning_align.strategies.zero_infinity.ranks import (
     end_together,
     is_committed,
@@ -72,8 +74,8 @@ class ZeROInfinityStrategy(BlockCheckpoints):
         stage: What comes and goes block by block: at 3 everything, at 2 gradients and optimizer
             state while parameters stay whole in memory, at 1 optimizer state alone.
         offload_params_device: Where parameters lie: ``"nvme"``, or in host memory (``"cpu"`` or
-            ``"none"``, which are one place on a CPU). At stages 1 and 2 ``"nvme"`` has the copy
-            that a commit needs.
+            ``"none"``, which are one place on a CPU; with ``"none"`` they stay on a GPU, too). At
+            stages 1 and 2 ``"nvme"`` has the copy that a commit needs.
         offload_optimizer_device: The same, of optimizer state and, at stages 2 and 3, of gradients.
         offload_fraction: Share of bytes on NVMe of what could be there; other blocks are in host
             memory.
@@ -86,14 +88,15 @@ class ZeROInfinityStrategy(BlockCheckpoints):
             are more than ranks, files are striped.
         memory_limit: Bytes that the strategy may hold, such as ``"4GB"``, beside activations and
             libraries; ``"auto"`` takes the least that overlaps reads with compute.
-        params_buffer_count: Blocks of parameters in memory at a time, at least 2; by default 3, or
-            what ``memory_limit`` leaves.
+        params_buffer_count: Blocks of parameters in memory at a time, at least 2, and 3 where a GPU
+            computes; by default 3, or what ``memory_limit`` leaves.
         optimizer_buffer_count: Groups of optimizer state in memory at a time, by default 2.
         sub_group_size: Parameters of such a group, by default 2 million, or what ``memory_limit``
             leaves.
         block_size: Bytes of one read or write; None measures, where that is worth a second.
         thread_count: Threads that read and write, for each drive; None measures as well.
-        pin_memory: Whether to register buffers with CUDA; without it nothing is done.
+        pin_memory: Whether to register buffers with CUDA, so that copies overlap with compute;
+            ``"auto"`` does where a GPU computes.
         direct_io: Whether to go past the page cache; ``"auto"`` does where the filesystem lets us.
         atomic_step: Whether a step that a kill interrupts leaves the one before it whole, for twice
             the disk; without effect where anything is in host memory alone, as no step is committed
@@ -121,8 +124,9 @@ class ZeROInfinityStrategy(BlockCheckpoints):
     Example:
         >>> strategy = ZeROInfinityStrategy(memory_limit="4GB")
 
-    Note: on a CPU so far. Manual optimization, several optimizers, optimizers that look
-    across parameters (LBFGS) and loss scalers are refused at set-up.
+    Note: training on a GPU has not been run yet, and a warning says so. Manual optimization,
+    several optimizers, optimizers that look across parameters (LBFGS) and loss scalers are refused
+    at set-up.
     """
 
     strategy_name = "zero_infinity"
@@ -141,7 +145,7 @@ class ZeROInfinityStrategy(BlockCheckpoints):
         sub_group_size: int | None = None,
         block_size: int | None = None,
         thread_count: int | None = None,
-        pin_memory: bool = False,
+        pin_memory: bool | Literal["auto"] = "auto",
         direct_io: bool | Literal["auto"] = "auto",
         atomic_step: bool = True,
         update_in_backward: bool | Literal["auto"] = "auto",
@@ -198,6 +202,7 @@ class ZeROInfinityStrategy(BlockCheckpoints):
         self.ranks = Ranks()
         self._buffers: list[str] = []  # that ranks share
         self._may_overwrite = False  # since what is resumed from is newer
+        self._copies: Copies | None = None  # to the device, if that is not the host
         self._building: Building | None = None  # what is built and not in blocks yet
         self._early = False  # whether the open window is updated in backward
 
@@ -301,7 +306,7 @@ class ZeROInfinityStrategy(BlockCheckpoints):
 
     @override
     def model_to_device(self) -> None:
-        """Nothing: blocks are read where they compute."""
+        """Nothing: set-up has done it."""
 
     # Steps
 
@@ -351,7 +356,8 @@ class ZeROInfinityStrategy(BlockCheckpoints):
         assert self._engine is not None
         assert self.lightning_module is not None
         norms = self._engine.gradients.norms_of(self.lightning_module.parameters())
-        return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+        norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+        return norm.to(self.root_device)
 
     def scale_gradients(self, factor: Tensor) -> None:
         """Multiply all gradients, those on disk when the update reads them."""
@@ -445,6 +451,7 @@ class ZeROInfinityStrategy(BlockCheckpoints):
         if self._engine is not None:
             self._engine.finish_updates()
             self._engine.detach()
+            move_back(self)
         for hook in ("clip_grad_by_norm", "clip_grad_by_value"):
             vars(self.precision_plugin).pop(hook, None)
         self.precision_plugin.teardown()
