@@ -21,13 +21,13 @@ from torch.utils._pytree import tree_leaves
 from lightning_align.offload.activations import Activations
 from lightning_align.offload.block import Block
 from lightning_align.offload.buffers import BufferPool, Memory
+from lightning_align.offload.collector import Collector
 from lightning_align.offload.device import Copies
-from lightning_align.offload.device_blocks import Arrived, Departures, DeviceBlocks
+from lightning_align.offload.device_blocks import DeviceBlocks
 from lightning_align.offload.files import Threads
 from lightning_align.offload.gradients import GradientSums
 from lightning_align.offload.optimizer_stream import StepsParameters
 from lightning_align.offload.prefetch import Residents
-from lightning_align.offload.reductions import Reductions
 from lightning_align.offload.saved_weights import SavedWeights
 from lightning_align.offload.store import ShardStore
 from lightning_align.offload.updates import Updates
@@ -70,6 +70,7 @@ class OffloadEngine:
         self._summed = [block for block in self.blocks if not block.gradients_stay]
         folders = None if memory.gradients else store.folders
         self.gradients = GradientSums(folders, self._summed, self.pool, threads)
+        self._collector = Collector(store, self.residents, self.gradients, self._summed)
         self._memory = memory
         self._modules = modules
         self.whole = WholeValues(store, self.residents, self.pool)
@@ -80,12 +81,6 @@ class OffloadEngine:
             for p in store.blocks[name].parameters.values()
         }
         self._hooked: set[nn.Parameter] = set()
-        self._waiting: dict[str, int] = {}  # block -> gradients that are still to come
-        self._early = False  # whether this backward updates blocks
-        self._factor: Tensor | None = None  # by which this backward scales them
-        self._scaled: set[str] = set()  # blocks that it has scaled
-        self._reductions: Reductions | None = None  # of a backward that closes a window of ranks
-        self._departures: Departures | None = None  # of gradients, where a device computes
         self._phase = "forward"  # in backward a block that recomputes is called, too
         self._handles: list[Any] = []
 
@@ -126,7 +121,6 @@ class OffloadEngine:
         """
         device = None if copies is None else DeviceBlocks(copies, self.pool)
         self.residents.compute_on(device)
-        self._departures = None if device is None else Departures(device, self._collected)
 
     def optimize_with(
         self, optimizer: Optimizer, *, fresh: bool, has_masters: bool = False
@@ -156,6 +150,7 @@ class OffloadEngine:
             fresh=fresh,
             has_masters=has_masters,
         )
+        self._collector.updates = self.updates
 
     # Forward and backward
 
@@ -169,7 +164,7 @@ class OffloadEngine:
     def _after(self, block: Block) -> Callable[..., None]:
         def enter(_: Tensor) -> None:  # the gradient of its output is there: its backward is next
             self.residents.fetch(block, "backward")
-            if self._early:
+            if self._collector.early:
                 self.updates.foresee(block)
 
         def done(_: nn.Module, __: Any, outputs: Any) -> None:
@@ -184,10 +179,7 @@ class OffloadEngine:
     def forward(self) -> Iterator[None]:
         """Around a forward that may be followed by a backward."""
         self.residents.begin("forward")
-        for block in self._left():  # gradients of a window that was resumed
-            device = self.residents.device
-            arrived = device.receive(block, block.take_gradients()) if device else None
-            self.gradients.add(block, arrived)
+        self._collector.take_left()
         for parameter in self._owner.keys() - self._hooked:
             if parameter.requires_grad:
                 hooks: Any = parameter
@@ -211,97 +203,20 @@ class OffloadEngine:
         """
         self.finish_updates()  # of blocks that this forward has not called
         self.residents.begin("backward")
-        self._early, self._factor = updates, None if factor is None else factor.cpu()
-        self._scaled.clear()
         self._phase = "backward"
-        self._waiting = {block.name: len(block.trainable) for block in self.blocks}
-        if closes and self.store.ranks.size > 1:
-            summed = [] if self.gradients.stay else self._summed[::-1]
-            order = [block for block in summed if block.trainable]
-            self._reductions = Reductions(self.store.ranks, self.gradients, order, self._reduced)
+        self._collector.begin(updates=updates, closes=closes, factor=factor)
         try:
-            with nullcontext() if self._departures is None else _in_this_thread():
+            with nullcontext() if self.residents.device is None else _in_this_thread():
                 yield
             if self.activations is not None:
                 self.activations.settle()
-            for block in self._left():  # those of which some parameters have got no gradient
-                self._collect(block)
-            self._finish_departures()
-            if self._reductions is not None:
-                self._reductions.finish()
-                self._share_what_stays()
-                self.gradients.share_norms(self._summed, self.store.ranks)
+            self._collector.finish()
         finally:
-            if self._departures is not None:
-                self._departures.drop()
-            self._early, self._phase, self._reductions = False, "forward", None
-
-    def _left(self) -> list[Block]:
-        """Blocks whose gradients are in ``p.grad`` and should not be."""
-        if self.gradients.stay:
-            return []
-        return [b for b in self._summed if any(p.grad is not None for p in b.parameters.values())]
+            self._collector.end()
+            self._phase = "forward"
 
     def _arrived(self, parameter: nn.Parameter) -> None:
-        if self.gradients.stay:
-            return
-        block = self._owner[parameter]
-        self._waiting[block.name] -= 1
-        if not self._waiting[block.name]:
-            self._collect(block)
-
-    def _collect(self, block: Block) -> None:
-        """All gradients of a block are there, on whatever device."""
-        if self._departures is None or block.gradients_stay:
-            self._collected(block)
-        else:
-            self._departures.take(block)
-
-    def _finish_departures(self) -> None:
-        if self._departures is not None:
-            self._departures.finish()
-
-    @torch.no_grad()
-    def _collected(self, block: Block, arrived: Arrived | None = None) -> None:
-        """All gradients of a block are there, in host memory."""
-        reductions = self._reductions
-        if self.gradients.is_used(block) or (reductions and reductions.has_taken(block)):
-            raise RuntimeError(
-                f"{block.name} has got a gradient after it was updated in the same backward, as"
-                " under reentrant checkpointing. Set update_in_backward=False."
-            )
-        alone = self._early and not self.gradients.names(block)  # there is nothing to add them to
-        if block.gradients_stay or (alone and reductions is None and arrived is None):
-            if self._early and self.store.ranks.size == 1:
-                self._scaled.add(block.name)
-                self.gradients.use(block, factor=self._factor)
-                self.updates.update_from_grad(block, "backward")
-            return
-        if reductions is not None:
-            if self._early:
-                self.residents.keep_section(block)
-            reductions.take(block, arrived)
-            return
-        memory = self.gradients.add(block, arrived, factor=self._factor, store=not self._early)
-        self._scaled.add(block.name)
-        if self._early:
-            self.updates.update(block, memory, "backward")
-
-    @torch.no_grad()
-    def _reduced(self, block: Block, section: Tensor, present: Tensor) -> None:
-        """The means over ranks of a block's gradients are there."""
-        self._scaled.add(block.name)
-        factor, store = self._factor, not self._early
-        self.gradients.reduced(block, section, present, factor=factor, store=store)
-        if self._early:
-            self.updates.update(block, section, "backward")
-
-    @torch.no_grad()
-    def _share_what_stays(self) -> None:
-        """Put means over ranks in the place of gradients that stay in ``p.grad``."""
-        staying = [b for b in self.blocks if b.gradients_stay or self.gradients.stay]
-        parameters = [p for block in staying for p in block.trainable.values()]
-        self.store.ranks.share_gradients(parameters)
+        self._collector.arrived(self._owner[parameter])
 
     # Gradients, between backward and update
 
@@ -340,12 +255,7 @@ class OffloadEngine:
         if self.gradients.stay:
             return
         factor = factor.cpu() if isinstance(factor, Tensor) else factor
-        if self._factor is not None:
-            assert torch.equal(self._factor, torch.as_tensor(factor))
-            for block in self._summed:  # those that the last backward did not come to
-                if block.name not in self._scaled and self.gradients.names(block):
-                    self.gradients.add(block, factor=factor)
-            self._factor = None
+        if self._collector.has_scaled(factor):
             return
         norms = self.gradients.norms
         for parameter in norms:

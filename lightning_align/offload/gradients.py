@@ -220,7 +220,7 @@ class GradientSums:
             if parameter.grad is not None:
                 if factor is not None:
                     parameter.grad.mul_(factor)
-                self.norms[parameter] = torch.linalg.vector_norm(parameter.grad)
+                self.norms[parameter] = torch.linalg.vector_norm(parameter.grad).cpu()
         self.used(block)
 
     def take(self, block: Block) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_align.offload import block
+from lightning_align.offload import places
 from lightning_align.offload.ranks import Ranks
 from tests.helpers.offloaded_network import network, offloaded
 from tests.helpers.ranks import run_ranks
@@ -106,9 +106,9 @@ def test_sections_in_memory_can_be_cut_anew(tmp_path, stays):
 
 def test_without_padding_two_ranks_train_otherwise(tmp_path, monkeypatch):
     """Vector kernels treat the end of a piece differently, and pieces would end anywhere."""
-    monkeypatch.setattr(block, "PADDING", 1)
-    monkeypatch.setattr(block, "_WIDEST", 4)
-    monkeypatch.setattr(block, "ALIGNMENT", 4)
+    monkeypatch.setattr(places, "PADDING", 1)
+    monkeypatch.setattr(places, "_WIDEST", 4)
+    monkeypatch.setattr(places, "ALIGNMENT", 4)
 
     def run(rank):
         return train_both(tmp_path, rank)
