@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
+from lightning_align.run.skipping import skip_batches, skipped_batches
 from lightning_align.stability import SpikeDetector, SpikeVerdict
 
 
@@ -26,6 +27,33 @@ class AlarmAt(SpikeDetector):
 
     def planned_change(self, reason: str) -> None:
         self.told.append(reason)
+
+
+class AlarmOnce(SpikeDetector):
+    """Raises an alarm when it comes to some steps for the first time."""
+
+    def __init__(self, *steps: int) -> None:
+        super().__init__()
+        self.left = list(steps)
+
+    def update(self, step: int, loss: float, grad_norm: float | None = None) -> SpikeVerdict:
+        reason = "told" if step in self.left else ""
+        if reason:
+            self.left.remove(step)
+        return SpikeVerdict(step, bool(reason), reason, loss, grad_norm)
+
+
+class Told(pl.Callback):
+    """Leaves batches out from the beginning, or notes at the end what was left out."""
+
+    def __init__(self, ranges: Any = ()) -> None:
+        self.ranges = ranges
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        skip_batches(trainer, self.ranges)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.ranges = skipped_batches(trainer).plain()
 
 
 class Regression(pl.LightningModule):

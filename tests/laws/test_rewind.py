@@ -23,41 +23,13 @@ from lightning_align import (
     TokenSchedule,
 )
 from lightning_align.run.position import batches_consumed
-from lightning_align.run.skipping import skip_batches, skipped_batches
-from lightning_align.stability import SpikeDetector, SpikeVerdict
 from tests.helpers.children import in_child
 from tests.helpers.ranks import ForkedRanks, run_ranks
 from tests.helpers.resume import SaveEveryBatch, SequenceData, gpt2_module
+from tests.helpers.spiky import AlarmOnce, Told
 from tests.run.test_capture import Counts, Everything, Parts, fit
 
 pytestmark = pytest.mark.slow  # a minute in all; `make test-laws` runs them
-
-
-class AlarmOnce(SpikeDetector):
-    """Raises an alarm when it comes to some steps for the first time."""
-
-    def __init__(self, *steps: int) -> None:
-        super().__init__()
-        self.left = list(steps)
-
-    def update(self, step: int, loss: float, grad_norm: float | None = None) -> SpikeVerdict:
-        reason = "told" if step in self.left else ""
-        if reason:
-            self.left.remove(step)
-        return SpikeVerdict(step, bool(reason), reason, loss, grad_norm)
-
-
-class Told(pl.Callback):
-    """Leaves batches out from the beginning, or notes at the end what was left out."""
-
-    def __init__(self, ranges: Any = ()) -> None:
-        self.ranges = ranges
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        skip_batches(trainer, self.ranges)
-
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        self.ranges = skipped_batches(trainer).plain()
 
 
 def guard(*alarms: int, back: int = 1, every: int = 2, skip: int = 1, **more: Any) -> SpikeGuard:
@@ -155,6 +127,17 @@ def test_lisa_in_mid_interval() -> None:
 
 def test_token_schedule() -> None:
     as_told(lambda: ours(lambda: TokenSchedule(3000, warmup_tokens=500)), 5, max_epochs=1)
+
+
+def test_snapshots_change_nothing() -> None:
+    """Without an alarm the run is the one without a guard."""
+
+    def run(*guarding: pl.Callback) -> list[str]:
+        pl.seed_everything(3, verbose=False)
+        module, callbacks, _ = everything("workers")
+        return fit(module, *callbacks, *guarding, accumulate_grad_batches=2)
+
+    assert run(guard(every=1)) == run()
 
 
 @pytest.mark.parametrize("build", [everything, ours], ids=["any", "ours"])

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import distributed
 
-from lightning_align import ExactResume, Muon
+from lightning_align import ExactResume, Muon, SpikeGuard
 from lightning_align.run.capture import capture, restore
 from tests.helpers.pipelines import Run
 from tests.helpers.ranks import run_ranks
 from tests.helpers.rewinds import Rewinds
+from tests.helpers.spiky import AlarmOnce, Told
 
 
 def digest(value: Any) -> str:
@@ -89,6 +90,38 @@ def test_each_rank_goes_back_with_its_stages(
     strategy: dict[str, Any], options: dict[str, Any]
 ) -> None:
     goes_back(Run(strategy=strategy, steps=8, **options), 2, 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", [ONE, SEVERAL], ids=["1F1B", "Interleaved1F1B"])
+@pytest.mark.parametrize(
+    "options", [{"data": WHOLE, "overrides": {"dropout": 0.2}}, {"model": "llama"}], ids=str
+)
+def test_a_guard_rewinds_all_ranks_as_if_told_what_to_leave_out(
+    strategy: dict[str, Any], options: dict[str, Any]
+) -> None:
+    def on(rank: int) -> None:
+        def recorded(told: Told, *alarms: int) -> list[str]:
+            record, run = Record(), Run(strategy=strategy, steps=10, accumulate=2, **options)
+            guard = SpikeGuard(
+                "rewind",
+                AlarmOnce(*alarms),
+                rewind_steps=1,
+                snapshot_every_n_steps=2,
+                skip_batches=0,
+            )
+            with run.setting(rank) as (trainer, _):
+                trainer.callbacks = [ExactResume(), record, guard, told, *trainer.callbacks]
+                trainer.fit(run.module(), run.loader())
+            return record.lines
+
+        notes = Told()
+        ours = recorded(notes, 3)
+        assert notes.ranges == [[4, 8]]
+        theirs = recorded(Told(notes.ranges))
+        assert ours[8:] == theirs[4:]  # behind the window of the alarm, and behind step 2
+
+    run_ranks(on, timeout_s=120.0)
 
 
 def test_nothing_is_sent_and_each_rank_keeps_its_own_stages_only() -> None:

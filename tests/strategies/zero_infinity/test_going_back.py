@@ -4,8 +4,62 @@ import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from lightning_align import AsyncCheckpoint, ExactResume
+from lightning_align import AsyncCheckpoint, ExactResume, SpikeGuard
 from tests.helpers.offloaded import ADAMW, Both, Regression, assert_same, fit, points, small
+from tests.helpers.spiky import AlarmOnce, Told
+
+
+def guarded(folder, strategy, told, *alarms, **more):
+    """A run that a guard rewinds; what it ends with."""
+    guard = SpikeGuard(
+        "rewind",
+        AlarmOnce(*alarms),
+        rewind_steps=1,
+        snapshot_every_n_steps=2,
+        skip_batches=0,
+        **more,
+    )
+    data = Both(DataLoader(points(), batch_size=8, shuffle=True))
+    callbacks = [ExactResume(), guard, told]
+    trainer = fit(folder, Regression(ADAMW, schedule=True), data, strategy, callbacks=callbacks)
+    assert told.ranges == [[2, 4]]
+    state = dict(trainer.strategy.lightning_module_state_dict())
+    return trainer, (state, trainer.strategy.optimizer_state(trainer.optimizers[0]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "more"),
+    [
+        ({}, {"lr_factor": 0.5, "lr_steps": 2}),
+        ({"memory_limit": "10MB"}, {"moments": "reset"}),
+        ({"offload_optimizer_device": "cpu", "offload_params_device": "cpu"}, {}),
+    ],
+    ids=str,
+)
+def test_a_guard_rewinds_as_in_memory_and_says_what_it_takes_of_the_disk(
+    tmp_path, caplog, arguments, more
+):
+    _, theirs = guarded(tmp_path, "auto", Told(), 3, **more)
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        trainer, ours = guarded(tmp_path, small(**arguments), Told(), 3, **more)
+    assert_same(ours, theirs)
+    stated = trainer.strategy.state_nbytes()
+    for place, nbytes in stated.items():
+        on = f"{place} once its weights have changed" if place else "host memory"
+        assert f"each of at most {nbytes:,} bytes of {on}" in caplog.text
+    assert ("cpu" in arguments.values()) is not any(stated.keys() - {""})
+    trainer.strategy.close()
+
+
+@pytest.mark.slow
+def test_with_weights_in_tiles_it_is_as_if_told_what_to_leave_out(tmp_path):
+    trainer, ours = guarded(tmp_path / "ours", small(tile_numel=256), Told(), 3)
+    trainer.strategy.close()
+    trainer, theirs = guarded(tmp_path / "theirs", small(tile_numel=256), Told([[2, 4]]))
+    assert_same(ours, theirs)
+    trainer.strategy.close()
 
 
 def savers(folder):
