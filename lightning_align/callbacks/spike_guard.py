@@ -265,21 +265,29 @@ class SpikeGuard(Callback):
         if is_accumulating(trainer):
             return
         action, self._action = self._action, None
+        if action == "rewind" and self._rewind is not None:
+            self._go_back(trainer, pl_module, self._rewind)
+            return
         again = self.evidence.after_step(trainer, pl_module, taken=action not in _LEAVES_OUT)
         if again is not None:
             self.report.update(trainer, again)
-        if self._rewind is None:
-            return
-        if action != "rewind":
+        if self._rewind is not None:
             self._rewind.after_batch(trainer)
-            return
-        climbed = self.ladder.state_dict()  # the run goes back, its guard does not come down
-        done = self._rewind.rewind(trainer)
+
+    def _go_back(self, trainer: Trainer, pl_module: LightningModule, rewind: SpikeRewind) -> None:
+        """Rewind the run; its guard stays where it is on the ladder, and in its report."""
+        climbed = self.ladder.state_dict()
+        done = rewind.rewind(trainer)
         self.ladder.load_state_dict(climbed)
+        first, end = done.left_out
         rank_zero_info(
-            f"SpikeGuard: back from step {done.from_step} to step {done.to_step}; batches"
-            f" {done.left_out[0]} to {done.left_out[1] - 1} of the run are left out."
+            f"SpikeGuard: back from step {done.from_step} to step {done.to_step}; batches {first}"
+            f" to {end - 1} of the run are left out."
         )
+        incident = self.report.incidents[-1]
+        incident.rewound_to, incident.skipped = first, [[first, end]]
+        again = self.evidence.rewound(trainer, pl_module, incident)
+        self.report.update(trainer, again or incident)
 
     # The end
 

@@ -11,14 +11,12 @@ not to the run: neither goes back. Both are in a checkpoint; snapshots are not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 from torch import Tensor
 
-from lightning_align._compat import lightning_resume
 from lightning_align._compat.lightning_trainer import is_accumulating
 from lightning_align._errors import argument_error, check_choice, check_least, finite_number
 from lightning_align.callbacks.spike_memory import check_room
@@ -27,7 +25,7 @@ from lightning_align.run.callbacks import bring
 from lightning_align.run.capture import RunState, capture, check_goes_back, restore
 from lightning_align.run.exact_resume import ExactResume
 from lightning_align.run.protocols import FollowsFreezing
-from lightning_align.run.skipping import add_skipped, stream_position
+from lightning_align.run.skipping import add_skipped, check_begins_anew, stream_position
 
 _WHERE = "SpikeGuard"  # whose arguments these are
 
@@ -130,7 +128,7 @@ class SpikeRewind:
         Raises:
             ValueError: If there is no room for them, or a loader cannot be begun anew.
         """
-        _check_loaders(trainer)
+        check_begins_anew(trainer, _WHERE)
         check_room(trainer, _WHERE, self.snapshots)
         self.stop(trainer)
         self._engine = SnapshotEngine(persist=False, keep_last=self.snapshots)
@@ -278,18 +276,3 @@ def _check_lr(lr_factor: float | None, lr_steps: int) -> None:
     if not lr_steps:
         rule = "says for how many steps after a rewind lr_factor holds, and must be at least 1"
         raise argument_error(_WHERE, "lr_steps", lr_steps, rule)
-
-
-def _check_loaders(trainer: pl.Trainer) -> None:
-    """Refuse loaders that are used up by being read.
-
-    Raises:
-        ValueError: If there is one.
-    """
-    for loader in getattr(lightning_resume.train_loaders(trainer), "flattened", []):
-        for part in (loader, getattr(loader, "dataset", None)):
-            if isinstance(part, Iterator):
-                rule = "it is an iterator, which cannot be begun anew"
-                way_out = "Return a loader, or leave 'rewind' out of the actions"
-                name = type(part).__name__
-                raise argument_error(_WHERE, "train_dataloader", name, rule, way_out)

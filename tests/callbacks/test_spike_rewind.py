@@ -316,7 +316,7 @@ def test_what_cannot_go_back_is_refused_at_set_up(monkeypatch: Any) -> None:
     assert "(rewind_steps=1): the run has 1 steps" in refusal(None, loader(4), max_steps=1)
     every = {"reload_dataloaders_every_n_epochs": 1}
     assert "makes new loaders" in refusal(Reloads(), None, **every)
-    assert "(train_dataloader='generator'): it is an iterator" in refusal(
+    assert "(train_dataloader='generator'): an iterator cannot be begun anew" in refusal(
         None, (batch for batch in batches(4))
     )
     averages = pl.callbacks.StochasticWeightAveraging(1e-3)
