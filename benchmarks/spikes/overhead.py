@@ -1,0 +1,129 @@
+"""What SpikeGuard adds to a step, in CPU time of its thread.
+
+    python benchmarks/spikes/overhead.py              # some minutes on one core
+    python benchmarks/spikes/overhead.py --rounds 1
+
+Two questions. Of a step of next to nothing, whose module hands loss and norm over: what the guard's
+own hooks cost, without the norm and with reports off; bar 0.2 ms. Of a training step of about 20 ms
+of a small Llama: what it adds with snapshots for rewinds, as a share of the step; bar 3 %. With and
+without in turn in one process, one thread; medians over the steps of a run, then over the rounds.
+"""
+
+import argparse
+import logging
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig
+
+from lightning_align import PretrainModule, SpikeGuard
+
+WARMUP, STEPS = 100, 500
+BAR_MS, BAR_SHARE = 0.2, 0.03
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+    "max_epochs": 1,
+}
+
+
+class OneNumber(pl.LightningModule):
+    """A step of next to nothing, which says what it came to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = torch.nn.Parameter(torch.zeros(()))
+        self.measured = torch.ones(()), torch.ones(())
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:  # noqa: ARG002
+        return self.number * 1.0
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Steps(pl.Callback):
+    """CPU seconds of each step, from the end of one to the end of the next."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.began = 0.0
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        now = time.thread_time()
+        self.seconds.append(now - self.began)
+        self.began = now
+
+
+def run(module: pl.LightningModule, batches: Any, guard: SpikeGuard | None) -> list[float]:
+    """CPU seconds of each step behind the warm-up."""
+    steps = Steps()
+    callbacks = [steps, *([guard] if guard else [])]
+    pl.Trainer(callbacks=callbacks, **QUIET).fit(module, DataLoader(batches, batch_size=None))
+    return steps.seconds[WARMUP:]
+
+
+def llama_run(guard: SpikeGuard | None) -> list[float]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(2048, (WARMUP + 300, 8, 65), generator=generator)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2}
+    config = LlamaConfig(vocab_size=2048, num_attention_heads=2, **sizes)
+    return run(PretrainModule(config), [{"input_ids": i, "labels": i} for i in ids], guard)
+
+
+def number_run(guard: SpikeGuard | None) -> list[float]:
+    return run(OneNumber(), [torch.zeros(())] * (WARMUP + STEPS), guard)
+
+
+def compared(
+    side: Callable[[SpikeGuard | None], list[float]], make: Callable[[], SpikeGuard], rounds: int
+) -> tuple[float, float]:
+    """(CPU milliseconds of a step without a guard, what the guard adds): medians over rounds.
+
+    The mean over a run, since a snapshot is in some of its steps only.
+    """
+    without, added = [], []
+    for _ in range(rounds):
+        plain, guarded = statistics.fmean(side(None)), statistics.fmean(side(make()))
+        without.append(1e3 * plain)
+        added.append(1e3 * (guarded - plain))
+    return statistics.median(without), statistics.median(added)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    sides = {
+        "one number, reports off": (number_run, partial(SpikeGuard, preview_tokens=0)),
+        "small Llama": (llama_run, SpikeGuard),
+        "small Llama, snapshots every 50 steps": (
+            llama_run,
+            partial(SpikeGuard, ["skip", "rewind"], rewind_steps=50, snapshot_every_n_steps=50),
+        ),
+    }
+    print("| step | CPU ms without | SpikeGuard adds, ms | share |\n|---|---:|---:|---:|")
+    for name, (side, make) in sides.items():
+        without, added = compared(side, make, rounds)
+        print(f"| {name} | {without:.3f} | {added:.3f} | {added / without:.1%} |", flush=True)
+    print(f"bars: {BAR_MS} ms of the first, {BAR_SHARE:.0%} of the last")
+
+
+if __name__ == "__main__":
+    main()
