@@ -43,6 +43,18 @@ def test_zero_infinity_is_killed_and_comes_to_the_same_bits(tmp_path: Path) -> N
     assert run.stdout.endswith("the same bits\n")
 
 
+@pytest.mark.slow
+def test_a_planted_spike_is_healed(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "spike_guard.py"), "--steps=120"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    words = [line.split() for line in run.stdout.splitlines()[1:]]
+    last = {" ".join(line[:-2]): float(line[-1]) for line in words if line[0] != "step"}
+    assert list(last) == ["no spike", "unguarded", "skip", "rewind"]
+    assert [line[-1] for line in words if line[:2] == ["step", "80:"]] == ["skip", "rewind"]
+    assert max(last["skip"], last["rewind"]) < last["unguarded"]
+
+
 def test_yaml_examples_are_those_of_the_demo() -> None:
     for name in ("pretrain.yaml", "dpo.yaml"):
         packaged = EXAMPLES.parent / "lightning_align/recipes" / name

@@ -65,7 +65,8 @@ def moved(model: str, base: str) -> bool:
     return not torch.equal(*logits)
 
 
-LAYERS = {"galore": "pretrain", "muon": "ddp", "stable_adamw": "ddp"}  # go over another recipe
+# Those that go over another recipe.
+LAYERS = {"galore": "pretrain", "muon": "ddp", "spike_guard": "pretrain", "stable_adamw": "ddp"}
 
 TINY = [
     "--model.model.hidden_size=20",
@@ -146,6 +147,23 @@ def test_galore_over_pretrain(folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_spike_guard_over_pretrain(folder: Path) -> None:
+    """Beside the callbacks of the recipe below it, and with its own detector."""
+    for name in ("pretrain", "spike_guard"):
+        main(["recipes", "copy", name])
+    layers = ["-c", "pretrain.yaml", "-c", "spike_guard.yaml"]
+    schedule = ["--model.lr_scheduler.total_steps=3", "--trainer.log_every_n_steps=1"]
+    own = ["--trainer.callbacks.rewind_steps=2", "--trainer.callbacks.detector=SpikeDetector"]
+    window = ["--trainer.callbacks.detector.window=16", "--trainer.callbacks.detector.warmup=8"]
+    main(["fit", *layers, *QUIET, *TINY, *schedule, *own, *window])
+    checkpoint = torch.load("outputs/pretrain/checkpoints/last.ckpt", weights_only=True)
+    (state,) = [v for k, v in checkpoint["callbacks"].items() if k.startswith("SpikeGuard")]
+    assert state["detector"]["window"] == 16
+    assert (folder / "outputs/pretrain/model/config.json").exists()
+    assert any(key.startswith("MetricPlot") for key in checkpoint["callbacks"])
+
+
+@pytest.mark.slow
 def test_sft_chat(folder: Path, base: str) -> None:
     def chat(i: int) -> dict[str, Any]:
         said = [("user", f"What is number {i}?"), ("assistant", "A truth.")]
@@ -208,6 +226,7 @@ def test_every_recipe_is_run_here() -> None:
         "muon",
         "pretrain",
         "sft_chat",
+        "spike_guard",
         "stable_adamw",
         "zero_infinity",
         "zero_infinity_dpo",
@@ -226,7 +245,8 @@ def test_a_recipe_prints_as_its_file(name: str, capsys: pytest.CaptureFixture[st
     main(["recipes", name])
     printed = capsys.readouterr().out
     assert printed == (ROOT / f"lightning_align/recipes/{name}.yaml").read_text()
-    parts = {"model"} if name in LAYERS else {"model", "data", "trainer"}
+    of_layers = {"trainer"} if name == "spike_guard" else {"model"}
+    parts = of_layers if name in LAYERS else {"model", "data", "trainer"}
     assert parts <= set(yaml.safe_load(printed))
     how = f"-c {LAYERS[name]}.yaml -c {name}.yaml" if name in LAYERS else f"-c {name}.yaml"
     assert f"lightning-align fit {how}" in printed, "how to run it, in its head"

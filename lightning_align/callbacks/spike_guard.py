@@ -32,7 +32,7 @@ from lightning_align.reports.spikes import SpikeReport, describe
 from lightning_align.run.accumulation import drop_gradients
 from lightning_align.run.callbacks import callbacks_of
 from lightning_align.run.position import batches_consumed
-from lightning_align.run.protocols import MeasuresSteps, PlansChanges, forget_window
+from lightning_align.run.protocols import PlansChanges, forget_window
 from lightning_align.run.replicas import of_every_rank, scale_gradients
 from lightning_align.run.skipping import stream_position
 from lightning_align.spike_incidents import Incident
@@ -150,6 +150,7 @@ class SpikeGuard(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         spike_checks.check_optimizers(trainer)
         self._planning = [each for each in callbacks_of(trainer) if isinstance(each, PlansChanges)]
+        self._losses.begin(pl_module)
         if self.agc is not None:
             self._units = units(pl_module)
         # An attribute of the instance: the class, and so every other module of it, stays.
@@ -317,7 +318,7 @@ class SpikeGuard(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         # A module that measures has its sums in the checkpoint; ranks have losses of their own.
-        if is_accumulating(trainer) and not isinstance(pl_module, MeasuresSteps):
+        if is_accumulating(trainer) and not self._losses.told:
             checkpoint[_WINDOW_KEY] = of_every_rank(trainer, self._losses.plain())
 
     @override

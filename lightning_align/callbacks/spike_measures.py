@@ -5,7 +5,7 @@ any other module the losses are those of its backwards, and the norm is taken on
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import lightning.pytorch as pl
 import torch
@@ -58,11 +58,21 @@ class Overflows:
 
 
 class WindowLosses:
-    """Losses of the open window's batches on this rank, which are waited for when it closes."""
+    """Losses of the open window's batches on this rank, which are waited for when it closes.
+
+    Attributes:
+        losses: They.
+        told: Whether the module will say what its window came to.
+    """
 
     def __init__(self) -> None:
+        self.told = False
         self.losses: list[Tensor] = []
         self._scale: float | None = None  # of the loss, in this window
+
+    def begin(self, module: pl.LightningModule) -> None:
+        """Ask once what is asked in every step."""
+        self.told = isinstance(module, MeasuresSteps)
 
     def add(self, trainer: pl.Trainer, loss: Tensor) -> Tensor:
         """Take a loss that is about to be propagated back, and return that of the batch itself."""
@@ -88,8 +98,8 @@ class WindowLosses:
         Collective, unless the module hands both values over.
         """
         losses, self.losses, self._scale = self.losses, [], None
-        if isinstance(module, MeasuresSteps):
-            measured = module.measured
+        if self.told:
+            measured = cast(MeasuresSteps, module).measured
             return None if measured is None else _numbers(*measured)
         if not losses:
             return None
@@ -100,4 +110,4 @@ class WindowLosses:
 
 
 def _numbers(loss: Tensor, norm: Tensor) -> Measured:
-    return Measured(*torch.stack([loss.float(), norm.to(loss).float()]).tolist())
+    return Measured(float(loss), float(norm))
