@@ -12,6 +12,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.plugins import MixedPrecision
 
 from lightning_align import (
     LISA,
@@ -27,7 +30,7 @@ from tests.helpers.children import in_child
 from tests.helpers.ranks import ForkedRanks, run_ranks
 from tests.helpers.resume import SaveEveryBatch, SequenceData, gpt2_module
 from tests.helpers.spiky import AlarmOnce, Told
-from tests.run.test_capture import Counts, Everything, Parts, fit
+from tests.run.test_capture import Counts, Everything, Freezes, Parts, fit
 
 pytestmark = pytest.mark.slow  # a minute in all; `make test-laws` runs them
 
@@ -45,7 +48,12 @@ def guard(*alarms: int, back: int = 1, every: int = 2, skip: int = 1, **more: An
 
 
 def as_told(
-    build: Callable[[], Parts], *alarms: int, back: int = 1, skip: int = 1, **options: Any
+    build: Callable[[], Parts],
+    *alarms: int,
+    back: int = 1,
+    skip: int = 1,
+    window: int = 0,
+    **options: Any,
 ) -> None:
     """The law, for snapshots every two steps."""
 
@@ -58,7 +66,7 @@ def as_told(
     ours = run(notes, guard(*alarms, back=back, skip=skip))
     assert notes.ranges, "it has not gone back"
     theirs = run(Told(notes.ranges), guard(back=back, skip=skip))
-    window = options.get("accumulate_grad_batches", 1)
+    window = window or options.get("accumulate_grad_batches", 1)
     target = (alarms[-1] - back) // 2 * 2 * window  # the last rewind, and the batches behind it
     places = [line.split()[:2] for line in theirs]
     expected = theirs[places.index([str(target), "batch"]) + 1 :]
@@ -95,9 +103,42 @@ def test_across_an_epochs_end_and_its_validation(plateau: str) -> None:
     as_told(lambda: everything(plateau=plateau), 7, back=1)  # to the epoch's very end
 
 
+class Decays(Everything):
+    """With a schedule that is a function of its own count of steps."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        config = {"scheduler": scheduler, "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+
+def test_a_schedule_that_counts_steps() -> None:
+    as_told(lambda: (Decays(), [], None), 3)
+
+
+def test_what_hooks_of_an_epoch_have_set() -> None:
+    def build() -> Parts:
+        return Freezes(), [GradientAccumulationScheduler({0: 1, 1: 2})], None
+
+    as_told(build, 6, back=2, window=1)  # from the second epoch into the first
+
+
+def test_a_loss_scaler() -> None:
+    def run(told: Told, guarding: SpikeGuard) -> tuple[list[str], dict[str, Any]]:
+        scaler = torch.amp.GradScaler("cpu", 4.0, growth_interval=2)
+        plugin = MixedPrecision("16-mixed", "cpu", scaler)
+        pl.seed_everything(3, verbose=False)
+        return fit(everything()[0], guarding, told, plugins=[plugin])[-4:], scaler.state_dict()
+
+    notes = Told()
+    ours = run(notes, guard(3))
+    assert ours == run(Told(notes.ranges), guard())
+
+
 def test_two_rewinds_in_one_epoch_and_to_the_same_snapshot() -> None:
     as_told(everything, 3, 5)
-    as_told(everything, 3, 4, back=2)
+    as_told(everything, 4, 4, back=2)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -122,7 +163,7 @@ def lisa() -> pl.Callback:
 
 
 def test_lisa_in_mid_interval() -> None:
-    as_told(lambda: ours(lisa), 5, max_epochs=1)  # to step 4; draws change at 3 and 6
+    as_told(lambda: ours(lisa), 7, back=3, max_epochs=1)  # to step 4; draws change at 3 and 6
 
 
 def test_token_schedule() -> None:
