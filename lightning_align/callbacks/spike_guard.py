@@ -238,6 +238,12 @@ class SpikeGuard(Callback):
             return None
         epoch, window = trainer.current_epoch, self.evidence.window
         incident = Incident.of(self.verdict, action=action, epoch=epoch, **window)
+        if action == "skip" and self.ladder.rung == "rewind":
+            steps = "of this fit is old enough yet" if trainer.ckpt_path else "is old enough yet"
+            incident.notes.append(
+                f"No snapshot {steps}: the step was skipped in place of a rewind."
+            )
+            rank_zero_warn(f"SpikeGuard: step {step}: {incident.notes[-1]}")
         self.evidence.explain(trainer, pl_module, incident)  # while gradients are there
         rank_zero_info(f"SpikeGuard: {describe(incident)}")
         self.report.add(trainer, incident)

@@ -53,6 +53,11 @@ class Ladder:
         self._rewinds = 0  # at its place
         self._skips = 0  # steps in a row that were skipped
 
+    @property
+    def rung(self) -> str:
+        """The rung that it stands on; the action of an alarm may be another one there."""
+        return self.rungs[self._rung]
+
     def calm(self) -> None:
         """A step without an alarm was taken."""
         self._skips = 0

@@ -48,7 +48,11 @@ from torch import Tensor
 
 from lightning_align._compat import lightning_resume
 from lightning_align._compat.lightning_resume import validation_follows
-from lightning_align._compat.lightning_trainer import current_hook, restart_train_iteration
+from lightning_align._compat.lightning_trainer import (
+    current_hook,
+    has_comm_state,
+    restart_train_iteration,
+)
 from lightning_align._compat.torch_modules import outside_of_modes
 from lightning_align._errors import argument_error
 from lightning_align.checkpointing.structure import Copier
@@ -324,6 +328,10 @@ def check_goes_back(trainer: pl.Trainer, where: str) -> None:
             name = type(callback).__name__
             rule = "it takes up its averages where a fit begins, and not in it"
             raise argument_error(where, "callbacks", name, rule, "Use EMAWeightAveraging")
+    if has_comm_state(trainer.strategy):
+        name = type(trainer.strategy).__name__
+        rule = "the state of its communication hook would stay as it is"
+        raise argument_error(where, "strategy", name, rule, "Leave ddp_comm_state out")
     if not restores_in_fit(trainer.strategy):
         name = type(trainer.strategy).__name__
         rule = "its ranks hold parts of the model, and a state is whole on each rank"

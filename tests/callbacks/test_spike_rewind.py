@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_align import GaLoreAdamW, Muon, SpikeGuard, StableAdamW
 from lightning_align.callbacks import spike_memory
 from lightning_align.callbacks.spike_rewind import SpikeRewind, forget_moments
+from lightning_align.host_block import HostBlock
 from lightning_align.run.skipping import skipped_batches
 from lightning_align.stability import SpikeDetector, SpikeVerdict
 from tests.helpers.spiky import Regression, batches
@@ -91,9 +92,13 @@ def test_snapshots_of_a_stretch_that_was_left_are_not_gone_back_to() -> None:
 
 
 def test_where_no_snapshot_is_old_enough_the_step_is_skipped() -> None:
-    watch = fit(Regression(), guard(rewind_steps=4), loader(8, at4=1e6))
+    guarding = guard(rewind_steps=4)
+    with pytest.warns(UserWarning, match=r"step 4: No snapshot is old enough yet: the step was"):
+        watch = fit(Regression(), guarding, loader(8, at4=1e6))
     assert watch.steps == list(range(1, 9))
     assert watch.left_out == []
+    (incident,) = guarding.report.incidents
+    assert (incident.action, len(incident.notes)) == ("skip", 1)
 
 
 def test_snapshots_are_taken_of_steps_and_not_of_batches() -> None:
@@ -105,6 +110,20 @@ def test_snapshots_are_taken_of_steps_and_not_of_batches() -> None:
     )
     assert watch.steps[9:13] == [5, 5, 6, 4]
     assert watch.left_out == [[8, 12]]
+
+
+def test_snapshots_lie_in_memory_that_is_taken_once(monkeypatch: Any) -> None:
+    taken: list[int] = []
+    make = HostBlock.__init__
+
+    def counted(self: Any, nbytes: int, pinned: bool) -> None:
+        taken.append(nbytes)
+        make(self, nbytes, pinned)
+
+    monkeypatch.setattr(HostBlock, "__init__", counted)
+    guarding = guard(rewind_steps=3, snapshot_every_n_steps=1)
+    fit(Regression(), guarding, loader(16, at9=1e6), max_steps=12)
+    assert len(taken) == 4  # the first snapshot is behind a step: the state does not grow
 
 
 # Behind it

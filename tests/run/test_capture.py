@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torchmetrics import MeanMetric
 
 from lightning_align import LISA, ExactResume
-from lightning_align.run.capture import RunState, capture, restore
+from lightning_align.run.capture import RunState, capture, check_goes_back, restore
 from lightning_align.run.position import batches_consumed
 from tests.helpers.foreign import Stranger
 from tests.helpers.ranks import ForkedRanks, run_ranks
@@ -424,3 +424,10 @@ def test_ranks_that_hold_parts_of_the_model_are_refused() -> None:
 
     for told in run_ranks(on):
         assert told.startswith("capture(strategy='Parts'): its ranks hold parts")
+
+
+def test_a_communication_hook_with_a_state_is_refused() -> None:
+    strategy = DDPStrategy(ddp_comm_state=object())
+    trainer = pl.Trainer(accelerator="cpu", devices=1, strategy=strategy, logger=False)
+    with pytest.raises(ValueError, match=r"^x\(strategy='DDPStrategy'\): the state of its comm"):
+        check_goes_back(trainer, "x")
