@@ -324,6 +324,17 @@ def resolve_checkpoint_dir(callback: ModelCheckpoint, trainer: pl.Trainer) -> An
     return callback._ModelCheckpoint__resolve_ckpt_dir(trainer)  # type: ignore[attr-defined]
 
 
+def saved_by(callback: ModelCheckpoint) -> tuple[int, set[str]]:
+    """The step that a ModelCheckpoint has saved last, and the paths of what it keeps."""
+    named = {callback.last_model_path, callback.best_model_path, callback._last_checkpoint_saved}
+    return callback._last_global_step_saved, {*callback.best_k_models, *named} - {""}
+
+
+def save_step_again(callback: ModelCheckpoint) -> None:
+    """Let a ModelCheckpoint save a step that it has saved before."""
+    callback._last_global_step_saved = 0
+
+
 def dump_checkpoint(trainer: pl.Trainer, weights_only: bool) -> dict[str, Any]:
     """What ``trainer.save_checkpoint`` would write. Collective where the strategy's state is."""
     return trainer._checkpoint_connector.dump_checkpoint(weights_only)

@@ -33,6 +33,7 @@ from lightning_align.checkpointing.retention import Retention
 from lightning_align.run.callbacks import bring
 from lightning_align.run.exact_resume import ExactResume
 from lightning_align.run.interrupt import DeferredInterrupt
+from lightning_align.run.position import batches_consumed
 
 
 class AsyncCheckpoint(ModelCheckpoint):
@@ -132,6 +133,7 @@ class AsyncCheckpoint(ModelCheckpoint):
         )
         self._folder: CheckpointFolder | None = None  # on rank zero while fitting
         self._interrupt = DeferredInterrupt()
+        self._saves_now = False  # whether all that was saved has been withdrawn
         self._begin(CheckpointRun())
 
     def __getstate__(self) -> dict[str, Any]:
@@ -221,7 +223,8 @@ class AsyncCheckpoint(ModelCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         news.tell_of_commits(self, self._folder, trainer)
-        self._save_if_due(trainer, self._triggers.after_batch(trainer))
+        now, self._saves_now = self._saves_now, False
+        self._save_if_due(trainer, self._triggers.after_batch(trainer) or now)
         self._interrupt.stop_if_it_came(trainer)
 
     @override
@@ -249,6 +252,24 @@ class AsyncCheckpoint(ModelCheckpoint):
         metrics = self._triggers.metrics_to_save(trainer, comes_due, logged, self.monitor)
         if metrics is not None:
             self._save(trainer, metrics, score_of(metrics, self.monitor, self.mode))
+
+    def withdraw(self, trainer: Trainer) -> list[str]:
+        """Take back what was saved behind the batch that the run has just gone back to.
+
+        None of it is best or ``last`` again, not even after a crash, and all of it goes once a
+        newer checkpoint is committed. If nothing else is left, one is saved in this hook.
+
+        Args:
+            trainer: Whose run has gone back, in ``on_train_batch_end``; on every rank.
+
+        Returns:
+            Paths of the checkpoints, on rank zero.
+        """
+        self._triggers.forget()
+        self._last_global_step_saved = 0  # a step may come, and be saved, once more
+        names = [] if self._folder is None else self._folder.withdraw(batches_consumed(trainer))
+        self._saves_now = trainer.strategy.broadcast(bool(names) and not self._retention.newest)
+        return [path_in(str(self.dirpath), name, self.storage_options) for name in names]
 
     # What.
 

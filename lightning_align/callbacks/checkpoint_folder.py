@@ -18,7 +18,7 @@ from lightning_align.checkpointing.manifest import DATA, Manifest
 from lightning_align.checkpointing.retention import Retention
 
 Formatted = Callable[[int | None], str]  # a name, without or with a version
-SAVES = "saves_of_run"  # in the metadata of a manifest
+SAVES, BATCHES = "saves_of_run", "batches"  # in the metadata of a manifest
 
 
 class CheckpointFolder:
@@ -51,6 +51,7 @@ class CheckpointFolder:
             storage_options=storage_options,
             on_commit=self._on_commit,
         )
+        retention.withdraw(self._engine.withdrawn)
         self._names = {name.split(DATA)[0] for name in self._engine.folder.names()}
         if retention.newest:  # of an earlier fit of this Trainer
             names = {found.name for found in self._engine.committed}
@@ -103,6 +104,20 @@ class CheckpointFolder:
             f" ckpt_path='last' still means {newest.name!r}, if that is whole. What is left"
             f" behind {kept}."
         )
+
+    def withdraw(self, batches: int) -> list[str]:
+        """Take back what was saved behind a batch that the run has gone back to.
+
+        Args:
+            batches: Training batches that are part of the run now.
+
+        Returns:
+            Names of the checkpoints, some of which may still be being written.
+        """
+        names = self._engine.withdraw(lambda _, about: about.get(BATCHES, 0) > batches)
+        self._retention.withdraw(names)
+        self._on_change()
+        return names
 
     def reserve(self, formatted: Formatted, version: int, score: float | None, keep: bool) -> str:
         """A name for the next save, which ``retention`` knows as pending from now on.

@@ -10,10 +10,11 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_align._compat import lightning_resume
-from lightning_align.callbacks.checkpoint_folder import SAVES, order_in_run
+from lightning_align.callbacks.checkpoint_folder import BATCHES, SAVES, order_in_run
 from lightning_align.checkpointing.files import Folder
 from lightning_align.checkpointing.latest import newest_whole
 from lightning_align.checkpointing.manifest import DATA
+from lightning_align.run.position import batches_consumed
 
 RUN_KEY = "lightning_align.run"  # of the checkpoint
 
@@ -80,6 +81,7 @@ class CheckpointRun:
         return {
             "run": self.id,
             SAVES: self.saves,
+            BATCHES: batches_consumed(trainer),
             "monitor": monitor,
             "score": score if monitor and score is not None and math.isfinite(score) else None,
             "epoch": trainer.current_epoch,

@@ -38,6 +38,10 @@ class SaveTriggers:
         self._awaits_validation = False
         self._last_time = time.monotonic()
 
+    def forget(self) -> None:
+        """Nothing is due any more: the run has gone back."""
+        self._due, self._awaits_validation = None, False
+
     def after_batch(self, trainer: pl.Trainer) -> bool:
         """Whether this batch makes a save due. Collective where time does.
 

@@ -12,12 +12,6 @@ from lightning_align.run.callbacks import callbacks_of
 from lightning_align.run.protocols import HoldsGradients, SpreadsModel, has_replicas
 
 
-def refuse_unbuilt(argument: str, value: Any) -> None:
-    """Refuse what is not there yet."""
-    if value:
-        raise argument_error("SpikeGuard", argument, value, "is not there yet")
-
-
 def check_run(trainer: Trainer, module: LightningModule, kind: type[Callback]) -> None:
     """Refuse a run whose steps cannot be judged.
 

@@ -30,10 +30,12 @@ from lightning_align.callbacks.spike_rewind import SpikeRewind
 from lightning_align.optimizers.clipping import ZClip, clip_units_, units
 from lightning_align.reports.spikes import SpikeReport, describe
 from lightning_align.run.accumulation import drop_gradients
-from lightning_align.run.callbacks import callbacks_of
+from lightning_align.run.callbacks import bring, callbacks_of
+from lightning_align.run.exact_resume import ExactResume
 from lightning_align.run.position import batches_consumed
 from lightning_align.run.protocols import PlansChanges, forget_window
 from lightning_align.run.replicas import of_every_rank, scale_gradients
+from lightning_align.run.skip_list import follow_skip_list
 from lightning_align.run.skipping import stream_position
 from lightning_align.spike_incidents import Incident
 from lightning_align.stability import SpikeDetector, SpikeVerdict
@@ -102,11 +104,9 @@ class SpikeGuard(Callback):
         skip_list: str | None = None,
     ) -> None:
         rungs = rungs_of(action)
-        for argument, value in {"skip_list": skip_list}.items():
-            spike_checks.refuse_unbuilt(argument, value)
         if agc is not None and not 0 < agc < math.inf:
             raise argument_error("SpikeGuard", "agc", agc, "must be a number above 0, say 0.01")
-        self.agc = agc
+        self.agc, self.skip_list = agc, skip_list
         self.detector = detector or SpikeDetector()
         self.ladder = Ladder(rungs, max_rewinds, max_consecutive_skips)
         self.verdict: SpikeVerdict | None = None
@@ -141,6 +141,8 @@ class SpikeGuard(Callback):
             spike_checks.check_agc(trainer)
         if self._rewind is not None:
             self._rewind.setup(trainer, pl_module, stage)
+        if self.skip_list:
+            bring(ExactResume, trainer, pl_module, stage)
         if trainer.global_step == 0:  # a new run; a resumed one loads its state after setup
             self.load_state_dict(copy.deepcopy(self._as_built))
             self._losses = WindowLosses()
@@ -160,6 +162,8 @@ class SpikeGuard(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.skip_list:
+            follow_skip_list(trainer, self.skip_list, "SpikeGuard")
         if self._rewind is not None:
             self._rewind.start(trainer)
 

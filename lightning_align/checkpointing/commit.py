@@ -8,6 +8,7 @@ from typing import Any
 from lightning_align.checkpointing.files import Bytes, Folder
 from lightning_align.checkpointing.manifest import (
     MANIFEST,
+    WITHDRAWN,
     WRITING,
     Hashed,
     Manifest,
@@ -67,7 +68,19 @@ def remove(folder: Folder, name: str, files: Iterable[str], announce: bool = Tru
     folder.sync()
     for file in files:
         folder.delete(file)
+    folder.delete(name + WITHDRAWN)
     folder.delete(name + WRITING)
+
+
+def withdraw(folder: Folder, name: str) -> None:
+    """Say of a checkpoint, which may still be being written, that its run has gone back behind it.
+
+    Args:
+        folder: Where its files lie.
+        name: The checkpoint's.
+    """
+    folder.write(name + WITHDRAWN, [b""])
+    folder.sync()
 
 
 def sweep(folder: Folder) -> list[str]:
@@ -87,6 +100,11 @@ def sweep(folder: Folder) -> list[str]:
             folder.delete(marker)
         except OSError as error:
             warnings.warn(f"{folder.path(marker)} is passed over: {error}.", stacklevel=2)
+    for marker in [name for name in names if name.endswith(WITHDRAWN)]:
+        name = marker.removesuffix(WITHDRAWN)
+        if name + MANIFEST not in names or name + DATA in swept:  # it came to nothing
+            folder.delete(marker)
+            swept.append(marker)
     return swept
 
 

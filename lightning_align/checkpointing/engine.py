@@ -13,10 +13,14 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 from lightning_align._errors import argument_error
-from lightning_align.checkpointing.commit import commit, remove, sweep
+from lightning_align.checkpointing.commit import commit, remove, sweep, withdraw
 from lightning_align.checkpointing.files import Bytes, Folder
 from lightning_align.checkpointing.frozen import freeze, thaw
-from lightning_align.checkpointing.latest import committed_checkpoints, load_checkpoint
+from lightning_align.checkpointing.latest import (
+    committed_checkpoints,
+    load_checkpoint,
+    withdrawn_names,
+)
 from lightning_align.checkpointing.lineage import Lineage
 from lightning_align.checkpointing.lock import FolderLock
 from lightning_align.checkpointing.manifest import DATA, LINEAGE, Manifest, newest_first
@@ -82,6 +86,7 @@ class SnapshotEngine:
         self._saves = 0
         self._committed: dict[str, Manifest] = {}
         self._lineage = Lineage([])
+        self.withdrawn: set[str] = set()  # names of those that the run has gone back behind
         self._foreign: set[str] = set()  # names of files that are no checkpoints of ours
         self._durable = 0  # number of the latest save that is on disk
         self._deferred: list[tuple[str, int]] = []  # deletions, for when something newer is durable
@@ -101,6 +106,8 @@ class SnapshotEngine:
             sweep(self.folder)
             self._committed = {found.name: found for found in committed_checkpoints(self.folder)}
             self._lineage = Lineage(self._committed.values())
+            self.withdrawn = withdrawn_names(self.folder.names())
+            self._lineage.withdraw(self.withdrawn, self._committed)
             names = {file.split(DATA)[0] for file in self.folder.names() if DATA in file}
             self._foreign = names - self._committed.keys()
         except BaseException:
@@ -161,7 +168,37 @@ class SnapshotEngine:
             name: Name of the checkpoint; None if it is in another folder.
             step: The step it was saved at: what is left by it are later steps.
         """
-        return self._lineage.continue_from(name, step, self._committed)
+        withdrawn = self.withdrawn - {name}
+        known = {each: found for each, found in self._committed.items() if each not in withdrawn}
+        left = self._lineage.continue_from(name, step, known)
+        self._lineage.withdraw(withdrawn, self._committed)
+        return left
+
+    def withdraw(self, is_later: Callable[[int, dict[str, Any]], bool]) -> list[str]:
+        """Take back the checkpoints of a stretch that the run has gone back behind.
+
+        They stay, but none is the newest again, not even after a crash, unless nothing else is
+        whole; one that is being written is among them once it is committed.
+
+        Args:
+            is_later: Whether a checkpoint of that step and metadata is of the stretch.
+
+        Returns:
+            Their names.
+        """
+        pending = {each.name: (each.step, each.metadata) for each in self._pool.waiting}
+        known = {each.name: (each.step, each.metadata) for each in list(self._committed.values())}
+        names = {name for name, about in {**known, **pending}.items() if is_later(*about)}
+        names -= self.withdrawn | self._lineage.abandoned
+        self.withdrawn |= names
+        self._lineage.withdraw(names, self._committed)
+        try:
+            for name in sorted(names):
+                withdraw(self.folder, name)
+        except Exception as error:  # training goes on
+            what = "Until the next checkpoint is committed, a resume may take one of the stretch"
+            self._failed("", -1, f"{what} that this run has gone back behind", error)
+        return sorted(names)
 
     def replace_waiting(self) -> tuple[str, ...]:
         """Give up the saves that the next one takes the place of: only the ``latest`` may wait.
@@ -239,7 +276,7 @@ class SnapshotEngine:
     @property
     def committed(self) -> list[Manifest]:
         """Checkpoints in the folder, the newest first."""
-        return newest_first(list(self._committed.values()))
+        return newest_first(list(self._committed.values()), self.withdrawn)
 
     def pop_errors(self) -> list[SaveError]:
         """What went wrong since the last call."""
@@ -338,6 +375,7 @@ class SnapshotEngine:
         manifest = self._committed.pop(name, None)
         if manifest is not None:
             remove(self.folder, name, [file.name for file in manifest.files])
+            self.withdrawn.discard(name)
 
     def _failed(self, name: str, step: int, what: str, error: BaseException) -> None:
         message = f"{what}: {type(error).__name__}: {error}. {self._intact()}"

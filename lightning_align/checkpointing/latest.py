@@ -13,6 +13,7 @@ from lightning_align.checkpointing.files import CHUNK_BYTES, Folder
 from lightning_align.checkpointing.manifest import (
     DATA,
     MANIFEST,
+    WITHDRAWN,
     Hashed,
     Manifest,
     StoredFile,
@@ -52,15 +53,16 @@ def committed_checkpoints(
 ) -> list[Manifest]:
     """Committed checkpoints of a folder, the newest first; those that cannot be read are left out.
 
-    The newest was committed last. What its run had left behind by going back comes at the end.
+    The newest was committed last. What its run had left behind by going back, or has withdrawn,
+    comes at the end.
 
     Args:
         dirpath: Local path or URL.
         storage_options: Passed to the filesystem of the URL.
     """
     folder = dirpath if isinstance(dirpath, Folder) else Folder(dirpath, storage_options)
-    manifests = []
-    for file in folder.names():
+    manifests, names = [], folder.names()
+    for file in names:
         if not file.endswith(MANIFEST):
             continue
         try:
@@ -69,7 +71,16 @@ def committed_checkpoints(
             continue
         except (ValueError, OSError) as error:
             warnings.warn(f"{folder.path(file)} is passed over: {error}.", stacklevel=2)
-    return newest_first(manifests)
+    return newest_first(manifests, withdrawn_names(names))
+
+
+def withdrawn_names(files: Iterable[str]) -> set[str]:
+    """Names of the checkpoints that were withdrawn.
+
+    Args:
+        files: Names of the files in the folder.
+    """
+    return {file.removesuffix(WITHDRAWN) for file in files if file.endswith(WITHDRAWN)}
 
 
 def latest_valid_checkpoint(
@@ -101,6 +112,12 @@ def newest_whole(folder: Folder) -> Manifest | None:
                 stacklevel=3,
             )
         else:
+            if manifest.name + WITHDRAWN in folder.names():
+                warnings.warn(
+                    f"{path} (step {manifest.step}) is of a stretch that its run had gone back"
+                    " behind, and nothing else is whole: what spoiled it may be in it.",
+                    stacklevel=3,
+                )
             return manifest
     return None
 

@@ -19,6 +19,11 @@ class Lineage:
         self._parent: str | None = None
         self._abandoned: set[str] = set()
 
+    @property
+    def abandoned(self) -> set[str]:
+        """Names of those that the run has left behind by going back."""
+        return self._abandoned
+
     def continue_from(
         self, name: str | None, step: int, committed: Mapping[str, Manifest]
     ) -> list[Manifest]:
@@ -42,6 +47,20 @@ class Lineage:
         self._abandoned = {found.name for found in left}
         return list({found.name: found for found in left}.values())
 
+    def withdraw(self, names: Iterable[str], committed: Mapping[str, Manifest]) -> None:
+        """The run has gone back behind these, which may not all be committed yet.
+
+        Args:
+            names: Of these, and of those that were withdrawn before.
+            committed: Checkpoints in the folder, by name.
+        """
+        if not (names := set(names)):
+            return
+        self._abandoned = self._abandoned | names
+        kept = (found for name, found in committed.items() if name not in self._abandoned)
+        parent = next(iter(newest_first(kept)), None)
+        self._parent = parent.name if parent is not None else None
+
     def next(self, committed: Mapping[str, Manifest]) -> dict[str, Any]:
         """The entry of the next commit.
 
@@ -53,4 +72,6 @@ class Lineage:
 
     def commit(self, manifest: Manifest) -> None:
         """Take note of a commit."""
-        self._number, self._parent = manifest.commit_number, manifest.name
+        self._number = manifest.commit_number
+        if manifest.name not in self._abandoned:
+            self._parent = manifest.name

@@ -4,12 +4,13 @@
 exists only once everything that it lists is durable, so writing it is the commit. No rename is
 needed, which object stores do not have. ``<name>.ckpt.writing`` says that files of this name may be
 incomplete: only what was announced that way is ever swept, never the file of another program.
+``<name>.ckpt.withdrawn`` says that its run has gone back behind it: it is the last one to be taken.
 """
 
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from lightning_align.checkpointing.files import CHUNK_BYTES, Bytes, Folder
 
 FORMAT = 1
 DATA, MANIFEST, WRITING = ".ckpt", ".ckpt.json", ".ckpt.writing"
+WITHDRAWN = ".ckpt.withdrawn"
 LINEAGE = "lineage"  # key of the metadata that SnapshotEngine writes itself
 
 _LARGEST_BYTES = 1 << 26  # of a manifest: what is larger was not written here, and is not read
@@ -148,14 +150,21 @@ def belongs(file: str, name: str) -> bool:
     return own and not re.search(r"[/\\\0]", file)
 
 
-def newest_first(manifests: Iterable[Manifest]) -> list[Manifest]:
+def newest_first(
+    manifests: Iterable[Manifest], withdrawn: Collection[str] = ()
+) -> list[Manifest]:
     """Checkpoints of one folder in the order in which a run would take them.
 
     The newest is the one that was committed last, whatever its step and the clock; what its run
     had left behind comes last, so that a fall back keeps to the branch.
+
+    Args:
+        manifests: Of the checkpoints.
+        withdrawn: Names of those that the run had gone back behind before it committed another.
     """
     ordered = sorted(manifests, key=lambda manifest: manifest.order, reverse=True)
-    left = set(ordered[0].abandoned) if ordered else set()
+    newest = next((found for found in ordered if found.name not in withdrawn), None)
+    left = {*withdrawn, *(newest.abandoned if newest is not None else ())}
     return sorted(ordered, key=lambda manifest: manifest.name in left)
 
 

@@ -44,7 +44,12 @@ class SnapshotPool:
     @property
     def pending(self) -> set[str]:
         """Names of those that are not written yet."""
-        return {each.name for each in self._snapshots if each.pending}
+        return {each.name for each in self.waiting}
+
+    @property
+    def waiting(self) -> list[Snapshot]:
+        """Those that are not written yet."""
+        return [each for each in self._snapshots if each.pending]
 
     def has_room(self) -> bool:
         """Whether there is one to copy into."""

@@ -6,6 +6,7 @@ whether another is worth saving, but nothing is given up for it before it is com
 
 import math
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -26,6 +27,7 @@ class Retention:
         self._stored: dict[str, None] = {}  # committed and not given up, in order
         self._protected: set[str] = set()
         self._abandoned: dict[str, int] = {}  # committed, and left by going back -> step
+        self._withdrawn: set[str] = set()  # left by going back in mid-run; they may be pending
         self.latest_score: float | None = None  # of the last commit that was ranked
         self._lock = threading.RLock()
 
@@ -63,7 +65,8 @@ class Retention:
     def admits(self, score: float) -> bool:
         """Whether a checkpoint of this value of the monitored metric would be among the best."""
         with self._lock:
-            waiting = {name: s for name, s in self._pending.items() if s is not None}
+            pending = [item for item in self._pending.items() if item[0] not in self._withdrawn]
+            waiting = {name: score for name, score in pending if score is not None}
             rivals = sorted(map(self._cost, {**self._ranked, **waiting}.values()))
         if self.save_top_k < 0 or len(rivals) < self.save_top_k:
             return True
@@ -83,6 +86,7 @@ class Retention:
         """A checkpoint will not be committed after all."""
         with self._lock:
             self._pending.pop(name, None)
+            self._withdrawn.discard(name)
 
     def commit(self, name: str, step: int = -1) -> list[str]:
         """A checkpoint is durable; returns those that need not be kept any longer.
@@ -93,6 +97,8 @@ class Retention:
         """
         with self._lock:
             score = self._pending.pop(name, None)
+            if name in self._withdrawn:  # it was being written when the run went back
+                return []
             self._stored.pop(name, None)
             self._stored[name] = None
             if score is not None:
@@ -103,7 +109,27 @@ class Retention:
             surplus = [stored for stored in self._stored if stored not in kept]
             for stored in surplus:
                 del self._stored[stored]
-            return [*surplus, *self._replaced(step)]
+            return list(dict.fromkeys([*surplus, *self._replaced(step), *self._taken_back()]))
+
+    def _taken_back(self) -> list[str]:
+        """Withdrawn checkpoints, now that there is a newer one; even where all are kept."""
+        gone = self._withdrawn - self._protected - self._pending.keys()
+        self._withdrawn -= gone
+        return sorted(gone)
+
+    def withdraw(self, names: Iterable[str]) -> None:
+        """The run has gone back behind these, and takes another way: none is best or newest.
+
+        They stay until another checkpoint is committed. Some may still be being written.
+        """
+        if not (names := set(names)):
+            return
+        with self._lock:
+            self._withdrawn |= names
+            for name in names:
+                self._stored.pop(name, None)
+                self._ranked.pop(name, None)
+            self.latest_score = self._ranked.get(self.newest)
 
     def _replaced(self, step: int) -> list[str]:
         """Abandoned checkpoints whose steps the run has come to again."""
@@ -131,6 +157,7 @@ class Retention:
         with self._lock:
             after._ranked, after._stored = dict(self._ranked), dict(self._stored)
             after._protected, after._pending = set(self._protected), dict(self._pending)
+            after._withdrawn = set(self._withdrawn)
             after.latest_score = self.latest_score
         for name in list(after._pending):
             after.commit(name)
@@ -145,7 +172,7 @@ class Retention:
         with self._lock:
             return {
                 "ranked": dict(self._ranked),
-                "pending": dict(self._pending),
+                "pending": {n: s for n, s in self._pending.items() if n not in self._withdrawn},
                 "stored": list(self._stored),
                 "latest_score": self.latest_score,
             }
@@ -159,7 +186,7 @@ class Retention:
         """
         surplus = []
         self._pending = {}
-        committed = committed - self._abandoned.keys()
+        committed = committed - self._abandoned.keys() - self._withdrawn
         with self._lock:
             self._stored = {name: None for name in state["stored"] if name in committed}
             self._ranked = {n: score for n, score in state["ranked"].items() if n in committed}

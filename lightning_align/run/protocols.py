@@ -328,6 +328,14 @@ class HasStorageOptions(Protocol):
         """Options by name, as fsspec takes them."""
 
 
+@runtime_checkable
+class WithdrawsCheckpoints(Protocol):
+    """It takes back what it has saved of a stretch that the run has gone back behind."""
+
+    def withdraw(self, trainer: pl.Trainer, /) -> list[str]:
+        """Do so; paths of these checkpoints, on rank zero. Collective."""
+
+
 # Questions
 
 

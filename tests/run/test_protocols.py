@@ -130,6 +130,7 @@ ANSWER: dict[str, Callable[[], Any]] = {
     "SaysHowParametersLie": Answers,
     "FollowsFreezing": Answers,
     "HasStorageOptions": la.AsyncCheckpoint,
+    "WithdrawsCheckpoints": la.AsyncCheckpoint,
     "PlansChanges": la.LISA,
     "ForgetsWindow": lambda: la.TokenSchedule(10),
 }
