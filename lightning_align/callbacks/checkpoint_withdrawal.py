@@ -26,6 +26,16 @@ class Withdrawn(NamedTuple):
     withdrawn: list[str]
     named: list[str]
 
+    @property
+    def notes(self) -> list[str]:
+        """The same in words."""
+        notes = []
+        if self.withdrawn:
+            notes.append(f"Withdrawn, and deleted after the next save: {', '.join(self.withdrawn)}")
+        if self.named:
+            notes.append(f"Saved of the stretch that was left, and kept: {', '.join(self.named)}")
+        return notes
+
 
 class SavedSteps:
     """The steps of the files of a Trainer's ModelCheckpoints."""

@@ -297,6 +297,7 @@ class SpikeGuard(Callback):
         )
         incident = self.report.incidents[-1]
         incident.rewound_to, incident.skipped = first, [[first, end]]
+        incident.notes += done.checkpoints.notes
         again = self.evidence.rewound(trainer, pl_module, incident)
         self.report.update(trainer, again or incident)
 

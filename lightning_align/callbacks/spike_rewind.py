@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lightning_align._compat.lightning_trainer import is_accumulating
 from lightning_align._errors import argument_error, check_choice, check_least, finite_number
+from lightning_align.callbacks.checkpoint_withdrawal import SavedSteps, Withdrawn
 from lightning_align.callbacks.spike_memory import check_room
 from lightning_align.checkpointing import SnapshotEngine
 from lightning_align.run.callbacks import bring
@@ -39,11 +40,13 @@ class Rewound(NamedTuple):
         from_step: Optimizer steps that were complete, the one that was alarmed about included.
         to_step: Optimizer steps that are part of the weights now.
         left_out: Batches that are passed over, by their number in the unskipped stream.
+        checkpoints: What had been saved of the stretch.
     """
 
     from_step: int
     to_step: int
     left_out: Range
+    checkpoints: Withdrawn
 
 
 class SpikeRewind:
@@ -95,6 +98,7 @@ class SpikeRewind:
         self._lr_until = 0  # step from which on the learning rate is the schedule's
         self._scheduled: list[Any] = []  # learning rates of the groups, while they are lowered
         self._goes_back = False
+        self._saved = SavedSteps()
 
     # The run
 
@@ -183,6 +187,7 @@ class SpikeRewind:
 
     def after_batch(self, trainer: pl.Trainer) -> None:
         """Take a snapshot where one is due; to be called in ``on_train_batch_end``."""
+        self._saved.note(trainer)
         step = trainer.global_step
         due = step > 0 and step % self.snapshot_every_n_steps == 0 and not is_accumulating(trainer)
         if not due or step in self._positions:
@@ -232,7 +237,7 @@ class SpikeRewind:
         if self.moments == "reset":
             forget_moments(trainer)
         self._lr_until = target + self.lr_steps
-        return Rewound(before, target, left_out)
+        return Rewound(before, target, left_out, self._saved.go_back(trainer))
 
     def _target(self, complete: int) -> int | None:
         """Step of the snapshot to go back to, when so many steps are complete."""

@@ -68,7 +68,6 @@ def remove(folder: Folder, name: str, files: Iterable[str], announce: bool = Tru
     folder.sync()
     for file in files:
         folder.delete(file)
-    folder.delete(name + WITHDRAWN)
     folder.delete(name + WRITING)
 
 
@@ -100,9 +99,9 @@ def sweep(folder: Folder) -> list[str]:
             folder.delete(marker)
         except OSError as error:
             warnings.warn(f"{folder.path(marker)} is passed over: {error}.", stacklevel=2)
+    left = set(names) - set(swept)
     for marker in [name for name in names if name.endswith(WITHDRAWN)]:
-        name = marker.removesuffix(WITHDRAWN)
-        if name + MANIFEST not in names or name + DATA in swept:  # it came to nothing
+        if marker.removesuffix(WITHDRAWN) + MANIFEST not in left:  # it came to nothing
             folder.delete(marker)
             swept.append(marker)
     return swept

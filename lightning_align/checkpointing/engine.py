@@ -23,7 +23,7 @@ from lightning_align.checkpointing.latest import (
 )
 from lightning_align.checkpointing.lineage import Lineage
 from lightning_align.checkpointing.lock import FolderLock
-from lightning_align.checkpointing.manifest import DATA, LINEAGE, Manifest, newest_first
+from lightning_align.checkpointing.manifest import DATA, LINEAGE, WITHDRAWN, Manifest, newest_first
 from lightning_align.checkpointing.pool import Snapshot, SnapshotPool
 from lightning_align.checkpointing.results import Commit, SaveError, SaveResult
 from lightning_align.checkpointing.writer import Writer, attempt
@@ -374,7 +374,8 @@ class SnapshotEngine:
             return
         manifest = self._committed.pop(name, None)
         if manifest is not None:
-            remove(self.folder, name, [file.name for file in manifest.files])
+            sign = [name + WITHDRAWN] if name in self.withdrawn else []
+            remove(self.folder, name, [*(file.name for file in manifest.files), *sign])
             self.withdrawn.discard(name)
 
     def _failed(self, name: str, step: int, what: str, error: BaseException) -> None:

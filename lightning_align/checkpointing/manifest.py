@@ -150,9 +150,7 @@ def belongs(file: str, name: str) -> bool:
     return own and not re.search(r"[/\\\0]", file)
 
 
-def newest_first(
-    manifests: Iterable[Manifest], withdrawn: Collection[str] = ()
-) -> list[Manifest]:
+def newest_first(manifests: Iterable[Manifest], withdrawn: Collection[str] = ()) -> list[Manifest]:
     """Checkpoints of one folder in the order in which a run would take them.
 
     The newest is the one that was committed last, whatever its step and the clock; what its run

@@ -1,11 +1,22 @@
 """What SpikeGuard refuses, by itself; with a Trainer in test_spike_guard.py."""
 
+import lightning.pytorch as pl
 import pytest
+import torch
 
-from lightning_align.callbacks.spike_checks import refuse_unbuilt
+from lightning_align.callbacks.spike_checks import check_optimizers
 
 
-def test_what_is_not_there_is_refused() -> None:
-    with pytest.raises(ValueError, match="is not there yet"):
-        refuse_unbuilt("agc", 0.1)
-    refuse_unbuilt("agc", None)
+def test_several_optimizers_and_one_that_asks_for_the_loss_again_are_refused() -> None:
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    parameters = [torch.nn.Parameter(torch.ones(1))]
+    sgd, lbfgs = torch.optim.SGD(parameters), torch.optim.LBFGS(parameters)
+    for optimizers, rule in (
+        ([sgd, sgd], "has 2, and a step gets one"),
+        ([lbfgs], "several times"),
+    ):
+        trainer.strategy.optimizers = optimizers
+        with pytest.raises(ValueError, match=rf"SpikeGuard\(optimizer.*{rule}"):
+            check_optimizers(trainer)
+    trainer.strategy.optimizers = [sgd]
+    check_optimizers(trainer)

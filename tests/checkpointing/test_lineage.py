@@ -181,3 +181,86 @@ def test_the_lineage_is_no_metadata_of_the_user(tmp_path: Path) -> None:
         pytest.raises(ValueError, match=r"metadata=.*: 'lineage' is the engine's own. Rename it"),
     ):
         engine.save({}, "a", 1, {"lineage": "mine"})
+
+
+def withdraws(engine: SnapshotEngine, step: int) -> list[str]:
+    return engine.withdraw(lambda at, _: at > step)
+
+
+def test_what_was_withdrawn_is_last_at_once_and_after_a_crash(tmp_path: Path) -> None:
+    """No commit comes behind it: the process is gone."""
+    with SnapshotEngine(tmp_path) as engine:
+        train(engine, 20, 40, 60)
+        engine.wait()
+        assert withdraws(engine, 30) == ["step40", "step60"]
+        assert [found.name for found in engine.committed] == stored(tmp_path)
+    assert stored(tmp_path) == ["step20", "step60", "step40"]
+    assert latest_valid_checkpoint(tmp_path) == str(tmp_path / "step20.ckpt")
+    with SnapshotEngine(tmp_path) as engine:
+        assert engine.withdrawn == {"step40", "step60"}
+        assert withdraws(engine, 30) == [], "once"
+        train(engine, 35)
+        engine.wait()
+        newest = committed_checkpoints(tmp_path)[0]
+        assert (newest.parent, set(newest.abandoned)) == ("step20", {"step40", "step60"})
+        engine.delete("step40")
+        engine.wait()
+    assert stored(tmp_path) == ["step35", "step20", "step60"]
+    assert not list(tmp_path.glob("step40*"))
+
+
+def test_one_that_is_being_written_is_withdrawn_before_it_is_committed(tmp_path: Path) -> None:
+    with SnapshotEngine(tmp_path, keep_last=3) as engine:
+        train(engine, 20, 40)
+        withdraws(engine, 30)  # it may or may not be written by now
+        train(engine, 35)
+    assert stored(tmp_path) == ["step35", "step20", "step40"]
+    newest = committed_checkpoints(tmp_path)[0]
+    assert (newest.parent, newest.abandoned) == ("step20", ("step40",))
+
+
+def test_if_nothing_else_is_whole_it_is_taken_with_a_warning(tmp_path: Path) -> None:
+    with SnapshotEngine(tmp_path) as engine:
+        train(engine, 20)
+        engine.wait()
+        withdraws(engine, 10)
+    with pytest.warns(UserWarning, match="had gone back behind, and nothing else is whole"):
+        assert latest_valid_checkpoint(tmp_path) == str(tmp_path / "step20.ckpt")
+
+
+def test_a_resume_from_elsewhere_goes_on_from_the_newest_that_counts(tmp_path: Path) -> None:
+    with SnapshotEngine(tmp_path) as engine:
+        train(engine, 20, 40, 60)
+        engine.wait()
+        withdraws(engine, 50)
+    with SnapshotEngine(tmp_path) as engine:
+        assert [found.name for found in engine.continue_from(None, 30)] == ["step40"]
+        train(engine, 35)
+        engine.wait()
+        newest = committed_checkpoints(tmp_path)[0]
+        assert (newest.parent, set(newest.abandoned)) == ("step20", {"step40", "step60"})
+        assert withdraws(engine, 30) == ["step35"], "those left by the resume stay until replaced"
+
+
+def test_a_sign_of_what_came_to_nothing_is_swept(tmp_path: Path) -> None:
+    (tmp_path / "step9.ckpt.withdrawn").touch()
+    with SnapshotEngine(tmp_path) as engine:
+        assert engine.withdrawn == set()
+        train(engine, 9)
+    assert sorted(path.name for path in tmp_path.glob("*.ckpt*")) == [
+        "step9.ckpt",
+        "step9.ckpt.json",
+    ]
+
+
+def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path: Path, monkeypatch: Any) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with SnapshotEngine(tmp_path) as engine:
+        train(engine, 20, 40)
+        engine.wait()
+        monkeypatch.setattr("lightning_align.checkpointing.engine.withdraw", full)
+        withdraws(engine, 30)
+        assert engine.committed[0].name == "step20", "this process knows"
+        assert "Until the next checkpoint is committed" in engine.pop_errors()[0].message

@@ -100,3 +100,44 @@ def test_a_state_from_before_does_not_bring_back_what_was_abandoned() -> None:
     after.load_state_dict(before.state_dict(), {"a", "b"})
     assert list(after.ranked) == ["a"]
     assert after.newest == "a"
+
+
+def test_what_was_withdrawn_is_neither_best_nor_newest_and_goes_with_the_next_commit() -> None:
+    for top_k in (1, -1):
+        retention = Retention(top_k, "min", keep_newest=True)
+        saved(retention, a=1.0, b=0.5 if top_k < 0 else None)
+        retention.withdraw(["b"])
+        assert (list(retention.ranked), retention.newest) == (["a"], "a")
+        assert retention.latest_score == 1.0
+        assert retention.state_dict()["stored"] == ["a"]
+        retention.begin("c", 0.7)
+        assert "b" in retention.commit("c"), "even where all are kept"
+        assert saved(retention, d=0.1) == ([] if top_k < 0 else ["c"])
+
+
+def test_what_is_being_written_when_it_is_withdrawn_goes_with_the_commit_behind_its_own() -> None:
+    retention = Retention(1, "min", keep_newest=True)
+    saved(retention, a=1.0)
+    retention.begin("b", 0.5)
+    retention.withdraw(["b"])
+    assert retention.admits(0.9), "it is no rival"
+    assert retention.state_dict()["pending"] == {}
+    retention.begin("c", 0.9)
+    assert retention.expected().newest == "c"
+    assert retention.commit("b") == []
+    assert (list(retention.ranked), retention.newest) == (["a"], "a")
+    assert set(retention.commit("c")) == {"a", "b"}
+    retention.begin("d", 0.1)
+    retention.withdraw(["d"])
+    retention.drop("d")  # it failed
+    assert saved(retention, e=0.1) == ["c"]
+
+
+def test_withdrawn_ones_are_not_taken_up_again_and_a_loaded_one_stays() -> None:
+    before, after = (Retention(-1, "min", keep_newest=True) for _ in range(2))
+    saved(before, a=1.0, b=0.5, c=0.2)
+    after.withdraw(["b", "c"])
+    after.protect("c")
+    after.load_state_dict(before.state_dict(), {"a", "b", "c"})
+    assert list(after.ranked) == ["a"]
+    assert saved(after, d=0.1) == ["b"]
