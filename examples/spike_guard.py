@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig
 
 from lightning_align import PretrainModule, SpikeGuard
+from lightning_align.reports.pictures import draw, new_figure, write_file
 
 VOCABULARY, ROWS, TOKENS = 64, 16, 65
 
@@ -79,10 +80,25 @@ def run(batches: list[dict[str, Tensor]], guard: SpikeGuard | None = None) -> li
     return losses.values
 
 
+def picture(file: str, curves: dict[str, list[float]]) -> None:
+    """Draw the losses of all runs, from a little before the spike on."""
+    figure = new_figure(7, 3)
+    axes = figure.add_subplot()
+    for name, losses in curves.items():
+        axes.plot(losses, label=name, linewidth=1)
+    last = max(map(len, curves.values()))
+    axes.set(xlabel="batch that was trained", ylabel="loss, nats per token", yscale="log")
+    axes.set(xlim=(last // 2, last), ylim=(1.2, None))
+    axes.legend()
+    write_file(file, draw(figure)[0])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=240)
-    steps = parser.parse_args().steps
+    parser.add_argument("--picture", help="PNG file to draw the losses to")
+    options = parser.parse_args()
+    steps = options.steps
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     clean = grammar_batches(steps + 20)
@@ -96,13 +112,16 @@ def main() -> None:
         "skip": (with_spike, SpikeGuard("skip", preview_tokens=0)),
         "rewind": (with_spike, rewind),
     }
+    curves = {}
     print("run          worst loss from the spike on    loss of the last 20 steps")
     for name, (batches, guard) in runs.items():
-        losses = run(batches, guard)
+        losses = curves[name] = run(batches, guard)
         worst, last = max(losses[2 * steps // 3 + 3 :]), sum(losses[-20:]) / 20
         print(f"{name:12} {worst:28.3f}    {last:25.3f}")
         for incident in guard.report.incidents if guard else []:
             print(f"             step {incident.step}: {incident.reason}, {incident.action}")
+    if options.picture:
+        picture(options.picture, curves)
 
 
 if __name__ == "__main__":

@@ -117,14 +117,15 @@ PIPELINES: list[dict[str, Any]] = [
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", PIPELINES, ids=lambda each: each["schedule"])
 @pytest.mark.parametrize("model", ["chain", "llama"])
-def test_a_pipeline_skips_on_all_ranks_as_one_process_does(
+def test_a_pipeline_skips_and_clips_on_all_ranks_as_one_process_does(
     model: str, strategy: dict[str, Any]
 ) -> None:
-    guard = lambda: SpikeGuard(detector=AlarmAt(2, 5))  # noqa: E731
+    guard = lambda: SpikeGuard(detector=AlarmAt(2, 5), agc=0.05)  # noqa: E731
     run = Run(model, strategy, steps=9, callbacks=[guard], clip=0.1)
     run = replace(run, data={"masked": model != "chain"})
     ranks, alone = pipeline(run), one_process(run)
-    unguarded = one_process(replace(run, callbacks=()))
+    clips_alone = [lambda: SpikeGuard(detector=AlarmAt(), agc=0.05)]
+    unguarded = one_process(replace(run, callbacks=clips_alone))
     assert ranks[0]["losses"] == ranks[1]["losses"]
     # Sums over micro-batches in another order, in fp32.
     assert ranks[0]["losses"] == pytest.approx(alone["losses"], rel=1e-4)
