@@ -2,8 +2,9 @@
 
 Each of the two signals is forecast one step ahead from the medians of its last values, and the
 error of the forecast is measured in robust standard deviations of earlier errors: the score. How
-high a score may be is read off the run's own errors, from how far those go that go far. So neither
-the scale of the noise nor the weight of its tails is a setting.
+high a score may be is read off the run's own scores, from how far those go that go far; so is how
+high both may be at a time. So neither the scale of the noise, nor the weight of its tails, nor how
+much the two signals have in common is a setting.
 
 Spikes would spoil what is learned so. What was flagged never enters, nor does the tail learn from
 the steps around an alarm: the beginning and the end of a spike look like a heavy tail.
@@ -27,18 +28,8 @@ MAD_TO_STD = 1.4826  # 1 / Phi^-1(3/4): of normal noise, the MAD times this is t
 # Noise that is taken to be there in any run: a rise within it is no harm, however calm the run.
 LEAST_LOSS_STD, LEAST_NORM_STD = 0.01, 0.08  # of the logarithms
 TREND_FROM = 16  # values from which on a forecast has a trend
-
-TAIL = 2.0  # scores beyond this are the tail
-NORMAL_TAIL = 0.0455  # share of normal scores beyond it, on both sides
-NORMAL_EXCESS = 0.1618  # mean of log(score / TAIL) of the normal scores beyond it
-PRIOR_EXCESS, PRIOR_COUNT = (
-    0.25,
-    10.0,
-)  # before there is evidence: as of t with 8 degrees of freedom
-MOST_EXCESS = 0.41  # of t with 3 degrees of freedom
-TAIL_MEMORY = 200.0  # scores of the tail; older ones count less and less
-
 QUARANTINE = 16  # steps before and after an alarm whose scores the tail does not learn from
+TAIL_MEMORY, SHARE_MEMORY = 200.0, 2000.0  # scores of the tail, and steps; older ones count less
 SETTLE = 4  # values that make a new level, after a planned change or far below the old one
 PATIENCE = 4  # times ``accept_after``: after so many alarms a level is accepted that is none
 
@@ -106,21 +97,89 @@ def forecast(values: Sequence[float]) -> tuple[float, float]:
     return newer + slope * (half + 1) / 2, math.sqrt(1 + 5 * math.pi / 2 / count)
 
 
-def tail_quantile(excess: float, probability: float) -> float:
-    """Score that is exceeded with ``probability``, of noise with such a tail.
+class Tail(NamedTuple):
+    """The scores of some noise beyond where its tail begins.
 
-    Beyond ``TAIL`` scores are taken for Pareto's, whose index ``excess`` estimates (Hill, Annals of
-    Statistics 3, 1975) and whose quantiles are TAIL (share / probability)^excess (Weissman, JASA
-    73, 1978, Eq. 2). Here as the factor by which a heavier tail than the normal one is further out,
-    which is exact for normal scores and within 7 % for Student's t with 4 and more degrees.
+    Attributes:
+        start: Where it begins.
+        share: Of all scores, those beyond it.
+        excess: Mean of log(score / start) of those.
+    """
+
+    start: float
+    share: float
+    excess: float
+
+
+# Normal noise, and what is taken for the run's own until it has shown it: about that of Student's t
+# with 8 degrees of freedom. Of one signal, on both sides:
+NORMAL, PRIOR = Tail(2.0, 0.0455, 0.1618), Tail(2.0, 0.0455, 0.25)
+# Of the lower of two independent signals, above only:
+NORMAL_LOWER, PRIOR_LOWER = Tail(1.5, 0.00446, 0.1383), Tail(1.5, 0.0065, 0.2)
+PRIOR_COUNT = 10.0  # scores beyond the start that a prior weighs as much as
+MOST_EXCESS = 0.25  # more than the normal one: Student's t with 3 degrees has this
+
+
+def times_further(tail: Tail, normal: Tail, probability: float) -> float:
+    """How many times further out a tail's quantile is than the normal one's.
+
+    Beyond its start a tail is taken for Pareto's: its index is ``excess`` (Hill, Annals of
+    Statistics 3, 1975), its quantiles are start (share / probability)^excess (Weissman, JASA 73,
+    1978, Eq. 2). This is the ratio of two of them, so that normal noise has its exact quantile.
 
     Args:
-        excess: Mean of log(score / TAIL) of the scores beyond ``TAIL``.
+        tail: The run's own.
+        normal: That of normal noise, with the same start.
         probability: Of an exceedance in one step.
     """
-    normal = -NormalDist().inv_cdf(probability)
-    heavier = min(max(excess, NORMAL_EXCESS), MOST_EXCESS) - NORMAL_EXCESS
-    return float(normal * (NORMAL_TAIL / probability) ** heavier)
+    index = min(max(tail.excess, normal.excess), normal.excess + MOST_EXCESS)
+    odds, normal_odds = tail.share / probability, normal.share / probability
+    return float(max(1.0, odds**index / normal_odds**normal.excess))
+
+
+def normal_quantile(probability: float) -> float:
+    """Score that normal noise exceeds with ``probability``."""
+    return -NormalDist().inv_cdf(probability)
+
+
+class _RunningTail:
+    """What a run's own scores have shown of their tail."""
+
+    def __init__(self, prior: Tail) -> None:
+        self.start = prior.start
+        self.share, self.steps = prior.share, PRIOR_COUNT / prior.share
+        self.excess, self.count = prior.excess, PRIOR_COUNT
+        self.waiting: list[float] = []  # scores in quarantine
+        self.rest = 0  # scores to come that nothing is learned from
+
+    def seen(self) -> Tail:
+        return Tail(self.start, self.share, self.excess)
+
+    def learn(self, score: float) -> None:
+        if self.rest > 0:
+            self.rest -= 1
+            return
+        self.waiting.append(score)
+        if len(self.waiting) <= QUARANTINE:
+            return
+        oldest = self.waiting.pop(0)
+        is_beyond = oldest > self.start
+        self.steps = min(self.steps + 1, SHARE_MEMORY)
+        self.share += (is_beyond - self.share) / self.steps
+        if is_beyond:
+            self.count = min(self.count + 1, TAIL_MEMORY)
+            self.excess += (math.log(oldest / self.start) - self.excess) / self.count
+
+    def distrust(self) -> None:
+        """An alarm: what was before it, and what comes after it, may be part of a spike."""
+        self.waiting.clear()
+        self.rest = QUARANTINE
+
+    def state(self) -> dict[str, Any]:
+        return {**vars(self), "waiting": list(self.waiting)}
+
+    def load(self, state: dict[str, Any]) -> None:
+        vars(self).update({**state, "waiting": list(state["waiting"])})
 
 
 class _Judged(NamedTuple):
@@ -131,8 +190,7 @@ class _Judged(NamedTuple):
     widening: float  # std of this error, in standard deviations of the noise
     std: float  # of this error
     score: float
-    threshold: float  # alone
-    together: float  # threshold where the other signal is beyond its own
+    threshold: float
 
 
 class _Signal:
@@ -144,9 +202,7 @@ class _Signal:
         self.is_log = True
         self.values: deque[float] = deque(maxlen=window)
         self.errors: deque[float] = deque(maxlen=window)  # divided by their widening
-        self.excess, self.count = PRIOR_EXCESS, PRIOR_COUNT  # Hill's estimate, and of how many
-        self.waiting: list[float] = []  # scores in quarantine
-        self.rest = 0  # scores to come that the tail does not learn from
+        self.tail = _RunningTail(PRIOR)
         self.below: list[float] = []  # values far below the forecast, in a row
         self.unjudged = 0  # values to come that only make the level
 
@@ -156,14 +212,16 @@ class _Signal:
     def unscaled(self, value: float) -> float:
         return math.exp(min(value, 700.0)) if self.is_log else value
 
-    def judge(self, value: float, alone: float, together: float) -> _Judged | None:
-        """A scaled value, by these probabilities; None while too little is known."""
+    def judge(self, value: float, probability: float) -> _Judged | None:
+        """A scaled value; None while too little is known."""
         if len(self.errors) < self.warmup or self.unjudged > 0 or not self.values:
             return None
         expected, widening = forecast(list(self.values))
         std = self.std(expected) * widening
-        thresholds = (tail_quantile(self.excess, each) for each in (alone, together))
-        return _Judged(value, expected, widening, std, (value - expected) / std, *thresholds)
+        # With its share, too, the quantile of Student's t with 4 degrees is a fifth too far out.
+        tail = self.tail.seen()._replace(share=NORMAL.share)
+        threshold = normal_quantile(probability) * times_further(tail, NORMAL, probability)
+        return _Judged(value, expected, widening, std, (value - expected) / std, threshold)
 
     def std(self, expected: float) -> float:
         least = self.least_std * (1.0 if self.is_log else max(abs(expected), 1e-8))
@@ -181,12 +239,12 @@ class _Signal:
         else:
             self.below.clear()
             self.errors.append((value - judged.expected) / judged.widening)
-            self._learn_tail(abs(judged.score))
+            self.tail.learn(abs(judged.score))
         self.values.append(value)
 
     def alarm(self, judged: _Judged | None) -> None:
         """A spike, in this signal or in the other: nothing is learned but a fall that stays."""
-        self._distrust()
+        self.tail.distrust()
         if judged is not None:
             self._is_far_below(judged)
 
@@ -197,7 +255,6 @@ class _Signal:
         self.values.extend(values)
         self.below.clear()
         self.unjudged = max(0, SETTLE - len(values))
-        self._distrust()
 
     def is_level(self, values: Sequence[float]) -> bool:
         """Whether scaled values differ no more than by twice the noise."""
@@ -221,29 +278,15 @@ class _Signal:
         self.below.append(judged.value)
         if len(self.below) == SETTLE:
             self.new_level(self.below)
+            self.tail.distrust()
         return True
-
-    def _distrust(self) -> None:
-        self.waiting.clear()
-        self.rest = QUARANTINE
-
-    def _learn_tail(self, score: float) -> None:
-        if self.rest > 0:
-            self.rest -= 1
-            return
-        self.waiting.append(score)
-        if len(self.waiting) > QUARANTINE and (oldest := self.waiting.pop(0)) > TAIL:
-            self.count = min(self.count + 1, TAIL_MEMORY)
-            self.excess += (math.log(oldest / TAIL) - self.excess) / self.count
 
     def state(self) -> dict[str, Any]:
         return {
             "is_log": self.is_log,
             "values": list(self.values),
             "errors": list(self.errors),
-            "tail": [self.excess, self.count],
-            "waiting": list(self.waiting),
-            "rest": self.rest,
+            "tail": self.tail.state(),
             "below": list(self.below),
             "unjudged": self.unjudged,
         }
@@ -252,9 +295,7 @@ class _Signal:
         self.is_log = state["is_log"]
         self.values.extend(state["values"])
         self.errors.extend(state["errors"])
-        self.excess, self.count = state["tail"]
-        self.waiting = list(state["waiting"])
-        self.rest = state["rest"]
+        self.tail.load(state["tail"])
         self.below = list(state["below"])
         self.unjudged = state["unjudged"]
 
@@ -310,6 +351,7 @@ class SpikeDetector:
     def _start(self) -> None:
         self._loss = _Signal(self.window, self.warmup, LEAST_LOSS_STD)
         self._norm = _Signal(self.window, self.warmup, LEAST_NORM_STD)
+        self._lower = _RunningTail(PRIOR_LOWER)
         self._flagged: list[tuple[float, float | None]] = []  # loss and norm of alarms in a row
 
     def update(self, step: int, loss: float, grad_norm: float | None = None) -> SpikeVerdict:
@@ -332,18 +374,17 @@ class SpikeDetector:
         if loss <= 0 and self._loss.is_log:
             self._loss.leave_log()
 
-        # Independent signals: either beyond q, or both beyond sqrt(q / 2), are 2.5 q in all.
-        probabilities = self.false_alarms, math.sqrt(self.false_alarms / 2)
-        judged_loss = self._loss.judge(self._loss.scaled(loss), *probabilities)
+        judged_loss = self._loss.judge(self._loss.scaled(loss), self.false_alarms)
         judged_norm = (
-            self._norm.judge(self._norm.scaled(grad_norm), *probabilities) if grad_norm else None
+            self._norm.judge(self._norm.scaled(grad_norm), self.false_alarms) if grad_norm else None
         )
-        reason = _reason(judged_loss, judged_norm)
+        reason = self._reason(judged_loss, judged_norm)
         accepted = False
         if reason:
             self._flagged.append((loss, grad_norm))
             self._loss.alarm(judged_loss)
             self._norm.alarm(judged_norm)
+            self._lower.distrust()
             if accepted := self._has_stayed():
                 reason = f"accepted as the new level: {reason}"
                 self.accept_level()
@@ -352,6 +393,8 @@ class SpikeDetector:
             self._loss.learn(self._loss.scaled(loss), judged_loss)
             if grad_norm:
                 self._norm.learn(self._norm.scaled(grad_norm), judged_norm)
+            if judged_loss and judged_norm:
+                self._lower.learn(min(judged_loss.score, judged_norm.score))
         return SpikeVerdict(
             step,
             bool(reason) and not accepted,
@@ -389,6 +432,7 @@ class SpikeDetector:
             "window": self.window,
             "loss": self._loss.state(),
             "norm": self._norm.state(),
+            "lower": self._lower.state(),
             "flagged": [list(pair) for pair in self._flagged],
         }
 
@@ -404,7 +448,29 @@ class SpikeDetector:
             return
         self._loss.load(state_dict["loss"])
         self._norm.load(state_dict["norm"])
+        self._lower.load(state_dict["lower"])
         self._flagged = [(loss, norm) for loss, norm in state_dict["flagged"]]
+
+    def _reason(self, loss: _Judged | None, norm: _Judged | None) -> str:
+        """Which signals make a spike; empty if none does."""
+        high = []
+        if loss and loss.score > loss.threshold:
+            high.append("loss")
+        if norm and norm.score > norm.threshold:
+            high.append("gradient norm")
+        if loss and norm and not high and min(loss.score, norm.score) > self._both():
+            high = ["loss", "gradient norm"]
+        return " and ".join(high)
+
+    def _both(self) -> float:
+        """Score that both signals together exceed as rarely as one of them its own threshold.
+
+        Were they independent, normal ones would by the square root of the probability. In training
+        they are not: how often both are high at a time is learned like the tail of one signal.
+        """
+        probability = 2 * self.false_alarms
+        normal = normal_quantile(math.sqrt(probability))
+        return normal * times_further(self._lower.seen(), NORMAL_LOWER, probability)
 
     def _has_stayed(self) -> bool:
         """Whether the last alarms show a level, or go on for so long that nobody would wait."""
@@ -420,17 +486,6 @@ class SpikeDetector:
         last = self._flagged[-self.accept_after :]
         losses = [self._loss.scaled(loss) for loss, _ in last]
         return losses, [self._norm.scaled(norm) for _, norm in last if norm]
-
-
-def _reason(loss: _Judged | None, norm: _Judged | None) -> str:
-    """Which signals make a spike; empty if none does."""
-    names = {"loss": loss, "gradient norm": norm}
-    known = {name: judged for name, judged in names.items() if judged is not None}
-    high = [name for name, judged in known.items() if judged.score > judged.threshold]
-    if not high and len(known) == 2:
-        high = [name for name, judged in known.items() if judged.score > judged.together]
-        high = high if len(high) == 2 else []
-    return " and ".join(high)
 
 
 def _fields(name: str, signal: _Signal, judged: _Judged | None) -> dict[str, Any]:

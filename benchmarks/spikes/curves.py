@@ -196,6 +196,34 @@ def row(name: str, result: Score) -> str:
     )
 
 
+def draw_recall(results: dict[str, Score], path: Path) -> None:
+    """Recall of each rule in each family; in grey those beyond the budget of false alarms."""
+    from matplotlib.figure import Figure
+
+    from lightning_align.callbacks.metric_plot import COLOURS
+
+    figure = Figure(figsize=(9, 3.8), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for number, result in enumerate(results.values()):
+        within = result.false_alarms() <= BUDGET
+        for place, (family, colour) in enumerate(zip(FAMILIES, COLOURS, strict=False)):
+            share = result.recall(family=family)
+            label = family.replace("_", " ") if number == 0 else None
+            colour = colour if within else "0.85"
+            axes.barh(number + 0.25 * (place - 1), share, 0.22, color=colour, label=label)
+        text = f"{result.false_alarms():.1f}"
+        axes.text(1.02, number, text, va="center", transform=axes.get_yaxis_transform())
+    axes.text(1.02, -0.9, "false alarms\nper 10,000", transform=axes.get_yaxis_transform())
+    axes.set_yticks(range(len(results)), list(results))
+    axes.set(xlabel="spikes found, of 800 in each family of noise", xlim=(0, 1))
+    axes.invert_yaxis()
+    axes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.4, 1))
+    axes.grid(color="0.92", axis="x")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
 def update_us(repeats: int = 5) -> list[float]:
     """CPU time of one update, in microseconds, of ``repeats`` runs."""
     curve = draw("gaussian", 0)
@@ -253,17 +281,21 @@ def main() -> None:
     print(f"{len(curves)} curves of {STEPS} steps, seeds {seeds[0]} to {seeds[-1]}\n")
     print(f"| rule | recall | {' | '.join(FAMILIES)} | {' | '.join(KINDS)} | delay | false |")
     print("|---|" + "---:|" * 9)
-    results = {"SpikeDetector, defaults": score(ours(losses, norms), curves)}
-    print(row(*list(results.items())[-1]), flush=True)
-    results["SpikeDetector, loss alone"] = score(ours(losses, None), curves)
-    print(row(*list(results.items())[-1]), flush=True)
+    results: dict[str, Score] = {}
+
+    def add(name: str, result: Score) -> None:
+        results[name] = result
+        print(row(name, result), flush=True)
+
+    add("SpikeDetector, defaults", score(ours(losses, norms), curves))
+    add("SpikeDetector, loss alone", score(ours(losses, None), curves))
     for peer in PEERS if not arguments.ours else []:
         default = peer.rule(losses, norms, np.array([peer.default]))[0]
-        results[f"{peer.name} {peer.default:g} (default)"] = score(default, curves)
-        print(row(*list(results.items())[-1]), flush=True)
+        add(f"{peer.name} {peer.default:g} (default)", score(default, curves))
         threshold, result = best(peer, losses, norms, curves)
-        results[f"{peer.name} {threshold:.2f} (best)"] = result
-        print(row(*list(results.items())[-1]), flush=True)
+        add(f"{peer.name} {threshold:.2f} (best)", result)
+    if arguments.picture:
+        draw_recall(results, arguments.picture)
     times = update_us()
     print(f"\nupdate: {times[len(times) // 2]:.0f} [{times[0]:.0f}, {times[-1]:.0f}] us CPU")
     print(f"\nA level that rises at once and stays:\n{sudden_levels()}")
