@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import itemgetter
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -149,8 +150,7 @@ class OptimizerStream:
                 meanwhile()
             memories = {name: self._attach(block, name) for name in names}
             self._step_parameters(block, names, gradients)
-            for name in names:
-                self._detach(block, name, memories[name])
+            self._write(block, [self._detach(block, name, memories[name]) for name in names])
 
     def foresee(self, block: Block, has_gradient: Callable[[str], bool]) -> None:
         """Begin to read what the first group of a block's update will need.
@@ -209,8 +209,8 @@ class OptimizerStream:
         The caller writes the parameters, and then says that the update is done.
         """
         self._forget_others(block, [])
-        for name in () if block.states_stay else block.pieces:
-            self._detach(block, name, None)
+        names = () if block.states_stay else block.pieces
+        self._write(block, [self._detach(block, name, None) for name in names])
 
     def _groups(
         self, block: Block, gradients: Callable[[str], Tensor | None]
@@ -233,12 +233,16 @@ class OptimizerStream:
         yield group
 
     def _read_ahead(self, block: Block, names: list[str]) -> None:
-        for name in names:
-            place = self._store.states[block.name].get(name)
-            if place is None or not place.tensors or name in self._reading:
-                continue
-            memory = self._pool.take(place.capacity)
-            self._reading[name] = memory, self._store.read_more(block.name, memory, place.offset)
+        states = self._store.states[block.name]
+        places = {n: states[n] for n in names if n in states and n not in self._reading}
+        places = {name: place for name, place in places.items() if place.tensors}
+        for run in _runs(places):
+            first = places[run[0]].offset
+            memory = self._pool.take(sum(places[name].capacity for name in run))
+            transfer = self._store.read_more(block.name, memory, first)
+            for name in run:
+                start, stop = places[name].offset - first, places[name].end - first
+                self._reading[name] = memory[start:stop], transfer
 
     def _attach(self, block: Block, name: str) -> Tensor | None:
         if name not in self._reading:
@@ -250,22 +254,39 @@ class OptimizerStream:
         state.update({key: where.of(memory) for key, where in tensors.items()})
         return memory
 
-    def _detach(self, block: Block, name: str, memory: Tensor | None) -> None:
-        """Write a parameter's state, from the memory that it is in or from one that is made."""
+    def _detach(self, block: Block, name: str, memory: Tensor | None) -> tuple[int, Tensor] | None:
+        """Have a parameter's state in the memory that it was in, or in one that is made.
+
+        Returns:
+            Where in the file it goes, and its bytes; None if there is none.
+        """
         state = self._state(block, name)
         large = {key: value for key, value in state.items() if is_large(value)}
         known = self._store.states[block.name]
         if not large:
             self._store.forget_state(block.name, name)
-            return
+            return None
         places, nbytes = placed(large)
         place = self._store.place_state(block.name, name, nbytes)
         if memory is None or len(memory) < nbytes:
             memory = self._pool.take(place.capacity)
         _copy_unless_there(large, places, memory)
         known[name] = StatePlace(place.offset, place.capacity, places)
-        self._store.write(block.name, memory[:nbytes], place.offset)
         _remove_large(state)
+        return place.offset, memory[:nbytes]
+
+    def _write(self, block: Block, parts: list[tuple[int, Tensor] | None]) -> None:
+        """Write parts of a block's state; those that lie one behind the other at once."""
+        joined: list[tuple[int, Tensor]] = []
+        for offset, memory in sorted(filter(None, parts), key=itemgetter(0)):
+            if joined and joined[-1][0] + len(joined[-1][1]) == offset:
+                whole = _one_behind_the_other(joined[-1][1], memory)
+                if whole is not None:
+                    joined[-1] = joined[-1][0], whole
+                    continue
+            joined.append((offset, memory))
+        for offset, memory in joined:
+            self._store.write(block.name, memory, offset)
 
     def _step_parameters(
         self, block: Block, names: list[str], gradients: Callable[[str], Tensor | None]
@@ -310,6 +331,29 @@ class OptimizerStream:
         """Its state as it is in memory; of one that has none, nothing that could be kept."""
         state: dict[str, Any] = self._optimizer.state.get(block.parameters[name], {})
         return state
+
+
+def _runs(places: dict[str, StatePlace]) -> Iterator[list[str]]:
+    """Names of those that lie one behind the other."""
+    run: list[str] = []
+    for name in sorted(places, key=lambda name: places[name].offset):
+        if run and places[run[-1]].end != places[name].offset:
+            yield run
+            run = []
+        run.append(name)
+    if run:
+        yield run
+
+
+def _one_behind_the_other(first: Tensor, second: Tensor) -> Tensor | None:
+    """Both, if they are parts of one memory and nothing is between them."""
+    storage = first.untyped_storage()
+    start = int(first.storage_offset())
+    if storage.data_ptr() != second.untyped_storage().data_ptr():
+        return None
+    if start + len(first) != second.storage_offset():
+        return None
+    return torch.empty(0, dtype=torch.uint8).set_(storage, start, (len(first) + len(second),))
 
 
 def _copy_unless_there(

@@ -33,6 +33,11 @@ class StatePlace:
     capacity: int  # bytes that are theirs
     tensors: dict[str, Place]  # offsets from ``offset`` on
 
+    @property
+    def end(self) -> int:
+        """Where the next one may begin."""
+        return self.offset + self.capacity
+
 
 @dataclass
 class Record:

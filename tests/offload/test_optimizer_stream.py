@@ -128,3 +128,35 @@ def test_as_many_groups_are_read_ahead_as_may_be_in_memory(tmp_path, monkeypatch
     stream.foresee(block, lambda _: True)
     stream.update(block, memory, gradients.get)
     assert held == expected
+
+
+def test_states_that_lie_one_behind_the_other_are_moved_at_once(tmp_path, monkeypatch):
+    """Of four parameters in two groups the second one has no gradient in the third step."""
+    parameters = [nn.Parameter(torch.randn(1024)) for _ in range(4)]
+    block = Block("block", {str(number): p for number, p in enumerate(parameters)})
+    store = ShardStore(tmp_path, [block], Threads(), atomic_step=False)
+    pool = BufferPool()
+    memory = pool.take(block.nbytes)
+    block.copy_into(memory)
+    block.show(memory)
+    optimizer = torch.optim.AdamW(parameters, lr=0.1, fused=True)
+    stream = OptimizerStream(optimizer, store, pool, 16 << 10)
+    moved = []
+    for what in ("read_more", "write"):
+        call = getattr(ShardStore, what)
+
+        def note(self, name, memory, offset=0, call=call, what=what):
+            if offset:
+                moved.append((what[0], (offset - block.nbytes) >> 12, len(memory) >> 12))
+            return call(self, name, memory, offset)
+
+        monkeypatch.setattr(ShardStore, what, note)
+    gradients = {str(number): torch.ones(1024) for number in range(4)}
+    stream.update(block, memory, gradients.get)  # makes the states, each in memory of its own
+    moved.clear()
+    stream.update(block, memory, gradients.get)
+    assert moved == [("r", 0, 4), ("r", 4, 4), ("w", 0, 4), ("w", 4, 4)]
+    moved.clear()
+    del gradients["1"]
+    stream.update(block, memory, gradients.get)
+    assert moved == [("r", 0, 2), ("r", 4, 2), ("r", 6, 2), ("w", 0, 2), ("w", 4, 2), ("w", 6, 2)]
