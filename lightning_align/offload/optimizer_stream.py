@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from operator import itemgetter
 from typing import Any, Protocol, runtime_checkable
 
@@ -152,19 +153,24 @@ class OptimizerStream:
             self._step_parameters(block, names, gradients)
             self._write(block, [self._detach(block, name, memories[name]) for name in names])
 
-    def foresee(self, block: Block, has_gradient: Callable[[str], bool]) -> None:
-        """Begin to read what the first group of a block's update will need.
+    def foresee(
+        self, block: Block, has_gradient: Callable[[str], bool], *, beside_another: bool = False
+    ) -> None:
+        """Begin to read what the first groups of a block's update will need.
 
         Args:
             block: Which one.
             has_gradient: Whether a parameter will be stepped, by its name.
+            beside_another: Whether a group of another block is in memory until then.
         """
+        count = 1 if beside_another else self._group_count
         if block.states_stay or self._group_count == 1:
             return
         self._store.settle(block.name)
         nothing = torch.empty(0)
         groups = self._groups(block, lambda name: nothing if has_gradient(name) else None)
-        self._read_ahead(block, next(groups))
+        for group in islice(groups, count):
+            self._read_ahead(block, group)
 
     def _forget_others(self, block: Block, groups: list[list[str]]) -> None:
         """Drop what was foreseen of a block and is not needed: at its next update it is old."""

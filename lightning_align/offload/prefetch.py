@@ -86,8 +86,8 @@ class Residents:
             self._recent[block.name] = block
             self._recent.move_to_end(block.name)
             self._make_room(0)
+        self.fetched(block, phase)  # first, as it may have to read what is needed now
         self._foresee(block.name, phase)
-        self.fetched(block, phase)
         return self._current(block)
 
     def _current(self, block: Block) -> Tensor:

@@ -116,6 +116,7 @@ class Updates:
         if late:
             self._gradients.norms.clear()
             self.late.wait(late)
+            self._foresee(late[:1])  # until the next forward nothing else is read
         else:
             self._gradients.clear()
 
@@ -130,7 +131,8 @@ class Updates:
         for block in blocks:
             self._gradients.foresee(block)
             self._residents.foresee_section(block)
-            self._stream.foresee(block, self._gradients.names(block).__contains__)
+            names = self._gradients.names(block)
+            self._stream.foresee(block, names.__contains__, beside_another=True)
 
     def foresee(self, block: Block) -> None:
         """Begin to read what the update of a block will need whose gradients are being computed."""
@@ -152,8 +154,9 @@ class Updates:
             phase: In which the block is fetched.
             meanwhile: Called when all that this update reads is being read.
         """
-        section = self._residents.take_section(block, phase)
         names = self._gradients.names(block) & block.pieces.keys()
+        self._stream.foresee(block, names.__contains__)  # before other blocks are
+        section = self._residents.take_section(block, phase)
         gradients = {name: block.pieces[name].place.of(sums) for name in names}
         for gradient in gradients.values():
             self._gradients.edit(gradient)

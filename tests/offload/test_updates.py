@@ -2,8 +2,11 @@
 
 import copy
 
+import pytest
 import torch
 
+from lightning_align.offload.optimizer_stream import OptimizerStream
+from lightning_align.offload.store import ShardStore
 from tests.helpers.offloaded_network import network, offloaded
 
 
@@ -69,4 +72,39 @@ def test_a_state_that_was_forgotten_begins_anew(tmp_path):
     steps = {int(state["step"]) for state in engine.updates.state()["state"].values()}
     assert steps == {1, 2}
     assert our_optimizer.state[ours[1][0].weight]["step"] == 1
+    engine.close()
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["in backward", "in the next forward"])
+def test_states_are_read_before_what_other_blocks_need(tmp_path, monkeypatch, early):
+    """Each block has four groups of state, of which two may be in memory."""
+    module = network()
+    engine = offloaded(tmp_path, module, group_bytes=1)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, fused=True)
+    engine.optimize_with(optimizer, fresh=True)
+    read, ahead = [], []
+    read_more, update = ShardStore.read_more, OptimizerStream.update
+
+    def reads(self, name, memory, offset):
+        read.append((int(name), "state" if offset else "values"))
+        return read_more(self, name, memory, offset)
+
+    def updates(self, block, *args):
+        ahead.append(len(block.pieces.keys() & self._reading.keys()))
+        return update(self, block, *args)
+
+    monkeypatch.setattr(ShardStore, "read_more", reads)
+    monkeypatch.setattr(OptimizerStream, "update", updates)
+    for _ in range(4):  # of the first two is learned what follows what
+        begun, done = len(read), len(ahead)
+        with engine.forward():
+            loss = module(torch.ones(1, 6)).square().mean()
+        with engine.backward(updates=early):
+            loss.backward()
+        engine.updates.step()
+    assert ahead[done:] == [2, 2, 2, 2]
+    read = read[begun:]
+    for block in (1, 2) if not early else ():  # the first two are in memory since backward
+        own = [place for place, what in enumerate(read) if what == (block, "state")]
+        assert own[1] < read.index((block + 1, "values"))
     engine.close()
