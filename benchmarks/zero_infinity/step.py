@@ -12,6 +12,9 @@ from one batch's start to the next one's, the commit included; the median of a r
 without the first two. At the smallest number of tokens also with atomic_step=False, and the
 optimizer pass of a clipped step by itself, with nothing computed beside it.
 
+zero_infinity has glibc map allocations from 256 KiB on, for the rest of the process; each run in
+memory gets thresholds back that those of a process without it come to.
+
 Predicted is what lightning_align.offload.bandwidth says, from nothing but the sizes of blocks, the
 rates of the drive alone, and the seconds that forward, backward and the rest of a step take in
 memory, all of the same repeat.
@@ -22,6 +25,7 @@ of one in place; predicted within 25 %.
 """
 
 import argparse
+import ctypes
 import os
 import shutil
 import sys
@@ -161,6 +165,16 @@ def batches(tokens: int, steps: int) -> DataLoader[Any]:
     return DataLoader([{"input_ids": x, "labels": x} for x in ids], batch_size=None)
 
 
+def allocate_as(*, offloaded: bool) -> None:
+    """Let glibc keep what is freed as it does in a process of that side alone."""
+    library: Any = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        trim, mapped = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD; the strategy sets its own
+        library.mallopt(trim, 128 << 10 if offloaded else 64 * MIB)
+        library.mallopt(mapped, 128 << 10 if offloaded else 32 * MIB)
+        library.malloc_trim(0)
+
+
 @dataclass(frozen=True)
 class Case:
     """What all sides train."""
@@ -171,6 +185,8 @@ class Case:
     folder: str
 
     def train(self, tokens: int, strategy: Any, watch: Any, clip: float | None) -> Any:
+        if strategy == "auto":
+            allocate_as(offloaded=False)
         torch.manual_seed(0)
         optimizer = partial(torch.optim.AdamW, lr=1e-4, fused=True)
         module = PretrainModule(llama(self.width, self.blocks), optimizer=optimizer)
@@ -195,6 +211,7 @@ class Case:
     ) -> tuple[Any, StepLayout]:
         """A run, and what the model is told of it."""
         path = Path(self.folder, "nvme")
+        allocate_as(offloaded=True)
         strategy = ZeROInfinityStrategy(nvme_path=str(path), overwrite=True, **arguments)
         try:
             self.train(tokens, strategy, watch, clip)
