@@ -250,11 +250,11 @@ def hiding_tokens(
     return seconds * flops_per_s / (FLOPS_A_TOKEN * parameters)
 
 
-# What the paper says (arXiv:2104.07857, section 4)
+# What the paper says (arXiv:2104.07857, section 4; its equations are named, not numbered)
 
 
 def efficiency(intensity: float, bandwidth: float, peak: float) -> float:
-    """Share of the peak that is left where transfers and arithmetic do not overlap (its Eq. 6).
+    """Its efficiency: the share of the peak that is left where nothing overlaps.
 
     Args:
         intensity: Operations for each byte that is moved.
@@ -265,20 +265,20 @@ def efficiency(intensity: float, bandwidth: float, peak: float) -> float:
 
 
 def bandwidth_for(share: float, intensity: float, peak: float) -> float:
-    """Bytes a second that leave a share of the peak: Eq. 6, solved for the bandwidth."""
+    """Bytes a second that leave a share of the peak: the efficiency, solved for the bandwidth."""
     return share / (1 - share) * peak / intensity
 
 
 def parameter_intensity(tokens: float) -> float:
-    """Operations a byte of parameters and gradients in half precision (its Eq. 9)."""
+    """Operations a byte of parameters and gradients in half precision."""
     return tokens
 
 
 def optimizer_intensity(tokens: float) -> float:
-    """Operations a byte of optimizer states (its Eq. 10)."""
+    """Operations a byte of optimizer states."""
     return tokens / 4
 
 
 def activation_intensity(hidden_size: int, blocks_a_checkpoint: int = 1) -> float:
-    """Operations a byte of activation checkpoints (its Eq. 11)."""
+    """Operations a byte of activation checkpoints."""
     return 24.0 * hidden_size * blocks_a_checkpoint

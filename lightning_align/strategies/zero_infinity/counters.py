@@ -43,7 +43,7 @@ def rates(before: Mark, after: Mark) -> dict[str, float]:
     """What is logged of the time between two moments.
 
     Efficiency is the share of the time in which the run did not wait for transfers; that without
-    overlap is what Eq. 6 of arXiv:2104.07857 leaves with the same compute, bytes and drive.
+    overlap is what arXiv:2104.07857, section 4, leaves with the same compute, bytes and drive.
     """
     spent = Mark(*(late - early for early, late in zip(before, after, strict=True)))
     moved, computed_s = spent.read + spent.written, spent.seconds - spent.stalled_s

@@ -23,7 +23,7 @@ from tests.helpers.tiny_models import TINY_MODELS
 def test_rates_of_ten_seconds():
     """2 steps in 10 s, of which 2 s were waited: 40 GB in 5 s.
 
-    Eq. 6 without overlap: 8 s of compute beside 5 s of transfers are 8 / 13.
+    The efficiency without overlap: 8 s of compute beside 5 s of transfers are 8 / 13.
     """
     before, gb = Mark(3, 100.0, 5, 7, 1.0, 1.0), 10**9
     found = rates(before, Mark(5, 110.0, 5 + 30 * gb, 7 + 10 * gb, 3.0, 6.0))
