@@ -127,7 +127,7 @@ def read_record(folder: Path, name: str = FILE) -> Record | None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
+    """Make the names in a folder durable, or what is in a file."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,6 +1,8 @@
 """Checkpoints that are folders of links."""
 
+import errno
 import json
+import os
 
 import pytest
 import torch
@@ -146,3 +148,20 @@ def test_a_torn_folder_is_refused(folder, damage, match):
     damage(folder)
     with pytest.raises(ValueError, match=match):
         read(folder)
+
+
+def test_all_of_a_folder_is_made_durable_and_an_error_is_raised(folder, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def note(descriptor):
+        synced.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    linked.make_durable(folder)
+    own = folder / "rank00000"
+    paths = [folder, own, folder / linked.META_FILE, own / linked.INDEX_FILE]
+    assert sorted(synced) == sorted(path.stat().st_ino for path in paths)
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.EIO, "disk")))
+    with pytest.raises(OSError, match="disk"):
+        linked.make_durable(folder)
