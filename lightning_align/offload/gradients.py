@@ -68,14 +68,23 @@ class GradientSums:
         return self._file is not None
 
     def place(self) -> None:
-        """Reserve room for the sums of all blocks, as long as they are now."""
+        """Give the sums of all blocks their places, as long as they are now."""
         self._offsets: dict[str, int] = {}
-        offset = 0
+        self._end = 0
         for block in self._blocks:
-            self._offsets[block.name] = offset
-            offset += block.nbytes
-        if self._file is not None:
-            self._file.allocate(offset)
+            self._offsets[block.name] = self._end
+            self._end += block.nbytes
+        self._is_reserved = False
+
+    def reserve(self) -> None:
+        """Reserve room for the sums of all blocks, once; where none waits none is needed.
+
+        Raises:
+            OSError: If there is no room.
+        """
+        if self._file is not None and not self._is_reserved:
+            self._file.allocate(self._end)
+            self._is_reserved = True
 
     def names(self, block: Block) -> set[str]:
         """Parameters of a block that have a sum."""
@@ -267,6 +276,7 @@ class GradientSums:
         if self._file is None:
             self._memory[block.name] = memory
         else:
+            self.reserve()
             offset = self._offsets[block.name]
             self._writes[block.name] = self._file.write(memory, offset)
 

@@ -301,6 +301,10 @@ def _take_over(strategy: ZeROInfinityStrategy, engine: OffloadEngine, trainer: p
     asked = strategy.update_in_backward
     waits = isinstance(optimizer, StepsParameters) or sees_gradients(trainer, module)
     strategy._early = bool(asked) and not waits
+    waiting = not strategy._early or trainer.accumulate_grad_batches > 1
+    if waiting and not hooks:
+        with told_of_set_up(strategy.nvme_path, engine.store.folder):
+            engine.gradients.reserve()
     if asked is True and waits:
         rule = "something looks at all gradients between backward and the update: clipping, an"
         rule += " optimizer that skips steps, or a hook"

@@ -96,3 +96,37 @@ def test_an_error_of_the_disk_ends_the_run_at_a_whole_step(tmp_path, monkeypatch
     fit(tmp_path, theirs, data)
     found = trainer.strategy.lightning_module_state_dict()
     assert all(torch.equal(found[name], value) for name, value in theirs.state_dict().items())
+
+
+class Sizes(pl.Callback):
+    """Bytes of the file for gradients when training starts, and when it ends."""
+
+    def on_train_start(self, trainer, *_):
+        self.found = [self.file(trainer).stat().st_size]
+
+    def on_train_end(self, trainer, *_):
+        self.found.append(self.file(trainer).stat().st_size)
+
+    def file(self, trainer):
+        return trainer.strategy._engine.store.folder / "gradients"
+
+
+@pytest.mark.parametrize(
+    ("options", "reserved"),
+    [
+        ({}, (False, False)),
+        ({"gradient_clip_val": 1.0}, (True, True)),
+        ({"accumulate_grad_batches": 2}, (True, True)),
+        ({"callbacks": [pl.callbacks.GradientAccumulationScheduler({0: 2})]}, (False, True)),
+    ],
+    ids=["in backward", "clipped", "accumulated", "accumulated unforeseen"],
+)
+def test_room_for_gradients_is_reserved_where_they_wait(tmp_path, options, reserved):
+    sizes = Sizes()
+    options = {**options, "callbacks": [sizes, *options.get("callbacks", [])]}
+    data = DataLoader(points(), batch_size=8)
+    trainer = fit(tmp_path, Regression(ADAMW), data, small(), max_steps=2, **options)
+    engine = trainer.strategy._engine
+    needed = sum(block.nbytes for block in engine.blocks if not block.gradients_stay)
+    assert sizes.found == [needed * there for there in reserved]
+    trainer.strategy.close()
