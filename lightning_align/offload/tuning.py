@@ -42,6 +42,13 @@ class IOSettings:
     thread_count: int = DEFAULT[1]
     bandwidth: float | None = None
 
+    @classmethod
+    def given(cls, block_size: int | None, thread_count: int | None) -> IOSettings:
+        """What is given, and the defaults for the rest."""
+        size, count = DEFAULT
+        size = size if block_size is None else block_size
+        return cls(size, count if thread_count is None else thread_count)
+
 
 def tuned(
     folder: Path,

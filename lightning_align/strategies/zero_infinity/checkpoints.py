@@ -37,6 +37,7 @@ from lightning_align.strategies.zero_infinity.blocks import WHERE
 from lightning_align.strategies.zero_infinity.budget import held_nbytes
 from lightning_align.strategies.zero_infinity.commits import Payload, load_payload
 from lightning_align.strategies.zero_infinity.ranks import return_to_common_step
+from lightning_align.strategies.zero_infinity.set_up import own_record
 
 _CLASS = "class"  # key of an optimizer's state in a commit record
 _PART_BYTES = 64 << 20  # of a folder that is read in parts
@@ -136,7 +137,8 @@ class BlockCheckpoints(ParallelStrategy):
         path = Path(checkpoint_path)
         if path.name == FILE:
             if self.ranks.size > 1:  # the path is that of some rank
-                path = self._own_record(path)
+                strategy: Any = self
+                path = own_record(strategy, path)
                 return_to_common_step(path.parent, self.ranks)
             self._record = load_payload(path.parent, weights_only=bool(weights_only))
             return self._record
@@ -225,10 +227,6 @@ class BlockCheckpoints(ParallelStrategy):
             self._engine.updates.load(state, [block])
             small.update(optimizer.state)
         optimizer.state.update(small)
-
-    def _own_record(self, record: Path) -> Path:
-        """This rank's record of the step that some rank's record was named for."""
-        raise NotImplementedError
 
     # Saving
 

@@ -9,11 +9,12 @@ from lightning.pytorch import callbacks
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lightning_align._errors import argument_error
+from lightning_align._errors import argument_error, check_choice, check_least
 from lightning_align.offload.block import Block
 from lightning_align.run.callbacks import callbacks_of
 from lightning_align.run.protocols import KnowsGradientFactor
 from lightning_align.strategies.zero_infinity.blocks import WHERE
+from lightning_align.strategies.zero_infinity.budget import parse_bytes
 
 _LIGHTNING = ("lightning.", "pytorch_lightning.")  # where Lightning's own hooks are defined
 _PRECISIONS = ("32-true", "64-true", "bf16-true", "bf16-mixed")
@@ -26,6 +27,23 @@ _OF_WHOLE_MODELS = (
 # what becomes of gradients.
 _SEE_GRADIENTS = ("on_after_backward", "on_before_optimizer_step", "on_before_zero_grad")
 _DECIDE = ("backward", "optimizer_step", "optimizer_zero_grad", "configure_gradient_clipping")
+
+
+def check_arguments(
+    nvme_path: Any, memory_limit: int | str, offload_activations: str, tile_numel: int | None
+) -> None:
+    """Refuse arguments of the strategy that are out of their range.
+
+    Raises:
+        ValueError: If one is.
+    """
+    if nvme_path == []:
+        raise argument_error(WHERE, "nvme_path", nvme_path, "must name at least one folder")
+    if memory_limit != "auto":
+        parse_bytes(memory_limit)
+    check_choice(WHERE, "offload_activations", offload_activations, ("none", "cpu", "nvme"))
+    if tile_numel is not None:
+        check_least(WHERE, 1, tile_numel=tile_numel)
 
 
 def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -25,7 +24,6 @@ from typing_extensions import override
 
 from lightning_align._compat import lightning_processes, lightning_resume, lightning_trainer
 from lightning_align._compat.glibc_memory import map_large_allocations
-from lightning_align._errors import argument_error
 from lightning_align.checkpointing.lock import FolderLock
 from lightning_align.models.weights import parameters_on_meta
 from lightning_align.offload.building import Building
@@ -34,13 +32,14 @@ from lightning_align.offload.files import Threads
 from lightning_align.offload.ranks import Ranks
 from lightning_align.offload.record import FILE
 from lightning_align.offload.tiles import in_parts, whole_values
-from lightning_align.offload.tuning import DEFAULT, IOSettings
+from lightning_align.offload.tuning import IOSettings
 from lightning_align.run.exact_resume import ExactResume
 from lightning_align.run.protocols import KnowsGradientFactor
 from lightning_align.strategies import failure, launching
 from lightning_align.strategies.zero_infinity.blocks import WHERE, WrapPolicy
-from lightning_align.strategies.zero_infinity.budget import Buffers, parse_bytes
+from lightning_align.strategies.zero_infinity.budget import Buffers
 from lightning_align.strategies.zero_infinity.checkpoints import BlockCheckpoints
+from lightning_align.strategies.zero_infinity.checks import check_arguments
 from lightning_align.strategies.zero_infinity.commits import CommitSteps
 from lightning_align.strategies.zero_infinity.counters import LogTraffic
 from lightning_align.strategies.zero_infinity.devices import Devices
@@ -53,7 +52,7 @@ from lightning_align.strategies.zero_infinity.ranks import (
     join,
     share_buffers,
 )
-from lightning_align.strategies.zero_infinity.set_up import folders_here, own_record, set_up
+from lightning_align.strategies.zero_infinity.set_up import folders_here, set_up
 
 
 class ZeROInfinityStrategy(BlockCheckpoints):
@@ -159,25 +158,14 @@ class ZeROInfinityStrategy(BlockCheckpoints):
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
     ) -> None:
         super().__init__()
-        if tile_numel is not None and tile_numel < 1:
-            raise argument_error(WHERE, "tile_numel", tile_numel, "must be at least 1")
+        check_arguments(nvme_path, memory_limit, offload_activations, tile_numel)
         self.devices = Devices(
             stage, offload_params_device, offload_optimizer_device, offload_fraction
         )
         if self.devices.uses_drive:
             map_large_allocations()  # before the model is made, if that comes later
         self.buffers = Buffers(params_buffer_count, optimizer_buffer_count, sub_group_size)
-        if nvme_path == []:
-            raise argument_error(WHERE, "nvme_path", nvme_path, "must name at least one folder")
-        if memory_limit != "auto":
-            parse_bytes(memory_limit)
-        if offload_activations not in ("none", "cpu", "nvme"):
-            rule = "must be 'none', 'cpu' or 'nvme'"
-            raise argument_error(WHERE, "offload_activations", offload_activations, rule)
-        io = IOSettings(
-            DEFAULT[0] if block_size is None else block_size,
-            DEFAULT[1] if thread_count is None else thread_count,
-        )
+        io = IOSettings.given(block_size, thread_count)
         Threads(io.thread_count, io.block_size, direct_io).close()  # checks them
         self.offload_activations = offload_activations
         self.nvme_path = nvme_path
@@ -254,10 +242,6 @@ class ZeROInfinityStrategy(BlockCheckpoints):
         written = max(record.stat().st_mtime for record in records if record.is_file())
         self._may_overwrite = saved > written
         return found if self._may_overwrite else str(records[self.local_rank])
-
-    @override
-    def _own_record(self, record: Path) -> Path:
-        return own_record(self, record)
 
     @override
     def setup_environment(self) -> None:
