@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lightning_align.data.pair_formats import Pair
     from lightning_align.data.preference import PreferenceDataset, collate_pairs, read_pairs
     from lightning_align.data.sampler import PositionSampler
+    from lightning_align.data.skipped import SkippedBatches
 else:
     _HOMES = {
         "ConversationDataset": "conversation",
@@ -23,6 +24,7 @@ else:
         "Pair": "pair_formats",
         "PositionSampler": "sampler",
         "PreferenceDataset": "preference",
+        "SkippedBatches": "skipped",
         "collate_conversations": "conversation",
         "collate_pairs": "preference",
         "read_conversations": "conversation",
@@ -37,6 +39,7 @@ __all__ = [
     "Pair",
     "PositionSampler",
     "PreferenceDataset",
+    "SkippedBatches",
     "collate_conversations",
     "collate_pairs",
     "read_conversations",

@@ -7,9 +7,10 @@ refuses a checkpoint of a run whose batches were others.
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import lightning.pytorch as pl
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
@@ -61,6 +62,7 @@ class PositionedDataModule(pl.LightningDataModule):
         self.num_workers = num_workers
         self.val_fraction = val_fraction
         self._skipped = SkippedBatches()
+        self._skipped_by: tuple[ref[pl.Trainer] | None, SkippedBatches] = (None, SkippedBatches())
         self.tokenizer: Any = None
         self.fingerprint = ""
         self.train_dataset: BatchDataset | None = None
@@ -71,17 +73,24 @@ class PositionedDataModule(pl.LightningDataModule):
 
     @property
     def skipped(self) -> SkippedBatches:
-        """Training batches of the stream that are passed over."""
-        return self._skipped
+        """Training batches of the stream that are passed over.
+
+        What is set while a Trainer fits is of its run: in another Trainer it counts no longer.
+        """
+        run, ranges = self._skipped_by
+        return ranges if run is not None and run() is self.trainer else self._skipped
 
     @skipped.setter
     def skipped(self, value: SkippedBatches | int | Iterable[Iterable[int]]) -> None:
-        self._skipped = SkippedBatches.of(value)
+        if self.trainer is not None and self.trainer.state.status == TrainerStatus.RUNNING:
+            self._skipped_by = ref(self.trainer), SkippedBatches.of(value)
+        else:
+            self._skipped, self._skipped_by = SkippedBatches.of(value), (None, SkippedBatches())
 
     @property
     def position(self) -> int:
         """Number in the stream of the training batch that comes next."""
-        return self._skipped.position_of(self._consumed)
+        return self.skipped.position_of(self._consumed)
 
     @property
     def _consumed(self) -> int:
@@ -92,7 +101,7 @@ class PositionedDataModule(pl.LightningDataModule):
         """Batches of the training stream, from the position onwards."""
         assert self.train_dataset is not None, "setup() comes first"
         order: dict[str, Any] = {"seed": self.seed, "mixture": self.train_mixture}
-        follow = {"position": lambda: self._consumed, "skipped": lambda: self._skipped}
+        follow = {"position": lambda: self._consumed, "skipped": lambda: self.skipped}
         sampler = self._sampler(self.train_dataset, **follow, **order)
         self.train_sampler = sampler
         return self._loader(self.train_dataset, sampler)
@@ -117,7 +126,7 @@ class PositionedDataModule(pl.LightningDataModule):
     @override
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands in which stream of batches, and the tokenizer of that stream."""
-        state = {"position": self.position, "skipped": self._skipped.plain(), **self.stream}
+        state = {"position": self.position, "skipped": self.skipped.plain(), **self.stream}
         return state | ({"tokenizer": packed} if (packed := self._tokenizer_state()) else {})
 
     def _tokenizer_state(self) -> dict[str, Any]:

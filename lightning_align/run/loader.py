@@ -9,7 +9,9 @@ which every dropout mask has advanced. So
   batch is drawn from (seed, epoch, number of the batch): the order is a function of the epoch;
 - a resumed epoch is begun anew, and the batches that were consumed are drawn and dropped. This
   costs loading them once. A loader with ``state_dict`` and ``load_state_dict`` is asked for its
-  state instead, and nothing is dropped.
+  state instead, and nothing is dropped;
+- batches that are passed over are drawn and dropped, too, into the next pass where this one has no
+  more; a ``PositionSampler`` leaves them out by itself (passes.py, skipping.py).
 
 The seeds are the same on every rank: samplers that shuffle by the global generator and then take
 their rank's part rely on that.

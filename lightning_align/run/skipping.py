@@ -41,8 +41,16 @@ class Skipping:
         self._own = SkippedBatches()
 
     def follow(self, trainer: pl.Trainer) -> None:
-        """Leave the ranges to the datamodule of a run, if it knows of any."""
+        """Leave the ranges to the datamodule of a run, if it knows of any; a new run has none."""
         self._data = datamodule_skips(trainer)
+        if batches_consumed(trainer) == 0:  # a resumed one loads its state later
+            self._own = SkippedBatches()
+            self.ended.load(())
+
+    @property
+    def by_datamodule(self) -> bool:
+        """Whether the datamodule has the ranges, and passes over them itself."""
+        return self._data is not None
 
     @property
     def ranges(self) -> SkippedBatches:
@@ -131,13 +139,19 @@ def add_skipped(
     """``skip_batches`` for whoever begins the training loader anew by himself.
 
     Raises:
-        ValueError: If the run has no ``ExactResume``, or if the ranges are none.
+        ValueError: If the run has no ``ExactResume`` or gets new loaders, or the ranges are none.
     """
     skipping = _skipping(trainer)
     if skipping is None:
         rule = "without ExactResume no loader follows the position"
         names = [type(callback).__name__ for callback in callbacks_of(trainer)]
         raise argument_error("skip_batches", "callbacks", names, rule, "Add ExactResume()")
+    every = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
+    if every and not skipping.by_datamodule:
+        rule = "where batches are left out, a loader goes on into its next pass, and there may be"
+        rule += " another loader for that"
+        argument = "reload_dataloaders_every_n_epochs"
+        raise argument_error("skip_batches", argument, every, rule, "Leave it out")
     ahead = SkippedBatches.of(ranges).behind(stream_position(trainer))
     skipping.ranges = skipping.ranges | ahead
     return ahead

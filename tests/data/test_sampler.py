@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_align.data.sampler import PositionSampler, padding
+from lightning_align.data.skipped import SkippedBatches
 
 sizes = st.integers(1, 200)
 batch_sizes = st.integers(1, 9)
@@ -73,6 +74,21 @@ def test_resume_is_the_tail_of_the_uninterrupted_stream(num_samples, batch_size,
                 position += 1
 
     assert list(itertools.islice(stream(0), p, p + 20)) == list(itertools.islice(stream(p), 20))
+
+
+@settings(deadline=None)
+@given(sizes, batch_sizes, st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9))), seeds)
+def test_what_is_skipped_is_passed_over_and_the_rest_is_the_stream(n, batch_size, pairs, seed):
+    skipped = SkippedBatches((first, first + count) for first, count in pairs)
+    sampler = PositionSampler(
+        n, batch_size, seed=seed, position=lambda: trained, skipped=lambda: skipped
+    )
+    seen = []
+    for trained in range(0, 4 * len(sampler), len(sampler)):
+        seen += list(sampler)
+        assert sampler.start == skipped.position_of(trained)
+    kept = itertools.islice(skipped.kept_from(0), len(seen))
+    assert seen == [sampler.batch(number) for number in kept]
 
 
 def test_passes_differ_and_seeds_differ():

@@ -1,5 +1,6 @@
 import dataclasses
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -9,6 +10,8 @@ from lightning_align.data.sampler import PositionSampler
 from lightning_align.data.skipped import SkippedBatches
 from lightning_align.data.token_cache import TokenSplit
 from lightning_align.modules.positioned import PositionedDataModule
+from lightning_align.run.exact_resume import ExactResume
+from lightning_align.run.skipping import skip_batches
 from tests.helpers.recorder import Recorder, recorded, samples, trainer
 
 NUM_SAMPLES = 19
@@ -109,6 +112,34 @@ def test_the_state_round_trips():
     }
     again.load_state_dict(state)
     assert again.state_dict() == state
+
+
+def test_a_checkpoint_with_a_number_goes_on_where_it_did(tmp_path):
+    """It was added to the batches consumed, at every position."""
+    fit(tmp_path, Numbers(), max_steps=3).save_checkpoint(tmp_path / "a.ckpt")
+    state = torch.load(tmp_path / "a.ckpt", weights_only=False)
+    state["Numbers"] |= {"skipped": 4, "position": 7}
+    torch.save(state, tmp_path / "a.ckpt")
+    fit(tmp_path, Numbers(), tmp_path / "a.ckpt", max_steps=8)
+    assert samples(tmp_path, "train") == expected(0, 3) + expected(7, 12)
+
+
+def test_ranges_are_left_out_and_those_of_a_run_are_of_its_trainer_alone(tmp_path):
+    class Skips(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            skip_batches(trainer, [(2, 4)])
+
+    data = Numbers()
+    data.skipped = [(8, 9)]
+    module = Recorder(tmp_path)
+    first = trainer(tmp_path, max_steps=7, callbacks=[ExactResume(), Skips()])
+    first.fit(module, data)
+    assert samples(tmp_path, "train") == [*expected(0, 2), *expected(4, 8), *expected(9, 10)]
+    assert data.skipped == SkippedBatches([(2, 4), (8, 9)])
+    (tmp_path / "again").mkdir()
+    fit(tmp_path / "again", data, max_steps=4)
+    assert data.skipped == SkippedBatches([(8, 9)])
+    assert samples(tmp_path / "again", "train") == expected(0, 4)
 
 
 @pytest.mark.parametrize(
