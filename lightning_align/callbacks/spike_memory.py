@@ -18,23 +18,30 @@ MEMORY = ""  # in the place of a folder
 _MOMENTS = 2  # tensors of AdamW's state for each parameter; no optimizer here has more
 
 
-def check_room(trainer: pl.Trainer, where: str, count: int) -> None:
+def check_room(
+    trainer: pl.Trainer, where: str, count: int, sizes: Mapping[str, int] | None = None
+) -> Mapping[str, int]:
     """Say what so many copies of the state take, and refuse them where there is no room.
 
     Args:
         trainer: Who fits; its optimizers are there.
         where: Who asks, as the message begins.
-        count: How many are kept; a restore takes one more.
+        count: How many are to be made; a restore takes one more.
+        sizes: Bytes of one by folder, where they are known; otherwise they are foreseen.
+
+    Returns:
+        Bytes of one.
 
     Raises:
         ValueError: If memory or disk is smaller, by the bytes.
     """
     ranks = trainer.num_devices  # of this machine, which share both
-    for place, nbytes in state_nbytes(trainer).items():
+    sizes = state_nbytes(trainer) if sizes is None else sizes
+    for place, nbytes in sizes.items():
         on = "host memory" if place == MEMORY else f"{place} once its weights have changed"
         rank_zero_info(
-            f"{where}: {count} snapshot(s) in memory, each of at most {nbytes:,} bytes of {on}"
-            " on each rank."
+            f"{where}: {count} snapshot(s) are kept, each of about {nbytes:,} bytes of {on} on each"
+            " rank."
         )
         left = available_memory() if place == MEMORY else shutil.disk_usage(place).free
         needed = (count + 1) * nbytes * ranks
@@ -43,12 +50,14 @@ def check_room(trainer: pl.Trainer, where: str, count: int) -> None:
             rule += f" rank(s), and {left:,} are left"
             way_out = "Raise snapshot_every_n_steps, lower rewind_steps, or leave 'rewind' out"
             raise argument_error(where, "snapshots", count, rule, way_out)
+    return sizes
 
 
 def state_nbytes(trainer: pl.Trainer) -> Mapping[str, int]:
     """Bytes of one state on this rank, by folder; ``MEMORY`` is host memory.
 
-    An optimizer that has not stepped yet is taken for AdamW, whose state is the largest.
+    Attributes of the module are left out, which only a snapshot shows; an optimizer that has not
+    stepped yet is taken for AdamW.
     """
     if isinstance(trainer.strategy, SaysWhatStateTakes):
         return trainer.strategy.state_nbytes()

@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_align._compat.lightning_trainer import is_accumulating
 from lightning_align._errors import argument_error, check_choice, check_least, finite_number
 from lightning_align.callbacks.checkpoint_withdrawal import SavedSteps, Withdrawn
-from lightning_align.callbacks.spike_memory import check_room
+from lightning_align.callbacks.spike_memory import MEMORY, check_room
 from lightning_align.checkpointing import SnapshotEngine
 from lightning_align.run.callbacks import bring
 from lightning_align.run.capture import RunState, capture, check_goes_back, restore
@@ -93,6 +93,7 @@ class SpikeRewind:
         self.lr_factor, self.lr_steps, self.moments = lr_factor, lr_steps, moments
         self.snapshots = snapshots or enough
         self._engine: SnapshotEngine | None = None
+        self._foreseen = 0  # bytes of a snapshot in memory
         self._fit: object = None  # whose the snapshots are
         self._positions: dict[int, int] = {}  # step of a snapshot -> the batch that comes next
         self._lr_until = 0  # step from which on the learning rate is the schedule's
@@ -133,8 +134,8 @@ class SpikeRewind:
             ValueError: If there is no room for them, or a loader cannot be begun anew.
         """
         check_begins_anew(trainer, _WHERE)
-        check_room(trainer, _WHERE, self.snapshots)
         self.stop(trainer)
+        self._foreseen = check_room(trainer, _WHERE, self.snapshots).get(MEMORY, 0)
         self._engine = SnapshotEngine(persist=False, keep_last=self.snapshots)
         strategy = trainer.strategy
         step = strategy.optimizer_step
@@ -186,7 +187,11 @@ class SpikeRewind:
         self._scheduled = []
 
     def after_batch(self, trainer: pl.Trainer) -> None:
-        """Take a snapshot where one is due; to be called in ``on_train_batch_end``."""
+        """Take a snapshot where one is due; to be called in ``on_train_batch_end``.
+
+        Raises:
+            ValueError: If it is larger than foreseen, and there is no room for the others.
+        """
         self._saved.note(trainer)
         step = trainer.global_step
         due = step > 0 and step % self.snapshot_every_n_steps == 0 and not is_accumulating(trainer)
@@ -195,7 +200,10 @@ class SpikeRewind:
         assert self._engine is not None
         state = dict(vars(capture(trainer, copy=False)))  # it is copied here, into reused memory
         self._fit = state.pop("fit")
-        self._engine.save(state, f"step-{step}", step)
+        copied = self._engine.save(state, f"step-{step}", step).copied_bytes
+        if copied > self._foreseen:  # an optimizer with more than AdamW, or large attributes
+            check_room(trainer, _WHERE, self.snapshots - len(self._positions), {MEMORY: copied})
+            self._foreseen = copied
         self._positions[step] = stream_position(trainer)
         self._positions = {kept: self._positions[kept] for kept in self._engine.steps}
 

@@ -345,6 +345,18 @@ def test_what_cannot_go_back_is_refused_at_set_up(monkeypatch: Any) -> None:
     assert "(snapshots=2): 2 snapshot(s) and a restore take 1,764 bytes" in refusal(None, loader(4))
 
 
+def test_a_snapshot_that_is_larger_than_foreseen_is_refused_while_there_is_one(
+    monkeypatch: Any,
+) -> None:
+    class Averages(Regression):
+        def on_train_start(self) -> None:
+            self.average = torch.zeros(1000)
+
+    monkeypatch.setattr(spike_memory, "available_memory", lambda: 13_000)
+    with pytest.raises(ValueError, match=r"\(snapshots=3\): 3 snap.* take 1[89],\d+ bytes of host"):
+        fit(Averages(), guard(rewind_steps=3), loader(8))
+
+
 def test_without_the_action_nothing_is_kept_and_nothing_refused(monkeypatch: Any) -> None:
     monkeypatch.setattr(spike_memory, "available_memory", lambda: 0)
     module = Reloads()

@@ -30,6 +30,8 @@ from tests.helpers.children import in_child
 from tests.helpers.ranks import ForkedRanks, run_ranks
 from tests.helpers.resume import SaveEveryBatch, SequenceData, gpt2_module
 from tests.helpers.spiky import AlarmOnce, Told
+from tests.laws.members import DATAMODULES, MODULES, Member
+from tests.laws.runs import Outcome, Run
 from tests.run.test_capture import Counts, Everything, Freezes, Parts, fit
 
 pytestmark = pytest.mark.slow  # a minute in all; `make test-laws` runs them
@@ -188,6 +190,21 @@ def test_on_two_ranks(build: Callable[[], Parts]) -> None:
         as_told(build, 3, max_epochs=3, **ranks)
 
     run_ranks(on, timeout_s=120.0)
+
+
+@pytest.mark.parametrize("data", DATAMODULES, ids=str)
+def test_datamodules_of_ours(data: Member, tmp_path: Path, material: Path) -> None:
+    module = next(each for each in MODULES if each.batches == data.batches)
+    run = Run(module, data)
+
+    def outcome(name: str, told: Told, guarding: SpikeGuard) -> Outcome:
+        (tmp_path / name).mkdir()
+        return run.fit(tmp_path / name, material, extra=[guarding, told])
+
+    notes = Told()
+    ours = outcome("ours", notes, guard(3))
+    assert notes.ranges
+    assert ours == outcome("theirs", Told(notes.ranges), guard())
 
 
 # A kill right after a rewind
