@@ -45,7 +45,7 @@ class OneNumber(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.number = torch.nn.Parameter(torch.zeros(()))
-        self.measured = torch.ones(()), torch.ones(())
+        self.measured_step = torch.ones(()), torch.ones(())
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:  # noqa: ARG002
         return self.number * 1.0

@@ -128,6 +128,7 @@ class SpikeGuard(Callback):
         self._planning: list[PlansChanges] = []
         self._window_start = 0  # number of the first batch of the open window
         self._action: str | None = None  # that the latest step got
+        self._is_judged = False  # whether this batch has closed its window
         self._as_built = copy.deepcopy(self.state_dict())
 
     # Before training
@@ -203,13 +204,16 @@ class SpikeGuard(Callback):
         """What Lightning calls instead of the module's ``configure_gradient_clipping``."""
         trainer = pl_module.trainer
         measured = self._losses.close(trainer, pl_module)
-        self._action = None
-        if measured is not None and not self._overflows.is_one(trainer, measured):
-            self._action = action = self._judge(trainer, pl_module, measured)
-            if action in _LEAVES_OUT:
-                self._leave_out(trainer, pl_module, stop=action == "stop")
-                return
-            self._clip(trainer, pl_module, measured.grad_norm, outlier=action == "clip")
+        overflowed = measured is not None and self._overflows.is_one(trainer, measured)
+        judged, self._is_judged = self._is_judged, True
+        if not judged:  # some optimizers ask for the gradients of a step again, as SAM does
+            has_verdict = measured is not None and not overflowed
+            self._action = self._judge(trainer, pl_module, measured) if has_verdict else None
+        if self._action in _LEAVES_OUT:
+            self._leave_out(trainer, pl_module, stop=self._action == "stop")
+            return
+        if measured is not None and not overflowed:
+            self._clip(trainer, pl_module, measured.grad_norm, outlier=self._action == "clip")
         theirs(optimizer, **clipping)
         if self._rewind is not None:
             self._rewind.before_step(trainer)
@@ -275,6 +279,7 @@ class SpikeGuard(Callback):
     ) -> None:
         if is_accumulating(trainer):
             return
+        self._is_judged = False
         action, self._action = self._action, None
         if action == "rewind" and self._rewind is not None:
             self._go_back(trainer, pl_module, self._rewind)

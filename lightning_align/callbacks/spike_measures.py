@@ -99,7 +99,7 @@ class WindowLosses:
         """
         losses, self.losses, self._scale = self.losses, [], None
         if self.told:
-            measured = cast(MeasuresSteps, module).measured
+            measured = cast(MeasuresSteps, module).measured_step
             return None if measured is None else _numbers(*measured)
         if not losses:
             return None

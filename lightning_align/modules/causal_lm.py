@@ -169,7 +169,7 @@ class CausalLMModule(pl.LightningModule, ABC):
         log_step(self, values, tokens, self._notes)
 
     @property
-    def measured(self) -> tuple[Tensor, Tensor] | None:
+    def measured_step(self) -> tuple[Tensor, Tensor] | None:
         """Mean loss and gradient norm of the latest window, over all ranks; None without a loss."""
         return self._notes.measured
 

@@ -54,7 +54,7 @@ class MeasuresSteps(Protocol):
     """When its ``on_before_optimizer_step`` has run, it knows what the window came to."""
 
     @property
-    def measured(self) -> tuple[Tensor, Tensor] | None:
+    def measured_step(self) -> tuple[Tensor, Tensor] | None:
         """Mean loss and gradient norm, over window and ranks; None if no batch had a loss."""
 
 

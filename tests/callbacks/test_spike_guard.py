@@ -485,3 +485,33 @@ def test_pairs_are_skipped_and_their_tokens_taken_back() -> None:
     assert torch.equal(watch.weights[1], watch.weights[0])
     assert watch.logged[1]["tokens_seen"] == watch.logged[0]["tokens_seen"]
     assert watch.logged[2]["tokens_seen"] == module.tokens_seen > watch.logged[0]["tokens_seen"]
+
+
+class TwoPasses(torch.optim.SGD):
+    """Asks for the gradients of a step twice, as SAM does."""
+
+    def step(self, closure: Any = None) -> Any:
+        closure()
+        return super().step(closure)
+
+
+def test_a_step_whose_gradients_are_asked_for_twice_has_one_verdict() -> None:
+    detector = AlarmAt(2)
+    watch, _ = guarded(Regression(TwoPasses), SpikeGuard(detector=detector), batches(5))
+    assert [step for step, _, _ in detector.seen] == [0, 1, 2, 3, 4]
+    assert torch.equal(watch.weights[2], watch.weights[1])
+    assert not torch.equal(watch.weights[3], watch.weights[2])
+
+
+def test_a_level_that_stays_is_learned_by_the_detector_too() -> None:
+    """From batch 40 on all losses are a thousand times as large."""
+    data = batches(80, **{f"at{number}": 1e3 for number in range(40, 80)})
+    guard = SpikeGuard(max_consecutive_skips=5)
+    with pytest.warns(UserWarning, match="5 steps in a row were skipped. From step 45 on"):
+        watch, _ = guarded(Regression(lr=1e-4), guard, data)
+    skipped = [
+        number
+        for number in range(1, 80)
+        if torch.equal(watch.weights[number], watch.weights[number - 1])
+    ]
+    assert skipped == [40, 41, 42, 43, 44]
