@@ -12,7 +12,7 @@ from torch import distributed
 
 from lightning_align import ExactResume, Muon, SpikeGuard
 from lightning_align.run.capture import capture, restore
-from tests.helpers.pipelines import Run
+from tests.helpers.pipelines import Run, one_process
 from tests.helpers.ranks import run_ranks
 from tests.helpers.rewinds import Rewinds
 from tests.helpers.spiky import AlarmOnce, Told
@@ -122,6 +122,21 @@ def test_a_guard_rewinds_all_ranks_as_if_told_what_to_leave_out(
         assert ours[8:] == theirs[4:]  # behind the window of the alarm, and behind step 2
 
     run_ranks(on, timeout_s=120.0)
+
+
+@pytest.mark.slow
+def test_behind_a_rewind_learning_rate_and_moments_are_those_of_one_process() -> None:
+    def make() -> pl.Callback:
+        more: dict[str, Any] = {"lr_factor": 0.3, "lr_steps": 2, "moments": "reset"}
+        every = {"rewind_steps": 1, "snapshot_every_n_steps": 2, "skip_batches": 0}
+        return SpikeGuard("rewind", AlarmOnce(3), **every, **more)
+
+    run = Run(strategy=ONE, steps=9, data=WHOLE, callbacks=(ExactResume, make))
+    theirs = one_process(run)["losses"]
+    assert len(theirs) == 9 + 2
+    for ours in run_ranks(lambda rank: run.fit(rank)["losses"], timeout_s=120.0):
+        # Sums in another order; steps of fresh moments are the largest that there are.
+        assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 def test_nothing_is_sent_and_each_rank_keeps_its_own_stages_only() -> None:
