@@ -1,0 +1,80 @@
+"""What the studies share: the novels as bytes, and runs that are kept once finished.
+
+A run is a line of JSON in the file of its study. What is there is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import lzma
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CACHE = Path(__file__).parents[1] / "cache/spikes"
+NOVELS = Path(__file__).parents[1] / "data"
+
+
+def as_tokens(text: bytes) -> Tensor:
+    """Bytes as numbers below 128."""
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8).long().clamp(max=127)
+
+
+def read_novels() -> Tensor:
+    """All novels, one behind the other."""
+    texts = []
+    for path in sorted(NOVELS.glob("*.txt.xz")):
+        with lzma.open(path) as file:
+            texts.append(file.read())
+    return as_tokens(b"".join(texts))
+
+
+class Runs:
+    """Finished runs by name.
+
+    Args:
+        path: The file; it and its folder are made with the first run.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        # The last line of a process that was killed may be a piece of one.
+        whole = [json.loads(line) for line in lines if line.endswith("}")]
+        self.found: dict[str, Any] = {line.pop("name"): line for line in whole}
+
+    def finish(
+        self, names: Iterable[str], run: Callable[[str], dict[str, Any]], limit: int | None
+    ) -> None:
+        """Run what is missing of ``names``, ``limit`` of them at most."""
+        missing = [name for name in names if name not in self.found]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        for number, name in enumerate(missing[:limit], 1):
+            start = time.process_time()
+            found = {**run(name), "cpu_s": round(time.process_time() - start, 2)}
+            self.found[name] = found
+            with self.path.open("a") as file:
+                file.write(json.dumps({"name": name, **found}) + "\n")
+            sys.stderr.write(f"{number}/{len(missing)} {name}: {found['cpu_s']} s CPU\n")
+
+    def named(self, pattern: str, seeds: Iterable[int]) -> list[dict[str, Any]]:
+        """Those of ``pattern``, which has a place {seed}, that are finished."""
+        names = [pattern.format(seed=seed) for seed in seeds]
+        return [self.found[name] for name in names if name in self.found]
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """The options of every study here."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", type=Path, default=CACHE, help="folder of finished runs")
+    parser.add_argument("--limit", type=int, help="run so many at most, then report")
+    parser.add_argument("--report", action="store_const", const=0, dest="limit", help="run nothing")
+    return parser
