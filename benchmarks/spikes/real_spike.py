@@ -286,7 +286,7 @@ def run(name: str) -> dict[str, Any]:
 
 def study_names(subject: str) -> list[str]:
     patterns = [STUDY.format(subject=subject, remedy=remedy) for remedy in REMEDIES]
-    return [pattern.format(seed=seed) for seed in SEEDS for pattern in patterns]
+    return [pattern.format(seed=seed) for pattern in patterns for seed in SEEDS]
 
 
 def design_names() -> list[str]:

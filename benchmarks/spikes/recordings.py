@@ -6,9 +6,9 @@
 
 Small Llamas of 3 blocks and width 32 on six novels, byte by byte, 1200 steps each: AdamW, Muon,
 GaLore, LISA, DPO, and accumulation over two batches, of which a fault meets one; six seeds of each,
-every other one clipped at 1.0. A run gets three faults of one to three steps at steps that its seed
-draws, and nobody acts on them. Two seeds of each, those with seed % 3 == 2, stay unseen while a
-detector is tuned.
+every other one clipped at 1.0. A run gets three faults at steps that its seed draws: batches of one
+or three steps, a learning rate 30 times too high for five, or one weight of 30. Nobody acts on
+them. Two seeds of each, those with seed % 3 == 2, stay unseen while a detector is tuned.
 
 A fault is found by an alarm in [start, stop): while it lasts and two steps more, as a learning rate
 shows one step later. The 80 steps from its start are not clean: the run has been hit. All others
@@ -48,7 +48,7 @@ HERE = Path(__file__).parent
 PACKED = HERE / "recordings.jsonl.xz"
 STEPS, ROWS, LENGTH = 1200, 8, 32
 SEEDS = range(6)
-AFTERMATH, LATE = 80, 2  # steps
+AFTERMATH, LATE, LR_STEPS = 80, 2, 5  # steps
 FIRST, APART = 250, 300  # steps; each fault lies up to 150 behind the place that these give
 KINDS = ("AdamW", "Muon", "GaLore", "LISA", "DPO", "accumulation")
 
@@ -155,6 +155,7 @@ def faults_of(kind: str, seed: int) -> list[dict[str, Any]]:
         name = FAULTS[(KINDS.index(kind) + seed + 2 * place) % len(FAULTS)]
         start = FIRST + APART * place + draw.randrange(150)
         length = 1 if name == "corrupted weight" else draw.choice((1, 3))
+        length = LR_STEPS if name == "lr jump" else length
         found.append({"fault": name, "start": start, "stop": start + length})
     return found
 
@@ -276,11 +277,16 @@ def alarms_of(run: dict[str, Any], detector: SpikeDetector) -> list[int]:
     return found
 
 
+def rises(values: list[float], start: int, stop: int) -> bool:
+    return max(values[start:stop]) > max(values[start - 100 : start])
+
+
 class Score:
     """Of a detector over recordings.
 
     Attributes:
         found: By run and fault: delay in steps, or None.
+        shown: Which of them took loss or norm above all of the 100 steps before.
         false: Alarms at clean steps, by kind of run.
         clean: Clean steps, by kind of run.
     """
@@ -289,6 +295,7 @@ class Score:
         self, runs: dict[str, Any], make: Callable[[], SpikeDetector] = SpikeDetector
     ) -> None:
         self.found: list[tuple[str, str, int | None]] = []
+        self.shown: list[bool] = []
         self.false: Counter[str] = Counter()
         self.clean: Counter[str] = Counter()
         for name, run in runs.items():
@@ -298,6 +305,7 @@ class Score:
                 start, stop = fault["start"], fault["stop"] + LATE
                 first = next((step for step in alarms if start <= step < stop), None)
                 self.found.append((kind, fault["fault"], None if first is None else first - start))
+                self.shown.append(any(rises(run[name], start, stop) for name in ("loss", "norm")))
                 clean -= set(range(start, start + AFTERMATH))
             self.clean[kind] += len(clean)
             self.false[kind] += len(clean.intersection(alarms))
@@ -305,6 +313,12 @@ class Score:
     def recall(self, name: str | None = None) -> tuple[int, int]:
         """How many were found of how many, of one kind of run or fault."""
         chosen = [delay for *names, delay in self.found if name is None or name in names]
+        return sum(delay is not None for delay in chosen), len(chosen)
+
+    def recall_of_shown(self) -> tuple[int, int]:
+        """The same, of faults that can be seen."""
+        pairs = zip(self.found, self.shown, strict=True)
+        chosen = [delay for (*_, delay), shown in pairs if shown]
         return sum(delay is not None for delay in chosen), len(chosen)
 
     def false_alarms(self) -> float:
@@ -319,6 +333,7 @@ def table(parts: dict[str, Score], names: Iterable[str]) -> None:
         print(f"| {title} | " + " | ".join(cell(score) for score in parts.values()) + " |")
 
     row("recall (0.9)", lambda score: f"{_share(*score.recall()):.3f}")
+    row("recall of those that show", lambda score: f"{_share(*score.recall_of_shown()):.3f}")
     row("false alarms per 10,000 clean steps (1)", lambda score: f"{score.false_alarms():.2f}")
     row("clean steps", lambda score: f"{sum(score.clean.values()):,}")
     row(
