@@ -186,14 +186,14 @@ def clip_by_zclip(module: pl.LightningModule) -> None:
 REMEDIES: dict[str, Callable[[], list[Any]]] = {
     "clean": list,
     "unguarded": list,
+    "guard, skip": lambda: [SpikeGuard("skip")],
+    "guard, rewind": lambda: [SpikeGuard("rewind", **REWIND)],
+    "guard, clip": lambda: [SpikeGuard("clip")],
+    "guard, skip, clean": lambda: [SpikeGuard("skip")],
     "SpikeDetection": lambda: [SpikeDetection(exclude_batches_path=tempfile.mkdtemp())],
     "clip 1.0": list,
     "ZClip": list,
     "AGC 0.01": lambda: [SpikeGuard("log", agc=0.01)],
-    "guard, clip": lambda: [SpikeGuard("clip")],
-    "guard, skip": lambda: [SpikeGuard("skip")],
-    "guard, rewind": lambda: [SpikeGuard("rewind", **REWIND)],
-    "guard, skip, clean": lambda: [SpikeGuard("skip")],
 }
 
 
