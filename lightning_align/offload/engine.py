@@ -85,9 +85,11 @@ class OffloadEngine:
         self._handles: list[Any] = []
 
     def _relieve(self) -> None:
-        """Wait for writes: what they hold comes back to the pool."""
+        """Wait for writes and copies: what they hold comes back to the pool."""
         self.store.settle_all()
         self.gradients.settle_all()
+        if self.residents.device is not None:
+            self.residents.device.settle_all()
 
     def attach(self) -> None:
         """Fetch blocks from now on when their modules are called."""

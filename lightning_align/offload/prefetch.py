@@ -147,7 +147,9 @@ class Residents:
             memory, transfer = self._own.pop(block.name)
             transfer.wait()
         else:
-            values = self.values(block, phase) if alone else self._current(block)
+            # Where a device computes, the block after it has been fetched: its turn is over.
+            is_past = self.device is not None and block.memory is not None
+            values = self.values(block, phase) if alone and not is_past else self._current(block)
             memory = values[block.section]
         if self.device is not None:
             self.device.settle(block)

@@ -4,6 +4,7 @@ The code is that of a GPU, but for the streams: copies are made as late as the e
 waited for let them, so that what does not wait computes NaN or is told so.
 """
 
+from contextlib import nullcontext
 from functools import partial
 
 import lightning.pytorch as pl
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 from lightning_align.modules import PretrainModule
 from lightning_align.offload import activations
 from lightning_align.offload.device_blocks import DeviceBlocks
+from lightning_align.strategies import ZeROInfinityStrategy
 from tests.helpers import stand_in_device
 from tests.helpers.offloaded import (
     ADAMW,
@@ -84,6 +86,19 @@ def test_the_device_holds_as_many_blocks_as_there_are_buffers(tmp_path, copies):
     assert strategy._engine.residents.count == 3  # one of them for gradients on their way
     assert copies.bytes_there == 0
     strategy.close()
+
+
+def test_the_drive_is_read_as_often_as_without_a_device(tmp_path, monkeypatch):
+    """A block whose gradients are on their way is still there when it is updated."""
+    data, traffic = DataLoader(points(), batch_size=8), []
+    for with_device in (False, True):
+        strategy = ZeROInfinityStrategy(params_buffer_count=3, sub_group_size=400, overwrite=True)
+        with stand_in_device.stand_in_device(monkeypatch) if with_device else nullcontext():
+            fit(tmp_path, Regression(ADAMW), data, strategy)
+        moved = strategy._engine.threads.traffic
+        traffic.append((moved.read, moved.written))
+        strategy.close()
+    assert traffic[0] == traffic[1]
 
 
 class Clamps(pl.Callback):
