@@ -32,7 +32,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from memory import VOCABULARY, forget_peak, llama, quiet, status_bytes
+from memory import VOCABULARY, forget_peak, llama, quiet, status_bytes, told
 
 SIZES = {"full": (512, 8), "small": (128, 8)}  # width, blocks
 SIDES = ("in memory", "ours", "reshard", "keep")
@@ -234,20 +234,15 @@ def main() -> None:
     if arguments.side:
         child(arguments)
         return
-    import torch
-    from chunked_loss import hardware
-
-    start = time.perf_counter()
     if arguments.small:
         arguments.size, arguments.repeats = "small", 1
-    print(f"torch {torch.__version__}, {hardware()}, load average {os.getloadavg()[0]:.1f}")
     found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-    for repeat in range(arguments.repeats):
-        turn = repeat % len(SIDES)
-        for side in (*SIDES[turn:], *SIDES[:turn]):
-            found[side].append(run(side, arguments))
-    show(found)
-    print(f"{time.perf_counter() - start:.0f} s")
+    with told():
+        for repeat in range(arguments.repeats):
+            turn = repeat % len(SIDES)
+            for side in (*SIDES[turn:], *SIDES[:turn]):
+                found[side].append(run(side, arguments))
+        show(found)
 
 
 if __name__ == "__main__":

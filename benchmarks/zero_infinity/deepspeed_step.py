@@ -18,6 +18,7 @@ Bar: step of DeepSpeed over ours 1.0; aim 2. Seconds of a step, median without t
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -31,12 +32,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from memory import llama, moved_bytes, quiet
+from memory import llama, moved_bytes, quiet, told
 from step import SEQUENCE, Case, Timer, batches
-
-sys.path.append(str(Path(__file__).parents[1]))
-
-from chunked_loss import hardware
 
 TOKENS = (32, 512)
 BUFFERS = {  # of offload_optimizer; the first are DeepSpeed's defaults
@@ -164,11 +161,10 @@ def main() -> None:
     if arguments.side:
         child(arguments.side, arguments.run_tokens, Case(**json.loads(arguments.run)))
         return
-    start = time.perf_counter()
-    print(f"torch {torch.__version__}, {hardware()}, load average {os.getloadavg()[0]:.1f}")
     folder = tempfile.mkdtemp(prefix="zero_infinity_", dir=arguments.folder)
     case = Case(128 if arguments.small else 512, 8, arguments.steps, folder)
-    try:
+    with told(), contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, folder)
         for tokens in arguments.tokens[: 1 if arguments.small else None]:
             compare(tokens, case, 1 if arguments.small else arguments.repeats)
         found = process(PARAMETERS, arguments.tokens[0], case)
@@ -177,9 +173,6 @@ def main() -> None:
             moved = sum(found["moved"]) / 1e9
             said = f"{1e3 * median(found['seconds'][2:]):.0f} ms a step, {moved:.1f} GB moved"
         print(f"\nDeepSpeed's offload of parameters, {arguments.tokens[0]} tokens: {said}")
-    finally:
-        shutil.rmtree(folder)
-    print(f"{time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":

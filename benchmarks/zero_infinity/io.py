@@ -23,7 +23,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -33,12 +32,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from memory import moved_bytes
+from memory import moved_bytes, told
 from torch import nn
-
-sys.path.append(str(Path(__file__).parents[1]))
-
-from chunked_loss import hardware
 
 from lightning_align.offload.block import Block
 from lightning_align.offload.buffers import BufferPool
@@ -167,10 +162,10 @@ def timed(action: Callable[[], float | None]) -> tuple[float, int, int]:
     """Seconds, and bytes that the kernel says this process has read and written."""
     os.sync()
     before, start = moved_bytes(), time.perf_counter()
-    told = action()
+    said = action()
     seconds = time.perf_counter() - start
     after = moved_bytes()
-    return told or seconds, after[0] - before[0], after[1] - before[1]
+    return said or seconds, after[0] - before[0], after[1] - before[1]
 
 
 def measure(sides: dict[str, Any], rounds: int) -> dict[str, list[tuple[Any, Any]]]:
@@ -244,11 +239,8 @@ def main() -> None:
     arguments = parser.parse_args()
     mib, rounds = (32, 2) if arguments.small else (arguments.mib, arguments.rounds)
     size = mib * (1 << 20) // FILES
-    start = time.perf_counter()
-    print(f"torch {torch.__version__}, {hardware()}, load average {os.getloadavg()[0]:.1f}")
     folder = Path(tempfile.mkdtemp(prefix="zero_infinity_", dir=arguments.folder))
-    moved = sum(moved_bytes())
-    with contextlib.ExitStack() as stack:
+    with told(), contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, folder)
         sides: dict[str, Callable[[], Any]] = {"ours": partial(Ours, folder / "ours", size)}
         module = aio_module()
@@ -264,7 +256,6 @@ def main() -> None:
         show(measure(made, rounds), FILES * size)
         for side in made.values():
             side.close()
-    print(f"{time.perf_counter() - start:.0f} s, {(sum(moved_bytes()) - moved) / 1e9:.1f} GB moved")
 
 
 if __name__ == "__main__":

@@ -74,6 +74,21 @@ def moved_bytes() -> tuple[int, int]:
     return int(lines["read_bytes"]), int(lines["write_bytes"])
 
 
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """Around a script: what it runs on, and then what it took, its processes included."""
+    import lightning
+    import torch
+    from chunked_loss import hardware
+
+    start, moved = time.perf_counter(), sum(moved_bytes())
+    print(f"torch {torch.__version__}, lightning {lightning.__version__}, {hardware()}", end="")
+    print(f", load average {os.getloadavg()[0]:.1f}", flush=True)
+    yield
+    gigabytes = (sum(moved_bytes()) - moved) / 1e9
+    print(f"{time.perf_counter() - start:.0f} s, {gigabytes:.1f} GB moved")
+
+
 # A limit of memory
 
 

@@ -25,10 +25,9 @@ of one in place; predicted within 25 %.
 """
 
 import argparse
+import contextlib
 import ctypes
-import os
 import shutil
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -39,15 +38,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import lightning
 import lightning.pytorch as pl
 import torch
-from memory import VOCABULARY, llama, moved_bytes, quiet
+from memory import VOCABULARY, llama, quiet, told
 from torch.utils.data import DataLoader
-
-sys.path.append(str(Path(__file__).parents[1]))
-
-from chunked_loss import hardware
 
 from lightning_align import PretrainModule
 from lightning_align.offload.bandwidth import (
@@ -399,27 +393,20 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="folder for pictures of it")
     arguments = parser.parse_args()
     quiet()
-    start, moved = time.perf_counter(), sum(moved_bytes())
-    print(
-        f"torch {torch.__version__}, lightning {lightning.__version__}, {hardware()}, "
-        f"load average {os.getloadavg()[0]:.1f}"
-    )
     folder = tempfile.mkdtemp(prefix="zero_infinity_", dir=arguments.folder)
     width, blocks = (128, 8) if arguments.small else (512, 8)
     tokens = [32, 128] if arguments.small else arguments.tokens
     case = Case(width, blocks, arguments.steps, folder)
     found: dict[int, Figures] = {count: defaultdict(list) for count in tokens}
-    try:
+    with told(), contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, folder)
         for _ in range(1 if arguments.small else arguments.repeats):
             for count in tokens:
                 repeat(case, count, found[count], smallest=count == min(tokens))
+        show(found)
         if arguments.plot:
             draw(found, arguments.plot / "zero_infinity_step.png")
             draw_timelines(case, tokens[len(tokens) // 2 - 1], arguments.plot)
-    finally:
-        shutil.rmtree(folder)
-    show(found)
-    print(f"{time.perf_counter() - start:.0f} s, {(sum(moved_bytes()) - moved) / 1e9:.1f} GB moved")
 
 
 if __name__ == "__main__":

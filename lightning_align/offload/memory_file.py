@@ -40,6 +40,11 @@ class MemoryFile:
         self._memory: Tensor = memory
         self._behind = behind
 
+    @property
+    def memory_nbytes(self) -> int:
+        """Bytes of the values."""
+        return len(self._memory)
+
     def view(self, offset: int, nbytes: int) -> Tensor:
         """The memory itself.
 

@@ -359,7 +359,8 @@ def _one_behind_the_other(first: Tensor, second: Tensor) -> Tensor | None:
         return None
     if start + len(first) != second.storage_offset():
         return None
-    return torch.empty(0, dtype=torch.uint8).set_(storage, start, (len(first) + len(second),))
+    both = torch.empty(0, dtype=torch.uint8)
+    return both.set_(storage, start, (len(first) + len(second),), (1,))
 
 
 def _copy_unless_there(

@@ -185,6 +185,13 @@ class ShardStore:
             return None
         return file.view(0, self.blocks[block].nbytes)
 
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes of values that lie in host memory alone, or of their sections."""
+        current = [self._files[name, slot] for name, slot in self._current.items()]
+        in_memory = [file for file in current if isinstance(file, MemoryFile)]
+        return sum(file.memory_nbytes for file in in_memory)
+
     def rearranged(self, block: str) -> None:
         """The block's section is another one: what it has in memory begins anew, of its length."""
         slot = self._current[block]

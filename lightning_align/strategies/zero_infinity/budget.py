@@ -171,7 +171,9 @@ class _Held:
         self.summed_on_drive = sum(summed) - sum(here)
         self.kept = sum(block.nbytes for block in blocks if block.kept)
         # Sums of two blocks are in the pool, and gradients of one where autograd puts them.
-        self.pool = in_pool + sum(here) + 2 * max(summed, default=0)
+        # Of ranks, also the sections of the block that is updated and of the one behind it.
+        sections = 2 * self.largest // ranks if ranks > 1 else 0
+        self.pool = in_pool + sum(here) + 2 * max(summed, default=0) + sections
         self.beside = values + states + self.in_grad + max(summed, default=0)
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import override
 
@@ -88,11 +89,18 @@ class LogTraffic(pl.Callback):
             return
         self._mark = _mark(trainer)
         strategy: Any = trainer.strategy
-        resident = strategy._engine.pool.allocated_bytes / 1e9
-        found = {**rates(before, self._mark), "resident_gb": resident}
+        found = {**rates(before, self._mark), "resident_gb": _held(strategy) / 1e9}
         metrics = {f"zero_infinity/{name}": value for name, value in found.items()}
         for logger in trainer.loggers:  # not self.log: times are no part of a run that is resumed
             logger.log_metrics(metrics, step=lightning_logged.lightnings_line(trainer))
+
+
+def _held(strategy: Any) -> int:
+    """Bytes of buffers, and of what lies in host memory: values, and states of the optimizer."""
+    engine, states = strategy._engine, strategy.optimizers[0].state.values()
+    tensors = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+    held: int = engine.pool.allocated_bytes + engine.store.host_nbytes
+    return held + sum(tensor.nbytes for tensor in tensors)
 
 
 def _mark(trainer: pl.Trainer) -> Mark:

@@ -85,10 +85,10 @@ def test_what_is_held_keeps_to_the_limit(tmp_path, clip, extra):
     assert sum(block.nbytes for block in blocks) * 4 > least  # parameters, gradients and moments
 
 
-def least_of(module, buffers):
+def least_of(module, buffers, **options):
     blocks, _ = find_blocks(module, None)
     with pytest.raises(ValueError, match="must be at least") as error:
-        plan(blocks, 1, buffers)
+        plan(blocks, 1, buffers, **options)
     return int(str(error.value).split("at least ")[1].split(" ")[0].replace(",", ""))
 
 
@@ -119,6 +119,13 @@ def test_a_higher_limit_keeps_more_blocks_spread_over_the_order():
     assert found[0][1] == [False] * 8
     some = next(kept for _, kept in found if sum(kept) == 2)
     assert some not in ([True] * 2 + [False] * 6, [False] * 6 + [True] * 2)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_rank_has_two_sections_that_are_updated_beside_whole_blocks(ranks):
+    largest = max(block.nbytes for block in find_blocks(Wide(), None)[0])
+    more = least_of(Wide(), GROUPS, ranks=ranks) - least_of(Wide(), GROUPS)
+    assert more == 2 * largest // ranks
 
 
 def test_groups_become_smaller_before_a_limit_is_refused():

@@ -29,10 +29,11 @@ class Kind:
     name: str
     ranks: int = 1
     folder: bool = False  # what it saves
+    tile_numel: int | None = None
 
     def build(self, folder: Path) -> Any:
         if self.name == "zero_infinity":
-            saved = {"save_distributed_checkpoint": self.folder}
+            saved = {"save_distributed_checkpoint": self.folder, "tile_numel": self.tile_numel}
             return small(nvme_path=str(folder / "nvme"), overwrite=True, **saved)
         if self.name == "pipeline":
             schedule = {"schedule": "GPipe", "num_microbatches": 4}
@@ -127,3 +128,10 @@ def test_what_one_saves_the_other_reads(written, tmp_path, model, writer, reader
     assert equal(found["state_dict"], expected["state_dict"])
     assert equal(found["optimizer_states"], expected["optimizer_states"])
     assert found["optimizer_states"][0]["state"][0]["exp_avg"].any()
+
+
+@pytest.mark.slow
+def test_a_folder_of_a_pipeline_is_not_read_into_tiles(written, tmp_path):
+    path, _ = written("chain", "pipeline, folder")
+    with pytest.raises(RuntimeError, match=r"weights are cut into tiles.*consolidate_checkpoint"):
+        read("chain", Kind("zero_infinity", tile_numel=16), tmp_path, path)

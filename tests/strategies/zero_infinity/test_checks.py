@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
@@ -17,6 +18,8 @@ from tests.helpers.offloaded import (
     points,
     small,
 )
+
+SCALED = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
 
 
 def refused(tmp_path, match, module=None, strategy=None, **options):
@@ -77,9 +80,10 @@ def test_modules(tmp_path, module, match):
     ("options", "match"),
     [
         ({"precision": "16-true"}, "precision='16-true'"),
+        ({"plugins": [SCALED]}, "precision='16-mixed'.*a loss scaler looks at all gradients"),
         ({"callbacks": [StochasticWeightAveraging(1e-2)]}, "StochasticWeightAveraging"),
     ],
-    ids=["16-true", "averaging"],
+    ids=["16-true", "16-mixed", "averaging"],
 )
 def test_trainers(tmp_path, options, match):
     refused(tmp_path, match, **options)

@@ -62,6 +62,18 @@ def test_loggers_get_what_a_step_has_moved(tmp_path, window):
     assert 0 < last["zero_infinity/efficiency"] <= 1
 
 
+def test_what_lies_in_host_memory_is_resident_too(tmp_path):
+    """Values and two moments; no block is ever copied into a buffer."""
+    logger, module = CSVLogger(tmp_path), Regression(ADAMW)
+    data = DataLoader(points(), batch_size=8)
+    options = {"logger": logger, "log_every_n_steps": 1, "max_steps": 2}
+    fit(tmp_path, module, data, "zero_infinity_cpu", **options)
+    with open(f"{logger.log_dir}/metrics.csv") as file:
+        found = [row["zero_infinity/resident_gb"] for row in csv.DictReader(file)]
+    states = 12 * sum(p.numel() for p in module.parameters()) / 1e9
+    assert states <= float(found[-1] or found[-2]) < 1.5 * states  # padded to pages
+
+
 @pytest.mark.parametrize(
     ("options", "waits"), [({}, False), ({"gradient_clip_val": 1.0}, True)], ids=["early", "late"]
 )
