@@ -158,6 +158,36 @@ def test_resumes_under_zero_infinity(row: Row) -> None:
     note(TABLE, row.name, "zero_infinity, 1 rank", "resumes")
 
 
+# The least that shows it: state, hooks, layers and a model that ranks hold in parts.
+ON_RANKS = {
+    "counter in an attribute",
+    "metric object in validation",
+    "parameter groups",
+    "frozen part",
+    "shared layer",
+    "BatchNorm",
+    "Hugging Face, labels=",
+}
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in TRAIN_UNDER_ZERO_INFINITY if row.name in ON_RANKS], ids=str
+)
+def test_under_zero_infinity_on_two_ranks(row: Row) -> None:
+    ranks, theirs = runs(row, "zero_infinity, 2 ranks"), runs(row, "ddp")
+    for rank, ddp in zip(ranks, theirs, strict=True):
+        assert not rank.ours.error
+        assert [event[:2] for event in rank.ours.events] == [e[:2] for e in ddp.plain.events]
+        for (batches, what, ours), (*_, expected) in zip(
+            rank.ours.events, ddp.plain.events, strict=True
+        ):
+            # norms that clip are sums in another order
+            assert ours == pytest.approx(expected, rel=2e-5, abs=2e-6), f"{what} of {batches}"
+        for name, values in ddp.plain.weights.items():
+            assert rank.ours.weights[name] == pytest.approx(values, rel=2e-5, abs=2e-6), name
+    resumes(ranks)
+
+
 KILLED = {"list in training", "counter in an attribute", "Hugging Face, labels="}
 
 

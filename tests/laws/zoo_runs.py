@@ -250,14 +250,15 @@ def plain_options() -> dict[str, Any]:
 
 def on_rank(row: Row, strategy: str, rank: int) -> Callable[[], dict[str, Any]]:
     """The strategy of a run, anew for each."""
+    settings: dict[str, Any] = {"params_buffer_count": 2, "sub_group_size": 100}
     makers: dict[str, Callable[[], Any]] = {
+        "zero_infinity, 2 ranks": lambda: ZeROInfinityStrategy(overwrite=True, **settings),
         "ddp": lambda: DDPStrategy(find_unused_parameters=row.unused),
         "pipeline": lambda: PipelineStrategy("1F1B", num_microbatches=2),
     }
     if strategy == "auto":
         return plain_options
     if strategy == "zero_infinity":
-        settings: dict[str, Any] = {"params_buffer_count": 2, "sub_group_size": 100}
         return lambda: {"strategy": ZeROInfinityStrategy(overwrite=True, **settings)}
     return lambda: {
         "strategy": makers[strategy](),
