@@ -59,7 +59,7 @@ class SpikeRewind:
         lr_factor: What the learning rate is multiplied by after a rewind; None leaves it.
         lr_steps: For how many optimizer steps it is.
         moments: Whether a rewind "keep"s the optimizer's state, or "reset"s it for all parameters
-            (SPAM, arXiv:2501.06842, section 4.1), step counts included.
+            (SPAM, arXiv:2501.06842); here step counts and all else that it has go with the moments.
         snapshots: Snapshots to keep in memory; None takes as many as ``rewind_steps`` needs.
 
     Raises:
