@@ -16,8 +16,9 @@ zero_infinity has glibc map allocations from 256 KiB on, for the rest of the pro
 memory gets thresholds back that those of a process without it come to.
 
 Predicted is what lightning_align.offload.bandwidth says, from nothing but the sizes of blocks, the
-rates of the drive alone, and the seconds that forward, backward and the rest of a step take in
-memory, all of the same repeat.
+rates of the drive alone, the seconds that forward, backward and the rest of a step take in memory,
+and what memory costs that is touched for the first time (each gradient of a block is, here), all of
+the same repeat.
 
 Bars: speed of training in memory at the largest number of tokens 0.85, clipped 0.75; at the
 smallest, bandwidth 0.6 of the drive's alone; of the optimizer pass 0.8; an atomic step at most 1.15
@@ -27,6 +28,7 @@ of one in place; predicted within 25 %.
 import argparse
 import contextlib
 import ctypes
+import mmap
 import shutil
 import tempfile
 import time
@@ -50,6 +52,7 @@ from lightning_align.offload.bandwidth import (
     UPDATE,
     Bandwidth,
     StepLayout,
+    fresh_memory_s,
     step_bytes,
     step_s,
 )
@@ -267,6 +270,20 @@ def drive_alone(folder: str, nbytes: int) -> tuple[Bandwidth, float]:
         drive.close()
 
 
+def fresh_rate(nbytes: int = 4 * MIB, count: int = 16) -> float:
+    """Bytes a second of memory that is touched for the first time, beside what writing it takes."""
+    first = again = 0.0
+    for _ in range(count):
+        with mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+            address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+            marks = [time.perf_counter()]
+            for _ in range(2):
+                ctypes.memset(address, 1, nbytes)
+                marks.append(time.perf_counter())
+        first, again = first + marks[1] - marks[0], again + marks[2] - marks[1]
+    return nbytes * count / max(first - again, 1e-9)
+
+
 Figures = dict[str, list[float]]
 
 
@@ -281,6 +298,7 @@ def repeat(case: Case, tokens: int, found: Figures, *, smallest: bool) -> None:
         # Where updates are done: inside backward, or in the next forward.
         updates = FORWARD if clip else BACKWARD
         compute = {**compute, updates: compute[updates] + compute[UPDATE], UPDATE: 0.0}
+        compute[BACKWARD] += fresh_memory_s(layout, fresh_rate())
         rates, alone = drive_alone(case.folder, max(int(nbytes / 2), 128 * MIB))
         predicted = step_s(step_bytes(layout), compute, rates)
         for name, value in {

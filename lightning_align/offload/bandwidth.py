@@ -232,6 +232,20 @@ def step_s(
     return seconds
 
 
+def fresh_memory_s(layout: StepLayout, fresh: float) -> float:
+    """Seconds of one backward's arithmetic that go into memory for gradients of blocks.
+
+    Each gradient of a block that comes and goes is memory which the system gives anew, as large
+    allocations are mapped by themselves (``glibc_memory``); training in memory takes what it has.
+    Activations of 256 KiB and more cost the same, and are not known here.
+
+    Args:
+        layout: What a step is made of.
+        fresh: Bytes a second that a core can touch for the first time, as measured.
+    """
+    return sum(block.parameters for block in layout.training if not block.stays) / fresh
+
+
 def hiding_tokens(
     layout: StepLayout, parameters: float, bandwidth: Bandwidth, flops_per_s: float
 ) -> float:

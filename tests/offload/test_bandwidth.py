@@ -15,6 +15,7 @@ from lightning_align.offload.bandwidth import (
     activation_intensity,
     bandwidth_for,
     efficiency,
+    fresh_memory_s,
     hiding_tokens,
     optimizer_intensity,
     parameter_intensity,
@@ -114,6 +115,12 @@ def test_a_step_takes_what_its_phases_take():
     assert transfer_s(Moved(40, 20, 100), Bandwidth(10, 5, exchange=10)) == 10
     assert step_s(phases, compute, bandwidth) == 2 + 8
     assert step_s(phases, compute, bandwidth, overlap=0.0) == (2 + 1) + (8 + 4)
+
+
+def test_fresh_memory_is_that_of_gradients_of_blocks_that_come_and_go():
+    kinds = [{}, {"trains": False}, {"stays": True}, {}]
+    layout = StepLayout([BlockBytes(10, 20, 10, **kind) for kind in kinds])
+    assert fresh_memory_s(layout, 4.0) == 5
 
 
 def test_tokens_that_hide_the_drive():
