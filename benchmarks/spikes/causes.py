@@ -5,9 +5,10 @@
     python benchmarks/spikes/causes.py --foreign     # a module that cannot tell a batch's loss
 
 A Llama of 4 blocks and width 32 learns to write Pride and Prejudice byte by byte, with AdamW at
-3e-3 and beta2 0.999. In each run one thing is done to it at a step that the seed draws; the first
-alarm from there on is the incident, and the guard, at its defaults, names the cause and the layer
-before the step is taken. A run without an alarm counts as not named.
+3e-3 and beta2 0.999. From a checkpoint of step 120 each run goes on, and one thing is done to it at
+a step that the seed draws. The first alarm from there on is the incident, and the guard, at its
+defaults, names the cause and the layer before the step is taken. What raises no alarm is no
+incident; it is counted apart.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -35,8 +37,9 @@ from lightning_align.spike_incidents import Incident
 
 SEEDS, DESIGN_SEEDS = range(5), range(100, 105)
 ROWS, LENGTH, BLOCKS, VOCABULARY = 8, 48, 4, 128
-FIRST, LAST, WAIT = 110, 150, 25  # steps: what is planted between, and how long an alarm may take
-QUIET = 0.02  # of the usual gradients
+BASE = 120  # steps before the checkpoint that all runs of a seed begin from
+FIRST, LAST, WAIT = 150, 165, 15  # steps: what is planted between, and how long an alarm may take
+QUIET, LOUD = 0.02, 20.0  # times the usual gradients
 
 
 def batches(seed: int, count: int) -> list[dict[str, torch.Tensor]]:
@@ -104,9 +107,9 @@ def scale_lr(factor: float, trainer: Any, _module: Any) -> None:
 
 
 def in_block(number: int, change: Callable[[torch.Tensor], Any], _: Any, module: Any) -> None:
-    block = module.layers.blocks[number]
-    for weight in (block.mlp.down_proj.weight, block.self_attn.o_proj.weight):
-        change(weight)
+    for weight in module.layers.blocks[number].parameters():
+        if weight.dim() == 2:
+            change(weight)
 
 
 def one_weight(number: int, value: float, _: Any, module: Any) -> None:
@@ -117,14 +120,13 @@ def nothing(_trainer: Any, _module: Any) -> None:
     """What is planted is in the gradients or in the data."""
 
 
-def quieten(module: Any, until: int, block: int | None) -> None:
-    """Gradients are small up to a step, in all of the model or in one block."""
-
-    def scaled(gradient: torch.Tensor) -> torch.Tensor:
-        return gradient * QUIET if module.trainer.global_step < until else gradient
-
-    for parameter in (module if block is None else module.layers.blocks[block]).parameters():
-        parameter.register_hook(scaled)
+def scale_gradients(
+    part: Any, factor: Callable[[int], float], module: pl.LightningModule | None = None
+) -> None:
+    """Multiply the gradients of a part of a module by a function of the step."""
+    whole = module or part
+    for parameter in part.parameters():
+        parameter.register_hook(lambda gradient: gradient * factor(whole.trainer.global_step))
 
 
 # Name -> cause that is to be named
@@ -137,7 +139,7 @@ PLANTED = {
     "lr times 10": "learning rate",
     "lr times 30": "learning rate",
     "quiet, then large gradients": "stale second moment",
-    "the same in one block": "stale second moment",
+    "large gradients in a block": "stale second moment",
     "a block times 8": "numerics",
     "a block times -1": "numerics",
     "a corrupted weight": "numerics",
@@ -152,17 +154,8 @@ DATA = {
 }
 
 
-def run(name: str, seed: int, has_batch_loss: bool) -> dict[str, Any]:
-    """Plant one incident; what was named, and what is right."""
-    draw = random.Random(f"{name}{seed}")
-    step, block = draw.randrange(FIRST, LAST), draw.randrange(BLOCKS)
-    window = 2 if name == "degenerate, one batch of two" else 1
-    data = batches(seed, (LAST + WAIT) * window)
-    if name in DATA:
-        at = step * window + draw.randrange(window)
-        data[at] = DATA[name](data[at], draw)
-    pl.seed_everything(seed, verbose=False)
-    module = (Plain if not has_batch_loss else PretrainModule)(
+def build(has_batch_loss: bool) -> PretrainModule:
+    return (PretrainModule if has_batch_loss else Plain)(
         LlamaConfig(
             vocab_size=VOCABULARY,
             hidden_size=32,
@@ -173,36 +166,73 @@ def run(name: str, seed: int, has_batch_loss: bool) -> dict[str, Any]:
         ),
         optimizer=partial(torch.optim.AdamW, lr=3e-3, betas=(0.9, 0.999), weight_decay=0.1),
     )
+
+
+def make_trainer(folder: str, *callbacks: Any, **options: Any) -> pl.Trainer:
+    return pl.Trainer(
+        accelerator="cpu",
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        **options,
+    )
+
+
+def make_guard() -> SpikeGuard:
+    guard = SpikeGuard(action="skip", report_dir="spikes")  # figures by layer are collected
+    guard.report._write_files = lambda *_: None  # type: ignore[method-assign]
+    return guard
+
+
+def base(folder: str, seed: int, is_quiet: bool) -> str:
+    """The checkpoint that runs of a seed begin from; trains it if nobody has."""
+    path = f"{folder}/{seed}{'_quiet' if is_quiet else ''}.ckpt"
+    if not Path(path).exists():
+        pl.seed_everything(seed, verbose=False)
+        module = build(True)
+        if is_quiet:
+            scale_gradients(module, lambda _: QUIET)
+        trainer = make_trainer(folder, make_guard(), max_steps=BASE)
+        trainer.fit(module, DataLoader(batches(seed, 2 * LAST), batch_size=None))
+        trainer.save_checkpoint(path)
+    return path
+
+
+def run(name: str, seed: int, has_batch_loss: bool, folder: str) -> dict[str, Any]:
+    """Plant one incident; what was named, and what is right."""
+    draw = random.Random(f"{name}{seed}")
+    step, block = draw.randrange(FIRST, LAST), draw.randrange(BLOCKS)
+    window = 2 if name == "degenerate, one batch of two" else 1
+    data = batches(seed, 2 * LAST)
+    if name in DATA:
+        at = BASE + (step - BASE) * window + draw.randrange(window)
+        data[at] = DATA[name](data[at], draw)
+    is_quiet = name == "quiet, then large gradients"
+    ckpt_path = base(folder, seed, is_quiet)
+    pl.seed_everything(seed, verbose=False)
+    module = build(has_batch_loss)
     change: dict[str, Callable[[Any, Any], None]] = {
         "lr times 10": partial(scale_lr, 10),
         "lr times 30": partial(scale_lr, 30),
         "a block times 8": partial(in_block, block, lambda weight: weight.mul_(8)),
         "a block times -1": partial(in_block, block, lambda weight: weight.mul_(-1)),
-        "a corrupted weight": partial(one_weight, block, 100.0),
+        "a corrupted weight": partial(one_weight, block, 3000.0),
         "NaN in a block": partial(one_weight, block, math.nan),
     }
-    in_one_block = name == "the same in one block"
-    if PLANTED[name] == "stale second moment":
-        quieten(module, step, block if in_one_block else None)
-    # A report that is read: figures by layer are collected.
-    with tempfile.TemporaryDirectory() as folder:
-        guard = SpikeGuard(action="skip", report_dir=folder)
-        guard.report._write_files = lambda *_: None  # type: ignore[method-assign]
-        plant = Plant(guard, step, change.get(name, nothing))
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            max_epochs=1,
-            accumulate_grad_batches=window,
-            callbacks=[plant, guard],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=folder,
-        )
-        trainer.fit(module, DataLoader(data, batch_size=None))
+    if is_quiet:
+        scale_gradients(module, lambda at: QUIET if at < step else 1.0)
+    if name == "large gradients in a block":
+        scale_gradients(module.layers.blocks[block], lambda at: 1.0 if at < step else LOUD, module)
+    guard = make_guard()
+    plant = Plant(guard, step, change.get(name, nothing))
+    options = {"max_steps": LAST + WAIT, "accumulate_grad_batches": window}
+    trainer = make_trainer(folder, plant, guard, **options)
+    trainer.fit(module, DataLoader(data, batch_size=None), ckpt_path=ckpt_path, weights_only=True)
     layer = f"model.{module.layers.block_names[block]}"
-    has_layer = PLANTED[name] == "numerics" or in_one_block
+    has_layer = PLANTED[name] == "numerics" or name == "large gradients in a block"
     return judge(name, plant, layer if has_layer else None)
 
 
@@ -235,30 +265,40 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    began, results = time.process_time(), []
-    print("| planted | named right | layer right | steps to the alarm | named otherwise |")
-    print("|---|---:|---:|---|---|")
+    began = time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        results = table(options, folder)
+    found = [each for each in results if each["after"] is not None]
+    layers = [each["layer"] for each in found if each["layer"] is not None]
+    right = sum(each["right"] for each in found)
+    print(f"\ncauses named right: {right / len(found):.3f} of {len(found)} incidents (>= 0.85)")
+    if layers:
+        print(f"layer right: {sum(layers) / len(layers):.3f} of {len(layers)} (>= 0.9)")
+    print(f"without an alarm: {len(results) - len(found)}")
+    print(f"false alarms before: {sum(each['false_alarms'] for each in results)}")
+    print(f"{time.process_time() - began:.0f} s of one core")
+
+
+def table(options: argparse.Namespace, folder: str) -> list[dict[str, Any]]:
+    """A row for each kind of incident."""
+    results: list[dict[str, Any]] = []
+    print("| planted | incidents | named right | layer right | steps to the alarm | else |")
+    print("|---|---:|---:|---:|---|---|")
     for name in [options.only] if options.only else PLANTED:
-        found = [
-            run(name, seed, not options.foreign)
+        runs = [
+            run(name, seed, not options.foreign, folder)
             for seed in (DESIGN_SEEDS if options.design else SEEDS)
         ]
-        results += found
-        right = sum(each["right"] for each in found)
+        results += runs
+        found = [each for each in runs if each["after"] is not None]
         layers = [each["layer"] for each in found if each["layer"] is not None]
         delays = ", ".join(str(each["after"]) for each in found)
         wrong = "; ".join(each["named"] for each in found if not each["right"])
-        row = f"{sum(layers)} of {len(layers)}" if layers else ""
-        print(f"| {name} | {right} of {len(found)} | {row} | {delays} | {wrong} |", flush=True)
+        right, row = sum(each["right"] for each in found), sum(layers) if layers else ""
+        print(f"| {name} | {len(found)} | {right} | {row} | {delays} | {wrong} |", flush=True)
         if options.only:
-            print(*(f"{each['expected']}: {each}" for each in found), sep="\n")
-    layers = [each["layer"] for each in results if each["layer"] is not None]
-    right = sum(each["right"] for each in results)
-    print(f"\ncauses named right: {right / len(results):.3f} of {len(results)} (>= 0.85)")
-    if layers:
-        print(f"layer right: {sum(layers) / len(layers):.3f} of {len(layers)} (>= 0.9)")
-    print(f"false alarms before: {sum(each['false_alarms'] for each in results)}")
-    print(f"{time.process_time() - began:.0f} s of one core")
+            print(*(f"{each['expected']}: {each}" for each in runs), sep="\n")
+    return results
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ class SpikeEvidence:
         if not self._asks:
             why = "the module has no batch_loss"
             if isinstance(module, ComputesBatchLoss):
-                why = f"{type(strategy).__name__} divides the model among ranks"
+                why = f"not computed under {type(strategy).__name__}"
             self._missing.append(f"losses of batches after the step: {why}")
 
     # In every batch and step

@@ -85,16 +85,24 @@ def draw_overview(curve: Mapping[str, Sequence[float]], incidents: Sequence[Inci
             at = [incident.step for incident in incidents if incident.action == action]
             for number, step in enumerate(at):
                 label_once = action if number == 0 and name == "loss" else None
-                each.axvline(step, color=colour, linewidth=1.2, alpha=0.7, label=label_once)
-    for incident in incidents[:30]:
-        if incident.cause is not None:
-            text = f" {incident.cause.kind}"
-            where = {"transform": axes[0].get_xaxis_transform(), "rotation": 90, "va": "top"}
-            axes[0].text(incident.step, 0.98, text, fontsize="x-small", color="0.25", **where)
+                look: Any = {"color": colour, "linewidth": 1.2, "alpha": 0.7, "zorder": 1}
+                each.axvline(step, label=label_once, **look)
+    _write_causes(axes[0], incidents, max(curve.get("step", [0]), default=0))
     axes[1].set_xlabel("optimizer steps")
     if incidents:
         figure.legend(loc="outside upper right", ncols=len(ACTIONS), frameon=False)
     return figure
+
+
+def _write_causes(axes: Axes, incidents: Sequence[Incident], last_step: float) -> None:
+    """The causes beside their lines, where there is room for a word."""
+    free = -math.inf
+    for incident in sorted(incidents, key=lambda each: each.step):
+        if incident.cause is not None and incident.step >= free:
+            where: Any = {"transform": axes.get_xaxis_transform(), "rotation": 90, "va": "top"}
+            look: Any = {"fontsize": "x-small", "color": "0.25"}
+            axes.text(incident.step, 0.98, f" {incident.cause.kind}", **where, **look)
+            free = incident.step + 0.02 * last_step
 
 
 def _curve(
@@ -128,7 +136,7 @@ def _finish(axes: Axes) -> None:
     axes.grid(color="0.92")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize="small")
+    axes.tick_params(which="both", labelsize="small")
 
 
 def _or_nan(value: float) -> float:

@@ -242,5 +242,22 @@ def test_ranks_of_a_pipeline_put_their_layers_together() -> None:
         assert [each["position"] for each in ours["batches"]] == [4]
         assert ours["batches"][0]["loss"] == pytest.approx(alone["batches"][0]["loss"], rel=1e-5)
         assert ours["missing"] == [
-            "losses of batches after the step: PipelineStrategy divides the model among ranks"
+            "losses of batches after the step: not computed under PipelineStrategy"
         ]
+
+
+@pytest.mark.slow
+def test_what_a_strategy_keeps_elsewhere_is_said_to_be_missing(tmp_path: Any) -> None:
+    """Weights and gradients on disk: losses, learning rates and the batch are there."""
+    strategy = la.ZeROInfinityStrategy(nvme_path=str(tmp_path / "nvme"))
+    (incident,) = incidents_of(
+        sgd_module(), [rows(i) for i in range(5)], 3, strategy=strategy, default_root_dir=tmp_path
+    )
+    where = "ZeROInfinityStrategy"
+    assert incident.missing == [
+        f"figures by layer: {where} keeps weights and gradients elsewhere",
+        f"losses of batches after the step: not computed under {where}",
+    ]
+    assert incident.batches[0].loss == pytest.approx(incident.loss, rel=1e-5)
+    assert incident.lrs == [0.5] * 4
+    assert incident.cause is not None
