@@ -27,6 +27,7 @@ def an_incident(**changed):
         "lrs": [0.1, 0.1],
         "history": {"step": [159, 160], "loss": [1.0, 9.5]},
         "missing": ["nothing"],
+        "stream": {"seed": 0, "fingerprint": "NaN"},
     }
     return Incident(**(values | changed))
 

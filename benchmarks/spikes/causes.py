@@ -79,18 +79,22 @@ def wrong_labels(batch: dict[str, torch.Tensor], draw: random.Random) -> dict[st
     return {**batch, "labels": batch["labels"].roll(draw.randrange(1, ROWS), dims=0)}
 
 
-class Plant(pl.Callback):
-    """Does one thing to a run at a step, and ends it after the first alarm from there on."""
+Change = Callable[[Any, Any, dict[str, torch.Tensor]], None]  # of trainer, module or batch
 
-    def __init__(self, guard: SpikeGuard, step: int, what: Callable[[Any, Any], None]) -> None:
-        self.guard, self.step, self.what = guard, step, what
+
+class Plant(pl.Callback):
+    """Does one thing to a run at a batch of a step; the first alarm from there on ends it."""
+
+    def __init__(self, guard: SpikeGuard, step: int, number: int, what: Change) -> None:
+        self.guard, self.step, self.number, self.what = guard, step, number, what
         self.incident: Incident | None = None
         self.false_alarms = 0
 
-    def on_train_batch_start(self, trainer: Any, module: Any, _batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == self.step and batch_idx % trainer.accumulate_grad_batches == 0:
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        number = batch_idx % trainer.accumulate_grad_batches
+        if trainer.global_step == self.step and number == self.number:
             with torch.no_grad():
-                self.what(trainer, module)
+                self.what(trainer, module, batch)
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         found = self.guard.report.incidents
@@ -101,23 +105,29 @@ class Plant(pl.Callback):
         trainer.should_stop = bool(later)
 
 
-def scale_lr(factor: float, trainer: Any, _module: Any) -> None:
+def scale_lr(factor: float, trainer: Any, *_: Any) -> None:
     for group in trainer.optimizers[0].param_groups:
         group["lr"] *= factor
 
 
-def in_block(number: int, change: Callable[[torch.Tensor], Any], _: Any, module: Any) -> None:
+def in_block(
+    number: int, change: Callable[[torch.Tensor], Any], _trainer: Any, module: Any, _batch: Any
+) -> None:
     for weight in module.layers.blocks[number].parameters():
         if weight.dim() == 2:
             change(weight)
 
 
-def one_weight(number: int, value: float, _: Any, module: Any) -> None:
+def one_weight(number: int, value: float, _trainer: Any, module: Any, _batch: Any) -> None:
     module.layers.blocks[number].mlp.down_proj.weight[3, 5] = value
 
 
-def nothing(_trainer: Any, _module: Any) -> None:
-    """What is planted is in the gradients or in the data."""
+def nothing(*_: Any) -> None:
+    """What is planted is in the gradients."""
+
+
+def in_data(other: Any, draw: random.Random, _trainer: Any, _module: Any, batch: Any) -> None:
+    batch.update(other(batch, draw))
 
 
 def scale_gradients(
@@ -195,10 +205,20 @@ def base(folder: str, seed: int, is_quiet: bool) -> str:
         module = build(True)
         if is_quiet:
             scale_gradients(module, lambda _: QUIET)
-        trainer = make_trainer(folder, make_guard(), max_steps=BASE)
+        trainer = make_trainer(folder, make_guard(), SaveAt(path), max_steps=BASE + 1)
         trainer.fit(module, DataLoader(batches(seed, 2 * LAST), batch_size=None))
-        trainer.save_checkpoint(path)
     return path
+
+
+class SaveAt(pl.Callback):
+    """Writes a checkpoint when the base is there."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == BASE:
+            trainer.save_checkpoint(self.path)
 
 
 def run(name: str, seed: int, has_batch_loss: bool, folder: str) -> dict[str, Any]:
@@ -207,14 +227,12 @@ def run(name: str, seed: int, has_batch_loss: bool, folder: str) -> dict[str, An
     step, block = draw.randrange(FIRST, LAST), draw.randrange(BLOCKS)
     window = 2 if name == "degenerate, one batch of two" else 1
     data = batches(seed, 2 * LAST)
-    if name in DATA:
-        at = BASE + (step - BASE) * window + draw.randrange(window)
-        data[at] = DATA[name](data[at], draw)
     is_quiet = name == "quiet, then large gradients"
     ckpt_path = base(folder, seed, is_quiet)
     pl.seed_everything(seed, verbose=False)
     module = build(has_batch_loss)
-    change: dict[str, Callable[[Any, Any], None]] = {
+    change: dict[str, Change] = {
+        **{name: partial(in_data, other, draw) for name, other in DATA.items()},
         "lr times 10": partial(scale_lr, 10),
         "lr times 30": partial(scale_lr, 30),
         "a block times 8": partial(in_block, block, lambda weight: weight.mul_(8)),
@@ -227,7 +245,7 @@ def run(name: str, seed: int, has_batch_loss: bool, folder: str) -> dict[str, An
     if name == "large gradients in a block":
         scale_gradients(module.layers.blocks[block], lambda at: 1.0 if at < step else LOUD, module)
     guard = make_guard()
-    plant = Plant(guard, step, change.get(name, nothing))
+    plant = Plant(guard, step, draw.randrange(window), change.get(name, nothing))
     options = {"max_steps": LAST + WAIT, "accumulate_grad_batches": window}
     trainer = make_trainer(folder, plant, guard, **options)
     trainer.fit(module, DataLoader(data, batch_size=None), ckpt_path=ckpt_path, weights_only=True)

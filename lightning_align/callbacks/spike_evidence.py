@@ -30,13 +30,14 @@ from lightning_align.run.protocols import (
     ComputesBatchLoss,
     GathersParameters,
     HasPosition,
+    SumsOverWindow,
     datamodule_of,
     has_replicas,
     keeps_shapes,
     tokenizer_of,
-    window_sums,
 )
 from lightning_align.run.replicas import of_every_rank, replica
+from lightning_align.run.skip_list import stream_of
 from lightning_align.spike_causes import (
     Cause,
     Evidence,
@@ -115,6 +116,8 @@ class SpikeEvidence:
             self._missing.append(f"figures by layer: {name} keeps weights and gradients elsewhere")
         else:
             self._layers = LayerFigures(module, WINDOW)
+        # Asked here and not in every batch: it takes microseconds.
+        self._has_sums = isinstance(module, SumsOverWindow) and isinstance(module.accumulated, dict)
         self._asks = isinstance(module, ComputesBatchLoss) and has_replicas(strategy)
         if not self._asks:
             why = "the module has no batch_loss"
@@ -134,9 +137,9 @@ class SpikeEvidence:
         """Where the open window is, as an incident has it."""
         return {"position": self._window[0].position, "num_batches": len(self._window)}
 
-    def add_loss(self, module: pl.LightningModule, loss: Tensor) -> None:
+    def add_loss(self, module: Any, loss: Tensor) -> None:
         """Note the mean loss of the batch that was begun last, once it is known."""
-        sums = window_sums(module).get("loss")
+        sums = module.accumulated.get("loss") if self._has_sums else None
         if sums is not None:  # [sum, weight] of the window so far
             before, self._sums_before = self._sums_before, sums
             since = sums - before if before is not None else sums
@@ -219,6 +222,7 @@ class SpikeEvidence:
         if incident.action in ("skip", "rewind", "stop"):  # what is rewound over comes later
             positions = {(each.position, each.position + 1) for each in incident.batches}
             incident.skipped = SkippedBatches(positions).plain()
+        incident.stream = stream_of(trainer)
         steps, losses, norms, _ = zip(*self._steps, strict=True)
         incident.history = {"step": list(steps), "loss": list(losses), "grad_norm": list(norms)}
 
@@ -386,7 +390,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 def _finite(batch: Any) -> Tensor | None:
     """Whether a batch's numbers are finite, on its device; None of a batch without any."""
     finite = [each.isfinite().all() for each in _tensors(batch)]
-    return torch.stack(finite).all() if finite else None
+    return torch.stack(finite).all() if len(finite) > 1 else next(iter(finite), None)
 
 
 def _tokens(batch: Any) -> Tensor | None:

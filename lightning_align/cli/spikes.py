@@ -16,6 +16,7 @@ from fsspec.core import url_to_fs
 from lightning_align._errors import argument_error
 from lightning_align.cli.commands import CommandParser
 from lightning_align.cli.mistakes import did_you_mean
+from lightning_align.data.skip_list import write_skip_list
 from lightning_align.data.skipped import SkippedBatches
 from lightning_align.spike_incidents import Incident
 from lightning_align.stability import SpikeDetector
@@ -136,8 +137,21 @@ def _columns(rows: list[list[str]]) -> list[str]:
 
 
 def _write_skip_list(path: str, incidents: Sequence[Incident]) -> str:
+    def error(rule: str, way_out: str = "") -> ValueError:
+        return argument_error("spikes", "skip_list", path, rule, way_out)
+
+    streams = [incident.stream for incident in incidents if incident.stream]
+    if not streams:
+        raise error("no report says which stream of batches it is of")
+    if any(stream != streams[0] for stream in streams):
+        rule = "the reports are of runs with different data or seeds, whose batches differ"
+        raise error(rule, "Give the folder of one run")
     skipped = batches_to_skip(incidents)
-    raise argument_error("spikes", "skip_list", path, f"cannot be written yet: {skipped.plain()}")
+    try:
+        write_skip_list(os.path.expanduser(path), skipped, streams[0])
+    except (OSError, ValueError, ImportError) as reason:
+        raise error(f"cannot be written: {reason}") from reason
+    return f"wrote {path}: {len(skipped)} batches to leave out"
 
 
 def _of_metrics(path: str, columns: dict[str, str | None], detector: SpikeDetector) -> str:

@@ -10,6 +10,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from lightning_align.__main__ import main
 from lightning_align.cli.spikes import batches_to_skip, read_incidents, spikes
+from lightning_align.data.skip_list import read_skip_list
 from lightning_align.spike_causes import Cause
 from lightning_align.spike_incidents import BatchRecord
 from tests.test_spike_incidents import an_incident
@@ -45,6 +46,32 @@ WORDS = ["alarm", "action", "cause"]
 def test_a_skip_list_has_what_was_left_out_and_where_data_was_the_cause(folder):
     """The learning rate is no reason to leave a batch out."""
     assert batches_to_skip(read_incidents(str(folder))).plain() == [[14, 16], [321, 323]]
+
+
+def test_a_skip_list_is_what_a_new_run_takes(folder, tmp_path, capsys):
+    main(["spikes", str(folder), "--skip_list", str(tmp_path / "new/skip.json")])
+    assert capsys.readouterr().out.endswith("skip.json: 4 batches to leave out\n")
+    skipped, stream = read_skip_list(str(tmp_path / "new/skip.json"))
+    assert skipped.plain() == [[14, 16], [321, 323]]
+    assert stream == an_incident().stream
+
+
+@pytest.mark.parametrize(
+    ("stream", "path", "rule"),
+    [
+        ({"seed": 1}, "s.json", "of runs with different data or seeds"),
+        ({"seed": 0, "fingerprint": "NaN"}, "file/s.json", "cannot be written"),
+    ],
+)
+def test_a_skip_list_that_cannot_be_is_refused(stream, path, rule, folder, tmp_path):
+    (tmp_path / "file").touch()
+    (folder / "step_0000099.json").write_text(an_incident(step=99, stream=stream).to_json())
+    with pytest.raises(SystemExit, match=rule):
+        main(["spikes", str(folder), "--skip_list", str(tmp_path / path)])
+    for report in folder.glob("*.json"):
+        report.write_text(an_incident(stream={}).to_json())
+    with pytest.raises(SystemExit, match="no report says which stream"):
+        main(["spikes", str(folder), "--skip_list", str(tmp_path / path)])
 
 
 def test_a_remote_folder_is_read():
