@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 
+from lightning_align import SpikeGuard
 from lightning_align.data.skip_list import write_skip_list
 from lightning_align.run.skip_list import follow_skip_list, stream_of
 from lightning_align.run.skipping import skipped_batches
@@ -89,3 +90,19 @@ def test_every_rank_follows_or_refuses_what_rank_zero_reads(tmp_path: Path) -> N
     assert (one["epoch"], one["replicas"]) == (stream["epoch"], stream["replicas"])
     write_skip_list(str(path), [(0, 1)], one)
     run_ranks(on)
+
+
+def test_spike_guard_follows_a_list_and_refuses_that_of_other_data(tmp_path: Path) -> None:
+    path, other = tmp_path / "list.json", tmp_path / "other.json"
+    run(everything, Told([(2, 5)]), writes(path), max_steps=1)
+    body = json.loads(path.read_text())
+    body["stream"]["seed"] += 1
+    other.write_text(json.dumps(body))
+    told, guarded = Told([(2, 5)]), Told([])
+    ours = run(everything, SpikeGuard(action="log", skip_list=str(path)), guarded, max_epochs=1)
+    assert ours == run(everything, told, max_epochs=1)
+    assert guarded.positions == told.positions
+    with pytest.raises(
+        ValueError, match=r"^SpikeGuard\(skip_list=.*other data: seed was 1 and is 0"
+    ):
+        run(everything, SpikeGuard(skip_list=str(other)), max_epochs=1)
