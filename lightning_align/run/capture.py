@@ -277,7 +277,7 @@ def restore(
     keeper.module_hook()
     checkpoint = _copied(state.checkpoint) if copy else state.checkpoint
     with _own_part(trainer.strategy):
-        with _only_those_that_go_back(trainer), keep_skipping(trainer):
+        with keep_skipping(trainer), _only_those_that_go_back(trainer):
             loaders = lightning_resume.restore_in_fit(trainer, checkpoint)
         trainer.should_stop = state.should_stop
         same = (state.settings, state.settings)  # a fit begins once: every setting goes back

@@ -10,8 +10,9 @@ from lightning_align.data.sampler import PositionSampler
 from lightning_align.data.skipped import SkippedBatches
 from lightning_align.data.token_cache import TokenSplit
 from lightning_align.modules.positioned import PositionedDataModule
+from lightning_align.run.capture import capture, restore
 from lightning_align.run.exact_resume import ExactResume
-from lightning_align.run.skipping import skip_batches
+from lightning_align.run.skipping import skip_batches, stream_position
 from tests.helpers.recorder import Recorder, recorded, samples, trainer
 
 NUM_SAMPLES = 19
@@ -140,6 +141,30 @@ def test_ranges_are_left_out_and_those_of_a_run_are_of_its_trainer_alone(tmp_pat
     fit(tmp_path / "again", data, max_steps=4)
     assert data.skipped == SkippedBatches([(8, 9)])
     assert samples(tmp_path / "again", "train") == expected(0, 4)
+
+
+def test_what_is_left_out_stays_so_when_the_run_goes_back_again(tmp_path):
+    """Both times to the state of the second batch, which knows of nothing that is left out."""
+
+    class Back(pl.Callback):
+        def __init__(self):
+            self.state, self.done = None, []
+
+        def on_train_batch_end(self, trainer, *args):
+            position = stream_position(trainer)
+            if self.state is None and position == 2:
+                self.state = capture(trainer)
+            elif position in (4, 6) and position not in self.done:
+                self.done.append(position)
+                restore(trainer, self.state)
+                skip_batches(trainer, [(position - 2, position)])
+
+    back, data = Back(), Numbers()
+    fitter = trainer(tmp_path, max_steps=7, callbacks=[ExactResume(), back])
+    fitter.fit(Recorder(tmp_path), data)
+    assert back.done == [4, 6]
+    assert samples(tmp_path, "train") == expected(0, 11)
+    assert data.skipped == SkippedBatches([(2, 6)])
 
 
 @pytest.mark.parametrize(
