@@ -11,10 +11,12 @@ What can neither be written down nor built anew, an open file or a generator, is
 """
 
 import enum
+import functools
 import hashlib
 import operator
 import pickle
 import random
+import types
 from collections import deque
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -222,8 +224,14 @@ def _attributes(module: pl.LightningModule) -> Iterator[tuple[str, Any]]:
     for path, submodule in module.named_modules():
         known = lightning_resume.own_attributes(submodule)
         for name, value in {**_of_class(type(submodule)), **vars(submodule)}.items():
-            if name not in known:
+            if name not in known and not _is_method(type(submodule), name, value):
                 yield (f"{path}.{name}" if path else name), value
+
+
+def _is_method(kind: type, name: str, value: Any) -> bool:
+    """Whether code stands in the place of a method for a while: it is whoever put it there's."""
+    is_code = isinstance(value, (types.FunctionType, types.MethodType, functools.partial))
+    return is_code and callable(getattr(kind, name, None))
 
 
 def _buffers(module: pl.LightningModule, *, persistent: bool) -> Iterator[tuple[str, torch.Tensor]]:

@@ -373,6 +373,24 @@ def test_a_resumed_guard_sees_what_one_that_went_on_sees(batch: int, tmp_path: A
     assert again.state_dict() == guard.state_dict()
 
 
+def test_a_run_is_guarded_that_is_resumed_from_behind_its_end(tmp_path: Any) -> None:
+    """A checkpoint of a module whose hook is its own again, which no longer run puts back."""
+    options: dict[str, Any] = {"more": [ExactResume()], "limit_train_batches": 9}
+    _, trainer = guarded(Regression(), SpikeGuard(), batches(9), **options)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    detector = AlarmAt(10)
+    watch, _ = guarded(
+        Regression(),
+        SpikeGuard(detector=detector),
+        batches(9),
+        ckpt_path=tmp_path / "end.ckpt",
+        max_epochs=2,
+        **options,
+    )
+    assert [step for step, _, _ in detector.seen] == list(range(9, 18))
+    assert torch.equal(watch.weights[1], watch.weights[0])
+
+
 def test_a_second_run_begins_anew() -> None:
     guard = SpikeGuard()
     guarded(Regression(), guard, batches(40))
