@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,8 +30,10 @@ def set_aside(
     """
     if folder is None:
         return in_memory(tensors)
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        file = DirectFile(Path(place, "aside"), threads)
+    descriptor, path = tempfile.mkstemp(dir=folder, prefix="aside-")
+    os.close(descriptor)
+    file = DirectFile(Path(path), threads)
+    file.path.unlink()
     try:
         places, end = [], 0
         for parts in tensors:

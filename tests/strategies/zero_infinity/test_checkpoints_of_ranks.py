@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from datetime import timedelta
 
 import lightning.pytorch as pl
@@ -14,8 +15,9 @@ from lightning_align.checkpointing.snapshot import HostBuffer
 from lightning_align.mapped import source_of
 from lightning_align.modules import PretrainModule
 from lightning_align.offload import linked
+from lightning_align.offload.store import ShardStore
 from tests.helpers.offloaded import ADAMW, Regression, assert_same, batches, points, small
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import end_of_ranks, run_ranks
 from tests.helpers.tiny_models import TINY_MODELS
 from tests.strategies.zero_infinity.test_ranks import fit
 
@@ -134,11 +136,35 @@ def test_what_rank_0_gathers_for_a_file_is_in_none_of_its_memory(tmp_path, tile_
         assert sum(copied) < 5000  # counters of steps, running means
         return kept
 
-    expected = run_ranks(saved)[0]
+    expected = run_ranks(saved, timeout_s=120)[0]
     for path in (tmp_path / "file.ckpt", next((tmp_path / "async").glob("*.ckpt"))):
         ours = torch.load(path)
         found = [*tensors_in(ours["state_dict"]), *tensors_in(ours["optimizer_states"][0]["state"])]
         assert_same(found, expected)
+
+
+def test_no_rank_waits_for_one_whose_disk_is_full_while_it_gathers(tmp_path):
+    """On a disk of which the second block to be set aside takes the rest."""
+
+    def run(rank):
+        calls, set_aside = [], ShardStore.set_aside
+
+        def full(store, tensors):
+            calls.append(1)
+            if len(calls) == 2:
+                raise OSError(errno.ENOSPC, "full", str(store.folder))
+            return set_aside(store, tensors)
+
+        ShardStore.set_aside = full
+        strategy = small(timeout=timedelta(seconds=30), save_distributed_checkpoint=False)
+        save = pl.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=2)
+        options = {"callbacks": [save], "enable_checkpointing": True}
+        fit(tmp_path, rank, Regression(ADAMW), rows(), strategy, **options)
+
+    ended = end_of_ranks(run, timeout_s=60)
+    assert not any(end.stuck for end in ended)
+    assert "OSError: [Errno 28] full" in ended[0].error
+    assert "rank 0" in ended[1].error
 
 
 def test_one_ranks_folder_is_read_by_two(tmp_path):
