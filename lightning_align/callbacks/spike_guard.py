@@ -207,8 +207,9 @@ class SpikeGuard(Callback):
         overflowed = measured is not None and self._overflows.is_one(trainer, measured)
         judged, self._is_judged = self._is_judged, True
         if not judged:  # some optimizers ask for the gradients of a step again, as SAM does
-            has_verdict = measured is not None and not overflowed
-            self._action = self._judge(trainer, pl_module, measured) if has_verdict else None
+            self._action = None
+            if measured is not None and not overflowed:
+                self._action = self._judge(trainer, pl_module, measured)
         if self._action in _LEAVES_OUT:
             self._leave_out(trainer, pl_module, stop=self._action == "stop")
             return
