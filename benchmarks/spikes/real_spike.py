@@ -6,7 +6,7 @@
 
 `markov`: a transformer of 2 blocks and width 64, with the norms behind the residual sums as in the
 first one, learns a Markov chain of 64 symbols with AdamW at 0.03 and beta2 0.999; at step 160 of
-400 come five batches of one symbol. It is a LightningModule that knows nothing of this package.
+400 come ten batches of one symbol. It is a LightningModule that knows nothing of this package.
 `austen`: a small Llama learns six novels byte by byte with Muon, and gets ten such batches.
 
 All sides of a seed have the same weights, batches, warm-up and decay. Final loss is on held-out
@@ -212,7 +212,7 @@ def train(
         loss_of, as_input = lambda ids: module.batch_loss(as_batch(ids)), as_batch
     final, held_out, rows = rows.split([256, 64, len(rows) - 320])
     batches = list(rows.split(per_batch))
-    if not remedy.endswith("clean"):
+    if bad:
         batches[SPIKE : SPIKE + bad] = [torch.full_like(batches[0], 37)] * bad
 
     @torch.no_grad()
@@ -251,8 +251,8 @@ def train(
 
 # What is run: a name says all of it
 
-SETTING = {"markov": {"bad": 5, "lr": 0.03}, "austen": {"bad": 10, "lr": 0.02}}
-STUDY = "{subject}/{remedy}/{{seed}}"
+LR, BAD_IN_STUDY = {"markov": 0.03, "austen": 0.02}, 10
+STUDY = "{subject}/{bad} bad/{remedy}/{{seed}}"
 DESIGN = "design/{subject}/{norm}/lr {lr:g}/bad {bad}/{{seed}}"
 DESIGNS = [
     {"subject": subject, "norm": norm, "lr": lr}
@@ -270,8 +270,8 @@ BAD = (0, 1, 3, 5, 10)
 def run(name: str) -> dict[str, Any]:
     part, *rest = name.split("/")
     if part != "design":
-        remedy, seed = rest
-        return train(part, remedy, int(seed), **SETTING[part])
+        bad, remedy, seed = rest
+        return train(part, remedy, int(seed), bad=int(bad.split()[0]), lr=LR[part])
     subject, norm, lr, bad, seed = rest
     found = train(
         subject,
@@ -284,8 +284,13 @@ def run(name: str) -> dict[str, Any]:
     return {"final": found["final"]}
 
 
+def pattern_of(subject: str, remedy: str) -> str:
+    bad = 0 if remedy.endswith("clean") else BAD_IN_STUDY
+    return STUDY.format(subject=subject, bad=bad, remedy=remedy)
+
+
 def study_names(subject: str) -> list[str]:
-    patterns = [STUDY.format(subject=subject, remedy=remedy) for remedy in REMEDIES]
+    patterns = [pattern_of(subject, remedy) for remedy in REMEDIES]
     return [pattern.format(seed=seed) for pattern in patterns for seed in SEEDS]
 
 
@@ -337,7 +342,8 @@ def report_study(runs: Runs, subject: str) -> None:
     for remedy in REMEDIES:
         rows = []
         for seed in SEEDS:
-            names = [f"{subject}/{each}/{seed}" for each in (remedy, "clean", "unguarded")]
+            sides = (remedy, "clean", "unguarded")
+            names = [pattern_of(subject, each).format(seed=seed) for each in sides]
             if all(name in runs.found for name in names):
                 rows.append([runs.found[name] for name in names])
         if not rows or remedy == "clean":
@@ -366,7 +372,7 @@ def main() -> None:
         runs.finish(design_names(), run, given.limit)
         report_design(runs)
         return
-    for subject in SETTING:
+    for subject in LR:
         runs.finish(study_names(subject), run, given.limit)
         report_study(runs, subject)
 

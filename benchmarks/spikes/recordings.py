@@ -1,6 +1,6 @@
 """Recordings: loss and gradient norm of real runs with faults, and SpikeDetector over them.
 
-    python benchmarks/spikes/recordings.py                    # evaluate the file beside this one
+    python benchmarks/spikes/recordings.py                    # evaluate recordings.jsonl.xz
     python benchmarks/spikes/recordings.py --record           # make the runs; resumable
     python benchmarks/spikes/recordings.py --pack             # write them to recordings.jsonl.xz
 
@@ -357,6 +357,8 @@ def load() -> dict[str, Any]:
 
 
 def pack(runs: dict[str, Any]) -> None:
+    if missing := [name for name in NAMES if name not in runs]:
+        sys.exit(f"not packed: {len(missing)} runs are missing. Make them with --record.")
     lines = []
     for name in NAMES:
         fields = {key: runs[name][key] for key in ("loss", "norm", "faults", "planned")}
@@ -384,14 +386,14 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     print(f"torch {torch.__version__}, lightning {pl.__version__}")
-    if not (given.record or given.pack):
+    if PACKED.exists() and not (given.record or given.pack):
         evaluate(load())
         return
     runs = Runs(given.runs / "recordings.jsonl")
-    if given.record:
+    if not given.pack:
         runs.finish(NAMES, record, given.limit)
         evaluate({name: runs.found[name] for name in NAMES if name in runs.found})
-    if given.pack:
+    else:
         pack(runs.found)
 
 
