@@ -36,7 +36,8 @@ SEEDS, DESIGN_SEEDS = range(5), (100, 101)
 STEPS, EVERY, BURST = 400, 100, 5  # steps
 ROWS, LENGTH = 8, 32
 ABOVE, BELOW = 1.1, 1.05  # of the twin's loss: a spike begins and ends
-LADDER = (0.003, 0.01, 0.03, 0.1, 0.3)
+LADDER = (0.01, 0.03, 0.1, 0.3)
+REFERENCE = (0.001, 0.003, 0.01, 0.03)  # learning rates of the plain run without plants
 STABLE = 1.1  # of the best loss
 
 
@@ -226,8 +227,13 @@ def tuning_names(remedy: str) -> list[str]:
     return [name_of(remedy, value, None, "planted", s) for value in values for s in DESIGN_SEEDS]
 
 
-def ladder_names(remedy: str, value: Any, data: str = "planted") -> list[str]:
-    return [name_of(remedy, value, lr, data, seed) for lr in LADDER for seed in DESIGN_SEEDS]
+def ladder_names(remedy: str, value: Any) -> list[str]:
+    return [name_of(remedy, value, lr, "planted", seed) for lr in LADDER for seed in DESIGN_SEEDS]
+
+
+def reference_names() -> list[str]:
+    value = REMEDIES["none"].usual
+    return [name_of("none", value, lr, "clean", seed) for lr in REFERENCE for seed in DESIGN_SEEDS]
 
 
 def tuned(runs: Runs, remedy: str) -> Any | None:
@@ -288,7 +294,7 @@ def spread(values: list[float]) -> str:
 
 
 def best_clean(runs: Runs) -> float | None:
-    names = ladder_names("none", REMEDIES["none"].usual, "clean")
+    names = reference_names()
     if not all(name in runs.found for name in names):
         return None
     finals = [runs.found[name]["final"] for name in names]
@@ -345,7 +351,7 @@ def main() -> None:
         finish(tuning_names(remedy))
         if (value := tuned(runs, remedy)) is not None:
             finish(usual_names(remedy, value))
-    finish(ladder_names("none", REMEDIES["none"].usual, "clean"))
+    finish(reference_names())
     for remedy, each in REMEDIES.items():
         finish(ladder_names(remedy, each.usual))
         if (value := tuned(runs, remedy)) is not None:

@@ -11,6 +11,7 @@ import lzma
 import sys
 import time
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ def as_tokens(text: bytes) -> Tensor:
     return torch.frombuffer(bytearray(text), dtype=torch.uint8).long().clamp(max=127)
 
 
+@cache
 def read_novels() -> Tensor:
     """All novels, one behind the other."""
     texts = []
