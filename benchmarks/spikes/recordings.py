@@ -186,7 +186,7 @@ class Plant(pl.Callback):
 
     def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
         if trainer.global_step > len(self.loss):
-            loss, norm = module.measured
+            loss, norm = module.measured_step
             self.loss.append(float(f"{float(loss):.5g}"))
             self.norm.append(float(f"{float(norm):.5g}"))
 
