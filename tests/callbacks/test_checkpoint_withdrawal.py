@@ -142,7 +142,7 @@ def test_a_kill_behind_the_way_back_resumes_from_what_counts(
     assert back.back == (at < 4), "behind the way back the ranges are in the checkpoint"
 
 
-@pytest.mark.parametrize("save_last", [True, False])
+@pytest.mark.parametrize("save_last", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_those_of_model_checkpoint_are_named_and_its_steps_saved_again(
     tmp_path: Path, save_last: bool
 ) -> None:
@@ -161,6 +161,7 @@ def test_those_of_model_checkpoint_are_named_and_its_steps_saved_again(
     ]
 
 
+@pytest.mark.slow
 def test_two_ranks_withdraw_together(tmp_path: Path) -> None:
     """Three batches are an epoch of a rank."""
 
