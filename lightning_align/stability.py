@@ -84,8 +84,8 @@ def forecast(values: Sequence[float]) -> tuple[float, float]:
     """The next value, and how much wider than the noise its error is for having few values.
 
     The line through the medians of the older and the newer half (Tukey's resistant line,
-    Exploratory Data Analysis, 1977, ch. 5, of halves instead of thirds): less than half of either
-    may be anything. It is followed downwards only, for what rises is to be noticed. The median of n
+    Exploratory Data Analysis, 1977, of halves instead of thirds): less than half of either may be
+    anything. It is followed downwards only, for what rises is to be noticed. The median of n
     normal values has pi / (2 n) of the variance of one; the line through two has 5 pi / (2 n).
     """
     count = len(values)
@@ -124,8 +124,9 @@ def times_further(tail: Tail, normal: Tail, probability: float) -> float:
     """How many times further out a tail's quantile is than the normal one's.
 
     Beyond its start a tail is taken for Pareto's: its index is ``excess`` (Hill, Annals of
-    Statistics 3, 1975), its quantiles are start (share / probability)^excess (Weissman, JASA 73,
-    1978, Eq. 2). This is the ratio of two of them, so that normal noise has its exact quantile.
+    Statistics 3, 1975), its quantiles are start (share / probability)^excess (Weissman, Journal of
+    the American Statistical Association 73, 1978). This is the ratio of two of them, so that normal
+    noise has its exact quantile.
 
     Args:
         tail: The run's own.

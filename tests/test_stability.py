@@ -411,6 +411,28 @@ def test_a_state_as_json_goes_on_with_the_same_verdicts(steps, data):
     assert second.state_dict() == whole.state_dict()
 
 
+def test_the_tails_are_part_of_the_state():
+    first, second = SpikeDetector(), SpikeDetector()
+    run(noisy(200), noisy(200, 0.5, 0.2, seed=1), first)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for tails in ((one._lower, one._loss.tail, one._norm.tail) for one in (first, second)):
+        assert [tail.steps > 222 for tail in tails[1:]] == [True, True]  # 220 are the prior's
+    assert vars(first._lower) == vars(second._lower)
+    assert vars(first._norm.tail) == vars(second._norm.tail)
+
+
+def test_the_tails_rest_after_an_alarm():
+    """16 scores go by, 16 more wait, and only then one is learned from."""
+    detector = SpikeDetector()
+    run(noisy(100), noisy(100, 0.5, 0.1, seed=1), detector)
+    assert detector.update(100, 9.0, 9.0).is_spike
+    learned = detector.state_dict()["lower"]["steps"]
+    run(noisy(32, seed=2), noisy(32, 0.5, 0.1, seed=3), detector)
+    assert detector.state_dict()["lower"]["steps"] == learned
+    run(noisy(1, seed=4), noisy(1, 0.5, 0.1, seed=5), detector)
+    assert detector.state_dict()["lower"]["steps"] == learned + 1
+
+
 def test_a_state_of_another_window_starts_anew_and_says_so():
     saved, other = SpikeDetector(window=64), SpikeDetector(window=32)
     run(noisy(100), detector=saved)
