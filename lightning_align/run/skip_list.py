@@ -66,8 +66,8 @@ def follow_skip_list(trainer: pl.Trainer, path: str, where: str) -> SkippedBatch
             check_stream(where, path, stream, stream_of(trainer))
             found = listed.plain()
         except ValueError as error:
-            found = error
+            found = str(error)
     found = trainer.strategy.broadcast(found)
-    if isinstance(found, ValueError):
-        raise found
+    if isinstance(found, str):
+        raise ValueError(found)
     return skip_batches(trainer, found)

@@ -63,6 +63,12 @@ def test_what_was_saved_behind_the_batch_is_withdrawn_and_goes(tmp_path: Path) -
     assert Path(callback.best_model_path).stem == "step=12"
 
 
+def test_the_step_that_was_saved_last_is_saved_again(tmp_path: Path) -> None:
+    callback = every_step(tmp_path, every_n_train_steps=3)
+    fit(Withdraws((4, 7, 0)), callback, folder=tmp_path)
+    assert names(tmp_path) == {"step=3", "step=6-v1", "step=9", "step=12"}
+
+
 def test_if_nothing_is_left_the_state_that_was_gone_back_to_is_saved(tmp_path: Path) -> None:
     """At step 3, of which the only checkpoint is; back to step 2, where none is due."""
     callback = AsyncCheckpoint(tmp_path, "{step}", every_n_train_steps=3, save_top_k=1)
