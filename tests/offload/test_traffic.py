@@ -70,9 +70,9 @@ def test_events_of_a_step_are_its_phases_and_what_was_moved(tmp_path, early):
     assert all(e.start_s <= e.end_s for e in events)
     counts = {what: sum(e.what == what for e in events) for what in ("read", "write", "sync")}
     blocks = len(engine.blocks)
-    writes = blocks * 5 + (0 if early else blocks)  # 4 parameters' states; gradients
+    writes = blocks * 2 + (0 if early else blocks)  # parameters, states of all four; gradients
     assert (counts["write"], counts["sync"]) == (writes, blocks)
-    assert counts["read"] > blocks * 4
+    assert counts["read"] >= blocks * 2
     train(ours, optimizer, engine, early, steps=1)
     assert traffic.recorded() == []  # nobody asked
     engine.close()

@@ -116,11 +116,19 @@ class TestSmallDisk:
     def test_at_set_up(self, tmp_path, monkeypatch):
         """Needed and free bytes are told, and what was made is gone."""
         usage = shutil.disk_usage(tmp_path)
-        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
-        match = r"nvme_path=None\): the files of rank00000.*bytes are needed and 10,000 are free"
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
+        match = r"nvme_path=None\): the files of rank00000.*bytes are needed and 100 are free"
         with pytest.raises(ValueError, match=match):
             fit(tmp_path, Regression(ADAMW), DATA(), small())
         assert not list((tmp_path / "zero_infinity" / "rank00000").glob("*.block"))
+
+    def test_for_gradients(self, tmp_path, monkeypatch):
+        """Each block has room, and a window of the gradients of all has none."""
+        usage = shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
+        match = r"nvme_path=None\): the files of rank00000.*bytes are needed and 10,000 are free"
+        with pytest.raises(ValueError, match=match):
+            fit(tmp_path, Regression(ADAMW), DATA(), small(update_in_backward=False))
 
     def test_for_the_optimizer(self, tmp_path, monkeypatch):
         """The parameters have room, and the moments have none."""
