@@ -3,8 +3,9 @@
 Each of the two signals is forecast one step ahead from the medians of its last values, and the
 error of the forecast is measured in robust standard deviations of earlier errors: the score. How
 high a score may be is read off the run's own scores, from how far those go that go far; so is how
-high both may be at a time. So neither the scale of the noise, nor the weight of its tails, nor how
-much the two signals have in common is a setting.
+high two may be at a time: those of both signals, or of one of them at two steps in a row. So
+neither the scale of the noise, nor the weight of its tails, nor how much the two signals, or one
+step and the next, have in common is a setting.
 
 Spikes would spoil what is learned so. What was flagged never enters, nor does the tail learn from
 the steps around an alarm: the beginning and the end of a spike look like a heavy tail.
@@ -31,6 +32,8 @@ TREND_FROM = 16  # values from which on a forecast has a trend
 QUARANTINE = 16  # steps before and after an alarm whose scores the tail does not learn from
 TAIL_MEMORY, SHARE_MEMORY = 200.0, 2000.0  # scores of the tail, and steps; older ones count less
 SETTLE = 4  # values that make a new level, after a planned change or far below the old one
+PAST = 16  # scores that two in a row must stand out from
+LASTING = 8.0  # times as many false alarms may two in a row cost: what lasts does more harm
 PATIENCE = 4  # times ``accept_after``: after so many alarms a level is accepted that is none
 
 
@@ -104,11 +107,13 @@ class Tail(NamedTuple):
         start: Where it begins.
         share: Of all scores, those beyond it.
         excess: Mean of log(score / start) of those.
+        scores: How many the mean is of; infinity where it is known.
     """
 
     start: float
     share: float
     excess: float
+    scores: float = math.inf
 
 
 # Normal noise, and what is taken for the run's own until it has shown it: about that of Student's t
@@ -116,7 +121,7 @@ class Tail(NamedTuple):
 NORMAL, PRIOR = Tail(2.0, 0.0455, 0.1618), Tail(2.0, 0.0455, 0.25)
 # Of the lower of two independent signals, above only:
 NORMAL_LOWER, PRIOR_LOWER = Tail(1.5, 0.00446, 0.1383), Tail(1.5, 0.0065, 0.2)
-PRIOR_COUNT = 10.0  # scores beyond the start that a prior weighs as much as
+PRIOR_COUNT = 20.0  # scores beyond the start that a prior weighs as much as
 MOST_EXCESS = 0.25  # more than the normal one: Student's t with 3 degrees has this
 
 
@@ -128,14 +133,20 @@ def times_further(tail: Tail, normal: Tail, probability: float) -> float:
     the American Statistical Association 73, 1978). This is the ratio of two of them, so that normal
     noise has its exact quantile.
 
+    Of a few scores the index is not known well, and the quantile is the one of the next score
+    instead: logarithms of a Pareto tail are exponential, and the next exponential value after
+    ``scores`` of them has Lomax's distribution, P(x > t) = (1 + t / (scores excess))^-scores.
+
     Args:
         tail: The run's own.
         normal: That of normal noise, with the same start.
         probability: Of an exceedance in one step.
     """
     index = min(max(tail.excess, normal.excess), normal.excess + MOST_EXCESS)
-    odds, normal_odds = tail.share / probability, normal.share / probability
-    return float(max(1.0, odds**index / normal_odds**normal.excess))
+    odds, normal_odds = math.log(tail.share / probability), math.log(normal.share / probability)
+    if math.isfinite(tail.scores):
+        odds = tail.scores * math.expm1(odds / tail.scores)
+    return max(1.0, math.exp(index * odds - normal.excess * normal_odds))
 
 
 def normal_quantile(probability: float) -> float:
@@ -154,7 +165,7 @@ class _RunningTail:
         self.rest = 0  # scores to come that nothing is learned from
 
     def seen(self) -> Tail:
-        return Tail(self.start, self.share, self.excess)
+        return Tail(self.start, self.share, self.excess, self.count)
 
     def learn(self, score: float) -> None:
         if self.rest > 0:
@@ -183,6 +194,16 @@ class _RunningTail:
         vars(self).update({**state, "waiting": list(state["waiting"])})
 
 
+def lower_threshold(tail: _RunningTail, probability: float) -> float:
+    """What the lower of two scores exceeds with ``probability``.
+
+    Were they independent, normal ones would by the square root of it. In training they are not: how
+    often both are high at a time is learned like the tail of one signal.
+    """
+    normal = normal_quantile(math.sqrt(probability))
+    return normal * times_further(tail.seen(), NORMAL_LOWER, probability)
+
+
 class _Judged(NamedTuple):
     """One value beside its forecast."""
 
@@ -192,6 +213,8 @@ class _Judged(NamedTuple):
     std: float  # of this error
     score: float
     threshold: float
+    lasting: float  # the lower score of this step and the last, over those before
+    lasting_threshold: float
 
 
 class _Signal:
@@ -204,6 +227,8 @@ class _Signal:
         self.values: deque[float] = deque(maxlen=window)
         self.errors: deque[float] = deque(maxlen=window)  # divided by their widening
         self.tail = _RunningTail(PRIOR)
+        self.lasting_tail = _RunningTail(PRIOR_LOWER)
+        self.scores: deque[float] = deque(maxlen=PAST + 1)  # of alarms as well
         self.below: list[float] = []  # values far below the forecast, in a row
         self.unjudged = 0  # values to come that only make the level
 
@@ -222,7 +247,27 @@ class _Signal:
         # With its share, too, the quantile of Student's t with 4 degrees is a fifth too far out.
         tail = self.tail.seen()._replace(share=NORMAL.share)
         threshold = normal_quantile(probability) * times_further(tail, NORMAL, probability)
-        return _Judged(value, expected, widening, std, (value - expected) / std, threshold)
+        score = (value - expected) / std
+        return _Judged(
+            value,
+            expected,
+            widening,
+            std,
+            score,
+            threshold,
+            self._lasting(score),
+            lower_threshold(self.lasting_tail, LASTING * probability),
+        )
+
+    def _lasting(self, score: float) -> float:
+        """How high this score and the last both are, over a level that had risen before.
+
+        Slow rises, of which the forecast lags behind, and drifts are none that begin.
+        """
+        if not self.scores:
+            return 0.0
+        *before, last = self.scores
+        return min(score, last) - (max(0.0, median(before)) if before else 0.0)
 
     def std(self, expected: float) -> float:
         least = self.least_std * (1.0 if self.is_log else max(abs(expected), 1e-8))
@@ -239,15 +284,17 @@ class _Signal:
             return
         else:
             self.below.clear()
+            self.scores.append(judged.score)
             self.errors.append((value - judged.expected) / judged.widening)
             self.tail.learn(abs(judged.score))
+            self.lasting_tail.learn(judged.lasting)
         self.values.append(value)
 
     def alarm(self, judged: _Judged | None) -> None:
         """A spike, in this signal or in the other: nothing is learned but a fall that stays."""
-        self.tail.distrust()
-        if judged is not None:
-            self._is_far_below(judged)
+        self._distrust()
+        if judged is not None and not self._is_far_below(judged):
+            self.scores.append(judged.score)
 
     def new_level(self, values: Iterable[float] = ()) -> None:
         """Forget the level, but not what is known of the noise."""
@@ -255,6 +302,7 @@ class _Signal:
         self.values.clear()
         self.values.extend(values)
         self.below.clear()
+        self.scores.clear()
         self.unjudged = max(0, SETTLE - len(values))
 
     def is_level(self, values: Sequence[float]) -> bool:
@@ -273,14 +321,19 @@ class _Signal:
         self.is_log = False
 
     def _is_far_below(self, judged: _Judged) -> bool:
-        """As far as an alarm would be, but below: after a few such values the level is theirs."""
-        if judged.score >= -judged.threshold:
+        """As far as two in a row would raise an alarm, but below: a few make a new level."""
+        if judged.score >= -min(judged.threshold, judged.lasting_threshold):
             return False
+        self.scores.append(judged.score)
         self.below.append(judged.value)
         if len(self.below) == SETTLE:
             self.new_level(self.below)
-            self.tail.distrust()
+            self._distrust()
         return True
+
+    def _distrust(self) -> None:
+        self.tail.distrust()
+        self.lasting_tail.distrust()
 
     def state(self) -> dict[str, Any]:
         return {
@@ -288,6 +341,8 @@ class _Signal:
             "values": list(self.values),
             "errors": list(self.errors),
             "tail": self.tail.state(),
+            "lasting_tail": self.lasting_tail.state(),
+            "scores": list(self.scores),
             "below": list(self.below),
             "unjudged": self.unjudged,
         }
@@ -297,6 +352,8 @@ class _Signal:
         self.values.extend(state["values"])
         self.errors.extend(state["errors"])
         self.tail.load(state["tail"])
+        self.lasting_tail.load(state["lasting_tail"])
+        self.scores.extend(state["scores"])
         self.below = list(state["below"])
         self.unjudged = state["unjudged"]
 
@@ -313,7 +370,7 @@ class SpikeDetector:
 
     Args:
         window: Values that the forecast and the scale of its errors are read off, in steps.
-        warmup: Steps that are learned from before the first verdict.
+        warmup: Steps that are learned from before the first verdict; None takes the window.
         false_alarms: False alarms per step that the threshold of either signal aims at.
         accept_after: Alarms in a row after which a level is accepted as the new one.
 
@@ -330,11 +387,12 @@ class SpikeDetector:
     def __init__(
         self,
         window: int = 64,
-        warmup: int = 32,
-        false_alarms: float = 1e-5,
+        warmup: int | None = None,
+        false_alarms: float = 5e-6,
         accept_after: int = 16,
     ) -> None:
         check_least("SpikeDetector", 8, window=window)
+        warmup = window if warmup is None else warmup
         check_least("SpikeDetector", 4, warmup=warmup)
         check_least("SpikeDetector", 2, accept_after=accept_after)
         if warmup > window:
@@ -459,19 +517,16 @@ class SpikeDetector:
             high.append("loss")
         if norm and norm.score > norm.threshold:
             high.append("gradient norm")
-        if loss and norm and not high and min(loss.score, norm.score) > self._both():
+        both = lower_threshold(self._lower, self.false_alarms)
+        if loss and norm and not high and min(loss.score, norm.score) > both:
             high = ["loss", "gradient norm"]
-        return " and ".join(high)
-
-    def _both(self) -> float:
-        """Score that both signals together exceed as rarely as one of them its own threshold.
-
-        Were they independent, normal ones would by the square root of the probability. In training
-        they are not: how often both are high at a time is learned like the tail of one signal.
-        """
-        probability = 2 * self.false_alarms
-        normal = normal_quantile(math.sqrt(probability))
-        return normal * times_further(self._lower.seen(), NORMAL_LOWER, probability)
+        if high:
+            return " and ".join(high)
+        if loss and loss.lasting > loss.lasting_threshold:
+            high.append("loss")
+        if norm and norm.lasting > norm.lasting_threshold:
+            high.append("gradient norm")
+        return f"{' and '.join(high)}, two steps in a row" if high else ""
 
     def _has_stayed(self) -> bool:
         """Whether the last alarms show a level, or go on for so long that nobody would wait."""

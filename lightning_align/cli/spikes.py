@@ -33,7 +33,7 @@ def spikes(
     loss_column: str = "train_loss",
     grad_norm_column: str | None = "grad_norm",
     window: int = 64,
-    warmup: int = 32,
+    warmup: int | None = None,
 ) -> str:
     """Read the reports of a guarded run, or find the spikes in a metrics file; returns a table.
 
@@ -47,7 +47,7 @@ def spikes(
         grad_norm_column: Column of the CSV with the gradient norm; the loss alone is judged if
             there is none.
         window: Rows of the CSV that a verdict is made from.
-        warmup: Rows of the CSV before the first verdict.
+        warmup: Rows of the CSV before the first verdict; as many as the window if not given.
 
     Raises:
         ValueError: If there is no such folder, file or column, or an argument is of the other mode.

@@ -105,15 +105,15 @@ def test_stop_leaves_the_step_out_and_ends_training() -> None:
 
 
 def test_a_planted_spike_and_nan_are_found_with_the_defaults_and_kept_out() -> None:
-    data = batches(60, at40=1e4, at50=math.nan)
+    data = batches(90, at70=1e4, at80=math.nan)
     guard = SpikeGuard()
     watch, _ = guarded(Regression(), guard, data)
     skipped = [
         number
-        for number in range(1, 60)
+        for number in range(1, 90)
         if torch.equal(watch.weights[number], watch.weights[number - 1])
     ]
-    assert skipped == [40, 50]
+    assert skipped == [70, 80]
 
 
 def test_tokens_of_a_skipped_window_are_counted_by_nobody() -> None:
@@ -522,14 +522,14 @@ def test_a_step_whose_gradients_are_asked_for_twice_has_one_verdict() -> None:
 
 
 def test_a_level_that_stays_is_learned_by_the_detector_too() -> None:
-    """From batch 40 on all losses are a thousand times as large."""
-    data = batches(80, **{f"at{number}": 1e3 for number in range(40, 80)})
+    """From batch 70 on all losses are a thousand times as large."""
+    data = batches(110, **{f"at{number}": 1e3 for number in range(70, 110)})
     guard = SpikeGuard(max_consecutive_skips=5)
-    with pytest.warns(UserWarning, match="5 steps in a row were skipped. From step 45 on"):
+    with pytest.warns(UserWarning, match="5 steps in a row were skipped. From step 75 on"):
         watch, _ = guarded(Regression(lr=1e-4), guard, data)
     skipped = [
         number
-        for number in range(1, 80)
+        for number in range(1, 110)
         if torch.equal(watch.weights[number], watch.weights[number - 1])
     ]
-    assert skipped == [40, 41, 42, 43, 44]
+    assert skipped == [70, 71, 72, 73, 74]
