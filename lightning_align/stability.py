@@ -361,9 +361,10 @@ class _Signal:
 class SpikeDetector:
     """Tell a spike from noise by the loss and the gradient norm of a step.
 
-    Either signal far beyond its forecast is a spike, and so are both together a little less far.
-    Only rises are. NaN and infinity always are. What was flagged stays out of the statistics, until
-    it lasts: a level that has stayed for ``accept_after`` alarms in a row is the new normal.
+    Either signal far beyond its forecast is a spike, and so are both together a little less far, or
+    one of them at two steps in a row. Only rises are. NaN and infinity always are. What was flagged
+    stays out of the statistics, until it lasts: a level that has stayed for ``accept_after`` alarms
+    in a row is the new normal.
 
     Logarithms are judged, so that the units do not matter; a loss that can be zero or negative is
     judged as it is, from its first such value on.
