@@ -427,6 +427,15 @@ def test_a_level_far_below_is_learned_in_four_steps():
     assert verdict.is_spike
 
 
+def test_a_level_is_learned_in_four_steps_that_two_in_a_row_so_far_above_would_be_a_spike():
+    """Seven times the noise below, less than a spike of one step."""
+    detector = SpikeDetector()
+    run(noisy(200), detector=detector)
+    fall = run(noisy(4, 1.74, scale=0.002, seed=1), detector=detector)
+    assert all(abs(verdict.loss_score) < verdict.loss_threshold for verdict in fall)
+    assert detector.update(204, 1.74).loss_expected == pytest.approx(1.74, rel=0.01)
+
+
 series = st.lists(
     st.tuples(st.floats(-0.3, 0.3), st.floats(-0.5, 0.5), st.sampled_from([1.0] * 9 + [6.0])),
     min_size=60,
