@@ -44,7 +44,7 @@ def test_a_guard_rewinds_as_in_memory_and_says_what_it_takes_of_the_disk(
 ):
     _, theirs = guarded(tmp_path, "auto", Told(), 3, **more)
     caplog.clear()
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "lightning.pytorch"):
         trainer, ours = guarded(tmp_path, small(**arguments), Told(), 3, **more)
     assert_same(ours, theirs)
     stated = trainer.strategy.state_nbytes()
