@@ -29,6 +29,8 @@ PROGRAM = "lightning-align"
 
 ARGUMENTS_BELOW = " Arguments of the class go under init_args."
 
+_REFUSAL = re.compile(r"[\w.]+\(\w+=.*\): ", re.DOTALL)
+
 # How much a mistake explains: a misspelt name is why something is missing or of another type.
 NAME, MISSING, TYPE = range(3)
 Mistake = tuple[int, str]
@@ -83,6 +85,14 @@ def explain(
             return f"{wrong}: no such command.{hint}" if wrong else None
         parser, args = commands[args[at]], args[at + 1 :]
     return min(_mistakes(parser, args), default=(0, None), key=lambda mistake: mistake[0])[1]
+
+
+def refusal(error: BaseException) -> str | None:
+    """What a class refused, ``where(argument=value): rule``, of all that the parser makes of it."""
+    reasons = [error]
+    while (cause := reasons[-1].__cause__) is not None:
+        reasons.append(cause)
+    return next((str(each) for each in reversed(reasons) if _REFUSAL.match(str(each))), None)
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:

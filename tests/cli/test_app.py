@@ -274,6 +274,31 @@ def test_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
         run("fit", "-c", write(tmp_path, content), folder=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        ({"action": ["skip", "clip"]}, "SpikeGuard(action=['skip', 'clip']): each must be once"),
+        (
+            {"detector": {"class_path": "SpikeDetector", "init_args": {"window": 4}}},
+            "SpikeDetector(window=4): must be at least 8.",
+        ),
+    ],
+    ids=["of a callback", "of a class in it"],
+)
+def test_what_a_class_refuses_is_told_in_two_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], rule: str
+) -> None:
+    content = config(tmp_path, callbacks=[{"class_path": "SpikeGuard", "init_args": arguments}])
+    path = write(tmp_path, content)
+    with pytest.raises(SystemExit) as error:
+        run("fit", "-c", path, folder=tmp_path)
+    assert str(error.value).startswith(f"lightning-align: {rule}")
+    assert len(str(error.value).splitlines()) == 2
+    monkeypatch.setenv("JSONARGPARSE_DEBUG", "true")
+    with pytest.raises(ValueError, match="Union subtypes"):
+        run("fit", "-c", path, folder=tmp_path)
+
+
 # As a program
 
 

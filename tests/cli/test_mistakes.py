@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_align._compat.jsonargparse_parsing import short_names_at_home
 from lightning_align.cli.app import build_parser
-from lightning_align.cli.mistakes import argument_names, did_you_mean, explain, report
+from lightning_align.cli.mistakes import argument_names, did_you_mean, explain, refusal, report
 
 
 class Color(Enum):
@@ -266,6 +266,13 @@ def test_what_cannot_be_explained_is_told_as_it_is(
     report("the parser's own words", None, parser)
     told = "lightning-align: the parser's own words\nOptions: here --help.\n"
     assert capsys.readouterr().err == 2 * told
+
+
+def test_a_refusal_is_found_beneath_what_the_parser_makes_of_it() -> None:
+    error = ValueError("Does not validate: 17 types, among them A(b=1)")
+    error.__cause__ = ValueError("A(b=1): must be 2.")
+    assert refusal(error) == "A(b=1): must be 2."
+    assert refusal(ValueError("of somebody else")) is None
 
 
 def test_did_you_mean_ignores_case_and_keeps_quiet_when_nothing_is_near() -> None:
