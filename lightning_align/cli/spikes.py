@@ -86,7 +86,8 @@ def read_incidents(folder: str) -> list[Incident]:
     except (OSError, ValueError, ImportError) as error:  # an unknown protocol, no extra for it
         raise argument_error("spikes", "folder", folder, f"cannot be read: {error}") from error
     if not is_there:
-        raise argument_error("spikes", "folder", folder, "there is no such folder")
+        way_out = "It is report_dir of SpikeGuard, below the Trainer's default_root_dir"
+        raise argument_error("spikes", "folder", folder, "there is no such folder", way_out)
     read = [(path, filesystem.cat_file(path).decode()) for path in paths]
     names = {"where": "spikes", "argument": "folder"}
     return [Incident.from_json(text, path, **names) for path, text in read]
@@ -142,7 +143,8 @@ def _write_skip_list(path: str, incidents: Sequence[Incident]) -> str:
 
     streams = [incident.stream for incident in incidents if incident.stream]
     if not streams:
-        raise error("no report says which stream of batches it is of")
+        way_out = "Guard a run with ExactResume(), by which its batches have numbers"
+        raise error("no report says which stream of batches it is of", way_out)
     if any(stream != streams[0] for stream in streams):
         rule = "the reports are of runs with different data or seeds, whose batches differ"
         raise error(rule, "Give the folder of one run")
@@ -156,9 +158,9 @@ def _write_skip_list(path: str, incidents: Sequence[Incident]) -> str:
 
 def _of_metrics(path: str, columns: dict[str, str | None], detector: SpikeDetector) -> str:
     rows = [["step", "loss", "expected", "grad norm", "expected", "alarm"]]
-    count = 0
+    count, has_norm = 0, False
     for step, loss, norm in _read_metrics(path, columns):
-        count += 1
+        count, has_norm = count + 1, has_norm or norm is not None
         verdict = detector.update(step, loss, norm)
         if verdict.is_spike:
             values = (loss, verdict.loss_expected, norm, verdict.norm_expected)
@@ -166,6 +168,9 @@ def _of_metrics(path: str, columns: dict[str, str | None], detector: SpikeDetect
             rows.append([str(step), *shown, verdict.reason])
     found = len(rows) - 1
     summary = f"{found} alarm{'s' if found != 1 else ''} in {count:,} rows of {path}"
+    if not has_norm:
+        summary += ", judged by the loss alone: there is no gradient norm"
+        summary += f" in column {columns['grad_norm']}" if columns["grad_norm"] else ""
     return "\n".join([*(_columns(rows) if found else []), summary])
 
 

@@ -125,7 +125,8 @@ def test_columns_of_another_framework_are_named(tmp_path):
 
 def test_a_calm_csv_has_no_alarm(tmp_path):
     write_metrics(tmp_path / "m.csv", ["step", "train_loss"], spike_at=None)
-    assert spikes(csv=tmp_path / "m.csv") == f"0 alarms in 120 rows of {tmp_path / 'm.csv'}"
+    expected = f"0 alarms in 120 rows of {tmp_path / 'm.csv'}, judged by the loss alone: there is"
+    assert spikes(csv=tmp_path / "m.csv") == f"{expected} no gradient norm in column grad_norm"
 
 
 @pytest.mark.parametrize(
