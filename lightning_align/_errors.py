@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from numbers import Integral
 
 
 def argument_error(
@@ -25,6 +26,13 @@ def check_least(where: str, least: int, **values: int) -> None:
     for argument, value in values.items():
         if value < least:
             raise argument_error(where, argument, value, f"must be at least {least}")
+
+
+def check_whole(where: str, **values: object) -> None:
+    """Refuse the first of the arguments ``values`` that is no integer, as 1e2 is none."""
+    for argument, value in values.items():
+        if not isinstance(value, Integral):
+            raise argument_error(where, argument, value, "must be a whole number, an int")
 
 
 def check_choice(where: str, argument: str, value: object, choices: Iterable[object]) -> None:

@@ -1,8 +1,15 @@
 import math
 
+import numpy
 import pytest
 
-from lightning_align._errors import argument_error, check_choice, check_least, finite_number
+from lightning_align._errors import (
+    argument_error,
+    check_choice,
+    check_least,
+    check_whole,
+    finite_number,
+)
 
 
 def test_message_gives_place_value_rule_and_way_out() -> None:
@@ -19,6 +26,12 @@ def test_the_first_value_below_the_least_is_refused() -> None:
     check_least("A", 1, b=1, c=2)
     with pytest.raises(ValueError, match=r"^A\(c=0\): must be at least 1\.$"):
         check_least("A", 1, b=1, c=0, d=-1)
+
+
+def test_a_count_is_an_int() -> None:
+    check_whole("A", b=1, c=numpy.int64(2))
+    with pytest.raises(ValueError, match=r"^A\(c=100\.0\): must be a whole number, an int\.$"):
+        check_whole("A", b=1, c=1e2)
 
 
 def test_a_choice_is_one() -> None:

@@ -18,7 +18,13 @@ import lightning.pytorch as pl
 from torch import Tensor
 
 from lightning_align._compat.lightning_trainer import is_accumulating
-from lightning_align._errors import argument_error, check_choice, check_least, finite_number
+from lightning_align._errors import (
+    argument_error,
+    check_choice,
+    check_least,
+    check_whole,
+    finite_number,
+)
 from lightning_align.callbacks.checkpoint_withdrawal import SavedSteps, Withdrawn
 from lightning_align.callbacks.spike_memory import MEMORY, check_room
 from lightning_align.checkpointing import SnapshotEngine
@@ -77,7 +83,9 @@ class SpikeRewind:
         moments: str = "keep",
         snapshots: int | None = None,
     ) -> None:
-        check_least(_WHERE, 0, rewind_steps=rewind_steps, skip_batches=skip_batches)
+        counts = {"rewind_steps": rewind_steps, "skip_batches": skip_batches}
+        check_whole(_WHERE, **counts, snapshot_every_n_steps=snapshot_every_n_steps)
+        check_least(_WHERE, 0, **counts)
         check_least(_WHERE, 1, snapshot_every_n_steps=snapshot_every_n_steps)
         check_choice(_WHERE, "moments", moments, ("keep", "reset"))
         _check_lr(lr_factor, lr_steps)
@@ -280,6 +288,7 @@ def _groups(trainer: pl.Trainer) -> list[dict[str, Any]]:
 
 
 def _check_lr(lr_factor: float | None, lr_steps: int) -> None:
+    check_whole(_WHERE, lr_steps=lr_steps)
     check_least(_WHERE, 0, lr_steps=lr_steps)
     if lr_factor is None:
         return

@@ -19,7 +19,7 @@ from lightning_align.callbacks.spike_rewind import SpikeRewind, forget_moments
 from lightning_align.host_block import HostBlock
 from lightning_align.run.skipping import skipped_batches
 from lightning_align.stability import SpikeDetector, SpikeVerdict
-from tests.helpers.spiky import Regression, batches
+from tests.helpers.spiky import Regression, Told, batches
 
 
 class AlarmAtBatches(SpikeDetector):
@@ -86,9 +86,12 @@ def test_snapshots_of_a_stretch_that_was_left_are_not_gone_back_to() -> None:
     """Bad are 7, before step 8, and 13, before step 10, when step 6 has a snapshot for the second
     time: its next batch was 6, and is 10."""
     data = loader(24, at7=1e6, at13=1e6)
-    watch = fit(Regression(), guard(rewind_steps=3, skip_batches=0), data, max_steps=14)
+    ours, theirs = Regression(), Regression()
+    watch = fit(ours, guard(rewind_steps=3, skip_batches=0), data, max_steps=14)
     assert watch.steps == [*range(1, 9), *range(5, 11), *range(7, 15)]
     assert watch.left_out == [[4, 8], [10, 14]]
+    fit(theirs, guard(), data, Told(watch.left_out), max_steps=14)
+    assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
 
 
 def test_where_no_snapshot_is_old_enough_the_step_is_skipped() -> None:
@@ -99,6 +102,14 @@ def test_where_no_snapshot_is_old_enough_the_step_is_skipped() -> None:
     assert watch.left_out == []
     (incident,) = guarding.report.incidents
     assert (incident.action, len(incident.notes)) == ("skip", 1)
+
+
+def test_after_so_many_rewinds_at_one_place_training_ends() -> None:
+    """Where the guard stands on its ladder does not go back with the run."""
+    guarding, bad = guard(skip_batches=0, max_rewinds=2), range(7, 16)
+    fit(Regression(), guarding, loader(30, **{f"at{number}": 1e6 for number in bad}))
+    actions = [incident.action for incident in guarding.report.incidents]
+    assert actions == ["rewind", "rewind", "stop"]
 
 
 def test_snapshots_are_taken_of_steps_and_not_of_batches() -> None:
@@ -296,6 +307,8 @@ def test_the_numbers_of_lines_never_go_back(tmp_path: Path) -> None:
         ({"rewind_steps": -1}, r"SpikeGuard\(rewind_steps=-1\): must be at least 0"),
         ({"skip_batches": -1}, r"SpikeGuard\(skip_batches=-1\): must be at least 0"),
         ({"snapshot_every_n_steps": 0}, r"\(snapshot_every_n_steps=0\): must be at least 1"),
+        ({"rewind_steps": 1e2}, r"\(rewind_steps=100.0\): must be a whole number"),
+        ({"skip_batches": 1.5}, r"\(skip_batches=1.5\): must be a whole number"),
         ({"moments": "drop"}, r"\(moments='drop'\): must be one of 'keep', 'reset'"),
         ({"lr_factor": 0.0, "lr_steps": 1}, r"\(lr_factor=0.0\): must be a number in \(0, 1\]"),
         ({"lr_factor": 2, "lr_steps": 1}, r"\(lr_factor=2\): must be a number in \(0, 1\]"),
