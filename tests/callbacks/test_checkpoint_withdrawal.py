@@ -5,17 +5,19 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_align import AsyncCheckpoint, ExactResume
+from lightning_align import AsyncCheckpoint, ExactResume, SpikeGuard
 from lightning_align.callbacks.checkpoint_withdrawal import SavedSteps, Withdrawn
 from lightning_align.checkpointing import committed_checkpoints
 from tests.callbacks.test_async_checkpoint import fit, names
 from tests.helpers.children import in_child
 from tests.helpers.ranks import ForkedRanks, run_ranks
+from tests.helpers.spiky import AlarmOnce
 from tests.run.test_skipping import GoesBack
 
 
@@ -61,6 +63,28 @@ def test_what_was_saved_behind_the_batch_is_withdrawn_and_goes(tmp_path: Path) -
     assert names(tmp_path) == left | {f"step={n}" for n in range(5, 13)}
     assert not list(tmp_path.glob("*.withdrawn"))
     assert Path(callback.best_model_path).stem == "step=12"
+
+
+def test_in_a_folder_behind_a_url_it_is_the_same(tmp_path: Path) -> None:
+    """Right behind the way back none of the stretch is ``last``, also for who only lists files."""
+    url = f"memory://{tmp_path.name}/checkpoints"
+    latest: list[str] = []
+
+    class Looks(pl.Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            if back.back and not latest:
+                callback._folder.wait(None)  # type: ignore[union-attr]
+                latest.append(AsyncCheckpoint.latest(url) or "")
+
+    callback = AsyncCheckpoint(url, "{step}", every_n_train_steps=3, save_top_k=-1)
+    back = Withdraws((2, 5, 0))  # step 3 is of the stretch, and there is no other one
+    fit(back, callback, Looks(), folder=tmp_path)
+    assert [path.rpartition("/")[2] for path in back.found.withdrawn] == ["step=3.ckpt"]
+    assert stems(latest) == {"step=2"}
+    assert names(url) == {"step=2", "step=3-v1", "step=6", "step=9", "step=12"}
+    files = fsspec.filesystem("memory")
+    assert not files.glob(f"/{tmp_path.name}/checkpoints/*.withdrawn")
+    files.rm(f"/{tmp_path.name}", recursive=True)
 
 
 def test_the_step_that_was_saved_last_is_saved_again(tmp_path: Path) -> None:
@@ -165,6 +189,16 @@ def test_those_of_model_checkpoint_are_named_and_its_steps_saved_again(
     assert back.found.notes == [
         f"Saved of the stretch that was left, and kept: {', '.join(back.found.named)}"
     ]
+
+
+def test_the_incident_of_a_rewind_names_what_was_saved(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"rewind_steps": 1, "snapshot_every_n_steps": 2, "skip_batches": 0}
+    guard = SpikeGuard("rewind", AlarmOnce(3), **options)
+    theirs = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    fit(guard, theirs, folder=tmp_path, max_epochs=1)
+    (incident,) = guard.report.incidents
+    note = f"Saved of the stretch that was left, and kept: {tmp_path / 'step=3.ckpt'}"
+    assert incident.notes == [note]
 
 
 @pytest.mark.slow

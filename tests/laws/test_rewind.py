@@ -18,6 +18,7 @@ from lightning.pytorch.plugins import MixedPrecision
 
 from lightning_align import (
     LISA,
+    AsyncCheckpoint,
     GaLoreAdamW,
     Muon,
     PretrainModule,
@@ -249,3 +250,28 @@ def test_a_kill_behind_a_rewind(
     later = [line for line in whole[again:] if int(line.split()[0]) > newest]
     assert later == resumed[-len(later) :]
     assert len(resumed) == len(later) + (3 if alarms else 0)  # batch 2, 3, and 4 once more
+
+
+def test_a_kill_behind_a_rewind_is_resumed_from_last(tmp_path: Path) -> None:
+    """Steps 1 to 3 were saved when the run goes back to 2: the way back is newer than step 3."""
+    dirpath = tmp_path / "checkpoints"
+
+    def run(guarding: SpikeGuard, *more: pl.Callback, ckpt_path: Any = None) -> list[str]:
+        pl.seed_everything(3, verbose=False)
+        module, callbacks, _ = everything()
+        options = {"default_root_dir": tmp_path, "enable_checkpointing": bool(more)}
+        return fit(module, *callbacks, guarding, *more, ckpt_path=ckpt_path, **options)
+
+    def every_step() -> AsyncCheckpoint:
+        return AsyncCheckpoint(dirpath, "{step}", every_n_train_steps=1, save_top_k=-1)
+
+    class KillOnceWritten(KillAfter):
+        def on_train_batch_start(self, trainer: Any, *rest: Any) -> None:
+            trainer.checkpoint_callback._folder.wait(None)
+            super().on_train_batch_start(trainer, *rest)
+
+    whole = run(guard(3))
+    assert in_child(lambda: run(guard(3), KillOnceWritten(0), every_step())) == -signal.SIGKILL
+    resumed = run(guard(), every_step(), ckpt_path="last")
+    again = max(number for number, line in enumerate(whole) if line.startswith("3 batch"))
+    assert resumed == whole[again:]
