@@ -92,6 +92,7 @@ class SpikeEvidence:
         self._flagged: set[int] = set()  # steps with an alarm
         self._sums_before: Tensor | None = None
         self._stepping = False
+        self._is_resumed = False
         self._open: Incident | None = None
         self._previous: tuple[int, Cause] | None = None
 
@@ -106,6 +107,7 @@ class SpikeEvidence:
             by_layer: Whether layers are looked at in each step.
         """
         self._begin()
+        self._is_resumed = trainer.ckpt_path is not None or trainer.global_step > 0
         strategy = trainer.strategy
         if not by_layer:
             self._missing.append(
@@ -229,13 +231,19 @@ class SpikeEvidence:
     def _own(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
         """What this rank has seen, as plain data."""
         missing = list(self._missing)
+        if self._is_resumed and len(self._steps) < WINDOW:
+            first = self._steps[0][0]
+            missing.append(f"steps before {first}: where a run is resumed, evidence begins anew")
         histories: dict[str, Histories] = {}
         if self._layers is not None and (
             trainer.is_global_zero or not has_replicas(trainer.strategy)
         ):
             histories = self._layers.histories()
         batches = [self._record(trainer, each) for each in self._window]
-        self._add_previews(trainer, batches)
+        try:
+            self._add_previews(trainer, batches)
+        except Exception as error:  # of a tokenizer of anybody's; an explanation is not worth a run
+            missing.append(f"text of batches: {type(error).__name__}: {error}")
         own: dict[str, Any] = {"histories": histories, "missing": missing, "broken_layer": None}
         own["broken_data"] = any(b.finite is not None and not b.finite for b in self._window)
         own["reference"] = None
@@ -324,8 +332,8 @@ class SpikeEvidence:
                 stack.enter_context(torch.no_grad())
                 stack.enter_context(trainer.precision_plugin.forward_context())
                 return float(module.batch_loss(batch))
-        except RuntimeError as error:  # no memory left; an explanation is not worth a run
-            missing.append(f"loss of a batch: {error}")
+        except Exception as error:  # no memory left, or a method of anybody's; not worth a run
+            missing.append(f"loss of a batch: {type(error).__name__}: {error}")
             return None
 
 
@@ -378,9 +386,10 @@ def _first_broken(module: nn.Module, layers: LayerFigures | None) -> Iterator[li
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """Floating-point tensors in nested containers."""
+    """Tensors in nested containers that can be asked whether they are finite."""
     if isinstance(value, Tensor):
-        if value.is_floating_point():
+        is_plain = value.layout is torch.strided and not value.is_nested
+        if is_plain and value.is_floating_point() and value.dtype.itemsize > 1:
             yield value
     elif isinstance(value, (Mapping, list, tuple)):
         for each in value.values() if isinstance(value, Mapping) else value:

@@ -126,6 +126,7 @@ class SpikeGuard(Callback):
         self._limits = ZClip()
         self._units: dict[nn.Parameter, tuple[int, ...]] = {}
         self._planning: list[PlansChanges] = []
+        self._hidden: dict[str, Any] | None = None  # of the module's own attributes, in a fit
         self._window_start = 0  # number of the first batch of the open window
         self._action: str | None = None  # that the latest step got
         self._is_judged = False  # whether this batch has closed its window
@@ -158,6 +159,7 @@ class SpikeGuard(Callback):
             self._units = units(pl_module)
         # An attribute of the instance: the class, and so every other module of it, stays.
         theirs = getattr(pl_module, _HOOK)
+        self._hidden = {name: each for name, each in vars(pl_module).items() if name == _HOOK}
         vars(pl_module)[_HOOK] = partial(self._before_clipping, pl_module, theirs)
         self.evidence.set_up(trainer, pl_module, self.report.is_read(trainer))
 
@@ -324,7 +326,10 @@ class SpikeGuard(Callback):
         self._stop(trainer, pl_module)
 
     def _stop(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        vars(pl_module).pop(_HOOK, None)
+        if self._hidden is not None:
+            vars(pl_module).pop(_HOOK, None)
+            vars(pl_module).update(self._hidden)
+            self._hidden = None
         if self._rewind is not None:
             self._rewind.stop(trainer)
 

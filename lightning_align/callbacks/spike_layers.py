@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_align.layers.find import find_language_models, find_layers, kept_layers
@@ -31,7 +32,8 @@ class LayerFigures:
     """Figures of every layer for the latest steps.
 
     Args:
-        module: Whose parameters they are of; those on meta are other ranks'.
+        module: Whose parameters they are of; those on meta are other ranks'. What is complex or not
+            initialized is not looked at, nor is a gradient that is sparse.
         window: Steps that are remembered.
         sample: Elements of each parameter that stand for all.
 
@@ -44,11 +46,14 @@ class LayerFigures:
         names = layer_of_parameters(module)
         self.layers = list(dict.fromkeys(names.values()))
         numbers = {layer: number for number, layer in enumerate(self.layers)}
-        here = {n: p for n, p in module.named_parameters() if p.numel() and not p.is_meta}
+        here = {n: p for n, p in module.named_parameters() if _is_looked_at(p)}
         device = next((p.device for p in here.values()), torch.device("cpu"))
         here = {name: p for name, p in here.items() if p.device == device}
         self.parameters: list[Tensor] = list(here.values())
         self._sample, self._window, self._device = sample, window, device
+        # In fp32 whatever is narrower; what is wider is not narrowed in the kernel.
+        wide = any(parameter.dtype == torch.float64 for parameter in self.parameters)
+        self._norm_dtype = None if wide else torch.float32
         self._layer_P = torch.tensor([numbers[names[n]] for n in here], device=device).long()
         self._layer_S = self._layer_P[self._owners(self.parameters)]
         self.ring = torch.full((window, len(FIGURES), len(self.layers)), ABSENT, device=device)
@@ -67,7 +72,7 @@ class LayerFigures:
             row[OUTSIDE] = self._change(weights_S)
         self._weights_S = weights_S
         row[WEIGHT_NORM] = self._norms(self.parameters, self._layer_P)
-        learning = [i for i, p in enumerate(self.parameters) if p.grad is not None]
+        learning = [i for i, p in enumerate(self.parameters) if _has_gradient(p)]
         if learning:
             gradients = [self.parameters[i].grad for i in learning]
             row[GRAD_NORM] = self._norms(gradients, self._layer_P[learning])
@@ -110,7 +115,7 @@ class LayerFigures:
 
         u_t = beta2 * u + (1 - beta2) * g^2, bias corrected    (arXiv:2304.13013, Algorithm 2)
         """
-        known = {id(p): i for i, p in enumerate(self.parameters) if p.grad is not None}
+        known = {id(p): i for i, p in enumerate(self.parameters) if _has_gradient(p)}
         adams = [each for each in _adam_states(optimizers) if id(each[0]) in known]
         if not adams:
             return self.ring.new_tensor(ABSENT)
@@ -126,7 +131,9 @@ class LayerFigures:
         return self._roots(squares_S / second_S.clamp(min=1e-30), layer_S, mean=True)
 
     def _norms(self, tensors: Iterable[Any], layer_P: Tensor) -> Tensor:
-        norms: Any = torch._foreach_norm(list(tensors), 2, torch.float32)
+        norms: Any = torch._foreach_norm(list(tensors), 2, self._norm_dtype)
+        if self._norm_dtype is None:
+            norms = [norm.float() for norm in norms]
         return self._roots(torch.stack(norms).square(), layer_P)
 
     def _change(self, weights_S: Tensor) -> Tensor:
@@ -159,6 +166,16 @@ class LayerFigures:
 
     def _to_device(self, values: Tensor) -> Tensor:
         return values.to(self._device, non_blocking=True)
+
+
+def _is_looked_at(parameter: nn.Parameter) -> bool:
+    if is_lazy(parameter) or parameter.is_meta:
+        return False
+    return parameter.is_floating_point() and parameter.numel() > 0
+
+
+def _has_gradient(parameter: Tensor) -> bool:
+    return parameter.grad is not None and not parameter.grad.is_sparse
 
 
 def layer_of_parameters(module: nn.Module) -> dict[str, str]:

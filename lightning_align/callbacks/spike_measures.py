@@ -72,7 +72,7 @@ class WindowLosses:
 
     def begin(self, module: pl.LightningModule) -> None:
         """Ask once what is asked in every step."""
-        self.told = isinstance(module, MeasuresSteps)
+        self.told = isinstance(module, MeasuresSteps) and _is_measured(module.measured_step)
 
     def add(self, trainer: pl.Trainer, loss: Tensor) -> Tensor:
         """Take a loss that is about to be propagated back, and return that of the batch itself."""
@@ -107,6 +107,12 @@ class WindowLosses:
         ours = torch.stack([mean, total_grad_norm(trainer, module).to(mean)])
         # A NaN of one rank is everybody's in a mean.
         return _numbers(*trainer.strategy.reduce(ours, reduce_op="mean"))
+
+
+def _is_measured(value: Any) -> bool:
+    """Whether it is what the protocol says; a module of one's own may mean something else."""
+    is_pair = isinstance(value, tuple) and len(value) == 2
+    return value is None or (is_pair and all(isinstance(each, Tensor) for each in value))
 
 
 def _numbers(loss: Tensor, norm: Tensor) -> Measured:

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from lightning_align._errors import argument_error
 from lightning_align.run.protocols import SaysWhatStateTakes
@@ -56,8 +57,8 @@ def check_room(
 def state_nbytes(trainer: pl.Trainer) -> Mapping[str, int]:
     """Bytes of one state on this rank, by folder; ``MEMORY`` is host memory.
 
-    Attributes of the module are left out, which only a snapshot shows; an optimizer that has not
-    stepped yet is taken for AdamW.
+    Attributes of the module are left out, and parameters that are not initialized, which only a
+    snapshot shows; an optimizer that has not stepped yet is taken for AdamW.
     """
     if isinstance(trainer.strategy, SaysWhatStateTakes):
         return trainer.strategy.state_nbytes()
@@ -94,9 +95,9 @@ def _tensors(state: object) -> list[Tensor]:
 
 def _nbytes(tensors: Iterable[Tensor]) -> int:
     """What they take in memory, those that are tied once, those of other ranks nothing."""
-    storages = [x.untyped_storage() for x in tensors if not x.is_meta and _is_plain(x)]
+    storages = [x.untyped_storage() for x in tensors if _is_plain(x) and not x.is_meta]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided
+    return not is_lazy(tensor) and tensor.layout is torch.strided

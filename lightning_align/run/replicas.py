@@ -38,6 +38,8 @@ def total_grad_norm(trainer: pl.Trainer, module: nn.Module) -> Tensor:
         spread: SpreadsModel = strategy
         return spread.total_grad_norm()
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    # Of a sparse one the kernels know no norm, and rows that occur twice are to be added before.
+    gradients = [each.coalesce().values() if each.is_sparse else each for each in gradients]
     return nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
 
 

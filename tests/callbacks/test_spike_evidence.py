@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 import lightning_align as la
 from lightning_align import SpikeGuard
@@ -17,7 +18,7 @@ from lightning_align.spike_incidents import Incident
 from tests.helpers.byte_tokenizer import ByteTokenizer
 from tests.helpers.pipelines import Run, one_process, pipeline
 from tests.helpers.ranks import ForkedRanks, run_ranks
-from tests.helpers.spiky import AlarmAt, Regression, batches
+from tests.helpers.spiky import AlarmAt, AlarmOnce, Regression, batches
 from tests.modules.test_pretrain import fit, gpt2, llama, rows, sgd_module, weights
 
 
@@ -101,6 +102,46 @@ def test_losses_after_are_by_the_weights_after_the_step(tmp_path: Any) -> None:
     assert taken.loss_after < taken.loss, "a step of plain gradient descent on this very batch"
 
 
+def test_losses_after_a_rewind_are_by_the_weights_gone_back_to(tmp_path: Any) -> None:
+    """Batch 5 by the weights of step 4, and with it the report is written again."""
+
+    class Asks(pl.Callback):
+        loss = math.nan
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            if trainer.global_step == 4 and math.isnan(self.loss):
+                with torch.no_grad():
+                    self.loss = float(pl_module.batch_loss(rows(5)))
+
+    class Updates(Kept):
+        def update(self, trainer: pl.Trainer, incident: Incident) -> None:
+            updated.append(asdict(incident))
+
+    asks, updated = Asks(), list[dict[str, Any]]()
+    options = {"rewind_steps": 1, "snapshot_every_n_steps": 2, "skip_batches": 0}
+    guard = SpikeGuard("rewind", AlarmOnce(5), **options)
+    guard.report = Updates()
+    data = [rows(i) for i in range(9)]
+    fit(sgd_module(), data, callbacks=[asks, guard], default_root_dir=tmp_path)
+    (incident,) = guard.report.incidents
+    (batch,) = incident.batches
+    assert batch.loss_after == asks.loss
+    assert batch.loss != asks.loss, "a step later"
+    assert (incident.rewound_to, incident.skipped) == (4, [[4, 6]])
+    assert updated == [asdict(incident)]
+    outside = guard.evidence._layers.histories()["outside"]  # type: ignore[union-attr]
+    assert {change for history in outside.values() for change in history} == {0.0}
+
+
+def test_what_was_seen_before_a_resume_is_said_to_be_missing(tmp_path: Any) -> None:
+    data, path = [rows(i) for i in range(7)], tmp_path / "some.ckpt"
+    fit(sgd_module(), data, max_steps=3, default_root_dir=tmp_path).save_checkpoint(path)
+    options: dict[str, Any] = {"default_root_dir": tmp_path, "max_epochs": 2}
+    (incident,) = incidents_of(sgd_module(), data, 5, ckpt_path=path, **options)
+    assert incident.history["step"] == [3, 4, 5]
+    assert incident.missing == ["steps before 3: where a run is resumed, evidence begins anew"]
+
+
 class Draws(la.PretrainModule):
     """Its loss draws, in whatever mode it is."""
 
@@ -130,6 +171,56 @@ def test_a_module_that_cannot_tell_a_batchs_loss_has_all_the_rest(tmp_path: Any)
     assert incident.missing == ["losses of batches after the step: the module has no batch_loss"]
     assert [layer.name for layer in incident.layers] == ["net.0", "net.2"]
     assert incident.batches[0].loss == pytest.approx(incident.loss)
+
+
+def test_a_foreign_batch_loss_that_takes_something_else_ends_no_run(tmp_path: Any) -> None:
+    class Own(Regression):
+        def batch_loss(self, batch: Any, targets: Any) -> None:
+            raise AssertionError
+
+    (incident,) = incidents_of(Own(), batches(5), 3, action="log", default_root_dir=tmp_path)
+    assert [text.partition(": ")[0] for text in incident.missing] == ["loss of a batch"] * 2
+    assert all("missing 1 required positional argument" in text for text in incident.missing)
+
+
+class Sparse(pl.LightningModule):
+    """Batches, gradients and parameters of which not every kernel knows."""
+
+    def __init__(self, lazy: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = torch.nn.Embedding(9, 4, sparse=True)
+        self.scale = torch.nn.Parameter(torch.ones(4, dtype=torch.complex64))
+        self.wide = torch.nn.Linear(4, 4).double()
+        self.head = torch.nn.LazyLinear(1) if lazy else torch.nn.Linear(4, 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        rows = self.table(torch.tensor([batch_idx, batch_idx])) + batch["x"].to_dense()
+        hidden = self.wide((rows * self.scale).abs().double()).float()
+        return self.head(hidden).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+@pytest.mark.parametrize(
+    ("action", "lazy"), [("log", True), ("clip", False), ("skip", False), ("rewind", True)]
+)
+def test_what_kernels_do_not_know_ends_no_run(action: str, lazy: bool, tmp_path: Any) -> None:
+    """Sparse, complex and wide numbers, those that come later, and fp8 in a batch."""
+    small = torch.ones(2).to(torch.float8_e4m3fn)
+    data = [{"x": (n * torch.eye(2, 4)).to_sparse(), "small": small} for n in range(1, 9)]
+    options: dict[str, Any] = {"default_root_dir": tmp_path}
+    kept = SpikeGuard(action, AlarmOnce(5), rewind_steps=1, snapshot_every_n_steps=2)
+    kept.report = Kept()
+    fit(ours := Sparse(lazy), data, callbacks=[kept], **options)
+    fit(theirs := Sparse(lazy), data, **options)
+    (incident,) = kept.report.incidents
+    assert [math.isfinite(value) for value in (incident.loss, incident.grad_norm or 0)] == [
+        True
+    ] * 2
+    same = all(map(torch.equal, ours.parameters(), theirs.parameters()))
+    assert same == (action == "log")
 
 
 def test_nan_in_the_weights_names_the_layer(tmp_path: Any) -> None:
@@ -191,6 +282,29 @@ def test_samples_and_a_preview_come_from_the_datamodule(tmp_path: Any) -> None:
         assert batch.samples == data.train_sampler.batch(2)
         assert [len(text) for text in batch.preview] == ([expected] * 2 if tokens else [])
         assert all(text in "abcdefgh " * 3 for text in batch.preview)
+
+
+def test_a_tokenizer_that_cannot_read_a_batch_ends_no_run(tmp_path: Any) -> None:
+    class Strict:
+        def __len__(self) -> int:
+            return 1
+
+        def decode(self, ids: list[int]) -> str:
+            raise KeyError(ids[0])
+
+    class Data(pl.LightningDataModule):
+        tokenizer = Strict()
+
+        def train_dataloader(self) -> Any:
+            return DataLoader([rows(i) for i in range(4)], batch_size=None)
+
+    guard = SpikeGuard("skip", AlarmAt(2))
+    guard.report = Kept()
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
+    trainer = pl.Trainer(accelerator="cpu", max_steps=4, callbacks=[guard], **quiet)
+    trainer.fit(sgd_module(), datamodule=Data())
+    (incident,) = guard.report.incidents
+    assert any(text.startswith("text of batches: KeyError: ") for text in incident.missing)
 
 
 def test_a_preview_of_less_than_nothing_is_refused() -> None:

@@ -24,6 +24,7 @@ from lightning_align import (
     StableAdamW,
     TokenSchedule,
 )
+from lightning_align.cli.spikes import spikes
 from lightning_align.optimizers.clipping import ZClip, clip_units_, units
 from tests.helpers.lisa import OPTIMIZERS
 from tests.helpers.spiky import AlarmAt, Regression, batches
@@ -83,6 +84,19 @@ def test_of_a_foreign_module_loss_and_norm_are_those_of_the_window() -> None:
     # Two means of two numbers, in fp32.
     assert loss == pytest.approx(loss_of_both.item(), rel=1e-6)
     assert grad_norm == pytest.approx(float(norm), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "measured", [5, lambda self: 7.0, (1.0, 2.0)], ids=["number", "method", "floats"]
+)
+def test_a_foreign_measured_step_that_means_something_else_is_left_alone(measured: Any) -> None:
+    class Own(Regression):
+        measured_step = measured
+
+    ours, theirs = AlarmAt(), AlarmAt()
+    guarded(Own(), SpikeGuard(detector=ours), batches(3))
+    guarded(Regression(), SpikeGuard(detector=theirs), batches(3))
+    assert ours.seen == theirs.seen
 
 
 @pytest.mark.parametrize("module", [Regression, sgd_module], ids=["hand-written", "ours"])
@@ -153,6 +167,18 @@ def test_the_modules_hook_is_its_own_again_behind_the_run() -> None:
     guarded(module, SpikeGuard(detector=AlarmAt(1)), batches(4))
     assert module.clipped == 3  # of a step that is left out there is nothing to clip
     assert "configure_gradient_clipping" not in vars(module)
+
+
+def test_a_hook_that_was_put_into_the_module_itself_is_there_again() -> None:
+    """Behind a fit, and behind a validation, which a guard has nothing to do with."""
+    module, seen = Regression(), list[int]()
+    vars(module)["configure_gradient_clipping"] = hook = lambda *_, **__: seen.append(1)
+    _, trainer = guarded(module, SpikeGuard(detector=AlarmAt(1)), batches(4))
+    assert vars(module)["configure_gradient_clipping"] is hook
+    assert len(seen) == 3
+    with contextlib.suppress(Exception):
+        trainer.validate(module, batches(1), verbose=False)
+    assert vars(module)["configure_gradient_clipping"] is hook
 
 
 class Manual(Regression):
@@ -391,12 +417,38 @@ def test_a_run_is_guarded_that_is_resumed_from_behind_its_end(tmp_path: Any) -> 
     assert torch.equal(watch.weights[1], watch.weights[0])
 
 
+def test_all_of_a_guards_state_is_taken_up() -> None:
+    guard = SpikeGuard(["skip", "rewind"])
+    state = {**SpikeGuard("rewind").state_dict(), "overflows": 5, "window_start": 7}
+    state["ladder"] |= {"rung": 1, "last": 9, "rewinds": 1, "skips": 2}
+    state["rewind"] = {"lr_until": 12}
+    guard.load_state_dict(copy.deepcopy(state))
+    assert guard.state_dict() == state
+
+
 def test_a_second_run_begins_anew() -> None:
     guard = SpikeGuard()
     guarded(Regression(), guard, batches(40))
     first = guard.state_dict()
     guarded(Regression(), guard, batches(40))
     assert guard.state_dict() == first
+
+
+def test_a_run_after_one_that_broke_has_losses_and_incidents_of_its_own() -> None:
+    class Breaks(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any) -> None:
+            if rest[-1] == 4:  # the first batch of a window
+                raise RuntimeError("told to")
+
+    again, fresh, window = AlarmAt(1), AlarmAt(1), {"accumulate_grad_batches": 2}
+    guard = SpikeGuard(detector=again)
+    with pytest.raises(RuntimeError, match="told to"):
+        guarded(Regression(), guard, batches(6), more=[Breaks()], **window)
+    again.seen.clear()
+    guarded(Regression(), guard, batches(6), **window)
+    guarded(Regression(), SpikeGuard(detector=fresh), batches(6), **window)
+    assert again.seen == fresh.seen
+    assert len(guard.report.incidents) == 1
 
 
 def test_a_module_can_be_copied_and_pickled_while_it_is_guarded() -> None:
@@ -533,3 +585,17 @@ def test_a_level_that_stays_is_learned_by_the_detector_too() -> None:
         if torch.equal(watch.weights[number], watch.weights[number - 1])
     ]
     assert skipped == [70, 71, 72, 73, 74]
+
+
+def test_what_a_run_has_skipped_is_left_out_of_a_new_one(tmp_path: Any) -> None:
+    """By the list that ``spikes`` writes of its incident: the same weights, with one step less."""
+    guard, data = SpikeGuard(detector=AlarmAt(3)), batches(8)
+    ours, trainer = guarded(Regression(), guard, data, more=[ExactResume()])
+    (incident,) = guard.report.incidents
+    assert incident.stream["epoch"] == len(data)
+    (tmp_path / "step_0000003.json").write_text(incident.to_json())
+    spikes(tmp_path, skip_list=tmp_path / "skip.json")
+    new = SpikeGuard(detector=AlarmAt(), skip_list=str(tmp_path / "skip.json"))
+    theirs, _ = guarded(Regression(), new, data, max_steps=7)
+    assert trainer.global_step == 8
+    assert torch.equal(ours.weights[-1], theirs.weights[-1])

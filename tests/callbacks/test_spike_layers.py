@@ -123,6 +123,27 @@ def test_a_restored_model_is_nobodys_change():
     assert figures.histories()["outside"] == {}
 
 
+def test_wide_numbers_are_looked_at_and_complex_sparse_and_lazy_ones_left_alone():
+    module = two_layers()
+    module.a.double()
+    module.phase = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    module.table = nn.Embedding(3, 1, sparse=True)
+    module.lazy = nn.LazyLinear(1)
+    figures = LayerFigures(module)
+    give_gradients(Holder(a=module.a, b=module.b))
+    module.table(torch.tensor([1, 1])).sum().backward()
+    optimizer = torch.optim.Adam([*module.a.parameters(), *module.b.parameters()])
+    for _ in range(2):
+        figures.before_step([optimizer])
+        optimizer.step()
+        figures.after_step()
+    found = figures.histories()
+    assert set(found["grad_norms"]) == set(found["gradient_ratios"]) == {"a", "b"}
+    assert set(found["weight_norms"]) == {"a", "b", "table"}
+    norm = math.hypot(*(float(p.grad.norm()) for p in module.a.parameters()))
+    assert found["grad_norms"]["a"][0] == pytest.approx(norm, rel=1e-6)
+
+
 def test_frozen_layers_have_no_gradient_and_other_ranks_layers_nothing():
     module = two_layers()
     module.c = nn.Linear(2, 2, device="meta")

@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
-from lightning_align.run.replicas import is_spread, replica, total_grad_norm
+from lightning_align.run.replicas import is_spread, replica, scale_gradients, total_grad_norm
 from lightning_align.strategies.pipeline.strategy import PipelineStrategy
 
 
@@ -56,6 +56,16 @@ def test_the_norm_is_over_all_gradients_that_there_are() -> None:
     assert total_grad_norm(trainer, module) == 3
     module[1].grad = torch.tensor([[math.nan]])
     assert total_grad_norm(trainer, module).isnan()
+
+
+def test_rows_of_a_sparse_gradient_that_occur_twice_are_added() -> None:
+    """1 + 2 in one row and 4 in another: a norm of 5."""
+    module = nn.Embedding(4, 1, sparse=True)
+    (module(torch.tensor([1, 1, 3])).flatten() * torch.tensor([1.0, 2.0, 4.0])).sum().backward()
+    trainer = one_process()
+    assert total_grad_norm(trainer, module) == 5
+    scale_gradients(trainer, module, torch.tensor(0.5))
+    assert total_grad_norm(trainer, module) == 2.5
 
 
 def test_a_strategy_that_spreads_the_model_says_the_norm_itself() -> None:
