@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import platform
 import resource
 import statistics
@@ -24,6 +23,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from hardware import hardware
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
@@ -109,15 +109,6 @@ def measure_memory(side: str, batch_size: int, hidden_size: int) -> float:
 def spread(values: list[float], unit: str) -> str:
     middle, low, high = statistics.median(values), min(values), max(values)
     return f"{middle:.3f} [{low:.3f}, {high:.3f}] {unit}"
-
-
-def hardware() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            name = next(line.partition(":")[2].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        name = platform.processor()
-    return f"{name} ({platform.machine()}), {os.cpu_count()} cores, 1 thread used"
 
 
 def main() -> None:

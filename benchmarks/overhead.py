@@ -38,7 +38,7 @@ import lightning
 import lightning.pytorch as pl
 import torch
 import transformers
-from chunked_loss import hardware
+from hardware import hardware
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor

@@ -23,18 +23,22 @@ from __future__ import annotations
 import argparse
 import lzma
 import math
-import os
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from galore_torch import GaLoreAdamW as GaLoreTorch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from hardware import hardware
 
 from lightning_align.data.corpora import embedded_path
 from lightning_align.optimizers.galore import GaLoreAdamW
@@ -200,15 +204,6 @@ def shares(gradients: Iterator[Tensor], rank: int, projection: str) -> list[floa
 def spread(values: list[float], unit: str = "") -> str:
     middle, low, high = statistics.median(values), min(values), max(values)
     return f"{middle:.3f} [{low:.3f}, {high:.3f}] {unit}".rstrip()
-
-
-def hardware() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            name = next(line.partition(":")[2].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        name = platform.processor()
-    return f"{name} ({platform.machine()}), {os.cpu_count()} cores, 1 thread used"
 
 
 def report_times(shapes: list[tuple[int, int]], repeats: int) -> None:

@@ -12,17 +12,21 @@ is timed once, on one matrix, as a footnote. Bar: at least 1.8x faster than the 
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import _muon
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from hardware import hardware
 
 from lightning_align import Muon
 
@@ -112,15 +116,6 @@ def spread(values: list[float]) -> str:
     milliseconds = [1000 * value for value in values]
     middle, low, high = statistics.median(milliseconds), min(milliseconds), max(milliseconds)
     return f"{middle:7.1f} [{low:.1f}, {high:.1f}] ms CPU"
-
-
-def hardware() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            name = next(line.partition(":")[2].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        name = platform.processor()
-    return f"{name} ({platform.machine()}), {os.cpu_count()} cores, 1 thread used"
 
 
 def main() -> None:

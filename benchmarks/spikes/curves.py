@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import os
 import platform
 import sys
 import time
@@ -30,9 +29,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 from generator import FAMILIES, STEPS, Array, Curve, draw
+from hardware import hardware
 
 from lightning_align.stability import SpikeDetector
 
@@ -257,15 +257,6 @@ def sudden_levels() -> str:
                 f"accepted after {np.mean(last):.1f} steps (at most {max(last)})"
             )
     return "\n".join(counts)
-
-
-def hardware() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            name = next(line.partition(":")[2].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        name = platform.processor()
-    return f"{name} ({platform.machine()}), {os.cpu_count()} cores, 1 thread used"
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from chunked_loss import hardware
+from hardware import hardware
 
 from lightning_align import AsyncCheckpoint, ZeROInfinityStrategy
 

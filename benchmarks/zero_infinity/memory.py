@@ -79,7 +79,7 @@ def told() -> Iterator[None]:
     """Around a script: what it runs on, and then what it took, its processes included."""
     import lightning
     import torch
-    from chunked_loss import hardware
+    from hardware import hardware
 
     start, moved = time.perf_counter(), sum(moved_bytes())
     print(f"torch {torch.__version__}, lightning {lightning.__version__}, {hardware()}", end="")
@@ -387,7 +387,7 @@ def main() -> None:
         child(arguments)
         return
     import torch
-    from chunked_loss import hardware
+    from hardware import hardware
 
     arguments.size = "small" if arguments.small else "full"
     start = time.perf_counter()

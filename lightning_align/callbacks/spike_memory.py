@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -79,12 +80,10 @@ def available_memory() -> int | None:
     except (OSError, ValueError):
         return None
     group = Path("/sys/fs/cgroup")
-    try:
+    with suppress(OSError, ValueError, KeyError):  # there may be no limit
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
         statistics = dict(map(str.split, (group / "memory.stat").read_text().splitlines()))
         found.append(limit - used + int(statistics["inactive_file"]))
-    except (OSError, ValueError, KeyError):
-        pass  # no limit
     return min(found, default=None)
 
 

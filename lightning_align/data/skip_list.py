@@ -25,7 +25,7 @@ def write_skip_list(
     Args:
         path: File or fsspec URL, whose folder is made if there is none.
         skipped: What to leave out.
-        stream: What tells the stream from others, as ``run.skipping.stream_of`` returns it.
+        stream: What tells the stream from others, as ``run.skip_list.stream_of`` returns it.
 
     Raises:
         OSError: If it cannot be written.

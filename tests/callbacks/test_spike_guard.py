@@ -452,12 +452,16 @@ def test_a_run_after_one_that_broke_has_losses_and_incidents_of_its_own() -> Non
 
 
 def test_a_module_can_be_copied_and_pickled_while_it_is_guarded() -> None:
+    made: list[Any] = []
+
     class Copies(pl.Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-            copy.deepcopy(pl_module)
-            pickle.dumps(pl_module)
+            made.extend([copy.deepcopy(pl_module), pickle.loads(pickle.dumps(pl_module))])
 
-    guarded(Regression(), SpikeGuard(), batches(2), more=[Copies()])
+    trained = Regression()
+    guarded(trained, SpikeGuard(), batches(2), more=[Copies()])
+    assert len(made) == 4
+    assert all(torch.equal(weights(each), weights(trained)) for each in made[2:])
 
 
 # Refused

@@ -1,13 +1,13 @@
 import json
 import warnings
 
-import lightning.pytorch as pl
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_align.reports.spikes import SpikeReport, describe
 from lightning_align.spike_incidents import Incident
+from tests.helpers import recorder
 from tests.test_spike_incidents import an_incident
 
 
@@ -35,19 +35,8 @@ class TakesAll(CSVLogger):
         self.got.setdefault("alerts", []).append((title, text))
 
 
-def trainer_of(tmp_path, *loggers):
-    return pl.Trainer(
-        accelerator="cpu",
-        default_root_dir=tmp_path,
-        logger=list(loggers),
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-
-
 def test_files_are_json_and_a_picture_per_incident_and_an_overview(tmp_path):
-    report, trainer = SpikeReport("spikes"), trainer_of(tmp_path)
+    report, trainer = SpikeReport("spikes"), recorder.trainer(tmp_path)
     first = an_incident(step=3)
     report.note(3, 1.0, None)
     report.add(trainer, first)
@@ -63,7 +52,7 @@ def test_files_are_json_and_a_picture_per_incident_and_an_overview(tmp_path):
 
 
 def test_a_remote_folder_takes_them(tmp_path):
-    report, trainer = SpikeReport("memory://bucket/spikes"), trainer_of(tmp_path)
+    report, trainer = SpikeReport("memory://bucket/spikes"), recorder.trainer(tmp_path)
     report.add(trainer, an_incident())
     files = MemoryFileSystem()
     assert json.loads(files.cat_file("/bucket/spikes/step_0000160.json"))["step"] == 160
@@ -72,7 +61,7 @@ def test_a_remote_folder_takes_them(tmp_path):
 
 def test_loggers_get_scalars_pictures_a_table_of_all_and_an_alert(tmp_path):
     logger = TakesAll(tmp_path)
-    report, trainer = SpikeReport(None), trainer_of(tmp_path, logger)
+    report, trainer = SpikeReport(None), recorder.trainer(tmp_path, logger=logger)
     for step in (3, 4):
         report.add(trainer, an_incident(step=step, grad_norm=None))
     report.end(trainer)
@@ -88,7 +77,7 @@ def test_loggers_get_scalars_pictures_a_table_of_all_and_an_alert(tmp_path):
 @pytest.mark.parametrize("folder", ["file.txt/spikes", "nowhere://bucket/spikes"])
 def test_what_cannot_be_written_is_warned_of_once_and_stops_nothing(folder, tmp_path):
     (tmp_path / "file.txt").touch()  # a file where the folder should be
-    report, trainer = SpikeReport(folder), trainer_of(tmp_path)
+    report, trainer = SpikeReport(folder), recorder.trainer(tmp_path)
     with pytest.warns(UserWarning, match=r"report_dir='.*spikes'\): a report was not written"):
         report.add(trainer, an_incident())
     with warnings.catch_warnings():
@@ -103,14 +92,14 @@ def test_a_logger_that_raises_stops_nothing(tmp_path):
             raise RuntimeError("no network")
 
     logger = Raises(tmp_path)
-    report, trainer = SpikeReport(None), trainer_of(tmp_path, logger)
+    report, trainer = SpikeReport(None), recorder.trainer(tmp_path, logger=logger)
     with pytest.warns(UserWarning, match="RuntimeError: no network"):
         report.add(trainer, an_incident())
     assert "alerts" in logger.got
 
 
 def test_only_rank_zero_writes(tmp_path, monkeypatch):
-    report, trainer = SpikeReport("spikes"), trainer_of(tmp_path)
+    report, trainer = SpikeReport("spikes"), recorder.trainer(tmp_path)
     monkeypatch.setattr(type(trainer), "is_global_zero", False)
     report.add(trainer, an_incident())
     report.end(trainer)
@@ -118,9 +107,9 @@ def test_only_rank_zero_writes(tmp_path, monkeypatch):
 
 
 def test_a_report_without_folder_and_logger_is_read_by_nobody(tmp_path):
-    assert not SpikeReport(None).is_read(trainer_of(tmp_path))
-    assert SpikeReport("x").is_read(trainer_of(tmp_path))
-    assert SpikeReport(None).is_read(trainer_of(tmp_path, CSVLogger(tmp_path)))
+    assert not SpikeReport(None).is_read(recorder.trainer(tmp_path))
+    assert SpikeReport("x").is_read(recorder.trainer(tmp_path))
+    assert SpikeReport(None).is_read(recorder.trainer(tmp_path, logger=CSVLogger(tmp_path)))
 
 
 def test_an_incident_in_words():
