@@ -6,7 +6,8 @@
 Two questions. Of a step of next to nothing, whose module hands loss and norm over: what the guard's
 own hooks cost, without the norm and with reports off; bar 0.2 ms. Of a training step of about 20 ms
 of a small Llama: what it adds with snapshots for rewinds, as a share of the step; bar 3 %. With and
-without in turn in one process, one thread; medians over the steps of a run, then over the rounds.
+without in turn in one process, one thread; means over the steps of a run, as some of them have a
+snapshot, and medians over the rounds.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Prevention: what keeps a spiking run calm, each remedy alone and some together.
 
-    python benchmarks/spikes/prevention.py             # some 600 runs of 2 s; resumable
+    python benchmarks/spikes/prevention.py             # some 600 runs of 1.5 s; resumable
     python benchmarks/spikes/prevention.py --report    # tables of what is finished
 
 A Llama of 2 blocks and width 32 learns six novels byte by byte for 400 steps with AdamW as torch
@@ -9,10 +9,10 @@ and 300 come five batches of one letter each. Every run has a twin without them:
 other batches. A spike is a loss 10 % above the twin's at the same batch, and ends within 5 % of it;
 excess loss is the mean difference to the twin on batches of text, in nats.
 
-Every remedy is run with its usual value, and with the one of its grid whose planted runs end best
-on two design seeds; tables are of five others. The largest stable learning rate is the largest of a
-ladder with which the planted runs end within 10 % of the best that the plain run reaches without
-plants, in the median of two design seeds.
+Tables have median [min, max] of the seeds. Every remedy is run with its usual value, and with the
+one of its grid whose planted runs end best on two design seeds; tables are of five others. The
+largest stable learning rate is the largest of a ladder with which the planted runs end within 10 %
+of the best that the plain run reaches without plants, in the median of two design seeds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from runs import Runs, arguments, read_novels  # the script beside this one
+from runs import Runs, arguments, or_inf, read_novels  # the script beside this one
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
@@ -244,11 +244,7 @@ def tuned(runs: Runs, remedy: str) -> Any | None:
         if not all(name in runs.found for name in names):
             return None
         finals[value] = median(runs.found[name]["final"] for name in names)
-    return min(finals, key=lambda value: _or_inf(finals[value]))
-
-
-def _or_inf(loss: float) -> float:
-    return loss if loss == loss else float("inf")  # NaN compares to nothing
+    return min(finals, key=lambda value: or_inf(finals[value]))
 
 
 # Tables
@@ -280,16 +276,17 @@ def row(runs: Runs, remedy: str, value: Any, best: float | None) -> None:
             found.append([runs.found[name] for name in names])
     if not found:
         return
-    rate = sum(spikes(a["losses"], b["losses"]) for a, b in found) / len(found) / STEPS * 1000
+    rate = spread([1000 / STEPS * spikes(a["losses"], b["losses"]) for a, b in found], 1)
     area = spread([excess(a["losses"], b["losses"]) for a, b in found])
     final = spread([a["final"] for a, _ in found])
     clean = f"{median(b['final'] for _, b in found):.3f}"
     lr = largest_lr(runs, remedy, value, best)
-    print(f"| {remedy}, {value} ({len(found)}) | {rate:.1f} | {area} | {final} | {clean} | {lr} |")
+    print(f"| {remedy}, {value} ({len(found)}) | {rate} | {area} | {final} | {clean} | {lr} |")
 
 
-def spread(values: list[float]) -> str:
-    low, middle, high = (f"{f(values):.3f}" for f in (min, median, max))
+def spread(values: list[float], digits: int = 3) -> str:
+    numbers = [or_inf(value) for value in values]
+    low, middle, high = (f"{f(numbers):.{digits}f}" for f in (min, median, max))
     return f"{middle} [{low}, {high}]"
 
 
@@ -299,7 +296,7 @@ def best_clean(runs: Runs) -> float | None:
         return None
     finals = [runs.found[name]["final"] for name in names]
     pairs = zip(*[iter(finals)] * len(DESIGN_SEEDS), strict=True)  # those of a learning rate
-    return min(median(map(_or_inf, pair)) for pair in pairs)
+    return min(median(map(or_inf, pair)) for pair in pairs)
 
 
 def largest_lr(runs: Runs, remedy: str, value: Any, best: float | None) -> str:
@@ -310,7 +307,7 @@ def largest_lr(runs: Runs, remedy: str, value: Any, best: float | None) -> str:
         lr
         for lr in LADDER
         if median(
-            _or_inf(runs.found[name_of(remedy, value, lr, "planted", seed)]["final"])
+            or_inf(runs.found[name_of(remedy, value, lr, "planted", seed)]["final"])
             for seed in DESIGN_SEEDS
         )
         <= STABLE * best

@@ -36,7 +36,7 @@ from transformers import LlamaConfig
 
 sys.path.append(str(Path(__file__).parents[2]))  # tests.helpers
 
-from runs import Runs, arguments, read_novels  # the script beside this one
+from runs import Runs, arguments, or_inf, read_novels  # the script beside this one
 
 from lightning_align import Muon, PretrainModule, SpikeGuard
 from lightning_align.optimizers.clipping import ZClip
@@ -305,13 +305,13 @@ def design_names() -> list[str]:
 def excess(run: dict[str, Any], clean: dict[str, Any]) -> float:
     """Nats times steps above the clean curve."""
     usual = dict(clean["curve"])
-    return EVERY * sum(max(0.0, loss - usual[step]) for step, loss in run["curve"])
+    return EVERY * sum(max(0.0, or_inf(loss) - usual[step]) for step, loss in run["curve"])
 
 
 def recovery(run: dict[str, Any], clean: dict[str, Any]) -> float:
     """Steps from the spike until the loss is, and stays, within 2 % of the clean run's."""
     usual = dict(clean["curve"])
-    above = [step for step, loss in run["curve"] if loss > 1.02 * usual[step]]
+    above = [step for step, loss in run["curve"] if or_inf(loss) > 1.02 * usual[step]]
     if not above:
         return 0
     return float("inf") if above[-1] >= STEPS - EVERY else above[-1] + EVERY - SPIKE
@@ -332,7 +332,8 @@ def report_design(runs: Runs) -> None:
 
 
 def spread(values: list[float], digits: int = 3) -> str:
-    low, middle, high = (f"{f(values):.{digits}f}" for f in (min, median, max))
+    numbers = [or_inf(value) for value in values]
+    low, middle, high = (f"{f(numbers):.{digits}f}" for f in (min, median, max))
     return f"{middle} [{low}, {high}]"
 
 

@@ -37,6 +37,11 @@ def read_novels() -> Tensor:
     return as_tokens(b"".join(texts))
 
 
+def or_inf(value: float) -> float:
+    """A loss that is not a number is the worst one, and not one that compares to nothing."""
+    return value if value == value else float("inf")
+
+
 class Runs:
     """Finished runs by name.
 
