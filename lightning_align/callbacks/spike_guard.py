@@ -306,6 +306,15 @@ class SpikeGuard(Callback):
         incident = self.report.incidents[-1]
         incident.rewound_to, incident.skipped = first, [[first, end]]
         incident.notes += done.checkpoints.notes
+        if self.ladder.rewinds > 1:
+            incident.notes.append(
+                f"Rewind {self.ladder.rewinds} at this place: other batches led to it as well, so"
+                " they are hardly the cause."
+            )
+            rank_zero_warn(
+                f"SpikeGuard: step {incident.step}: {incident.notes[-1]} Look at the learning rate"
+                " there, or set lr_factor."
+            )
         again = self.evidence.rewound(trainer, pl_module, incident)
         self.report.update(trainer, again or incident)
 

@@ -7,7 +7,7 @@ from lightning_align._errors import argument_error, check_choice, check_least
 
 ACTIONS = ("log", "clip", "skip", "rewind", "stop")
 ACCEPT = "accept"  # of the level that stays; no rung
-NEAR_STEPS = 20  # an alarm at most so many optimizer steps behind the last one is at its place
+NEAR_STEPS = 20  # an alarm at most so many optimizer steps from the last one is at its place
 
 
 def rungs_of(action: str | Sequence[str]) -> list[str]:
@@ -32,7 +32,11 @@ class Ladder:
     """The rung that the next alarm gets.
 
     An alarm near the last one is at the same place and climbs a rung, up to the top one, which it
-    keeps; one elsewhere begins at the bottom.
+    keeps; one elsewhere begins at the bottom. Rewinds count until the run has got past the place
+    that they went back from: what is trained again may raise alarms of its own before it.
+
+    Attributes:
+        rewinds: How many there were at that place.
 
     Args:
         rungs: From ``rungs_of``.
@@ -50,7 +54,8 @@ class Ladder:
         self.max_rewinds, self.max_consecutive_skips = max_rewinds, max_consecutive_skips
         self._rung = 0
         self._last: int | None = None  # position of the latest alarm
-        self._rewinds = 0  # at its place
+        self.rewinds = 0
+        self._rewound: int | None = None  # position of the farthest alarm that was gone back from
         self._skips = 0  # steps in a row that were skipped
 
     @property
@@ -69,22 +74,24 @@ class Ladder:
 
         Args:
             position: Number of its batch in the stream.
-            near: How many batches behind the last alarm it is still at the same place.
+            near: How many batches from the last alarm it is still at the same place.
             is_finite: Whether loss and gradient norm are numbers; else no level can be accepted.
             useless: Actions that would do nothing here; the step is skipped in their place.
         """
-        same_place = self._last is not None and position <= self._last + near
-        if not same_place:
-            self._rung, self._rewinds = 0, 0
-        elif self.rungs[self._rung] != "rewind" or self._rewinds >= self.max_rewinds:
+        if self._rewound is not None and position > self._rewound + near:
+            self.rewinds, self._rewound = 0, None
+        if self._last is None or abs(position - self._last) > near:
+            self._rung = 0
+        elif self.rungs[self._rung] != "rewind" or self.rewinds >= self.max_rewinds:
             self._rung = min(self._rung + 1, len(self.rungs) - 1)
         self._last = position
         action = self.rungs[self._rung]
-        if action == "rewind" and self._rewinds >= self.max_rewinds:
+        if action == "rewind" and self.rewinds >= self.max_rewinds:
             action = "stop"
         elif action in useless:
             action = "skip"
-        self._rewinds += action == "rewind"
+        if action == "rewind":
+            self.rewinds, self._rewound = self.rewinds + 1, max(position, self._rewound or 0)
         self._skips = self._skips + 1 if action == "skip" else 0
         if self._skips > self.max_consecutive_skips:
             self._skips = 0
@@ -96,12 +103,15 @@ class Ladder:
         return {
             "rung": self._rung,
             "last": self._last,
-            "rewinds": self._rewinds,
+            "rewinds": self.rewinds,
+            "rewound": self._rewound,
             "skips": self._skips,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there; with fewer rungs than then, on the top one."""
         self._rung = min(state_dict["rung"], len(self.rungs) - 1)
-        self._last, self._rewinds = state_dict["last"], state_dict["rewinds"]
-        self._skips = state_dict["skips"]
+        self._last, self._skips = state_dict["last"], state_dict["skips"]
+        self.rewinds = state_dict["rewinds"]
+        # Checkpoints of before say no more than where the last alarm was.
+        self._rewound = state_dict.get("rewound", self._last if self.rewinds else None)

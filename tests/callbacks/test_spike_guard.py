@@ -420,7 +420,7 @@ def test_a_run_is_guarded_that_is_resumed_from_behind_its_end(tmp_path: Any) -> 
 def test_all_of_a_guards_state_is_taken_up() -> None:
     guard = SpikeGuard(["skip", "rewind"])
     state = {**SpikeGuard("rewind").state_dict(), "overflows": 5, "window_start": 7}
-    state["ladder"] |= {"rung": 1, "last": 9, "rewinds": 1, "skips": 2}
+    state["ladder"] |= {"rung": 1, "last": 9, "rewinds": 1, "rewound": 8, "skips": 2}
     state["rewind"] = {"lr_until": 12}
     guard.load_state_dict(copy.deepcopy(state))
     assert guard.state_dict() == state

@@ -27,6 +27,16 @@ def test_one_action_is_all_there_is() -> None:
     assert climbs(ladder("rewind"), 1, 2, 3) == ["rewind", "rewind", "stop"]
 
 
+def test_what_is_trained_again_climbs_by_itself_and_rewinds_count_until_it_is_past() -> None:
+    """The run goes back from 50 to 20. What it meets at 30 is something else; at 50, it is not."""
+    which = ladder("clip", "rewind")
+    assert climbs(which, 49, 50) == ["clip", "rewind"]
+    assert climbs(which, 30, 31, 50, 51) == ["clip", "rewind", "clip", "stop"]
+    assert which.rewinds == 2
+    assert climbs(which, 75, 76) == ["clip", "rewind"]
+    assert which.rewinds == 1
+
+
 def test_after_so_many_skips_in_a_row_the_level_is_a_new_one() -> None:
     which = ladder("skip")
     assert climbs(which, 1, 2, 3, 4, 5) == ["skip", "skip", "skip", ACCEPT, "skip"]
@@ -48,11 +58,21 @@ def test_what_cannot_be_done_is_replaced() -> None:
 
 
 def test_the_state_round_trips() -> None:
-    which, other = (ladder("clip", "skip", "stop") for _ in range(2))
+    which, other = (ladder("clip", "rewind", "stop") for _ in range(2))
     climbs(which, 1, 2)
     other.load_state_dict(which.state_dict())
     assert other.state_dict() == which.state_dict()
-    assert climbs(other, 3) == ["stop"]
+    assert climbs(other, 3, 4) == ["rewind", "stop"]
+
+
+def test_a_state_of_before_counts_its_rewinds() -> None:
+    """It has no place that they went back from; the last alarm's is near it."""
+    which, other = ladder("rewind"), ladder("rewind")
+    climbs(which, 50, 51)
+    state = which.state_dict()
+    del state["rewound"]
+    other.load_state_dict(state)
+    assert climbs(other, 45) == ["stop"]
 
 
 @pytest.mark.parametrize(
