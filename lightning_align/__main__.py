@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from lightning_align.cli.commands import COMMANDS
-from lightning_align.cli.mistakes import PROGRAM
+from lightning_align.cli.mistakes import PROGRAM, refusals_told
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -16,10 +16,11 @@ def main(args: Sequence[str] | None = None) -> None:
         return
     from lightning_align.cli.app import AlignCLI  # seconds, for Lightning
 
-    if name == "demo":
-        COMMANDS[name].load().main(rest, fit=AlignCLI)
-    else:
-        AlignCLI(arguments if args is not None or not sys.argv[1:] else None)
+    with refusals_told():
+        if name == "demo":
+            COMMANDS[name].load().main(rest, fit=AlignCLI)
+        else:
+            AlignCLI(arguments if args is not None or not sys.argv[1:] else None)
 
 
 def run_command(name: str, arguments: Sequence[str]) -> None:

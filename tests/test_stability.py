@@ -352,6 +352,17 @@ def test_changes_that_are_planned_every_20_steps_leave_the_detector_awake():
     assert found == [210, 330]
 
 
+def test_a_step_of_the_old_level_is_no_first_of_two_in_a_row_at_the_new_one():
+    """A little less than a spike before a planned change, and again behind it."""
+    detector = SpikeDetector()
+    run(noisy(200), noisy(200, 0.5, 0.02, seed=1), detector)
+    assert not detector.update(200, 2.25).is_spike
+    detector.planned_change("other layers are trained")
+    assert alarms(run(noisy(4, seed=2), detector=detector)) == []
+    assert not detector.update(204, 2.25).is_spike
+    assert detector.update(205, 2.25).reason == "loss, two steps in a row"
+
+
 def test_accept_level_takes_the_last_alarms_for_normal():
     detector = SpikeDetector()
     run(noisy(200) + [3.0] * 5, detector=detector)

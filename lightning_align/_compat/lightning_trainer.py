@@ -4,6 +4,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor
@@ -26,6 +27,14 @@ def restart_train_iteration(trainer: pl.Trainer) -> None:
     fetcher = trainer.fit_loop._data_fetcher
     if fetcher is not None:
         iter(fetcher)
+
+
+def leave_step_to_no_average(trainer: pl.Trainer) -> None:
+    """Let ``WeightAveraging`` callbacks take the step to come, which moves nothing, for done."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        if isinstance(callback, WeightAveraging):
+            callback._latest_update_step = trainer.global_step + 1
 
 
 def transferred(trainer: pl.Trainer, batch: Any) -> Any:

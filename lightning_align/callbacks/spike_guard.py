@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_align._compat.lightning_trainer import is_accumulating
+from lightning_align._compat.lightning_trainer import is_accumulating, leave_step_to_no_average
 from lightning_align._errors import argument_error
 from lightning_align.callbacks import spike_checks
 from lightning_align.callbacks.spike_evidence import SpikeEvidence
@@ -161,7 +161,8 @@ class SpikeGuard(Callback):
         theirs = getattr(pl_module, _HOOK)
         self._hidden = {name: each for name, each in vars(pl_module).items() if name == _HOOK}
         vars(pl_module)[_HOOK] = partial(self._before_clipping, pl_module, theirs)
-        self.evidence.set_up(trainer, pl_module, self.report.is_read(trainer))
+        self.report.follow(trainer)
+        self.evidence.set_up(trainer, pl_module, self.report.is_read)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -264,6 +265,7 @@ class SpikeGuard(Callback):
         """Let the optimizer's step move nothing, and nobody count its window."""
         drop_gradients(trainer, pl_module)
         forget_window([pl_module, *callbacks_of(trainer)])
+        leave_step_to_no_average(trainer)
         trainer.should_stop = trainer.should_stop or stop
 
     def _clip(

@@ -1,7 +1,5 @@
 """The ``lightning-align`` command: LightningCLI over our classes and everybody else's."""
 
-import os
-import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -15,7 +13,7 @@ from typing_extensions import override
 import lightning_align
 from lightning_align.cli.commands import COMMANDS
 from lightning_align.cli.layering import AlignParser, LayeredConfigFile
-from lightning_align.cli.mistakes import PROGRAM, did_you_mean, refusal
+from lightning_align.cli.mistakes import PROGRAM, did_you_mean, refusals_told
 from lightning_align.models.weights import parameters_on_meta
 
 # Imported so that their short names work in YAML: `class_path: PretrainModule`.
@@ -90,14 +88,8 @@ class AlignCLI(LightningCLI):
         """Build everything; the model comes without its weights if the strategy asks for that."""
         strategy = self.config[self.subcommand].trainer.strategy
         empty = isinstance(strategy, Namespace) and strategy.get("init_args.empty_init")
-        try:
-            with parameters_on_meta() if empty else nullcontext():
-                super().instantiate_classes()
-        except ValueError as error:
-            reason = refusal(error)
-            if reason is None or os.environ.get("JSONARGPARSE_DEBUG") == "true":
-                raise
-            sys.exit(f"{PROGRAM}: {reason}\nWhere it was raised: set JSONARGPARSE_DEBUG=true.")
+        with refusals_told(), parameters_on_meta() if empty else nullcontext():
+            super().instantiate_classes()
 
     def _strategy_by_class_name(self, options: Namespace, name: str) -> None:
         """Turn the name of a class into a class: jsonargparse takes it for a registered string."""

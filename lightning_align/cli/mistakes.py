@@ -14,7 +14,7 @@ import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
@@ -93,6 +93,18 @@ def refusal(error: BaseException) -> str | None:
     while (cause := reasons[-1].__cause__) is not None:
         reasons.append(cause)
     return next((str(each) for each in reversed(reasons) if _REFUSAL.match(str(each))), None)
+
+
+@contextmanager
+def refusals_told() -> Iterator[None]:
+    """End the program with what a class refuses, of a run as well, in place of a traceback."""
+    try:
+        yield
+    except ValueError as error:
+        reason = refusal(error)
+        if reason is None or os.environ.get("JSONARGPARSE_DEBUG") == "true":
+            raise
+        sys.exit(f"{PROGRAM}: {reason}\nWhere it was raised: set JSONARGPARSE_DEBUG=true.")
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv as tables
+import inspect
 import io
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,27 @@ def spikes(
         except ValueError as error:  # of an option of ours
             raise ValueError(str(error).replace("SpikeDetector(", "spikes(", 1)) from error
         return _of_metrics(str(csv), columns, detector)
+    given = {
+        "step_column": step_column,
+        "loss_column": loss_column,
+        "grad_norm_column": grad_norm_column,
+        "window": window,
+        "warmup": warmup,
+    }
+    _refuse_options_of_metrics(given)
     incidents = read_incidents(str(folder))
     lines = _table(incidents)
     if skip_list is not None:
         lines.append(_write_skip_list(str(skip_list), incidents))
     return "\n".join(lines)
+
+
+def _refuse_options_of_metrics(given: Mapping[str, Any]) -> None:
+    usual = inspect.signature(spikes).parameters
+    for name, value in given.items():
+        if value != usual[name].default:
+            rule = "is for the rows of a metrics file, and reports were judged in their run"
+            raise argument_error("spikes", name, value, rule, "Leave it out, or give --csv")
 
 
 def read_incidents(folder: str) -> list[Incident]:

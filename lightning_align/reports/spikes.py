@@ -36,10 +36,15 @@ class SpikeReport:
     Args:
         folder: Where JSON and pictures go, local or at any fsspec URL; relative to the Trainer's
             ``default_root_dir``. None sends them to the loggers only.
+
+    Attributes:
+        incidents: All of the run.
+        is_read: Whether reports go anywhere.
     """
 
     def __init__(self, folder: str | None) -> None:
         self.folder = folder
+        self.is_read = self._draws = False
         self.begin()
 
     def begin(self) -> None:
@@ -49,13 +54,16 @@ class SpikeReport:
         self._curve = {name: array("d") for name in ("step", "loss", "grad_norm")}
         self._warned = False
 
-    def is_read(self, trainer: pl.Trainer) -> bool:
-        """Whether a report goes anywhere."""
+    def follow(self, trainer: pl.Trainer) -> None:
+        """Ask whether reports of a run go anywhere, before its first step."""
         loggers = [each for each in trainer.loggers if not isinstance(each, DummyLogger)]
-        return self.folder is not None or bool(loggers)
+        self.is_read = self.folder is not None or bool(loggers)
+        self._draws = self.is_read and self._writes(trainer)
 
     def note(self, step: int, loss: float, grad_norm: float | None) -> None:
-        """Note a step for the picture of the whole run."""
+        """Note a step for the picture of the whole run, if there will be one."""
+        if not self._draws:
+            return
         values = (step, loss, math.nan if grad_norm is None else grad_norm)
         for curve, value in zip(self._curve.values(), values, strict=True):
             curve.append(value)

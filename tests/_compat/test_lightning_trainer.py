@@ -8,7 +8,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from lightning_align._compat import lightning_trainer
@@ -54,6 +56,21 @@ def test_is_accumulating_is_false_exactly_after_an_optimizer_step() -> None:
 
 def test_restart_train_iteration_makes_the_sampler_read_the_position_again() -> None:
     assert watched().starts[:3] == [0, 0, 2]
+
+
+def test_an_average_leaves_out_the_step_to_come_and_takes_the_next() -> None:
+    trainer, average = pl.Trainer(logger=False, enable_checkpointing=False), EMAWeightAveraging()
+    trainer.callbacks.append(average)
+    module, taken = torch.nn.Linear(1, 1), list[bool]()
+    average._average_model = AveragedModel(module)
+    lightning_trainer.leave_step_to_no_average(trainer)
+    for step in (1, 2):
+        progress = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress
+        progress.optimizer.step.total.completed = step
+        before = int(average._average_model.n_averaged)
+        average.on_train_batch_end(trainer, module, None, None, 0)
+        taken.append(int(average._average_model.n_averaged) > before)
+    assert taken == [False, True]
 
 
 def test_transferred_is_what_the_step_gets() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 
 from lightning_align import (
@@ -512,6 +513,18 @@ def test_a_skipped_batch_is_as_if_it_had_not_been(name: str) -> None:
     theirs, expected = trained(data[:3] + data[5:])
     assert torch.equal(ours, theirs)
     assert same(state, expected)
+
+
+@pytest.mark.parametrize("guard_is_last", [False, True])
+def test_an_average_of_weights_is_that_of_the_run_without_the_batch(guard_is_last: bool) -> None:
+    def averaged(data: Any, *alarms: int) -> torch.Tensor:
+        module, guard = Regression(), SpikeGuard(detector=AlarmAt(*alarms))
+        callbacks = [guard, EMAWeightAveraging(decay=0.5)]
+        fit(module, data, callbacks=callbacks[::-1] if guard_is_last else callbacks)
+        return weights(module)  # at the end of a run, they are the average
+
+    data = batches(7)
+    assert torch.equal(averaged(data, 3, 4), averaged(data[:3] + data[5:]))
 
 
 def test_lisas_blocks_are_skipped_too_and_their_interval_goes_on() -> None:

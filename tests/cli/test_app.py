@@ -299,6 +299,23 @@ def test_what_a_class_refuses_is_told_in_two_lines(
         run("fit", "-c", path, folder=tmp_path)
 
 
+def test_what_a_run_refuses_is_told_in_two_lines_by_the_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rewind of as many steps as the run has, which SpikeGuard knows in its setup."""
+    guard = {"class_path": "SpikeGuard", "init_args": {"action": "rewind", "rewind_steps": 4}}
+    path = write(tmp_path, config(tmp_path, callbacks=[guard]))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as error:
+        main(["fit", "-c", path])
+    first, second = str(error.value).splitlines()
+    assert first.startswith("lightning-align: SpikeGuard(rewind_steps=4): the run has 4 steps")
+    assert second == "Where it was raised: set JSONARGPARSE_DEBUG=true."
+    monkeypatch.setenv("JSONARGPARSE_DEBUG", "true")
+    with pytest.raises(ValueError, match=r"SpikeGuard\(rewind_steps=4\)"):
+        main(["fit", "-c", path])
+
+
 # As a program
 
 

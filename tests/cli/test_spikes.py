@@ -145,6 +145,9 @@ def test_a_calm_csv_has_no_alarm(tmp_path):
         ),
         (["--csv", "words.csv"], "has 'low' in column train_loss, which is no number"),
         (["bad"], "is no report of an incident"),
+        (["bad", "--window", "32"], r"window=32\): is for the rows of a metrics file, and reports"),
+        (["bad", "--warmup", "8"], r"warmup=8\): is for the rows"),
+        (["bad", "--loss_column", "loss"], r"loss_column='loss'\): is for the rows"),
     ],
 )
 def test_a_mistake_is_a_line_with_the_rule(arguments, rule, tmp_path, monkeypatch):

@@ -38,6 +38,7 @@ class TakesAll(CSVLogger):
 def test_files_are_json_and_a_picture_per_incident_and_an_overview(tmp_path):
     report, trainer = SpikeReport("spikes"), recorder.trainer(tmp_path)
     first = an_incident(step=3)
+    report.follow(trainer)
     report.note(3, 1.0, None)
     report.add(trainer, first)
     report.add(trainer, an_incident(step=3))  # again, after a rewind
@@ -107,9 +108,17 @@ def test_only_rank_zero_writes(tmp_path, monkeypatch):
 
 
 def test_a_report_without_folder_and_logger_is_read_by_nobody(tmp_path):
-    assert not SpikeReport(None).is_read(recorder.trainer(tmp_path))
-    assert SpikeReport("x").is_read(recorder.trainer(tmp_path))
-    assert SpikeReport(None).is_read(recorder.trainer(tmp_path, logger=CSVLogger(tmp_path)))
+    """And keeps no curve of the run, which grows with it."""
+
+    def followed(folder, **options):
+        report = SpikeReport(folder)
+        report.follow(recorder.trainer(tmp_path, **options))
+        report.note(3, 1.0, 2.0)
+        return report.is_read, [list(values) for values in report._curve.values()]
+
+    assert followed(None) == (False, [[], [], []])
+    assert followed("x") == (True, [[3.0], [1.0], [2.0]])
+    assert followed(None, logger=CSVLogger(tmp_path)) == (True, [[3.0], [1.0], [2.0]])
 
 
 def test_an_incident_in_words():
