@@ -15,6 +15,7 @@ from lightning_align import SpikeGuard
 from lightning_align.callbacks.spike_evidence import SpikeEvidence
 from lightning_align.reports.spikes import SpikeReport
 from lightning_align.spike_incidents import Incident
+from lightning_align.stability import SpikeVerdict
 from tests.helpers.byte_tokenizer import ByteTokenizer
 from tests.helpers.pipelines import Run, one_process, pipeline
 from tests.helpers.ranks import ForkedRanks, run_ranks
@@ -131,6 +132,33 @@ def test_losses_after_a_rewind_are_by_the_weights_gone_back_to(tmp_path: Any) ->
     assert updated == [asdict(incident)]
     outside = guard.evidence._layers.histories()["outside"]  # type: ignore[union-attr]
     assert {change for history in outside.values() for change in history} == {0.0}
+
+
+class AlarmAtCalls(AlarmAt):
+    """Raises an alarm at some of the verdicts that it is asked for, whatever their steps."""
+
+    def update(self, step: int, loss: float, grad_norm: float | None = None) -> SpikeVerdict:
+        reason = "told" if len(self.seen) in self.steps else ""
+        self.seen.append((step, loss, grad_norm))
+        return SpikeVerdict(step, bool(reason), reason, loss, grad_norm)
+
+
+def test_nothing_of_the_stretch_that_was_left_explains_what_comes_behind_a_rewind(
+    tmp_path: Any,
+) -> None:
+    """Step 5 is taken at an alarm, 6 rewound, and 4 has the next alarm: the healthy batch before
+    it was seen by other weights, and no incident is the one before."""
+    options = {"rewind_steps": 1, "snapshot_every_n_steps": 2, "skip_batches": 0}
+    guard = SpikeGuard(["log", "rewind"], AlarmAtCalls(5, 6, 7), **options)
+    guard.report = Kept()
+    far = Before(5, lambda module: module.optimizers().param_groups[0].update(lr=50.0))
+    data = [rows(i) for i in range(12)]
+    fit(sgd_module(), data, callbacks=[far, guard], default_root_dir=tmp_path)
+    incidents = guard.report.incidents
+    assert [each.step for each in incidents] == [5, 6, 4]
+    causes = [each.cause for each in incidents if each.cause is not None]
+    assert ["healthy_loss" in each.figures for each in causes] == [True, True, False]
+    assert ["incident before" in each.text for each in causes] == [False, True, False]
 
 
 def test_what_was_seen_before_a_resume_is_said_to_be_missing(tmp_path: Any) -> None:
