@@ -63,7 +63,9 @@ class Evidence:
         updates: RMS of the change by the step over that of the weights, by layer. The alarm's is
             unknown.
         outside: The same of what changed the weights between the step before and this one.
-        weight_norms: Norm of the weights by layer, before the step.
+        weight_norms: Norm of the weights by layer, before some of the steps and before the alarm's.
+        moved: What steps moved them by since the norm before, summed over these, in the RMS of the
+            change over that of the weights; of the same steps.
         batch_losses: Of each batch of the window.
         reference: Loss of the latest window without an alarm, when it was learned from, and with
             the present weights; None where it was not computed again.
@@ -79,6 +81,7 @@ class Evidence:
     updates: Histories = field(default_factory=dict)
     outside: Histories = field(default_factory=dict)
     weight_norms: Histories = field(default_factory=dict)
+    moved: Histories = field(default_factory=dict)
     batch_losses: list[float] = field(default_factory=list)
     reference: tuple[float, float] | None = None
     broken_layer: str | None = None
@@ -236,15 +239,14 @@ def _written_from_outside(evidence: Evidence) -> Cause | None:
 
 
 def _jump_of_norm(evidence: Evidence, layer: str) -> float:
-    """Relative change of a layer's weight norm that its last update does not explain."""
+    """Relative change of a layer's weight norm that steps since the last one do not explain."""
     norms = evidence.weight_norms.get(layer, [])
     if len(norms) < 2 or not (norms[-1] > 0 and norms[-2] > 0):
         return 0.0
     changed = math.sqrt(abs(norms[-1] ** 2 - norms[-2] ** 2)) / norms[-2]
-    update = evidence.updates.get(layer, [])
     # |w + u|^2 - |w|^2 = 2 w.u + |u|^2 <= 2 |w| |u| + |u|^2, in shares of |w|.
-    step = update[-2] if len(update) > 1 and math.isfinite(update[-2]) else 0.0
-    explained = math.sqrt(2 * step + step**2)
+    moved = _last(evidence.moved.get(layer, []))
+    explained = math.sqrt(2 * moved + moved**2)
     return changed if changed > 2 * explained else 0.0
 
 

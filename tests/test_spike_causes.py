@@ -39,6 +39,7 @@ def evidence(**changed):
         "updates": {layer: [*noisy(1e-3)[:-1], math.nan] for layer in LAYERS},
         "outside": {layer: [0.0] * STEPS for layer in LAYERS},
         "weight_norms": {layer: [10.0] * STEPS for layer in LAYERS},
+        "moved": calm(1e-3),
         "reference": (2.0, 2.0),
     }
     return Evidence(**(values | changed))

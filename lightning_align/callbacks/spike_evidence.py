@@ -49,6 +49,7 @@ from lightning_align.spike_causes import (
     typical,
 )
 from lightning_align.spike_incidents import BatchRecord, Incident, LayerRecord
+from lightning_align.stability import SpikeVerdict
 
 WINDOW = 128  # steps that are remembered
 FOLLOWS = 8  # steps after an incident whose step was taken that may still be its
@@ -68,8 +69,9 @@ class _Batch:
 class SpikeEvidence:
     """Collects, for a guard that calls it, what explains an incident.
 
-    Training is the same to the last bit. At a step it costs a pass over gradients and weights each;
-    at an incident a forward of the window's batches, where the module can tell a batch's loss.
+    Training is the same to the last bit. A step costs a pass over its gradients, and one in eight
+    another over the weights; an incident costs a forward of the window's batches, where the module
+    can tell a batch's loss.
 
     Args:
         preview_tokens: Tokens of a row that a report shows as text; 0 for none.
@@ -149,16 +151,14 @@ class SpikeEvidence:
         if self._window:
             self._window[-1].loss = loss.detach()
 
-    def before_step(
-        self, step: int, optimizer: Optimizer, loss: float, grad_norm: float | None
-    ) -> None:
+    def before_step(self, optimizer: Optimizer, verdict: SpikeVerdict) -> None:
         """Note the figures of a step before it is taken, with gradients as it would take them."""
         lr = max(float(group["lr"]) for group in optimizer.param_groups)
-        norm = grad_norm if grad_norm is not None else math.nan
-        self._steps.append((step, loss, norm, lr))
+        norm = verdict.grad_norm if verdict.grad_norm is not None else math.nan
+        self._steps.append((verdict.step, verdict.loss, norm, lr))
         self._stepping = True
         if self._layers is not None:
-            self._layers.before_step([optimizer])
+            self._layers.before_step([optimizer], is_alarm=verdict.is_spike)
 
     def after_step(
         self, trainer: pl.Trainer, module: pl.LightningModule, taken: bool

@@ -227,9 +227,9 @@ class SpikeGuard(Callback):
     ) -> str | None:
         """The action that a step gets, None for a step like others."""
         step = trainer.global_step
-        self.evidence.before_step(step, trainer.optimizers[0], *measured)
-        self.report.note(step, *measured)
         self.verdict = self.detector.update(step, *measured)
+        self.evidence.before_step(trainer.optimizers[0], self.verdict)
+        self.report.note(step, *measured)
         if not self.verdict.is_spike:
             self.ladder.calm()
             return None

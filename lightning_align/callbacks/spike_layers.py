@@ -1,8 +1,10 @@
 """What each layer does, step by step: a few figures in a ring on the device, read at an incident.
 
 Nothing here waits for the device, or writes to what training uses. Norms of gradients and weights
-are over all elements, one fused pass each. What needs the weights of two moments, or the second
-moment, is estimated from a fixed sample of each parameter, so no copy of a model is made.
+are over all elements, one fused pass each: of gradients in every step, since which layer left its
+history first is told by the step; of weights in few, since nothing but a step should write to them.
+What needs the weights of two moments, or the second moment, is estimated from a fixed sample of
+each parameter, so no copy of a model is made.
 
 Shapes: P parameters, S sampled elements of all parameters, L layers.
 """
@@ -24,8 +26,9 @@ from lightning_align.layers.parts import find_parts
 from lightning_align.spike_causes import Histories
 
 ABSENT = -1.0  # in the ring: there is none, as of a layer that is frozen
-FIGURES = ("grad_norms", "gradient_ratios", "updates", "outside", "weight_norms")
-GRAD_NORM, RATIO, UPDATE, OUTSIDE, WEIGHT_NORM = range(5)
+FIGURES = ("grad_norms", "gradient_ratios", "updates", "outside", "weight_norms", "moved")
+GRAD_NORM, RATIO, UPDATE, OUTSIDE, WEIGHT_NORM, MOVED = range(6)
+WEIGH_EVERY = 8  # steps between norms of weights: what steps add up to meanwhile is still small
 
 
 class LayerFigures:
@@ -59,10 +62,13 @@ class LayerFigures:
         self.ring = torch.full((window, len(FIGURES), len(self.layers)), ABSENT, device=device)
         self.steps = 0
         self._weights_S: Tensor | None = None  # as the latest step left them
+        self._moved_L = torch.zeros(len(self.layers), device=device)  # since they were weighed
+        self._unweighed = WEIGH_EVERY  # steps since then
+        self._ratio_places: tuple[list[int], Tensor, Tensor] | None = None
 
     @torch.no_grad()
-    def before_step(self, optimizers: Iterable[Optimizer]) -> None:
-        """Note gradients and weights just before a step."""
+    def before_step(self, optimizers: Iterable[Optimizer], *, is_alarm: bool = False) -> None:
+        """Note gradients and weights just before a step, at an alarm all of both."""
         row = self.ring[self.steps % self._window].fill_(ABSENT)
         self.steps += 1
         if not self.parameters:
@@ -71,7 +77,12 @@ class LayerFigures:
         if self._weights_S is not None:
             row[OUTSIDE] = self._change(weights_S)
         self._weights_S = weights_S
-        row[WEIGHT_NORM] = self._norms(self.parameters, self._layer_P)
+        self._unweighed += 1
+        if is_alarm or self._unweighed >= WEIGH_EVERY:
+            row[WEIGHT_NORM] = self._norms(self.parameters, self._layer_P)
+            row[MOVED] = self._moved_L
+            self._moved_L.zero_()
+            self._unweighed = 0
         learning = [i for i, p in enumerate(self.parameters) if _has_gradient(p)]
         if learning:
             gradients = [self.parameters[i].grad for i in learning]
@@ -83,18 +94,21 @@ class LayerFigures:
         """Note how far the step has moved the weights that ``before_step`` has seen."""
         if self._weights_S is not None:
             weights_S = self._samples(self.parameters)
-            self.ring[(self.steps - 1) % self._window, UPDATE] = self._change(weights_S)
+            change_L = self._change(weights_S)
+            self.ring[(self.steps - 1) % self._window, UPDATE] = change_L
+            self._moved_L += change_L.clamp(min=0)  # ABSENT is below
             self._weights_S = weights_S
 
     def forget_weights(self) -> None:
         """Other weights have taken the place of these, which is nobody's step."""
         self._weights_S = None
+        self._unweighed = WEIGH_EVERY  # the norms of before are of other weights
 
     def histories(self) -> dict[str, Histories]:
         """By figure and layer, the oldest step first and the latest last; waits for the device.
 
-        A layer that has no figure in the latest step is left out. An update of the latest step,
-        which is yet to be taken, is NaN.
+        A layer that has no figure in the latest step is left out, but of weights, whose norms are
+        of some steps. An update of the latest step, which is yet to be taken, is NaN.
         """
         count = min(self.steps, self._window)
         order = [(self.steps - count + i) % self._window for i in range(count)]
@@ -103,11 +117,12 @@ class LayerFigures:
         for at, figure in enumerate(FIGURES):
             for number, layer in enumerate(self.layers):
                 history = values[:, at, number].tolist()
-                is_here = count and values[-1, WEIGHT_NORM, number] != ABSENT
+                is_here = (values[:, WEIGHT_NORM, number] != ABSENT).any()
                 if is_here and at == UPDATE and history[-1] == ABSENT:
                     history[-1] = nan
-                if history and history[-1] != ABSENT:
-                    found[figure][layer] = [value for value in history if value != ABSENT]
+                known = [value for value in history if value != ABSENT]
+                if known and (at in (WEIGHT_NORM, MOVED) or history[-1] != ABSENT):
+                    found[figure][layer] = known
         return found
 
     def _ratios(self, optimizers: Iterable[Optimizer]) -> Tensor:
@@ -120,14 +135,17 @@ class LayerFigures:
         if not adams:
             return self.ring.new_tensor(ABSENT)
         parameters, seconds, steps, betas = zip(*adams, strict=True)
-        owner_S = self._owners(parameters)
+        numbers = [known[id(parameter)] for parameter in parameters]
+        if self._ratio_places is None or self._ratio_places[0] != numbers:
+            owner_S = self._owners(parameters)
+            layer_S = self._layer_P[self._to_device(torch.tensor(numbers))][owner_S]
+            self._ratio_places = numbers, owner_S, layer_S
+        _, owner_S, layer_S = self._ratio_places
         beta_S = self._to_device(torch.tensor(betas))[owner_S]
         steps_S = torch.stack([self._to_device(step) for step in steps])[owner_S]
         squares_S = self._samples([parameter.grad for parameter in parameters]).square()
         second_S = torch.lerp(squares_S, self._samples(seconds), beta_S)
         second_S = second_S / (1 - beta_S ** (steps_S + 1))
-        numbers = torch.tensor([known[id(parameter)] for parameter in parameters])
-        layer_S = self._layer_P[self._to_device(numbers)][owner_S]
         return self._roots(squares_S / second_S.clamp(min=1e-30), layer_S, mean=True)
 
     def _norms(self, tensors: Iterable[Any], layer_P: Tensor) -> Tensor:

@@ -4,7 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_align.callbacks.spike_layers import LayerFigures, layer_of_parameters
+from lightning_align.callbacks.spike_layers import (
+    WEIGH_EVERY,
+    LayerFigures,
+    layer_of_parameters,
+)
+from lightning_align.spike_causes import Evidence, name_cause
 from tests.helpers.tiny_models import TINY_MODELS
 
 
@@ -109,6 +114,63 @@ def test_what_writes_to_weights_between_steps_is_seen_in_its_layer():
     outside = figures.histories()["outside"]
     assert outside["a"] == [0.0]
     assert 1 < outside["b"][-1] <= 2
+
+
+def steps_of(module, count, alarm_at, before=None):
+    """Figures of so many steps of SGD; ``before`` is called with the number of each."""
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.01)
+    figures = LayerFigures(module, sample=1)
+    for step in range(count):
+        if before is not None:
+            before(step, figures)
+        give_gradients(module)
+        figures.before_step([optimizer], is_alarm=step == alarm_at)
+        if step < count - 1:
+            optimizer.step()
+            figures.after_step()
+    return figures.histories()
+
+
+def test_weights_are_weighed_in_every_eighth_step_and_at_an_alarm():
+    module = two_layers()
+    norms = []
+    found = steps_of(module, 12, 11, lambda *_: norms.append(float(module.a.weight.norm())))
+    assert WEIGH_EVERY == 8
+    biased = [math.hypot(norms[11], float(module.a.bias.norm()))]
+    assert found["weight_norms"]["a"][2:] == pytest.approx(biased)
+    assert len(found["weight_norms"]["a"]) == 3  # of steps 0, 8 and 11
+    updates = found["updates"]["a"]
+    assert len(found["grad_norms"]["a"]) == len(updates) == 12
+    sums = [0.0, sum(updates[:8]), sum(updates[8:11])]
+    assert found["moved"]["a"] == pytest.approx(sums, rel=1e-5)  # of fp32, in another order
+
+
+@pytest.mark.parametrize("at", [9, 11])
+def test_one_weight_that_is_in_no_sample_shows_until_the_next_weighing(at):
+    module = two_layers()
+
+    def corrupt(step, figures):
+        if step == at:
+            module.b.weight.data[1, 2] = 50.0
+
+    found = steps_of(module, 12, 11, corrupt)
+    cause = name_cause(Evidence(losses=[2.0] * 11 + [6.0], reference=(2.0, 6.0), **found))
+    assert (cause.kind, cause.layer) == ("numerics", "b")
+
+
+@pytest.mark.parametrize(("at", "weighed"), [(9, [0, 8, 9, 11]), (11, [0, 8, 11])])
+def test_a_rewind_writes_to_weights_and_is_no_cause(at, weighed):
+    module = two_layers()
+
+    def restore(step, figures):
+        if step == at:
+            module.b.weight.data[1, 2] = 50.0
+            figures.forget_weights()
+
+    found = steps_of(module, 12, 11, restore)
+    assert len(found["weight_norms"]["b"]) == len(weighed)
+    cause = name_cause(Evidence(losses=[2.0] * 11 + [6.0], reference=(2.0, 6.0), **found))
+    assert cause.kind != "numerics"
 
 
 def test_a_restored_model_is_nobodys_change():
