@@ -8,6 +8,14 @@ from typing import Any
 
 # Old place -> new place, within the package. Frozen: nothing is ever taken out.
 MOVED = {
+    "callbacks.spike_checks": "callbacks.spikes.checks",
+    "callbacks.spike_evidence": "callbacks.spikes.evidence",
+    "callbacks.spike_guard": "callbacks.spikes.guard",
+    "callbacks.spike_ladder": "callbacks.spikes.ladder",
+    "callbacks.spike_layers": "callbacks.spikes.layers",
+    "callbacks.spike_measures": "callbacks.spikes.measures",
+    "callbacks.spike_memory": "callbacks.spikes.memory",
+    "callbacks.spike_rewind": "callbacks.spikes.rewind",
     "checkpointing.host_block": "host_block",
     "completion": "cli.completion",
     "export": "cli.export",

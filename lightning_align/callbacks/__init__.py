@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from lightning_align.callbacks.metric_plot import MetricPlot
     from lightning_align.callbacks.optimizer_swap import OptimizerSwap
     from lightning_align.callbacks.save_pretrained import SavePretrained
-    from lightning_align.callbacks.spike_guard import SpikeGuard
+    from lightning_align.callbacks.spikes.guard import SpikeGuard
     from lightning_align.callbacks.token_schedule import TokenSchedule
 else:
     _HOMES = {
@@ -21,7 +21,7 @@ else:
         "MetricPlot": "metric_plot",
         "OptimizerSwap": "optimizer_swap",
         "SavePretrained": "save_pretrained",
-        "SpikeGuard": "spike_guard",
+        "SpikeGuard": "spikes.guard",
         "TokenSchedule": "token_schedule",
     }
     __getattr__, __dir__ = lazy(__name__, _HOMES)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from lightning_align import Muon, PretrainModule, SpikeGuard, ZeROInfinityStrategy
 from lightning_align.run.protocols import gathered
-from tests.callbacks.test_spike_guard import Watch
+from tests.callbacks.spikes.test_guard import Watch
 from tests.helpers.pipelines import Run, one_process, pipeline
 from tests.helpers.ranks import ForkedRanks, run_ranks
 from tests.helpers.spiky import AlarmAt, Regression, batches

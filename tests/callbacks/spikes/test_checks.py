@@ -1,4 +1,4 @@
-"""What SpikeGuard refuses, by itself; with a Trainer in test_spike_guard.py."""
+"""What SpikeGuard refuses, by itself; with a Trainer in test_guard.py."""
 
 from types import SimpleNamespace
 from typing import Any, cast
@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import (
 )
 
 from lightning_align import SpikeGuard, ZeROInfinityStrategy
-from lightning_align.callbacks.spike_checks import (
+from lightning_align.callbacks.spikes.checks import (
     check_agc,
     check_optimizers,
     check_run,

@@ -14,8 +14,8 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch.utils.data import DataLoader
 
 from lightning_align import GaLoreAdamW, Muon, SpikeGuard, StableAdamW
-from lightning_align.callbacks import spike_memory
-from lightning_align.callbacks.spike_rewind import SpikeRewind, forget_moments
+from lightning_align.callbacks.spikes import memory
+from lightning_align.callbacks.spikes.rewind import SpikeRewind, forget_moments
 from lightning_align.host_block import HostBlock
 from lightning_align.run.skipping import skipped_batches
 from lightning_align.stability import SpikeDetector, SpikeVerdict
@@ -356,7 +356,7 @@ def test_what_cannot_go_back_is_refused_at_set_up(monkeypatch: Any) -> None:
     averages = pl.callbacks.StochasticWeightAveraging(1e-3)
     with pytest.raises(ValueError, match=r"SpikeGuard\(callbacks='StochasticWeightAveraging'\)"):
         fit(Regression(), guard(), loader(4), averages)
-    monkeypatch.setattr(spike_memory, "available_memory", lambda: 1000)
+    monkeypatch.setattr(memory, "available_memory", lambda: 1000)
     assert "(snapshots=2): 2 snapshot(s) and a restore take 1,764 bytes" in refusal(None, loader(4))
 
 
@@ -367,13 +367,13 @@ def test_a_snapshot_that_is_larger_than_foreseen_is_refused_while_there_is_one(
         def on_train_start(self) -> None:
             self.average = torch.zeros(1000)
 
-    monkeypatch.setattr(spike_memory, "available_memory", lambda: 13_000)
+    monkeypatch.setattr(memory, "available_memory", lambda: 13_000)
     with pytest.raises(ValueError, match=r"\(snapshots=3\): 3 snap.* take 1[89],\d+ bytes of host"):
         fit(Averages(), guard(rewind_steps=3), loader(8))
 
 
 def test_without_the_action_nothing_is_kept_and_nothing_refused(monkeypatch: Any) -> None:
-    monkeypatch.setattr(spike_memory, "available_memory", lambda: 0)
+    monkeypatch.setattr(memory, "available_memory", lambda: 0)
     module = Reloads()
     watch = fit(module, guard("skip"), None, reload_dataloaders_every_n_epochs=1)
     assert watch.steps == [1, 2, 3, 4]

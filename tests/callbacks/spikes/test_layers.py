@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_align.callbacks.spike_layers import (
+from lightning_align.callbacks.spikes.layers import (
     WEIGH_EVERY,
     LayerFigures,
     layer_of_parameters,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightning_align.callbacks.spike_ladder import ACCEPT, Ladder, rungs_of
+from lightning_align.callbacks.spikes.ladder import ACCEPT, Ladder, rungs_of
 
 
 def ladder(*rungs: str, max_rewinds: int = 2, max_consecutive_skips: int = 3) -> Ladder:

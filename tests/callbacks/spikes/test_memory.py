@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_align.callbacks import spike_memory
-from lightning_align.callbacks.spike_memory import MEMORY, available_memory, state_nbytes
+from lightning_align.callbacks.spikes import memory
+from lightning_align.callbacks.spikes.memory import MEMORY, available_memory, state_nbytes
 from tests.helpers.spiky import Regression, batches
 from tests.modules.test_pretrain import fit
 
@@ -42,18 +42,18 @@ def test_tied_weights_count_once_and_those_of_other_ranks_not_at_all() -> None:
 def test_memory_that_is_not_there_is_refused_by_its_bytes(monkeypatch: Any) -> None:
     ran = trainer()
     nbytes = state_nbytes(ran)[MEMORY]
-    monkeypatch.setattr(spike_memory, "available_memory", lambda: 4 * nbytes)
-    spike_memory.check_room(ran, "SpikeGuard", 3)
+    monkeypatch.setattr(memory, "available_memory", lambda: 4 * nbytes)
+    memory.check_room(ran, "SpikeGuard", 3)
     with pytest.raises(ValueError, match=rf"SpikeGuard\(snapshots=4\).*take {5 * nbytes:,} bytes"):
-        spike_memory.check_room(ran, "SpikeGuard", 4)
-    monkeypatch.setattr(spike_memory, "available_memory", lambda: None)
-    spike_memory.check_room(ran, "SpikeGuard", 4)  # who does not know refuses nothing
+        memory.check_room(ran, "SpikeGuard", 4)
+    monkeypatch.setattr(memory, "available_memory", lambda: None)
+    memory.check_room(ran, "SpikeGuard", 4)  # who does not know refuses nothing
 
 
 def test_bytes_of_each_rank_are_said(caplog: Any) -> None:
     ran = trainer()
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
-        spike_memory.check_room(ran, "SpikeGuard", 3)
+        memory.check_room(ran, "SpikeGuard", 3)
     assert (
         f"3 snapshot(s) are kept, each of about {state_nbytes(ran)[MEMORY]:,} bytes" in caplog.text
     )
@@ -61,10 +61,10 @@ def test_bytes_of_each_rank_are_said(caplog: Any) -> None:
 
 def test_disk_that_is_not_there_is_refused_by_its_folder(monkeypatch: Any) -> None:
     ran = trainer()
-    monkeypatch.setattr(spike_memory, "state_nbytes", lambda _: {MEMORY: 0, "/drive": 10})
-    monkeypatch.setattr(spike_memory.shutil, "disk_usage", lambda _: Usage(29))
+    monkeypatch.setattr(memory, "state_nbytes", lambda _: {MEMORY: 0, "/drive": 10})
+    monkeypatch.setattr(memory.shutil, "disk_usage", lambda _: Usage(29))
     with pytest.raises(ValueError, match=r"take 30 bytes of /drive .*and 29 are left"):
-        spike_memory.check_room(ran, "SpikeGuard", 2)
+        memory.check_room(ran, "SpikeGuard", 2)
 
 
 def test_memory_of_this_machine_is_known_where_the_system_says_it() -> None:

@@ -1,8 +1,8 @@
-"""Loss and norm of a window, as a trainer would ask for them; in runs in test_spike_guard.py."""
+"""Loss and norm of a window, as a trainer would ask for them; in runs in test_guard.py."""
 
 import math
 
-from lightning_align.callbacks.spike_measures import Measured
+from lightning_align.callbacks.spikes.measures import Measured
 
 
 def test_a_measure_is_finite_if_both_numbers_are() -> None:

@@ -7,7 +7,7 @@ from torch.optim import LBFGS
 
 from lightning_align._compat.lightning_trainer import unscales
 from lightning_align._errors import argument_error
-from lightning_align.callbacks.spike_measures import scaler_of
+from lightning_align.callbacks.spikes.measures import scaler_of
 from lightning_align.run.callbacks import callbacks_of
 from lightning_align.run.protocols import HoldsGradients, SpreadsModel, has_replicas
 

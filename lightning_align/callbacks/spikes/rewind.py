@@ -26,7 +26,7 @@ from lightning_align._errors import (
     finite_number,
 )
 from lightning_align.callbacks.checkpoint_withdrawal import SavedSteps, Withdrawn
-from lightning_align.callbacks.spike_memory import MEMORY, check_room
+from lightning_align.callbacks.spikes.memory import MEMORY, check_room
 from lightning_align.checkpointing import SnapshotEngine
 from lightning_align.run.callbacks import bring
 from lightning_align.run.capture import RunState, capture, check_goes_back, restore

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 import lightning_align as la
 from lightning_align import SpikeGuard
-from lightning_align.callbacks.spike_evidence import SpikeEvidence
+from lightning_align.callbacks.spikes.evidence import SpikeEvidence
 from lightning_align.reports.spikes import SpikeReport
 from lightning_align.spike_incidents import Incident
 from lightning_align.stability import SpikeVerdict

@@ -22,11 +22,11 @@ from typing_extensions import override
 
 from lightning_align._compat.lightning_trainer import is_accumulating, leave_step_to_no_average
 from lightning_align._errors import argument_error
-from lightning_align.callbacks import spike_checks
-from lightning_align.callbacks.spike_evidence import SpikeEvidence
-from lightning_align.callbacks.spike_ladder import ACCEPT, NEAR_STEPS, Ladder, rungs_of
-from lightning_align.callbacks.spike_measures import Measured, Overflows, WindowLosses
-from lightning_align.callbacks.spike_rewind import SpikeRewind
+from lightning_align.callbacks.spikes import checks
+from lightning_align.callbacks.spikes.evidence import SpikeEvidence
+from lightning_align.callbacks.spikes.ladder import ACCEPT, NEAR_STEPS, Ladder, rungs_of
+from lightning_align.callbacks.spikes.measures import Measured, Overflows, WindowLosses
+from lightning_align.callbacks.spikes.rewind import SpikeRewind
 from lightning_align.optimizers.clipping import ZClip, clip_units_, units
 from lightning_align.reports.spikes import SpikeReport, describe
 from lightning_align.run.accumulation import drop_gradients
@@ -138,9 +138,9 @@ class SpikeGuard(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        spike_checks.check_run(trainer, pl_module, SpikeGuard)
+        checks.check_run(trainer, pl_module, SpikeGuard)
         if self.agc is not None:
-            spike_checks.check_agc(trainer)
+            checks.check_agc(trainer)
         if self._rewind is not None:
             self._rewind.setup(trainer, pl_module, stage)
         if self.skip_list:
@@ -152,7 +152,7 @@ class SpikeGuard(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        spike_checks.check_optimizers(trainer)
+        checks.check_optimizers(trainer)
         self._planning = [each for each in callbacks_of(trainer) if isinstance(each, PlansChanges)]
         self._losses.begin(pl_module)
         if self.agc is not None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_align._errors import check_least
-from lightning_align.callbacks.spike_layers import LayerFigures
+from lightning_align.callbacks.spikes.layers import LayerFigures
 from lightning_align.data.sampler import PositionSampler
 from lightning_align.data.skipped import SkippedBatches
 from lightning_align.layers.surgery import evaluating
