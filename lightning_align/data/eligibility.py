@@ -1,0 +1,217 @@
+"""Which samples become eligible when: difficulties and pacing, brought together as groups.
+
+Samples that become eligible at the same step are a *group*. With one measure of difficulty the
+groups lie one behind the other in its index, and nothing is copied. With several a sample is
+eligible when all of them allow it, so groups are collected once, in memory of six bytes a sample.
+
+What was eligible once stays eligible, also under a schedule that falls: so it is in DeepSpeed.
+
+Shapes: N samples, L distinct difficulties, E steps at which a group joins, G groups.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from lightning_align._errors import argument_error
+from lightning_align.data.pacing import CurriculumScheduler
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Samples = NDArray[np.integer[Any]]
+
+WHERE = "CurriculumSampler"
+MOST_LEVELS = 1000
+DIFFICULTY_TYPES = ("value", "percentile")
+_CHUNK = 1 << 20
+
+
+class SortedSamples(Protocol):
+    """An index of samples by difficulty."""
+
+    @property
+    def levels(self) -> NDArray[Any]:
+        """Distinct difficulties, ascending, (L,)."""
+        ...
+
+    @property
+    def offsets(self) -> NDArray[np.int64]:
+        """Where those of each difficulty begin in ``order``, and where the last end, (L + 1,)."""
+        ...
+
+    @property
+    def order(self) -> Samples:
+        """Samples by difficulty, (N,)."""
+        ...
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """The index of an array of difficulties."""
+
+    levels: NDArray[Any]
+    offsets: NDArray[np.int64]
+    order: Samples
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The samples of a curriculum by groups.
+
+    Args:
+        samples: Samples, group after group, (N,); those that never become eligible come last.
+        sizes: Number of samples of each group, (G,), all above 0.
+        steps: Step at which each group becomes eligible, the first at 1.
+    """
+
+    samples: Samples
+    sizes: NDArray[np.int64]
+    steps: list[int]
+
+    @property
+    def never_eligible(self) -> int:
+        """Number of samples that no step allows."""
+        return len(self.samples) - int(self.sizes.sum())
+
+
+def sort_samples(name: str, difficulties: Any) -> InMemory:
+    """Sort samples by difficulty, those of the same one by their numbers.
+
+    Args:
+        name: Name of the measure, for errors.
+        difficulties: One number for each sample, (N,).
+
+    Raises:
+        ValueError: If it is not one dimension of finite numbers.
+    """
+    values = np.asarray(difficulties)
+    if values.ndim != 1 or not len(values) or values.dtype.kind not in "iuf":
+        rule = "must be one number for each sample"
+        raise argument_error(WHERE, name, difficulties, rule)
+    if values.dtype.kind == "f" and not (finite := np.isfinite(values)).all():
+        sample = int(np.argmin(finite))
+        rule = f"the difficulty of sample {sample} must be a finite number"
+        raise argument_error(WHERE, name, values[sample].item(), rule)
+    order = np.argsort(values, kind="stable")
+    if len(values) < 2**31:
+        order = order.astype(np.int32)
+    levels, first = np.unique(values[order], return_index=True)
+    return InMemory(levels, np.append(first, len(values)), order)
+
+
+def eligible_counts(
+    name: str,
+    index: SortedSamples,
+    scheduler: CurriculumScheduler,
+    difficulty_type: str,
+    at_most: int = MOST_LEVELS,
+) -> list[tuple[int, int]]:
+    """How many of an index's samples are eligible: pairs of a step and what holds from it on.
+
+    Args:
+        name: Name of the measure, for errors.
+        index: The samples by difficulty.
+        scheduler: Difficulty at a step.
+        difficulty_type: Whether that is a ``"value"``, or a ``"percentile"`` of the samples: at
+            ``max_difficulty`` all of them.
+        at_most: Greatest number of pairs; a finer schedule is merged, with a warning.
+
+    Raises:
+        ValueError: If all samples are equally difficult, or the schedule counts tokens.
+    """
+    if len(index.levels) == 1:
+        rule = f"all samples are equally difficult, {index.levels[0]}: they have no order"
+        raise argument_error(WHERE, "difficulties", name, rule, "Train without, or by another one")
+    if scheduler.unit != "step":
+        rule = "which samples a batch has must follow from its number, and not from tokens"
+        way_out = "Give it total_curriculum_step or max_step"
+        raise argument_error(WHERE, "scheduler", name, rule, way_out)
+    changes = scheduler.changes(at_most)
+    if len(changes) == at_most:
+        warnings.warn(
+            f"{WHERE}(scheduler={name!r}): at most {at_most} levels are kept apart; finer ones "
+            "are merged, so that samples join late, and never early",
+            stacklevel=2,
+        )
+    num_samples, greatest = len(index.order), scheduler.max_difficulty
+    counts: list[tuple[int, int]] = []
+    for step, difficulty in changes:
+        if difficulty_type == "value":
+            count = int(index.offsets[np.searchsorted(index.levels, difficulty, side="right")])
+        elif difficulty >= greatest:
+            count = num_samples
+        else:  # DeepSpeed rounds a hundredth down first: of 99 samples it then has none
+            count = int(num_samples * difficulty // greatest)
+        before = counts[-1][1] if counts else 0
+        if not counts or count > before:
+            counts.append((step, max(count, before)))
+    return counts
+
+
+def by_level(
+    indices: Mapping[str, SortedSamples], counts: Mapping[str, Sequence[tuple[int, int]]]
+) -> Levels:
+    """The groups of samples that become eligible together, for one measure or several.
+
+    Args:
+        indices: For each measure, the samples by difficulty.
+        counts: For each measure, how many are eligible from which step on.
+
+    Raises:
+        ValueError: If nothing is eligible at the first step.
+    """
+    steps = sorted({step for pairs in counts.values() for step, _ in pairs})
+    if len(indices) == 1:
+        (name,) = indices
+        samples, totals = indices[name].order, [count for _, count in counts[name]]
+        sizes = np.diff(totals, prepend=0)
+    else:
+        samples, sizes = _intersected(indices, counts, steps)
+    if sizes[0] == 0:
+        least = ", ".join(f"{name} {index.levels[0]}" for name, index in indices.items())
+        rule = f"no sample is eligible at the first step; the lowest there are: {least}"
+        raise argument_error(WHERE, "scheduler", [*indices], rule, "Raise min_difficulty")
+    joined = np.flatnonzero(sizes)
+    return Levels(samples, sizes[joined], [steps[number] for number in joined])
+
+
+def _intersected(
+    indices: Mapping[str, SortedSamples],
+    counts: Mapping[str, Sequence[tuple[int, int]]],
+    steps: list[int],
+) -> tuple[Samples, NDArray[np.int64]]:
+    """Samples by the step at which all measures let them in, and how many at each, (E,)."""
+    num_samples = len(next(iter(indices.values())).order)
+    # A thousand levels for each of at most 65 measures.
+    level_N = np.zeros(num_samples, dtype=np.uint16)
+    for name, index in indices.items():
+        begin = 0
+        for step, count in counts[name]:
+            _raise_to(level_N, index.order, begin, count, steps.index(step))
+            begin = count
+        _raise_to(level_N, index.order, begin, num_samples, len(steps))
+    sizes = np.bincount(level_N, minlength=len(steps) + 1)
+    samples: Samples = np.empty(num_samples, dtype=np.int32)
+    next_E = np.cumsum(sizes) - sizes
+    for first in range(0, num_samples, _CHUNK):  # sorted by counting: nothing of 8 bytes a sample
+        chunk = level_N[first : first + _CHUNK]
+        by_level = np.argsort(chunk, kind="stable")
+        in_chunk = np.bincount(chunk, minlength=len(sizes))
+        offsets = np.repeat(next_E - (np.cumsum(in_chunk) - in_chunk), in_chunk)
+        samples[offsets + np.arange(len(chunk))] = first + by_level
+        next_E += in_chunk
+    return samples, sizes[:-1]
+
+
+def _raise_to(
+    level_N: NDArray[np.uint16], order: Samples, begin: int, end: int, number: int
+) -> None:
+    for first in range(begin, end, _CHUNK):
+        chosen = order[first : min(first + _CHUNK, end)]
+        level_N[chosen] = np.maximum(level_N[chosen], number)
