@@ -10,7 +10,10 @@ if TYPE_CHECKING:
         collate_conversations,
         read_conversations,
     )
+    from lightning_align.data.curriculum_sampler import CurriculumSampler
+    from lightning_align.data.data_efficiency import read_data_efficiency
     from lightning_align.data.mixture import Mixture
+    from lightning_align.data.pacing import CurriculumScheduler
     from lightning_align.data.packing import PackedDataset
     from lightning_align.data.pair_formats import Pair
     from lightning_align.data.preference import PreferenceDataset, collate_pairs, read_pairs
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
 else:
     _HOMES = {
         "ConversationDataset": "conversation",
+        "CurriculumSampler": "curriculum_sampler",
+        "CurriculumScheduler": "pacing",
         "Mixture": "mixture",
         "PackedDataset": "packing",
         "Pair": "pair_formats",
@@ -28,12 +33,15 @@ else:
         "collate_conversations": "conversation",
         "collate_pairs": "preference",
         "read_conversations": "conversation",
+        "read_data_efficiency": "data_efficiency",
         "read_pairs": "preference",
     }
     __getattr__, __dir__ = lazy(__name__, _HOMES)
 
 __all__ = [
     "ConversationDataset",
+    "CurriculumSampler",
+    "CurriculumScheduler",
     "Mixture",
     "PackedDataset",
     "Pair",
@@ -43,5 +51,6 @@ __all__ = [
     "collate_conversations",
     "collate_pairs",
     "read_conversations",
+    "read_data_efficiency",
     "read_pairs",
 ]

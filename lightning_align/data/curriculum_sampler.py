@@ -1,0 +1,234 @@
+"""The sampler of a curriculum: a ``PositionSampler`` whose order is easy before hard."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
+
+import numpy as np
+from typing_extensions import override
+
+from lightning_align._errors import argument_error, check_choice, check_least
+from lightning_align.data.curriculum_order import CurriculumOrder
+from lightning_align.data.eligibility import (
+    DIFFICULTY_TYPES,
+    WHERE,
+    SortedSamples,
+    by_level,
+    eligible_counts,
+    sort_samples,
+)
+from lightning_align.data.pacing import CurriculumScheduler
+from lightning_align.data.sampler import PositionSampler
+from lightning_align.data.skipped import SkippedBatches
+
+
+class CurriculumSampler(PositionSampler):
+    """Yields this rank's batches of samples that are not too difficult yet.
+
+    Batch n, counted from 0, has the difficulty of step n + 1, as in DeepSpeed, and is a pure
+    function of the seed and n. All batches are full: ``len`` of it is as many batches as hold every
+    sample once. Alone it counts what it has yielded and goes on there; workers of a DataLoader are
+    ahead of what was trained, so a resume needs ``position``, ``ExactResume`` or a loader that
+    keeps the sampler's state itself.
+
+    Args:
+        difficulties: One number for each sample, or an index of them; for several measures a
+            mapping from their names. A sample is eligible when all measures allow it.
+        scheduler: A ``CurriculumScheduler`` or its configuration; for several measures a mapping
+            with the same names.
+        batch_size: Samples per batch and rank.
+        seed: Seed of every order.
+        num_replicas: Number of ranks that share a batch.
+        rank: This process, counted from 0.
+        difficulty_type: Whether the scheduler's numbers are a ``"value"`` or a ``"percentile"``;
+            for several measures a mapping, or one for all.
+        replacement: Draw every sample from all that are eligible, whatever came before; else those
+            that became eligible together are seen equally often, or once more, at every moment.
+        position: Called once when an iteration starts; returns how many batches come before its
+            first, those that are skipped not counted. By default what was yielded or, if that is
+            more, the epochs that were set.
+        skipped: Called with ``position``; returns the batches to pass over, by their numbers.
+
+    Attributes:
+        order: The stream of samples (a ``CurriculumOrder``).
+        yielded: Batches that were yielded, those that are passed over not counted.
+
+    Raises:
+        ValueError: If a difficulty is not finite or all are the same, names or sizes of measures
+            differ, or no sample is eligible at the first step.
+
+    Example:
+        >>> linear = {"total_curriculum_step": 4, "difficulty_step": 1}
+        >>> scheduler = {"min_difficulty": 1, "max_difficulty": 4, "schedule_type": "fixed_linear",
+        ...              "schedule_config": linear}
+        >>> sampler = CurriculumSampler([4, 3, 2, 1], scheduler, batch_size=1)
+        >>> [sampler.difficulties_at(n)["difficulty"] for n in range(4)]
+        [1, 2, 3, 4]
+        >>> sampler.batch(0)
+        [3]
+    """
+
+    order: CurriculumOrder
+
+    def __init__(
+        self,
+        difficulties: Any,
+        scheduler: Any,
+        batch_size: int,
+        seed: int = 0,
+        num_replicas: int = 1,
+        rank: int = 0,
+        *,
+        difficulty_type: str | Mapping[str, str] = "value",
+        replacement: bool = False,
+        position: Callable[[], int] | None = None,
+        skipped: Callable[[], SkippedBatches] = SkippedBatches,
+    ) -> None:
+        check_least(WHERE, 1, batch_size=batch_size, num_replicas=num_replicas)
+        indices = {name: _index(name, part) for name, part in _named(difficulties).items()}
+        several = isinstance(difficulties, Mapping)
+        self.schedulers = {
+            name: part if isinstance(part, CurriculumScheduler) else CurriculumScheduler(part)
+            for name, part in (scheduler if several else _named(scheduler, always=True)).items()
+        }
+        types = difficulty_type
+        if not isinstance(types, Mapping):
+            types = dict.fromkeys(indices, types)
+        _check_names(indices, self.schedulers, types)
+        counts = {
+            name: eligible_counts(name, index, self.schedulers[name], types[name])
+            for name, index in indices.items()
+        }
+        levels, global_size = by_level(indices, counts), batch_size * num_replicas
+        num_samples = len(levels.samples)
+        if levels.sizes[0] < global_size:
+            warnings.warn(
+                f"{WHERE}(batch_size={batch_size}): {levels.sizes[0]} samples are eligible at the "
+                f"first step, so that some come more than once in its batch of {global_size}",
+                stacklevel=2,
+            )
+        # In whole batches: one that reaches over the end of the samples is filled from the next
+        # round, as a level may begin and end with any batch.
+        super().__init__(
+            -(-num_samples // global_size) * global_size,
+            batch_size,
+            seed=seed,
+            num_replicas=num_replicas,
+            rank=rank,
+            position=position,
+            skipped=skipped,
+        )
+        starts = [(step - 1) * global_size for step in levels.steps]
+        self.order = CurriculumOrder(levels, starts, seed, replacement=replacement)
+        self.yielded = 0
+
+    @override
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = super().__iter__()
+        assert self.start is not None
+        _, skipped = self.follow()
+        return self._counted(batches, skipped.kept_before(self.start))
+
+    def _counted(self, batches: Iterator[list[int]], before: int) -> Iterator[list[int]]:
+        for number, batch in enumerate(batches, before + 1):
+            self.yielded = number
+            yield batch
+
+    @override
+    def _place(self) -> tuple[int, SkippedBatches]:
+        if self.position is not None:
+            return super()._place()
+        skipped = self.skipped()
+        return skipped.position_of(max(self.yielded, self.epoch * len(self))), skipped
+
+    def difficulties_at(self, n: int) -> dict[str, Any]:
+        """What each measure's schedule allows in global batch ``n``, by name."""
+        return {name: part.get_difficulty(n + 1) for name, part in self.schedulers.items()}
+
+    def num_eligible(self, n: int) -> int:
+        """Number of samples that global batch ``n`` is drawn from."""
+        return int(self.order.num_eligible[self.order.level(n * self._global_size)])
+
+    def never_seen(self, n: int) -> dict[str, int]:
+        """Samples that no batch before ``n`` had: those that are never eligible, and the others.
+
+        Args:
+            n: Number of a batch, for a run that passed over none.
+        """
+        order = self.order
+        unseen = order.num_unseen(n * self._global_size)
+        return {"never_eligible": order.levels.never_eligible, "not_drawn": unseen}
+
+    def stream(self) -> dict[str, Any]:
+        """What decides the batches, as plain JSON: with another value they are others."""
+        order, levels = self.order, self.order.levels
+        some = levels.samples[:: max(1, len(levels.samples) >> 12)]
+        facts = [levels.sizes.tolist(), order.starts, some.tolist(), order.replacement]
+        digest = hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
+        return {"seed": self.seed, "global_batch_size": self._global_size, "curriculum": digest}
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many batches were yielded, and of which stream, as plain JSON."""
+        return {"yielded": self.yielded, "stream": self.stream()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on behind what was yielded when the state was made.
+
+        Args:
+            state: What ``state_dict`` returned, on any number of ranks of the same global batch.
+
+        Raises:
+            ValueError: If it belongs to another stream.
+        """
+        own = self.stream()
+        for key, value in state["stream"].items():
+            if own.get(key) != value:
+                rule = f"the state belongs to another stream, whose {key} is {value!r}"
+                raise argument_error(WHERE, key, own.get(key), rule, "Resume with the same")
+        self.yielded = state["yielded"]
+
+    @property
+    def _global_size(self) -> int:
+        return self.batch_size * self.num_replicas
+
+
+def _named(parts: Any, *, always: bool = False) -> dict[str, Any]:
+    if isinstance(parts, Mapping) and not always:
+        return dict(parts)
+    return {"difficulty": parts}
+
+
+def _index(name: str, part: Any) -> SortedSamples:
+    is_index = all(hasattr(part, attribute) for attribute in ("levels", "offsets", "order"))
+    return cast("SortedSamples", part) if is_index else sort_samples(name, part)
+
+
+def _check_names(
+    indices: Mapping[str, SortedSamples],
+    schedulers: Mapping[str, CurriculumScheduler],
+    types: Mapping[str, str],
+) -> None:
+    """Refuse measures that do not fit together.
+
+    Raises:
+        ValueError: If there are none, or names or numbers of samples differ.
+    """
+    if not indices:
+        raise argument_error(WHERE, "difficulties", {}, "must have a measure")
+    for argument, parts in (("scheduler", schedulers), ("difficulty_type", types)):
+        if parts.keys() != indices.keys():
+            rule = f"must have the names of the difficulties, {', '.join(indices)}"
+            raise argument_error(WHERE, argument, sorted(parts), rule)
+    for kind in types.values():
+        check_choice(WHERE, "difficulty_type", kind, DIFFICULTY_TYPES)
+    sizes = {name: len(index.order) for name, index in indices.items()}
+    if len(set(sizes.values())) > 1:
+        raise argument_error(WHERE, "difficulties", sizes, "must be of the same samples")
+    if max(sizes.values()) >= 2**31:
+        raise argument_error(WHERE, "difficulties", sizes, "must be of fewer than 2**31 samples")
+    if not np.prod(list(sizes.values())):
+        raise argument_error(WHERE, "difficulties", sizes, "must have a sample")

@@ -1,0 +1,170 @@
+"""The sampler of a curriculum: batches, ranks and resuming."""
+
+import json
+from itertools import islice
+
+import numpy as np
+import pytest
+from torch.utils.data import DataLoader
+
+from lightning_align.data.curriculum_sampler import CurriculumSampler
+from lightning_align.data.pacing import CurriculumScheduler
+from lightning_align.data.sampler import PositionSampler
+from lightning_align.data.skipped import SkippedBatches
+
+LENGTHS = np.random.default_rng(0).integers(1, 101, 230)
+PACE = {
+    "min_difficulty": 20,
+    "max_difficulty": 100,
+    "schedule_type": "fixed_linear",
+    "schedule_config": {"total_curriculum_step": 40, "difficulty_step": 10},
+}
+
+
+def a_sampler(batch_size=8, **options):
+    return CurriculumSampler(LENGTHS, PACE, batch_size, **{"seed": 3, **options})
+
+
+def test_a_batch_has_the_difficulty_of_the_step_that_it_is_counted_from_one():
+    sampler, scheduler = a_sampler(), CurriculumScheduler(PACE)
+    for n in range(60):
+        allowed = scheduler.get_difficulty(n + 1)
+        batch = sampler.batch(n)
+        assert len(batch) == 8
+        assert LENGTHS[batch].max() <= allowed
+        assert sampler.difficulties_at(n) == {"difficulty": allowed}
+        assert sampler.num_eligible(n) == sum(length <= allowed for length in LENGTHS)
+
+
+def test_it_is_a_position_sampler_of_whole_batches():
+    sampler = a_sampler()
+    assert isinstance(sampler, PositionSampler)
+    assert len(sampler) == 29
+    assert list(sampler) == [sampler.batch(n) for n in range(29)]
+
+
+@pytest.mark.parametrize("replacement", [False, True])
+def test_ranks_take_slices_of_one_global_batch(replacement):
+    whole = a_sampler(8, replacement=replacement)
+    ranks = [a_sampler(4, num_replicas=2, rank=rank, replacement=replacement) for rank in range(2)]
+    for n in (0, 5, 17, 1000):
+        assert whole.batch(n) == [sample for rank in ranks for sample in rank.batch(n)]
+
+
+def test_over_two_ranks_every_pass_has_each_sample_once_and_groups_differ_by_one():
+    """Counted over both ranks, from before the last level on."""
+    ranks = [a_sampler(4, num_replicas=2, rank=rank) for rank in range(2)]
+    stream = [i for n in range(39 + 3 * 230) for rank in ranks for i in rank.batch(n)]
+    seen = np.zeros(230, dtype=int)
+    order = ranks[0].order
+    groups = np.split(order.levels.samples, order.num_eligible)[:-1]
+    for place, sample in enumerate(stream[:1000]):
+        seen[sample] += 1
+        if place % 8 == 7:
+            assert all(np.ptp(seen[group]) <= 1 for group in groups)
+    all_eligible = order.starts[-1]
+    assert all_eligible == 39 * 8
+    for first in range(all_eligible, all_eligible + 2 * 230, 230):
+        assert sorted(stream[first : first + 230]) == list(range(230))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_loader_resumes_with_a_position(num_workers):
+    sampler = a_sampler(position=lambda: 7)
+    loader = DataLoader(Rows(), sampler=sampler, batch_size=None, num_workers=num_workers)
+    assert list(islice(loader, 5)) == [sampler.batch(n) for n in range(7, 12)]
+
+
+class Rows:
+    def __len__(self):
+        return 230
+
+    def __getitem__(self, indices):
+        return indices
+
+
+def test_alone_it_counts_what_it_yielded():
+    first = a_sampler()
+    seen = list(islice(first, 5))
+    state = json.loads(json.dumps(first.state_dict()))
+    for later in (a_sampler(), a_sampler(4, num_replicas=2, rank=1)):
+        later.load_state_dict(state)
+        assert next(iter(later)) == later.batch(5)
+    assert seen == [first.batch(n) for n in range(5)]
+    # A run of epochs goes on where the last one ended, as one that is told its epochs does.
+    fresh = a_sampler()
+    once = list(fresh)
+    fresh.set_epoch(1)
+    assert [*once, *fresh] == [fresh.batch(n) for n in range(58)]
+    resumed = a_sampler()
+    resumed.set_epoch(1)
+    assert next(iter(resumed)) == resumed.batch(29)
+
+
+def test_skipped_batches_are_passed_over():
+    sampler = a_sampler(skipped=lambda: SkippedBatches([(2, 4)]))
+    assert list(islice(sampler, 4)) == [sampler.batch(n) for n in (0, 1, 4, 5)]
+    assert sampler.yielded == 4
+    assert next(iter(sampler)) == sampler.batch(6)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"seed": 4}, {"batch_size": 4}, {"replacement": True}, {"difficulty_type": "percentile"}],
+)
+def test_refuses_the_state_of_another_stream(other):
+    state = a_sampler().state_dict()
+    with pytest.raises(ValueError, match="the state belongs to another stream"):
+        a_sampler(**other).load_state_dict(state)
+
+
+def test_several_measures():
+    rarity = np.random.default_rng(1).random(230)
+    pace = {**PACE, "min_difficulty": 50}
+    sampler = CurriculumSampler(
+        {"length": LENGTHS, "rarity": rarity},
+        {"length": PACE, "rarity": pace},
+        4,
+        difficulty_type={"length": "value", "rarity": "percentile"},
+    )
+    rank = np.argsort(np.argsort(rarity, kind="stable"))
+    for n in range(50):
+        batch, allowed = sampler.batch(n), sampler.difficulties_at(n)
+        assert LENGTHS[batch].max() <= allowed["length"]
+        assert rank[batch].max() < 230 * allowed["rarity"] // 100
+
+
+def test_what_was_never_seen_is_counted():
+    short = {**PACE, "max_difficulty": 90}
+    sampler = CurriculumSampler(LENGTHS, short, 8)
+    assert sampler.never_seen(0)["not_drawn"] == (LENGTHS <= 90).sum()
+    seen = {i for n in range(25) for i in sampler.batch(n)}
+    assert sampler.never_seen(25) == {
+        "never_eligible": (LENGTHS > 90).sum(),
+        "not_drawn": (LENGTHS <= 90).sum() - len(seen),
+    }
+
+
+def test_warns_of_a_batch_larger_than_what_is_eligible():
+    few = (LENGTHS <= 20).sum()
+    with pytest.warns(UserWarning, match=f"{few} samples are eligible at the first step"):
+        a_sampler(int(few) + 1)
+
+
+@pytest.mark.parametrize(
+    ("difficulties", "scheduler", "options", "message"),
+    [
+        ({}, {}, {}, r"difficulties=\{\}\): must have a measure"),
+        ({"a": [1, 2]}, {"b": PACE}, {}, r"scheduler=\['b'\]\): must have the names .*, a\."),
+        ({"a": [1, 2]}, {"a": PACE}, {"difficulty_type": {}}, r"difficulty_type=\[\]\): must hav"),
+        ({"a": [1, 2], "b": [1, 2, 3]}, {"a": PACE, "b": PACE}, {}, "must be of the same samples"),
+        ([1, 2], PACE, {"difficulty_type": "rank"}, "must be one of 'value', 'percentile'"),
+        ([1, 2], PACE, {"batch_size": 0}, r"batch_size=0\): must be at least 1"),
+        ([1, 2], PACE, {"num_replicas": 0}, r"num_replicas=0\): must be at least 1"),
+        ([1, 2], PACE, {"rank": 1}, r"rank=1\): must be in \[0, 1\)"),
+        ([30, 40], PACE, {}, r"the lowest there are: difficulty 30\. Raise min_difficulty"),
+    ],
+)
+def test_refuses(difficulties, scheduler, options, message):
+    with pytest.raises(ValueError, match=message):
+        CurriculumSampler(difficulties, scheduler, **{"batch_size": 1, **options})
