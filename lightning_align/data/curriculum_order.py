@@ -62,7 +62,7 @@ class CurriculumOrder:
         self._first_G = self.num_eligible - levels.sizes  # where a group begins in levels.samples
         self._seed = derive_seed("curriculum", seed)
         self._apportionment = lru_cache(2)(self._apportion)
-        self._seen = [] if replacement else self._seen_at_starts()
+        self._seen = np.empty((0, 0), np.int64) if replacement else self._seen_at_starts()
         self._latest: tuple[int, Samples] = 0, np.empty(0, dtype=np.int64)
 
     def indices(self, first: int, last: int) -> list[int]:
@@ -135,7 +135,7 @@ class CurriculumOrder:
     def _without(self, level: int, first: int, last: int) -> Counts:
         """Places in ``levels.samples`` of the samples ``first`` to ``last`` of a level, (P,)."""
         apportionment = self._apportionment(level)
-        turn = apportionment.round
+        turn = int(apportionment.round)
         cuts = np.array([first, *range((first // turn + 1) * turn, last, turn), last])
         counts = apportionment.counts(cuts)
         shares = np.diff(counts, axis=0)  # of each round in the block, (rounds, G)
@@ -184,11 +184,14 @@ class CurriculumOrder:
     def _apportion(self, level: int) -> Apportionment:
         return Apportionment(self.levels.sizes[: level + 1])
 
-    def _seen_at_starts(self) -> list[Counts]:
-        """For each level, how many samples of each group were drawn before it, (G,)."""
-        seen = [np.zeros(len(self.levels.sizes), dtype=np.int64)]
-        for level, (start, end) in enumerate(zip(self.starts, self.starts[1:], strict=False)):
-            seen.append(seen[-1].copy())
-            counts = self._apportion(level).counts(np.array([end - start]))
-            seen[-1][: level + 1] += counts[0]
-        return seen
+    def _seen_at_starts(self) -> Counts:
+        """How many samples of each group were drawn before each level, (G, G)."""
+        sizes_G, num_levels = self.levels.sizes, len(self.starts)
+        seen_GG = np.zeros((num_levels, num_levels), dtype=np.int64)
+        lengths = np.diff(self.starts)
+        for first in range(0, num_levels - 1, 64):  # some at once: 64 MB would be needed for all
+            last = min(first + 64, num_levels - 1)
+            sizes_LG = np.tril(np.broadcast_to(sizes_G[:last], (last - first, last)), first)
+            counts_LG = Apportionment(sizes_LG).counts(lengths[first:last])
+            seen_GG[first + 1 : last + 1, :last] = counts_LG
+        return np.cumsum(seen_GG, axis=0, out=seen_GG)
