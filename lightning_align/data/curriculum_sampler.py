@@ -6,6 +6,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any, cast
 
 import numpy as np
@@ -49,8 +50,8 @@ class CurriculumSampler(PositionSampler):
         replacement: Draw every sample from all that are eligible, whatever came before; else those
             that became eligible together are seen equally often, or once more, at every moment.
         position: Called once when an iteration starts; returns how many batches come before its
-            first, those that are skipped not counted. By default what was yielded or, if that is
-            more, the epochs that were set.
+            first, those that are skipped not counted. By default what was yielded or, before the
+            first, as many as the epochs have that were set.
         skipped: Called with ``position``; returns the batches to pass over, by their numbers.
 
     Attributes:
@@ -128,22 +129,21 @@ class CurriculumSampler(PositionSampler):
 
     @override
     def __iter__(self) -> Iterator[list[int]]:
-        batches = super().__iter__()
-        assert self.start is not None
-        _, skipped = self.follow()
-        return self._counted(batches, skipped.kept_before(self.start))
+        self.start, skipped = self.follow()
+        self.yielded = skipped.kept_before(self.start)
+        return map(self._yielded, islice(skipped.kept_from(self.start), len(self)))
 
-    def _counted(self, batches: Iterator[list[int]], before: int) -> Iterator[list[int]]:
-        for number, batch in enumerate(batches, before + 1):
-            self.yielded = number
-            yield batch
+    def _yielded(self, n: int) -> list[int]:
+        self.yielded += 1
+        return self.batch(n)
 
     @override
     def _place(self) -> tuple[int, SkippedBatches]:
         if self.position is not None:
             return super()._place()
         skipped = self.skipped()
-        return skipped.position_of(max(self.yielded, self.epoch * len(self))), skipped
+        # Epochs that end early must not move a curriculum on: they count in a new process alone.
+        return skipped.position_of(self.yielded or self.epoch * len(self)), skipped
 
     def difficulties_at(self, n: int) -> dict[str, Any]:
         """What each measure's schedule allows in global batch ``n``, by name."""

@@ -96,6 +96,10 @@ def test_alone_it_counts_what_it_yielded():
     once = list(fresh)
     fresh.set_epoch(1)
     assert [*once, *fresh] == [fresh.batch(n) for n in range(58)]
+    short = a_sampler()
+    begun = list(islice(short, 10))
+    short.set_epoch(1)  # an epoch that ended early
+    assert [*begun, *islice(short, 3)] == [short.batch(n) for n in range(13)]
     resumed = a_sampler()
     resumed.set_epoch(1)
     assert next(iter(resumed)) == resumed.batch(29)
@@ -168,3 +172,12 @@ def test_warns_of_a_batch_larger_than_what_is_eligible():
 def test_refuses(difficulties, scheduler, options, message):
     with pytest.raises(ValueError, match=message):
         CurriculumSampler(difficulties, scheduler, **{"batch_size": 1, **options})
+
+
+def test_the_position_is_asked_once_and_when_an_iteration_starts():
+    asked = []
+    sampler = a_sampler(position=lambda: asked.append(0) or 7)
+    iterator = iter(sampler)
+    assert (asked, sampler.start) == ([0], 7)
+    assert next(iterator) == sampler.batch(7)
+    assert len(asked) == 1
