@@ -87,13 +87,14 @@ class CurriculumOrder:
         """
         level = self.level(place)
         begin, places_P = self._block(place)
-        counts = self._seen[level].copy()
+        counts: Counts = self._seen[level].copy()
         counts[: level + 1] += self._apportionment(level).counts(
             np.array([begin - self.starts[level]])
         )[0]
         # Inside of a block the groups take turns by chance.
         drawn_P = np.searchsorted(self.num_eligible, places_P[: place - begin], side="right")
-        return counts + np.bincount(drawn_P, minlength=len(counts))
+        counts += np.bincount(drawn_P, minlength=len(counts))
+        return counts
 
     def num_unseen(self, place: int) -> int:
         """How many samples, of those that become eligible at all, were never drawn before a place.

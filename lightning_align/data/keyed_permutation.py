@@ -90,7 +90,9 @@ def _feistel(words: Words, network: Words, rounds: int) -> Words:
             left += (_hash(right, key) >> half) * left_values >> half
             np.minimum(left, left - left_values, out=left)  # modulo: what is below 0 wraps around
         key = key + step
-    return np.bitwise_or(left << right_bits, right)
+    joined: Words = left << right_bits
+    joined |= right
+    return joined
 
 
 def _hash(half: Words, key: Words) -> Words:
