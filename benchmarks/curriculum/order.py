@@ -12,7 +12,7 @@ whole, as PositionSampler does without a curriculum. CPU time is of one thread.
 """
 
 import argparse
-import platform
+import sys
 import tempfile
 import time
 import tracemalloc
@@ -20,18 +20,23 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import numpy as np
 
+sys.path.append(str(Path(__file__).parents[1]))
+
+from hardware import hardware
+
 from lightning_align.data.curriculum_sampler import CurriculumSampler
-from lightning_align.data.eligibility import InMemory
+from lightning_align.data.eligibility import SortedSamples
 from lightning_align.data.keyed_permutation import keys, permuted
 from lightning_align.data.sampler import PositionSampler
 
 BATCH, STEPS_PER_LEVEL, CHUNK = 256, 2000, 1 << 16
 
 
-def write_index(path: Path, num_samples: int, num_levels: int) -> InMemory:
+def write_index(path: Path, num_samples: int, num_levels: int) -> SortedSamples:
     """As many difficulties as there are levels, each of equally many samples."""
     if not path.exists():
         with path.open("wb") as file:
@@ -41,10 +46,11 @@ def write_index(path: Path, num_samples: int, num_levels: int) -> InMemory:
                 landed = permuted(places, sizes, np.repeat(keys(0, 0), len(places)))
                 file.write(landed.astype(np.int32).tobytes())
     offsets = np.arange(num_levels + 1) * num_samples // num_levels
-    return InMemory(np.arange(1, num_levels + 1), offsets, np.memmap(path, np.int32, "r"))
+    order = np.memmap(path, np.int32, "r")
+    return SimpleNamespace(levels=np.arange(1, num_levels + 1), offsets=offsets, order=order)
 
 
-def sampler_of(index: InMemory) -> CurriculumSampler:
+def sampler_of(index: SortedSamples) -> CurriculumSampler:
     num_levels = len(index.levels)
     pace = {
         "min_difficulty": 1,
@@ -70,7 +76,7 @@ def times(work: Callable[[int], object], numbers: range) -> tuple[float, float, 
     return median(walls), sum(walls) / len(walls), (time.process_time() - begun) / len(walls)
 
 
-def first_batch(index: InMemory, number: int) -> tuple[float, float]:
+def first_batch(index: SortedSamples, number: int) -> tuple[float, float]:
     """Milliseconds of CPU and MB at the peak until a sampler made anew has its first batch."""
     begun = time.process_time()
     sampler_of(index).batch(number)
@@ -97,7 +103,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.smoke:
         arguments.samples, arguments.batches = 10**6, 320
-    print(f"{arguments.samples} samples, NumPy {np.__version__}, {platform.processor()}")
+    print(f"{hardware()}; NumPy {np.__version__}; {arguments.samples} samples")
     with tempfile.TemporaryDirectory() as folder:
         for num_levels in (64, 1000):
             index = write_index(Path(folder) / "order.bin", arguments.samples, num_levels)

@@ -6,8 +6,8 @@ written down:
 
 - a group is seen in passes of its own, each an order of its own (``keyed_permutation``), so that
   its samples have been seen equally often, or once more, at every moment;
-- at each level the groups so far take turns in proportion to their sizes (``apportionment``): new
-  ones join at once, and nobody is made up for what it was not shown;
+- of each level's places the groups so far are allotted their shares by size, and take turns
+  (``apportionment``): new ones join at once, and nobody is made up for what it was not shown;
 - at the last level a round of as many places as there are eligible samples has each of them once.
   Where that level begins a group may be in the middle of a pass. To see each sample once in a round
   and none twice before another, it must begin every round with those that the pass had left. So
@@ -16,20 +16,21 @@ written down:
 Looking up costs the same for one place and for some thousand, so a *block* of them is looked up and
 kept. A block never reaches over the end of a level; its places are shuffled, by rounds.
 
-Shapes: N samples, G groups, P places of a block.
+Shapes: N samples, G groups, L levels at once, P places of a block.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_align.data.apportionment import Apportionment
+from lightning_align.data.apportionment import Apportionment, allotted, turns
 from lightning_align.data.eligibility import Levels
 from lightning_align.data.keyed_permutation import keys, permuted
+from lightning_align.data.order import Blocks
 from lightning_align.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -39,6 +40,24 @@ if TYPE_CHECKING:
     Samples = NDArray[np.integer[Any]]
 
 BLOCK = 1 << 13  # places that are looked up at once: their arrays fit in a core's cache
+TOGETHER = 32  # levels whose shares are computed at once
+
+
+@dataclass(frozen=True)
+class Level:
+    """A level without replacement.
+
+    Args:
+        number: Its number, counted from 0.
+        seen: How many samples of each group were drawn before it, (G,).
+        allotted: How many of each group are drawn in it; None for the last one, which has no end.
+        turns: How many of the first places in it each group gets.
+    """
+
+    number: int
+    seen: Counts
+    allotted: Counts | None
+    turns: Apportionment
 
 
 class CurriculumOrder:
@@ -49,35 +68,36 @@ class CurriculumOrder:
         starts: Place of the stream at which each level begins, the first at 0.
         seed: Seed of every order.
         replacement: Draw every place from all eligible samples, whatever came before.
+        block: Places that are looked up at once, and then what a level holds does not depend on
+            where the next one begins, which may be decided later. Each begins at a multiple of it.
 
     Attributes:
         num_eligible: Samples that are eligible at each level, (G,).
     """
 
     def __init__(
-        self, levels: Levels, starts: list[int], seed: int = 0, *, replacement: bool = False
+        self,
+        levels: Levels,
+        starts: list[int],
+        seed: int = 0,
+        *,
+        replacement: bool = False,
+        block: int | None = None,
     ) -> None:
         self.levels, self.starts, self.replacement = levels, starts, replacement
+        self.block = block
         self.num_eligible = np.cumsum(levels.sizes)
         self._first_G = self.num_eligible - levels.sizes  # where a group begins in levels.samples
         self._seed = derive_seed("curriculum", seed)
-        self._apportionment = lru_cache(2)(self._apportion)
-        self._seen = np.empty((0, 0), np.int64) if replacement else self._seen_at_starts()
-        self._latest: tuple[int, Samples] = 0, np.empty(0, dtype=np.int64)
+        self._blocks = Blocks(self._samples_at)
+        # How many of each group were drawn before levels 0, TOGETHER, 2 * TOGETHER and so on, as
+        # far as was asked.
+        self._seen = [np.zeros(len(starts), dtype=np.int64)]
+        self._latest: Level | None = None
 
     def indices(self, first: int, last: int) -> list[int]:
         """Samples ``first`` to ``last`` (exclusive) of the stream."""
-        found: list[int] = []
-        while first < last:
-            begin, block_P = self._latest
-            if not begin <= first < begin + len(block_P):
-                begin, places_P = self._block(first)
-                block_P = self.levels.samples[places_P]
-                self._latest = begin, block_P
-            piece = block_P[first - begin : last - begin].tolist()
-            found += piece
-            first += len(piece)
-        return found
+        return self._blocks.indices(first, last)
 
     def seen(self, place: int) -> Counts:
         """How many samples of each group were drawn before a place, (G,); without replacement.
@@ -85,12 +105,10 @@ class CurriculumOrder:
         Args:
             place: Place in the stream.
         """
-        level = self.level(place)
+        level = self._level(self.level(place))
         begin, places_P = self._block(place)
-        counts: Counts = self._seen[level].copy()
-        counts[: level + 1] += self._apportionment(level).counts(
-            np.array([begin - self.starts[level]])
-        )[0]
+        into = np.array([begin - self.starts[level.number]])
+        counts: Counts = level.seen + level.turns.counts(into)[0]
         # Inside of a block the groups take turns by chance.
         drawn_P = np.searchsorted(self.num_eligible, places_P[: place - begin], side="right")
         counts += np.bincount(drawn_P, minlength=len(counts))
@@ -113,17 +131,23 @@ class CurriculumOrder:
         """Number of the level that a place of the stream belongs to."""
         return bisect_right(self.starts, place) - 1
 
+    def _samples_at(self, place: int) -> tuple[int, Samples]:
+        begin, places_P = self._block(place)
+        return begin, self.levels.samples[places_P]
+
     def _block(self, place: int) -> tuple[int, Counts]:
         """The block a place is in: where it begins, and its places in ``levels.samples``, (P,)."""
         level = self.level(place)
         start, eligible = self.starts[level], int(self.num_eligible[level])
-        # Of small rounds a block has several, and a large one has several blocks.
-        span = max(1, BLOCK // eligible) * eligible
-        number, within = divmod(place - start, span)
-        first = number * span + within // BLOCK * BLOCK if eligible > BLOCK else number * span
-        last = min(first + BLOCK, (number + 1) * span)
+        block = BLOCK if self.block is None else self.block
         if level + 1 < len(self.starts):
-            last = min(last, self.starts[level + 1] - start)
+            span = self.starts[level + 1] - start
+        else:  # of small rounds a block has several, and a large one has several blocks
+            block = BLOCK
+            span = max(1, block // eligible) * eligible
+        number, within = divmod(place - start, span)
+        first = number * span + within // block * block
+        last = min(first + block, (number + 1) * span)
         draw = self._with_replacement if self.replacement else self._without
         return start + first, draw(level, first, last)
 
@@ -133,25 +157,24 @@ class CurriculumOrder:
         places_P: Counts = (drawn_P * share).astype(np.int64)
         return places_P
 
-    def _without(self, level: int, first: int, last: int) -> Counts:
+    def _without(self, number: int, first: int, last: int) -> Counts:
         """Places in ``levels.samples`` of the samples ``first`` to ``last`` of a level, (P,)."""
-        apportionment = self._apportionment(level)
-        turn = int(apportionment.round)
+        level = self._level(number)
+        turn = level.turns.round
         cuts = np.array([first, *range((first // turn + 1) * turn, last, turn), last])
-        counts = apportionment.counts(cuts)
+        counts = level.turns.counts(cuts)
         shares = np.diff(counts, axis=0)  # of each round in the block, (rounds, G)
-        groups_P = np.repeat(
-            np.tile(np.arange(level + 1, dtype=np.uint16), len(shares)), shares.ravel()
-        )
-        if level > 0:
-            groups_P = groups_P[self._shuffled(cuts, level)]
+        groups = np.arange(len(self.starts), dtype=np.uint16)
+        groups_P = np.repeat(np.tile(groups, len(shares)), shares.ravel())
+        if number > 0:
+            groups_P = groups_P[self._shuffled(cuts, number)]
         by_group_P = np.argsort(groups_P, kind="stable")
         total_G = counts[-1] - counts[0]
         # A group's places in its own stream go on from `counts[0]`, in the order of the block.
-        begins_G = counts[0] + self._seen[level][: level + 1] - (np.cumsum(total_G) - total_G)
+        begins_G = counts[0] + level.seen - (np.cumsum(total_G) - total_G)
         ranks_P = np.repeat(begins_G, total_G) + np.arange(last - first)
         found_P = np.empty(last - first, dtype=np.int64)
-        found_P[by_group_P] = self._places(level, groups_P[by_group_P].astype(np.int64), ranks_P)
+        found_P[by_group_P] = self._places(number, groups_P[by_group_P].astype(np.int64), ranks_P)
         return found_P
 
     def _shuffled(self, cuts: Counts, level: int) -> Counts:
@@ -170,7 +193,7 @@ class CurriculumOrder:
         if level + 1 < len(self.starts):
             passes_P, places_P = np.divmod(ranks_P, sizes_P)
             return first_P + permuted(places_P, sizes_P, keys(self._seed, groups_P, passes_P))
-        seen_P = self._seen[level][groups_P]
+        seen_P = self._level(level).seen[groups_P]
         passes_P, done_P = np.divmod(seen_P, sizes_P)
         rounds_P, places_P = np.divmod(ranks_P - seen_P, sizes_P)
         # The part that the pass had left comes first in every round, see above.
@@ -182,17 +205,46 @@ class CurriculumOrder:
         places_P += np.where(again_P, 0, done_P)
         return first_P + permuted(places_P, sizes_P, keys(self._seed, groups_P, passes_P))
 
-    def _apportion(self, level: int) -> Apportionment:
-        return Apportionment(self.levels.sizes[: level + 1])
+    def _level(self, number: int) -> Level:
+        """A level of which all is computed; the latest is kept."""
+        latest = self._latest
+        if latest is not None and latest.number == number:
+            return latest
+        if latest is not None and latest.number + 1 == number and latest.allotted is not None:
+            seen = latest.seen + latest.allotted
+        else:
+            seen = self._seen_before(number)
+        if number + 1 == len(self.starts):
+            self._latest = Level(number, seen, None, Apportionment(self.levels.sizes))
+        else:
+            (row,) = self._allotted(number, number + 1)
+            length = self.starts[number + 1] - self.starts[number]
+            sizes = np.where(np.arange(len(row)) <= number, self.levels.sizes, 0)
+            kept = turns(length, sizes, row) if self.block is None else Apportionment(sizes)
+            self._latest = Level(number, seen, row, kept)
+        return self._latest
 
-    def _seen_at_starts(self) -> Counts:
-        """How many samples of each group were drawn before each level, (G, G)."""
-        sizes_G, num_levels = self.levels.sizes, len(self.starts)
-        seen_GG = np.zeros((num_levels, num_levels), dtype=np.int64)
-        lengths = np.diff(self.starts)
-        for first in range(0, num_levels - 1, 64):  # some at once: 64 MB would be needed for all
-            last = min(first + 64, num_levels - 1)
-            sizes_LG = np.tril(np.broadcast_to(sizes_G[:last], (last - first, last)), first)
-            counts_LG = Apportionment(sizes_LG).counts(lengths[first:last])
-            seen_GG[first + 1 : last + 1, :last] = counts_LG
-        return np.cumsum(seen_GG, axis=0, out=seen_GG)
+    def _seen_before(self, number: int) -> Counts:
+        """How many samples of each group were drawn before a level, (G,)."""
+        while len(self._seen) <= number // TOGETHER:
+            first = (len(self._seen) - 1) * TOGETHER
+            rows_LG = self._allotted(first, first + TOGETHER)
+            self._seen.append(self._seen[-1] + rows_LG.sum(0))
+        first = number // TOGETHER * TOGETHER
+        counts: Counts = self._seen[number // TOGETHER] + self._allotted(first, number).sum(0)
+        return counts
+
+    def _allotted(self, first: int, last: int) -> Counts:
+        """How many samples of each group levels ``first`` to ``last`` (exclusive) draw, (L, G)."""
+        found_LG = np.zeros((last - first, len(self.starts)), dtype=np.int64)
+        totals_L = self.num_eligible[first:last]
+        lengths_L = np.diff(self.starts[first : last + 1])
+        draws_L = (keys(self._seed, np.arange(first, last), 0, 3) >> np.uint64(1)).astype(np.int64)
+        edges_LG = np.minimum(self.num_eligible[:last], totals_L[:, None])
+        if self.block is not None:
+            for row, edges_G, length in zip(found_LG, edges_LG, lengths_L, strict=True):
+                shares = Apportionment(np.diff(edges_G, prepend=0)).counts(np.array([length]))
+                row[:last] = shares[0]
+            return found_LG
+        found_LG[:, :last] = allotted(lengths_L, edges_LG, draws_L % totals_L)
+        return found_LG

@@ -14,6 +14,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, islice, pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -132,26 +133,29 @@ def eligible_counts(
         rule = "which samples a batch has must follow from its number, and not from tokens"
         way_out = "Give it total_curriculum_step or max_step"
         raise argument_error(WHERE, "scheduler", name, rule, way_out)
-    changes = scheduler.changes(at_most)
-    if len(changes) == at_most:
+    changes = [*islice(scheduler.changes(), at_most + 1)]
+    if len(changes) > at_most:
         warnings.warn(
             f"{WHERE}(scheduler={name!r}): at most {at_most} levels are kept apart; finer ones "
             "are merged, so that samples join late, and never early",
             stacklevel=2,
         )
+        last = scheduler.end - 1
+        spaced = [1 + last * number // (at_most - 1) for number in range(at_most)]
+        changes = [(step, scheduler.get_difficulty(step)) for step in spaced]
+    steps, difficulties = zip(*changes, strict=True)
     num_samples, greatest = len(index.order), scheduler.max_difficulty
-    counts: list[tuple[int, int]] = []
-    for step, difficulty in changes:
-        if difficulty_type == "value":
-            count = int(index.offsets[np.searchsorted(index.levels, difficulty, side="right")])
-        elif difficulty >= greatest:
-            count = num_samples
-        else:  # DeepSpeed rounds a hundredth down first: of 99 samples it then has none
-            count = int(num_samples * difficulty // greatest)
-        before = counts[-1][1] if counts else 0
-        if not counts or count > before:
-            counts.append((step, max(count, before)))
-    return counts
+    if difficulty_type == "value":
+        places = np.searchsorted(index.levels, np.array(difficulties), side="right")
+        counts = index.offsets[places].tolist()
+    else:  # DeepSpeed rounds a hundredth down first: of 99 samples it then has none
+        counts = [
+            num_samples if part >= greatest else int(num_samples * part // greatest)
+            for part in difficulties
+        ]
+    rising = [*accumulate(counts, max)]
+    fresh = (0, *(n for n, (before, now) in enumerate(pairwise(rising), 1) if now > before))
+    return [(steps[n], rising[n]) for n in fresh]
 
 
 def by_level(

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lightning_align._errors import argument_error
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -46,7 +48,13 @@ def permuted(places_P: NDArray[Any], sizes_P: NDArray[Any], keys_P: Keys) -> NDA
         places_P: Places, each in ``[0, size)``.
         sizes_P: Sizes, from 1 to 2**31.
         keys_P: One key for every place; equal sizes and keys are one permutation.
+
+    Raises:
+        ValueError: If a place is outside of its size: it might be sent through without end.
     """
+    if ((places_P < 0) | (places_P >= sizes_P)).any():
+        rule = "must be in [0, size)"
+        raise argument_error("permuted", "places_P", places_P, rule)
     places, sizes = places_P.astype(np.uint32), sizes_P.astype(np.uint32)
     small = np.flatnonzero(sizes <= SMALL)
     if len(small) == len(places_P):

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    Samples = NDArray[np.integer]
+
 
 class Order(Protocol):
     """An endless stream of samples, of which any stretch can be looked up."""
@@ -43,41 +45,49 @@ class Sequential:
         return [place % self.num_samples for place in range(first, last)]
 
 
-class Passes:
-    """Passes of N samples one after the other, each drawn as a whole; the latest is kept.
+class Blocks:
+    """A stream that is made in blocks, each as a whole; the latest is kept.
 
     Args:
-        num_samples: Number N of samples in a pass.
-        draw: The samples of a pass, (N,), a pure function of its number.
+        look_up: Called with a place; returns where the block that it is in begins, and its samples.
     """
 
-    def __init__(self, num_samples: int, draw: Callable[[int], NDArray[np.integer]]) -> None:
-        self.num_samples = num_samples
-        self.draw = draw
-        self._latest: tuple[int, NDArray[np.integer]] | None = None
+    def __init__(self, look_up: Callable[[int], tuple[int, Samples]]) -> None:
+        self.look_up = look_up
+        self._latest: tuple[int, Samples | None] = 0, None
 
     def indices(self, first: int, last: int) -> list[int]:
         """Samples ``first`` to ``last`` (exclusive) of the stream."""
         found: list[int] = []
         while first < last:
-            number, begin = divmod(first, self.num_samples)
-            if self._latest is None or self._latest[0] != number:
-                self._latest = number, self.draw(number)
-            end = min(begin + last - first, self.num_samples)
-            found += self._latest[1][begin:end].tolist()
-            first += end - begin
+            begin, block = self._latest
+            if block is None or not begin <= first < begin + len(block):
+                begin, block = self._latest = self.look_up(first)
+            piece = block[first - begin : last - begin].tolist()
+            found += piece
+            first += len(piece)
         return found
 
 
-def shuffled(num_samples: int, seed: int) -> Passes:
+def shuffled(num_samples: int, seed: int) -> Blocks:
     """Every sample once in each pass, in an order drawn from the seed and the pass."""
-    return Passes(num_samples, partial(draw_order, num_samples, seed))
+    return _passes(num_samples, partial(draw_order, num_samples, seed))
 
 
-def mixed(mixture: Mixture, seed: int) -> Passes:
+def mixed(mixture: Mixture, seed: int) -> Blocks:
     """Samples of corpora by their weights, in an order drawn from the seed and the pass."""
-    return Passes(sum(mixture.sizes), partial(_mixed_pass, mixture, seed))
+    return _passes(sum(mixture.sizes), partial(_mixed_pass, mixture, seed))
 
 
-def _mixed_pass(mixture: Mixture, seed: int, number: int) -> NDArray[np.integer]:
+def _passes(num_samples: int, draw: Callable[[int], Samples]) -> Blocks:
+    """Passes of N samples one after the other, each drawn from its number."""
+    return Blocks(partial(_pass_at, num_samples, draw))
+
+
+def _pass_at(num_samples: int, draw: Callable[[int], Samples], place: int) -> tuple[int, Samples]:
+    number = place // num_samples
+    return number * num_samples, draw(number)
+
+
+def _mixed_pass(mixture: Mixture, seed: int, number: int) -> Samples:
     return mixture.samples(seed, number)[draw_order(sum(mixture.sizes), seed, number)]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import warnings
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from itertools import pairwise
 from typing import Any
 
@@ -111,55 +111,66 @@ class CurriculumScheduler:
             raise argument_error(WHERE, "step", step, "must not be negative")
         return self._at(self, step)
 
-    def changes(self, at_most: int) -> list[tuple[int, float]]:
-        """Where the difficulty changes: pairs of a step and what holds from it on, from step 1.
+    def changes(self) -> Iterator[tuple[int, Any]]:
+        """Where the difficulty changes, one after the other: a step, and what holds from it on.
 
-        A schedule with more changes is looked at in ``at_most`` steps that are evenly spaced: a
-        change then comes late, by less than one of those spaces, and never early.
-
-        Args:
-            at_most: Greatest number of pairs.
+        The first is at step 1, the last at ``end`` or before.
 
         Raises:
             ValueError: If a custom schedule has no function or no ``total_curriculum_step``.
         """
-        end = self._end()
         if self.schedule_type == "fixed_discrete":
-            steps = [1, *(step + 1 for step in self._schedule["max_step"] if step > 0)]
+            last_steps = self._schedule["max_step"]
+            steps: Iterable[int] = [1, *(math.floor(step) + 1 for step in last_steps if step >= 1)]
         elif self.schedule_type == "custom":
-            steps = list(range(1, end + 1))
+            steps = range(1, self.end + 1)
         else:
-            steps = self._rises(end, at_most)
-        found = _without_repeats([(step, self.get_difficulty(step)) for step in steps])
-        if len(found) <= at_most:
-            return found
-        spaced = [1 + (end - 1) * number // (at_most - 1) for number in range(at_most)]
-        return _without_repeats([(step, self.get_difficulty(step)) for step in spaced])
+            steps = self._rises()
+        before: Any = None
+        for step in steps:
+            difficulty = self.get_difficulty(step)
+            if difficulty != before:
+                yield step, difficulty
+            before = difficulty
 
-    def _rises(self, end: int, at_most: int) -> list[int]:
-        """The first ``at_most + 1`` steps from 1 on with a difficulty of their own."""
-        steps, last = [1], self.get_difficulty(end)
-        while len(steps) <= at_most and (now := self.get_difficulty(steps[-1])) < last:
-            later = range(steps[-1] + 1, end + 1)
-            # All but discrete and custom ones never fall, so the next rise is found by bisection.
-            steps.append(
-                later[bisect_left(later, True, key=lambda n: self.get_difficulty(n) > now)]
-            )
-        return steps
+    @property
+    def end(self) -> int:
+        """A step from which on nothing changes.
 
-    def _end(self) -> int:
-        """A step behind which nothing changes."""
+        Raises:
+            ValueError: If a custom schedule has no ``total_curriculum_step``.
+        """
         if self.schedule_type == "fixed_discrete":
             return int(max(self._schedule["max_step"])) + 1
-        end = self._schedule.get("total_curriculum_step")
-        if end is None:
+        last = self._schedule.get("total_curriculum_step")
+        if last is None:
             rule = "a custom schedule that orders samples must say when it ends"
             raise argument_error(WHERE, "schedule_config", self._schedule, rule, _SAY_END)
-        last: int = math.ceil(end)
+        end: int = math.ceil(last)
         if self.schedule_type != "custom":
-            while self.get_difficulty(last) < self.max_difficulty:  # fixed ones may be late
-                last *= 2
-        return last
+            while self.get_difficulty(end) < self.max_difficulty:  # fixed ones may be late
+                end *= 2
+        return end
+
+    def _rises(self) -> Iterator[int]:
+        """Steps at which a schedule that never falls is above what it was."""
+        step, stride, end = 1, 1, self.end
+        now, greatest = self.get_difficulty(1), self.max_difficulty
+        yield 1
+        while now < greatest:
+            # Most rises are about as far away as the last one was: looked for from there, in
+            # growing strides, first up to what is above, then down to what is not.
+            low, high, reach = step, min(step + stride, end), 1
+            while self.get_difficulty(high) <= now:
+                low, high, reach = high, min(high + reach, end), 2 * reach
+            reach = 1
+            while high - reach > low and self.get_difficulty(high - reach) > now:
+                high, reach = high - reach, 2 * reach
+            later = range(max(low, high - reach) + 1, high + 1)
+            found = later[bisect_left(later, True, key=lambda n: self.get_difficulty(n) > now)]
+            step, stride = found, found - step
+            now = self.get_difficulty(step)
+            yield step
 
     def _fixed_root(self, step: int) -> Any:
         degree = self._schedule["root_degree"] if self.schedule_type == "fixed_root" else 1
@@ -271,12 +282,6 @@ def _finite(config: Mapping[str, Any], key: str) -> Any:
     if finite_number(config[key]) is None:
         raise argument_error(WHERE, key, config[key], "must be a finite number")
     return config[key]
-
-
-def _without_repeats(found: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    kept = found[:1]
-    kept += [now for before, now in pairwise(found) if now[1] != before[1]]
-    return kept
 
 
 _KEYS = ("min_difficulty", "max_difficulty", "schedule_type", "schedule_config")

@@ -1,5 +1,7 @@
 """Which samples become eligible when, by counting."""
 
+import warnings
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -123,6 +125,12 @@ def test_finer_levels_are_merged_which_is_said():
         counts = eligible_counts("length", index, linear(1, 4999, 4999), "value")
     assert len(counts) <= 1000
     assert counts[-1][1] == 5000
+    exact = linear(1, 4999, 4999)
+    for step, count in counts:  # late, and never early
+        assert count == exact.get_difficulty(step) + 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        eligible_counts("length", index, linear(1, 1000, 1000), "value")
 
 
 def test_nothing_is_copied_for_one_measure():

@@ -54,6 +54,13 @@ def test_neighbours_land_anywhere(size):
         assert chi_square < bins - 1 + 5 * (2 * (bins - 1)) ** 0.5
 
 
+@pytest.mark.parametrize("place", [-1, 5, 2**32])
+def test_refuses_a_place_outside_of_its_size(place):
+    """Such a place may be sent through without end."""
+    with pytest.raises(ValueError, match=r"must be in \[0, size\)"):
+        permuted(np.array([0, place]), np.array([5, 5]), keys(0, np.zeros(2, dtype=int)))
+
+
 def test_keys_depend_on_every_part_and_on_their_order():
     found = {
         keys(*parts)[0]
