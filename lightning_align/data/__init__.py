@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from lightning_align._lazy import lazy
 
 if TYPE_CHECKING:
+    from lightning_align.data.batch_sizes import BatchSizes
     from lightning_align.data.conversation import (
         ConversationDataset,
         collate_conversations,
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from lightning_align.data.curriculum_sampler import CurriculumSampler
     from lightning_align.data.data_efficiency import read_data_efficiency
     from lightning_align.data.mixture import Mixture
+    from lightning_align.data.mixture_schedule import MixtureSchedule
     from lightning_align.data.pacing import CurriculumScheduler
     from lightning_align.data.packing import PackedDataset
     from lightning_align.data.pair_formats import Pair
@@ -21,10 +23,12 @@ if TYPE_CHECKING:
     from lightning_align.data.skipped import SkippedBatches
 else:
     _HOMES = {
+        "BatchSizes": "batch_sizes",
         "ConversationDataset": "conversation",
         "CurriculumSampler": "curriculum_sampler",
         "CurriculumScheduler": "pacing",
         "Mixture": "mixture",
+        "MixtureSchedule": "mixture_schedule",
         "PackedDataset": "packing",
         "Pair": "pair_formats",
         "PositionSampler": "sampler",
@@ -39,10 +43,12 @@ else:
     __getattr__, __dir__ = lazy(__name__, _HOMES)
 
 __all__ = [
+    "BatchSizes",
     "ConversationDataset",
     "CurriculumSampler",
     "CurriculumScheduler",
     "Mixture",
+    "MixtureSchedule",
     "PackedDataset",
     "Pair",
     "PositionSampler",

@@ -13,6 +13,7 @@ import numpy as np
 from typing_extensions import override
 
 from lightning_align._errors import argument_error, check_choice, check_least
+from lightning_align.data.batch_sizes import BatchSizes
 from lightning_align.data.curriculum_order import CurriculumOrder
 from lightning_align.data.eligibility import (
     DIFFICULTY_TYPES,
@@ -49,6 +50,8 @@ class CurriculumSampler(PositionSampler):
             for several measures a mapping, or one for all.
         replacement: Draw every sample from all that are eligible, whatever came before; else those
             that became eligible together are seen equally often, or once more, at every moment.
+        batch_sizes: Samples per batch and rank where they change with time; the last of them is
+            ``batch_size``.
         position: Called once when an iteration starts; returns how many batches come before its
             first, those that are skipped not counted. By default what was yielded or, before the
             first, as many as the epochs have that were set.
@@ -86,6 +89,7 @@ class CurriculumSampler(PositionSampler):
         *,
         difficulty_type: str | Mapping[str, str] = "value",
         replacement: bool = False,
+        batch_sizes: BatchSizes | None = None,
         position: Callable[[], int] | None = None,
         skipped: Callable[[], SkippedBatches] = SkippedBatches,
     ) -> None:
@@ -104,26 +108,25 @@ class CurriculumSampler(PositionSampler):
             name: eligible_counts(name, index, self.schedulers[name], types[name])
             for name, index in indices.items()
         }
-        levels, global_size = by_level(indices, counts), batch_size * num_replicas
-        num_samples = len(levels.samples)
-        if levels.sizes[0] < global_size:
-            warnings.warn(
-                f"{WHERE}(batch_size={batch_size}): {levels.sizes[0]} samples are eligible at the "
-                f"first step, so that some come more than once in its batch of {global_size}",
-                stacklevel=2,
-            )
-        # In whole batches: one that reaches over the end of the samples is filled from the next
-        # round, as a level may begin and end with any batch.
+        levels = by_level(indices, counts)
+        # Every batch is full: a level may begin and end with any, so there are no passes to end.
         super().__init__(
-            -(-num_samples // global_size) * global_size,
+            len(levels.samples),
             batch_size,
             seed=seed,
             num_replicas=num_replicas,
             rank=rank,
             position=position,
             skipped=skipped,
+            batch_sizes=batch_sizes or BatchSizes([(0, batch_size)]),
         )
-        starts = [(step - 1) * global_size for step in levels.steps]
+        if levels.sizes[0] < self.before(1):
+            warnings.warn(
+                f"{WHERE}(batch_size={batch_size}): {levels.sizes[0]} samples are eligible at the "
+                f"first step, so that some come more than once in its batch of {self.before(1)}",
+                stacklevel=2,
+            )
+        starts = [self.before(step - 1) for step in levels.steps]
         self.order = CurriculumOrder(levels, starts, seed, replacement=replacement)
         self.yielded = 0
 
@@ -151,7 +154,7 @@ class CurriculumSampler(PositionSampler):
 
     def num_eligible(self, n: int) -> int:
         """Number of samples that global batch ``n`` is drawn from."""
-        return int(self.order.num_eligible[self.order.level(n * self._global_size)])
+        return int(self.order.num_eligible[self.order.level(self.before(n))])
 
     def never_seen(self, n: int) -> dict[str, int]:
         """Samples that no batch before ``n`` had: those that are never eligible, and the others.
@@ -160,16 +163,16 @@ class CurriculumSampler(PositionSampler):
             n: Number of a batch, for a run that passed over none.
         """
         order = self.order
-        unseen = order.num_unseen(n * self._global_size)
+        unseen = order.num_unseen(self.before(n))
         return {"never_eligible": order.levels.never_eligible, "not_drawn": unseen}
 
+    @override
     def stream(self) -> dict[str, Any]:
-        """What decides the batches, as plain JSON: with another value they are others."""
         order, levels = self.order, self.order.levels
         some = levels.samples[:: max(1, len(levels.samples) >> 12)]
         facts = [levels.sizes.tolist(), order.starts, some.tolist(), order.replacement]
         digest = hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
-        return {"seed": self.seed, "global_batch_size": self._global_size, "curriculum": digest}
+        return {**super().stream(), "curriculum": digest}
 
     def state_dict(self) -> dict[str, Any]:
         """How many batches were yielded, and of which stream, as plain JSON."""
@@ -190,10 +193,6 @@ class CurriculumSampler(PositionSampler):
                 rule = f"the state belongs to another stream, whose {key} is {value!r}"
                 raise argument_error(WHERE, key, own.get(key), rule, "Resume with the same")
         self.yielded = state["yielded"]
-
-    @property
-    def _global_size(self) -> int:
-        return self.batch_size * self.num_replicas
 
 
 def _named(parts: Any, *, always: bool = False) -> dict[str, Any]:

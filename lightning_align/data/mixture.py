@@ -68,6 +68,10 @@ class Mixture:
         ]
         return np.concatenate(parts)
 
+    def plain(self) -> dict[str, list[float]]:
+        """What decides which samples come, as plain data."""
+        return {"sizes": list(self.sizes), "weights": self.weights}
+
     def _stream(self, seed: int, corpus: int, begin: int, end: int) -> NDArray[np.int64]:
         """Places ``begin`` to ``end`` in the endless stream of permutations of one corpus."""
         size = self.sizes[corpus]

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_align._errors import argument_error, check_least
+from lightning_align.data.batch_sizes import BatchSizes
 from lightning_align.data.mixture import Mixture
+from lightning_align.data.mixture_schedule import MixtureSchedule
 from lightning_align.data.order import Order, Sequential, mixed, shuffled
 from lightning_align.data.skipped import SkippedBatches
 
@@ -45,13 +47,22 @@ def padding(index: int) -> int:
     return -(index + 1)
 
 
+def rank_share(size: int, num_replicas: int, rank: int) -> tuple[int, int]:
+    """What a rank has of a global batch of ``size`` samples: from which to which, exclusive."""
+    # The first `extra` ranks take one sample more, as numpy.array_split would have it.
+    share, extra = divmod(size, num_replicas)
+    first = rank * share + min(rank, extra)
+    return first, first + share + (rank < extra)
+
+
 class PositionSampler(DistributedSampler[list[int]]):
     """Yields this rank's batches of a stream that any position can be looked up in.
 
     Pass k visits every sample exactly once, in its own order. The last batch of a pass may be
     smaller and is split over the ranks as evenly as it goes. A rank that would get nothing gets one
     *padding* index, ``-(i + 1)``: it must take part in the collective operations of the step, with
-    nothing to learn from.
+    nothing to learn from. With ``batch_sizes`` every batch is full instead, and one that reaches
+    over the end of a pass is filled from the next.
 
     Args:
         num_samples: Number of samples in the dataset.
@@ -63,9 +74,11 @@ class PositionSampler(DistributedSampler[list[int]]):
         position: Called once when an iteration starts; returns how many batches come before its
             first, those that are skipped not counted. By default ``ExactResume`` knows it, and
             without that each epoch is one pass.
-        mixture: Corpora of unequal weight that the samples belong to; None takes every sample once
-            per pass.
+        mixture: Corpora of unequal weight that the samples belong to, whose weights may change with
+            time; None takes every sample once per pass.
         skipped: Called with ``position``; returns the batches to pass over, by their numbers.
+        batch_sizes: Samples per batch and rank where they change with time; the last of them is
+            ``batch_size``.
 
     Attributes:
         order: The stream of samples that batches are cut from; another one may be put in its place.
@@ -74,8 +87,8 @@ class PositionSampler(DistributedSampler[list[int]]):
             first batch, and the batches to pass over from there on.
 
     Raises:
-        ValueError: If a count is below 1, ``rank`` is outside ``[0, num_replicas)``, or a mixture
-            is not of these samples or not shuffled.
+        ValueError: If a count is below 1, ``rank`` is outside ``[0, num_replicas)``, a mixture is
+            not of these samples or not shuffled, or sizes of batches end at another one.
 
     Example:
         >>> sampler = PositionSampler(5, 2, shuffle=False, position=lambda: 1)
@@ -93,34 +106,40 @@ class PositionSampler(DistributedSampler[list[int]]):
         num_replicas: int = 1,
         rank: int = 0,
         position: Callable[[], int] | None = None,
-        mixture: Mixture | None = None,
+        mixture: Mixture | MixtureSchedule | None = None,
         skipped: Callable[[], SkippedBatches] = SkippedBatches,
+        batch_sizes: BatchSizes | None = None,
     ) -> None:
         sizes = {"num_samples": num_samples, "batch_size": batch_size, "num_replicas": num_replicas}
         check_least("PositionSampler", 1, **sizes)
         if not 0 <= rank < num_replicas:
             rule = f"must be in [0, {num_replicas})"
             raise argument_error("PositionSampler", "rank", rank, rule)
-        self.order: Order = shuffled(num_samples, seed) if shuffle else Sequential(num_samples)
-        if mixture is not None:
-            if sum(mixture.sizes) != num_samples:
-                rule = f"must be all samples of the mixture's corpora, {sum(mixture.sizes)}"
-                raise argument_error("PositionSampler", "num_samples", num_samples, rule)
-            if not shuffle:
-                rule = "a mixture must be shuffled: its corpora would come one after the other"
-                raise argument_error("PositionSampler", "shuffle", shuffle, rule)
-            self.order = mixed(mixture, seed)
+        if batch_sizes is not None and batch_sizes.last != batch_size:
+            rule = f"must be the last of the sizes that it grows through, {batch_sizes.last}"
+            raise argument_error("PositionSampler", "batch_size", batch_size, rule)
         # The parent only ever asks a dataset for its length.
         dataset = cast("Dataset[list[int]]", range(num_samples))
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)
         self.batch_size = batch_size
+        self.batch_sizes = batch_sizes
         self.position = position
         self.skipped = skipped
         self.follow: Callable[[], tuple[int, SkippedBatches]] = self._place
         self.start: int | None = None
+        self.mixture = mixture
+        self.order: Order = shuffled(num_samples, seed) if shuffle else Sequential(num_samples)
+        if mixture is not None:
+            _check_mixture(mixture, num_samples, shuffle)
+            if isinstance(mixture, MixtureSchedule):
+                self.order = mixture.order(seed, self.before)
+            else:
+                self.order = mixed(mixture, seed)
 
     def __len__(self) -> int:
-        """Batches per pass, the same on every rank."""
+        """Batches of the first pass, the same on every rank."""
+        if self.batch_sizes is not None:
+            return self.batch_sizes.batches_for(-(-len(self._samples) // self.num_replicas))
         return -(-len(self._samples) // (self.batch_size * self.num_replicas))
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -136,18 +155,33 @@ class PositionSampler(DistributedSampler[list[int]]):
 
     def batch(self, n: int) -> list[int]:
         """This rank's indices of global batch ``n``, a pure function of the seed and ``n``."""
-        pass_number, batch_number = divmod(n, len(self))
-        global_size = self.batch_size * self.num_replicas
-        begin = batch_number * global_size
-        size = min(global_size, len(self._samples) - begin)
-        begin += pass_number * len(self._samples)
-        # The first `extra` ranks take one sample more, as numpy.array_split would have it.
-        share, extra = divmod(size, self.num_replicas)
-        first = begin + self.rank * share + min(self.rank, extra)
-        last = first + share + (self.rank < extra)
+        begin = self.before(n)
+        size = self.before(n + 1) - begin
+        first, last = (begin + end for end in rank_share(size, self.num_replicas, self.rank))
         if first == last:
             return [padding(index) for index in self.order.indices(begin, begin + 1)]
         return self.order.indices(first, last)
+
+    def before(self, n: int) -> int:
+        """How many samples of the stream, over all ranks, come before global batch ``n``."""
+        if self.batch_sizes is not None:
+            return self.batch_sizes.before(n) * self.num_replicas
+        pass_number, batch_number = divmod(n, len(self))
+        global_size = self.batch_size * self.num_replicas
+        return pass_number * len(self._samples) + batch_number * global_size
+
+    def stream(self) -> dict[str, Any]:
+        """What decides the batches beside the data, as plain JSON: with another, others come.
+
+        It is the same on any number of ranks that share batches of the same size.
+        """
+        found: dict[str, Any] = {"seed": self.seed, "shuffle": self.shuffle}
+        found["global_batch_size"] = self.batch_size * self.num_replicas
+        if self.batch_sizes is not None:
+            found["batch_sizes"] = self.batch_sizes.plain(self.num_replicas)
+        if self.mixture is not None:
+            found["mixture"] = self.mixture.plain()
+        return found
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the pass of a sampler that is told no position; else it does nothing.
@@ -161,3 +195,17 @@ class PositionSampler(DistributedSampler[list[int]]):
     @property
     def _samples(self) -> range:
         return cast("range", self.dataset)
+
+
+def _check_mixture(mixture: Mixture | MixtureSchedule, num_samples: int, shuffle: bool) -> None:
+    """Refuse a mixture that is not of these samples, or is not shuffled.
+
+    Raises:
+        ValueError: If it is one of these.
+    """
+    if sum(mixture.sizes) != num_samples:
+        rule = f"must be all samples of the mixture's corpora, {sum(mixture.sizes)}"
+        raise argument_error("PositionSampler", "num_samples", num_samples, rule)
+    if not shuffle:
+        rule = "a mixture must be shuffled: its corpora would come one after the other"
+        raise argument_error("PositionSampler", "shuffle", shuffle, rule)
