@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         SpikeGuard,
         TokenSchedule,
     )
+    from lightning_align.data import CurriculumSampler, CurriculumScheduler
     from lightning_align.layers import ModelLayers, find_layers
     from lightning_align.modules import (
         ConversationDataModule,
@@ -51,6 +52,8 @@ else:
         "LISA": "callbacks",
         "AsyncCheckpoint": "callbacks",
         "ConversationDataModule": "modules",
+        "CurriculumSampler": "data",
+        "CurriculumScheduler": "data",
         "DPOModule": "modules",
         "ExactResume": "run",
         "GaLoreAdamW": "optimizers",
@@ -90,6 +93,8 @@ __all__ = [
     "LISA",
     "AsyncCheckpoint",
     "ConversationDataModule",
+    "CurriculumSampler",
+    "CurriculumScheduler",
     "DPOModule",
     "ExactResume",
     "GaLoreAdamW",

@@ -22,6 +22,8 @@ SAVED = (
     "lightning_align.callbacks.token_schedule.TokenSchedule",
     "lightning_align.cli.AlignCLI",
     "lightning_align.completion.main",
+    "lightning_align.data.curriculum_sampler.CurriculumSampler",
+    "lightning_align.data.pacing.CurriculumScheduler",
     "lightning_align.export.export",
     "lightning_align.generate.stream",
     "lightning_align.layers.Head",
