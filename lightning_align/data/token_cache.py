@@ -1,15 +1,12 @@
 """Tokens on disk: made once, memory-mapped ever after, never half.
 
-A cache is a folder named after a hash of everything that decides its content. It is written under
-another name, file by file forced to the disk, its manifest last, and then renamed: a folder of the
-final name is complete. What a killed process leaves behind has the other name and is swept by the
-next build. A cache whose files do not fit its manifest (cut short, edited) is built anew.
+A cache is a folder named after a hash of everything that decides its content, and written as a
+whole (``whole_folder``). What a killed process leaves behind is swept by the next build. A cache
+whose files do not fit its manifest (cut short, edited) is built anew.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
 import os
 import shutil
@@ -17,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_align._errors import argument_error
-from lightning_align.data.tokenize_corpus import Corpus, FileWriter, write_corpus
+from lightning_align.data.tokenize_corpus import Corpus, write_corpus
+from lightning_align.data.whole_folder import DISK_FULL, MANIFEST, problem_of, write_whole
 
-MANIFEST = "manifest.json"
 PATIENCE_S = 5.0  # waiting longer for another process is worth a word
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -91,7 +87,7 @@ def prepare_token_cache(corpus: Corpus, cache_dir: Path) -> str:
     """
     key = corpus.key()
     folder = cache_dir / key
-    if _problem(folder, key) is None:
+    if problem_of(folder, key) is None:
         return key
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
@@ -101,7 +97,7 @@ def prepare_token_cache(corpus: Corpus, cache_dir: Path) -> str:
     # One process builds; another that wants the same waits and finds it done. The system gives the
     # lock back when its holder dies.
     with _lock(cache_dir / f"{key}.lock"):
-        problem = _problem(folder, key)
+        problem = problem_of(folder, key)
         if problem is None:
             return key
         if folder.exists():
@@ -124,7 +120,7 @@ def open_token_cache(where: str, cache_dir: Path, key: str) -> TokenCache:
         ValueError: If this machine has no such cache.
     """
     folder = cache_dir / key
-    problem = _problem(folder, key, read_all=False)
+    problem = problem_of(folder, key, read_all=False)
     if problem is not None:
         rule = f"has no usable token cache {key} ({problem})"
         way_out = "Every node needs it: use a shared folder, or leave prepare_data_per_node=True"
@@ -145,25 +141,6 @@ def open_token_cache(where: str, cache_dir: Path, key: str) -> TokenCache:
     return TokenCache(splits["train"], splits.get("val"), rules)
 
 
-def _problem(folder: Path, key: str, *, read_all: bool = True) -> str | None:
-    """Why the cache cannot be used, or None. Hashes are compared only with ``read_all``."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        if manifest["key"] != key:
-            return "it is another cache's manifest"
-        for name, expected in manifest["files"].items():
-            size = (folder / name).stat().st_size
-            if size != expected["size"]:
-                return f"{name} has {size} bytes and not {expected['size']}"
-            if read_all and _hash(folder / name) != expected["hash"]:
-                return f"the content of {name} has changed"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        return f"its manifest cannot be read ({type(error).__name__})"
-    return None
-
-
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
     lock = filelock.FileLock(path)
@@ -178,48 +155,17 @@ def _lock(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def _hash(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _build(corpus: Corpus, key: str, folder: Path) -> None:
-    temporary = folder.with_suffix(".tmp")
-    with _nothing_left_behind(corpus, temporary):
-        temporary.mkdir()
-        manifest = write_corpus(corpus, temporary)
-        writer = FileWriter(temporary / MANIFEST)
-        writer.write(json.dumps({"key": key, **manifest}, indent=1).encode())
-        writer.close()
-        _sync_folder(temporary)
-        temporary.rename(folder)
-        _sync_folder(folder.parent)
-
-
-@contextmanager
-def _nothing_left_behind(corpus: Corpus, temporary: Path) -> Iterator[None]:
     try:
-        yield
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
+        write_whole(folder, key, partial(write_corpus, corpus))
+    except OSError as error:
+        if error.errno in DISK_FULL:
             message = (
                 f"{corpus.where}: the disk is full ({error.strerror}). No part of this token cache"
                 " was kept; the others are intact. Free some space, or set cache_dir elsewhere"
             )
-            raise OSError(error.errno, message, str(temporary.parent)) from error
+            raise OSError(error.errno, message, str(folder.parent)) from error
         raise
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sweep(cache_dir: Path, key: str) -> None:

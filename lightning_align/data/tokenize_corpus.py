@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from lightning_align.data.files import CHUNK
 from lightning_align.data.held_out import draw_held_out
 from lightning_align.data.text import Piece, TextSource
 from lightning_align.data.tokenizer import encode, tokenizer_fingerprint, train_tokenizer
+from lightning_align.data.whole_folder import FileWriter
 
 SCHEMA = 2  # raise it when what a cache holds, or how text becomes tokens, changes
 BATCH_PIECES = 4096  # pieces tokenised at once, if they are short
@@ -68,28 +68,6 @@ class LabelledPiece(NamedTuple):
     split: str
     source: int
     piece: Piece
-
-
-class FileWriter:
-    """Writes one file, keeping its size and hash, and forces it to the disk in the end."""
-
-    def __init__(self, path: Path) -> None:
-        self._stream = path.open("wb")
-        self._digest = hashlib.blake2b(digest_size=16)
-        self._size = 0
-
-    def write(self, data: bytes) -> None:
-        """Append ``data``."""
-        self._stream.write(data)
-        self._digest.update(data)
-        self._size += len(data)
-
-    def close(self) -> dict[str, Any]:
-        """Force the file to the disk; returns what a manifest says about it."""
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        self._stream.close()
-        return {"size": self._size, "hash": self._digest.hexdigest()}
 
 
 class SplitWriter:

@@ -4,9 +4,7 @@ import multiprocessing
 import os
 import pickle
 import resource
-import shutil
 import signal
-import subprocess
 import threading
 import time
 import tracemalloc
@@ -26,6 +24,7 @@ from lightning_align.data.token_cache import (
 from lightning_align.data.tokenize_corpus import Corpus
 from lightning_align.data.tokenizer import encode, train_tokenizer, trained_tokenizer
 from tests.helpers.byte_tokenizer import ByteTokenizer
+from tests.helpers.small_disk import small_disk  # noqa: F401
 
 fork = multiprocessing.get_context("fork")
 TEXTS = [f"Document {i}: " + "word " * i for i in range(20)]
@@ -365,22 +364,7 @@ def test_two_processes_that_build_at_once_both_succeed(tmp_path, cache_dir):
     assert (tmp_path / "log").read_text() == "t" * 12, "only one of them tokenised"
 
 
-@pytest.fixture(params=["a full file system", "a limit on file sizes"])
-def small_disk(request, tmp_path):
-    """A folder on which 256 KiB can be written, and a context for the process that writes."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
-    mounted = False
-    if request.param == "a full file system" and shutil.which("mount"):
-        mounted = subprocess.run(mount, capture_output=True).returncode == 0
-    limit = None if mounted else 256 * 1024  # where mounting is not allowed, both are this test
-    yield folder, limit
-    if mounted:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
-def test_a_full_disk_leaves_nothing_that_is_trusted(small_disk, texts, tmp_path):
+def test_a_full_disk_leaves_nothing_that_is_trusted(small_disk, texts, tmp_path):  # noqa: F811
     folder, limit = small_disk
     intact = prepare_token_cache(texts, folder)
     too_big = big_corpus(tmp_path, ByteTokenizer())

@@ -8,7 +8,7 @@ import pytest
 
 from lightning_align.data.files import find_files
 from lightning_align.data.text import TextSource
-from lightning_align.data.tokenize_corpus import Corpus, FileWriter, SplitWriter, write_corpus
+from lightning_align.data.tokenize_corpus import Corpus, SplitWriter, write_corpus
 from tests.helpers.byte_tokenizer import ByteTokenizer
 
 
@@ -65,11 +65,7 @@ def test_nothing_can_be_held_out_of_one_document(tmp_path, corpus):
         write_corpus(alone, tmp_path)
 
 
-def test_writers_say_what_they_wrote(tmp_path):
-    writer = FileWriter(tmp_path / "file")
-    writer.write(b"ab")
-    writer.write(b"c")
-    assert writer.close()["size"] == 3
+def test_a_writer_says_what_it_wrote(tmp_path):
     split = SplitWriter(tmp_path, "train", 2, np.dtype(np.uint32))
     split.add(0, [1, 2], ends_document=False)
     split.add(1, [3], ends_document=True)
