@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 from typing_extensions import override
@@ -20,9 +20,13 @@ from lightning_align.cli.mistakes import report
 class CommandParser(ArgumentParser):
     """The parser of one of these commands."""
 
-    def __init__(self, prog: str, description: str) -> None:
+    def __init__(
+        self, prog: str | None = None, description: str | None = None, **options: Any
+    ) -> None:
+        # jsonargparse makes parsers of this class for the arguments of classes, with its options.
         # A prefix such as --temp would change its meaning with the next new option.
-        super().__init__(prog=prog, description=description, allow_abbrev=False)
+        options["allow_abbrev"] = False
+        super().__init__(prog=prog, description=description, **options)
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -51,6 +55,9 @@ COMMANDS = {
     "export": Command("Write a checkpoint as a Hugging Face folder.", "lightning_align.cli.export"),
     "schedule": Command("Simulate and draw a pipeline.", "lightning_align.cli.schedule"),
     "spikes": Command("Read reports of loss spikes, or find spikes.", "lightning_align.cli.spikes"),
+    "difficulty": Command(
+        "Compute how difficult samples are, for a curriculum.", "lightning_align.cli.difficulty"
+    ),
     "completion": Command("Print a completion script.", "lightning_align.cli.completion"),
     "demo": Command("The whole job on a novel, in a few minutes.", "lightning_align.demo.run"),
 }

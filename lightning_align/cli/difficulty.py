@@ -1,0 +1,217 @@
+"""``lightning-align difficulty``: how difficult each training sample is, and how many are so."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from yaml import YAMLError
+
+from lightning_align import modules
+from lightning_align._errors import argument_error, check_choice
+from lightning_align.cli.commands import CommandParser
+from lightning_align.cli.given import options_with_values, read_layer
+from lightning_align.data.deepspeed_index import read_deepspeed_index
+from lightning_align.data.difficulty import DifficultyIndex
+from lightning_align.data.difficulty_map import DifficultyAnalyzer
+from lightning_align.data.difficulty_metrics import (
+    CompressionRatio,
+    Metric,
+    VocabularyRarity,
+    count_tokens,
+    length,
+)
+from lightning_align.modules.positioned import PositionedDataModule
+from lightning_align.reports.difficulty import describe_difficulty, draw_difficulty
+
+STEPS = ("all", "map", "reduce")
+
+
+class OneByOne:
+    """Samples of a dataset of ours, which gives batches: each is a batch of one.
+
+    Args:
+        dataset: Indexed with a list of indices.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        """Sample ``index``."""
+        if index >= len(self):
+            raise IndexError(index)
+        return self.dataset[[index]]
+
+
+def difficulty(
+    data: PositionedDataModule,
+    out: str | Path,
+    *,
+    metrics: str | Sequence[str] = "length",
+    reference: str | None = None,
+    num_workers: int = 1,
+    worker_id: int = 0,
+    step: str = "all",
+    png: str | Path | None = None,
+) -> str:
+    """Compute the difficulty of every training sample, and build an index of each metric.
+
+    Args:
+        data: Whose training samples.
+        out: Folder for what is computed; the index of a metric is the folder of its name in it.
+        metrics: Names with commas between: length, vocabulary_rarity, compression_ratio,
+            reference_loss, reference_margin, or module.function of a sample.
+        reference: Checkpoint, folder or hub name of the model for reference_loss and
+            reference_margin.
+        num_workers: How many commands share the work, each with a worker_id of its own.
+        worker_id: Which of them this is, counted from 0.
+        step: map computes this worker's part, reduce builds the indices when all have finished,
+            all does both.
+        png: Picture of the histograms to write; .svg and .pdf too (extra: plot).
+
+    Raises:
+        ValueError: If a metric is not known or fails, or a part is missing.
+    """
+    check_choice("difficulty", "step", step, STEPS)
+    if step == "all" and num_workers > 1:
+        rule = "one of several workers cannot do all"
+        raise argument_error("difficulty", "step", step, rule, "Give map, and reduce at the end")
+    data.prepare_data()
+    data.setup("fit")
+    samples = OneByOne(data.train_dataset)
+    names = metrics.split(",") if isinstance(metrics, str) else list(metrics)
+    analyzer = DifficultyAnalyzer(
+        samples,
+        {name.rpartition(".")[2]: _metric(name, data, samples, reference) for name in names},
+        out,
+        fingerprint=data.fingerprint,
+        num_workers=num_workers,
+        worker_id=worker_id,
+    )
+    lines = []
+    if step != "reduce":
+        done = analyzer.map()
+        lines.append(f"{done.computed:,} difficulties computed, {done.reused:,} were there")
+    if step != "map":
+        lines.append(show(list(analyzer.reduce().values()), png))
+    return "\n".join(lines)
+
+
+def show(indices: Sequence[DifficultyIndex], png: str | Path | None = None) -> str:
+    """Indices as text, and as a picture if ``png`` names a file for it.
+
+    Raises:
+        ValueError: If it cannot be written.
+    """
+    lines = [line for index in indices for line in describe_difficulty(index)]
+    lines += [f"  {index.folder}" for index in indices if index.folder is not None]
+    if png is not None:
+        try:
+            draw_difficulty(indices).savefig(str(png))
+        except (OSError, ValueError, ImportError) as error:
+            rule = f"cannot be written: {str(error).rstrip('.')}"
+            raise argument_error("difficulty", "png", str(png), rule) from error
+        lines.append(f"wrote {png}")
+    return "\n".join(lines)
+
+
+def open_index(path: str | Path) -> DifficultyIndex:
+    """An index of ours, or DeepSpeed's by what the names of its files begin with.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    found = Path(path).expanduser()
+    if found.with_name(f"{found.name}_index_to_sample.idx").exists():
+        return read_deepspeed_index(found, where="difficulty", argument="index")
+    return DifficultyIndex.open(found, where="difficulty", argument="index")
+
+
+def _metric(
+    name: str, data: PositionedDataModule, samples: OneByOne, reference: str | None
+) -> Metric:
+    """A metric by its name."""
+    if name.startswith("reference_"):
+        return _reference_metric(name, reference)
+    made: dict[str, Callable[[], Metric]] = {
+        "length": lambda: length,
+        "vocabulary_rarity": lambda: VocabularyRarity(count_tokens(samples)),
+        "compression_ratio": lambda: CompressionRatio(data.tokenizer.decode),
+    }
+    if name in made:
+        return made[name]()
+    module, _, function = name.rpartition(".")
+    try:
+        found: Metric = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        known = ", ".join([*made, "reference_loss", "reference_margin"])
+        rule = f"must be one of {known}, or module.function ({error})"
+        raise argument_error("difficulty", "metrics", name, rule) from error
+    return found
+
+
+def _reference_metric(name: str, reference: str | None) -> Metric:
+    from lightning_align.losses.difficulty import ReferenceLoss, ReferenceMargin
+    from lightning_align.models.trained import load_trained
+    from lightning_align.modules.reference import fingerprint
+
+    kinds = {"reference_loss": ReferenceLoss, "reference_margin": ReferenceMargin}
+    check_choice("difficulty", "metrics", name, kinds)
+    if reference is None:
+        rule = f"{name} needs a model"
+        raise argument_error("difficulty", "reference", reference, rule)
+    model = load_trained(reference, where="difficulty", dtype="float32").model
+    return kinds[name](model, json.dumps(fingerprint(model)))
+
+
+def parser() -> CommandParser:
+    """Options of ``lightning-align difficulty``."""
+    about = "Compute how difficult each training sample is, or show an index of that."
+    parser = CommandParser("lightning-align difficulty", about)
+    help_index = "Index to show: its folder, or DeepSpeed's <save_path>/<metric>/<metric>."
+    parser.add_argument("index", nargs="?", type=str, help=help_index)
+    help_config = "Configuration of the run; its data are taken, and nothing else."
+    parser.add_argument("--config", type=str, help=help_config)
+    for name in modules.__all__:
+        getattr(modules, name)  # a class is found by its short name once it is imported
+    parser.add_subclass_arguments(PositionedDataModule, "data", required=False)
+    parser.add_function_arguments(difficulty, skip={"data", "out"})
+    help_out = "Folder for what is computed; the index of a metric is the folder of its name in it."
+    parser.add_argument("--out", type=str, default="outputs/difficulty", help=help_out)
+    return parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run ``lightning-align difficulty``."""
+    # The data of a configuration come first, so that options are laid over them.
+    configs = [path for option, path in options_with_values(arguments) if option == "--config"]
+    given = [word for path in configs for word in ("--data", json.dumps(_data_of(path)))]
+    commands = parser()
+    options = commands.parse_args([*given, *arguments])
+    options.pop("config")
+    index = options.pop("index")
+    if index is not None:
+        print(show([open_index(index)], options.png))  # noqa: T201
+    elif options.get("data") is None:
+        commands.error("give an index, or --config or --data to build one")
+    else:
+        print(difficulty(**vars(commands.instantiate_classes(options))))  # noqa: T201
+
+
+def _data_of(path: str) -> Any:
+    """What a configuration says of the data."""
+    try:
+        layer = read_layer(path)
+    except (OSError, ValueError, ImportError, YAMLError) as error:
+        raise argument_error("difficulty", "config", path, f"cannot be read: {error}") from error
+    if not isinstance(layer, dict) or "data" not in layer:
+        raise argument_error("difficulty", "config", path, "has no data")
+    return layer["data"]

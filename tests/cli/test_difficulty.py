@@ -1,0 +1,86 @@
+import json
+
+import numpy as np
+import pytest
+
+from lightning_align.__main__ import main
+from lightning_align.cli.difficulty import OneByOne
+from lightning_align.data.difficulty import DifficultyIndex
+from tests.data.test_deepspeed_index import VALUES, prefix  # noqa: F401
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Conversations of 5 to 24 bytes, and what the command passes over."""
+    pairs = [{"prompt": "say", "completion": "y" * (1 + i % 20)} for i in range(40)]
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    init = {"paths": str(tmp_path / "chat.jsonl"), "tokenizer": TOKENIZER, "val_fraction": 0}
+    data = {"class_path": "ConversationDataModule", "init_args": init}
+    (tmp_path / "run.yaml").write_text(json.dumps({"data": data, "trainer": {"max_steps": 3}}))
+    return tmp_path / "run.yaml"
+
+
+TOKENIZER = {"class_path": "tests.helpers.byte_tokenizer.ByteTokenizer"}
+
+
+def test_an_index_is_built_from_a_configuration_and_shown(config, tmp_path, capsys):
+    out, png = tmp_path / "out", tmp_path / "h.png"
+    arguments = ["--config", str(config), "--out", str(out), "--metrics"]
+    main(["difficulty", *arguments, "length,tests.cli.test_difficulty.rows", "--png", str(png)])
+    shown = capsys.readouterr().out
+    assert "80 difficulties computed, 0 were there" in shown
+    assert "length: 40 samples, 20 levels" in shown
+    assert png.stat().st_size > 1000
+    index = DifficultyIndex.open(out / "length")
+    assert np.diff(index.levels).tolist() == [1] * 19
+    assert index.fingerprint.startswith("conversations ")
+    main(["difficulty", str(out / "length")])
+    assert "length: 40 samples, 20 levels" in capsys.readouterr().out
+
+
+def rows(sample):
+    return int(sample["input_ids"].sum()) * len(sample["input_ids"])
+
+
+def test_workers_share_the_work(config, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["difficulty", "--config", str(config), "--out", str(out), "--num_workers", "2"]
+    with pytest.raises(SystemExit, match="one of several workers cannot do all"):
+        main(arguments)
+    for worker in "01":
+        main([*arguments, "--worker_id", worker, "--step", "map"])
+    main([*arguments, "--step", "reduce"])
+    assert "length: 40 samples" in capsys.readouterr().out
+
+
+def test_an_index_of_deepspeed_is_shown(prefix, capsys):  # noqa: F811
+    main(["difficulty", str(prefix)])
+    assert f"seqlen: {len(VALUES)} samples, 4 levels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        (["nowhere"], "is no usable difficulty index"),
+        (["--config", "nowhere.yaml"], "cannot be read"),
+        (["--config", "CONFIG", "--metrics", "lenght"], "must be one of length, vocabulary"),
+        (["--config", "CONFIG", "--metrics", "reference_loss"], "reference_loss needs a model"),
+        (["--config", "CONFIG", "--step", "map_reduce"], "must be one of 'all', 'map', 'reduce'"),
+    ],
+)
+def test_mistakes_are_told(config, tmp_path, monkeypatch, arguments, rule):
+    monkeypatch.chdir(tmp_path)
+    given = [str(config) if word == "CONFIG" else word for word in arguments]
+    with pytest.raises(SystemExit, match=rule):
+        main(["difficulty", *given])
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_one_by_one_ends():
+    """Python iterates over what raises IndexError at its end."""
+
+    class Batches(list):
+        def __getitem__(self, indices):
+            return [super(Batches, self).__getitem__(index) for index in indices]
+
+    assert list(OneByOne(Batches([5, 6]))) == [[5], [6]]
