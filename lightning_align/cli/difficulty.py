@@ -46,8 +46,6 @@ class OneByOne:
 
     def __getitem__(self, index: int) -> Any:
         """Sample ``index``."""
-        if index >= len(self):
-            raise IndexError(index)
         return self.dataset[[index]]
 
 
@@ -143,7 +141,9 @@ def _metric(
         return _reference_metric(name, reference)
     made: dict[str, Callable[[], Metric]] = {
         "length": lambda: length,
-        "vocabulary_rarity": lambda: VocabularyRarity(count_tokens(samples)),
+        "vocabulary_rarity": lambda: VocabularyRarity(
+            count_tokens(map(samples.__getitem__, range(len(samples))))
+        ),
         "compression_ratio": lambda: CompressionRatio(data.tokenizer.decode),
     }
     if name in made:
@@ -159,11 +159,16 @@ def _metric(
 
 
 def _reference_metric(name: str, reference: str | None) -> Metric:
+    from torch import nn
+
     from lightning_align.losses.difficulty import ReferenceLoss, ReferenceMargin
     from lightning_align.models.trained import load_trained
     from lightning_align.modules.reference import fingerprint
 
-    kinds = {"reference_loss": ReferenceLoss, "reference_margin": ReferenceMargin}
+    kinds: dict[str, Callable[[nn.Module, str], Metric]] = {
+        "reference_loss": ReferenceLoss,
+        "reference_margin": ReferenceMargin,
+    }
     check_choice("difficulty", "metrics", name, kinds)
     if reference is None:
         rule = f"{name} needs a model"

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     )
     from lightning_align.data.curriculum_sampler import CurriculumSampler
     from lightning_align.data.data_efficiency import read_data_efficiency
+    from lightning_align.data.difficulty import DifficultyIndex
+    from lightning_align.data.difficulty_map import DifficultyAnalyzer
     from lightning_align.data.mixture import Mixture
     from lightning_align.data.mixture_schedule import MixtureSchedule
     from lightning_align.data.pacing import CurriculumScheduler
@@ -27,6 +29,8 @@ else:
         "ConversationDataset": "conversation",
         "CurriculumSampler": "curriculum_sampler",
         "CurriculumScheduler": "pacing",
+        "DifficultyAnalyzer": "difficulty_map",
+        "DifficultyIndex": "difficulty",
         "Mixture": "mixture",
         "MixtureSchedule": "mixture_schedule",
         "PackedDataset": "packing",
@@ -47,6 +51,8 @@ __all__ = [
     "ConversationDataset",
     "CurriculumSampler",
     "CurriculumScheduler",
+    "DifficultyAnalyzer",
+    "DifficultyIndex",
     "Mixture",
     "MixtureSchedule",
     "PackedDataset",

@@ -70,7 +70,7 @@ class DifficultyIndex:
         values_N = checked_values(where, name, values)
         levels, level_N, counts = np.unique(values_N, return_inverse=True, return_counts=True)
         dtype = np.int32 if len(values_N) < 2**31 else np.int64
-        order = np.argsort(level_N, kind="stable").astype(dtype)
+        order: Samples = np.argsort(level_N, kind="stable").astype(dtype)
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         return cls(name, values_N, levels, offsets, order).merged(MAX_LEVELS)
 

@@ -39,13 +39,15 @@ def tokens_of(sample: Any) -> NDArray[Any]:
     if "input_ids" not in sample:
         rule = f"a mapping must have input_ids; it has {', '.join(map(repr, sample)) or 'nothing'}"
         raise argument_error("tokens_of", "sample", type(sample).__name__, rule)
-    ids = np.atleast_2d(_array(sample["input_ids"]))
+    ids: NDArray[Any] = np.atleast_2d(_array(sample["input_ids"]))
+    real: NDArray[Any] = np.ones(ids.shape, bool)
     if "attention_mask" in sample:
-        return ids[np.atleast_2d(_array(sample["attention_mask"])) != 0]
-    if "labels" in sample:
+        real = np.atleast_2d(_array(sample["attention_mask"])) != 0
+    elif "labels" in sample:
         learned = np.atleast_2d(_array(sample["labels"])) != -100
-        return ids[np.flip(np.maximum.accumulate(np.flip(learned, 1), 1), 1)]
-    return ids.reshape(-1)
+        real = np.flip(np.maximum.accumulate(np.flip(learned, 1), 1), 1)
+    tokens: NDArray[Any] = ids[real]
+    return tokens
 
 
 def _array(value: Any) -> NDArray[Any]:
@@ -66,7 +68,7 @@ def length(sample: Any) -> int:
 
 
 class VocabularyRarity:
-    """Sum of -log p over the tokens, p being a token's share of all (Platanios et al. 2019, Eq. 2).
+    """Sum of -log p over the tokens, p being a token's share of all (Platanios et al. 2019).
 
     Args:
         counts: How often each token occurs, (V,); ``count_tokens`` counts them.

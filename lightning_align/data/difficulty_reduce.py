@@ -56,8 +56,10 @@ class Levels(NamedTuple):
         if self.whole:
             above_C = values_C - self.ends[0].astype(values_C.dtype)
             # In int8, 127 - -128 wraps around; the same bits without a sign are right.
-            return above_C.view(f"u{above_C.itemsize}").astype(np.uint16)
-        return np.searchsorted(self.ends, values_C).astype(np.uint16)
+            plain_C: NDArray[Any] = above_C.view(f"u{above_C.itemsize}")
+            return plain_C.astype(np.uint16)
+        level_C: NDArray[np.uint16] = np.searchsorted(self.ends, values_C).astype(np.uint16)
+        return level_C
 
 
 def build_index(
@@ -180,7 +182,7 @@ def _write(
     next_L = np.cumsum(levels.counts) - levels.counts  # the place of the next sample of each level
     first = 0
     for values_C in pieces:
-        values.write(values_C.data.cast("B") if values_C.flags.c_contiguous else values_C.tobytes())
+        values.write(values_C.tobytes())
         _place(order, next_L, levels.of(values_C), first)
         first += len(values_C)
     order.flush()
@@ -193,8 +195,9 @@ def _write(
         writer = FileWriter(folder / name)
         writer.write(array.tobytes())
         files[name] = writer.close()
-    dtypes = {"values": span.dtype, "order": order_dtype, "levels": ends.dtype, "offsets": "int64"}
-    return {"files": files, "dtypes": {name: np.dtype(kind).str for name, kind in dtypes.items()}}
+    written = {"values": span.dtype, "order": order_dtype}
+    written |= {name: array.dtype for name, array in rest.items()}
+    return {"files": files, "dtypes": {name: dtype.str for name, dtype in written.items()}}
 
 
 def _place(

@@ -68,9 +68,8 @@ def write_whole(folder: Path, key: str, write: Callable[[Path], dict[str, Any]])
             shutil.rmtree(folder)
         temporary.rename(folder)
         sync_folder(folder.parent)
-    except BaseException:
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def write_whole_file(path: Path, data: bytes, writer: str) -> None:
@@ -91,9 +90,8 @@ def write_whole_file(path: Path, data: bytes, writer: str) -> None:
         stream.close()
         temporary.replace(path)
         sync_folder(path.parent)
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
 def problem_of(folder: Path, key: str, *, read_all: bool = True) -> str | None:

@@ -105,4 +105,4 @@ def _rows(
         raise argument_error(where, "sample", found, rule)
     device = next(model.parameters()).device
     tensors = {name: torch.as_tensor(value) for name, value in sample.items()}
-    return {name: torch.atleast_2d(value).to(device) for name, value in tensors.items()}
+    return {name: value.reshape(-1, value.shape[-1]).to(device) for name, value in tensors.items()}

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from lightning_align.__main__ import main
-from lightning_align.cli.difficulty import OneByOne
 from lightning_align.data.difficulty import DifficultyIndex
 from tests.data.test_deepspeed_index import VALUES, prefix  # noqa: F401
 
@@ -74,13 +73,3 @@ def test_mistakes_are_told(config, tmp_path, monkeypatch, arguments, rule):
     with pytest.raises(SystemExit, match=rule):
         main(["difficulty", *given])
     assert not (tmp_path / "outputs").exists()
-
-
-def test_one_by_one_ends():
-    """Python iterates over what raises IndexError at its end."""
-
-    class Batches(list):
-        def __getitem__(self, indices):
-            return [super(Batches, self).__getitem__(index) for index in indices]
-
-    assert list(OneByOne(Batches([5, 6]))) == [[5], [6]]
