@@ -73,6 +73,25 @@ def read_deepspeed_index(
     return DifficultyIndex(path.name, values, np.asarray(levels), offsets, order)
 
 
+def open_index(
+    path: str | Path, *, where: str = "open_index", argument: str = "path"
+) -> DifficultyIndex:
+    """An index of ours, or DeepSpeed's by what the names of its files begin with.
+
+    Args:
+        path: Folder of ours, or ``<save_path>/<metric>/<metric>`` of DeepSpeed's.
+        where: Class the user called.
+        argument: Name of the argument that holds ``path``.
+
+    Raises:
+        ValueError: If there is none, or it is damaged.
+    """
+    found = Path(path).expanduser()
+    if found.with_name(f"{found.name}_index_to_sample.idx").exists():
+        return read_deepspeed_index(found, where=where, argument=argument)
+    return DifficultyIndex.open(found, where=where, argument=argument)
+
+
 def _values(
     path: Path,
     levels: NDArray[Any],

@@ -68,10 +68,9 @@ class DifficultyIndex:
             ValueError: If they are not one finite number a sample.
         """
         values_N = checked_values(where, name, values)
-        levels, level_N, counts = np.unique(values_N, return_inverse=True, return_counts=True)
-        dtype = np.int32 if len(values_N) < 2**31 else np.int64
-        order: Samples = np.argsort(level_N, kind="stable").astype(dtype)
-        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        order: Samples = np.argsort(values_N, kind="stable").astype(sample_dtype(len(values_N)))
+        levels, first = np.unique(values_N[order], return_index=True)
+        offsets = np.append(first, len(values_N))
         return cls(name, values_N, levels, offsets, order).merged(MAX_LEVELS)
 
     @classmethod
@@ -178,6 +177,16 @@ class DifficultyIndex:
         if state.keys() == {"folder"}:
             opened = type(self).open(state["folder"], verify=False).__dict__
         self.__dict__.update(opened)
+
+
+def sample_dtype(num_samples: int) -> np.dtype[Any]:
+    """The narrowest type for numbers of samples."""
+    return np.dtype(np.int32 if num_samples < 2**31 else np.int64)
+
+
+def whole_dtype(low: int, high: int) -> np.dtype[Any]:
+    """The narrowest type for whole numbers from ``low`` to ``high``."""
+    return np.min_scalar_type(high if low >= 0 else min(low, -high - 1))
 
 
 def checked_values(where: str, name: str, values: ArrayLike, *, first: int = 0) -> NDArray[Any]:

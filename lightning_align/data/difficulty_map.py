@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from lightning_align._errors import argument_error, check_least
-from lightning_align.data.difficulty import DifficultyIndex
-from lightning_align.data.difficulty_metrics import Metric, metric_key
+from lightning_align.data.content_hash import UnknownContentError, add_content, data_fingerprint
+from lightning_align.data.difficulty import DifficultyIndex, whole_dtype
+from lightning_align.data.difficulty_metrics import BatchMetric, Metric, metric_key
 from lightning_align.data.difficulty_reduce import build_index
 from lightning_align.data.whole_folder import DISK_FULL, write_whole_file
 
@@ -34,7 +35,7 @@ WHERE = "DifficultyAnalyzer"
 SHARD_SAMPLES = 1 << 12  # what a kill costs, at most
 BAR_DELAY_S = 2.0
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-LOOKED_AT = 256  # samples that the fingerprint of a data set without its own is made from
+TOGETHER = 64  # samples that are read, and looked at by a metric that takes several at once
 
 
 class Shard(NamedTuple):
@@ -89,7 +90,8 @@ class DifficultyAnalyzer:
 
     Args:
         dataset: Has a length and gives sample i as ``dataset[i]``.
-        metrics: Function of a sample, by the name of the metric; greater is harder.
+        metrics: Function of a sample, by the name of the metric; greater is harder. One that has a
+            method ``many`` is given several samples at once.
         folder: Where shards and indices go; the index of a metric is the folder of its name.
         fingerprint: What tells the data from others and is cheap to know, such as a datamodule's;
             shards of the same fingerprint are taken without a look at the data. Without it a
@@ -99,8 +101,8 @@ class DifficultyAnalyzer:
         shard_samples: Samples of a shard.
 
     Raises:
-        ValueError: If there is no sample or no metric, a name cannot be a folder's, or numbers are
-            out of range.
+        ValueError: If there is no sample or no metric, a name cannot be a folder's, a metric cannot
+            be told from others (``metric_key``), or numbers are out of range.
     """
 
     def __init__(
@@ -130,6 +132,7 @@ class DifficultyAnalyzer:
             raise argument_error(WHERE, "folder", str(folder), rule, "Copy it when it is built")
         self.dataset = dataset
         self.metrics = dict(metrics)
+        self.keys = {name: metric_key(metric) for name, metric in metrics.items()}
         self.folder = Path(folder).expanduser()
         self.given_fingerprint = fingerprint
         self.num_workers = num_workers
@@ -141,7 +144,8 @@ class DifficultyAnalyzer:
         """What tells the data from others."""
         if self.given_fingerprint is not None:
             return self.given_fingerprint
-        return data_fingerprint(self.dataset)
+        with _known_content():
+            return data_fingerprint(self.dataset)
 
     def map(self) -> Mapped:
         """Compute what is not there yet of this worker's shards.
@@ -177,9 +181,8 @@ class DifficultyAnalyzer:
             OSError: If the disk is full. An index that was there is as it was.
         """
         with self._alone("reduce"):
-            for name, metric in self.metrics.items():
-                pieces = partial(self._pieces, name, metric_key(metric))
-                path = self.folder / name
+            for name in self.metrics:
+                path, pieces = self.folder / name, partial(self._pieces, name)
                 build_index(path, name, pieces, fingerprint=self.fingerprint, where=WHERE)
         return {name: DifficultyIndex.open(self.folder / name) for name in self.metrics}
 
@@ -211,7 +214,7 @@ class DifficultyAnalyzer:
 
     def _map_shard(self, first: int) -> Mapped:
         last = min(first + self.shard_samples, len(self.dataset))
-        keys = {name: metric_key(metric) for name, metric in self.metrics.items()}
+        keys = self.keys
         there = {name: Shard.read(self._shard_path(name, first)) for name in keys}
         fits = {
             name: shard
@@ -254,18 +257,20 @@ class DifficultyAnalyzer:
         """Hash of the samples, and their difficulties under the metrics ``names``."""
         digest = hashlib.blake2b(digest_size=16)
         found: dict[str, list[Any]] = {name: [] for name in names}
-        for number in range(first, last):
-            sample = self.dataset[number]
-            add_content(digest.update, sample)
+        for begin in range(first, last, TOGETHER):
+            numbers = range(begin, min(begin + TOGETHER, last))
+            samples = [self.dataset[number] for number in numbers]
+            with _known_content():
+                add_content(digest.update, samples)
             for name in names:
-                found[name].append(_difficulty(name, self.metrics[name], sample, number))
+                found[name] += _difficulties(name, self.metrics[name], samples, numbers)
         return digest.hexdigest(), {name: _narrow(values) for name, values in found.items()}
 
-    def _pieces(self, name: str, key: str) -> Iterator[NDArray[Any]]:
+    def _pieces(self, name: str) -> Iterator[NDArray[Any]]:
         for first in range(0, len(self.dataset), self.shard_samples):
             last = min(first + self.shard_samples, len(self.dataset))
             shard = Shard.read(self._shard_path(name, first))
-            expected = (first, last, key, self.fingerprint)
+            expected = (first, last, self.keys[name], self.fingerprint)
             if shard is None or shard[:4] != expected:
                 problem = "is missing or damaged" if shard is None else "is of other data"
                 rule = f"the shard of {name} for the samples {first} to {last} {problem}"
@@ -274,69 +279,62 @@ class DifficultyAnalyzer:
             yield shard.values
 
 
+@contextmanager
+def _known_content() -> Iterator[None]:
+    try:
+        yield
+    except UnknownContentError as error:
+        way_out = "Give a dataset of text, numbers, arrays or tensors"
+        raise argument_error(WHERE, "dataset", "...", str(error), way_out) from error
+
+
+def _difficulties(
+    name: str, metric: Metric, samples: list[Any], numbers: range
+) -> list[int | float]:
+    """Difficulties of samples that lie one behind the other."""
+    if not isinstance(metric, BatchMetric):
+        return [_difficulty(name, metric, *each) for each in zip(samples, numbers, strict=True)]
+    try:
+        values = [_checked(name, *each) for each in zip(metric.many(samples), numbers, strict=True)]
+    except Exception as error:
+        for sample, number in zip(samples, numbers, strict=True):
+            _difficulty(name, metric, sample, number)  # names the one that it fails on
+        rule = f"failed on the samples {numbers} together ({type(error).__name__}: {error})"
+        raise argument_error(WHERE, "metrics", name, rule) from error
+    return values
+
+
 def _difficulty(name: str, metric: Metric, sample: Any, number: int) -> int | float:
     try:
         value = metric(sample)
-        value = value.item() if hasattr(value, "item") else value
     except Exception as error:
         rule = f"failed on sample {number} ({type(error).__name__}: {error})"
         raise argument_error(WHERE, "metrics", name, rule) from error
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e38:
-        rule = f"is {value!r} for sample {number}, and must be a finite number"
-        raise argument_error(WHERE, "metrics", name, rule)
-    return value
+    return _checked(name, value, number)
 
 
-def _narrow(values: list[Any]) -> NDArray[Any]:
-    if any(isinstance(value, float) for value in values):
-        return np.array(values, np.float32)
-    low, high = np.min_scalar_type(min(values)), np.min_scalar_type(max(values))
-    return np.array(values, np.result_type(low, high))
-
-
-def data_fingerprint(dataset: Any) -> str:
-    """Hash of the number of samples, and of a few of them from the first to the last.
-
-    Args:
-        dataset: Has a length and gives sample i as ``dataset[i]``.
-    """
-    digest = hashlib.blake2b(str(len(dataset)).encode(), digest_size=16)
-    for number in np.unique(np.linspace(0, len(dataset) - 1, LOOKED_AT).astype(int)).tolist():
-        add_content(digest.update, dataset[number])
-    return f"{len(dataset)} samples {digest.hexdigest()}"
-
-
-def add_content(update: Callable[[bytes], object], value: Any) -> None:
-    """Feed a sample to a hash: text, bytes, numbers, arrays, tensors, and what is made of them.
-
-    Args:
-        update: Of the hash.
-        value: The sample.
+def _checked(name: str, value: Any, number: int) -> int | float:
+    """A difficulty as a plain number.
 
     Raises:
-        ValueError: If it holds anything else.
+        ValueError: If it is none, or too large for its file.
     """
-    if isinstance(value, Mapping):
-        update(f"mapping {len(value)}\n".encode())
-        for key, item in value.items():
-            add_content(update, key)
-            add_content(update, item)
-    elif isinstance(value, (list, tuple)):
-        update(f"list {len(value)}\n".encode())
-        for item in value:
-            add_content(update, item)
-    elif isinstance(value, (str, bytes)):
-        data = value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value
-        update(f"{type(value).__name__} {len(data)}\n".encode() + data)
-    elif value is None or isinstance(value, (bool, int, float)):
-        update(f"{value!r}\n".encode())
-    else:
-        array = np.asarray(value)
-        if array.dtype == object:
-            rule = f"holds a {type(value).__name__}, whose content is not known"
-            way_out = "Give fingerprint, and a dataset of text, numbers, arrays or tensors"
-            raise argument_error(WHERE, "dataset", type(value).__name__, rule, way_out)
-        update(f"array {array.dtype.str} {array.shape}\n".encode() + array.tobytes())
+    plain = value.item() if getattr(value, "ndim", None) == 0 else value
+    finite = (
+        -(2**63) <= plain < 2**63
+        if isinstance(plain, int)
+        else isinstance(plain, float) and abs(plain) < 1e38
+    )
+    if isinstance(plain, bool) or not finite:
+        rule = f"is {plain!r} for sample {number}, and must be a finite number"
+        raise argument_error(WHERE, "metrics", name, rule)
+    return plain
+
+
+def _narrow(values: list[int | float]) -> NDArray[Any]:
+    if any(isinstance(value, float) for value in values):
+        return np.array(values, np.float32)
+    return np.array(values, whole_dtype(int(min(values)), int(max(values))))
 
 
 def _digest(body: bytes) -> bytes:

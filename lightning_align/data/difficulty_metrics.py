@@ -9,16 +9,29 @@ from __future__ import annotations
 import hashlib
 import math
 import zlib
-from collections.abc import Callable, Iterable, Mapping
-from types import CodeType
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lightning_align._errors import argument_error
+from lightning_align.data.content_hash import UnknownContentError, add_content
 
 Metric = Callable[[Any], Any]
+
+
+@runtime_checkable
+class BatchMetric(Protocol):
+    """A metric that is faster for several samples at once."""
+
+    def __call__(self, sample: Any) -> Any:
+        """The difficulty of a sample."""
+        ...
+
+    def many(self, samples: Sequence[Any]) -> Sequence[Any]:
+        """The difficulty of each sample."""
+        ...
 
 
 def tokens_of(sample: Any) -> NDArray[Any]:
@@ -128,23 +141,22 @@ class CompressionRatio:
 
 
 def metric_key(metric: Metric) -> str:
-    """What tells a metric from another: its attribute ``key``, or else its name and its code.
+    """What tells a metric from another: its attribute ``key``, or else its name, code and values.
 
-    Values that a function closes over are not seen: such a metric needs a ``key``.
+    Of functions that it calls only the names are seen: where those change, change the ``key``.
+
+    Raises:
+        ValueError: If it holds what cannot be compared, such as a model, and has no ``key``.
     """
     key = getattr(metric, "key", None)
     if isinstance(key, str):
         return key
-    function = metric if hasattr(metric, "__code__") else type(metric).__call__
-    code = getattr(function, "__code__", None)
     name = getattr(metric, "__qualname__", type(metric).__qualname__)
-    if not isinstance(code, CodeType):
-        return f"{getattr(metric, '__module__', '')}.{name}"
-    defaults = repr(getattr(function, "__defaults__", None))
-    digest = hashlib.blake2b((_code(code) + defaults).encode(), digest_size=8)
+    digest = hashlib.blake2b(digest_size=8)
+    try:
+        add_content(digest.update, metric)
+    except (UnknownContentError, RecursionError) as error:
+        rule = f"cannot be told from others: it {error}"
+        way_out = "Give it an attribute key, a text that changes when its values may"
+        raise argument_error("DifficultyAnalyzer", "metrics", name, rule, way_out) from error
     return f"{getattr(metric, '__module__', '')}.{name} {digest.hexdigest()}"
-
-
-def _code(code: CodeType) -> str:
-    constants = [_code(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
-    return repr((code.co_code.hex(), code.co_names, constants))

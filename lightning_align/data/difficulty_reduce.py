@@ -18,7 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_align._errors import argument_error
-from lightning_align.data.difficulty import FORMAT, MAX_LEVELS, checked_values
+from lightning_align.data.difficulty import (
+    FORMAT,
+    MAX_LEVELS,
+    checked_values,
+    sample_dtype,
+    whole_dtype,
+)
 from lightning_align.data.whole_folder import DISK_FULL, FileWriter, hash_of, write_whole
 
 PIECE = 1 << 22  # samples at a time
@@ -120,8 +126,7 @@ def _range(where: str, name: str, pieces: Iterable[NDArray[Any]]) -> Range:
         raise argument_error(where, name, low.item(), rule, "Choose another metric")
     if "f" in kinds:
         return Range(num_samples, low, high, np.dtype(np.float32))
-    dtype = np.result_type(np.min_scalar_type(int(low)), np.min_scalar_type(int(high)))
-    return Range(num_samples, int(low), int(high), dtype)
+    return Range(num_samples, int(low), int(high), whole_dtype(int(low), int(high)))
 
 
 def _regrouped(span: Range, pieces: Iterable[NDArray[Any]]) -> Iterator[NDArray[Any]]:
@@ -176,7 +181,7 @@ def _write(
     folder: Path, span: Range, levels: Levels, pieces: Iterable[NDArray[Any]]
 ) -> dict[str, Any]:
     """Write the files; returns what a manifest says of them."""
-    order_dtype = np.dtype(np.int32 if span.num_samples < 2**31 else np.int64)
+    order_dtype = sample_dtype(span.num_samples)
     values = FileWriter(folder / "values")
     order = _allocated(folder / "order", span.num_samples, order_dtype)
     next_L = np.cumsum(levels.counts) - levels.counts  # the place of the next sample of each level

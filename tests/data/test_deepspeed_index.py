@@ -8,8 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from lightning_align.data.deepspeed_index import DTYPES, read_deepspeed_index
+from lightning_align.data.deepspeed_index import DTYPES, open_index, read_deepspeed_index
 from lightning_align.data.difficulty import DifficultyIndex
+from lightning_align.data.difficulty_reduce import build_index
 
 CODES = {np.dtype(kind): code for code, kind in DTYPES.items()}
 
@@ -52,6 +53,14 @@ def test_files_are_read_where_they_are(prefix):
     assert isinstance(index.order, np.memmap)
     assert isinstance(index.values, np.memmap)
     assert index.name == "seqlen"
+
+
+def test_either_kind_is_opened_by_its_path(prefix, tmp_path):
+    check_same(open_index(prefix), VALUES)
+    build_index(tmp_path / "ours", "ours", lambda: [VALUES])
+    assert open_index(tmp_path / "ours").name == "ours"
+    with pytest.raises(ValueError, match=r"Curriculum\(order='.*nothing'\): is no usable"):
+        open_index(tmp_path / "nothing", where="Curriculum", argument="order")
 
 
 def test_difficulties_in_another_order_are_those_of_the_lists(prefix):

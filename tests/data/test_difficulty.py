@@ -3,7 +3,7 @@ import pickle
 import numpy as np
 import pytest
 
-from lightning_align.data.difficulty import DifficultyIndex
+from lightning_align.data.difficulty import DifficultyIndex, whole_dtype
 from lightning_align.data.difficulty_reduce import build_index
 from tests.helpers.faulty_files import flip
 
@@ -107,3 +107,21 @@ def test_an_index_of_other_data_is_refused(folder):
     with pytest.raises(ValueError, match="is of other data: of 'these', and this is 'those'"):
         index.check_data("X", "order", 7, "those")
     DifficultyIndex.of_values(VALUES).check_data("X", "order", 7, "those")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "dtype"),
+    [
+        (0, 255, np.uint8),
+        (0, 256, np.uint16),
+        (-1, 127, np.int8),
+        (-1, 128, np.int16),
+        (-128, 0, np.int8),
+        (-129, 0, np.int16),
+        (-1, 2**40, np.int64),
+        (0, 2**64 - 1, np.uint64),
+        (-(2**63), 2**63 - 1, np.int64),
+    ],
+)
+def test_whole_numbers_take_the_narrowest_type(low, high, dtype):
+    assert whole_dtype(low, high) == dtype

@@ -8,12 +8,8 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from lightning_align.data.difficulty_map import (
-    DifficultyAnalyzer,
-    Shard,
-    add_content,
-    data_fingerprint,
-)
+from lightning_align.data.content_hash import data_fingerprint
+from lightning_align.data.difficulty_map import DifficultyAnalyzer, Shard
 from lightning_align.data.difficulty_metrics import CompressionRatio, length
 from lightning_align.data.whole_folder import FileWriter
 from tests.helpers.children import fork
@@ -117,8 +113,9 @@ def test_a_damaged_shard_is_computed_again(tmp_path, damage):
         (lambda text: float("nan") if text.endswith("7") else 1, "is nan for sample 7"),
         (lambda text: float("inf"), "is inf for sample 0"),
         (lambda text: 10**400, "must be a finite number"),
+        (lambda text: 2**63, "must be a finite number"),
         (lambda text: text, "must be a finite number"),
-        (lambda text: torch.ones(2), r"failed on sample 0 \(RuntimeError"),
+        (lambda text: torch.ones(2), r"is tensor\(.* for sample 0, and must be"),
     ],
 )
 def test_a_metric_that_fails_names_the_sample(tmp_path, metric, rule):
@@ -149,6 +146,7 @@ def test_two_workers_of_one_number_are_refused(tmp_path):
         assert go_on.wait(30)
         return len(text)
 
+    slow.key = "slow"
     first = threading.Thread(target=analyzer(tmp_path, metrics={"length": slow}).map)
     first.start()
     try:
@@ -179,26 +177,44 @@ def test_a_full_disk_keeps_whole_shards_alone(tmp_path, monkeypatch):
     assert analyzer(tmp_path).map() == (204, 96)
 
 
-def test_content_tells_samples_apart():
-    samples = [
-        "a",
-        b"a",
-        ["a"],
-        [["a"]],
-        {"a": 1},
-        {"a": "1"},
-        {"a": [1, 2]},
-        {"a": torch.tensor([1, 2])},
-        np.array([1, 2], np.int32),
-        np.array([[1, 2]], np.int32),
-        [1, 2],
-        [12],
-        None,
-        1.0,
-    ]
-    assert len({data_fingerprint([sample]) for sample in samples}) == len(samples)
-    with pytest.raises(ValueError, match="holds a object, whose content is not known"):
-        add_content(print, object())
+def test_samples_whose_content_is_not_known_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"dataset=.*holds a object, whose content is not known"):
+        analyzer(tmp_path, [object()], {"x": id}).map()
+
+
+class Together:
+    """A metric of several samples, that counts how many at once."""
+
+    key = "together"
+
+    def __init__(self):
+        self.sizes = []
+
+    def __call__(self, text):
+        return self.many([text])[0]
+
+    def many(self, texts):
+        self.sizes.append(len(texts))
+        assert "word " * 3 + "40" not in texts
+        return [torch.tensor(len(text)) for text in texts]
+
+
+def test_a_metric_that_takes_several_samples_is_given_them(tmp_path):
+    metric = Together()
+    texts = TEXTS[:40] * 5
+    built = analyzer(tmp_path, texts, {"x": metric}, shard_samples=100)
+    assert built.map().computed == 200
+    assert metric.sizes == [64, 36] * 2
+    assert built.reduce()["x"].values.tolist() == [len(text) for text in texts]
+
+
+def test_the_sample_that_several_fail_on_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"metrics='x'\): failed on sample 40 \(AssertionError"):
+        analyzer(tmp_path, metrics={"x": Together()}).map()
+    few = Together()
+    few.many = lambda texts: [1, 2] if len(texts) > 1 else [1]
+    with pytest.raises(ValueError, match=r"failed on the samples range\(0, 32\) together"):
+        analyzer(tmp_path, metrics={"x": few}).map()
 
 
 @pytest.mark.slow

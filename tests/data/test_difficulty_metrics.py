@@ -88,3 +88,15 @@ def test_a_key_tells_metrics_apart():
     assert len({metric_key(metric) for metric in metrics}) == len(metrics)
     assert metric_key(same) == metric_key(same)
     assert metric_key(len) == "builtins.len"
+
+
+def test_a_metric_that_holds_what_cannot_be_compared_needs_a_key():
+    model = torch.nn.Linear(2, 2)
+
+    def scored(sample):
+        return float(model(sample))
+
+    with pytest.raises(ValueError, match=r"metrics='.*scored'\): cannot be told .*a key"):
+        metric_key(scored)
+    scored.key = "scored by the first model"
+    assert metric_key(scored) == "scored by the first model"

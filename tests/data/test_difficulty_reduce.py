@@ -17,6 +17,7 @@ KINDS = {
     "negative ones of 16 bits": RANDOM.integers(-32768, 32768, 5003),
     "more than 16 bits apart": RANDOM.integers(-3, 10**6, 5003),
     "enormous ones": RANDOM.integers(0, 2**62, 5003),
+    "enormous ones of both signs": RANDOM.integers(-(2**62), 2**62, 5003),
     "floats": RANDOM.normal(size=5003),
     "few floats": RANDOM.integers(0, 9, 5003) / 8,
     "whole numbers and floats": np.arange(5003) // 7,
