@@ -2,9 +2,11 @@
 
 ``linear_cross_entropy`` for pretraining and supervised fine-tuning; ``linear_logprobs`` and
 ``completion_logps`` for everything that needs the log-probability of given tokens; one function for
-each preference loss in ``LOSSES``, from the ``PairScores`` and the ``PreferenceOptions``.
+each preference loss in ``LOSSES``, from the ``PairScores`` and the ``PreferenceOptions``;
+``ReferenceLoss`` and ``ReferenceMargin`` for how difficult samples are.
 """
 
+from lightning_align.losses.difficulty import ReferenceLoss, ReferenceMargin
 from lightning_align.losses.dpo import (
     Mean,
     dpo_loss_from_batch,
@@ -31,6 +33,8 @@ __all__ = [
     "Mean",
     "PairScores",
     "PreferenceOptions",
+    "ReferenceLoss",
+    "ReferenceMargin",
     "TokenLogprobs",
     "check_preference_arguments",
     "completion_logps",

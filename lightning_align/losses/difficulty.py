@@ -1,108 +1,177 @@
 """How difficult samples are to a reference model: its loss, and its margin between two answers.
 
-Shapes: B rows of a sample, T tokens; a pair has two rows, [chosen; rejected].
+Shapes: B rows of several samples, T tokens of the longest; a pair has two rows, [chosen; rejected].
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
+from typing_extensions import override
 
-from lightning_align._errors import argument_error
+from lightning_align._errors import argument_error, check_least
 from lightning_align.layers import find_layers
-from lightning_align.losses.sequence_logps import completion_logps, sequence_logps
+from lightning_align.losses.linear_logprobs import linear_logprobs
+from lightning_align.losses.sequence_logps import padding_arguments, sequence_logps
 
 IGNORE_INDEX = -100
+OPTIONAL = ("attention_mask", "position_ids")
+
+Rows = dict[str, Tensor]
 
 
-class ReferenceLoss:
-    """Mean loss of a sample under a reference model, in nats per token that is learned.
+class _ReferenceMetric(ABC):
+    """Scores samples under a frozen model, those of about one length together."""
 
-    Args:
-        model: A decoder that ``find_layers`` can read; it is used as it is, on its device.
-        key: What tells this model from another, such as a hash of its weights.
-        chunk_size: Rows whose logits exist at a time, see ``linear_logprobs``.
-    """
+    needed: ClassVar[tuple[str, ...]]
 
-    def __init__(self, model: nn.Module, key: str, *, chunk_size: int | None = None) -> None:
-        self._model = model
+    def __init__(
+        self, model: nn.Module, key: str, *, batch_size: int = 16, chunk_size: int | None = None
+    ) -> None:
+        where = type(self).__name__
+        check_least(where, 1, batch_size=batch_size)
+        if model.training:
+            rule = "must be in evaluation mode, or dropout would draw the difficulties"
+            raise argument_error(where, "model", type(model).__name__, rule, "Call model.eval()")
+        self._layers = find_layers(model)
+        self._batch_size = batch_size
         self._chunk_size = chunk_size
-        self.key = f"loss under {key}"
+        self._probed = False
+        self.key = f"{where} under {key}"
+
+    def __call__(self, sample: Mapping[str, Tensor]) -> float:
+        """The difficulty of a sample; see :meth:`many`."""
+        return self.many([sample])[0]
 
     @torch.no_grad()
-    def __call__(self, sample: Mapping[str, Tensor]) -> float:
-        """The loss of a sample.
+    def many(self, samples: Sequence[Mapping[str, Tensor]]) -> list[float]:
+        """The difficulty of each sample.
 
         Args:
-            sample: ``input_ids`` and ``labels``, (B, T), and ``attention_mask`` or
-                ``position_ids`` where there are any; a batch of one.
+            samples: Mappings with what ``needed`` names, (T,) or (rows, T) each.
 
         Raises:
-            ValueError: If nothing is learned of it.
+            ValueError: If one has something else, or nothing to score.
         """
-        rows = _rows("ReferenceLoss", sample, ("input_ids", "labels"), self._model)
-        learned_BT = rows["labels"] != IGNORE_INDEX
-        extra = {name: rows[name] for name in ("attention_mask", "position_ids") if name in rows}
-        layers = find_layers(self._model)
-        hidden_BTD = layers.hidden_states(rows["input_ids"], **extra)
-        scored = completion_logps(
-            hidden_BTD, layers.head, rows["input_ids"], learned_BT, chunk_size=self._chunk_size
-        )
-        count = int(scored.lengths_B.sum())
-        if count == 0:
-            raise argument_error("ReferenceLoss", "labels", "-100", "no token is learned")
-        return -float(scored.logps_B.sum()) / count
+        rows = [self._rows(sample) for sample in samples]
+        if len({frozenset(each) for each in rows}) > 1:
+            rule = "must all have the same names"
+            raise argument_error(type(self).__name__, "samples", "...", rule)
+        by_length = sorted(range(len(rows)), key=lambda i: rows[i]["input_ids"].shape[1])
+        values = [0.0] * len(rows)
+        for first in range(0, len(rows), self._batch_size):
+            chosen = by_length[first : first + self._batch_size]
+            counts = [len(rows[i]["input_ids"]) for i in chosen]
+            scores = self._score(_stacked([rows[i] for i in chosen]), counts)
+            for i, score in zip(chosen, scores, strict=True):
+                values[i] = score
+        return values
+
+    @abstractmethod
+    def _score(self, rows: Rows, counts: list[int]) -> list[float]:
+        """Difficulties of samples that have ``counts`` rows each."""
+
+    def _rows(self, sample: Mapping[str, Tensor]) -> Rows:
+        """The tensors of a sample as rows, on the device of the model."""
+        where = type(self).__name__
+        if not isinstance(sample, Mapping) or any(name not in sample for name in self.needed):
+            found = ", ".join(sample) if isinstance(sample, Mapping) else type(sample).__name__
+            rule = f"must be a mapping with {', '.join(self.needed)}"
+            raise argument_error(where, "sample", found, rule)
+        device = next(self._layers.model.parameters()).device
+        names = {*self.needed, *(name for name in OPTIONAL if name in sample)}
+        tensors = {name: torch.as_tensor(sample[name]) for name in names}
+        return {name: x.reshape(-1, x.shape[-1]).to(device) for name, x in tensors.items()}
 
 
-class ReferenceMargin:
+class ReferenceLoss(_ReferenceMetric):
+    """Mean loss of a sample under a reference model, in nats per token that is learned.
+
+    A sample is a batch of one: ``input_ids`` and ``labels``, (B, T), and ``attention_mask`` or
+    ``position_ids`` where there are any.
+
+    Args:
+        model: A decoder that ``find_layers`` can read, in evaluation mode, on its device.
+        key: What tells this model from another, such as a hash of its weights.
+        batch_size: Samples that the model sees at once.
+        chunk_size: Rows whose logits exist at a time, see ``linear_logprobs``.
+
+    Raises:
+        ValueError: If the model is in training mode, or ``batch_size`` is below 1.
+    """
+
+    needed = ("input_ids", "labels")
+
+    @override
+    def _score(self, rows: Rows, counts: list[int]) -> list[float]:
+        read = {name: tensor[:, :-1] for name, tensor in rows.items()}  # the last predicts nothing
+        extra = padding_arguments(read["attention_mask"]) if "attention_mask" in rows else {}
+        if "position_ids" in rows:
+            if not self._probed:
+                self._layers.probe_documents()
+                self._probed = True
+            extra["position_ids"] = read["position_ids"]
+        hidden_BTD = self._layers.hidden_states(read["input_ids"], **extra)
+        targets_BT = rows["labels"][:, 1:]
+        learned_BT = targets_BT != IGNORE_INDEX
+        logps_N = linear_logprobs(
+            hidden_BTD[learned_BT],
+            self._layers.head,
+            targets_BT[learned_BT],
+            chunk_size=self._chunk_size,
+        ).logps_N
+        logps_BT = logps_N.new_zeros(learned_BT.shape).masked_scatter(learned_BT, logps_N)
+        sums = [part.sum().item() for part in logps_BT.sum(1).split(counts)]
+        lengths = [int(part.sum()) for part in learned_BT.sum(1).split(counts)]
+        if 0 in lengths:
+            raise argument_error("ReferenceLoss", "labels", IGNORE_INDEX, "no token is learned")
+        return [-logp / length for logp, length in zip(sums, lengths, strict=True)]
+
+
+class ReferenceMargin(_ReferenceMetric):
     """How much likelier a reference model finds the rejected completion than the chosen one.
 
     The log-probability of the rejected completion less that of the chosen one, in nats: a pair that
     the reference gets right by a wide margin is easy, and comes first (Curri-DPO,
-    arXiv:2403.07230, which orders pairs by the gap of their ratings).
+    arXiv:2403.07230, which orders pairs by the gap of their ratings). A sample is a pair:
+    ``input_ids``, ``attention_mask`` and ``completion_mask``, (2, T).
 
     Args:
-        model: A decoder that ``find_layers`` can read; it is used as it is, on its device.
+        model: A decoder that ``find_layers`` can read, in evaluation mode, on its device.
         key: What tells this model from another, such as a hash of its weights.
+        batch_size: Pairs that the model sees at once.
         chunk_size: Rows whose logits exist at a time, see ``linear_logprobs``.
+
+    Raises:
+        ValueError: If the model is in training mode, or ``batch_size`` is below 1.
     """
 
-    def __init__(self, model: nn.Module, key: str, *, chunk_size: int | None = None) -> None:
-        self._model = model
-        self._chunk_size = chunk_size
-        self.key = f"margin under {key}"
+    needed = ("input_ids", "attention_mask", "completion_mask")
 
-    @torch.no_grad()
-    def __call__(self, sample: Mapping[str, Tensor]) -> float:
-        """The margin of a pair.
-
-        Args:
-            sample: ``input_ids``, ``attention_mask`` and ``completion_mask``, (2, T).
-
-        Raises:
-            ValueError: If it is no pair.
-        """
-        names = ("input_ids", "attention_mask", "completion_mask")
-        rows = _rows("ReferenceMargin", sample, names, self._model)
-        if len(rows["input_ids"]) != 2:
+    @override
+    def _score(self, rows: Rows, counts: list[int]) -> list[float]:
+        if set(counts) != {2}:
             rule = "must have two rows, the chosen and the rejected one"
-            raise argument_error("ReferenceMargin", "rows", len(rows["input_ids"]), rule)
-        chosen, rejected = sequence_logps(
-            self._model, *(rows[name] for name in names), chunk_size=self._chunk_size
-        ).tolist()
-        return float(rejected - chosen)
+            other = next(count for count in counts if count != 2)
+            raise argument_error("ReferenceMargin", "rows", other, rule)
+        masked = (rows[name] for name in self.needed)
+        logps_B = sequence_logps(self._layers.model, *masked, chunk_size=self._chunk_size)
+        margins: list[float] = (logps_B[1::2] - logps_B[::2]).tolist()
+        return margins
 
 
-def _rows(
-    where: str, sample: Mapping[str, Tensor], names: tuple[str, ...], model: nn.Module
-) -> dict[str, Tensor]:
-    """The tensors of a sample as rows, on the device of the model."""
-    if not isinstance(sample, Mapping) or any(name not in sample for name in names):
-        found = ", ".join(sample) if isinstance(sample, Mapping) else type(sample).__name__
-        rule = f"must be a mapping with {', '.join(names)}"
-        raise argument_error(where, "sample", found, rule)
-    device = next(model.parameters()).device
-    tensors = {name: torch.as_tensor(value) for name, value in sample.items()}
-    return {name: value.reshape(-1, value.shape[-1]).to(device) for name, value in tensors.items()}
+def _stacked(samples: list[Rows]) -> Rows:
+    """The rows of samples, one below the other, filled up on the right."""
+    length = max(rows["input_ids"].shape[1] for rows in samples)
+    fills = {name: IGNORE_INDEX if name == "labels" else 0 for name in samples[0]}
+    return {
+        name: torch.cat(
+            [pad(x := rows[name], (0, length - x.shape[1]), value=fill) for rows in samples]
+        )
+        for name, fill in fills.items()
+    }
