@@ -34,7 +34,12 @@ if TYPE_CHECKING:
         SpikeGuard,
         TokenSchedule,
     )
-    from lightning_align.data import CurriculumSampler, CurriculumScheduler
+    from lightning_align.data import (
+        CurriculumSampler,
+        CurriculumScheduler,
+        DifficultyAnalyzer,
+        DifficultyIndex,
+    )
     from lightning_align.layers import ModelLayers, find_layers
     from lightning_align.modules import (
         ConversationDataModule,
@@ -55,6 +60,8 @@ else:
         "CurriculumSampler": "data",
         "CurriculumScheduler": "data",
         "DPOModule": "modules",
+        "DifficultyAnalyzer": "data",
+        "DifficultyIndex": "data",
         "ExactResume": "run",
         "GaLoreAdamW": "optimizers",
         "GenerateSamples": "callbacks",
@@ -96,6 +103,8 @@ __all__ = [
     "CurriculumSampler",
     "CurriculumScheduler",
     "DPOModule",
+    "DifficultyAnalyzer",
+    "DifficultyIndex",
     "ExactResume",
     "GaLoreAdamW",
     "GenerateSamples",

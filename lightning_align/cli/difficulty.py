@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from lightning_align import modules
 from lightning_align._errors import argument_error, check_choice
 from lightning_align.cli.commands import CommandParser
 from lightning_align.cli.given import options_with_values, read_layer
-from lightning_align.data.deepspeed_index import read_deepspeed_index
+from lightning_align.data.deepspeed_index import open_index
 from lightning_align.data.difficulty import DifficultyIndex
 from lightning_align.data.difficulty_map import DifficultyAnalyzer
 from lightning_align.data.difficulty_metrics import (
@@ -28,6 +29,9 @@ from lightning_align.modules.positioned import PositionedDataModule
 from lightning_align.reports.difficulty import describe_difficulty, draw_difficulty
 
 STEPS = ("all", "map", "reduce")
+REFERENCE_METRICS = ("reference_loss", "reference_margin")
+
+MetricMaker = Callable[[PositionedDataModule], Metric]
 
 
 class OneByOne:
@@ -55,6 +59,7 @@ def difficulty(
     *,
     metrics: str | Sequence[str] = "length",
     reference: str | None = None,
+    device: str | None = None,
     num_workers: int = 1,
     worker_id: int = 0,
     step: str = "all",
@@ -69,6 +74,7 @@ def difficulty(
             reference_loss, reference_margin, or module.function of a sample.
         reference: Checkpoint, folder or hub name of the model for reference_loss and
             reference_margin.
+        device: Of that model: cpu, cuda, mps ...; left out, an accelerator if there is one.
         num_workers: How many commands share the work, each with a worker_id of its own.
         worker_id: Which of them this is, counted from 0.
         step: map computes this worker's part, reduce builds the indices when all have finished,
@@ -82,13 +88,16 @@ def difficulty(
     if step == "all" and num_workers > 1:
         rule = "one of several workers cannot do all"
         raise argument_error("difficulty", "step", step, rule, "Give map, and reduce at the end")
+    names = metrics.split(",") if isinstance(metrics, str) else list(metrics)
+    # Before the data are read, which may take long.
+    makers = {name.rpartition(".")[2]: _metric(name, reference, device) for name in names}
+    if len(makers) < len(names):
+        raise argument_error("difficulty", "metrics", metrics, "two would have one name")
     data.prepare_data()
     data.setup("fit")
-    samples = OneByOne(data.train_dataset)
-    names = metrics.split(",") if isinstance(metrics, str) else list(metrics)
     analyzer = DifficultyAnalyzer(
-        samples,
-        {name.rpartition(".")[2]: _metric(name, data, samples, reference) for name in names},
+        OneByOne(data.train_dataset),
+        {name: make(data) for name, make in makers.items()},
         out,
         fingerprint=data.fingerprint,
         num_workers=num_workers,
@@ -121,60 +130,57 @@ def show(indices: Sequence[DifficultyIndex], png: str | Path | None = None) -> s
     return "\n".join(lines)
 
 
-def open_index(path: str | Path) -> DifficultyIndex:
-    """An index of ours, or DeepSpeed's by what the names of its files begin with.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    found = Path(path).expanduser()
-    if found.with_name(f"{found.name}_index_to_sample.idx").exists():
-        return read_deepspeed_index(found, where="difficulty", argument="index")
-    return DifficultyIndex.open(found, where="difficulty", argument="index")
-
-
-def _metric(
-    name: str, data: PositionedDataModule, samples: OneByOne, reference: str | None
-) -> Metric:
-    """A metric by its name."""
-    if name.startswith("reference_"):
-        return _reference_metric(name, reference)
-    made: dict[str, Callable[[], Metric]] = {
-        "length": lambda: length,
-        "vocabulary_rarity": lambda: VocabularyRarity(
-            count_tokens(map(samples.__getitem__, range(len(samples))))
-        ),
-        "compression_ratio": lambda: CompressionRatio(data.tokenizer.decode),
-    }
-    if name in made:
-        return made[name]()
+def _metric(name: str, reference: str | None, device: str | None) -> MetricMaker:
+    """What makes the metric of a name, once the data are there."""
+    if name in PLAIN_METRICS:
+        return PLAIN_METRICS[name]
+    if name in REFERENCE_METRICS:
+        if reference is None:
+            rule = f"{name} needs a model"
+            raise argument_error("difficulty", "reference", reference, rule)
+        return partial(_reference_metric, name, reference, device)
     module, _, function = name.rpartition(".")
     try:
         found: Metric = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
-        known = ", ".join([*made, "reference_loss", "reference_margin"])
+        known = ", ".join([*PLAIN_METRICS, *REFERENCE_METRICS])
         rule = f"must be one of {known}, or module.function ({error})"
         raise argument_error("difficulty", "metrics", name, rule) from error
-    return found
+    return lambda _: found
 
 
-def _reference_metric(name: str, reference: str | None) -> Metric:
-    from torch import nn
+def _vocabulary_rarity(data: PositionedDataModule) -> Metric:
+    samples = OneByOne(data.train_dataset)
+    return VocabularyRarity(count_tokens(map(samples.__getitem__, range(len(samples)))))
+
+
+def _reference_metric(
+    name: str, reference: str, device: str | None, data: PositionedDataModule
+) -> Metric:
+    import torch
 
     from lightning_align.losses.difficulty import ReferenceLoss, ReferenceMargin
     from lightning_align.models.trained import load_trained
     from lightning_align.modules.reference import fingerprint
 
-    kinds: dict[str, Callable[[nn.Module, str], Metric]] = {
-        "reference_loss": ReferenceLoss,
-        "reference_margin": ReferenceMargin,
-    }
-    check_choice("difficulty", "metrics", name, kinds)
-    if reference is None:
-        rule = f"{name} needs a model"
-        raise argument_error("difficulty", "reference", reference, rule)
-    model = load_trained(reference, where="difficulty", dtype="float32").model
-    return kinds[name](model, json.dumps(fingerprint(model)))
+    trained = load_trained(reference, where="difficulty", dtype="float32")
+    known = trained.tokenizer.get_vocab() if trained.tokenizer is not None else {}
+    others = [token for token, i in data.tokenizer.get_vocab().items() if known.get(token, i) != i]
+    if others:
+        rule = f"reads other tokens than those of the data: {len(others)}, such as {others[0]!r}"
+        way_out = "Give the data the tokenizer of the model, or another model"
+        raise argument_error("difficulty", "reference", reference, rule, way_out)
+    key = json.dumps(fingerprint(trained.model))
+    place = torch.device(device or torch.accelerator.current_accelerator() or "cpu")
+    model: Any = trained.model.to(place)  # type: ignore[arg-type]
+    return ReferenceLoss(model, key) if name == "reference_loss" else ReferenceMargin(model, key)
+
+
+PLAIN_METRICS: dict[str, MetricMaker] = {
+    "length": lambda _: length,
+    "vocabulary_rarity": _vocabulary_rarity,
+    "compression_ratio": lambda data: CompressionRatio(data.tokenizer.decode),
+}
 
 
 def parser() -> CommandParser:
@@ -204,7 +210,7 @@ def main(arguments: Sequence[str]) -> None:
     options.pop("config")
     index = options.pop("index")
     if index is not None:
-        print(show([open_index(index)], options.png))  # noqa: T201
+        print(show([open_index(index, where="difficulty", argument="index")], options.png))  # noqa: T201
     elif options.get("data") is None:
         commands.error("give an index, or --config or --data to build one")
     else:

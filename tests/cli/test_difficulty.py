@@ -1,11 +1,15 @@
 import json
+import math
 
 import numpy as np
 import pytest
+import transformers
 
 from lightning_align.__main__ import main
 from lightning_align.data.difficulty import DifficultyIndex
+from lightning_align.data.tokenizer import train_tokenizer
 from tests.data.test_deepspeed_index import VALUES, prefix  # noqa: F401
+from tests.helpers.byte_tokenizer import ByteTokenizer
 
 
 @pytest.fixture
@@ -41,6 +45,49 @@ def rows(sample):
     return int(sample["input_ids"].sum()) * len(sample["input_ids"])
 
 
+@pytest.fixture
+def reference(tmp_path):
+    config = transformers.LlamaConfig(
+        vocab_size=258,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_losses_under_a_reference_model(config, reference, tmp_path, capsys):
+    arguments = ["--metrics", "reference_loss", "--reference", str(reference), "--device", "cpu"]
+    main(["difficulty", "--config", str(config), "--out", str(tmp_path / "out"), *arguments])
+    assert "40 difficulties computed" in capsys.readouterr().out
+    losses = DifficultyIndex.open(tmp_path / "out/reference_loss").values
+    # One of 258 at random.
+    assert losses == pytest.approx(math.log(258), abs=0.1)
+
+
+def test_a_reference_of_other_tokens_is_refused(config, reference, tmp_path):
+    tokenizer = train_tokenizer(["say y"], 257)
+    tokenizer.save_pretrained(reference)
+    text = config.read_text().replace(
+        TOKENIZER["class_path"], "tests.cli.test_difficulty.SameTokens"
+    )
+    config.write_text(text)
+    arguments = ["--metrics", "reference_loss", "--reference", str(reference)]
+    with pytest.raises(SystemExit, match="reads other tokens than those of the data: 256, such as"):
+        main(["difficulty", "--config", str(config), "--out", str(tmp_path / "out"), *arguments])
+
+
+class SameTokens(ByteTokenizer):
+    """The tokens of the trained one, each with the number of the next."""
+
+    def get_vocab(self):
+        known = train_tokenizer(["say y"], 257).get_vocab()
+        return {token: i + 1 if i else 0 for token, i in known.items()}
+
+
 def test_workers_share_the_work(config, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["difficulty", "--config", str(config), "--out", str(out), "--num_workers", "2"]
@@ -64,6 +111,11 @@ def test_an_index_of_deepspeed_is_shown(prefix, capsys):  # noqa: F811
         (["--config", "nowhere.yaml"], "cannot be read"),
         (["--config", "CONFIG", "--metrics", "lenght"], "must be one of length, vocabulary"),
         (["--config", "CONFIG", "--metrics", "reference_loss"], "reference_loss needs a model"),
+        (
+            ["--config", "CONFIG", "--metrics", "a.b,length"],
+            r"or module.function \(No module named",
+        ),
+        (["--config", "CONFIG", "--metrics", "length,length"], "two would have one name"),
         (["--config", "CONFIG", "--step", "map_reduce"], "must be one of 'all', 'map', 'reduce'"),
     ],
 )
