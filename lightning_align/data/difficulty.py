@@ -121,10 +121,6 @@ class DifficultyIndex:
         """Numbers of the samples of a level."""
         return self.order[self.offsets[level] : self.offsets[level + 1]]
 
-    def level_count(self, value: float) -> int:
-        """How many levels are at most ``value``."""
-        return int(np.searchsorted(self.levels, value, side="right"))
-
     def merged(self, max_levels: int) -> Self:
         """The same order with neighbouring levels joined, each of about as many samples.
 

@@ -27,11 +27,6 @@ def test_levels_are_sorted_and_samples_rise_inside_one():
     assert not index.joined
 
 
-@pytest.mark.parametrize(("value", "count"), [(0, 0), (1, 1), (2.5, 2), (7, 4), (99, 4)])
-def test_levels_up_to_a_value_are_counted(value, count):
-    assert DifficultyIndex.of_values(VALUES).level_count(value) == count
-
-
 @pytest.mark.parametrize("max_levels", [1, 2, 3, 7, 50])
 def test_joined_levels_are_never_harder_than_their_name(max_levels):
     values = np.random.default_rng(0).normal(size=997)
