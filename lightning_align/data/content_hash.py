@@ -72,8 +72,12 @@ def _array(value: Any) -> NDArray[Any]:
     except (TypeError, RuntimeError, ValueError):  # such as a bfloat16 tensor's
         array = np.empty(0, object)
     if array.dtype == object:
-        raise UnknownContentError(f"holds a {type(value).__name__}, whose content is not known")
+        raise _unknown(value)
     return array
+
+
+def _unknown(value: Any) -> UnknownContentError:
+    return UnknownContentError(f"holds a {type(value).__name__}, whose content is not known")
 
 
 def _add_function(update: Update, value: Any) -> None:
@@ -93,10 +97,12 @@ def _add_function(update: Update, value: Any) -> None:
     update(_code(code).encode())
     held = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
     add_content(update, [held, function.__defaults__, function.__kwdefaults__])
-    if isinstance(value, MethodType):
-        add_content(update, [type(value.__self__).__qualname__, vars(value.__self__)])
-    elif function is not value:
-        add_content(update, vars(value))
+    owner = value.__self__ if isinstance(value, MethodType) else value
+    if owner is not function:
+        try:
+            add_content(update, [type(owner).__qualname__, vars(owner)])
+        except (UnknownContentError, TypeError) as error:  # no __dict__
+            raise _unknown(owner) from error
 
 
 def _code(code: CodeType) -> str:

@@ -299,7 +299,8 @@ def _difficulties(
     except Exception as error:
         for sample, number in zip(samples, numbers, strict=True):
             _difficulty(name, metric, sample, number)  # names the one that it fails on
-        rule = f"failed on the samples {numbers} together ({type(error).__name__}: {error})"
+        span = f"{numbers.start} to {numbers.stop}"
+        rule = f"failed on the samples {span} together ({type(error).__name__}: {error})"
         raise argument_error(WHERE, "metrics", name, rule) from error
     return values
 
@@ -319,7 +320,7 @@ def _checked(name: str, value: Any, number: int) -> int | float:
     Raises:
         ValueError: If it is none, or too large for its file.
     """
-    plain = value.item() if getattr(value, "ndim", None) == 0 else value
+    plain: int | float = value.item() if getattr(value, "ndim", None) == 0 else value
     finite = (
         -(2**63) <= plain < 2**63
         if isinstance(plain, int)

@@ -126,8 +126,8 @@ class ReferenceLoss(_ReferenceMetric):
             chunk_size=self._chunk_size,
         ).logps_N
         logps_BT = logps_N.new_zeros(learned_BT.shape).masked_scatter(learned_BT, logps_N)
-        sums = [part.sum().item() for part in logps_BT.sum(1).split(counts)]
-        lengths = [int(part.sum()) for part in learned_BT.sum(1).split(counts)]
+        sums = [part.sum().item() for part in torch.split(logps_BT.sum(1), counts)]
+        lengths = [int(part.sum()) for part in torch.split(learned_BT.sum(1), counts)]
         if 0 in lengths:
             raise argument_error("ReferenceLoss", "labels", IGNORE_INDEX, "no token is learned")
         return [-logp / length for logp, length in zip(sums, lengths, strict=True)]
