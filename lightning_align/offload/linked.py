@@ -3,7 +3,7 @@
 Nothing of a block is copied: a checkpoint takes as long as a few system calls, and disk only as the
 run writes new files in the place of those that it holds. In the folder are
 
-``meta.pt``                 the checkpoint, with tensors on the meta device where files have values
+``meta.pt``                 the checkpoint, with None where files have values
 ``rank00000/index.json``    which tensor is where: names that lead to it in the checkpoint, shape,
                             dtype, and pieces (file, offset in bytes, first element, elements)
 ``rank00000/00000.block``   a file of the store
@@ -93,7 +93,7 @@ def link(checkpoint: dict[str, Any], folder: Path, rank: int, current: Collectio
         current: Files that may be linked; tensors of others are left where they are.
 
     Returns:
-        The checkpoint with tensors on the meta device in the place of what is linked.
+        The checkpoint with None in the place of what is linked: the index has its shape.
 
     Raises:
         ValueError: If something was made of an ``outline``, as by ``half()``, and is nowhere.
@@ -129,7 +129,7 @@ def link(checkpoint: dict[str, Any], folder: Path, rank: int, current: Collectio
         if pieces:
             dtype = str(value.dtype).removeprefix("torch.")
             entries.append([path, list(value.shape), dtype, pieces])
-        return torch.empty_like(value, device="meta")
+        return None
 
     def in_files(stretch: Stretch, itemsize: int) -> Iterator[Piece]:
         file, offset, start, length = stretch
