@@ -17,7 +17,7 @@ from lightning_align.run.callbacks import put_first
 from lightning_align.run.capture import Keeper
 from lightning_align.run.loader import PositionedLoader
 from lightning_align.run.position import Place, batches_consumed
-from lightning_align.run.protocols import seed_of
+from lightning_align.run.protocols import batch_cutter, seed_of
 from lightning_align.run.replicas import replica
 from lightning_align.run.rng import reseed
 from lightning_align.run.settings import LeftOut
@@ -87,6 +87,7 @@ class ExactResume(Callback):
             replica=replica(trainer),
             skipped=lambda: self.skipping.ranges,
             ended=self.skipping.ended,
+            cut=batch_cutter(trainer),
         )
 
     def _place(self, trainer: Trainer) -> Place:

@@ -13,6 +13,9 @@ which every dropout mask has advanced. So
 - batches that are passed over are drawn and dropped, too, into the next pass where this one has no
   more; a ``PositionSampler`` leaves them out by itself (passes.py, skipping.py).
 
+This is also the one place where a batch may be cut: it is drawn whole, by workers that run ahead and
+know no number, and everybody who counts, moves or learns from it comes behind.
+
 The seeds are the same on every rank: samplers that shuffle by the global generator and then take
 their rank's part rely on that.
 """
@@ -53,6 +56,7 @@ class PositionedLoader(CombinedLoader):
         replica: Number of replicas that share a batch, and that of this rank.
         skipped: What of the stream is passed over; asked for whenever an iteration begins.
         ended: Passes over the data that have ended, where batches of them were passed over.
+        cut: Given a batch and its number in the stream, returns the one that is trained.
 
     Attributes:
         started: Where the present iteration began, or None before the first.
@@ -73,6 +77,7 @@ class PositionedLoader(CombinedLoader):
         replica: tuple[int, int],
         skipped: Callable[[], SkippedBatches] = SkippedBatches,
         ended: EndedPasses | None = None,
+        cut: Callable[[Any, int], Any] | None = None,
     ) -> None:
         mode: Any = "max_size_cycle"  # Lightning's default
         if isinstance(loaders, CombinedLoader):
@@ -83,6 +88,7 @@ class PositionedLoader(CombinedLoader):
         self._seed, self._place, self._consumed = seed, place, consumed
         self._position, self._skipped = position, skipped
         self._ended = EndedPasses() if ended is None else ended
+        self._cut = cut
         for sampler in (sampler for loader in self.flattened for sampler in _samplers(loader)):
             _check_replica(sampler, replica)
         self._stream = EpochStream(0, 0, None, SkippedBatches(), self._ended)  # of this epoch
@@ -128,9 +134,10 @@ class PositionedLoader(CombinedLoader):
         if self._drawn_ahead and self._are_stateful:
             before = {number: s for number, s in self._states.items() if number == self._drawn - 1}
             self._states = {**before, self._drawn: copy.deepcopy(super()._state_dicts())}
-        batch = self._draw()
+        number = self._stream.number(self._drawn)
+        batch, *place = self._draw()
         self._drawn += 1
-        return batch
+        return (batch if self._cut is None else self._cut(batch, number)), *place
 
     def _draw(self) -> Any:
         """The epoch's next batch; what is to be passed over before it is drawn and dropped."""

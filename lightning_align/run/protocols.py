@@ -8,7 +8,7 @@ own classes, or one for all others. What is asked of optimizers is in ``optimize
 takes microseconds, so it is asked at set-up and not in every step.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from difflib import get_close_matches
 from typing import Any
@@ -21,6 +21,7 @@ from typing_extensions import Protocol, get_protocol_members, runtime_checkable
 
 from lightning_align._compat.lightning_trainer import wrap_in_ddp_again
 from lightning_align.data.skipped import SkippedBatches
+from lightning_align.run.callbacks import callbacks_of
 
 # Of a LightningModule
 
@@ -312,6 +313,14 @@ class PlansChanges(Protocol):
 
 
 @runtime_checkable
+class CutsBatches(Protocol):
+    """It makes another batch of each that the training loader yields, before anybody has it."""
+
+    def cut_batch(self, batch: Any, number: int, /) -> Any:
+        """That batch; ``number`` is the one of the stream, and all it may depend on beside it."""
+
+
+@runtime_checkable
 class ForgetsWindow(Protocol):
     """It counts what is learned; a LightningModule may be asked, too."""
 
@@ -376,6 +385,12 @@ def forget_window(answers: Sequence[Any]) -> None:
     for each in answers:
         if isinstance(each, ForgetsWindow):
             each.forget_window()
+
+
+def batch_cutter(trainer: pl.Trainer) -> Callable[[Any, int], Any] | None:
+    """What a callback makes of each training batch, None if none does."""
+    callbacks = callbacks_of(trainer)
+    return next((each.cut_batch for each in callbacks if isinstance(each, CutsBatches)), None)
 
 
 def tokenizer_of(trainer: pl.Trainer | None) -> Any:

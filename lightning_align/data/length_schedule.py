@@ -1,0 +1,134 @@
+"""Which length the rows of batch n have: a pure function of n, from a schedule by steps or tokens.
+
+A schedule by tokens counts what the batches before have to learn from as they are planned: full
+batches at their lengths. So any batch is looked up, on any rank and after a resume, and no count
+has to be saved or sent. What a run has really learned from is a little less where a batch was
+smaller or had tokens that are not learned.
+
+Shapes: none; n counts batches from 0, a length counts the predictions of a row.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+
+from lightning_align._errors import argument_error
+from lightning_align.data.pacing import CurriculumScheduler
+
+WHERE = "Curriculum"
+
+
+@dataclass(frozen=True)
+class Samples:
+    """How many samples the batches of a stream have, over all ranks.
+
+    Args:
+        before: Samples of the batches before batch n.
+        batch_at: Number of the batch that has sample s.
+        whole: Predictions of a whole sample; None where rows differ.
+    """
+
+    before: Callable[[int], int]
+    batch_at: Callable[[int], int]
+    whole: int | None = None
+
+    @staticmethod
+    def constant(batch: int, whole: int | None = None) -> Samples:
+        """Of batches that all have as many samples."""
+        return Samples(lambda n: n * batch, lambda sample: sample // batch, whole)
+
+
+class LengthSchedule:
+    """Length of every batch.
+
+    Args:
+        scheduler: Its difficulties are lengths.
+        mode: How a batch is cut, ``"truncate"`` or ``"reshape"``.
+        samples: How many there are in a batch; None if nobody knows.
+        max_lengths: Most lengths that there may be.
+
+    Attributes:
+        starts: First batch of each stretch of one length, ascending from 0.
+        lengths: Length of each stretch.
+
+    Raises:
+        ValueError: If there are more lengths than ``max_lengths``, a length is below 1, or a
+            schedule by tokens is of batches whose samples nobody knows.
+    """
+
+    def __init__(
+        self,
+        scheduler: CurriculumScheduler,
+        mode: str,
+        samples: Samples | None = None,
+        max_lengths: int = 64,
+    ) -> None:
+        self.mode, self.samples = mode, samples
+        changes = [*islice(scheduler.changes(), 1 << 16)]
+        levels = [(begin, int(length)) for begin, length in changes]
+        distinct = sorted({length for _, length in levels})
+        if distinct[0] < 1:
+            rule = "a row must have at least 1 token to predict"
+            raise argument_error(WHERE, "length.min_difficulty", distinct[0], rule)
+        if len(distinct) > max_lengths:
+            rule = f"the schedule has {len(distinct)} lengths from {distinct[0]} to {distinct[-1]}"
+            way_out = "Raise difficulty_step or max_lengths: what is compiled, or planned by"
+            way_out += " shapes, is made anew for each"
+            raise argument_error(WHERE, "length.max_lengths", max_lengths, rule, way_out)
+        if scheduler.unit == "step":
+            self.starts = [step - 1 for step, _ in levels]
+            self.lengths = [length for _, length in levels]
+        else:
+            self.starts, self.lengths = self._by_tokens(levels)
+
+    @property
+    def distinct(self) -> list[int]:
+        """All lengths, ascending."""
+        return sorted(set(self.lengths))
+
+    def length_at(self, n: int) -> int:
+        """Length of the rows of batch n."""
+        return self.lengths[bisect_right(self.starts, n) - 1]
+
+    def tokens_before(self, n: int) -> int | None:
+        """Planned predictions of all batches before batch n, over all ranks; None if unknown."""
+        if self.samples is None or self.samples.whole is None:
+            return None
+        total, ends = 0, [*self.starts[1:], n]
+        for begin, end, length in zip(self.starts, ends, self.lengths, strict=True):
+            if begin < n:
+                seen = self.samples.before(min(end, n)) - self.samples.before(begin)
+                total += seen * self._of_sample(length)
+        return total
+
+    def _of_sample(self, length: int) -> int:
+        """Predictions of a sample that is cut to a length."""
+        assert self.samples is not None
+        whole = self.samples.whole
+        assert whole is not None
+        if length >= whole:
+            return whole
+        return length if self.mode == "truncate" else whole // length * length
+
+    def _by_tokens(self, levels: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
+        """Where the tokens of all batches before reach a level."""
+        if self.samples is None or self.samples.whole is None:
+            rule = "a schedule by tokens needs to know how many a batch has"
+            way_out = "Give length.block_size, the predictions of a whole row, and"
+            way_out += " length.global_batch_size, the rows of a batch over all ranks"
+            raise argument_error(WHERE, "length.scheduler", "tokens", rule, way_out)
+        starts, lengths, tokens = [0], [levels[0][1]], 0
+        for reached, length in levels[1:]:
+            each, before = self._of_sample(lengths[-1]), self.samples.before(starts[-1])
+            lacking = -(-(reached - tokens) // each)  # samples until the level is reached
+            if lacking <= 0:
+                lengths[-1] = length
+                continue
+            n = self.samples.batch_at(before + lacking - 1) + 1
+            tokens += (self.samples.before(n) - before) * each
+            starts.append(n)
+            lengths.append(length)
+        return starts, lengths
