@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lightning_align.callbacks import (
         LISA,
         AsyncCheckpoint,
+        Curriculum,
         GenerateSamples,
         MetricPlot,
         OptimizerSwap,
@@ -57,6 +58,7 @@ else:
         "LISA": "callbacks",
         "AsyncCheckpoint": "callbacks",
         "ConversationDataModule": "modules",
+        "Curriculum": "callbacks",
         "CurriculumSampler": "data",
         "CurriculumScheduler": "data",
         "DPOModule": "modules",
@@ -100,6 +102,7 @@ __all__ = [
     "LISA",
     "AsyncCheckpoint",
     "ConversationDataModule",
+    "Curriculum",
     "CurriculumSampler",
     "CurriculumScheduler",
     "DPOModule",

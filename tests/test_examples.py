@@ -55,6 +55,23 @@ def test_a_planted_spike_is_healed(tmp_path: Path) -> None:
     assert max(last["skip"], last["rewind"]) < last["unguarded"]
 
 
+@pytest.mark.slow
+def test_rows_grow(tmp_path: Path) -> None:
+    environment = {**os.environ, "LIGHTNING_ALIGN_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, str(EXAMPLES / "curriculum.py"), "--steps=16"]
+    run = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    words = [line.split() for line in run.stdout.splitlines()]
+    lengths = [int(line[1]) for line in words if len(line) == 2 and line[0].isdigit()]
+    assert lengths == [16, 32, 64, 128, 256, 256, 256, 256]
+    losses = {line[0]: float(line[2]) for line in words if line[0] in ("whole", "growing")}
+    assert len(losses) == 2
+    assert losses["whole"] != losses["growing"]
+    assert (tmp_path / "curriculum.png").stat().st_size > 10_000
+
+
 def test_yaml_examples_are_those_of_the_demo() -> None:
     for name in ("pretrain.yaml", "dpo.yaml"):
         packaged = EXAMPLES.parent / "lightning_align/recipes" / name

@@ -13,6 +13,7 @@ from lightning_align._moved import MOVED
 # Frozen: lines are added, never changed.
 SAVED = (
     "lightning_align.callbacks.async_checkpoint.AsyncCheckpoint",
+    "lightning_align.callbacks.curriculum.Curriculum",
     "lightning_align.callbacks.generate_samples.GenerateSamples",
     "lightning_align.callbacks.lisa.LISA",
     "lightning_align.callbacks.metric_plot.MetricPlot",

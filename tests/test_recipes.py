@@ -66,7 +66,14 @@ def moved(model: str, base: str) -> bool:
 
 
 # Those that go over another recipe.
-LAYERS = {"galore": "pretrain", "muon": "ddp", "spike_guard": "pretrain", "stable_adamw": "ddp"}
+LAYERS = {
+    "curriculum": "pretrain",
+    "galore": "pretrain",
+    "muon": "ddp",
+    "spike_guard": "pretrain",
+    "stable_adamw": "ddp",
+}
+OF_CALLBACKS = {"curriculum", "spike_guard"}
 
 TINY = [
     "--model.model.hidden_size=20",
@@ -164,6 +171,20 @@ def test_spike_guard_over_pretrain(folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_curriculum_over_pretrain(folder: Path) -> None:
+    for name in ("pretrain", "curriculum"):
+        main(["recipes", "copy", name])
+    layers = ["-c", "pretrain.yaml", "-c", "curriculum.yaml"]
+    schedule = ["--model.lr_scheduler.total_steps=3", "--trainer.log_every_n_steps=1"]
+    main(["fit", *layers, *QUIET, *TINY, *schedule])
+    checkpoint = torch.load("outputs/pretrain/checkpoints/last.ckpt", weights_only=True)
+    (state,) = [v for k, v in checkpoint["callbacks"].items() if k.startswith("Curriculum")]
+    assert state["settings"]["length"]["lengths"][:2] == [[1, 16], [151, 32]]
+    assert checkpoint["tokens_seen"] == 3 * 2 * 128, "as many as without"
+    assert (folder / "outputs/pretrain/curriculum.png").exists()
+
+
+@pytest.mark.slow
 def test_sft_chat(folder: Path, base: str) -> None:
     def chat(i: int) -> dict[str, Any]:
         said = [("user", f"What is number {i}?"), ("assistant", "A truth.")]
@@ -219,6 +240,7 @@ def test_zero_infinity_goes_on_from_its_last_step(folder: Path) -> None:
 
 def test_every_recipe_is_run_here() -> None:
     assert recipes.names() == [
+        "curriculum",
         "ddp",
         "dpo",
         "finetune_hub",
@@ -245,7 +267,7 @@ def test_a_recipe_prints_as_its_file(name: str, capsys: pytest.CaptureFixture[st
     main(["recipes", name])
     printed = capsys.readouterr().out
     assert printed == (ROOT / f"lightning_align/recipes/{name}.yaml").read_text()
-    of_layers = {"trainer"} if name == "spike_guard" else {"model"}
+    of_layers = {"trainer"} if name in OF_CALLBACKS else {"model"}
     parts = of_layers if name in LAYERS else {"model", "data", "trainer"}
     assert parts <= set(yaml.safe_load(printed))
     how = f"-c {LAYERS[name]}.yaml -c {name}.yaml" if name in LAYERS else f"-c {name}.yaml"

@@ -1,9 +1,12 @@
 """Private APIs of Lightning's records of what is logged."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.connectors.logger_connector.result import (
     _Metadata,
     _ResultMetric,
@@ -139,3 +142,22 @@ def restore_metric(metric: Metric, captured: dict[str, Any]) -> None:
 def latest_metrics(trainer: pl.Trainer) -> dict[str, Tensor]:
     """What monitors see, kept from one epoch to the next; the dictionary itself."""
     return trainer._logger_connector._callback_metrics
+
+
+@contextmanager
+def logging_apart(trainer: pl.Trainer) -> Iterator[None]:
+    """Around a training step whose values nobody is to see: not monitors, means nor loggers."""
+    loop, connector = trainer.fit_loop.epoch_loop, trainer._logger_connector
+    kept = {name: _copied(value) for name, value in vars(connector).items()}
+    results, loggers = loop._results, trainer.loggers
+    loop._results = type(results)(training=True)
+    trainer.loggers = [DummyLogger() for _ in loggers]
+    try:
+        yield
+    finally:
+        loop._results, trainer.loggers = results, loggers
+        vars(connector).update(kept)
+
+
+def _copied(value: Any) -> Any:
+    return dict(value) if isinstance(value, dict) else value

@@ -6,6 +6,7 @@ from lightning_align._lazy import lazy
 
 if TYPE_CHECKING:
     from lightning_align.callbacks.async_checkpoint import AsyncCheckpoint
+    from lightning_align.callbacks.curriculum import Curriculum
     from lightning_align.callbacks.generate_samples import GenerateSamples
     from lightning_align.callbacks.lisa import LISA
     from lightning_align.callbacks.metric_plot import MetricPlot
@@ -17,6 +18,7 @@ else:
     _HOMES = {
         "LISA": "lisa",
         "AsyncCheckpoint": "async_checkpoint",
+        "Curriculum": "curriculum",
         "GenerateSamples": "generate_samples",
         "MetricPlot": "metric_plot",
         "OptimizerSwap": "optimizer_swap",
@@ -29,6 +31,7 @@ else:
 __all__ = [
     "LISA",
     "AsyncCheckpoint",
+    "Curriculum",
     "GenerateSamples",
     "MetricPlot",
     "OptimizerSwap",

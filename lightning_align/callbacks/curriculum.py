@@ -7,16 +7,27 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 from typing_extensions import override
 
-from lightning_align._compat.lightning_trainer import log_step_value
+from lightning_align._compat.lightning_trainer import is_accumulating, log_step_value
 from lightning_align._errors import argument_error
 from lightning_align.callbacks.curriculum_length import WHERE, LengthPart
+from lightning_align.callbacks.curriculum_picture import MOST_POINTS, LossCurve, draw_run
+from lightning_align.callbacks.curriculum_preflight import Preflight
 from lightning_align.data.length_schedule import Samples
 from lightning_align.data.skipped import SkippedBatches
+from lightning_align.reports.pictures import log_figure, new_figure
 from lightning_align.run.callbacks import bring, callbacks_of
 from lightning_align.run.exact_resume import ExactResume
-from lightning_align.run.protocols import tokenizer_of
+from lightning_align.run.position import batches_consumed
+from lightning_align.run.protocols import (
+    MeasuresSteps,
+    length_refusal,
+    sample_tokens,
+    tokenizer_of,
+    told_stream,
+)
 from lightning_align.run.replicas import of_every_rank
 from lightning_align.run.skipping import skipped_batches, stream_position
 
@@ -75,6 +86,8 @@ class Curriculum(Callback):
         self._length = LengthPart(length)
         self._saved_settings: dict[str, Any] | None = None
         self._skipped: partial[SkippedBatches] | None = None
+        self._preflight = Preflight(self._largest_batch)
+        self._losses = LossCurve()
         self._lost_here: int | None = None  # of this rank, from the checkpoint that is loaded
 
     # What a batch is
@@ -96,9 +109,7 @@ class Curriculum(Callback):
         if self._skipped is None or position == 0:
             return None
         skipped, schedule = self._skipped(), self._length.schedule
-        before, now = (
-            schedule.length_at(skipped.position_of(n)) for n in (position - 1, position)
-        )
+        before, now = (schedule.length_at(skipped.position_of(n)) for n in (position - 1, position))
         return f"Curriculum: rows of {now} tokens" if before != now else None
 
     def cut_batch(self, batch: Any, number: int) -> Any:
@@ -112,14 +123,30 @@ class Curriculum(Callback):
         if stage != "fit":
             return
         check_alone(trainer)
+        if (rule := length_refusal(trainer)) is not None:
+            way_out = "Give order instead, which has short samples before long ones"
+            raise argument_error(WHERE, "length", self._length.mode, rule, way_out)
         bring(ExactResume, trainer, pl_module, stage)
         self._length.set_up(self._samples(trainer), tokenizer_of(trainer))
         self._skipped = partial(skipped_batches, trainer)
+        if self.preflight:
+            self._length.keep_first = True
+            self._preflight.enter(trainer)
         if trainer.global_step == 0:  # a resumed run loads its state after setup
             self._length.lost, self._saved_settings = 0, None
+            self._losses = LossCurve()
+        try:
+            if self.filename is not None:
+                new_figure(1, 1)
+        except ImportError as error:
+            self.filename = None
+            rank_zero_warn(f"Curriculum draws no picture at the end of the run. {error}")
 
     def _samples(self, trainer: Trainer) -> Samples | None:
-        return None
+        whole, stream = sample_tokens(trainer), told_stream(trainer) or {}
+        if whole is None or "batch" not in stream:
+            return None
+        return Samples.constant(stream["batch"], whole)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -156,19 +183,55 @@ class Curriculum(Callback):
             log_step_value(pl_module, f"curriculum/{name}", held)
 
     @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        consumed, accumulate = batches_consumed(trainer), trainer.accumulate_grad_batches
+        n = skipped_batches(trainer).position_of(consumed - 1)
+        if self.filename is None or is_accumulating(trainer) or not self._losses.wants(n):
+            return
+        if isinstance(pl_module, MeasuresSteps):
+            found = pl_module.measured_step and pl_module.measured_step[0]
+        else:  # Lightning has divided it
+            found = outputs and accumulate * outputs["loss"]
+        if isinstance(found, Tensor):
+            self._losses.note(n, float(found))
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        last = stream_position(trainer)
+        if self.filename is None or last == 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        spaced = sorted({last * part // MOST_POINTS for part in range(MOST_POINTS)})
+        figure = draw_run(self.preview(spaced), self._losses.points)
+        for place in log_figure(trainer, "curriculum", figure, filename=self.filename):
+            rank_zero_info(f"Curriculum drawn: {place}")
+
+    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._skipped = None
+        self._preflight.leave(trainer)
+
+    def _largest_batch(self) -> tuple[Any, str] | None:
+        """The first batch with the longest rows of the run, unless they are as long already."""
+        whole, self._length.whole = self._length.whole, None
+        if whole is None:
+            return None
+        longest = self._length.schedule.distinct[-1]
+        return self._length.cut_to(whole, longest), f"rows of {longest} tokens"
 
     # Resuming
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"settings": self._settings(), "lost": self._length.lost}
+        losses = self._losses.state_dict()
+        return {"settings": self._settings(), "lost": self._length.lost, "losses": losses}
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         # Compared when training starts: a checkpoint may be evaluated under any curriculum.
         self._saved_settings = dict(state_dict["settings"])
+        self._losses.load_state_dict(state_dict["losses"])
         here, self._lost_here = self._lost_here, None
         self._length.lost = state_dict["lost"] if here is None else here
 

@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any
 
 from lightning_align._errors import argument_error, check_choice, check_least, check_whole
-from lightning_align.data.length_schedule import LengthSchedule, Samples
+from lightning_align.data.length_schedule import MOST_CHANGES, LengthSchedule, Samples
 from lightning_align.data.pacing import CurriculumScheduler
 from lightning_align.data.sequence_length import MODES, RowCutter
 
@@ -37,7 +37,7 @@ class LengthPart:
     Attributes:
         schedule: Length of every batch, from ``set_up`` on.
         lost: Predictions of this rank's batches that were cut off, of those that were trained.
-        whole: The first batch before it was cut, if ``keep_first`` was set.
+        whole: The first batch before it was cut, if ``keep_first`` was set and rows will grow.
 
     Raises:
         ValueError: If a key is not known or missing, or a value gives no schedule.
@@ -109,9 +109,11 @@ class LengthPart:
     def cut(self, batch: Any, n: int) -> Any:
         """Batch n of the stream, with rows of its length."""
         assert self._cutter is not None
+        length = self.schedule.length_at(n)
         if self.keep_first:
-            self.whole, self.keep_first = batch, False
-        cut, self._lost_by[n] = self._cutter.cut(batch, self.schedule.length_at(n))
+            grows = length < self.schedule.distinct[-1]
+            self.whole, self.keep_first = batch if grows else None, False
+        cut, self._lost_by[n] = self._cutter.cut(batch, length)
         return cut
 
     def cut_to(self, batch: Any, length: int) -> Any:
@@ -133,12 +135,11 @@ class LengthPart:
 
     def settings(self) -> dict[str, Any]:
         """What decides how each batch is cut, as plain data."""
-        unit, changes = self.scheduler.unit, [*islice(self.scheduler.changes(), 1 << 16)]
-        plain = [[int(at), float(length)] for at, length in changes]
+        changes = islice(self.scheduler.changes(), MOST_CHANGES)
         return {
             "mode": self.mode,
-            "unit": unit,
-            "lengths": plain,
+            "unit": self.scheduler.unit,
+            "lengths": [[int(at), int(length)] for at, length in changes],
             "preserve_end_of_sequence": self.keeps_end,
         }
 

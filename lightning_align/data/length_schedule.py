@@ -19,6 +19,7 @@ from lightning_align._errors import argument_error
 from lightning_align.data.pacing import CurriculumScheduler
 
 WHERE = "Curriculum"
+MOST_CHANGES = 1 << 16  # that are looked at; a schedule with more has too many lengths anyway
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,6 @@ class LengthSchedule:
         samples: How many there are in a batch; None if nobody knows.
         max_lengths: Most lengths that there may be.
 
-    Attributes:
-        starts: First batch of each stretch of one length, ascending from 0.
-        lengths: Length of each stretch.
-
     Raises:
         ValueError: If there are more lengths than ``max_lengths``, a length is below 1, or a
             schedule by tokens is of batches whose samples nobody knows.
@@ -66,10 +63,8 @@ class LengthSchedule:
         samples: Samples | None = None,
         max_lengths: int = 64,
     ) -> None:
-        self.mode, self.samples = mode, samples
-        changes = [*islice(scheduler.changes(), 1 << 16)]
-        levels = [(begin, int(length)) for begin, length in changes]
-        distinct = sorted({length for _, length in levels})
+        self.scheduler, self.mode, self.samples = scheduler, mode, samples
+        distinct = self.distinct
         if distinct[0] < 1:
             rule = "a row must have at least 1 token to predict"
             raise argument_error(WHERE, "length.min_difficulty", distinct[0], rule)
@@ -78,27 +73,36 @@ class LengthSchedule:
             way_out = "Raise difficulty_step or max_lengths: what is compiled, or planned by"
             way_out += " shapes, is made anew for each"
             raise argument_error(WHERE, "length.max_lengths", max_lengths, rule, way_out)
-        if scheduler.unit == "step":
-            self.starts = [step - 1 for step, _ in levels]
-            self.lengths = [length for _, length in levels]
-        else:
-            self.starts, self.lengths = self._by_tokens(levels)
+        self._by_tokens = scheduler.unit == "tokens"
+        self._starts, self._lengths = self._tokens_reached() if self._by_tokens else ([], [])
 
     @property
     def distinct(self) -> list[int]:
-        """All lengths, ascending."""
-        return sorted(set(self.lengths))
+        """All lengths of the schedule, ascending."""
+        return sorted({int(length) for _, length in self._levels()})
 
     def length_at(self, n: int) -> int:
         """Length of the rows of batch n."""
-        return self.lengths[bisect_right(self.starts, n) - 1]
+        if self._by_tokens:
+            return self._lengths[bisect_right(self._starts, n) - 1]
+        return int(self.scheduler.get_difficulty(n + 1))
+
+    def stretches(self) -> list[tuple[int, int]]:
+        """First batch and length of each stretch of one length, ascending from batch 0."""
+        if self._by_tokens:
+            return [*zip(self._starts, self._lengths, strict=True)]
+        return [(step - 1, int(length)) for step, length in self._levels()]
+
+    def _levels(self) -> list[tuple[int, float]]:
+        return [*islice(self.scheduler.changes(), MOST_CHANGES)]
 
     def tokens_before(self, n: int) -> int | None:
         """Planned predictions of all batches before batch n, over all ranks; None if unknown."""
         if self.samples is None or self.samples.whole is None:
             return None
-        total, ends = 0, [*self.starts[1:], n]
-        for begin, end, length in zip(self.starts, ends, self.lengths, strict=True):
+        total, stretches = 0, self.stretches()
+        ends = [*(begin for begin, _ in stretches[1:]), n]
+        for (begin, length), end in zip(stretches, ends, strict=True):
             if begin < n:
                 seen = self.samples.before(min(end, n)) - self.samples.before(begin)
                 total += seen * self._of_sample(length)
@@ -113,15 +117,16 @@ class LengthSchedule:
             return whole
         return length if self.mode == "truncate" else whole // length * length
 
-    def _by_tokens(self, levels: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    def _tokens_reached(self) -> tuple[list[int], list[int]]:
         """Where the tokens of all batches before reach a level."""
         if self.samples is None or self.samples.whole is None:
             rule = "a schedule by tokens needs to know how many a batch has"
             way_out = "Give length.block_size, the predictions of a whole row, and"
             way_out += " length.global_batch_size, the rows of a batch over all ranks"
             raise argument_error(WHERE, "length.scheduler", "tokens", rule, way_out)
-        starts, lengths, tokens = [0], [levels[0][1]], 0
-        for reached, length in levels[1:]:
+        (_, first), *levels = [(int(tokens), int(length)) for tokens, length in self._levels()]
+        starts, lengths, tokens = [0], [first], 0
+        for reached, length in levels:
             each, before = self._of_sample(lengths[-1]), self.samples.before(starts[-1])
             lacking = -(-(reached - tokens) // each)  # samples until the level is reached
             if lacking <= 0:

@@ -148,6 +148,7 @@ def _keep_end_of_text(batch: Mapping[Any, Any], cut: dict[Any, Any], token: int)
     ended_B = (inputs_BT[row_B, last_B] == token) & (last_B >= width)
     for name in {"input_ids", "labels"} & set(cut):
         kept_B = batch[name][row_B, last_B]  # its label may say that it is not learned
+        cut[name] = cut[name].clone()  # of one row it is a part of the batch itself
         cut[name][ended_B, -1] = kept_B[ended_B]
 
 

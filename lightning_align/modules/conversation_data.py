@@ -52,6 +52,8 @@ class ConversationDataModule(PositionedDataModule):
         >>> data = ConversationDataModule("chats.jsonl", "path/of/a/tokenizer", max_length=2048)
     """
 
+    length_refusal = "its rows end with what is learned, the answers, and they would be cut off"
+
     def __init__(
         self,
         paths: Paths,

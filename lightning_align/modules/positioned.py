@@ -48,6 +48,13 @@ class PositionedDataModule(pl.LightningDataModule):
             ``val_fraction`` is not in [0, 1).
     """
 
+    length_refusal: str | None = None  # why rows of its batches cannot be cut
+
+    @property
+    def sample_tokens(self) -> int | None:
+        """Tokens to predict of each training sample; None where samples differ."""
+        return None
+
     def __init__(
         self, batch_size: int, seed: int, num_workers: int, val_fraction: float = 0.0
     ) -> None:

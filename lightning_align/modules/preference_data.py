@@ -48,6 +48,8 @@ class PreferenceDataModule(PositionedDataModule):
         >>> data = PreferenceDataModule("pairs.jsonl", "path/of/a/tokenizer", max_length=512)
     """
 
+    length_refusal = "its rows end with what is learned, the answers, and they would be cut off"
+
     def __init__(
         self,
         paths: Paths,

@@ -116,6 +116,11 @@ class TextDataModule(PositionedDataModule):
         # Name of the token cache, and how many files each of the paths is.
         self._prepared: tuple[str, list[int]] | None = None
 
+    @property
+    @override
+    def sample_tokens(self) -> int:
+        return self.block_size
+
     @override
     def prepare_data(self) -> None:
         """Read, check and tokenise the files (one process of each node)."""

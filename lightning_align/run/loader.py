@@ -13,8 +13,8 @@ which every dropout mask has advanced. So
 - batches that are passed over are drawn and dropped, too, into the next pass where this one has no
   more; a ``PositionSampler`` leaves them out by itself (passes.py, skipping.py).
 
-This is also the one place where a batch may be cut: it is drawn whole, by workers that run ahead and
-know no number, and everybody who counts, moves or learns from it comes behind.
+This is also the one place where a batch may be cut: it is drawn whole, by workers that run ahead
+and know no number, and everybody who counts, moves or learns from it comes behind.
 
 The seeds are the same on every rank: samplers that shuffle by the global generator and then take
 their rank's part rely on that.

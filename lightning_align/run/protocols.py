@@ -195,6 +195,24 @@ class TellsStream(Protocol):
         """Plain data, the same wherever batch n is the same."""
 
 
+@runtime_checkable
+class RefusesLength(Protocol):
+    """Rows of its batches cannot be cut to a length, for this reason; None if they can."""
+
+    @property
+    def length_refusal(self) -> str | None:
+        """The reason, as the rule of an error."""
+
+
+@runtime_checkable
+class TellsSampleTokens(Protocol):
+    """Its training samples all have as many tokens to predict."""
+
+    @property
+    def sample_tokens(self) -> int | None:
+        """How many; None if they differ."""
+
+
 # Of a strategy
 
 
@@ -417,6 +435,18 @@ def began_elsewhere(trainer: pl.Trainer) -> bool:
     if not isinstance(data, HasPosition) or data.train_sampler is None:
         return False
     return data.train_sampler.start not in (None, data.position)
+
+
+def sample_tokens(trainer: pl.Trainer) -> int | None:
+    """Tokens to predict of each training sample of a run, None if nobody knows, or they differ."""
+    data = datamodule_of(trainer)
+    return data.sample_tokens if isinstance(data, TellsSampleTokens) else None
+
+
+def length_refusal(trainer: pl.Trainer) -> str | None:
+    """Why rows of a run's batches cannot be cut, if the datamodule says so."""
+    data = datamodule_of(trainer)
+    return data.length_refusal if isinstance(data, RefusesLength) else None
 
 
 def datamodule_skips(trainer: pl.Trainer) -> SkipsBatches | None:

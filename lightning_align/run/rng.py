@@ -6,12 +6,14 @@ rank, stage) before every batch makes the draws of batch n the same however the 
 """
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 
-from lightning_align.seeds import derive_seed, seed_torch
+from lightning_align.seeds import derive_seed, fork_generators, seed_torch
 
 
 def reseed(seed: int, position: int, rank: int, stage: str) -> None:
@@ -27,6 +29,18 @@ def reseed(seed: int, position: int, rank: int, stage: str) -> None:
     random.seed(derived)
     np.random.seed(derived & 0xFFFF_FFFF)  # NumPy's legacy generator takes 32 bits
     seed_torch(derived)
+
+
+@contextmanager
+def undrawn(device: torch.device) -> Iterator[None]:
+    """Context behind which all generators, also those of ``device``, are as they were."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with fork_generators(device):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 def generator_state(value: Any) -> Any:

@@ -92,3 +92,23 @@ def test_lines_are_numbered_by_steps_and_where_a_run_goes_back_higher() -> None:
 
     watched(number)
     assert lines == [(0, 1), (1, 2), (2, 3), (3, 4), (10, 5), (11, 6)]
+
+
+def test_what_is_logged_apart_is_seen_by_nobody() -> None:
+    class Twice(Stranger):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            if batch_idx == 1:
+                with lightning_logged.logging_apart(self.trainer):
+                    self.log("hidden", 1.0)
+                    self.log("loss", 100.0, on_step=True, on_epoch=True, batch_size=4)
+                    assert "hidden" in self.trainer.callback_metrics
+                assert "hidden" not in self.trainer.callback_metrics
+            return super().training_step(batch, batch_idx)
+
+    def seen(module: Stranger) -> Any:
+        sums, trainer = watched(lightning_logged.capture_logged_sums, module, limit_train_batches=3)
+        return sums, {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+    ours, theirs = seen(Twice()), seen(Stranger())
+    assert ours[1] == theirs[1]
+    assert str(ours[0]) == str(theirs[0])

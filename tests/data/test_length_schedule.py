@@ -56,8 +56,8 @@ def test_tokens_of_schedules_by_steps_are_planned_too() -> None:
 
 
 def test_a_warm_up_shorter_than_one_step_of_length_is_over_at_once() -> None:
-    assert LengthSchedule(linear(total=1), "reshape").lengths == [64]
-    assert LengthSchedule(linear(total=2), "reshape").lengths == [32, 64]
+    assert LengthSchedule(linear(total=1), "reshape").stretches() == [(0, 64)]
+    assert LengthSchedule(linear(total=2), "reshape").stretches() == [(0, 32), (1, 64)]
 
 
 def test_the_number_of_lengths_is_bounded() -> None:

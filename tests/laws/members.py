@@ -196,6 +196,13 @@ DATAMODULES = [
     ),
 ]
 
+GROWING = {
+    "min_difficulty": 4,
+    "max_difficulty": 16,
+    "schedule_type": "fixed_linear",
+    "schedule_config": {"total_curriculum_step": 9, "difficulty_step": 4},
+}
+
 OPTIMIZERS = [
     Member(
         f"torch AdamW{name}",
@@ -253,6 +260,15 @@ CALLBACKS = [
         refuses={
             "hand-written": "cannot tell which list holds its blocks; candidates",
             "pipeline": "it does not follow when other blocks are frozen and released",
+        },
+    ),
+    Member(
+        "Curriculum",
+        spec(OURS + "Curriculum", length={"mode": "reshape", "scheduler": GROWING}, filename=None),
+        neutral=False,
+        refuses={
+            "DPOModule": "its rows end with what is learned, the answers",
+            "ConversationDataModule": "its rows end with what is learned, the answers",
         },
     ),
     Member("SpikeGuard", spec(OURS + "SpikeGuard", action=["clip", "skip", "stop"])),

@@ -28,6 +28,7 @@ from lightning_align import (
 )
 from lightning_align.run.position import batches_consumed
 from tests.helpers.children import in_child
+from tests.helpers.curriculum import by_length, linear
 from tests.helpers.ranks import ForkedRanks, run_ranks
 from tests.helpers.resume import SaveEveryBatch, SequenceData, gpt2_module
 from tests.helpers.spiky import AlarmOnce, Told
@@ -167,6 +168,16 @@ def lisa() -> pl.Callback:
 
 def test_lisa_in_mid_interval() -> None:
     as_told(lambda: ours(lisa), 7, back=3, max_epochs=1)  # to step 4; draws change at 3 and 6
+
+
+@pytest.mark.parametrize("mode", ["truncate", "reshape"])
+def test_rows_of_a_curriculum(mode: str) -> None:
+    """Back over a change of length: batch n has the rows that it had the first time."""
+
+    def growing() -> pl.Callback:
+        return by_length(mode, linear(total=9))
+
+    as_told(lambda: ours(growing), 5, back=3, max_epochs=1)
 
 
 def test_token_schedule() -> None:

@@ -44,6 +44,7 @@ from lightning_align.run.protocols import (
 )
 from lightning_align.strategies.pipeline.checks import check_module
 from tests.helpers.byte_tokenizer import ByteTokenizer
+from tests.helpers.curriculum import by_length
 from tests.helpers.lisa import Layered, train
 from tests.helpers.pipelines import Chained
 from tests.helpers.tiny_models import TINY_MODELS
@@ -118,6 +119,8 @@ ANSWER: dict[str, Callable[[], Any]] = {
     "HasPosition": text,
     "SkipsBatches": text,
     "TellsStream": text,
+    "RefusesLength": text,
+    "TellsSampleTokens": text,
     "SpreadsModel": la.PipelineStrategy,
     "HoldsGradients": la.ZeROInfinityStrategy,
     "RestoresInFit": la.ZeROInfinityStrategy,
@@ -132,6 +135,7 @@ ANSWER: dict[str, Callable[[], Any]] = {
     "HasStorageOptions": la.AsyncCheckpoint,
     "WithdrawsCheckpoints": la.AsyncCheckpoint,
     "PlansChanges": la.LISA,
+    "CutsBatches": by_length,
     "ForgetsWindow": lambda: la.TokenSchedule(10),
 }
 

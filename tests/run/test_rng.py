@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_align.run.rng import generator_state, reseed, set_generator_state
+from lightning_align.run.rng import generator_state, reseed, set_generator_state, undrawn
 from lightning_align.seeds import derive_seed
 
 
@@ -73,3 +73,16 @@ def test_only_generators_have_such_a_state() -> None:
     assert [generator_state(value) for value in (1, "random", torch.zeros(1), nn.ReLU())] == [
         None
     ] * 4
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_is_drawn_apart_is_drawn_again(fails: bool) -> None:
+    reseed(1, 7, 0, "train")
+    try:
+        with undrawn(torch.device("cpu")):
+            first = draws()
+            if fails:
+                raise KeyError
+    except KeyError:
+        pass
+    assert draws() == first

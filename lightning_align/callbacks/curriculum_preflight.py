@@ -1,0 +1,55 @@
+"""The longest rows of a run, once through its module before the first step."""
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from typing_extensions import override
+
+from lightning_align.run.callbacks import callbacks_of
+from lightning_align.run.preflight import no_preflight, preflight
+
+
+class Preflight(Callback):
+    """Tries out one batch before the first training step of a process, and leaves.
+
+    It is the last of all callbacks: what others freeze or set for the first batch is set.
+
+    Args:
+        largest: Returns the largest batch of the run and what it is in words; None if the first one
+            is as large.
+    """
+
+    def __init__(self, largest: Callable[[], tuple[Any, str] | None]) -> None:
+        self._largest = largest
+
+    def enter(self, trainer: Trainer) -> None:
+        """Be the last of the Trainer's callbacks."""
+        trainer.callbacks = [*callbacks_of(trainer), self]  # type: ignore[attr-defined]
+
+    def leave(self, trainer: Trainer) -> None:
+        """Be none of them."""
+        others = [each for each in callbacks_of(trainer) if each is not self]
+        trainer.callbacks = others  # type: ignore[attr-defined]
+
+    @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.leave(trainer)
+        found = self._largest()
+        if found is None:
+            return
+        given, words = found
+        if reason := no_preflight(trainer, pl_module):
+            rank_zero_info(f"Curriculum: no preflight, since {reason}.")
+            return
+        try:
+            preflight(trainer, pl_module, given)
+        except Exception as error:
+            raise RuntimeError(
+                f"Curriculum(preflight=True): {words}, the largest batch of the run, does not go"
+                f" through {type(pl_module).__name__}: {type(error).__name__}: {error}"
+            ) from error
+        rank_zero_info(f"Curriculum: {words}, the largest batch of the run, went through.")
