@@ -39,7 +39,8 @@ else
 	@$(PIP_INSTALL) $(TORCH)
 endif
 	@echo "Installing lightning-align and its development tools (about 2 minutes) ..."
-	@$(PIP_INSTALL) --no-build-isolation -e '.[test,check,docs,peer]'
+	@# deepspeed, a peer, is built from its sources, without a compiler; for CUDA it would look for one.
+	@DS_ACCELERATOR=cpu $(PIP_INSTALL) --no-build-isolation -e '.[test,check,docs,peer]'
 	@# jsonargparse's docstring_parser and pydoclint's fork of it share a folder; the fork serves both, if it comes last.
 	@$(PIP_INSTALL) --no-deps --force-reinstall docstring_parser_fork
 	@touch $@
