@@ -3,7 +3,8 @@
     python benchmarks/curriculum/resume.py            # half a minute
     python benchmarks/curriculum/resume.py --smoke    # seconds
 
-Needs deepspeed (0.19.8 was read); DS_ACCELERATOR=cpu is set. Both draw from the same 4000 samples
+Needs deepspeed (0.19.8 was read) and a compiler, as it builds its communication; DS_ACCELERATOR=cpu
+is set. Both draw from the same 4000 samples
 of 100 difficulties by the same pacing, 10 to 100 in 60 steps, in batches of 16. At random batches a
 state is saved, plain or pickled, and a new sampler goes on with it for 20 batches. A resume counts
 if all of them are equal.
@@ -15,7 +16,9 @@ on 1 and 2 ranks, and from 2 ranks on 1 and from 1 on 2 at the same global batch
 """
 
 import argparse
+import contextlib
 import copy
+import io
 import itertools
 import os
 import pickle
@@ -163,7 +166,8 @@ def main() -> None:
         store = distributed.FileStore(f"{folder}/store", 1)
         distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
         deepspeed.init_distributed("gloo", verbose=False)
-        equal, with_generator = resumes_of_theirs(Path(folder), positions, difficulties)
+        with contextlib.redirect_stdout(io.StringIO()):  # what it says of every file
+            equal, with_generator = resumes_of_theirs(Path(folder), positions, difficulties)
         distributed.destroy_process_group()
     print(f"DeepSpeed's, on 1 rank: {equal} of {count} resumes are equal")
     print(f"DeepSpeed's, its generator put back by hand: {with_generator} of {count}")
