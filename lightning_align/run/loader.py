@@ -38,6 +38,7 @@ from lightning_align._compat.lightning_resume import (
 from lightning_align._errors import argument_error
 from lightning_align.data.sampler import PositionSampler
 from lightning_align.data.skipped import SkippedBatches
+from lightning_align.data.streams import StreamBatches
 from lightning_align.run.passes import EndedPasses, EpochStream
 from lightning_align.run.position import Place
 from lightning_align.run.rng import reseed
@@ -197,6 +198,8 @@ class PositionedLoader(CombinedLoader):
             if isinstance(generator, torch.Generator) and not restored:
                 own = self._own_seeds.setdefault(id(generator), generator.initial_seed())
                 generator.manual_seed(derive_seed(own, self._seed(), 0, f"epoch {epoch}"))
+        if isinstance(batches := getattr(loader, "dataset", None), StreamBatches):
+            batches.start = self._next - taken
         for sampler in _samplers(loader):
             self._let_follow(sampler)
         persistent = isinstance(loader, DataLoader) and loader.persistent_workers
