@@ -99,6 +99,10 @@ class CurriculumOrder:
         """Samples ``first`` to ``last`` (exclusive) of the stream."""
         return self._blocks.indices(first, last)
 
+    def plan(self) -> list[int]:
+        """What decides when groups join, as plain JSON."""
+        return self.starts
+
     def seen(self, place: int) -> Counts:
         """How many samples of each group were drawn before a place, (G,); without replacement.
 

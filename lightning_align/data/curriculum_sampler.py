@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from itertools import islice
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -23,8 +22,10 @@ from lightning_align.data.eligibility import (
     eligible_counts,
     sort_samples,
 )
+from lightning_align.data.feedback import SelfPaced, scheduler_of
 from lightning_align.data.pacing import CurriculumScheduler
 from lightning_align.data.sampler import PositionSampler
+from lightning_align.data.self_paced_order import SelfPacedOrder
 from lightning_align.data.skipped import SkippedBatches
 
 
@@ -41,7 +42,8 @@ class CurriculumSampler(PositionSampler):
         difficulties: One number for each sample, or an index of them; for several measures a
             mapping from their names. A sample is eligible when all measures allow it.
         scheduler: A ``CurriculumScheduler`` or its configuration; for several measures a mapping
-            with the same names.
+            with the same names. For one measure it may be ``SelfPaced``: batch n is then a function
+            of its decisions, too.
         batch_size: Samples per batch and rank.
         seed: Seed of every order.
         num_replicas: Number of ranks that share a batch.
@@ -58,8 +60,7 @@ class CurriculumSampler(PositionSampler):
         skipped: Called with ``position``; returns the batches to pass over, by their numbers.
 
     Attributes:
-        order: The stream of samples (a ``CurriculumOrder``).
-        yielded: Batches that were yielded, those that are passed over not counted.
+        order: The stream of samples: a ``CurriculumOrder``, or a ``SelfPacedOrder``.
 
     Raises:
         ValueError: If a difficulty is not finite or all are the same, names or sizes of measures
@@ -76,7 +77,7 @@ class CurriculumSampler(PositionSampler):
         [3]
     """
 
-    order: CurriculumOrder
+    order: CurriculumOrder | SelfPacedOrder
 
     def __init__(
         self,
@@ -96,16 +97,16 @@ class CurriculumSampler(PositionSampler):
         check_least(WHERE, 1, batch_size=batch_size, num_replicas=num_replicas)
         indices = {name: _index(name, part) for name, part in _named(difficulties).items()}
         several = isinstance(difficulties, Mapping)
-        self.schedulers = {
-            name: part if isinstance(part, CurriculumScheduler) else CurriculumScheduler(part)
-            for name, part in (scheduler if several else _named(scheduler, always=True)).items()
-        }
+        parts = scheduler if several else _named(scheduler, always=True)
+        self.schedulers = {name: scheduler_of(part) for name, part in parts.items()}
         types = difficulty_type
         if not isinstance(types, Mapping):
             types = dict.fromkeys(indices, types)
         _check_names(indices, self.schedulers, types)
+        paced = _self_paced(self.schedulers, batch_sizes)
+        planned = {name: paced.undecided() for name in indices} if paced else self.schedulers
         counts = {
-            name: eligible_counts(name, index, self.schedulers[name], types[name])
+            name: eligible_counts(name, index, planned[name], types[name])
             for name, index in indices.items()
         }
         levels = by_level(indices, counts)
@@ -126,19 +127,12 @@ class CurriculumSampler(PositionSampler):
                 f"first step, so that some come more than once in its batch of {self.before(1)}",
                 stacklevel=2,
             )
-        starts = [self.before(step - 1) for step in levels.steps]
-        self.order = CurriculumOrder(levels, starts, seed, replacement=replacement)
-        self.yielded = 0
-
-    @override
-    def __iter__(self) -> Iterator[list[int]]:
-        self.start, skipped = self.follow()
-        self.yielded = skipped.kept_before(self.start)
-        return map(self._yielded, islice(skipped.kept_from(self.start), len(self)))
-
-    def _yielded(self, n: int) -> list[int]:
-        self.yielded += 1
-        return self.batch(n)
+        if paced is None:
+            starts = [self.before(step - 1) for step in levels.steps]
+            self.order = CurriculumOrder(levels, starts, seed, replacement=replacement)
+        else:
+            size = self.before(1)
+            self.order = SelfPacedOrder(levels, paced, size, seed, replacement=replacement)
 
     @override
     def _place(self) -> tuple[int, SkippedBatches]:
@@ -170,29 +164,9 @@ class CurriculumSampler(PositionSampler):
     def stream(self) -> dict[str, Any]:
         order, levels = self.order, self.order.levels
         some = levels.samples[:: max(1, len(levels.samples) >> 12)]
-        facts = [levels.sizes.tolist(), order.starts, some.tolist(), order.replacement]
+        facts = [levels.sizes.tolist(), order.plan(), some.tolist(), order.replacement]
         digest = hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
         return {**super().stream(), "curriculum": digest}
-
-    def state_dict(self) -> dict[str, Any]:
-        """How many batches were yielded, and of which stream, as plain JSON."""
-        return {"yielded": self.yielded, "stream": self.stream()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on behind what was yielded when the state was made.
-
-        Args:
-            state: What ``state_dict`` returned, on any number of ranks of the same global batch.
-
-        Raises:
-            ValueError: If it belongs to another stream.
-        """
-        own = self.stream()
-        for key, value in state["stream"].items():
-            if own.get(key) != value:
-                rule = f"the state belongs to another stream, whose {key} is {value!r}"
-                raise argument_error(WHERE, key, own.get(key), rule, "Resume with the same")
-        self.yielded = state["yielded"]
 
 
 def _named(parts: Any, *, always: bool = False) -> dict[str, Any]:
@@ -206,9 +180,32 @@ def _index(name: str, part: Any) -> SortedSamples:
     return cast("SortedSamples", part) if is_index else sort_samples(name, part)
 
 
+def _self_paced(
+    schedulers: Mapping[str, CurriculumScheduler | SelfPaced], batch_sizes: BatchSizes | None
+) -> SelfPaced | None:
+    """The scheduler that losses pace, if there is one.
+
+    Raises:
+        ValueError: If there are other measures or sizes beside it, which would move its levels.
+    """
+    paced = [name for name, each in schedulers.items() if isinstance(each, SelfPaced)]
+    if not paced:
+        return None
+    if len(schedulers) > 1:
+        rule = f"{paced[0]} is self-paced, and then it is the only measure: groups of samples join"
+        rule += " at its decisions"
+        raise argument_error(WHERE, "scheduler", sorted(schedulers), rule, "Leave the others out")
+    if batch_sizes is not None:
+        rule = "a self-paced order has batches of one size"
+        raise argument_error(WHERE, "batch_sizes", batch_sizes.phases, rule, "Leave them out")
+    found = schedulers[paced[0]]
+    assert isinstance(found, SelfPaced)
+    return found
+
+
 def _check_names(
     indices: Mapping[str, SortedSamples],
-    schedulers: Mapping[str, CurriculumScheduler],
+    schedulers: Mapping[str, CurriculumScheduler | SelfPaced],
     types: Mapping[str, str],
 ) -> None:
     """Refuse measures that do not fit together.

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from lightning_align._errors import argument_error
+from lightning_align.data.feedback import SelfPaced
 from lightning_align.data.pacing import CurriculumScheduler
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def sort_samples(name: str, difficulties: Any) -> InMemory:
 def eligible_counts(
     name: str,
     index: SortedSamples,
-    scheduler: CurriculumScheduler,
+    scheduler: CurriculumScheduler | SelfPaced,
     difficulty_type: str,
     at_most: int = MOST_LEVELS,
 ) -> list[tuple[int, int]]:

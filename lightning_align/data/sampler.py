@@ -12,7 +12,7 @@ duplicates data or crashes with a custom ``batch_sampler``; this one it leaves a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -85,6 +85,7 @@ class PositionSampler(DistributedSampler[list[int]]):
         start: Number of the first batch of the latest iteration; None before the first.
         follow: What ``ExactResume`` puts in the place of both functions: returns the number of the
             first batch, and the batches to pass over from there on.
+        yielded: Batches that were yielded, those that are passed over not counted.
 
     Raises:
         ValueError: If a count is below 1, ``rank`` is outside ``[0, num_replicas)``, a mixture is
@@ -127,6 +128,9 @@ class PositionSampler(DistributedSampler[list[int]]):
         self.skipped = skipped
         self.follow: Callable[[], tuple[int, SkippedBatches]] = self._place
         self.start: int | None = None
+        self.yielded = 0
+        self._loaded: int | None = None
+        self._left = 0  # batches of the window that is iterated over next
         self.mixture = mixture
         self.order: Order = shuffled(num_samples, seed) if shuffle else Sequential(num_samples)
         if mixture is not None:
@@ -145,13 +149,48 @@ class PositionSampler(DistributedSampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         """One window of ``len(self)`` batches that begins at the run's position."""
         # Not a generator: the position must be read now, not when the first batch is asked for.
+        self._left = len(self)
         self.start, skipped = self.follow()
-        return map(self.batch, islice(skipped.kept_from(self.start), len(self)))
+        self.yielded = skipped.kept_before(self.start)
+        return map(self._yield, islice(skipped.kept_from(self.start), self._left))
+
+    def _yield(self, n: int) -> list[int]:
+        self.yielded += 1
+        return self.batch(n)
 
     def _place(self) -> tuple[int, SkippedBatches]:
         skipped = self.skipped()
-        kept = self.position() if self.position is not None else self.epoch * len(self)
+        loaded, self._loaded = self._loaded, None
+        if self.position is not None:
+            return skipped.position_of(self.position()), skipped
+        if loaded is not None:
+            self._left -= loaded % len(self)
+        kept = self.epoch * len(self) if loaded is None else loaded
         return skipped.position_of(kept), skipped
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many batches were yielded, and of which stream, as plain JSON.
+
+        A loader with a state of its own asks for it, and drops no batches then.
+        """
+        return {"yielded": self.yielded, "stream": self.stream()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on behind what was yielded when the state was made, with what is left of that pass.
+
+        Args:
+            state: What ``state_dict`` returned, on any number of ranks of the same global batch.
+
+        Raises:
+            ValueError: If it belongs to another stream.
+        """
+        own = self.stream()
+        for key, value in state["stream"].items():
+            if own.get(key) != value:
+                rule = f"the state belongs to another stream, whose {key} is {value!r}"
+                where = type(self).__name__
+                raise argument_error(where, key, own.get(key), rule, "Resume with the same")
+        self.yielded = self._loaded = state["yielded"]
 
     def batch(self, n: int) -> list[int]:
         """This rank's indices of global batch ``n``, a pure function of the seed and ``n``."""

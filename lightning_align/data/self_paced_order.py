@@ -10,7 +10,7 @@ Shapes: G groups, J of them joined, P samples of a batch.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -88,6 +88,10 @@ class SelfPacedOrder:
     def level(self, place: int) -> int:
         """Number of the latest group that had joined at a place of the stream."""
         return self._joined(place // self.batch) - 1
+
+    def plan(self) -> dict[str, Any]:
+        """What decides when groups join, beside the losses, as plain JSON."""
+        return self.scheduler.rule()
 
     def seen(self, place: int) -> Counts:
         """How many samples of each group were drawn before a place, (G,); without replacement."""

@@ -26,7 +26,8 @@ class StreamBatches(IterableDataset[Any]):
 
     To be loaded with ``DataLoader(StreamBatches(...), batch_size=None)``. The last batch of an
     epoch may be smaller: nothing is left out. Its state, per worker, is that of the stream if it
-    has one; else the samples that were given are drawn once more and dropped.
+    has one; else the samples that were given are drawn once more and dropped, which are the same if
+    the stream does not shuffle.
 
     Args:
         stream: The samples, an ``IterableDataset`` as a rule.

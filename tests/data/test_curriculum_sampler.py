@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
+from lightning_align.data.batch_sizes import BatchSizes
 from lightning_align.data.curriculum_sampler import CurriculumSampler
 from lightning_align.data.pacing import CurriculumScheduler
 from lightning_align.data.sampler import PositionSampler
@@ -181,3 +182,70 @@ def test_the_position_is_asked_once_and_when_an_iteration_starts():
     assert (asked, sampler.start) == ([0], 7)
     assert next(iterator) == sampler.batch(7)
     assert len(asked) == 1
+
+
+SELF_PACED = {
+    "min_difficulty": 20,
+    "max_difficulty": 100,
+    "schedule_type": "self_paced",
+    "schedule_config": {"difficulty_step": 40, "window": 5, "lag": 3},
+}
+
+
+def a_self_paced_run(sampler, number):
+    """Batches as a loader that runs ahead by the lag draws them, with losses that stay."""
+    (scheduler,) = sampler.schedulers.values()
+    drawn = []
+    for n in range(number):
+        while len(drawn) <= n + 3:
+            drawn.append(sampler.batch(len(drawn)))
+        scheduler.observe(n + 1, 2.0)
+    return drawn
+
+
+def test_a_self_paced_curriculum_goes_up_where_that_is_decided():
+    sampler = CurriculumSampler(LENGTHS, SELF_PACED, 8, seed=3)
+    drawn = a_self_paced_run(sampler, 60)
+    (scheduler,) = sampler.schedulers.values()
+    assert [tuple(decision) for decision in scheduler.decisions] == [
+        *((0, 0), (13, 1), (26, 2), (39, 3))
+    ]
+    for n, batch in enumerate(drawn):
+        assert LENGTHS[batch].max() <= sampler.difficulties_at(n)["difficulty"]
+        assert sampler.batch(n) == batch
+    assert sampler.num_eligible(50) == 230
+    assert sampler.never_seen(0) == {"never_eligible": 0, "not_drawn": 230}
+    seen = np.zeros(230, dtype=int)
+    for batch in drawn[13:39]:
+        np.add.at(seen, batch, 1)
+    assert all(np.ptp(seen[(low < LENGTHS) & (high >= LENGTHS)]) <= 1 for low, high in ((20, 40),))
+
+
+def test_a_self_paced_curriculum_over_two_ranks_and_behind_its_state():
+    whole = CurriculumSampler(LENGTHS, SELF_PACED, 8, seed=3)
+    drawn = a_self_paced_run(whole, 30)
+    (decided,) = whole.schedulers.values()
+    state = json.loads(json.dumps(decided.state_dict()))
+    ranks = [
+        CurriculumSampler(LENGTHS, SELF_PACED, 4, seed=3, num_replicas=2, rank=rank)
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        (scheduler,) = rank.schedulers.values()
+        scheduler.load_state_dict(state)
+        assert rank.stream() == whole.stream()
+    for n, batch in enumerate(drawn):
+        assert [sample for rank in ranks for sample in rank.batch(n)] == batch
+
+
+def test_a_self_paced_batch_that_is_not_decided_yet_is_refused():
+    sampler = CurriculumSampler(LENGTHS, SELF_PACED, 8)
+    with pytest.raises(ValueError, match=r"SelfPaced\(lag=3\): batch 4 is drawn 4 batches ahead"):
+        sampler.batch(4)
+
+
+def test_a_self_paced_measure_is_the_only_one_and_has_one_size_of_batches():
+    with pytest.raises(ValueError, match="a is self-paced, and then it is the only measure"):
+        CurriculumSampler({"a": LENGTHS, "b": LENGTHS}, {"a": SELF_PACED, "b": PACE}, 8)
+    with pytest.raises(ValueError, match="a self-paced order has batches of one size"):
+        CurriculumSampler(LENGTHS, SELF_PACED, 8, batch_sizes=BatchSizes([(0, 4), (9, 8)]))

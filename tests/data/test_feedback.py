@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning_align.data.pacing import CurriculumScheduler
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_align.data.feedback import (
@@ -18,6 +17,7 @@ from lightning_align.data.feedback import (
     has_flattened,
     scheduler_of,
 )
+from lightning_align.data.pacing import CurriculumScheduler
 
 CONFIG = {"min_difficulty": 8, "max_difficulty": 32, "schedule_type": "self_paced"}
 SCHEDULE = {"difficulty_step": 8, "window": 3, "threshold": 0.1, "patience": 0, "lag": 4}

@@ -1,4 +1,5 @@
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -173,3 +174,25 @@ def test_without_a_position_an_epoch_is_one_pass_as_in_a_distributed_sampler() -
     followed = PositionSampler(10, 4, position=lambda: 3)
     followed.set_epoch(7)
     assert list(followed) == passes[1]
+
+
+def test_behind_a_loaded_state_the_rest_of_its_pass_comes_and_then_whole_ones():
+    def a_sampler():
+        return PositionSampler(10, 2, seed=1)
+
+    first = a_sampler()
+    first.set_epoch(1)
+    seen = list(itertools.islice(first, 3))
+    state = json.loads(json.dumps(first.state_dict()))
+    later = a_sampler()
+    later.load_state_dict(state)
+    later.set_epoch(1)
+    assert [*seen, *later] == [first.batch(n) for n in range(5, 10)]
+    later.set_epoch(2)
+    assert list(later) == [first.batch(n) for n in range(10, 15)]
+    # Where the run says where it is, a state says nothing.
+    told = PositionSampler(10, 2, seed=1, position=lambda: 4)
+    told.load_state_dict(state)
+    assert list(told) == [first.batch(n) for n in range(4, 9)]
+    with pytest.raises(ValueError, match=r"PositionSampler\(seed=2\): the state belongs"):
+        PositionSampler(10, 2, seed=2).load_state_dict(state)

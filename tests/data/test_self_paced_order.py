@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning_align.data.eligibility import Levels
 
+from lightning_align.data.eligibility import Levels
 from lightning_align.data.feedback import FAR, Decision, SelfPaced
 from lightning_align.data.self_paced_order import SelfPacedOrder
 
