@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_align._compat.lightning_resume import train_loaders
 from lightning_align._compat.lightning_trainer import is_accumulating
-from lightning_align.callbacks.spike_measures import WindowLosses
+from lightning_align.callbacks.spikes.measures import WindowLosses
 from lightning_align.data.feedback import SelfPaced, check_lag
 from lightning_align.run.protocols import MeasuresSteps
 from lightning_align.run.skipping import stream_position
