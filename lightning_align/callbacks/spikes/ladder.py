@@ -76,7 +76,8 @@ class Ladder:
             position: Number of its batch in the stream.
             near: How many batches from the last alarm it is still at the same place.
             is_finite: Whether loss and gradient norm are numbers; else no level can be accepted.
-            useless: Actions that would do nothing here; the step is skipped in their place.
+            useless: Actions that would do nothing here. The step is skipped in their place, but for
+                "clip" where no rung leaves steps out: then it is taken, if it is finite.
         """
         if self._rewound is not None and position > self._rewound + near:
             self.rewinds, self._rewound = 0, None
@@ -89,7 +90,8 @@ class Ladder:
         if action == "rewind" and self.rewinds >= self.max_rewinds:
             action = "stop"
         elif action in useless:
-            action = "skip"
+            takes = action == "clip" and is_finite and not {"skip", "rewind"} & set(self.rungs)
+            action = "log" if takes else "skip"
         if action == "rewind":
             self.rewinds, self._rewound = self.rewinds + 1, max(position, self._rewound or 0)
         self._skips = self._skips + 1 if action == "skip" else 0

@@ -241,12 +241,16 @@ def test_clip_shortens_an_outlier_to_zclips_limit() -> None:
     assert last.norms[:35] == pytest.approx(norms[:35], rel=1e-6)
 
 
-def test_what_cannot_be_clipped_is_skipped() -> None:
-    watch, _ = guarded(
-        Regression(), SpikeGuard("clip", AlarmAt(30, 32)), batches(40, at30=math.nan)
-    )
-    assert torch.equal(watch.weights[30], watch.weights[29])  # not a number
-    assert torch.equal(watch.weights[32], watch.weights[31])  # a loss, whose gradient is no outlier
+@pytest.mark.parametrize("action", ["clip", ["clip", "skip"]], ids=str)
+def test_what_cannot_be_clipped_is_skipped_or_where_clipping_is_all_taken(action: Any) -> None:
+    """What is not a number is skipped always; a loss whose gradient is no outlier is taken where
+    the user leaves no step out."""
+    data, guard = batches(80, at30=math.nan), SpikeGuard(action, AlarmAt(30, 70))
+    watch, _ = guarded(Regression(), guard, data)
+    assert torch.equal(watch.weights[30], watch.weights[29])
+    skips = action != "clip"
+    assert torch.equal(watch.weights[70], watch.weights[69]) == skips
+    assert guard.report.incidents[1].action == ("skip" if skips else "log")
 
 
 def test_agc_clips_each_unit_before_lightning_clips() -> None:

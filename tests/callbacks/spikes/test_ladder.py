@@ -57,6 +57,14 @@ def test_what_cannot_be_done_is_replaced() -> None:
     assert climbs(which, 2, 3, 4) == ["rewind", "rewind", "stop"]
 
 
+@pytest.mark.parametrize(("rungs", "instead"), [(["clip"], "log"), (["clip", "skip"], "skip")])
+def test_a_step_that_cannot_be_clipped_is_taken_where_none_is_to_be_left_out(
+    rungs: list[str], instead: str
+) -> None:
+    assert ladder(*rungs).climb(1, 10, is_finite=True, useless=["clip"]) == instead
+    assert ladder(*rungs).climb(1, 10, is_finite=False, useless=["clip"]) == "skip"
+
+
 def test_the_state_round_trips() -> None:
     which, other = (ladder("clip", "rewind", "stop") for _ in range(2))
     climbs(which, 1, 2)
