@@ -14,13 +14,13 @@ from typing_extensions import override
 from lightning_align._errors import argument_error, check_choice, check_least
 from lightning_align.data.batch_sizes import BatchSizes
 from lightning_align.data.curriculum_order import CurriculumOrder
+from lightning_align.data.difficulty import DifficultyIndex
 from lightning_align.data.eligibility import (
     DIFFICULTY_TYPES,
     WHERE,
     SortedSamples,
     by_level,
     eligible_counts,
-    sort_samples,
 )
 from lightning_align.data.feedback import SelfPaced, scheduler_of
 from lightning_align.data.pacing import CurriculumScheduler
@@ -177,7 +177,9 @@ def _named(parts: Any, *, always: bool = False) -> dict[str, Any]:
 
 def _index(name: str, part: Any) -> SortedSamples:
     is_index = all(hasattr(part, attribute) for attribute in ("levels", "offsets", "order"))
-    return cast("SortedSamples", part) if is_index else sort_samples(name, part)
+    if is_index:
+        return cast("SortedSamples", part)
+    return DifficultyIndex.of_values(part, name=name, where=WHERE)
 
 
 def _self_paced(

@@ -54,15 +54,6 @@ class SortedSamples(Protocol):
 
 
 @dataclass(frozen=True)
-class InMemory:
-    """The index of an array of difficulties."""
-
-    levels: NDArray[Any]
-    offsets: NDArray[np.int64]
-    order: Samples
-
-
-@dataclass(frozen=True)
 class Levels:
     """The samples of a curriculum by groups.
 
@@ -80,31 +71,6 @@ class Levels:
     def never_eligible(self) -> int:
         """Number of samples that no step allows."""
         return len(self.samples) - int(self.sizes.sum())
-
-
-def sort_samples(name: str, difficulties: Any) -> InMemory:
-    """Sort samples by difficulty, those of the same one by their numbers.
-
-    Args:
-        name: Name of the measure, for errors.
-        difficulties: One number for each sample, (N,).
-
-    Raises:
-        ValueError: If it is not one dimension of finite numbers.
-    """
-    values = np.asarray(difficulties)
-    if values.ndim != 1 or not len(values) or values.dtype.kind not in "iuf":
-        rule = "must be one number for each sample"
-        raise argument_error(WHERE, name, difficulties, rule)
-    if values.dtype.kind == "f" and not (finite := np.isfinite(values)).all():
-        sample = int(np.argmin(finite))
-        rule = f"the difficulty of sample {sample} must be a finite number"
-        raise argument_error(WHERE, name, values[sample].item(), rule)
-    order = np.argsort(values, kind="stable")
-    if len(values) < 2**31:
-        order = order.astype(np.int32)
-    levels, first = np.unique(values[order], return_index=True)
-    return InMemory(levels, np.append(first, len(values)), order)
 
 
 def eligible_counts(

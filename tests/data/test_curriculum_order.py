@@ -195,6 +195,7 @@ def test_what_was_never_drawn_is_counted(replacement):
 
 def test_the_stream_of_a_seed_never_changes():
     """A checkpoint of an older version goes on with the batches that it would have seen."""
-    found = an_order([(5, 6), (4, 9)], 5).indices(0, 24)
-    assert found[:12] == [11, 4, 8, 7, 5, 5, 4, 0, 9, 7, 2, 1]
-    assert found[12:] == [8, 11, 5, 7, 9, 8, 11, 2, 4, 1, 5, 0]
+    found = an_order([(5, 6), (4, 9), (3, 5), (2, 1)], 5).indices(0, 34)
+    assert found[:12] == [10, 14, 1, 15, 7, 7, 10, 3, 12, 1, 5, 4]
+    assert found[12:24] == [14, 15, 7, 0, 14, 12, 1, 5, 10, 3, 16, 15]
+    assert found[24:] == [14, 2, 4, 7, 9, 8, 5, 0, 12, 1]

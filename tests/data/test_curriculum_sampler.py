@@ -175,6 +175,22 @@ def test_refuses(difficulties, scheduler, options, message):
         CurriculumSampler(difficulties, scheduler, **{"batch_size": 1, **options})
 
 
+@pytest.mark.parametrize(
+    ("difficulties", "message"),
+    [
+        ([], "must be one number for each sample"),
+        ([[1], [2]], "must be one number for each sample"),
+        (["a", "b"], "must be one number for each sample"),
+        ([1.0, float("nan"), 2.0], r"rarity=nan\): must be finite; sample 1 is the first"),
+        ([1.0, 2.0, float("inf")], r"rarity=inf\): must be finite; sample 2 is the first"),
+        ([7, 7], "all samples are equally difficult, 7: they have no order"),
+    ],
+)
+def test_refuses_difficulties_that_give_no_order(difficulties, message):
+    with pytest.raises(ValueError, match=f"CurriculumSampler.*{message}"):
+        CurriculumSampler({"rarity": difficulties}, {"rarity": PACE}, 1)
+
+
 def test_the_position_is_asked_once_and_when_an_iteration_starts():
     asked = []
     sampler = a_sampler(position=lambda: asked.append(0) or 7)

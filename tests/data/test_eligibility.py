@@ -8,7 +8,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lightning_align.data import eligibility
-from lightning_align.data.eligibility import by_level, eligible_counts, sort_samples
+from lightning_align.data.difficulty import DifficultyIndex
+from lightning_align.data.eligibility import by_level, eligible_counts
 from lightning_align.data.pacing import CurriculumScheduler
 
 
@@ -25,7 +26,7 @@ def linear(low, high, total, step=1):
 
 
 def levels_of(measures, schedulers, kinds):
-    indices = {name: sort_samples(name, values) for name, values in measures.items()}
+    indices = {name: DifficultyIndex.of_values(values) for name, values in measures.items()}
     counts = {
         name: eligible_counts(name, indices[name], schedulers[name], kinds[name])
         for name in measures
@@ -118,7 +119,7 @@ def test_what_was_eligible_once_stays_eligible():
 
 
 def test_finer_levels_are_merged_which_is_said():
-    index = sort_samples("length", np.arange(5000))
+    index = DifficultyIndex.of_values(np.arange(5000))
     with pytest.warns(
         UserWarning, match="at most 1000 levels are kept apart; finer ones are merged"
     ):
@@ -134,29 +135,14 @@ def test_finer_levels_are_merged_which_is_said():
 
 
 def test_nothing_is_copied_for_one_measure():
-    index = sort_samples("length", [3, 1, 2])
+    index = DifficultyIndex.of_values([3, 1, 2])
     levels = by_level({"length": index}, {"length": [(1, 2), (5, 3)]})
     assert levels.samples is index.order
 
 
-@pytest.mark.parametrize(
-    ("difficulties", "message"),
-    [
-        ([], "must be one number for each sample"),
-        ([[1], [2]], "must be one number for each sample"),
-        (["a", "b"], "must be one number for each sample"),
-        ([1.0, float("nan"), 2.0], r"rarity=nan\): the difficulty of sample 1 must be a finite"),
-        ([1.0, 2.0, float("inf")], r"the difficulty of sample 2 must be a finite number"),
-    ],
-)
-def test_refuses_difficulties_that_are_none(difficulties, message):
-    with pytest.raises(ValueError, match=message):
-        sort_samples("rarity", difficulties)
-
-
 def test_refuses_what_has_no_order():
     with pytest.raises(ValueError, match=r"'rarity'.: all samples are equally difficult, 4"):
-        eligible_counts("rarity", sort_samples("rarity", [4, 4]), linear(1, 4, 4), "value")
+        eligible_counts("rarity", DifficultyIndex.of_values([4, 4]), linear(1, 4, 4), "value")
 
 
 def test_refuses_a_schedule_in_tokens():
@@ -169,7 +155,7 @@ def test_refuses_a_schedule_in_tokens():
         }
     )
     with pytest.raises(ValueError, match="must follow from its number, and not from tokens"):
-        eligible_counts("rarity", sort_samples("rarity", [4, 3]), scheduler, "value")
+        eligible_counts("rarity", DifficultyIndex.of_values([4, 3]), scheduler, "value")
 
 
 def test_refuses_a_first_step_without_samples_and_names_the_lowest_value():
