@@ -15,7 +15,9 @@ from lightning_align._errors import argument_error
 from lightning_align.callbacks.curriculum_length import WHERE, LengthPart
 from lightning_align.callbacks.curriculum_picture import MOST_POINTS, LossCurve, draw_run
 from lightning_align.callbacks.curriculum_preflight import Preflight
+from lightning_align.callbacks.curriculum_stream import StreamPart
 from lightning_align.data.length_schedule import Samples
+from lightning_align.data.sequence_length import with_rows
 from lightning_align.data.skipped import SkippedBatches
 from lightning_align.reports.pictures import log_figure, new_figure
 from lightning_align.run.callbacks import bring, callbacks_of
@@ -35,18 +37,20 @@ _LOST_KEY = "lightning_align.curriculum"  # of a checkpoint: what each rank has 
 
 
 class Curriculum(Callback):
-    """Let rows of batches grow (sequence length warm-up, arXiv:2108.06084).
+    """Decide what a model learns when, and how long its rows are.
 
-    Every batch is a function of its number: the run resumes exactly, loaders may run ahead, and
-    ``preview`` tells batches to come. Rows are cut in the training process, before anything counts
-    their tokens; validation always has whole rows.
+    Every batch is a function of its number: a run resumes exactly, loaders may run ahead, and
+    ``preview`` tells batches to come. Order, size and corpora of batches are handed to the
+    datamodule before its loaders exist. Rows are cut in the training process, before anything
+    counts their tokens (sequence length warm-up, arXiv:2108.06084); validation has whole rows. The
+    keys of each part are in docs/curriculum.md.
 
     Args:
-        order: Order of samples by difficulty.
-        length: How rows are cut: ``mode`` and ``scheduler``, see docs/curriculum.md.
-        batch_size: Batches that grow.
-        mixture: Weights of corpora over time.
-        preflight: Whether the longest rows go through the module once before the first step, so
+        order: Easy samples before hard ones, with difficulties and scheduler.
+        length: Short rows before long ones, with mode and scheduler.
+        batch_size: Small batches before large ones, with scheduler or constant_tokens.
+        mixture: Weights of corpora over time, with steps and weights.
+        preflight: Whether the largest batch goes through the module once before the first step, so
             that what does not fit into memory shows there.
         filename: PNG to write, relative to ``trainer.default_root_dir``; None draws nothing.
 
@@ -72,49 +76,59 @@ class Curriculum(Callback):
         preflight: bool = True,
         filename: str | None = "curriculum.png",
     ) -> None:
-        parts = {"order": order, "batch_size": batch_size, "mixture": mixture}
-        for argument, value in parts.items():
-            if value is not None:
-                raise argument_error(WHERE, argument, value, "is not there yet", "Leave it out")
-        if length is None:
+        self._stream = StreamPart(order, batch_size, mixture)
+        self._length = None if length is None else LengthPart(length)
+        if self._length is None and self._stream.is_empty:
             rule = "one of order, length, batch_size and mixture must be given"
             raise argument_error(WHERE, "length", None, rule)
         if filename is not None and not filename.endswith(".png"):
             raise argument_error(WHERE, "filename", filename, "must end in '.png'")
         self.preflight = preflight
         self.filename = filename
-        self._length = LengthPart(length)
         self._saved_settings: dict[str, Any] | None = None
         self._skipped: partial[SkippedBatches] | None = None
         self._preflight = Preflight(self._largest_batch)
+        self._first: tuple[int, Any] | None = None  # batch of this process and its number, whole
         self._losses = LossCurve()
         self._lost_here: int | None = None  # of this rank, from the checkpoint that is loaded
 
     # What a batch is
 
     def preview(self, steps: Iterable[int]) -> list[dict[str, Any]]:
-        """What batches will be, whatever the run has come to.
+        """What batches will be, whatever the run has come to; before a run, what is known then.
 
         Args:
             steps: Numbers of batches in the stream, counted from 0.
         """
+        return [{"batch": n, **self._length_of(n), **self._stream.described(n)} for n in steps]
+
+    def _length_of(self, n: int) -> dict[str, Any]:
+        if self._length is None:
+            return {}
         schedule = self._length.schedule
-        return [
-            {"batch": n, "length": schedule.length_at(n), "tokens": schedule.tokens_before(n)}
-            for n in steps
-        ]
+        return {"length": schedule.length_at(n), "tokens": schedule.tokens_before(n)}
 
     def planned_change(self, position: int) -> str | None:
-        """That rows have another length from a batch on, by how many are trained before it."""
+        """What is another level of the loss, by intent, from a batch on.
+
+        Args:
+            position: How many batches are trained before it.
+        """
         if self._skipped is None or position == 0:
             return None
-        skipped, schedule = self._skipped(), self._length.schedule
-        before, now = (schedule.length_at(skipped.position_of(n)) for n in (position - 1, position))
-        return f"Curriculum: rows of {now} tokens" if before != now else None
+        skipped = self._skipped()
+        before, now = skipped.position_of(position - 1), skipped.position_of(position)
+        found = [*self._stream.changes(before, now)]
+        if self._length is not None:
+            lengths = [self._length.schedule.length_at(n) for n in (before, now)]
+            found += [f"rows of {lengths[1]} tokens"] if lengths[0] != lengths[1] else []
+        return f"Curriculum: {', '.join(found)}" if found else None
 
     def cut_batch(self, batch: Any, number: int) -> Any:
         """Batch ``number`` of the stream with rows of its length."""
-        return self._length.cut(batch, number)
+        if self._first is None:
+            self._first = number, batch
+        return batch if self._length is None else self._length.cut(batch, number)
 
     # Before training
 
@@ -123,18 +137,22 @@ class Curriculum(Callback):
         if stage != "fit":
             return
         check_alone(trainer)
-        if (rule := length_refusal(trainer)) is not None:
-            way_out = "Give order instead, which has short samples before long ones"
-            raise argument_error(WHERE, "length", self._length.mode, rule, way_out)
         bring(ExactResume, trainer, pl_module, stage)
-        self._length.set_up(self._samples(trainer), tokenizer_of(trainer))
+        if not self._stream.is_empty:
+            self._stream.set_up(trainer, self._length)
+        if self._length is not None:
+            check_rows(trainer, self._length.mode)
+            self._length.set_up(self._samples(trainer), tokenizer_of(trainer))
         self._skipped = partial(skipped_batches, trainer)
         if self.preflight:
-            self._length.keep_first = True
+            self._first = None
             self._preflight.enter(trainer)
+        else:
+            self._first = (0, None)
         if trainer.global_step == 0:  # a resumed run loads its state after setup
-            self._length.lost, self._saved_settings = 0, None
-            self._losses = LossCurve()
+            self._saved_settings, self._losses = None, LossCurve()
+            if self._length is not None:
+                self._length.lost = 0
         try:
             if self.filename is not None:
                 new_figure(1, 1)
@@ -143,7 +161,10 @@ class Curriculum(Callback):
             rank_zero_warn(f"Curriculum draws no picture at the end of the run. {error}")
 
     def _samples(self, trainer: Trainer) -> Samples | None:
+        """How many samples batches have, over all ranks."""
         whole, stream = sample_tokens(trainer), told_stream(trainer) or {}
+        if self._stream.sampler is not None:
+            return Samples(self._stream.sampler.before, whole)
         if whole is None or "batch" not in stream:
             return None
         return Samples.constant(stream["batch"], whole)
@@ -156,15 +177,19 @@ class Curriculum(Callback):
                 rule = "the checkpoint was written with another one"
                 way_out = "Continue that run as it was, or start a new one from its weights"
                 raise argument_error(WHERE, argument, ours, rule, way_out)
-        rank_zero_info(f"Curriculum: {self._length.described()}.")
-        if trainer.lr_scheduler_configs and self._length.mode == "truncate":
+        if self._length is not None:
+            rank_zero_info(f"Curriculum: {self._length.described()}.")
+        cuts = self._length is not None and self._length.mode == "truncate"
+        unequal = (cuts or self._stream.sizes is not None) and not self._stream.keeps_tokens
+        if trainer.lr_scheduler_configs and unequal:
             rank_zero_warn(
                 "Curriculum: the learning rate is scheduled by steps, and steps have fewer tokens"
-                " while rows are short. TokenSchedule counts tokens."
+                " while rows are short or batches small. TokenSchedule counts tokens."
             )
 
     def _settings(self) -> dict[str, Any]:
-        return {"length": self._length.settings()}
+        """What no datamodule compares."""
+        return {"length": self._length and self._length.settings()}
 
     # Steps
 
@@ -173,11 +198,11 @@ class Curriculum(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         n = stream_position(trainer)
-        self._length.count(n)
-        self._log(pl_module, n)
-
-    def _log(self, pl_module: LightningModule, n: int) -> None:
-        values = {"length": self._length.schedule.length_at(n), "tokens_lost": self._length.lost}
+        values = {**self._stream.scalars(n)}
+        if self._length is not None:
+            self._length.count(n)
+            values["length"] = self._length.schedule.length_at(n)
+            values["tokens_lost"] = self._length.lost
         for name, value in values.items():
             held = torch.tensor(float(value), device=pl_module.device)
             log_step_value(pl_module, f"curriculum/{name}", held)
@@ -204,6 +229,8 @@ class Curriculum(Callback):
             return
         spaced = sorted({last * part // MOST_POINTS for part in range(MOST_POINTS)})
         figure = draw_run(self.preview(spaced), self._losses.points)
+        if unseen := self._stream.unseen(last):
+            rank_zero_info(f"Curriculum: {unseen}.")
         for place in log_figure(trainer, "curriculum", figure, filename=self.filename):
             rank_zero_info(f"Curriculum drawn: {place}")
 
@@ -213,19 +240,36 @@ class Curriculum(Callback):
         self._preflight.leave(trainer)
 
     def _largest_batch(self) -> tuple[Any, str] | None:
-        """The first batch with the longest rows of the run, unless they are as long already."""
-        whole, self._length.whole = self._length.whole, None
-        if whole is None:
+        """The first batch, made as large as one of the run will be, unless it is the largest."""
+        if self._first is None:  # nothing was drawn through us
             return None
-        longest = self._length.schedule.distinct[-1]
-        return self._length.cut_to(whole, longest), f"rows of {longest} tokens"
+        (n, batch), self._first = self._first, (0, None)
+        rows, length = max(map(self._size_of, {n, *self._changes()}), key=_tokens)
+        if _tokens(self._size_of(n)) >= _tokens((rows, length)):
+            return None
+        words = [f"{rows} samples a rank"] if rows else []
+        if self._length is not None:
+            batch = self._length.cut_to(batch, length)
+            words.append(f"rows of {length} tokens")
+        return with_rows(batch, rows) if rows else batch, ", ".join(words)
+
+    def _size_of(self, n: int) -> tuple[int, int]:
+        """Samples of batch n on a rank and its length; 0 where it does not change."""
+        sizes, length = self._stream.sizes, self._length
+        return sizes.size(n) if sizes else 0, length.schedule.length_at(n) if length else 0
+
+    def _changes(self) -> set[int]:
+        """Batches at which either changes."""
+        phases = self._stream.sizes.phases if self._stream.sizes else []
+        stretches = self._length.schedule.stretches() if self._length else []
+        return {n for n, _ in [*phases, *stretches]}
 
     # Resuming
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        losses = self._losses.state_dict()
-        return {"settings": self._settings(), "lost": self._length.lost, "losses": losses}
+        lost = self._length.lost if self._length is not None else 0
+        return {"settings": self._settings(), "lost": lost, "losses": self._losses.state_dict()}
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -233,13 +277,14 @@ class Curriculum(Callback):
         self._saved_settings = dict(state_dict["settings"])
         self._losses.load_state_dict(state_dict["losses"])
         here, self._lost_here = self._lost_here, None
-        self._length.lost = state_dict["lost"] if here is None else here
+        if self._length is not None:
+            self._length.lost = state_dict["lost"] if here is None else here
 
     @override
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if trainer.world_size > 1:
+        if trainer.world_size > 1 and self._length is not None:
             checkpoint[_LOST_KEY] = of_every_rank(trainer, self._length.lost)
 
     @override
@@ -251,6 +296,23 @@ class Curriculum(Callback):
             self._lost_here = sum(lost) if trainer.is_global_zero else 0
             if len(lost) == trainer.world_size:
                 self._lost_here = lost[trainer.global_rank]
+
+
+def _tokens(size: tuple[int, int]) -> tuple[int, int]:
+    """What a batch takes, and of two that take as much the one with longer rows."""
+    rows, length = size
+    return max(rows, 1) * max(length, 1), length
+
+
+def check_rows(trainer: Trainer, mode: str) -> None:
+    """Refuse to cut rows that mean something as a whole.
+
+    Raises:
+        ValueError: If the datamodule says so.
+    """
+    if (rule := length_refusal(trainer)) is not None:
+        way_out = "Give order instead, which has short samples before long ones"
+        raise argument_error(WHERE, "length", mode, rule, way_out)
 
 
 def check_alone(trainer: Trainer) -> None:

@@ -37,7 +37,6 @@ class LengthPart:
     Attributes:
         schedule: Length of every batch, from ``set_up`` on.
         lost: Predictions of this rank's batches that were cut off, of those that were trained.
-        whole: The first batch before it was cut, if ``keep_first`` was set and rows will grow.
 
     Raises:
         ValueError: If a key is not known or missing, or a value gives no schedule.
@@ -72,8 +71,6 @@ class LengthPart:
             argument = "length.preserve_end_of_sequence"
             raise argument_error(WHERE, argument, self.keeps_end, rule, "Leave it out")
         self.lost = 0
-        self.whole: Any = None
-        self.keep_first = False
         self._schedule: LengthSchedule | None = None
         self._cutter: RowCutter | None = None
         self._lost_by: dict[int, int] = {}  # of batches that were drawn and not yet trained
@@ -109,11 +106,7 @@ class LengthPart:
     def cut(self, batch: Any, n: int) -> Any:
         """Batch n of the stream, with rows of its length."""
         assert self._cutter is not None
-        length = self.schedule.length_at(n)
-        if self.keep_first:
-            grows = length < self.schedule.distinct[-1]
-            self.whole, self.keep_first = batch if grows else None, False
-        cut, self._lost_by[n] = self._cutter.cut(batch, length)
+        cut, self._lost_by[n] = self._cutter.cut(batch, self.schedule.length_at(n))
         return cut
 
     def cut_to(self, batch: Any, length: int) -> Any:

@@ -10,7 +10,7 @@ Shapes: none; n counts batches from 0, a length counts the predictions of a row.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -28,18 +28,24 @@ class Samples:
 
     Args:
         before: Samples of the batches before batch n.
-        batch_at: Number of the batch that has sample s.
-        whole: Predictions of a whole sample; None where rows differ.
+        whole: Predictions of a whole sample; None where samples differ.
     """
 
     before: Callable[[int], int]
-    batch_at: Callable[[int], int]
     whole: int | None = None
 
     @staticmethod
     def constant(batch: int, whole: int | None = None) -> Samples:
         """Of batches that all have as many samples."""
-        return Samples(lambda n: n * batch, lambda sample: sample // batch, whole)
+        return Samples(lambda n: n * batch, whole)
+
+    def batches_for(self, samples: int) -> int:
+        """The least number of batches that have so many samples."""
+        # Each has one at least, but for those of a pass that has ended.
+        last = 1
+        while self.before(last) < samples:
+            last *= 2
+        return bisect_left(range(last), samples, key=self.before)
 
 
 class LengthSchedule:
@@ -132,7 +138,7 @@ class LengthSchedule:
             if lacking <= 0:
                 lengths[-1] = length
                 continue
-            n = self.samples.batch_at(before + lacking - 1) + 1
+            n = self.samples.batches_for(before + lacking)
             tokens += (self.samples.before(n) - before) * each
             starts.append(n)
             lengths.append(length)

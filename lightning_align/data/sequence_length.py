@@ -115,6 +115,22 @@ class RowCutter:
         return cut, _predictions(ignored, kept)
 
 
+def with_rows(batch: Any, rows: int) -> Any:
+    """A batch of so many rows, which are those of another over and over.
+
+    Args:
+        batch: Tensors whose first dimension are rows, in mappings, lists and tuples.
+        rows: How many.
+    """
+    if isinstance(batch, Tensor):
+        return batch[torch.arange(rows, device=batch.device) % len(batch)] if batch.ndim else batch
+    if isinstance(batch, Mapping):
+        return _like_mapping(batch, {name: with_rows(x, rows) for name, x in batch.items()})
+    if isinstance(batch, (list, tuple)):
+        return _like_tuple(batch, [with_rows(value, rows) for value in batch])
+    return batch
+
+
 def _rows(value: Any, length: int, shared: int) -> Any:
     """(B, T + 1) as (B K, L + 1): the rows that come of one follow each other."""
     if not isinstance(value, Tensor) or value.ndim < 2:

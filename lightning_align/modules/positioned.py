@@ -4,7 +4,7 @@ The datamodule owns the position n: it hands it to the sampler, saves it with ev
 refuses a checkpoint of a run whose batches were others.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from weakref import ref
@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_align._errors import argument_error, check_least
+from lightning_align.data.curriculum_sampler import CurriculumSampler
 from lightning_align.data.mixture import Mixture
 from lightning_align.data.sampler import BatchDataset, PositionSampler
 from lightning_align.data.skipped import SkippedBatches
@@ -76,6 +77,8 @@ class PositionedDataModule(pl.LightningDataModule):
         self.val_dataset: BatchDataset | None = None
         self.train_mixture: Mixture | None = None
         self.train_sampler: PositionSampler | None = None
+        # Of a curriculum: in which Trainer, options of the sampler, and what tells its stream.
+        self._curriculum: tuple[ref[pl.Trainer] | None, dict[str, Any], Any] = (None, {}, None)
         self._packed_tokenizer: tuple[Any, dict[str, Any]] = (None, {})
 
     @property
@@ -107,11 +110,59 @@ class PositionedDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Batches of the training stream, from the position onwards."""
         assert self.train_dataset is not None, "setup() comes first"
-        order: dict[str, Any] = {"seed": self.seed, "mixture": self.train_mixture}
-        follow = {"position": lambda: self._consumed, "skipped": lambda: self.skipped}
-        sampler = self._sampler(self.train_dataset, **follow, **order)
+        sampler = self._train_sampler(position=lambda: self._consumed, skipped=lambda: self.skipped)
         self.train_sampler = sampler
         return self._loader(self.train_dataset, sampler)
+
+    def _train_sampler(self, **follow: Any) -> PositionSampler:
+        assert self.train_dataset is not None
+        options = {"seed": self.seed, "mixture": self.train_mixture, **follow, **self._options}
+        if "difficulties" not in options:
+            return self._sampler(self.train_dataset, **options)
+        options["num_replicas"], options["rank"] = self._replicas
+        del options["mixture"]
+        return CurriculumSampler(batch_size=self.batch_size, **options)
+
+    @property
+    def corpora(self) -> dict[str, int]:
+        """Training samples of each corpus that has a weight, by name; none without weights."""
+        return {}
+
+    def follow_curriculum(self, **options: Any) -> PositionSampler:
+        """Cut the training batches of this fit from another stream of the same samples.
+
+        To be called between ``setup`` and the making of the training loader. What is handed over
+        decides which samples batch n holds, so a resume with anything else is refused.
+
+        Args:
+            options: Of ``PositionSampler`` (``batch_sizes``, ``mixture``), or with ``difficulties``
+                of ``CurriculumSampler``.
+
+        Returns:
+            A sampler of that stream, to be asked and not iterated over.
+
+        Raises:
+            ValueError: If an index is of other samples, or they are of corpora with weights.
+        """
+        assert self.train_dataset is not None, "setup() comes first"
+        found = options.get("difficulties", {})
+        for index in found.values() if isinstance(found, Mapping) else [found]:
+            where = ("Curriculum", "order.difficulties")
+            index.check_data(*where, len(self.train_dataset), self.fingerprint or None)
+        if found and self.train_mixture is not None:
+            rule = f"{self._name} mixes corpora by weight, and an order says which samples come"
+            way_out = "Give paths without weights, or mixture in the place of order"
+            raise argument_error("Curriculum", "order", [*self.corpora], rule, way_out)
+        self._curriculum = (None if self.trainer is None else ref(self.trainer), options, None)
+        sampler = self._train_sampler()
+        self._curriculum = (*self._curriculum[:2], sampler.stream())
+        return sampler
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        """What the sampler of this fit is told by a curriculum; in another Trainer nothing."""
+        run, options, _ = self._curriculum
+        return options if (None if run is None else run()) is self.trainer else {}
 
     @override
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[Any]:
@@ -159,8 +210,11 @@ class PositionedDataModule(pl.LightningDataModule):
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             return  # a checkpoint may be evaluated on any data
         way_out = "Resume with the same data and settings, or start a new run from the weights"
-        for argument, value in self.stream.items():
-            saved = state_dict[argument]
+        ours = self.stream
+        if self.trainer is not None:
+            ours.setdefault("curriculum", None)
+        for argument, value in ours.items():
+            saved = state_dict.get(argument)
             # Before setup (load_from_checkpoint) the fingerprint is unknown. Fitting asks again.
             if saved != value and value != "":
                 rule = f"the checkpoint's run has {saved!r}"
@@ -172,7 +226,8 @@ class PositionedDataModule(pl.LightningDataModule):
     def stream(self) -> dict[str, Any]:
         """All that decides which samples batch n holds, over all ranks."""
         batch = self.batch_size * self._replicas[0]
-        return {"seed": self.seed, "batch": batch, "fingerprint": self.fingerprint}
+        found = {"seed": self.seed, "batch": batch, "fingerprint": self.fingerprint}
+        return found | ({"curriculum": self._curriculum[2]} if self._options else {})
 
     @property
     def _name(self) -> str:

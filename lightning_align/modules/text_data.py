@@ -121,6 +121,12 @@ class TextDataModule(PositionedDataModule):
     def sample_tokens(self) -> int:
         return self.block_size
 
+    @property
+    @override
+    def corpora(self) -> dict[str, int]:
+        sizes = self.train_mixture.sizes if self.train_mixture is not None else []
+        return dict(zip(self.paths, sizes, strict=False))
+
     @override
     def prepare_data(self) -> None:
         """Read, check and tokenise the files (one process of each node)."""

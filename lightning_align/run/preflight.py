@@ -71,8 +71,8 @@ def preflight(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> No
 @contextmanager
 def _as_it_was(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
     """Context behind which a module has the attributes, metrics and buffers that it had."""
-    found = (each.keeper.attributes for each in callbacks_of(trainer) if _is_keeper(each))
-    attributes = next(filter(None, found))
+    keepers = [each.keeper for each in callbacks_of(trainer) if isinstance(each, ExactResume)]
+    attributes = next(each.attributes for each in keepers if each.attributes is not None)
     now = attributes.now()
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     metrics = [each for each in module.modules() if isinstance(each, Metric)]
@@ -90,7 +90,3 @@ def _as_it_was(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None
         for buffer, value in buffers:
             buffer.detach().copy_(value)
         attributes.replace(now)
-
-
-def _is_keeper(callback: pl.Callback) -> bool:
-    return isinstance(callback, ExactResume)

@@ -196,6 +196,18 @@ class TellsStream(Protocol):
 
 
 @runtime_checkable
+class FollowsCurriculum(Protocol):
+    """It can cut its training batches from another stream of its samples."""
+
+    @property
+    def corpora(self) -> dict[str, int]:
+        """Number of samples of each corpus that has a weight, by name and in order."""
+
+    def follow_curriculum(self, **options: Any) -> Any:
+        """Do so in this fit, with these options of its sampler; a sampler of it, to be asked."""
+
+
+@runtime_checkable
 class RefusesLength(Protocol):
     """Rows of its batches cannot be cut to a length, for this reason; None if they can."""
 

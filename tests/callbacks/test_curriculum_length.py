@@ -33,17 +33,6 @@ def test_what_is_lost_counts_when_its_batch_is_trained_and_not_when_it_is_drawn(
     assert length.lost == 2 * 9 + 2 * 6, "it is forgotten"
 
 
-def test_the_first_batch_is_kept_whole_where_rows_will_grow() -> None:
-    length = part()
-    length.keep_first = True
-    length.cut(BATCH, 0)
-    assert length.whole is BATCH
-    length.whole, length.keep_first = None, True
-    length.cut(BATCH, 7)
-    assert length.whole is None
-    assert length.cut_to(BATCH, 6)["labels"].shape == (2, 7)
-
-
 def test_an_end_of_text_is_the_tokenizers_or_the_one_that_is_given() -> None:
     row = torch.tensor([[5, 6, 7, 8, 0]])
     batch = {"input_ids": row, "labels": row}

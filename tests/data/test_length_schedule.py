@@ -81,3 +81,16 @@ def test_a_row_without_predictions_is_refused() -> None:
     )
     with pytest.raises(ValueError, match="at least 1 token to predict"):
         LengthSchedule(scheduler, "truncate")
+
+
+def test_samples_of_batches_that_grow() -> None:
+    """Sizes 1, 1, 2, 2, 2, ...: by tokens the length follows what batches of these sizes have."""
+    samples = Samples(lambda n: min(n, 2) + 2 * max(0, n - 2), whole=64)
+    assert [samples.batches_for(many) for many in range(8)] == [0, 1, 2, 3, 3, 4, 4, 5]
+    scheduler = linear("tokens", total=2000)
+    schedule = LengthSchedule(scheduler, "truncate", samples)
+    tokens = 0
+    for n in range(60):
+        assert schedule.length_at(n) == scheduler.get_difficulty(max(tokens, 1))
+        assert schedule.tokens_before(n) == tokens
+        tokens += (samples.before(n + 1) - samples.before(n)) * schedule.length_at(n)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import BatchEncoding
 
-from lightning_align.data.sequence_length import RowCutter
+from lightning_align.data.sequence_length import RowCutter, with_rows
 
 
 def aligned(rows: int, width: int, **extra: Tensor) -> dict[str, Tensor]:
@@ -177,3 +177,13 @@ def test_a_reshaped_row_has_no_end_to_keep() -> None:
         RowCutter("reshape", end_of_text=0)
     with pytest.raises(ValueError, match="must be one of 'truncate', 'reshape'"):
         RowCutter("cut")
+
+
+def test_a_batch_of_more_rows_has_the_same_over_and_over() -> None:
+    batch = {"input_ids": torch.arange(6).view(2, 3), "pair": (torch.arange(2), "a")}
+    more = with_rows(batch, 5)
+    assert more["input_ids"][:, 0].tolist() == [0, 3, 0, 3, 0]
+    assert more["pair"][0].tolist() == [0, 1, 0, 1, 0]
+    assert more["pair"][1] == "a"
+    assert with_rows(batch, 1)["input_ids"].tolist() == [[0, 1, 2]]
+    assert with_rows(torch.tensor(3), 4) == 3

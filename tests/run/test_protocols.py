@@ -120,6 +120,7 @@ ANSWER: dict[str, Callable[[], Any]] = {
     "SkipsBatches": text,
     "TellsStream": text,
     "RefusesLength": text,
+    "FollowsCurriculum": text,
     "TellsSampleTokens": text,
     "SpreadsModel": la.PipelineStrategy,
     "HoldsGradients": la.ZeROInfinityStrategy,
