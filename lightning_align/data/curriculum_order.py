@@ -68,26 +68,16 @@ class CurriculumOrder:
         starts: Place of the stream at which each level begins, the first at 0.
         seed: Seed of every order.
         replacement: Draw every place from all eligible samples, whatever came before.
-        block: Places that are looked up at once, and then what a level holds does not depend on
-            where the next one begins, which may be decided later. Each begins at a multiple of it.
 
     Attributes:
         num_eligible: Samples that are eligible at each level, (G,).
     """
 
     def __init__(
-        self,
-        levels: Levels,
-        starts: list[int],
-        seed: int = 0,
-        *,
-        replacement: bool = False,
-        block: int | None = None,
+        self, levels: Levels, starts: list[int], seed: int = 0, *, replacement: bool = False
     ) -> None:
         self.levels, self.starts, self.replacement = levels, starts, replacement
-        self.block = block
         self.num_eligible = np.cumsum(levels.sizes)
-        self._first_G = self.num_eligible - levels.sizes  # where a group begins in levels.samples
         self._seed = derive_seed("curriculum", seed)
         self._blocks = Blocks(self._samples_at)
         # How many of each group were drawn before levels 0, TOGETHER, 2 * TOGETHER and so on, as
@@ -143,15 +133,13 @@ class CurriculumOrder:
         """The block a place is in: where it begins, and its places in ``levels.samples``, (P,)."""
         level = self.level(place)
         start, eligible = self.starts[level], int(self.num_eligible[level])
-        block = BLOCK if self.block is None else self.block
         if level + 1 < len(self.starts):
             span = self.starts[level + 1] - start
         else:  # of small rounds a block has several, and a large one has several blocks
-            block = BLOCK
-            span = max(1, block // eligible) * eligible
+            span = max(1, BLOCK // eligible) * eligible
         number, within = divmod(place - start, span)
-        first = number * span + within // block * block
-        last = min(first + block, (number + 1) * span)
+        first = number * span + within // BLOCK * BLOCK
+        last = min(first + BLOCK, (number + 1) * span)
         draw = self._with_replacement if self.replacement else self._without
         return start + first, draw(level, first, last)
 
@@ -178,7 +166,9 @@ class CurriculumOrder:
         begins_G = counts[0] + level.seen - (np.cumsum(total_G) - total_G)
         ranks_P = np.repeat(begins_G, total_G) + np.arange(last - first)
         found_P = np.empty(last - first, dtype=np.int64)
-        found_P[by_group_P] = self._places(number, groups_P[by_group_P].astype(np.int64), ranks_P)
+        seen_G = level.seen if level.allotted is None else None
+        sorted_P = groups_P[by_group_P].astype(np.int64)
+        found_P[by_group_P] = places_shown(self.levels, self._seed, sorted_P, ranks_P, seen_G)
         return found_P
 
     def _shuffled(self, cuts: Counts, level: int) -> Counts:
@@ -190,24 +180,6 @@ class CurriculumOrder:
         places_P = permuted(places_P, sizes_P, keys(self._seed, level, begins_P, 0))
         places_P += begins_P - cuts[0]
         return places_P
-
-    def _places(self, level: int, groups_P: Counts, ranks_P: Counts) -> Counts:
-        """Places in ``levels.samples`` of what groups show at places of their own streams, (P,)."""
-        sizes_P, first_P = self.levels.sizes[groups_P], self._first_G[groups_P]
-        if level + 1 < len(self.starts):
-            passes_P, places_P = np.divmod(ranks_P, sizes_P)
-            return first_P + permuted(places_P, sizes_P, keys(self._seed, groups_P, passes_P))
-        seen_P = self._level(level).seen[groups_P]
-        passes_P, done_P = np.divmod(seen_P, sizes_P)
-        rounds_P, places_P = np.divmod(ranks_P - seen_P, sizes_P)
-        # The part that the pass had left comes first in every round, see above.
-        left_P = sizes_P - done_P
-        again_P = places_P >= left_P
-        part_P = np.where(again_P, done_P, left_P)
-        keys_P = keys(self._seed, groups_P, rounds_P, 1 + again_P)
-        places_P = permuted(places_P - np.where(again_P, left_P, 0), part_P, keys_P)
-        places_P += np.where(again_P, 0, done_P)
-        return first_P + permuted(places_P, sizes_P, keys(self._seed, groups_P, passes_P))
 
     def _level(self, number: int) -> Level:
         """A level of which all is computed; the latest is kept."""
@@ -224,8 +196,7 @@ class CurriculumOrder:
             (row,) = self._allotted(number, number + 1)
             length = self.starts[number + 1] - self.starts[number]
             sizes = np.where(np.arange(len(row)) <= number, self.levels.sizes, 0)
-            kept = turns(length, sizes, row) if self.block is None else Apportionment(sizes)
-            self._latest = Level(number, seen, row, kept)
+            self._latest = Level(number, seen, row, turns(length, sizes, row))
         return self._latest
 
     def _seen_before(self, number: int) -> Counts:
@@ -245,10 +216,35 @@ class CurriculumOrder:
         lengths_L = np.diff(self.starts[first : last + 1])
         draws_L = (keys(self._seed, np.arange(first, last), 0, 3) >> np.uint64(1)).astype(np.int64)
         edges_LG = np.minimum(self.num_eligible[:last], totals_L[:, None])
-        if self.block is not None:
-            for row, edges_G, length in zip(found_LG, edges_LG, lengths_L, strict=True):
-                shares = Apportionment(np.diff(edges_G, prepend=0)).counts(np.array([length]))
-                row[:last] = shares[0]
-            return found_LG
         found_LG[:, :last] = allotted(lengths_L, edges_LG, draws_L % totals_L)
         return found_LG
+
+
+def places_shown(
+    levels: Levels, seed: int, groups_P: Counts, ranks_P: Counts, seen_G: Counts | None
+) -> Counts:
+    """Places in ``levels.samples`` of what groups show at places of their own streams, (P,).
+
+    Args:
+        levels: The samples by groups.
+        seed: Seed of every order.
+        groups_P: Groups.
+        ranks_P: How many of a group's samples were drawn before.
+        seen_G: How many of each group were drawn before all had joined, from where on each of their
+            rounds has every sample once; None before that.
+    """
+    sizes_P = levels.sizes[groups_P]
+    first_P = (np.cumsum(levels.sizes) - levels.sizes)[groups_P]
+    if seen_G is None:
+        passes_P, places_P = np.divmod(ranks_P, sizes_P)
+        return first_P + permuted(places_P, sizes_P, keys(seed, groups_P, passes_P))
+    passes_P, done_P = np.divmod(seen_G[groups_P], sizes_P)
+    rounds_P, places_P = np.divmod(ranks_P - seen_G[groups_P], sizes_P)
+    # A round begins with the part that the pass had left: none is seen twice before another.
+    left_P = sizes_P - done_P
+    again_P = places_P >= left_P
+    part_P = np.where(again_P, done_P, left_P)
+    keys_P = keys(seed, groups_P, rounds_P, 1 + again_P)
+    places_P = permuted(places_P - np.where(again_P, left_P, 0), part_P, keys_P)
+    places_P += np.where(again_P, 0, done_P)
+    return first_P + permuted(places_P, sizes_P, keys(seed, groups_P, passes_P))

@@ -154,10 +154,17 @@ class CurriculumSampler(PositionSampler):
         """Samples that no batch before ``n`` had: those that are never eligible, and the others.
 
         Args:
-            n: Number of a batch, for a run that passed over none.
+            n: Number of a batch in the stream; what is passed over before it was not seen.
         """
-        order = self.order
-        unseen = order.num_unseen(self.before(n))
+        order, skipped = self.order, self.skipped()
+        if skipped.skipped_before(n):  # no count says what else had their samples: drawn again
+            drawn = np.zeros(len(order.levels.samples), dtype=bool)
+            for kept in range(skipped.kept_before(n)):
+                batch = skipped.position_of(kept)
+                drawn[order.indices(self.before(batch), self.before(batch + 1))] = True
+            unseen = int(order.num_eligible[-1] - drawn.sum())
+        else:
+            unseen = order.num_unseen(self.before(n))
         return {"never_eligible": order.levels.never_eligible, "not_drawn": unseen}
 
     @override

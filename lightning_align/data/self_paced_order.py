@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from lightning_align.data.apportionment import Apportionment
+from lightning_align.data.curriculum_order import places_shown
 from lightning_align.data.eligibility import Levels
 from lightning_align.data.feedback import FAR, SelfPaced
 from lightning_align.data.keyed_permutation import keys, permuted
@@ -66,7 +67,6 @@ class SelfPacedOrder:
         self.levels, self.scheduler, self.replacement = levels, scheduler, replacement
         self.batch = batch
         self.num_eligible = np.cumsum(levels.sizes)
-        self._first_G = self.num_eligible - levels.sizes
         self._level_G = [0 if step < FAR else step - FAR for step in levels.steps]
         self._seed = derive_seed("self-paced", seed)
         self._latest: tuple[object, list[int]] | None = None
@@ -155,26 +155,9 @@ class SelfPacedOrder:
         groups_P = np.repeat(np.arange(len(taken_G)), taken_G)
         ranks_P = np.arange(self.batch) - np.repeat(np.cumsum(taken_G) - taken_G, taken_G)
         ranks_P += before_G[groups_P]
-        places_P = self._places_of(stage, groups_P, ranks_P)
+        ranks_P += stage.seen[groups_P]
+        seen_G = stage.seen if stage.joined == len(self.levels.sizes) else None
+        places_P = places_shown(self.levels, self._seed, groups_P, ranks_P, seen_G)
         mixed_P = np.arange(self.batch)
         keys_P = np.broadcast_to(keys(self._seed, n), mixed_P.shape)
         return places_P[permuted(mixed_P, np.full_like(mixed_P, self.batch), keys_P)]
-
-    def _places_of(self, stage: Stage, groups_P: Counts, ranks_P: Counts) -> Counts:
-        """What groups show, counted from the beginning of the stage, (P,)."""
-        sizes_P, seen_P = self.levels.sizes[groups_P], stage.seen[groups_P]
-        first_P = self._first_G[groups_P]
-        if stage.joined < len(self.levels.sizes):
-            passes_P, places_P = np.divmod(seen_P + ranks_P, sizes_P)
-            return first_P + permuted(places_P, sizes_P, keys(self._seed, groups_P, passes_P))
-        # When all have joined each round has every sample once: it begins with those that the pass
-        # of their group had left, so that none is seen twice before another.
-        passes_P, done_P = np.divmod(seen_P, sizes_P)
-        rounds_P, places_P = np.divmod(ranks_P, sizes_P)
-        left_P = sizes_P - done_P
-        again_P = places_P >= left_P
-        keys_P = keys(self._seed, groups_P, rounds_P, 1 + again_P)
-        places_P = places_P - np.where(again_P, left_P, 0)
-        places_P = permuted(places_P, np.where(again_P, done_P, left_P), keys_P)
-        places_P += np.where(again_P, 0, done_P)
-        return first_P + permuted(places_P, sizes_P, keys(self._seed, groups_P, passes_P))

@@ -123,25 +123,6 @@ def test_levels_are_the_same_asked_for_in_any_order():
         assert an_order(pairs, 1).seen(45 * number).tolist() == counts[number]
 
 
-def test_with_blocks_a_level_does_not_depend_on_where_the_next_begins():
-    """Where that is decided late: at 24, 64, or never."""
-    sizes, samples = np.array([9, 5, 20]), np.random.default_rng(1).permutation(34)
-    levels = Levels(samples, sizes, [1, 2, 3])
-    orders = [CurriculumOrder(levels, [0, 16, start], 3, block=8) for start in (24, 64, 2**40)]
-    streams = [order.indices(0, 300) for order in orders]
-    assert streams[0][:24] == streams[1][:24] == streams[2][:24]
-    assert streams[1][:64] == streams[2][:64]
-    for order, stream in zip(orders, streams, strict=True):
-        seen = np.zeros(34, dtype=int)
-        for place, sample in enumerate(stream):
-            assert all(np.ptp(seen[group]) <= 1 for group in groups_of(order))
-            assert place % 8 or order.seen(place).tolist() == [
-                seen[group].sum() for group in groups_of(order)
-            ]
-            seen[sample] += 1
-    assert sorted(streams[1][64:98]) == sorted(samples.tolist())
-
-
 def test_a_batch_far_ahead_is_looked_up_and_not_replayed():
     order = an_order([(50, 10**6), (30, 10**12), (50, 1)], 0)
     last = order.starts[-1]

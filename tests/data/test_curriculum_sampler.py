@@ -150,6 +150,15 @@ def test_what_was_never_seen_is_counted():
     }
 
 
+def test_what_was_passed_over_was_not_seen():
+    skipped = SkippedBatches([(2, 9), (30, 40)])
+    sampler = a_sampler(skipped=lambda: skipped)
+    for n in (0, 5, 9, 12, 35):
+        kept = [m for m in range(n) if not any(a <= m < b for a, b in skipped.ranges)]
+        seen = {i for m in kept for i in sampler.batch(m)}
+        assert sampler.never_seen(n) == {"never_eligible": 0, "not_drawn": 230 - len(seen)}
+
+
 def test_warns_of_a_batch_larger_than_what_is_eligible():
     few = (LENGTHS <= 20).sum()
     with pytest.warns(UserWarning, match=f"{few} samples are eligible at the first step"):
