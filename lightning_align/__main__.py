@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from lightning_align.cli.commands import COMMANDS
-from lightning_align.cli.mistakes import PROGRAM, refusals_told
+from lightning_align.cli.mistakes import PROGRAM, refusal, refusals_told
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -27,14 +27,15 @@ def run_command(name: str, arguments: Sequence[str]) -> None:
     """Run one of ``COMMANDS``; a mistake of the user's ends in its message, without a traceback.
 
     Raises:
-        ValueError: If it is not about one of the command's arguments.
+        ValueError: If it is not about an argument.
     """
     try:
         COMMANDS[name].load().main(arguments)
     except ValueError as error:
-        if not str(error).startswith(f"{name}("):
+        reason = refusal(error)
+        if reason is None:
             raise
-        sys.exit(f"{PROGRAM}: {error}")
+        sys.exit(f"{PROGRAM}: {reason}")
 
 
 if __name__ == "__main__":

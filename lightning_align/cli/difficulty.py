@@ -15,6 +15,7 @@ from lightning_align import modules
 from lightning_align._errors import argument_error, check_choice
 from lightning_align.cli.commands import CommandParser
 from lightning_align.cli.given import options_with_values, read_layer
+from lightning_align.cli.mistakes import did_you_mean
 from lightning_align.data.deepspeed_index import open_index
 from lightning_align.data.difficulty import DifficultyIndex
 from lightning_align.data.difficulty_map import DifficultyAnalyzer
@@ -28,6 +29,7 @@ from lightning_align.data.difficulty_metrics import (
 from lightning_align.modules.positioned import PositionedDataModule
 from lightning_align.reports.difficulty import describe_difficulty, draw_difficulty
 
+CONFIG = ("-c", "--config")
 STEPS = ("all", "map", "reduce")
 REFERENCE_METRICS = ("reference_loss", "reference_margin")
 
@@ -139,13 +141,14 @@ def _metric(name: str, reference: str | None, device: str | None) -> MetricMaker
             rule = f"{name} needs a model"
             raise argument_error("difficulty", "reference", reference, rule)
         return partial(_reference_metric, name, reference, device)
-    module, _, function = name.rpartition(".")
+    module, dot, function = name.rpartition(".")
     try:
         found: Metric = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
-        known = ", ".join([*PLAIN_METRICS, *REFERENCE_METRICS])
-        rule = f"must be one of {known}, or module.function ({error})"
-        raise argument_error("difficulty", "metrics", name, rule) from error
+        known = [*PLAIN_METRICS, *REFERENCE_METRICS]
+        rule = f"must be one of {', '.join(known)}, or module.function"
+        way_out = str(error).capitalize() if dot else did_you_mean(name, known).strip()
+        raise argument_error("difficulty", "metrics", name, rule, way_out) from error
     return lambda _: found
 
 
@@ -163,7 +166,11 @@ def _reference_metric(
     from lightning_align.models.trained import load_trained
     from lightning_align.modules.reference import fingerprint
 
-    trained = load_trained(reference, where="difficulty", dtype="float32")
+    try:
+        trained = load_trained(reference, where="difficulty", dtype="float32")
+    except ValueError as error:
+        rule = str(error).removeprefix(f"difficulty(ckpt={reference!r}): ").rstrip(".")
+        raise argument_error("difficulty", "reference", reference, rule) from None
     known = trained.tokenizer.get_vocab() if trained.tokenizer is not None else {}
     others = [token for token, i in data.tokenizer.get_vocab().items() if known.get(token, i) != i]
     if others:
@@ -190,7 +197,7 @@ def parser() -> CommandParser:
     help_index = "Index to show: its folder, or DeepSpeed's <save_path>/<metric>/<metric>."
     parser.add_argument("index", nargs="?", type=str, help=help_index)
     help_config = "Configuration of the run; its data are taken, and nothing else."
-    parser.add_argument("--config", type=str, help=help_config)
+    parser.add_argument("-c", "--config", type=str, help=help_config)
     for name in modules.__all__:
         getattr(modules, name)  # a class is found by its short name once it is imported
     parser.add_subclass_arguments(PositionedDataModule, "data", required=False)
@@ -203,7 +210,7 @@ def parser() -> CommandParser:
 def main(arguments: Sequence[str]) -> None:
     """Run ``lightning-align difficulty``."""
     # The data of a configuration come first, so that options are laid over them.
-    configs = [path for option, path in options_with_values(arguments) if option == "--config"]
+    configs = [path for option, path in options_with_values(arguments) if option in CONFIG]
     given = [word for path in configs for word in ("--data", json.dumps(_data_of(path)))]
     commands = parser()
     options = commands.parse_args([*given, *arguments])

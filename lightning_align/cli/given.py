@@ -27,7 +27,7 @@ def read_layer(path: str) -> Any:
 
 def options_with_values(args: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Every option with its value; the text is empty if none follows."""
-    for word, following in zip(args, [*args[1:], ""], strict=True):
+    for word, following in zip(args, [*args[1:], ""], strict=False):
         if found := re.match(r"(--\w[^=]*|-[a-zA-Z])(=?)(.*)", word, re.DOTALL):
             alone = not (found[2] or found[3])
             follows = alone and not re.match(r"--?[a-zA-Z]", following)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BARS = 60
+MOST = 0.9  # of the samples in one level is worth a word
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 SAMPLES, SHARE = "#56B4E9", "#D55E00"  # Okabe and Ito's palette
 
@@ -46,13 +47,17 @@ def draw_difficulty(indices: Sequence[DifficultyIndex]) -> Figure:
 
 
 def describe_difficulty(index: DifficultyIndex) -> list[str]:
-    """An index in two lines: how many samples and levels, and its percentiles."""
+    """An index in lines: how many samples and levels, its percentiles, and if most are the same."""
     joined = " (finer difficulties are joined)" if index.joined else ""
     found = [f"{percent} %: {percentile(index, percent):.6g}" for percent in PERCENTILES]
-    return [
+    lines = [
         f"{index.name}: {index.num_samples:,} samples, {len(index.levels):,} levels{joined}",
         f"  {', '.join(found)}",
     ]
+    share = float(np.diff(index.offsets).max()) / index.num_samples
+    if share > MOST:
+        lines.append(f"  {share:.1%} of the samples are equally difficult: no order is among them")
+    return lines
 
 
 def percentile(index: DifficultyIndex, percent: float) -> float:

@@ -109,11 +109,17 @@ def test_an_index_of_deepspeed_is_shown(prefix, capsys):  # noqa: F811
     [
         (["nowhere"], "is no usable difficulty index"),
         (["--config", "nowhere.yaml"], "cannot be read"),
-        (["--config", "CONFIG", "--metrics", "lenght"], "must be one of length, vocabulary"),
+        (["-c", "CONFIG", "--metrics", "lenght"], r"must be one of .*\. Did you mean length\?"),
+        (["-c", "CONFIG", "--metrics", "math.sqrt"], r"'sqrt'\): failed on sample 0 \(TypeError"),
+        (["-c", "CONFIG", "--step", "reduce"], "Run map.. of every worker to its end"),
+        (
+            ["-c", "CONFIG", "--metrics", "reference_loss", "--reference", "no.ckpt"],
+            r"difficulty\(reference='no.ckpt'\): must be a checkpoint file",
+        ),
         (["--config", "CONFIG", "--metrics", "reference_loss"], "reference_loss needs a model"),
         (
             ["--config", "CONFIG", "--metrics", "a.b,length"],
-            r"or module.function \(No module named",
+            r"or module.function. No module named",
         ),
         (["--config", "CONFIG", "--metrics", "length,length"], "two would have one name"),
         (["--config", "CONFIG", "--step", "map_reduce"], "must be one of 'all', 'map', 'reduce'"),
@@ -124,4 +130,10 @@ def test_mistakes_are_told(config, tmp_path, monkeypatch, arguments, rule):
     given = [str(config) if word == "CONFIG" else word for word in arguments]
     with pytest.raises(SystemExit, match=rule):
         main(["difficulty", *given])
-    assert not (tmp_path / "outputs").exists()
+    assert not list(tmp_path.glob("outputs/difficulty/length"))
+
+
+def test_without_anything_the_way_is_told(capsys):
+    with pytest.raises(SystemExit):
+        main(["difficulty"])
+    assert "give an index, or --config or --data" in capsys.readouterr().err

@@ -24,6 +24,12 @@ def test_an_index_in_two_lines():
     assert second.startswith("  0 %: 499, ")
 
 
+def test_an_index_that_orders_little_says_so():
+    lines = describe_difficulty(DifficultyIndex.of_values([129] * 99 + [78]))
+    assert lines[2] == "  99.0% of the samples are equally difficult: no order is among them"
+    assert len(describe_difficulty(DifficultyIndex.of_values(VALUES))) == 2
+
+
 def test_the_histogram_has_every_sample():
     pytest.importorskip("matplotlib")
     figure = draw_difficulty([DifficultyIndex.of_values(VALUES, name="loss_of_it")] * 2)
