@@ -51,6 +51,7 @@ class Record:
         payload: What else belongs to that step, as the caller gave it.
         ranks: How many ranks have committed it, each its own record.
         whole: Whether no parameter is cut between ranks.
+        number: Of the commit, in a row that a run which goes back to an earlier step goes on with.
     """
 
     step: int
@@ -60,6 +61,7 @@ class Record:
     payload: bytes
     ranks: int = 1
     whole: bool = False
+    number: int = 0
 
     def prepare(self, folder: Path) -> None:
         """Write the record beside its place; what it names must be durable."""
@@ -74,6 +76,7 @@ class Record:
             "layout": self.layout,
             "ranks": self.ranks,
             "whole": self.whole,
+            "number": self.number,
             "payload": [len(self.payload), xxhash.xxh3_128_hexdigest(self.payload)],
         }
         head = json.dumps(body).encode()
@@ -122,7 +125,8 @@ def read_record(folder: Path, name: str = FILE) -> Record | None:
         block: {name: _place(listed) for name, listed in places.items()}
         for block, places in body["states"].items()
     }
-    of_ranks = body["ranks"], body["whole"]
+    # Records of earlier versions have no number; no run of theirs went back on several ranks.
+    of_ranks = body["ranks"], body["whole"], body.get("number", body["step"])
     return Record(body["step"], body["slots"], states, body["layout"], payload, *of_ranks)
 
 

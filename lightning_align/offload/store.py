@@ -83,6 +83,7 @@ class ShardStore:
         self._room = dict(self._ends)  # what is reserved, at least
         self._current = dict.fromkeys(self.blocks, 0)
         self._committed: dict[str, int] | None = None
+        self._commits = 0
         self._unsynced: set[str] = set()
         self._writes: dict[str, list[Transfer]] = {name: [] for name in self.blocks}
         made = self.folders if self.is_on_drive else []
@@ -348,6 +349,7 @@ class ShardStore:
             payload,
             self.ranks.size,
             self.whole,
+            self._commits + 1,
         )
         with self.ranks.together(f"step {step}, what it has written"):
             self.make_durable()
@@ -356,6 +358,7 @@ class ShardStore:
         with self.ranks.together(f"step {step}, its commit"):
             record.put_in_place(self.folder, keeps_before=self.ranks.size > 1)
         self._committed = dict(self._current)
+        self._commits = record.number
         self.traffic.begin("forward" if before == "forward" else "")  # where updates have waited
 
     def recover(self) -> Record | None:
@@ -392,6 +395,7 @@ class ShardStore:
                     f" Step {record.step} cannot be read there."
                 )
         self._committed = dict(record.slots)
+        self._commits = record.number
         return record
 
     def close(self) -> None:

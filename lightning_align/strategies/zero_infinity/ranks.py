@@ -69,7 +69,8 @@ def return_to_common_step(folder: Path, ranks: Ranks) -> None:
     """Take a commit back that not all ranks have come to; collective.
 
     A kill between the renamings of two ranks leaves one of them a step ahead. What the step before
-    it has written is untouched, as nobody goes on before all have come to a step.
+    it has written is untouched, as nobody goes on before all have come to a step. Commits have
+    numbers of their own, for that of a step is smaller behind a rewind.
 
     Args:
         folder: Of this rank.
@@ -81,7 +82,7 @@ def return_to_common_step(folder: Path, ranks: Ranks) -> None:
     what = "the step that was committed"
     with ranks.together(what):
         record = read_record(folder)
-    own = None if record is None else (record.step, record.ranks)
+    own = None if record is None else (record.step, record.ranks, record.number)
     everyone = ranks.of_all(what, own)
     steps = [each[0] for each in everyone if each is not None]
     counts = {each[1] for each in everyone if each is not None}
@@ -91,14 +92,14 @@ def return_to_common_step(folder: Path, ranks: Ranks) -> None:
             f" {', '.join(map(str, counts))} rank(s) have committed. Go on with as many, or from a"
             " checkpoint, which any number of ranks can read. Nothing was touched there."
         )
-    common = min(steps)
+    number, step = min((each[2], each[0]) for each in everyone if each is not None)
     with ranks.together(what):
-        if record.step > common:
+        if record.number > number:
             before = read_record(folder, BEFORE)
-            if before is None or before.step != common:
+            if before is None or before.number != number:
                 raise ValueError(
                     f"{WHERE}: the ranks have committed steps {steps}, and in {folder} there is no"
-                    f" step {common} any more. Go on from a checkpoint, with overwrite=True."
+                    f" step {step} any more. Go on from a checkpoint, with overwrite=True."
                 )
             (folder / BEFORE).replace(folder / FILE)
             sync_folder(folder)
