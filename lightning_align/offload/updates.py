@@ -6,7 +6,7 @@ has left in ``p.grad``; so is all else where a user's code looks for gradients t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -202,10 +202,16 @@ class Updates:
         Of several ranks the first has copies that are set aside, and others have nothing;
         collective.
         """
+        if self._ranks.size == 1:
+            return self.own_state()
         for block in self._blocks:
             self._stream.show(block)
-        if self._ranks.size > 1:
-            return self._gathered_state()
+        return self._gathered_state()
+
+    def own_state(self) -> dict[str, Any]:
+        """What this rank has of the optimizer's state, in the same way."""
+        for block in self._blocks:
+            self._stream.show(block)
         state = self._optimizer.state_dict()
         in_order = sorted(state["state"].items())  # not as blocks were stepped
         state = {**state, "state": {key: dict(value) for key, value in in_order}}
@@ -263,6 +269,28 @@ class Updates:
         self._take(state)
         self.put_state(blocks)
 
+    @torch.no_grad()
+    def take_back(self, values: Mapping[nn.Parameter, Tensor], state: dict[str, Any]) -> None:
+        """Store what this rank has had of parameters and of the optimizer's state; collective.
+
+        Args:
+            values: From ``WholeValues.own``; others stay.
+            state: From ``own_state``.
+        """
+        self.late.finish()
+        self._take(state, is_own=True)
+        for block in self._blocks:
+            self._store.settle(block.name)  # its memory may still be on its way to the disk
+            section = self._residents.take_section(block, "restore")
+            for name, piece in block.pieces.items():
+                if (value := values.get(block.parameters[name])) is not None:
+                    piece.place.of(section).copy_(value)
+            self._stream.save(block)
+            self._store.write(block.name, section)
+            self._store.update_done(block.name)
+            self._residents.section_updated(block)
+            block.note_stored()
+
     def resume(self, state: dict[str, Any]) -> None:
         """Take up the optimizer's state of a commit, whose large tensors stay in their files.
 
@@ -285,16 +313,24 @@ class Updates:
         for block in self._blocks:
             self._stream.drop(block)
 
-    def _take(self, state: dict[str, Any]) -> None:
-        """Let the optimizer load a state, in the kinds of numbers that it has."""
+    def _take(self, state: dict[str, Any], *, is_own: bool = False) -> None:
+        """Let the optimizer load a state, in the kinds of numbers that it has.
+
+        One that is this rank's own is in these, and in pieces where a class asks for whole tensors.
+        """
         known = masters.without_masters(state["state"])
         numbered = self._numbered(state)
-        shapes = masters.outlines(known, numbered) if self._has_masters else known
+        as_it_is = is_own or self._has_masters
+        given = {**state, "state": masters.outlines(known, numbered) if as_it_is else known}
         with self._residents.in_host_memory():  # which is where the optimizer steps
-            self._optimizer.load_state_dict({**state, "state": shapes})
-        if not self._has_masters:
+            if is_own and self._ranks.size > 1:
+                Optimizer.load_state_dict(self._optimizer, given)
+            else:
+                self._optimizer.load_state_dict(given)
+        if not as_it_is:
             return
-        found = {number: self._optimizer.state[p] for number, p in numbered.items()}
+        had = {number: p for number, p in numbered.items() if number in state["state"]}
+        found = {number: self._optimizer.state[p] for number, p in had.items()}
         masters.put_back(state["state"], found)
 
     def _numbered(self, state: dict[str, Any]) -> dict[int, nn.Parameter]:

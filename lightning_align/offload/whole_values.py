@@ -161,15 +161,21 @@ class WholeValues:
         Of several ranks the first has copies that are set aside, and others have nothing;
         collective.
         """
+        if self._store.ranks.size == 1:
+            return self.own()
         self.store_edits()
-        if self._store.ranks.size > 1:
-            return self._gathered()
+        return self._gathered()
+
+    def own(self) -> dict[nn.Parameter, Tensor]:
+        """What this rank stores of parameters, in the same way; a piece has one dimension."""
+        self.store_edits()
         shown = {}
         for block in self._trained:
-            whole = self._store.values(block.name)
-            for name, parameter in block.parameters.items():
-                place = block.places[name]
-                shown[parameter] = part_of(whole, place.offset, place.shape, place.dtype)
+            section = self._store.values(block.name)
+            for name, piece in block.pieces.items():
+                place = piece.place
+                found = part_of(section, place.offset, place.shape, place.dtype)
+                shown[block.parameters[name]] = found
         return shown
 
     def outlines(self) -> dict[nn.Parameter, Tensor]:

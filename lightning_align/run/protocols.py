@@ -251,15 +251,6 @@ class HoldsGradients(Protocol):
 
 
 @runtime_checkable
-class RestoresInFit(Protocol):
-    """It says whether each rank can put a state back in mid-fit that it has taken."""
-
-    @property
-    def restores_in_fit(self) -> bool:
-        """Whether it can."""
-
-
-@runtime_checkable
 class SnapshotsOwnPart(Protocol):
     """Each rank can take, and put back in mid-fit, what is its own of model and optimizer."""
 
@@ -530,8 +521,6 @@ def follow_freezing(trainer: pl.Trainer, dropped: Collection[nn.Parameter]) -> N
 
 def restores_in_fit(strategy: Strategy) -> bool:
     """Whether each rank has all of a state, or a part to itself, and can put it back in mid-fit."""
-    if isinstance(strategy, RestoresInFit):
-        return strategy.restores_in_fit
     return isinstance(strategy, SnapshotsOwnPart) or has_replicas(strategy)
 
 

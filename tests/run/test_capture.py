@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,10 +15,10 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from torchmetrics import MeanMetric
 
-from lightning_align import LISA, ExactResume
+from lightning_align import LISA, ExactResume, PipelineStrategy, ZeROInfinityStrategy
 from lightning_align.run.capture import RunState, capture, check_goes_back, restore
 from lightning_align.run.position import batches_consumed
 from tests.helpers.foreign import Stranger
@@ -413,17 +414,16 @@ def test_ranks_that_hold_parts_of_the_optimizer_are_refused() -> None:
 
 
 def test_ranks_that_hold_parts_of_the_model_are_refused() -> None:
-    class Parts(DDPStrategy):
-        restores_in_fit = False
-
-    def on(rank: int) -> str:
-        ranks = {"devices": 2, "strategy": Parts(), "plugins": [ForkedRanks(rank, 2)]}
-        with pytest.raises(ValueError, match=r"^capture\(|^restore\(") as raised:
-            fit(Plain(), Calls(AT_END, capture), **ranks)
-        return str(raised.value)
-
-    for told in run_ranks(on):
-        assert told.startswith("capture(strategy='Parts'): its ranks hold parts")
+    """A state is whole on each rank, or the strategy lets each take its own part."""
+    trainer: Any = SimpleNamespace(
+        callbacks=[], optimizers=[], strategy=FSDPStrategy(), world_size=2
+    )
+    with pytest.raises(ValueError, match=r"^x\(strategy='FSDPStrategy'\): its ranks hold parts"):
+        check_goes_back(trainer, "x")
+    trainer.strategy = PipelineStrategy()
+    check_goes_back(trainer, "x")
+    trainer.strategy = ZeROInfinityStrategy()
+    check_goes_back(trainer, "x")
 
 
 def test_a_communication_hook_with_a_state_is_refused() -> None:

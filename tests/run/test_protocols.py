@@ -124,7 +124,6 @@ ANSWER: dict[str, Callable[[], Any]] = {
     "TellsSampleTokens": text,
     "SpreadsModel": la.PipelineStrategy,
     "HoldsGradients": la.ZeROInfinityStrategy,
-    "RestoresInFit": la.ZeROInfinityStrategy,
     "GathersParameters": la.ZeROInfinityStrategy,
     "GathersState": la.PipelineStrategy,
     "SnapshotsOwnPart": la.PipelineStrategy,

@@ -40,6 +40,7 @@ from lightning_align.strategies.zero_infinity.ranks import return_to_common_step
 from lightning_align.strategies.zero_infinity.set_up import own_record
 
 _CLASS = "class"  # key of an optimizer's state in a commit record
+_PARTS = "parts"  # key of an optimizer's state in mid-fit: parts of parameters, by name
 _PART_BYTES = 64 << 20  # of a folder that is read in parts
 
 
@@ -131,6 +132,45 @@ class BlockCheckpoints(ParallelStrategy):
         assert self._engine is not None
         engine = self._engine
         return held_nbytes(engine.blocks, engine.store.folders, self.ranks.size)
+
+    # In mid-fit, to go back to
+
+    def snapshot_state(self) -> dict[str, Any]:
+        """What this rank has of blocks and of their optimizer state, as files show it; no copy.
+
+        Names and shapes stand in the place of parameters that it has in part: hooks look at them.
+        """
+        assert self._engine is not None
+        assert self.lightning_module is not None
+        own = self._engine.whole.own()
+        values = dict(self.lightning_module.state_dict(keep_vars=True))
+        parameters = {n: value for n, value in values.items() if isinstance(value, nn.Parameter)}
+        parts = {name: own[p] for name, p in parameters.items() if p in own}
+        for name, parameter in parameters.items():
+            is_whole = name in parts and parts[name].shape == parameter.shape
+            values[name] = parts.pop(name) if is_whole else _stored(parameter, {})
+        state = {**self._engine.updates.own_state(), _PARTS: parts}
+        return {"state_dict": values, "optimizer_states": [state]}
+
+    def restore_state(self, state: Mapping[str, Any]) -> None:
+        """Put back what this rank has taken; collective.
+
+        Args:
+            state: From ``snapshot_state``.
+        """
+        assert self._engine is not None
+        assert self.lightning_module is not None
+        optimizer = dict(state["optimizer_states"][0])
+        given = {**state["state_dict"], **optimizer.pop(_PARTS)}
+        values = {name: value for name, value in given.items() if not _is_outline(value)}
+        parameters = {
+            value: values.pop(name)
+            for name, value in self.lightning_module.state_dict(keep_vars=True).items()
+            if isinstance(value, nn.Parameter) and name in values
+        }
+        with self.ranks.together("a state that is put back"):
+            self.lightning_module.load_state_dict(values, strict=False)
+            self._engine.updates.take_back(parameters, optimizer)
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:

@@ -376,11 +376,6 @@ class ZeROInfinityStrategy(BlockCheckpoints):
 
     # What others ask
 
-    @property
-    def restores_in_fit(self) -> bool:
-        """Whether a state can be put back in mid-fit: if this rank has all of it."""
-        return self.world_size == 1
-
     @override
     def on_train_start(self) -> None:
         super().on_train_start()

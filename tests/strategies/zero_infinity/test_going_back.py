@@ -1,13 +1,11 @@
 """A run that goes back to an older checkpoint than the committed step, and several callbacks."""
 
-import lightning.pytorch as pl
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_align import AsyncCheckpoint, ExactResume, SpikeGuard
 from tests.helpers.offloaded import ADAMW, Both, Regression, assert_same, fit, points, small
-from tests.helpers.ranks import ForkedRanks, run_ranks
 from tests.helpers.spiky import AlarmOnce, Told
 
 
@@ -62,27 +60,6 @@ def test_with_weights_in_tiles_it_is_as_if_told_what_to_leave_out(tmp_path):
     trainer, theirs = guarded(tmp_path / "theirs", small(tile_numel=256), Told([[2, 4]]))
     assert_same(ours, theirs)
     trainer.strategy.close()
-
-
-@pytest.mark.slow
-def test_on_two_ranks_a_rewind_is_refused_before_training(tmp_path):
-    """Each has sections of blocks, which only a checkpoint puts together."""
-
-    def on(rank):
-        ranks = {
-            "devices": 2,
-            "plugins": [ForkedRanks(rank, 2)],
-            "callbacks": [SpikeGuard("rewind")],
-        }
-        trainer = pl.Trainer(
-            accelerator="cpu", strategy=small(), default_root_dir=tmp_path, logger=False, **ranks
-        )
-        with pytest.raises(ValueError, match=r"^SpikeGuard\(strategy=") as raised:
-            trainer.fit(Regression(ADAMW), DataLoader(points(), batch_size=8))
-        return str(raised.value)
-
-    for told in run_ranks(on):
-        assert "'ZeROInfinityStrategy'): its ranks hold parts of the model" in told
 
 
 def savers(folder):
