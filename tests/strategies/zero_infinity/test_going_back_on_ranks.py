@@ -16,7 +16,15 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_align import ExactResume, GaLoreAdamW, Muon, PretrainModule, SpikeGuard, StableAdamW
+from lightning_align import (
+    LISA,
+    ExactResume,
+    GaLoreAdamW,
+    Muon,
+    PretrainModule,
+    SpikeGuard,
+    StableAdamW,
+)
 from lightning_align.callbacks import spike_memory
 from lightning_align.mapped import source_of
 from lightning_align.offload import record
@@ -58,10 +66,11 @@ def guard(*alarms, **more):
     )
 
 
-def guarded(folder, rank, build, strategy, told, *alarms, more=None, **options):
+def guarded(folder, rank, build, strategy, told, *alarms, more=None, has_lisa=False, **options):
     """What a run ends with, in which a guard raises its alarms."""
     module, data = build()
-    callbacks = [ExactResume(), guard(*alarms, **(more or {})), told]
+    lisa = [LISA(1, 3)] if has_lisa else []  # draws before the step of the alarm
+    callbacks = [ExactResume(), *lisa, guard(*alarms, **(more or {})), told]
     trainer = fit(folder, rank, module, data, strategy, callbacks=callbacks, **options)
     found = state_of(trainer)
     if isinstance(trainer.strategy, ZeROInfinityStrategy):
@@ -97,6 +106,7 @@ IN_MEMORY = {"offload_params_device": "cpu", "offload_optimizer_device": "cpu"}
         pytest.param(by_hand, {"atomic_step": False}, {}, {}, marks=SLOW),
         pytest.param(long, {}, LR, {"accumulate_grad_batches": 2}, marks=SLOW),
         pytest.param(partial(pretraining, name="llama_tied"), {}, {}, {}, marks=SLOW),
+        pytest.param(pretraining, {}, {}, {"has_lisa": True}, marks=SLOW),
     ],
 )
 def test_a_rewound_run_is_the_told_run_and_ddps(tmp_path, build, arguments, more, options):
@@ -189,8 +199,8 @@ class Back(pl.Callback):
         (2, (4,), {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}),
     ],
 )
-def test_a_state_is_taken_without_a_message_and_gone_back_to(tmp_path, take, back, options):
-    """The run then comes to what one comes to that has never gone back."""
+def test_a_state_is_taken_and_gone_back_to(tmp_path, take, back, options):
+    """Without a message; the run then comes to what one comes to that has never gone back."""
 
     def run(rank):
         ended = {}

@@ -5,6 +5,7 @@ import pytest
 from tests.helpers.stand_in_device import stand_in_device
 from tests.strategies.zero_infinity import test_checkpoints as checkpoints
 from tests.strategies.zero_infinity import test_devices as devices
+from tests.strategies.zero_infinity import test_going_back_on_ranks as back_on_ranks
 from tests.strategies.zero_infinity import test_gradient_hooks as hooks
 from tests.strategies.zero_infinity import test_precision as precision
 from tests.strategies.zero_infinity import test_ranks as ranks
@@ -30,6 +31,7 @@ test_optimizers = strategy.test_each_optimizer_steps_as_in_memory
 test_lisa = strategy.test_lisa_trains_as_in_memory
 test_checkpoints = checkpoints.test_checkpoints_are_read_by_either_side
 test_going_back = checkpoints.test_a_run_goes_back_in_mid_fit_as_in_memory
+test_going_back_on_two_ranks = back_on_ranks.test_a_state_is_taken_and_gone_back_to
 test_edits = checkpoints.test_edits_are_stored
 test_two_ranks = ranks.test_a_module_written_by_hand_trains_as_under_ddp
 test_clipping_on_two_ranks = ranks.test_clipping_is_that_of_ddp
