@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
+from lightning_align import SpikeGuard
 from lightning_align.run.skipping import skip_batches, skipped_batches
 from lightning_align.stability import SpikeDetector, SpikeVerdict
 
@@ -41,6 +42,12 @@ class AlarmOnce(SpikeDetector):
         if reason:
             self.left.remove(step)
         return SpikeVerdict(step, bool(reason), reason, loss, grad_norm)
+
+
+def rewinding(*alarms: int, **options: Any) -> SpikeGuard:
+    """A guard that goes back at its alarms, to snapshots that it takes every two steps."""
+    usual = {"rewind_steps": 1, "snapshot_every_n_steps": 2, "skip_batches": 0}
+    return SpikeGuard("rewind", AlarmOnce(*alarms), **{**usual, **options})
 
 
 class Told(pl.Callback):

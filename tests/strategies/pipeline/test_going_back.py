@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import distributed
 
-from lightning_align import ExactResume, Muon, SpikeGuard
+from lightning_align import ExactResume, Muon
 from lightning_align.run.capture import capture, restore
 from tests.helpers.pipelines import Run, one_process
 from tests.helpers.ranks import run_ranks
 from tests.helpers.rewinds import Rewinds
-from tests.helpers.spiky import AlarmOnce, Told
+from tests.helpers.spiky import Told, rewinding
 
 
 def digest(value: Any) -> str:
@@ -103,15 +103,9 @@ def test_a_guard_rewinds_all_ranks_as_if_told_what_to_leave_out(
     def on(rank: int) -> None:
         def recorded(told: Told, *alarms: int) -> list[str]:
             record, run = Record(), Run(strategy=strategy, steps=10, accumulate=2, **options)
-            guard = SpikeGuard(
-                "rewind",
-                AlarmOnce(*alarms),
-                rewind_steps=1,
-                snapshot_every_n_steps=2,
-                skip_batches=0,
-            )
             with run.setting(rank) as (trainer, _):
-                trainer.callbacks = [ExactResume(), record, guard, told, *trainer.callbacks]
+                ours = [ExactResume(), record, rewinding(*alarms), told]
+                trainer.callbacks = [*ours, *trainer.callbacks]
                 trainer.fit(run.module(), run.loader())
             return record.lines
 
@@ -127,9 +121,7 @@ def test_a_guard_rewinds_all_ranks_as_if_told_what_to_leave_out(
 @pytest.mark.slow
 def test_behind_a_rewind_learning_rate_and_moments_are_those_of_one_process() -> None:
     def make() -> pl.Callback:
-        more: dict[str, Any] = {"lr_factor": 0.3, "lr_steps": 2, "moments": "reset"}
-        every = {"rewind_steps": 1, "snapshot_every_n_steps": 2, "skip_batches": 0}
-        return SpikeGuard("rewind", AlarmOnce(3), **every, **more)
+        return rewinding(3, lr_factor=0.3, lr_steps=2, moments="reset")
 
     run = Run(strategy=ONE, steps=9, data=WHOLE, callbacks=(ExactResume, make))
     theirs = one_process(run)["losses"]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 from datetime import timedelta
+from functools import partial
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
 
-from lightning_align import AsyncCheckpoint, ExactResume, Muon
+from lightning_align import AsyncCheckpoint, ExactResume, Muon, SavePretrained
 from lightning_align.checkpointing.snapshot import HostBuffer
 from lightning_align.mapped import source_of
 from lightning_align.modules import PretrainModule
@@ -59,10 +61,11 @@ def regression():
     return Regression(ADAMW, schedule=True)
 
 
-def language():
-    return PretrainModule(
-        TINY_MODELS["llama_tied"](), optimizer=lambda groups: Muon(groups, lr=1e-2)
-    )
+MUON = partial(Muon, lr=1e-2)
+
+
+def language(optimizer=MUON):
+    return PretrainModule(TINY_MODELS["llama_tied"](), optimizer=optimizer)
 
 
 def rows():
@@ -193,3 +196,18 @@ def test_what_a_hook_makes_of_parts_is_refused(tmp_path):
 
     run_ranks(train, 2, 60)
     assert not (tmp_path / "links").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [language, partial(language, ADAMW)], ids=["whole", "cut"])
+def test_a_folder_of_save_pretrained_is_of_the_weights_of_the_run(tmp_path, build):
+    """Which neither rank has as a whole in its memory."""
+    folder = tmp_path / "model"
+    save = SavePretrained(str(folder))
+    state = run_ranks(lambda rank: run(tmp_path, rank, build, texts, save)[0], 2, 120)[0]
+    trained, first = (TINY_MODELS["llama_tied"]().eval() for _ in range(2))
+    trained.load_state_dict({n.removeprefix("model."): value for n, value in state.items()})
+    tokens = batches()[0]["input_ids"][None]
+    ours = AutoModelForCausalLM.from_pretrained(folder)(tokens).logits
+    assert torch.equal(ours, trained(tokens).logits)
+    assert not torch.allclose(ours, first(tokens).logits, atol=0.1)

@@ -4,23 +4,15 @@ import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from lightning_align import AsyncCheckpoint, ExactResume, SpikeGuard
+from lightning_align import AsyncCheckpoint, ExactResume
 from tests.helpers.offloaded import ADAMW, Both, Regression, assert_same, fit, points, small
-from tests.helpers.spiky import AlarmOnce, Told
+from tests.helpers.spiky import Told, rewinding
 
 
 def guarded(folder, strategy, told, *alarms, **more):
     """A run that a guard rewinds; what it ends with."""
-    guard = SpikeGuard(
-        "rewind",
-        AlarmOnce(*alarms),
-        rewind_steps=1,
-        snapshot_every_n_steps=2,
-        skip_batches=0,
-        **more,
-    )
     data = Both(DataLoader(points(), batch_size=8, shuffle=True))
-    callbacks = [ExactResume(), guard, told]
+    callbacks = [ExactResume(), rewinding(*alarms, **more), told]
     trainer = fit(folder, Regression(ADAMW, schedule=True), data, strategy, callbacks=callbacks)
     assert told.ranges == [[2, 4]]
     state = dict(trainer.strategy.lightning_module_state_dict())

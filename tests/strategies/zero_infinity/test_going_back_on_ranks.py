@@ -16,15 +16,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_align import (
-    LISA,
-    ExactResume,
-    GaLoreAdamW,
-    Muon,
-    PretrainModule,
-    SpikeGuard,
-    StableAdamW,
-)
+from lightning_align import LISA, ExactResume, GaLoreAdamW, Muon, PretrainModule, StableAdamW
 from lightning_align.callbacks import spike_memory
 from lightning_align.mapped import source_of
 from lightning_align.offload import record
@@ -33,7 +25,7 @@ from lightning_align.run.capture import capture, restore
 from lightning_align.strategies.zero_infinity.strategy import ZeROInfinityStrategy
 from tests.helpers.offloaded import ADAMW, STEPS, Regression, assert_same, batches, points, small
 from tests.helpers.ranks import end_of_ranks, run_ranks
-from tests.helpers.spiky import AlarmOnce, Told
+from tests.helpers.spiky import Told, rewinding
 from tests.helpers.tiny_models import TINY_MODELS
 from tests.strategies.zero_infinity.test_ranks import fit
 
@@ -55,22 +47,11 @@ def of_ranks(**arguments):
     return small(timeout=timedelta(seconds=60), **arguments)
 
 
-def guard(*alarms, **more):
-    return SpikeGuard(
-        "rewind",
-        AlarmOnce(*alarms),
-        rewind_steps=1,
-        snapshot_every_n_steps=2,
-        skip_batches=0,
-        **more,
-    )
-
-
 def guarded(folder, rank, build, strategy, told, *alarms, more=None, has_lisa=False, **options):
     """What a run ends with, in which a guard raises its alarms."""
     module, data = build()
     lisa = [LISA(1, 3)] if has_lisa else []  # draws before the step of the alarm
-    callbacks = [ExactResume(), *lisa, guard(*alarms, **(more or {})), told]
+    callbacks = [ExactResume(), *lisa, rewinding(*alarms, **(more or {})), told]
     trainer = fit(folder, rank, module, data, strategy, callbacks=callbacks, **options)
     found = state_of(trainer)
     if isinstance(trainer.strategy, ZeROInfinityStrategy):
@@ -232,7 +213,7 @@ def test_what_one_rank_cannot_do_ends_both(tmp_path, rank, what):
         if here == rank and what == "room":
             full = SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=1))
             vars(spike_memory)["shutil"] = full
-        alarmed = guard(3)
+        alarmed = rewinding(3)
         if here == rank and what == "write":
             go_back = alarmed._go_back
 
@@ -280,7 +261,7 @@ def test_a_kill_at_a_rewind_leaves_one_step(tmp_path, victim, commit, alarms):
         if kill:
             Path.replace = counted
         module, data = by_hand()
-        callbacks = [ExactResume(), guard(*alarms)]
+        callbacks = [ExactResume(), rewinding(*alarms)]
         trainer = fit(folder, rank, module, data, of_ranks(), ckpt_path, callbacks=callbacks)
         found = state_of(trainer)
         trainer.strategy.close()
