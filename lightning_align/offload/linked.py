@@ -83,7 +83,9 @@ def outline(shape: Sequence[int], dtype: torch.dtype, stretches: list[Stretch]) 
     return made
 
 
-def link(checkpoint: dict[str, Any], folder: Path, rank: int, current: Collection[Any]) -> Any:
+def link(
+    checkpoint: dict[str, Any], folder: Path, rank: int, current: Collection[Any], ranks: int = 1
+) -> dict[str, Any]:
     """Link the files that a checkpoint shows tensors of, and write the index of this rank.
 
     Args:
@@ -91,6 +93,7 @@ def link(checkpoint: dict[str, Any], folder: Path, rank: int, current: Collectio
         folder: Of the checkpoint; it is there.
         rank: Of this process.
         current: Files that may be linked; tensors of others are left where they are.
+        ranks: How many write indices.
 
     Returns:
         The checkpoint with None in the place of what is linked: the index has its shape.
@@ -148,7 +151,8 @@ def link(checkpoint: dict[str, Any], folder: Path, rank: int, current: Collectio
     for file, name in names.items():
         file.link(folder / name)
     sizes = {name: (folder / name).stat().st_size for name in names.values()}
-    body = json.dumps({"format": FORMAT, "files": sizes, "tensors": entries}).encode()
+    index = {"format": FORMAT, "ranks": ranks, "files": sizes, "tensors": entries}
+    body = json.dumps(index).encode()
     (own / INDEX_FILE).write_bytes(xxhash.xxh3_128_hexdigest(body).encode() + b"\n" + body)
     return rest
 
@@ -207,7 +211,11 @@ def read(
 
 def _entries(folder: Path) -> dict[Path_, _Entry]:
     entries: dict[Path_, _Entry] = {}
-    for index in _indices(folder):
+    indices = list(_indices(folder))
+    missing = max(index.get("ranks", 1) for index in indices) - len(indices)
+    if missing > 0:  # some tensors are in the files of one rank only
+        raise ValueError(f"the files of {missing} rank(s) are missing")
+    for index in indices:
         for file, size in index["files"].items():
             path = folder / file
             if not path.is_file() or path.stat().st_size < size:

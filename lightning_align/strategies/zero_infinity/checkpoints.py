@@ -334,7 +334,7 @@ class BlockCheckpoints(ParallelStrategy):
         unfinished = replacing.unfinished(place)
         with ranks.together(f"links in {place}"):
             store.make_durable()
-            rest = linked.link(checkpoint, unfinished, ranks.rank, store.current)
+            rest = linked.link(checkpoint, unfinished, ranks.rank, store.current, ranks.size)
         with ranks.together(f"the end of {place}"):
             if is_first:
                 with (unfinished / linked.META_FILE).open("wb") as file:

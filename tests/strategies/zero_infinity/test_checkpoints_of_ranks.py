@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from datetime import timedelta
 from functools import partial
 
@@ -99,9 +100,12 @@ def test_a_folder_of_two_ranks_has_what_rank_0_would_have_gathered(tmp_path, bui
     goes_on = {**options, "ckpt_path": tmp_path / "links"}
     ended = run_ranks(lambda rank: run(tmp_path, rank, build, data, **goes_on), 2, 120)[0]
     assert_same(ended, whole)
-    if window == 1:  # and so does one
+    if window == 1:  # and so does one, but not with the files of one
         one = run_ranks(lambda rank: run(tmp_path, rank, build, data, size=1, **goes_on), 1, 120)
         assert one[0][1]["state"].keys() == whole[1]["state"].keys()
+        shutil.rmtree(tmp_path / "links/rank00001")
+        with pytest.raises(ValueError, match=r"the files of 1 rank\(s\) are missing"):
+            linked.read(tmp_path / "links", "test", weights_only=True)
 
 
 def tensors_in(value):
