@@ -7,11 +7,13 @@ from functools import partial
 import lightning.pytorch as pl
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_align.strategies import ZeROInfinityStrategy
 from tests.helpers.tiny_models import VOCAB_SIZE
 
 STEPS = 6
+ADAMW = partial(torch.optim.AdamW, lr=1e-2, fused=True)
 
 
 def batches(rows=2, tokens=12, count=STEPS * 2):
@@ -24,10 +26,15 @@ def batches(rows=2, tokens=12, count=STEPS * 2):
     return [{"input_ids": i, "labels": x} for i, x in zip(ids, labels, strict=True)]
 
 
+def text(rows=2, count=STEPS * 2, batch_size=2, **options):
+    """The same, as a loader of batches."""
+    return DataLoader(batches(rows, count=count), batch_size, **options)
+
+
 class Regression(pl.LightningModule):
     """A hand-written module: blocks in a Sequential, a mean loss, batch norm and dropout."""
 
-    def __init__(self, build, width=20, schedule=False):
+    def __init__(self, build=ADAMW, width=20, schedule=False):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(5)
@@ -64,10 +71,12 @@ class Regression(pl.LightningModule):
         }
 
 
-def points():
+def points(batch_size=8, **options):
+    """A loader of batches for ``Regression``."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(STEPS * 8, 7, generator=generator)
-    return torch.utils.data.TensorDataset(x, x.sum(1, keepdim=True))
+    data = torch.utils.data.TensorDataset(x, x.sum(1, keepdim=True))
+    return DataLoader(data, batch_size, **options)
 
 
 class Both(pl.LightningDataModule):
@@ -137,6 +146,3 @@ def assert_same(ours, theirs, at=""):
             assert_same(mine, other, f"{at}[{number}]")
     else:
         assert ours == theirs, at
-
-
-ADAMW = partial(torch.optim.AdamW, lr=1e-2, fused=True)

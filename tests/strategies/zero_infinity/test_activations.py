@@ -6,11 +6,10 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader
 
 from lightning_align.modules import PretrainModule
 from lightning_align.offload import activations
-from tests.helpers.offloaded import ADAMW, Both, Regression, batches, compare, points, small
+from tests.helpers.offloaded import ADAMW, Both, Regression, compare, points, small, text
 from tests.helpers.tiny_models import TINY_MODELS, PlainDecoder
 from tests.strategies.zero_infinity import test_ranks as ranks
 
@@ -42,7 +41,7 @@ def test_language_models_train_as_in_memory(tmp_path, moved, name, recompute):
         torch.manual_seed(0)
         return PretrainModule(build(), optimizer=ADAMW, activation_checkpointing=recompute)
 
-    data = Both(DataLoader(batches(), batch_size=2))
+    data = Both(text())
     options = {"accumulate_grad_batches": 2, "val_check_interval": 4, "callbacks": [moved]}
     compare(tmp_path, module, data, small(offload_activations="nvme"), **options)
     blocks = 3
@@ -70,7 +69,7 @@ class RecomputesReentrantly(Recomputes):
 @pytest.mark.parametrize("kind", [Regression, Recomputes, RecomputesReentrantly])
 @pytest.mark.parametrize("where", ["nvme", "cpu"])
 def test_a_module_written_by_hand_trains_as_in_memory(tmp_path, moved, kind, where):
-    data = DataLoader(points(), batch_size=16)
+    data = points(16)
     strategy = small(offload_activations=where)
     compare(tmp_path, lambda: kind(ADAMW), data, strategy, callbacks=[moved])
     assert (min(moved.counts) >= 4) == (where == "nvme")

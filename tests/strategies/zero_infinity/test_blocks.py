@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from lightning_align.strategies.zero_infinity.blocks import find_blocks
-from tests.helpers.offloaded import ADAMW, Regression
+from tests.helpers.offloaded import Regression
 
 
 def test_a_policy_chooses_blocks():
-    module = Regression(ADAMW)
+    module = Regression()
     for policy in (["torch.nn.modules.activation.Tanh"], lambda part: False):
         with pytest.raises(ValueError, match="must choose at least one module"):
             find_blocks(module, policy)
@@ -39,7 +39,7 @@ def test_tied_parameters_stay():
 
 
 def test_parameters_that_cannot_be_away_are_refused():
-    module = Regression(ADAMW)
+    module = Regression()
     module.inlet.bias = nn.Parameter(torch.zeros(20, dtype=torch.int32), requires_grad=False)
     with pytest.raises(ValueError, match=r"floating-point parameters, and 'inlet\.bias'"):
         find_blocks(module, None)

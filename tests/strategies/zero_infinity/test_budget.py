@@ -3,15 +3,9 @@
 import lightning.pytorch as pl
 import pytest
 from torch import nn
-from torch.utils.data import DataLoader
 
 from lightning_align.strategies.zero_infinity.blocks import find_blocks
-from lightning_align.strategies.zero_infinity.budget import (
-    Buffers,
-    held_nbytes,
-    parse_bytes,
-    plan,
-)
+from lightning_align.strategies.zero_infinity.budget import Buffers, held_nbytes, parse_bytes, plan
 from lightning_align.strategies.zero_infinity.strategy import ZeROInfinityStrategy
 from tests.helpers.offloaded import ADAMW, Regression, compare, fit, points
 
@@ -24,7 +18,7 @@ def test_sizes_are_read_in_any_unit():
 
 
 def test_a_limit_below_the_largest_block_names_the_least_possible():
-    blocks, _ = find_blocks(Regression(ADAMW), None)
+    blocks, _ = find_blocks(Regression(), None)
     with pytest.raises(ValueError, match=r"must be at least [0-9,]+ bytes") as error:
         plan(blocks, "10KB", GROUPS)
     least = int(str(error.value).split("at least ")[1].split(" ")[0].replace(",", ""))
@@ -38,11 +32,11 @@ def test_a_limit_below_the_largest_block_names_the_least_possible():
 
 def test_a_held_state_takes_each_block_once_more_where_it_lies(tmp_path):
     strategy = ZeROInfinityStrategy(sub_group_size=400)
-    trainer = fit(tmp_path, Regression(ADAMW), DataLoader(points(), batch_size=8), strategy)
+    trainer = fit(tmp_path, Regression(), points(), strategy)
     engine = trainer.strategy._engine
     folders = engine.store.folders
     found = held_nbytes(engine.blocks, folders, 1)
-    numel = sum(p.numel() for p in Regression(ADAMW).parameters())
+    numel = sum(p.numel() for p in Regression().parameters())
     assert found.keys() == {"", str(folders[0])}
     assert found[""] == 0
     # Parameters and two moments; blocks begin at pages.
@@ -79,7 +73,7 @@ def test_what_is_held_keeps_to_the_limit(tmp_path, clip, extra):
             held.append(trainer.strategy._engine.pool.allocated_bytes)
 
     strategy = ZeROInfinityStrategy(memory_limit=least + extra, sub_group_size=20_000)
-    data = DataLoader(points(), batch_size=8)
+    data = points()
     fit(tmp_path, Wide(), data, strategy, callbacks=[Held()], gradient_clip_val=clip)
     assert max(held) <= least + extra
     assert sum(block.nbytes for block in blocks) * 4 > least  # parameters, gradients and moments
@@ -95,14 +89,14 @@ def least_of(module, buffers, **options):
 @pytest.mark.parametrize("options", [{}, {"gradient_clip_val": 0.05}], ids=["plain", "clipped"])
 @pytest.mark.parametrize("extra", [20_000, 10**7], ids=["gradients on disk", "in memory"])
 def test_blocks_that_fit_stay_and_train_as_in_memory(tmp_path, extra, options):
-    limit = least_of(Regression(ADAMW), GROUPS) + extra
-    blocks, _ = find_blocks(Regression(ADAMW), None)
+    limit = least_of(Regression(), GROUPS) + extra
+    blocks, _ = find_blocks(Regression(), None)
     plan(blocks, limit, GROUPS)
     assert all(block.kept for block in blocks)
     assert all(block.gradients_stay for block in blocks) == (extra == 10**7)
     strategy = ZeROInfinityStrategy(memory_limit=limit, sub_group_size=512)
-    data = DataLoader(points(), batch_size=8)
-    compare(tmp_path, lambda: Regression(ADAMW), data, strategy, **options)
+    data = points()
+    compare(tmp_path, Regression, data, strategy, **options)
 
 
 def test_a_higher_limit_keeps_more_blocks_spread_over_the_order():
@@ -130,8 +124,8 @@ def test_a_rank_has_two_sections_that_are_updated_beside_whole_blocks(ranks):
 
 def test_groups_become_smaller_before_a_limit_is_refused():
     """Of the usual size of a group, unless sub_group_size says otherwise."""
-    blocks, _ = find_blocks(Regression(ADAMW), None)
-    limit = least_of(Regression(ADAMW), Buffers())
+    blocks, _ = find_blocks(Regression(), None)
+    limit = least_of(Regression(), Buffers())
     assert limit < 10**6
     memory = plan(blocks, limit, Buffers())
     assert memory.group_bytes < 10**4

@@ -8,12 +8,11 @@ import signal
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from lightning_align.offload import linked
 from lightning_align.strategies import replacing
 from tests.helpers.children import in_child
-from tests.helpers.offloaded import ADAMW, Regression, assert_same, fit, points, small
+from tests.helpers.offloaded import Regression, assert_same, fit, points, small
 from tests.strategies.pipeline import test_checkpoint_folder as folders
 
 
@@ -35,7 +34,7 @@ def marked_at(path):
 )
 def test_a_kill_leaves_what_was_there_or_what_is_new(tmp_path, monkeypatch, distributed, replaces):
     strategy = small(save_distributed_checkpoint=distributed)
-    trainer = fit(tmp_path, Regression(ADAMW), DataLoader(points(), batch_size=8), strategy)
+    trainer = fit(tmp_path, Regression(), points(), strategy)
     state = dict(strategy.lightning_module_state_dict())
     path = tmp_path / "checkpoints" / "one.ckpt"
 
@@ -70,7 +69,7 @@ def test_a_kill_leaves_what_was_there_or_what_is_new(tmp_path, monkeypatch, dist
 
 
 def test_a_killed_save_is_swept_by_the_next_one(tmp_path):
-    trainer = fit(tmp_path, Regression(ADAMW), DataLoader(points(), batch_size=8), small())
+    trainer = fit(tmp_path, Regression(), points(), small())
     path = tmp_path / "checkpoints" / "one.ckpt"
     unfinished = replacing.begin(path)
     os.link(next(iter(tmp_path.rglob("*.block"))), unfinished / "00000.block")

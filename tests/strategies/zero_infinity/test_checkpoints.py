@@ -10,7 +10,6 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, modeling_utils
 
 from lightning_align import AsyncCheckpoint, ExactResume, SavePretrained
@@ -26,10 +25,10 @@ from tests.helpers.offloaded import (
     Both,
     Regression,
     assert_same,
-    batches,
     fit,
     points,
     small,
+    text,
     trainer_of,
 )
 from tests.helpers.rewinds import Rewinds
@@ -41,16 +40,16 @@ from tests.helpers.tiny_models import TINY_MODELS
 def test_checkpoints_are_read_by_either_side(tmp_path, first, window):
     """Written in mid-epoch, with a window of accumulation that is open where it has two batches."""
     options = {"val_check_interval": 3, "accumulate_grad_batches": window}
-    data = Both(DataLoader(points(), batch_size=8))
+    data = Both(points())
     save = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1)
-    whole = Regression(ADAMW, schedule=True)
+    whole = Regression(schedule=True)
     begun = small() if first == "ours" else "auto"
     saving = {**options, "enable_checkpointing": True, "callbacks": [ExactResume(), save]}
     trainer = fit(tmp_path, whole, data, begun, **saving)
     expected = trainer.strategy.lightning_module_state_dict()
     states = trainer.strategy.optimizer_state(trainer.optimizers[0])
     path = tmp_path / f"step={3 // window}.ckpt"
-    ended = Regression(ADAMW, schedule=True)
+    ended = Regression(schedule=True)
     second = "auto" if first == "ours" else small()
     trainer = fit(tmp_path, ended, data, second, path, callbacks=[ExactResume()], **options)
     assert_same(trainer.strategy.lightning_module_state_dict(), expected)
@@ -59,8 +58,8 @@ def test_checkpoints_are_read_by_either_side(tmp_path, first, window):
 
 def test_edits_are_stored(tmp_path):
     strategy = small()
-    module = Regression(ADAMW)
-    fit(tmp_path, module, DataLoader(points(), batch_size=8), strategy)
+    module = Regression()
+    fit(tmp_path, module, points(), strategy)
     name = "parts.2.0.weight"
     with strategy.gathered([name], modify=True), torch.no_grad():
         with pytest.raises(RuntimeError, match="while it is not in memory"):
@@ -107,9 +106,9 @@ def test_training_on_does_not_change_a_checkpoint(tmp_path):
 
     keep, found = Keep(1, 2, 3, 4, 5, 6), Bytes()
     save = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
-    data = DataLoader(points(), batch_size=8)
+    data = points()
     options = {"enable_checkpointing": True, "callbacks": [keep, save, found]}
-    trainer = fit(tmp_path, Regression(ADAMW), data, small(), **options)
+    trainer = fit(tmp_path, Regression(), data, small(), **options)
     trainer.fit_loop.max_epochs = 2
     trainer.fit(trainer.lightning_module, data)
     assert len(found.then) == 11
@@ -123,9 +122,9 @@ def test_training_on_does_not_change_a_checkpoint(tmp_path):
 def test_a_checkpoint_that_is_deleted_gives_its_files_free(tmp_path):
     """By ModelCheckpoint, through the CheckpointIO; the store then writes in place again."""
     save = ModelCheckpoint(tmp_path, "{step}", save_top_k=1, every_n_train_steps=1, save_last=True)
-    data = DataLoader(points(), batch_size=8)
+    data = points()
     options = {"enable_checkpointing": True, "callbacks": [save]}
-    trainer = fit(tmp_path, Regression(ADAMW), data, small(), **options)
+    trainer = fit(tmp_path, Regression(), data, small(), **options)
     assert {path.name for path in tmp_path.glob("*.ckpt")} == {"step=6.ckpt", "last.ckpt"}
     store = tmp_path / "zero_infinity" / "rank00000"
     links = [path.stat().st_nlink for path in store.glob("*.block")]
@@ -135,11 +134,11 @@ def test_a_checkpoint_that_is_deleted_gives_its_files_free(tmp_path):
 
 
 def test_saving_and_whole_values_work_after_fit_has_ended(tmp_path):
-    data = DataLoader(points(), batch_size=8)
+    data = points()
     keep = Keep(6)
     for number, distributed in enumerate((True, False)):
         strategy = small(save_distributed_checkpoint=distributed, overwrite=True)
-        trainer = fit(tmp_path, Regression(ADAMW), data, strategy, callbacks=[keep])
+        trainer = fit(tmp_path, Regression(), data, strategy, callbacks=[keep])
         trainer.save_checkpoint(tmp_path / f"{number}.ckpt")
         trainer.save_checkpoint(tmp_path / f"{number}.weights", weights_only=True)
         assert_same(dict(strategy.lightning_module_state_dict()), keep.states[6][0])
@@ -147,7 +146,7 @@ def test_saving_and_whole_values_work_after_fit_has_ended(tmp_path):
         assert_holds(tmp_path / f"{number}.ckpt", keep.states[6])
         strategy.close()
     # One form in the place of the other.
-    trainer = fit(tmp_path, Regression(ADAMW), data, small(overwrite=True))
+    trainer = fit(tmp_path, Regression(), data, small(overwrite=True))
     trainer.save_checkpoint(tmp_path / "1.ckpt")
     trainer.strategy.save_distributed_checkpoint = False
     trainer.save_checkpoint(tmp_path / "0.ckpt")
@@ -166,15 +165,15 @@ def test_what_a_file_has_is_never_in_memory_as_a_whole(tmp_path, monkeypatch):
 
     monkeypatch.setattr(HostBuffer, "copy", note)
     strategy = small(save_distributed_checkpoint=False)
-    module = Regression(ADAMW, width=200)
-    trainer = fit(tmp_path, module, DataLoader(points(), batch_size=8), strategy)
+    module = Regression(width=200)
+    trainer = fit(tmp_path, module, points(), strategy)
     trainer.save_checkpoint(tmp_path / "file.ckpt")
     assert sum(copied) < 5000  # buffers of the norm, counters of steps
     assert (tmp_path / "file.ckpt").stat().st_size > 600_000
 
 
 def test_a_place_that_is_in_use_is_refused(tmp_path):
-    trainer = fit(tmp_path, Regression(ADAMW), DataLoader(points(), batch_size=8), small())
+    trainer = fit(tmp_path, Regression(), points(), small())
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").touch()
     with pytest.raises(ValueError, match="the folder is in use"):
@@ -204,8 +203,8 @@ def test_async_checkpoint_writes_what_the_files_held_when_it_saved(tmp_path, mon
 
     save = AsyncCheckpoint(tmp_path / "saved", every_n_train_steps=2, backpressure="skip")
     options = {"enable_checkpointing": True, "callbacks": [keep, save, End()]}
-    module = Regression(ADAMW)
-    trainer = fit(tmp_path, module, DataLoader(points(), batch_size=8), small(), **options)
+    module = Regression()
+    trainer = fit(tmp_path, module, points(), small(), **options)
     path = Path(latest_valid_checkpoint(tmp_path / "saved"))
     assert torch.load(path)["global_step"] == 2
     assert_holds(path, keep.states[2])
@@ -214,17 +213,17 @@ def test_async_checkpoint_writes_what_the_files_held_when_it_saved(tmp_path, mon
     ends = []
     for strategy in ("auto", small(overwrite=True)):
         options = {"enable_checkpointing": True, "callbacks": [AsyncCheckpoint(tmp_path / "saved")]}
-        data = DataLoader(points(), batch_size=8)
-        trainer = fit(tmp_path, Regression(ADAMW), data, strategy, path, **options)
+        data = points()
+        trainer = fit(tmp_path, Regression(), data, strategy, path, **options)
         ends.append(dict(trainer.strategy.lightning_module_state_dict()))
     assert_same(*ends)
 
 
 def test_async_checkpoint_keeps_the_best_and_last_finds_the_newest(tmp_path):
     save = AsyncCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=1, save_last=True)
-    data = DataLoader(points(), batch_size=8)
+    data = points()
     options = {"enable_checkpointing": True, "callbacks": [save]}
-    trainer = fit(tmp_path, Regression(ADAMW), data, small(), **options)
+    trainer = fit(tmp_path, Regression(), data, small(), **options)
     assert [path.name for path in tmp_path.glob("*.ckpt")] == ["epoch=0-step=6.ckpt"]
     trainer.strategy.close()
     store = tmp_path / "zero_infinity" / "rank00000"
@@ -232,17 +231,17 @@ def test_async_checkpoint_keeps_the_best_and_last_finds_the_newest(tmp_path):
     (store / "committed").unlink()
     save = AsyncCheckpoint(tmp_path, every_n_train_steps=1)
     trainer = trainer_of(tmp_path, small(), enable_checkpointing=True, callbacks=[save])
-    trainer.fit(Regression(ADAMW), data, ckpt_path="last")
+    trainer.fit(Regression(), data, ckpt_path="last")
     assert trainer.global_step == 6
 
 
 def test_last_compares_the_committed_step_with_what_is_behind_a_url(tmp_path):
-    data, url = DataLoader(points(), batch_size=8), f"memory://{tmp_path.name}"
+    data, url = points(), f"memory://{tmp_path.name}"
     for steps in (4, 6):
         save = AsyncCheckpoint(url, every_n_train_steps=2, save_last=True)
         options = {"enable_checkpointing": True, "callbacks": [save], "max_steps": steps}
         trainer = trainer_of(tmp_path, small(), **options)
-        trainer.fit(Regression(ADAMW), data, ckpt_path="last")
+        trainer.fit(Regression(), data, ckpt_path="last")
         assert trainer.global_step == steps
         trainer.strategy.close()
 
@@ -261,10 +260,10 @@ def test_last_compares_the_committed_step_with_what_is_behind_a_url(tmp_path):
 def test_a_run_goes_back_in_mid_fit_as_in_memory(tmp_path, at, until, options):
     arguments = options.get("strategy", {})
     options = {key: value for key, value in options.items() if key != "strategy"}
-    data, ends = DataLoader(points(), batch_size=8), []
+    data, ends = points(), []
     for strategy in ("auto", small(**arguments)):
         rewinds = Rewinds(at, until, 2)
-        module = Regression(ADAMW, schedule=True)
+        module = Regression(schedule=True)
         callbacks = [ExactResume(), rewinds]
         trainer = fit(tmp_path, module, data, strategy, callbacks=callbacks, **options)
         state = dict(trainer.strategy.lightning_module_state_dict())
@@ -291,7 +290,7 @@ def test_a_folder_for_others_is_written_from_the_files(tmp_path, monkeypatch):
 
     monkeypatch.setattr(modeling_utils, "safe_save_file", note)
     module = PretrainModule(TINY_MODELS["llama_tied"](), optimizer=ADAMW)
-    data = DataLoader(batches(), batch_size=2)
+    data = text()
     trainer = fit(tmp_path, module, data, small(), callbacks=[SavePretrained(tmp_path / "model")])
     state = trainer.strategy.lightning_module_state_dict()
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
@@ -304,7 +303,7 @@ def test_export_and_use_read_a_folder_in_no_memory_of_their_own(tmp_path, monkey
     from lightning_align.models import trained
 
     module = PretrainModule(TINY_MODELS["llama_tied"]().config, optimizer=ADAMW)
-    data = DataLoader(batches(), batch_size=2)
+    data = text()
     trainer = fit(tmp_path, module, data, small())
     trainer.save_checkpoint(tmp_path / "saved")
     state = dict(trainer.strategy.lightning_module_state_dict())
@@ -350,8 +349,8 @@ class SaveOnException(pl.Callback):
 
 @pytest.mark.parametrize("distributed", [True, False])
 def test_what_is_saved_in_the_middle_of_an_update_is_the_step_before(tmp_path, distributed):
-    data, keep, path = DataLoader(points(), batch_size=8), Keep(3), tmp_path / "saved"
-    fit(tmp_path, Regression(ADAMW), data, "auto", max_steps=3, callbacks=[keep])
+    data, keep, path = points(), Keep(3), tmp_path / "saved"
+    fit(tmp_path, Regression(), data, "auto", max_steps=3, callbacks=[keep])
     save = SaveOnException(path)
     strategy = small(save_distributed_checkpoint=distributed)
     with pytest.raises(RuntimeError, match="in mid-update"):
@@ -360,14 +359,14 @@ def test_what_is_saved_in_the_middle_of_an_update_is_the_step_before(tmp_path, d
     ends = []
     for kind, ckpt_path in (("auto", None), ("auto", path), (small(overwrite=True), path)):
         callbacks = [ExactResume()]
-        trainer = fit(tmp_path, Regression(ADAMW), data, kind, ckpt_path, callbacks=callbacks)
+        trainer = fit(tmp_path, Regression(), data, kind, ckpt_path, callbacks=callbacks)
         ends.append(dict(trainer.strategy.lightning_module_state_dict()))
     assert_same(ends[1], ends[0])
     assert_same(ends[2], ends[0])
 
 
 def test_without_a_whole_step_nothing_is_saved(tmp_path):
-    data, path = DataLoader(points(), batch_size=8), tmp_path / "saved"
+    data, path = points(), tmp_path / "saved"
     strategy, save = small(atomic_step=False), SaveOnException(path)
     with (
         pytest.raises(RuntimeError, match="in mid-update"),
@@ -386,13 +385,13 @@ class Edits(pl.Callback):
 
 
 def test_edits_of_what_stays_in_memory_are_saved_and_committed(tmp_path):
-    data, ends = DataLoader(points(), batch_size=8), []
+    data, ends = points(), []
     for strategy in ("auto", small()):
         callbacks = [Edits(), Keep(6)]
-        trainer = fit(tmp_path, Regression(ADAMW), data, strategy, callbacks=callbacks)
+        trainer = fit(tmp_path, Regression(), data, strategy, callbacks=callbacks)
         ends.append(dict(trainer.strategy.lightning_module_state_dict()))
     assert_same(ends[1], ends[0])
     trainer.strategy.close()
     trainer = trainer_of(tmp_path, small(), callbacks=[Edits()])
-    trainer.fit(Regression(ADAMW), data, ckpt_path="last")
+    trainer.fit(Regression(), data, ckpt_path="last")
     assert_same(dict(trainer.strategy.lightning_module_state_dict()), ends[0])

@@ -10,7 +10,6 @@ from functools import partial
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from lightning_align import AsyncCheckpoint, ExactResume, Muon, SavePretrained
@@ -19,7 +18,7 @@ from lightning_align.mapped import source_of
 from lightning_align.modules import PretrainModule
 from lightning_align.offload import linked
 from lightning_align.offload.store import ShardStore
-from tests.helpers.offloaded import ADAMW, Regression, assert_same, batches, points, small
+from tests.helpers.offloaded import ADAMW, Regression, assert_same, batches, points, small, text
 from tests.helpers.ranks import end_of_ranks, run_ranks
 from tests.helpers.tiny_models import TINY_MODELS
 from tests.strategies.zero_infinity.test_ranks import fit
@@ -59,7 +58,7 @@ def run(folder, rank, build, data, *callbacks, size=2, ckpt_path=None, **options
 
 
 def regression():
-    return Regression(ADAMW, schedule=True)
+    return Regression(schedule=True)
 
 
 MUON = partial(Muon, lr=1e-2)
@@ -69,12 +68,7 @@ def language(optimizer=MUON):
     return PretrainModule(TINY_MODELS["llama_tied"](), optimizer=optimizer)
 
 
-def rows():
-    return DataLoader(points(), batch_size=4)
-
-
-def texts():
-    return DataLoader(batches(), batch_size=2)
+rows = partial(points, 4)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +76,7 @@ def texts():
     [
         pytest.param(regression, rows, 1, id="cut anywhere"),
         pytest.param(regression, rows, 2, id="in an open window", marks=pytest.mark.slow),
-        pytest.param(language, texts, 1, id="whole matrices"),
+        pytest.param(language, text, 1, id="whole matrices"),
     ],
 )
 def test_a_folder_of_two_ranks_has_what_rank_0_would_have_gathered(tmp_path, build, data, window):
@@ -129,7 +123,7 @@ def test_what_rank_0_gathers_for_a_file_is_in_none_of_its_memory(tmp_path, tile_
         strategy = small(tile_numel=tile_numel, save_distributed_checkpoint=False)
         save = AsyncCheckpoint(tmp_path / "async", every_n_train_steps=6)
         options = {"callbacks": [save], "enable_checkpointing": True}
-        trainer = fit(tmp_path, rank, Regression(ADAMW), rows(), strategy, **options)
+        trainer = fit(tmp_path, rank, Regression(), rows(), strategy, **options)
         trainer.save_checkpoint(tmp_path / "file.ckpt")
         state = strategy.lightning_module_state_dict()
         states = strategy.optimizer_state(trainer.optimizers[0])
@@ -166,7 +160,7 @@ def test_no_rank_waits_for_one_whose_disk_is_full_while_it_gathers(tmp_path):
         strategy = small(timeout=timedelta(seconds=30), save_distributed_checkpoint=False)
         save = pl.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=2)
         options = {"callbacks": [save], "enable_checkpointing": True}
-        fit(tmp_path, rank, Regression(ADAMW), rows(), strategy, **options)
+        fit(tmp_path, rank, Regression(), rows(), strategy, **options)
 
     ended = end_of_ranks(run, timeout_s=60)
     assert not any(end.stuck for end in ended)
@@ -196,7 +190,7 @@ def test_what_a_hook_makes_of_parts_is_refused(tmp_path):
 
     def train(rank):
         with pytest.raises(Exception, match=r"'state_dict/half'.*has no values|rank . has failed"):
-            run(tmp_path, rank, lambda: Halves(ADAMW), rows, SaveAt(0, tmp_path))
+            run(tmp_path, rank, Halves, rows, SaveAt(0, tmp_path))
 
     run_ranks(train, 2, 60)
     assert not (tmp_path / "links").exists()
@@ -208,7 +202,7 @@ def test_a_folder_of_save_pretrained_is_of_the_weights_of_the_run(tmp_path, buil
     """Which neither rank has as a whole in its memory."""
     folder = tmp_path / "model"
     save = SavePretrained(str(folder))
-    state = run_ranks(lambda rank: run(tmp_path, rank, build, texts, save)[0], 2, 120)[0]
+    state = run_ranks(lambda rank: run(tmp_path, rank, build, text, save)[0], 2, 120)[0]
     trained, first = (TINY_MODELS["llama_tied"]().eval() for _ in range(2))
     trained.load_state_dict({n.removeprefix("model."): value for n, value in state.items()})
     tokens = batches()[0]["input_ids"][None]

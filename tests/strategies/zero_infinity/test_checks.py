@@ -7,25 +7,17 @@ import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader
 
 from lightning_align.strategies import ZeROInfinityStrategy
-from tests.helpers.offloaded import (
-    ADAMW,
-    Regression,
-    compare,
-    fit,
-    points,
-    small,
-)
+from tests.helpers.offloaded import ADAMW, Regression, compare, fit, points, small
 
 SCALED = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
 
 
 def refused(tmp_path, match, module=None, strategy=None, **options):
-    data = DataLoader(points(), batch_size=8)
+    data = points()
     with pytest.raises(ValueError, match=match):
-        fit(tmp_path, module or Regression(ADAMW), data, strategy or small(), **options)
+        fit(tmp_path, module or Regression(), data, strategy or small(), **options)
 
 
 class Manual(Regression):
@@ -57,8 +49,8 @@ class Reentrant(Regression):
 
 @pytest.mark.parametrize("options", [{}, {"gradient_clip_val": 0.05}], ids=["early", "waits"])
 def test_reentrant_checkpointing(tmp_path, options):
-    data = DataLoader(points(), batch_size=8)
-    compare(tmp_path, lambda: Reentrant(ADAMW), data, **options)
+    data = points()
+    compare(tmp_path, Reentrant, data, **options)
 
 
 @pytest.mark.parametrize(

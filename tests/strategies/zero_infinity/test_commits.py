@@ -11,7 +11,6 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from lightning_align.modules import PretrainModule
 from lightning_align.offload.files import DirectFile
@@ -19,7 +18,7 @@ from lightning_align.offload.record import read_record
 from lightning_align.strategies import ZeROInfinityStrategy
 from lightning_align.strategies.zero_infinity.commits import load_payload
 from tests.helpers.children import in_child
-from tests.helpers.offloaded import ADAMW, Regression, assert_same, batches, fit, points, small
+from tests.helpers.offloaded import ADAMW, Regression, assert_same, fit, points, small, text
 from tests.helpers.tiny_models import PlainDecoder
 
 
@@ -48,7 +47,7 @@ def run(folder: Path, ckpt_path=None, *, kill_at=None, result=None, options, **a
     strategy = ZeROInfinityStrategy(
         params_buffer_count=2, sub_group_size=2000, nvme_path=str(folder / "nvme"), **arguments
     )
-    data = DataLoader(batches(), batch_size=2, shuffle=True)
+    data = text(shuffle=True)
     trainer = fit(folder, module, data, strategy, ckpt_path, accumulate_grad_batches=2, **options)
     operations = list(done)
     if result is not None:
@@ -150,7 +149,7 @@ def test_a_step_whose_updates_wait_is_committed_in_the_next_forward(tmp_path):
                 committed(trainer)
 
     options = {"gradient_clip_val": 0.5, "callbacks": [Look()], "max_steps": 4}
-    data, module = DataLoader(points(), batch_size=8), Regression(ADAMW)
+    data, module = points(), Regression()
     fit(tmp_path, module, data, small(), **options)
     assert found == [(0, None), (1, None), (2, 1), (3, 2), (3, 3)]
     payload = load_payload(tmp_path / "zero_infinity" / "rank00000", weights_only=False)

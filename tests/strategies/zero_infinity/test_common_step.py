@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from lightning_align.modules import PretrainModule
 from lightning_align.offload.record import BEFORE, FILE, read_record
-from tests.helpers.offloaded import ADAMW, STEPS, assert_same, batches, small
+from tests.helpers.offloaded import ADAMW, STEPS, assert_same, small, text
 from tests.helpers.ranks import end_of_ranks, run_ranks
 from tests.helpers.tiny_models import PlainDecoder
 from tests.strategies.zero_infinity.test_ranks import fit
@@ -32,7 +31,7 @@ def train(folder, rank, ckpt_path=None, before=None, **options):
     torch.manual_seed(0)
     module = PretrainModule(PlainDecoder(dropout=0.1), optimizer=ADAMW)
     strategy = small(timeout=timedelta(seconds=30))
-    data = DataLoader(batches(count=STEPS * 2), batch_size=1, shuffle=True)
+    data = text(batch_size=1, shuffle=True)
     options = {"accumulate_grad_batches": 2, **options}
     trainer = fit(folder, rank, module, data, strategy, ckpt_path, **options)
     found = {

@@ -9,14 +9,13 @@ from functools import partial
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from torch.utils.data import DataLoader
 
 from lightning_align import Muon
 from lightning_align.modules import PretrainModule
 from lightning_align.offload.bandwidth import step_bytes, total
 from lightning_align.strategies.zero_infinity import counters
 from lightning_align.strategies.zero_infinity.counters import Mark, layout_of, rates
-from tests.helpers.offloaded import ADAMW, STEPS, Regression, batches, fit, points, small
+from tests.helpers.offloaded import STEPS, Regression, fit, points, small, text
 from tests.helpers.tiny_models import TINY_MODELS
 
 
@@ -46,9 +45,9 @@ def test_rates_of_ten_seconds():
 def test_loggers_get_what_a_step_has_moved(tmp_path, window):
     """By the formula, in the rows of the steps that Lightning itself logs."""
     logger, strategy = CSVLogger(tmp_path), small()
-    data = DataLoader(points(), batch_size=8)
+    data = points()
     options = {"logger": logger, "log_every_n_steps": 1, "accumulate_grad_batches": window}
-    fit(tmp_path, Regression(ADAMW), data, strategy, **options)
+    fit(tmp_path, Regression(), data, strategy, **options)
     with open(f"{logger.log_dir}/metrics.csv") as file:
         rows = list(csv.DictReader(file))
     ours = [row for row in rows if row["zero_infinity/read_gb_per_step"]]
@@ -64,8 +63,8 @@ def test_loggers_get_what_a_step_has_moved(tmp_path, window):
 
 def test_what_lies_in_host_memory_is_resident_too(tmp_path):
     """Values and two moments; no block is ever copied into a buffer."""
-    logger, module = CSVLogger(tmp_path), Regression(ADAMW)
-    data = DataLoader(points(), batch_size=8)
+    logger, module = CSVLogger(tmp_path), Regression()
+    data = points()
     options = {"logger": logger, "log_every_n_steps": 1, "max_steps": 2}
     fit(tmp_path, module, data, "zero_infinity_cpu", **options)
     with open(f"{logger.log_dir}/metrics.csv") as file:
@@ -79,8 +78,8 @@ def test_what_lies_in_host_memory_is_resident_too(tmp_path):
 )
 def test_set_up_tells_what_a_step_moves(tmp_path, caplog, options, waits):
     with caplog.at_level(logging.INFO, "lightning.pytorch"):
-        data = DataLoader(points(), batch_size=8)
-        fit(tmp_path, Regression(ADAMW), data, small(), max_steps=1, **options)
+        data = points()
+        fit(tmp_path, Regression(), data, small(), max_steps=1, **options)
     assert "5,713 parameters: 4 blocks of up to 0.0 MB, of which 2 are" in caplog.text
     assert "bytes a parameter" in caplog.text
     assert ("its gradients wait" in caplog.text) is waits
@@ -89,13 +88,13 @@ def test_set_up_tells_what_a_step_moves(tmp_path, caplog, options, waits):
 def test_set_up_says_if_the_size_of_the_state_is_not_known(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "lightning.pytorch"):
         module = PretrainModule(TINY_MODELS["llama"](), optimizer=partial(Muon, lr=0.1))
-        fit(tmp_path, module, DataLoader(batches(), batch_size=2), small(), max_steps=1)
+        fit(tmp_path, module, text(), small(), max_steps=1)
     assert "its size is not known yet" in caplog.text
 
 
 def test_tokens_are_told_where_the_drive_was_measured(tmp_path, caplog):
     strategy = small()
-    fit(tmp_path, Regression(ADAMW), DataLoader(points(), batch_size=8), strategy, max_steps=1)
+    fit(tmp_path, Regression(), points(), strategy, max_steps=1)
     layout = layout_of(strategy._engine, 1, gradients_wait=False)
     with caplog.at_level(logging.INFO, "lightning.pytorch"):
         counters.tell(strategy._engine, layout, bandwidth=2e9)
@@ -121,8 +120,8 @@ def test_a_bar_shows_what_is_written_at_set_up(tmp_path, monkeypatch, shown):
             self.written += nbytes
 
     monkeypatch.setattr(counters, "tqdm", Bar)
-    data, strategy = DataLoader(points(), batch_size=8), small()
-    fit(tmp_path, Regression(ADAMW), data, strategy, max_steps=1, enable_progress_bar=shown)
+    data, strategy = points(), small()
+    fit(tmp_path, Regression(), data, strategy, max_steps=1, enable_progress_bar=shown)
     (bar,) = bars
     assert bar.options["disable"] is not shown
     assert bar.written == bar.options["total"] == sum(b.nbytes for b in strategy._engine.blocks)
@@ -130,7 +129,7 @@ def test_a_bar_shows_what_is_written_at_set_up(tmp_path, monkeypatch, shown):
 
 def test_counting_changes_nothing_that_is_resumed(tmp_path):
     """The callback has no state, and logs nothing that a checkpoint would keep."""
-    trainer = fit(tmp_path, Regression(ADAMW), DataLoader(points(), batch_size=8), small())
+    trainer = fit(tmp_path, Regression(), points(), small())
     (callback,) = [c for c in trainer.callbacks if isinstance(c, counters.LogTraffic)]
     assert callback.state_dict() == {}
     assert not [name for name in trainer.callback_metrics if name.startswith("zero_infinity")]

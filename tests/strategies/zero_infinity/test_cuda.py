@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_align.modules import PretrainModule
 from lightning_align.offload import activations
 from lightning_align.strategies import ZeROInfinityStrategy
-from tests.helpers.offloaded import Both, Regression, batches, points
+from tests.helpers.offloaded import Both, Regression, points, text
 from tests.helpers.tiny_models import TINY_MODELS
 
 pytestmark = [
@@ -67,7 +67,7 @@ def compare(tmp_path, build, data, strategy, atol=1e-9, **options):
 
 
 def doubles():
-    return DataLoader([(x.double(), y.double()) for x, y in points()], batch_size=8)
+    return DataLoader([(x.double(), y.double()) for x, y in points().dataset], batch_size=8)
 
 
 @pytest.mark.parametrize(
@@ -91,14 +91,14 @@ def test_language_models_train_as_in_memory(tmp_path, monkeypatch, where):
         return PretrainModule(model, optimizer=build, activation_checkpointing=where != "none")
 
     strategy = ZeROInfinityStrategy(offload_activations=where)
-    data = Both(DataLoader(batches(), batch_size=2))
+    data = Both(text())
     options = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5, "val_check_interval": 4}
     compare(tmp_path, module, data, strategy, 1e-7, **options)
 
 
 def test_bf16_mixed(tmp_path):
     """A parameter that differs in its last bit may be rounded to another neighbour in bf16."""
-    data = DataLoader(points(), batch_size=8)
+    data = points()
     build = partial(Regression, partial(torch.optim.SGD, lr=1e-3))
     compare(tmp_path, build, data, ZeROInfinityStrategy(), 1e-3, precision="bf16-mixed")
 

@@ -20,11 +20,11 @@ from tests.helpers.offloaded import (
     STEPS,
     Regression,
     assert_same,
-    batches,
     compare,
     fit,
     points,
     small,
+    text,
     trainer_of,
 )
 from tests.helpers.tiny_models import TINY_MODELS
@@ -70,8 +70,8 @@ RUNS = {
 @pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
 @pytest.mark.parametrize("arguments", PLACES.values(), ids=PLACES)
 def test_wherever_it_lies_it_trains_as_in_memory(tmp_path, arguments, options):
-    data = DataLoader(points(), batch_size=8)
-    module = partial(Regression, ADAMW, schedule=True)
+    data = points()
+    module = partial(Regression, schedule=True)
     compare(tmp_path, module, data, small(**arguments), **options)
     committed = tmp_path / "zero_infinity" / "rank00000" / "committed"
     assert committed.exists() == ("stage" in arguments and len(arguments) == 1)
@@ -86,7 +86,7 @@ def test_wherever_it_lies_it_trains_as_in_memory(tmp_path, arguments, options):
 @pytest.mark.parametrize("arguments", [HOST, {"offload_fraction": 0.5}, {"stage": 2}], ids=str)
 def test_language_models_and_optimizers(tmp_path, arguments, clip, build):
     """Sums over tokens, which are scaled within backward where blocks are updated there."""
-    data = DataLoader(batches(), batch_size=2)
+    data = text()
     module = lambda: PretrainModule(TINY_MODELS["llama_tied"](), optimizer=build)  # noqa: E731
     options = {"accumulate_grad_batches": 2, "gradient_clip_val": clip}
     compare(tmp_path, module, data, small(**arguments), **options)
@@ -98,7 +98,7 @@ def test_tiles(tmp_path, arguments):
     found = []
     build = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
     for strategy in ("auto", small(tile_numel=200, **arguments)):
-        data = DataLoader([(x.double(), y.double()) for x, y in points()], batch_size=8)
+        data = DataLoader([(x.double(), y.double()) for x, y in points().dataset], batch_size=8)
         trainer = fit(tmp_path, Regression(build), data, strategy, precision="64-true")
         found.append(trainer.strategy.lightning_module_state_dict())
     for name, value in found[0].items():
@@ -109,7 +109,7 @@ def test_tiles(tmp_path, arguments):
 def test_bf16_true_has_its_masters_wherever_state_lies(tmp_path, arguments):
     found = []
     for strategy in (small(), small(overwrite=True, **arguments)):
-        data = DataLoader(batches(), batch_size=2)
+        data = text()
         module = PretrainModule(TINY_MODELS["llama"](), optimizer=ADAMW)
         trainer = fit(tmp_path, module, data, strategy, precision="bf16-true")
         states = strategy.optimizer_state(trainer.optimizers[0])["state"]
@@ -121,9 +121,9 @@ def test_bf16_true_has_its_masters_wherever_state_lies(tmp_path, arguments):
 
 @pytest.mark.parametrize("offload_activations", ["cpu", "nvme"])
 def test_activations_may_be_on_a_drive_where_nothing_else_is(tmp_path, offload_activations):
-    data = DataLoader(points(), batch_size=8)
+    data = points()
     strategy = small(offload_activations=offload_activations, **HOST)
-    compare(tmp_path, lambda: Regression(ADAMW), data, strategy)
+    compare(tmp_path, Regression, data, strategy)
 
 
 @pytest.mark.parametrize("state", ["drop", "keep"])
@@ -133,17 +133,15 @@ def test_lisa_in_host_memory(tmp_path, arguments, state):
     for strategy in ("auto", small(**arguments)):
         lisa = LISA(1, interval_steps=2, optimizer_state=state, filename=None)
         module = PretrainModule(TINY_MODELS["llama"](), optimizer=ADAMW)
-        trainer = fit(
-            tmp_path, module, DataLoader(batches(), batch_size=2), strategy, None, callbacks=[lisa]
-        )
+        trainer = fit(tmp_path, module, text(), strategy, None, callbacks=[lisa])
         found.append((lisa.history, trainer.strategy.lightning_module_state_dict()))
     assert_same(found[1], found[0])
 
 
 @pytest.mark.parametrize("arguments", [HOST, {"offload_fraction": 0.5}, {"stage": 2}], ids=str)
 def test_validation_comes_first_and_fit_twice(tmp_path, arguments):
-    data = DataLoader(points(), batch_size=8)
-    modules, found = (Regression(ADAMW), Regression(ADAMW)), []
+    data = points()
+    modules, found = (Regression(), Regression()), []
     for module, strategy in zip(modules, ("auto", small(**arguments)), strict=True):
         trainer = trainer_of(tmp_path, strategy)
         trainer.validate(module, data, verbose=False)
@@ -162,21 +160,21 @@ def test_validation_comes_first_and_fit_twice(tmp_path, arguments):
 @pytest.mark.parametrize("arguments", [HOST, {"offload_fraction": 0.5}, {"stage": 2}], ids=str)
 def test_checkpoints_are_of_their_moment_and_read_by_either_side(tmp_path, arguments, saves_links):
     """Written in mid-window, while training goes on."""
-    data, options = DataLoader(points(), batch_size=8), {"accumulate_grad_batches": 2}
+    data, options = points(), {"accumulate_grad_batches": 2}
     save = ModelCheckpoint(
         tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1, save_on_train_epoch_end=False
     )
     strategy = small(save_distributed_checkpoint=saves_links, **arguments)
     callbacks = [ExactResume(), save]
     saving = {"enable_checkpointing": True, "callbacks": callbacks, **options}
-    whole = fit(tmp_path, Regression(ADAMW), data, strategy, **saving)
+    whole = fit(tmp_path, Regression(), data, strategy, **saving)
     expected = clone(strategy.lightning_module_state_dict())
     states = clone(strategy.optimizer_state(whole.optimizers[0]))
     strategy.close()
     for after in ("auto", small(overwrite=True, **arguments)):
         path = tmp_path / "step=2.ckpt"
         trainer = fit(
-            tmp_path, Regression(ADAMW), data, after, path, callbacks=[ExactResume()], **options
+            tmp_path, Regression(), data, after, path, callbacks=[ExactResume()], **options
         )
         assert_same(trainer.strategy.lightning_module_state_dict(), expected)
         assert_same(trainer.strategy.optimizer_state(trainer.optimizers[0]), states)
@@ -184,8 +182,8 @@ def test_checkpoints_are_of_their_moment_and_read_by_either_side(tmp_path, argum
 
 def test_in_host_memory_there_is_no_folder_and_nothing_goes_away(tmp_path):
     strategy = small(**HOST)
-    module = Regression(ADAMW)
-    trainer = fit(tmp_path, module, DataLoader(points(), batch_size=8), strategy)
+    module = Regression()
+    trainer = fit(tmp_path, module, points(), strategy)
     assert not (tmp_path / "zero_infinity").exists()
     assert not any(p.isnan().any() for p in module.parameters())
     engine = strategy._engine
@@ -202,32 +200,32 @@ def test_in_host_memory_allocations_are_left_to_malloc(tmp_path, monkeypatch, ar
     mapped = []
     for module in (glibc_memory, strategy_module):
         monkeypatch.setattr(module, "map_large_allocations", lambda: mapped.append(True))
-    fit(tmp_path, Regression(ADAMW), DataLoader(points(), batch_size=8), small(**arguments))
+    fit(tmp_path, Regression(), points(), small(**arguments))
     assert bool(mapped) == (arguments is not HOST)
 
 
 def test_stage_2_keeps_parameters_and_writes_what_a_commit_needs(tmp_path):
-    data, strategy, module = DataLoader(points(), batch_size=8), small(stage=2), Regression(ADAMW)
+    data, strategy, module = points(), small(stage=2), Regression()
     fit(tmp_path, module, data, strategy, max_steps=1)
     assert not any(p.isnan().any() for p in module.parameters())
     assert strategy._engine.threads.traffic.read == 0  # there are no moments yet
     strategy.close()
-    trainer = fit(tmp_path, Regression(ADAMW), data, small(stage=2), "last")
-    whole = Regression(ADAMW)
+    trainer = fit(tmp_path, Regression(), data, small(stage=2), "last")
+    whole = Regression()
     fit(tmp_path, whole, data)
     assert_same(trainer.strategy.lightning_module_state_dict(), whole.state_dict())
 
 
 @pytest.mark.parametrize("arguments", [HOST, {"offload_fraction": 0.5}], ids=["cpu", "half"])
 def test_last_is_a_callbacks_checkpoint_and_says_so(tmp_path, arguments):
-    data = DataLoader(points(), batch_size=8)
+    data = points()
     save = lambda: ModelCheckpoint(tmp_path / "saved", save_last=True, every_n_train_steps=2)  # noqa: E731
     saving = {"enable_checkpointing": True}
     strategy = small(**arguments)
     with pytest.warns(UserWarning, match="no step is committed"):
         fit(
             tmp_path,
-            Regression(ADAMW),
+            Regression(),
             data,
             strategy,
             "last",
@@ -237,22 +235,22 @@ def test_last_is_a_callbacks_checkpoint_and_says_so(tmp_path, arguments):
         )
     strategy.close()
     strategy = small(**arguments)
-    trainer = fit(tmp_path, Regression(ADAMW), data, strategy, "last", callbacks=[save()], **saving)
+    trainer = fit(tmp_path, Regression(), data, strategy, "last", callbacks=[save()], **saving)
     assert trainer.global_step == STEPS
-    whole = Regression(ADAMW)
+    whole = Regression()
     fit(tmp_path, whole, data)
     assert_same(strategy.lightning_module_state_dict(), whole.state_dict())
 
 
 def test_a_committed_step_is_not_overwritten_by_what_commits_nothing(tmp_path):
-    data = DataLoader(points(), batch_size=8)
+    data = points()
     strategy = small()
-    fit(tmp_path, Regression(ADAMW), data, strategy, max_steps=3)
+    fit(tmp_path, Regression(), data, strategy, max_steps=3)
     strategy.close()
     with pytest.raises(ValueError, match="holds step 3 of an earlier run"):
-        fit(tmp_path, Regression(ADAMW), data, small(offload_fraction=0.5), "last")
-    fit(tmp_path, Regression(ADAMW), data, small(**HOST)).strategy.close()  # touches no folder
-    trainer = fit(tmp_path, Regression(ADAMW), data, small(), "last")
+        fit(tmp_path, Regression(), data, small(offload_fraction=0.5), "last")
+    fit(tmp_path, Regression(), data, small(**HOST)).strategy.close()  # touches no folder
+    trainer = fit(tmp_path, Regression(), data, small(), "last")
     assert trainer.global_step == STEPS
 
 

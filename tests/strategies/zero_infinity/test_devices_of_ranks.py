@@ -8,7 +8,7 @@ import torch
 from lightning_align import Muon
 from lightning_align.modules import PretrainModule
 from lightning_align.offload import striped
-from tests.helpers.offloaded import ADAMW, Regression, small
+from tests.helpers.offloaded import ADAMW, Regression, small, text
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_models import TINY_MODELS
 from tests.strategies.zero_infinity.test_ranks import (
@@ -18,7 +18,6 @@ from tests.strategies.zero_infinity.test_ranks import (
     fit,
     largest_difference,
     points_of,
-    text,
 )
 
 HOST = {"offload_params_device": "cpu", "offload_optimizer_device": "cpu"}
@@ -35,7 +34,7 @@ RUNS = {"plain": {}, "clipped": {"gradient_clip_val": 0.05}}
 @pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
 @pytest.mark.parametrize("arguments", PLACES.values(), ids=PLACES)
 def test_wherever_it_lies_ranks_train_as_under_ddp(tmp_path, arguments, options):
-    build = lambda: Regression(ADAMW, width=48, schedule=True)  # noqa: E731
+    build = lambda: Regression(width=48, schedule=True)  # noqa: E731
     options = {"accumulate_grad_batches": 2, **options}
     pair = both(tmp_path, build, points_of, arguments=arguments, **options)
     if "gradient_clip_val" not in options:
@@ -62,7 +61,7 @@ def test_drives_are_taken_rank_by_rank(tmp_path, monkeypatch, count):
     """With more of them than ranks each stripes its files over two."""
     monkeypatch.setattr(striped, "STRIPE", 4096)
     paths = [str(tmp_path / f"drive{number}") for number in range(count)]
-    build = lambda: Regression(ADAMW, width=48)  # noqa: E731
+    build = lambda: Regression(width=48)  # noqa: E731
     whole = compare_and_count(tmp_path, build, paths)
     assert [sorted(found) for found in whole] == [
         [f"rank{number % 2:05d}"] for number in range(count)
@@ -78,7 +77,7 @@ def compare_and_count(tmp_path, build, paths):
 def test_nothing_is_committed_and_a_section_is_all_that_a_rank_has(tmp_path, arguments):
     def run(rank):
         strategy = small(**arguments)
-        fit(tmp_path, rank, Regression(ADAMW, width=48), points_of(), strategy)
+        fit(tmp_path, rank, Regression(width=48), points_of(), strategy)
         store = strategy._engine.store
         held = {file._memory.numel() for file in store._files.values() if hasattr(file, "_memory")}
         sections = {block.section_nbytes for block in store.blocks.values()}

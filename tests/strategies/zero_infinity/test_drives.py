@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.utils.data import DataLoader
 
 from lightning_align import ExactResume
 from lightning_align.checkpointing.files import Folder
@@ -14,7 +13,7 @@ from lightning_align.offload import striped
 from lightning_align.offload.tuning import FILE, IOSettings
 from lightning_align.strategies.zero_infinity import set_up
 from lightning_align.strategies.zero_infinity.set_up import run_folders
-from tests.helpers.offloaded import ADAMW, Regression, assert_same, compare, fit, points, small
+from tests.helpers.offloaded import Regression, assert_same, compare, fit, points, small
 
 
 @pytest.fixture
@@ -24,14 +23,14 @@ def drives(tmp_path, monkeypatch):
 
 
 def run(tmp_path, strategy, ckpt_path=None, **options):
-    data = DataLoader(points(), batch_size=8)
-    return fit(tmp_path, Regression(ADAMW), data, strategy, ckpt_path, **options)
+    data = points()
+    return fit(tmp_path, Regression(), data, strategy, ckpt_path, **options)
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient_clip_val": 0.05}], ids=["plain", "clipped"])
 def test_training_on_two_drives_is_that_of_memory(tmp_path, drives, options):
-    data = DataLoader(points(), batch_size=8)
-    module = lambda: Regression(ADAMW)  # noqa: E731
+    data = points()
+    module = Regression
     compare(tmp_path, module, data, small(nvme_path=drives), **options)
     parts = [tmp_path / name / "rank00000" for name in ("first", "second")]
     names = [{path.name for path in part.glob("*.block")} for part in parts]

@@ -13,15 +13,13 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from lightning_align import GaLoreAdamW, Muon, StableAdamW
 from lightning_align.offload import store
 from lightning_align.offload.record import read_record
 from tests.helpers.children import fork, in_child
-from tests.helpers.offloaded import ADAMW, Regression, assert_same, fit, points, small
+from tests.helpers.offloaded import Regression, assert_same, fit, points, small
 
-DATA = partial(DataLoader, points(), batch_size=8)
 CODES = {"preadv": errno.EIO, "pwritev": errno.EIO, "fdatasync": errno.EIO, "replace": errno.ENOSPC}
 
 
@@ -36,8 +34,8 @@ class Count(pl.Callback):
 
 def whole(tmp_path, **options):
     """What an undisturbed run in memory comes to."""
-    module = Regression(ADAMW)
-    fit(tmp_path, module, DATA(), **options)
+    module = Regression()
+    fit(tmp_path, module, points(), **options)
     return module.state_dict()
 
 
@@ -57,7 +55,7 @@ def test_an_error_of_the_disk_ends_the_run_at_a_whole_step(tmp_path, monkeypatch
     if call == "replace":  # pathlib has its own name for it
         monkeypatch.setattr(Path, "replace", lambda path, to: fail(path, to))
     with pytest.raises(OSError, match=os.strerror(CODES[call])) as error:
-        fit(tmp_path, Regression(ADAMW), DATA(), small(update_in_backward=early), callbacks=[count])
+        fit(tmp_path, Regression(), points(), small(update_in_backward=early), callbacks=[count])
     monkeypatch.undo()
     (note,) = getattr(error.value, "__notes__", [None])
     # Updates that wait for the next forward are not done by then, and their step is committed
@@ -65,7 +63,7 @@ def test_an_error_of_the_disk_ends_the_run_at_a_whole_step(tmp_path, monkeypatch
     whole_step = 3 if early else 2
     left = rf"after step [34], in {tmp_path}/zero_infinity/rank00000: step {whole_step} is whole"
     assert note is None or re.search(left, note)
-    trainer = fit(tmp_path, Regression(ADAMW), DATA(), small(), "last")
+    trainer = fit(tmp_path, Regression(), points(), small(), "last")
     assert_same(trainer.strategy.lightning_module_state_dict(), whole(tmp_path))
     trainer.strategy.close()
 
@@ -82,7 +80,7 @@ def test_a_folder_that_is_held_by_another_process(tmp_path):
 
     def train(*callbacks):
         return fit(
-            tmp_path, Regression(ADAMW), DATA(), small(nvme_path=path), callbacks=list(callbacks)
+            tmp_path, Regression(), points(), small(nvme_path=path), callbacks=list(callbacks)
         )
 
     child = fork(lambda: train(Wait()))
@@ -104,7 +102,7 @@ def test_leftovers_of_a_crash_are_swept(tmp_path):
     for name in ("00000.0.block", "00099.1.block", "committed.new", "gradients"):
         (folder / name).write_bytes(b"x" * 5000)
     (folder / "notes.txt").write_text("mine")
-    fit(tmp_path, Regression(ADAMW), DATA(), small()).strategy.close()
+    fit(tmp_path, Regression(), points(), small()).strategy.close()
     names = {path.name for path in folder.iterdir()}
     assert "notes.txt" in names
     assert not {"00099.1.block", "committed.new"} & names
@@ -119,7 +117,7 @@ class TestSmallDisk:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
         match = r"nvme_path=None\): the files of rank00000.*bytes are needed and 100 are free"
         with pytest.raises(ValueError, match=match):
-            fit(tmp_path, Regression(ADAMW), DATA(), small())
+            fit(tmp_path, Regression(), points(), small())
         assert not list((tmp_path / "zero_infinity" / "rank00000").glob("*.block"))
 
     def test_for_gradients(self, tmp_path, monkeypatch):
@@ -128,7 +126,7 @@ class TestSmallDisk:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
         match = r"nvme_path=None\): the files of rank00000.*bytes are needed and 10,000 are free"
         with pytest.raises(ValueError, match=match):
-            fit(tmp_path, Regression(ADAMW), DATA(), small(update_in_backward=False))
+            fit(tmp_path, Regression(), points(), small(update_in_backward=False))
 
     def test_for_the_optimizer(self, tmp_path, monkeypatch):
         """The parameters have room, and the moments have none."""
@@ -143,7 +141,7 @@ class TestSmallDisk:
 
         monkeypatch.setattr(store.ShardStore, "allocate", and_then_full)
         with pytest.raises(ValueError, match=r"all blocks take [\d,]+ bytes.*10,000 are free"):
-            fit(tmp_path, Regression(partial(torch.optim.AdamW, lr=1)), DATA(), small())
+            fit(tmp_path, Regression(partial(torch.optim.AdamW, lr=1)), points(), small())
         assert len(allocated) == 2
 
     def test_a_file_that_is_too_large(self, tmp_path):
@@ -152,7 +150,7 @@ class TestSmallDisk:
         def refused():
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
             with pytest.raises(ValueError, match=r"File too large"):
-                fit(tmp_path, Regression(ADAMW), DATA(), small())
+                fit(tmp_path, Regression(), points(), small())
 
         assert in_child(refused) == 0
 
@@ -169,7 +167,7 @@ class TestSmallDisk:
             build = partial(StableAdamW, lr=1e-2)
             strategy = small(memory_limit="4MB")  # gradients stay there
             with pytest.raises(OSError, match=r"bytes are needed.*File too large") as error:
-                fit(tmp_path, Regression(build), DATA(), strategy, callbacks=[Limit()])
+                fit(tmp_path, Regression(build), points(), strategy, callbacks=[Limit()])
             notes = getattr(error.value, "__notes__", ["no step was committed"])
             assert "no step was committed" in notes[0]
 
@@ -202,11 +200,11 @@ def run_until_full(tmp_path, place):
 
     with pytest.warns(UserWarning, match="is on tmpfs, so its files are memory"):  # noqa: SIM117
         with pytest.raises(OSError, match="No space left") as error:
-            fit(tmp_path, Regression(ADAMW), DATA(), strategy(), callbacks=[Fill()])
+            fit(tmp_path, Regression(), points(), strategy(), callbacks=[Fill()])
     for note in getattr(error.value, "__notes__", []):
         assert "is whole there: go on with fit(ckpt_path='last')" in note
     (place / "other").unlink()
-    trainer = fit(tmp_path, Regression(ADAMW), DATA(), strategy(), "last")
+    trainer = fit(tmp_path, Regression(), points(), strategy(), "last")
     assert_same(trainer.strategy.lightning_module_state_dict(), whole(tmp_path))
     trainer.strategy.close()
 
@@ -216,20 +214,20 @@ class TestDamage:
 
     @pytest.fixture
     def folder(self, tmp_path):
-        fit(tmp_path, Regression(ADAMW), DATA(), small(), max_steps=3).strategy.close()
+        fit(tmp_path, Regression(), points(), small(), max_steps=3).strategy.close()
         return tmp_path / "zero_infinity" / "rank00000"
 
     def test_a_truncated_shard(self, tmp_path, folder):
         record = read_record(folder)
         os.truncate(folder / f"00001.{record.slots['parts.1']}.block", 4096)
         with pytest.raises(ValueError, match=r"00001.*is damaged: it has 4,096 of [\d,]+.*Step 3"):
-            fit(tmp_path, Regression(ADAMW), DATA(), small(), "last")
+            fit(tmp_path, Regression(), points(), small(), "last")
 
     def test_a_missing_shard(self, tmp_path, folder):
         record = read_record(folder)
         (folder / f"00001.{record.slots['parts.1']}.block").unlink()
         with pytest.raises(ValueError, match=r"00001.*is damaged: it has 0 of [\d,]+ bytes"):
-            fit(tmp_path, Regression(ADAMW), DATA(), small(), "last")
+            fit(tmp_path, Regression(), points(), small(), "last")
 
     @pytest.mark.parametrize("ckpt_path", ["last", None])
     def test_a_damaged_record(self, tmp_path, folder, ckpt_path):
@@ -237,19 +235,19 @@ class TestDamage:
         data[100] ^= 1
         (folder / "committed").write_bytes(data)
         with pytest.raises(ValueError, match=r"rank00000/committed is damaged"):
-            fit(tmp_path, Regression(ADAMW), DATA(), small(), ckpt_path)
-        trainer = fit(tmp_path, Regression(ADAMW), DATA(), small(overwrite=True))
+            fit(tmp_path, Regression(), points(), small(), ckpt_path)
+        trainer = fit(tmp_path, Regression(), points(), small(overwrite=True))
         trainer.strategy.close()
 
     @pytest.mark.parametrize("change", ["width", "depth", "wrap_policy"])
     def test_another_model_or_layout(self, tmp_path, folder, change):
-        module = Regression(ADAMW, width=24 if change == "width" else 20)
+        module = Regression(width=24 if change == "width" else 20)
         if change == "depth":
             del module.parts[3]
         policy = ["Linear"] if change == "wrap_policy" else None
         before = {path.name: path.read_bytes() for path in folder.iterdir()}
         with pytest.raises(ValueError, match=r"step 3 (is )?of another model"):
-            fit(tmp_path, module, DATA(), small(wrap_policy=policy), "last")
+            fit(tmp_path, module, points(), small(wrap_policy=policy), "last")
         after = {path.name: path.read_bytes() for path in folder.iterdir()}
         changed = {name for name in before if after.get(name) != before[name]}
         assert changed <= {".lightning_align.lock", "gradients"}
@@ -291,8 +289,8 @@ def test_a_gradient_that_is_no_number_touches_nothing_on_disk(tmp_path, build):
                 after.update(self.content(trainer))
 
     theirs = Spoils(build)
-    fit(tmp_path, theirs, DATA())
-    trainer = fit(tmp_path, Spoils(build), DATA(), small(), callbacks=[Watch()])
+    fit(tmp_path, theirs, points())
+    trainer = fit(tmp_path, Spoils(build), points(), small(), callbacks=[Watch()])
     assert before
     assert after == before
     found = trainer.strategy.lightning_module_state_dict()
@@ -304,11 +302,11 @@ def test_a_gradient_that_is_no_number_touches_nothing_on_disk(tmp_path, build):
 def test_one_that_raises_leaves_the_step_before_it(tmp_path):
     build = partial(StableAdamW, lr=1e-2, on_nonfinite="raise")
     with pytest.raises(FloatingPointError) as error:
-        fit(tmp_path, Spoils(build), DATA(), small())
+        fit(tmp_path, Spoils(build), points(), small())
     for note in getattr(error.value, "__notes__", []):
         assert "step 2 is whole there" in note
-    trainer = fit(tmp_path, Regression(build), DATA(), small(), "last")  # without the bad batch
+    trainer = fit(tmp_path, Regression(build), points(), small(), "last")  # without the bad batch
     theirs = Regression(build)
-    fit(tmp_path, theirs, DATA())
+    fit(tmp_path, theirs, points())
     assert_same(trainer.strategy.lightning_module_state_dict(), theirs.state_dict())
     trainer.strategy.close()

@@ -11,7 +11,6 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
-from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lightning_align.modules import PretrainModule
@@ -19,7 +18,7 @@ from lightning_align.offload.away import Away
 from lightning_align.offload.record import read_record
 from lightning_align.run.protocols import gathered
 from lightning_align.strategies import ZeROInfinityStrategy
-from tests.helpers.offloaded import ADAMW, assert_same, batches, small, trainer_of
+from tests.helpers.offloaded import ADAMW, assert_same, small, text, trainer_of
 from tests.helpers.pipelines import Run
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_models import TINY_MODELS, VOCAB_SIZE, PlainDecoder
@@ -62,7 +61,7 @@ def pretrain(model):
 
 def ends(trainer, module, ckpt_path=None):
     pl.seed_everything(11)
-    trainer.fit(module, DataLoader(batches(), batch_size=2), ckpt_path=ckpt_path)
+    trainer.fit(module, text(), ckpt_path=ckpt_path)
     found = trainer.strategy.lightning_module_state_dict()
     states = trainer.strategy.optimizer_state(trainer.optimizers[0])
     return copy.deepcopy(found), copy.deepcopy(states)
@@ -98,7 +97,7 @@ class Values(pl.Callback):
 
 def begins(trainer, module, ckpt_path=None):
     trainer.callbacks.append(values := Values())
-    trainer.fit(module, DataLoader(batches(), batch_size=2), ckpt_path=ckpt_path)
+    trainer.fit(module, text(), ckpt_path=ckpt_path)
     return values.found
 
 
@@ -173,7 +172,7 @@ def test_a_committed_step_is_gone_on_with(tmp_path, empty):
 
 def evaluated(trainer, module, what, **options):
     """What validating, testing or predicting comes to."""
-    loader = DataLoader(batches(count=3), batch_size=2)
+    loader = text(count=3)
     if what == "predict":
         return torch.cat(trainer.predict(module, loader, **options))
     getattr(trainer, what)(module, loader, verbose=False, **options)
@@ -281,7 +280,7 @@ def test_memory_never_holds_the_model(tmp_path):
         before = reset_peak()
         with trainer.init_module(empty_init=empty) if on_disk else nullcontext():
             module = pretrain(sources[source])
-        trainer.fit(module, DataLoader(batches(), batch_size=2))
+        trainer.fit(module, text())
         strategy.close()
         return (peak_bytes() - before) / size
 

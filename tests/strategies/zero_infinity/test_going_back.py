@@ -2,18 +2,17 @@
 
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.utils.data import DataLoader
 
 from lightning_align import AsyncCheckpoint, ExactResume
-from tests.helpers.offloaded import ADAMW, Both, Regression, assert_same, fit, points, small
+from tests.helpers.offloaded import Both, Regression, assert_same, fit, points, small
 from tests.helpers.spiky import Told, rewinding
 
 
 def guarded(folder, strategy, told, *alarms, **more):
     """A run that a guard rewinds; what it ends with."""
-    data = Both(DataLoader(points(), batch_size=8, shuffle=True))
+    data = Both(points(shuffle=True))
     callbacks = [ExactResume(), rewinding(*alarms, **more), told]
-    trainer = fit(folder, Regression(ADAMW, schedule=True), data, strategy, callbacks=callbacks)
+    trainer = fit(folder, Regression(schedule=True), data, strategy, callbacks=callbacks)
     assert told.ranges == [[2, 4]]
     state = dict(trainer.strategy.lightning_module_state_dict())
     return trainer, (state, trainer.strategy.optimizer_state(trainer.optimizers[0]))
@@ -66,8 +65,8 @@ def savers(folder):
 
 
 def train(folder, strategy, ckpt_path=None):
-    module = Regression(ADAMW, schedule=True)
-    data = Both(DataLoader(points(), batch_size=8))
+    module = Regression(schedule=True)
+    data = Both(points())
     options = {"val_check_interval": 3, "enable_checkpointing": True}
     return fit(folder, module, data, strategy, ckpt_path, callbacks=savers(folder), **options)
 

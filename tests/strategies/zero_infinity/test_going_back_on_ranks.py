@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from lightning_align import LISA, ExactResume, GaLoreAdamW, Muon, PretrainModule, StableAdamW
 from lightning_align.callbacks import spike_memory
@@ -23,7 +22,7 @@ from lightning_align.offload import record
 from lightning_align.offload.files import DirectFile
 from lightning_align.run.capture import capture, restore
 from lightning_align.strategies.zero_infinity.strategy import ZeROInfinityStrategy
-from tests.helpers.offloaded import ADAMW, STEPS, Regression, assert_same, batches, points, small
+from tests.helpers.offloaded import ADAMW, STEPS, Regression, assert_same, points, small, text
 from tests.helpers.ranks import end_of_ranks, run_ranks
 from tests.helpers.spiky import Told, rewinding
 from tests.helpers.tiny_models import TINY_MODELS
@@ -60,13 +59,13 @@ def guarded(folder, rank, build, strategy, told, *alarms, more=None, has_lisa=Fa
 
 
 def by_hand(optimizer=ADAMW):
-    data = DataLoader(points(), batch_size=4, shuffle=True)
+    data = points(4, shuffle=True)
     return Regression(optimizer, width=48, schedule=True), data
 
 
 def pretraining(optimizer=ADAMW, name="llama", count=2 * STEPS):
     module = PretrainModule(TINY_MODELS[name](), optimizer=optimizer)
-    return module, DataLoader(batches(count=count), batch_size=2)
+    return module, text(count=count)
 
 
 def long():

@@ -5,11 +5,10 @@ from functools import partial
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from lightning_align import StableAdamW
 from lightning_align.modules import PretrainModule
-from tests.helpers.offloaded import ADAMW, Regression, batches, compare, fit, points, small
+from tests.helpers.offloaded import ADAMW, Regression, compare, fit, points, small, text
 from tests.helpers.tiny_models import TINY_MODELS
 from tests.strategies.zero_infinity.test_ranks import compare as compare_ranks
 
@@ -84,14 +83,14 @@ KINDS = [Clips, ClipsByLightning, Replaces, LooksInStep, NeverEmpties, BackwardT
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("window", [1, 2])
 def test_a_module_that_handles_gradients_trains_as_in_memory(tmp_path, kind, window):
-    data = DataLoader(points(), batch_size=8)
+    data = points()
     compare(tmp_path, lambda: kind(ADAMW), data, accumulate_grad_batches=window)
 
 
 @pytest.mark.parametrize("build", [ADAMW, partial(StableAdamW, lr=1e-2)], ids=["adamw", "stable"])
 @pytest.mark.parametrize("options", [{}, {"gradient_clip_val": 0.05}], ids=["plain", "clipped"])
 def test_hooks_see_what_they_see_in_memory(tmp_path, build, options):
-    data = DataLoader(points(), batch_size=8)
+    data = points()
     modules = []
 
     def module():
@@ -118,7 +117,7 @@ class Weaken(pl.Callback):
 
 @pytest.mark.parametrize("clip", [None, 0.05])
 def test_a_callback_that_edits_sums_over_tokens_does_what_it_does_in_memory(tmp_path, clip):
-    data = DataLoader(batches(), batch_size=2)
+    data = text()
     weaken = Weaken()
     norms = []
 
@@ -132,7 +131,7 @@ def test_a_callback_that_edits_sums_over_tokens_does_what_it_does_in_memory(tmp_
 
 
 def test_what_it_costs_is_told_and_counted(tmp_path):
-    data = DataLoader(points(), batch_size=8)
+    data = points()
     with pytest.warns(UserWarning, match=r"stay in memory .* as Looks\.on_after_backward, Looks"):
         fit(tmp_path, Looks(), data, small()).strategy.close()
     with pytest.raises(ValueError, match=r"memory_limit='60KB'.*bytes of gradients, for the hooks"):
@@ -147,9 +146,7 @@ def test_what_it_costs_is_told_and_counted(tmp_path):
 @pytest.mark.parametrize("window", [1, 2])
 def test_two_ranks_that_handle_gradients_train_as_under_ddp(tmp_path, kind, window):
     options = {"accumulate_grad_batches": window}
-    compare_ranks(
-        tmp_path, lambda: kind(ADAMW), lambda: DataLoader(points(), batch_size=4), **options
-    )
+    compare_ranks(tmp_path, lambda: kind(ADAMW), partial(points, 4), **options)
 
 
 class Notes(Looks):
@@ -163,4 +160,4 @@ class Notes(Looks):
 
 def test_hooks_of_two_ranks_see_what_ddp_shows(tmp_path):
     options = {"accumulate_grad_batches": 2}
-    compare_ranks(tmp_path, Notes, lambda: DataLoader(points(), batch_size=4), **options)
+    compare_ranks(tmp_path, Notes, partial(points, 4), **options)

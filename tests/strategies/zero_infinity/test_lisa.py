@@ -4,12 +4,11 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
-from torch.utils.data import DataLoader
 
 from lightning_align import LISA
 from lightning_align.modules import PretrainModule
 from lightning_align.offload.files import DirectFile
-from tests.helpers.offloaded import ADAMW, batches, fit, small
+from tests.helpers.offloaded import ADAMW, fit, small, text
 from tests.helpers.tiny_models import TINY_MODELS
 
 
@@ -50,7 +49,7 @@ def test_a_frozen_block_is_only_read_for_its_weights(tmp_path, monkeypatch, stat
     steps = Steps(monkeypatch)
     lisa = LISA(1, interval_steps=3, optimizer_state=state, filename=None)
     module = PretrainModule(TINY_MODELS["llama"](), optimizer=ADAMW)
-    data = DataLoader(batches(), batch_size=2)
+    data = text()
     options = {"callbacks": [lisa, steps], "gradient_clip_val": clip}
     trainer = fit(tmp_path, module, data, small(), **options)
     trainer.strategy.close()

@@ -10,7 +10,6 @@ from functools import partial
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from lightning_align.modules import PretrainModule
 from lightning_align.offload import activations
@@ -22,11 +21,11 @@ from tests.helpers.offloaded import (
     Both,
     Regression,
     assert_same,
-    batches,
     compare,
     fit,
     points,
     small,
+    text,
 )
 from tests.helpers.tiny_models import TINY_MODELS
 
@@ -45,15 +44,15 @@ def copies(monkeypatch):
     ids=["in backward", "clipped windows"],
 )
 def test_a_module_trains_as_in_memory(tmp_path, copies, options):
-    data = DataLoader(points(), batch_size=8)
+    data = points()
     with pytest.warns(UserWarning, match="training on a GPU has not been run yet"):
-        compare(tmp_path, partial(Regression, ADAMW, schedule=True), data, small(), **options)
+        compare(tmp_path, partial(Regression, schedule=True), data, small(), **options)
     assert copies.there > copies.back > 0
 
 
 def test_tied_weights_saved_activations_and_validation(tmp_path, copies, monkeypatch):
     monkeypatch.setattr(activations, "LEAST_BYTES", 1000)
-    data = Both(DataLoader(batches(), batch_size=2))
+    data = Both(text())
 
     def module():
         model = TINY_MODELS["llama_tied"]()
@@ -76,8 +75,8 @@ class Most(pl.Callback):
 
 def test_the_device_holds_as_many_blocks_as_there_are_buffers(tmp_path, copies):
     """Those that stay beside them. Nothing is there when the fit has ended."""
-    data, strategy = DataLoader(points(), batch_size=8), small()
-    module = Regression(ADAMW)
+    data, strategy = points(), small()
+    module = Regression()
     fit(tmp_path, module, data, strategy, callbacks=[Most(copies)])
     blocks = strategy._engine.blocks
     largest = max(block.nbytes for block in blocks if block.comes_and_goes)
@@ -90,11 +89,11 @@ def test_the_device_holds_as_many_blocks_as_there_are_buffers(tmp_path, copies):
 
 def test_the_drive_is_read_as_often_as_without_a_device(tmp_path, monkeypatch):
     """A block whose gradients are on their way is still there when it is updated."""
-    data, traffic = DataLoader(points(), batch_size=8), []
+    data, traffic = points(), []
     for with_device in (False, True):
         strategy = ZeROInfinityStrategy(params_buffer_count=3, sub_group_size=400, overwrite=True)
         with stand_in_device.stand_in_device(monkeypatch) if with_device else nullcontext():
-            fit(tmp_path, Regression(ADAMW), data, strategy)
+            fit(tmp_path, Regression(), data, strategy)
         moved = strategy._engine.threads.traffic
         traffic.append((moved.read, moved.written))
         strategy.close()
@@ -113,8 +112,8 @@ class Clamps(pl.Callback):
 def test_what_is_edited_where_it_computes_is_trained_on(tmp_path, copies, arguments):
     found = []
     for strategy in ("auto", small(**arguments)):
-        module = Regression(ADAMW)
-        data = DataLoader(points(), batch_size=8)
+        module = Regression()
+        data = points()
         trainer = fit(tmp_path, module, data, strategy, callbacks=[Clamps()])
         found.append(trainer.strategy.lightning_module_state_dict())
     assert_same(found[1], found[0])
@@ -132,11 +131,11 @@ BROKEN = {
 @pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN)
 def test_the_stand_in_finds_what_does_not_wait(tmp_path, monkeypatch, broken):
     """Negative controls: without one of the waits the training is told from that in memory."""
-    data = DataLoader(points(), batch_size=8)
+    data = points()
     monkeypatch.setattr(*broken)
     with (
         pytest.raises(AssertionError),
         pytest.MonkeyPatch.context() as patches,
         stand_in_device.stand_in_device(patches),
     ):
-        compare(tmp_path, partial(Regression, ADAMW), data, small(), max_steps=3)
+        compare(tmp_path, Regression, data, small(), max_steps=3)

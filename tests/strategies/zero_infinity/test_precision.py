@@ -8,7 +8,6 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.utils.data import DataLoader
 
 from lightning_align import GaLoreAdamW, Muon, StableAdamW
 from lightning_align.modules import PretrainModule
@@ -16,11 +15,11 @@ from tests.helpers.offloaded import (
     ADAMW,
     Regression,
     assert_same,
-    batches,
     compare,
     fit,
     points,
     small,
+    text,
 )
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_models import TINY_MODELS
@@ -30,7 +29,7 @@ from tests.strategies.zero_infinity import test_ranks as ranks
 @pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_language_model_trains_as_in_memory(tmp_path, precision, recompute):
-    data = DataLoader(batches(), batch_size=2)
+    data = text()
     compare(
         tmp_path,
         lambda: PretrainModule(
@@ -44,7 +43,7 @@ def test_a_language_model_trains_as_in_memory(tmp_path, precision, recompute):
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])
 def test_a_module_written_by_hand_trains_as_in_memory(tmp_path, precision):
-    data = DataLoader(points(), batch_size=8)
+    data = points()
     build = partial(torch.optim.AdamW, lr=1e-2)  # under autocast Lightning clips no fused one
     options = {"precision": precision, "gradient_clip_val": 0.05}
     compare(tmp_path, lambda: Regression(build), data, **options)
@@ -53,7 +52,7 @@ def test_a_module_written_by_hand_trains_as_in_memory(tmp_path, precision):
 @pytest.mark.parametrize("build", [ADAMW, partial(Muon, lr=1e-2)])
 @pytest.mark.parametrize("kind", ["commit", "checkpoint"])
 def test_masters_are_gone_on_with(tmp_path, kind, build):
-    data = DataLoader(points(), batch_size=8)
+    data = points()
     run = {"precision": "bf16-true", "enable_checkpointing": kind == "checkpoint"}
     whole = small()
     trainer = fit(tmp_path / "whole", Regression(build), data, whole, **run)
@@ -103,7 +102,7 @@ class Files(pl.Callback):
 
 @pytest.mark.parametrize("build", [StableAdamW, Muon, partial(GaLoreAdamW, rank=4)])
 def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(tmp_path, build):
-    data = DataLoader(points(), batch_size=8)
+    data = points()
     found = []
     for strategy in ("auto", small()):
         files = Files()
@@ -125,7 +124,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(tmp_path, bui
 
 @pytest.mark.parametrize("build", [StableAdamW, Muon, partial(GaLoreAdamW, rank=4)])
 def test_raising_leaves_the_step_before_on_disk(tmp_path, build):
-    data = DataLoader(points(), batch_size=8)
+    data = points()
     build = partial(build, lr=1e-2, on_nonfinite="raise")
     expected = fit(tmp_path / "whole", Regression(build), data, small(), max_steps=4)
     with pytest.raises(FloatingPointError, match="not finite"):

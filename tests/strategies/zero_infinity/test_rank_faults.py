@@ -9,10 +9,9 @@ from functools import partial
 
 import lightning.pytorch as pl
 import pytest
-from torch.utils.data import DataLoader
 
 from lightning_align.offload.record import read_record
-from tests.helpers.offloaded import ADAMW, Regression, assert_same, points, small
+from tests.helpers.offloaded import Regression, assert_same, points, small
 from tests.helpers.ranks import end_of_ranks, run_ranks
 from tests.strategies.zero_infinity.test_ranks import fit
 
@@ -22,8 +21,8 @@ CALLS = ("preadv", "fdatasync")
 
 def train(rank, folder, ckpt_path=None, *callbacks, **options):
     strategy = small(timeout=timedelta(seconds=60), **options)
-    data = DataLoader(points(), batch_size=4)
-    module = Regression(ADAMW)
+    data = points(4)
+    module = Regression()
     trainer = fit(folder, rank, module, data, strategy, ckpt_path, callbacks=list(callbacks))
     state = {n: v.clone() for n, v in trainer.strategy.lightning_module_state_dict().items()}
     trainer.strategy.close()

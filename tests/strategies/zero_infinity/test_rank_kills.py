@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from lightning_align.modules import PretrainModule
 from lightning_align.offload import record
 from lightning_align.offload.files import DirectFile
-from tests.helpers.offloaded import ADAMW, assert_same, batches, small
+from tests.helpers.offloaded import ADAMW, assert_same, small, text
 from tests.helpers.ranks import end_of_ranks, run_ranks
 from tests.helpers.tiny_models import PlainDecoder
 from tests.strategies.zero_infinity.test_ranks import fit
@@ -42,7 +41,7 @@ def run(rank, folder: Path, ckpt_path=None, *, kill=(None, None), name):
     torch.manual_seed(0)
     module = PretrainModule(PlainDecoder(dropout=0.1), optimizer=ADAMW)
     strategy = small(nvme_path=str(folder / "nvme"), timeout=timedelta(seconds=60))
-    data = DataLoader(batches(rows=4), batch_size=2, shuffle=True)
+    data = text(rows=4, shuffle=True)
     options = {"accumulate_grad_batches": 2, **BOTH[name]}
     trainer = fit(folder, rank, module, data, strategy, ckpt_path, **options)
     operations = list(done)

@@ -9,21 +9,11 @@ from functools import partial
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from lightning_align import GaLoreAdamW, GenerateSamples, Muon, StableAdamW
 from lightning_align.modules import PretrainModule
 from lightning_align.offload.files import DirectFile
-from tests.helpers.offloaded import (
-    ADAMW,
-    STEPS,
-    Both,
-    Regression,
-    assert_same,
-    batches,
-    points,
-    small,
-)
+from tests.helpers.offloaded import ADAMW, STEPS, Both, Regression, assert_same, points, small, text
 from tests.helpers.ranks import ForkedRanks, end_of_ranks, run_ranks
 from tests.helpers.tiny_models import TINY_MODELS
 
@@ -96,19 +86,13 @@ def largest_difference(found, expected):
     return max(float((a - b).abs().max() / b.abs().max().clamp_min(1e-9)) for a, b in tensors)
 
 
-def points_of():
-    return DataLoader(points(), batch_size=4)
-
-
-def text():
-    """Packed text, with unequal numbers of labels, so that ranks weigh unequally."""
-    return DataLoader(batches(), batch_size=2)
+points_of = partial(points, 4)  # of a rank
 
 
 @pytest.mark.parametrize("early", ["auto", False])
 @pytest.mark.parametrize("window", [1, 2])
 def test_a_module_written_by_hand_trains_as_under_ddp(tmp_path, window, early):
-    build = lambda: Regression(ADAMW, width=48, schedule=True)  # noqa: E731
+    build = lambda: Regression(width=48, schedule=True)  # noqa: E731
     arguments = {"update_in_backward": early}
     compare(tmp_path, build, points_of, arguments=arguments, accumulate_grad_batches=window)
 
@@ -123,7 +107,7 @@ def test_language_models_train_as_under_ddp(tmp_path, name, window):
 
 def test_a_validation_sees_the_buffers_of_the_first_rank_as_under_ddp(tmp_path):
     """Running means, which each rank has of its own batches."""
-    build = lambda: Regression(ADAMW, width=48)  # noqa: E731
+    build = lambda: Regression(width=48)  # noqa: E731
     compare(tmp_path, build, lambda: Both(points_of()), limit_val_batches=2)
 
 
@@ -138,7 +122,7 @@ def frozen(module):
 @pytest.mark.parametrize("early", ["auto", False])
 def test_frozen_blocks_stay_and_the_others_train_as_under_ddp(tmp_path, early):
     arguments = {"update_in_backward": early}
-    compare(tmp_path, lambda: frozen(Regression(ADAMW, width=48)), points_of, arguments=arguments)
+    compare(tmp_path, lambda: frozen(Regression(width=48)), points_of, arguments=arguments)
 
 
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
@@ -210,7 +194,7 @@ def test_ranks_that_call_blocks_in_another_order_are_refused(tmp_path):
     """All blocks are of one size, so that values of one could be taken for those of another."""
 
     def run(rank):
-        module = Wanders(ADAMW, width=48)
+        module = Wanders(width=48)
         fit(tmp_path, rank, module, points_of(), small(timeout=timedelta(seconds=30)))
 
     ended = end_of_ranks(run, timeout_s=60)

@@ -5,20 +5,19 @@ from functools import partial
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from lightning_align.checkpointing.files import Folder
 from lightning_align.checkpointing.lock import FolderLock
 from lightning_align.modules import PretrainModule
 from lightning_align.offload.files import DirectFile
-from tests.helpers.offloaded import ADAMW, Regression, batches, fit, points, small, trainer_of
+from tests.helpers.offloaded import ADAMW, Regression, fit, points, small, text, trainer_of
 from tests.helpers.tiny_models import TINY_MODELS
 
 
 def refused(tmp_path, match, **arguments):
-    data = DataLoader(points(), batch_size=8)
+    data = points()
     with pytest.raises(ValueError, match=match):
-        fit(tmp_path, Regression(ADAMW), data, small(**arguments))
+        fit(tmp_path, Regression(), data, small(**arguments))
 
 
 def test_a_folder_whose_parent_is_missing(tmp_path):
@@ -32,13 +31,13 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 def test_without_a_path_the_folder_is_made_below_the_root(tmp_path):
     root = tmp_path / "runs" / "first"
-    trainer = fit(root, Regression(ADAMW), DataLoader(points(), batch_size=8), small())
+    trainer = fit(root, Regression(), points(), small())
     assert (root / "zero_infinity" / "rank00000" / "committed").is_file()
     trainer.strategy.close()
 
 
 def test_a_committed_step_is_plain_data(tmp_path):
-    data = DataLoader(batches(), batch_size=2)
+    data = text()
     for weights_only in (None, True):
         module = PretrainModule(TINY_MODELS["llama"](), optimizer=ADAMW)
         trainer = trainer_of(tmp_path, small(), max_steps=2 if weights_only is None else 4)
@@ -48,17 +47,17 @@ def test_a_committed_step_is_plain_data(tmp_path):
 
 
 def test_a_committed_step_is_not_overwritten_unasked(tmp_path):
-    data = DataLoader(points(), batch_size=8)
+    data = points()
     strategy = small()
-    fit(tmp_path, Regression(ADAMW), data, strategy, max_steps=3)
+    fit(tmp_path, Regression(), data, strategy, max_steps=3)
     strategy.close()
     refused(tmp_path, "holds step 3 of an earlier run")
-    trainer = fit(tmp_path, Regression(ADAMW), data, small(), "last")
+    trainer = fit(tmp_path, Regression(), data, small(), "last")
     assert trainer.global_step == 6
     trainer.strategy.close()
     with pytest.raises(ValueError, match="the committed step is of AdamW"):
         fit(tmp_path, Regression(partial(torch.optim.Adam, lr=1e-2)), data, small(), "last")
-    fit(tmp_path, Regression(ADAMW), data, small(overwrite=True)).strategy.close()
+    fit(tmp_path, Regression(), data, small(overwrite=True)).strategy.close()
 
 
 def test_a_folder_of_a_live_run(tmp_path):
@@ -66,14 +65,14 @@ def test_a_folder_of_a_live_run(tmp_path):
     folder.mkdir(parents=True)
     lock = FolderLock(Folder(folder))
     lock.acquire()
-    data = DataLoader(points(), batch_size=8)
+    data = points()
     with pytest.raises(RuntimeError, match=r"ZeROInfinityStrategy\(nvme_path='.*is writing"):
-        fit(tmp_path, Regression(ADAMW), data, small(nvme_path=str(tmp_path / "nvme")))
+        fit(tmp_path, Regression(), data, small(nvme_path=str(tmp_path / "nvme")))
     lock.release()
 
 
 def test_an_error_of_the_disk_ends_the_run_at_a_whole_step(tmp_path, monkeypatch):
-    data = DataLoader(points(), batch_size=8)
+    data = points()
     write, steps = DirectFile.write, []
 
     class Count(pl.Callback):
@@ -88,11 +87,11 @@ def test_an_error_of_the_disk_ends_the_run_at_a_whole_step(tmp_path, monkeypatch
     monkeypatch.setattr(DirectFile, "write", full)
     strategy = small()
     with pytest.raises(OSError, match="No space left"):
-        fit(tmp_path, Regression(ADAMW), data, strategy, callbacks=[Count()])
+        fit(tmp_path, Regression(), data, strategy, callbacks=[Count()])
     strategy.close()
     monkeypatch.undo()
-    trainer = fit(tmp_path, Regression(ADAMW), data, small(), "last")
-    theirs = Regression(ADAMW)
+    trainer = fit(tmp_path, Regression(), data, small(), "last")
+    theirs = Regression()
     fit(tmp_path, theirs, data)
     found = trainer.strategy.lightning_module_state_dict()
     assert all(torch.equal(found[name], value) for name, value in theirs.state_dict().items())
@@ -124,8 +123,8 @@ class Sizes(pl.Callback):
 def test_room_for_gradients_is_reserved_where_they_wait(tmp_path, options, reserved):
     sizes = Sizes()
     options = {**options, "callbacks": [sizes, *options.get("callbacks", [])]}
-    data = DataLoader(points(), batch_size=8)
-    trainer = fit(tmp_path, Regression(ADAMW), data, small(), max_steps=2, **options)
+    data = points()
+    trainer = fit(tmp_path, Regression(), data, small(), max_steps=2, **options)
     engine = trainer.strategy._engine
     needed = sum(block.nbytes for block in engine.blocks if not block.gradients_stay)
     assert sizes.found == [needed * there for there in reserved]

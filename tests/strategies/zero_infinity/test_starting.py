@@ -7,10 +7,9 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from tests.helpers.children import in_child
-from tests.helpers.offloaded import ADAMW, Regression, assert_same, fit, points, small
+from tests.helpers.offloaded import Regression, assert_same, fit, points, small
 from tests.helpers.ranks import run_ranks
 from tests.strategies.zero_infinity.test_ranks import fit as fit_on_rank
 
@@ -19,14 +18,13 @@ import sys
 import torch
 import lightning.pytorch as pl
 import lightning_align
-from torch.utils.data import DataLoader
-from tests.helpers.offloaded import ADAMW, Regression, points
+from tests.helpers.offloaded import Regression, points
 torch.set_num_threads(1)
 folder, strategy = sys.argv[1:]
 trainer = pl.Trainer(strategy=strategy, devices=2, accelerator="cpu", max_epochs=1, logger=False,
                      default_root_dir=folder, enable_progress_bar=False, enable_checkpointing=False)
 pl.seed_everything(11)
-trainer.fit(Regression(ADAMW), DataLoader(points(), batch_size=4))
+trainer.fit(Regression(), points(4))
 state = trainer.strategy.lightning_module_state_dict()
 if trainer.is_global_zero:
     torch.save({name: value.clone() for name, value in state.items()}, f"{folder}/state")
@@ -38,8 +36,8 @@ def under_ddp(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
 
     def train(rank):
-        module = Regression(ADAMW)
-        fit_on_rank(folder, rank, module, DataLoader(points(), batch_size=4), "ddp")
+        module = Regression()
+        fit_on_rank(folder, rank, module, points(4), "ddp")
         return module.state_dict()
 
     return run_ranks(train)[0]
@@ -69,7 +67,7 @@ def test_a_script_runs_under_lightning_and_under_torchrun(tmp_path, under_ddp, l
 
 def forked(folder, devices, **arguments):
     """Train in processes that Lightning forks; the module of this one is what counts."""
-    module = Regression(ADAMW)
+    module = Regression()
     trainer = pl.Trainer(
         strategy=small(start_method="fork", **arguments),
         devices=devices,
@@ -82,13 +80,13 @@ def forked(folder, devices, **arguments):
         enable_checkpointing=False,
     )
     pl.seed_everything(11)
-    trainer.fit(module, DataLoader(points(), batch_size=8 // devices))
+    trainer.fit(module, points(8 // devices))
     torch.save(module.state_dict(), folder / "state")
 
 
 def test_processes_that_are_forked_hand_the_values_back(tmp_path, under_ddp):
-    theirs = Regression(ADAMW)
-    fit(tmp_path, theirs, DataLoader(points(), batch_size=8))
+    theirs = Regression()
+    fit(tmp_path, theirs, points())
     for devices, expected in ((1, theirs.state_dict()), (2, under_ddp)):
         folder = tmp_path / str(devices)
         folder.mkdir()

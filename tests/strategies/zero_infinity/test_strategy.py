@@ -7,7 +7,6 @@ from functools import partial
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from lightning_align import LISA, GaLoreAdamW, Muon, StableAdamW
 from lightning_align.modules import PretrainModule
@@ -19,11 +18,11 @@ from tests.helpers.offloaded import (
     Both,
     Regression,
     assert_same,
-    batches,
     compare,
     fit,
     points,
     small,
+    text,
     trainer_of,
 )
 from tests.helpers.tiny_models import TINY_MODELS, PlainDecoder, TiedDecoder
@@ -34,15 +33,15 @@ from tests.helpers.tiny_models import TINY_MODELS, PlainDecoder, TiedDecoder
 )
 @pytest.mark.parametrize("early", ["auto", False])
 def test_a_module_written_by_hand_trains_as_in_memory(tmp_path, options, early):
-    data = DataLoader(points(), batch_size=8)
+    data = points()
     strategy = small(update_in_backward=early)
-    compare(tmp_path, lambda: Regression(ADAMW, schedule=True), data, strategy, **options)
+    compare(tmp_path, lambda: Regression(schedule=True), data, strategy, **options)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_tied", "gpt2"])
 @pytest.mark.parametrize("window", [1, 2])
 def test_language_models_train_as_in_memory(tmp_path, name, window):
-    data = DataLoader(batches(), batch_size=2)
+    data = text()
     compare(
         tmp_path,
         lambda: PretrainModule(TINY_MODELS[name](), optimizer=ADAMW),
@@ -66,7 +65,7 @@ def test_language_models_train_as_in_memory(tmp_path, name, window):
     ids=lambda build: f"{build.func.__module__.split('.')[0]}.{build.func.__name__}",
 )
 def test_each_optimizer_steps_as_in_memory(tmp_path, build):
-    data = DataLoader(batches(), batch_size=2)
+    data = text()
     compare(tmp_path, lambda: PretrainModule(TINY_MODELS["llama"](), optimizer=build), data)
 
 
@@ -80,22 +79,22 @@ def frozen(module):
 
 @pytest.mark.parametrize("early", ["auto", False])
 def test_frozen_blocks_stay_and_the_others_train_as_in_memory(tmp_path, early):
-    data = DataLoader(points(), batch_size=8)
+    data = points()
     strategy = small(update_in_backward=early)
-    compare(tmp_path, lambda: frozen(Regression(ADAMW)), data, strategy)
+    compare(tmp_path, lambda: frozen(Regression()), data, strategy)
 
 
 def test_clipping_by_value_and_by_norm_is_that_of_memory(tmp_path):
     """A loss that is a mean is not scaled, so that even the norm is the same, bit for bit."""
-    data = DataLoader(points(), batch_size=8)
+    data = points()
     for options in ({}, {"gradient_clip_algorithm": "value"}):
         options = {"gradient_clip_val": 0.05, **options}
-        compare(tmp_path, lambda: Regression(ADAMW), data, small(overwrite=True), **options)
+        compare(tmp_path, Regression, data, small(overwrite=True), **options)
 
 
 def test_clipping_a_sum_over_tokens_is_that_of_memory(tmp_path):
     """What the gradients are divided by is known before the last backward, so norms are exact."""
-    data = DataLoader(batches(), batch_size=2)
+    data = text()
     compare(
         tmp_path,
         lambda: PretrainModule(TINY_MODELS["llama"](), optimizer=ADAMW),
@@ -107,7 +106,7 @@ def test_clipping_a_sum_over_tokens_is_that_of_memory(tmp_path):
 
 @pytest.mark.parametrize("name", ["llama", "plain"])
 def test_blocks_that_recompute_their_activations_are_fetched_again(tmp_path, name):
-    data = DataLoader(batches(), batch_size=2)
+    data = text()
     build = {"plain": partial(PlainDecoder, dropout=0.2), **TINY_MODELS}[name]
 
     def module():
@@ -121,7 +120,7 @@ def test_blocks_that_recompute_their_activations_are_fetched_again(tmp_path, nam
 @pytest.mark.parametrize(("state", "clip"), [("drop", None), ("keep", None), ("drop", 0.5)])
 def test_lisa_trains_as_in_memory(tmp_path, sampling, state, clip):
     """Blocks that come back warm up, with new moments or with those that they had."""
-    data = DataLoader(batches(), batch_size=2)
+    data = text()
     settings = {"interval_steps": 3, "reactivation_warmup_steps": 1, "filename": None}
     found = []
     for strategy in ("auto", small()):
@@ -136,8 +135,8 @@ def test_lisa_trains_as_in_memory(tmp_path, sampling, state, clip):
 
 def test_a_frozen_block_costs_no_write_and_keeps_its_file(tmp_path):
     strategy = small()
-    module = frozen(Regression(ADAMW))
-    fit(tmp_path, module, DataLoader(points(), batch_size=8), strategy)
+    module = frozen(Regression())
+    fit(tmp_path, module, points(), strategy)
     record = read_record(tmp_path / "zero_infinity" / "rank00000")
     assert (record.slots["parts.1"], record.slots["parts.2"]) == (0, 0)
     second = tmp_path / "zero_infinity" / "rank00000" / "00001.1.block"
@@ -145,7 +144,7 @@ def test_a_frozen_block_costs_no_write_and_keeps_its_file(tmp_path):
 
 
 def test_a_tied_decoder_with_dropout_and_validation(tmp_path):
-    data = DataLoader(batches(), batch_size=2)
+    data = text()
 
     def module():
         torch.manual_seed(0)
@@ -156,7 +155,7 @@ def test_a_tied_decoder_with_dropout_and_validation(tmp_path):
 
 def test_updates_that_have_waited_are_done_in_a_validation(tmp_path):
     """Its inference mode is no place to make an optimizer's state in, which training changes."""
-    data = Both(DataLoader(points(), batch_size=8))
+    data = Both(points())
 
     class Validates(pl.Callback):
         """As it comes behind the first step, and behind no other."""
@@ -167,7 +166,7 @@ def test_updates_that_have_waited_are_done_in_a_validation(tmp_path):
                     trainer.strategy.lightning_module_state_dict()
 
     options = {"gradient_clip_val": 0.05, "val_check_interval": 2, "callbacks": [Validates()]}
-    compare(tmp_path, lambda: Regression(ADAMW, schedule=True), data, **options)
+    compare(tmp_path, lambda: Regression(schedule=True), data, **options)
 
 
 def test_memory_holds_as_many_blocks_as_it_may(tmp_path):
@@ -179,10 +178,8 @@ def test_memory_holds_as_many_blocks_as_it_may(tmp_path):
             present = [p for p in pl_module.parts.parameters() if p.stride()[-1] != 0]
             counts.append(len(present) / 4)
 
-    module = Regression(ADAMW)
-    trainer = fit(
-        tmp_path, module, DataLoader(points(), batch_size=8), strategy, callbacks=[Count()]
-    )
+    module = Regression()
+    trainer = fit(tmp_path, module, points(), strategy, callbacks=[Count()])
     assert counts == [2.0] * STEPS  # of 4 blocks, with 4 parameters each
     for parameter in module.parts.parameters():
         with pytest.raises(RuntimeError, match=r"parts.*strategy\.gathered"):
@@ -194,8 +191,8 @@ def test_memory_holds_as_many_blocks_as_it_may(tmp_path):
 
 def test_fit_twice_trains_as_twice_in_memory(tmp_path):
     """The second optimizer begins anew, with nothing of what the first one has stored."""
-    data = DataLoader(points(), batch_size=8)
-    modules = Regression(ADAMW), Regression(ADAMW)
+    data = points()
+    modules = Regression(), Regression()
     for module, strategy in zip(modules, ("auto", small()), strict=True):
         trainer = fit(tmp_path, module, data, strategy)
         trainer.fit_loop.max_epochs = 2
@@ -204,8 +201,8 @@ def test_fit_twice_trains_as_twice_in_memory(tmp_path):
 
 
 def test_validation_needs_no_optimizer_and_fit_goes_on_behind_it(tmp_path):
-    data = DataLoader(points(), batch_size=8)
-    modules, found = (Regression(ADAMW), Regression(ADAMW)), []
+    data = points()
+    modules, found = (Regression(), Regression()), []
     for module, strategy in zip(modules, ("auto", small()), strict=True):
         trainer = trainer_of(tmp_path, strategy)
         trainer.validate(module, data, verbose=False)
@@ -222,6 +219,6 @@ class ReadsElsewhere(Regression):
 
 
 def test_reading_a_parameter_that_is_away_is_told(tmp_path):
-    data = DataLoader(points(), batch_size=8)
+    data = points()
     with pytest.raises(RuntimeError, match=r"parts\.0\.0\.weight.*strategy\.gathered"):
         fit(tmp_path, ReadsElsewhere(ADAMW), data, small())

@@ -7,23 +7,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
-from torch.utils.data import DataLoader
 
 from lightning_align import ExactResume, Muon
 from lightning_align.modules import PretrainModule
 from lightning_align.strategies import ZeROInfinityStrategy
-from tests.helpers.offloaded import (
-    ADAMW,
-    Both,
-    Regression,
-    batches,
-    fit,
-    points,
-    small,
-    trainer_of,
-)
+from tests.helpers.offloaded import Both, Regression, fit, points, small, text, trainer_of
 from tests.helpers.tiny_models import TINY_MODELS
-from tests.strategies.zero_infinity.test_ranks import both, largest_difference, text
+from tests.strategies.zero_infinity.test_ranks import both, largest_difference
 
 # AdamW divides by the square roots of sums that are rounding errors where the gradient is zero.
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
@@ -42,7 +32,7 @@ CLIPPED = {"gradient_clip_val": 0.1, "accumulate_grad_batches": 2}
 
 @pytest.mark.parametrize(("options", "recompute"), [({}, False), (CLIPPED, True)])
 def test_a_language_model_in_tiles_trains_as_in_memory(tmp_path, options, recompute):
-    data = DataLoader(batches(), batch_size=2)
+    data = text()
     found = []
     for strategy in ("auto", small(tile_numel=300)):
         module = PretrainModule(
@@ -65,7 +55,7 @@ def test_a_language_model_in_tiles_trains_as_in_memory(tmp_path, options, recomp
 @pytest.mark.parametrize("first", ["tiles", "whole"])
 def test_checkpoints_are_read_with_and_without_tiles(tmp_path, first, window):
     """Of two batches a window is open where the checkpoint is written."""
-    data = Both(DataLoader(points(), batch_size=8))
+    data = Both(points())
     save = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1)
     strategies = [small(tile_numel=200), "auto"]
     begun, goes_on = strategies if first == "tiles" else reversed(strategies)
@@ -80,21 +70,21 @@ def test_checkpoints_are_read_with_and_without_tiles(tmp_path, first, window):
 
 
 def test_a_run_in_tiles_goes_on_with_its_last_step(tmp_path):
-    data = DataLoader(points(), batch_size=8)
-    whole = fit(tmp_path / "whole", Regression(ADAMW), data, small(tile_numel=200))
+    data = points()
+    whole = fit(tmp_path / "whole", Regression(), data, small(tile_numel=200))
     expected = whole.strategy.lightning_module_state_dict()
-    begun = fit(tmp_path, Regression(ADAMW), data, small(tile_numel=200), max_steps=3)
+    begun = fit(tmp_path, Regression(), data, small(tile_numel=200), max_steps=3)
     begun.strategy.close()
     strategy = small(tile_numel=200)
-    fit(tmp_path, Regression(ADAMW), data, strategy, "last")
+    fit(tmp_path, Regression(), data, strategy, "last")
     found = strategy.lightning_module_state_dict()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_gathered_takes_the_name_of_the_whole_weight(tmp_path):
     strategy = small(tile_numel=200)
-    module = Regression(ADAMW)
-    fit(tmp_path, module, DataLoader(points(), batch_size=8), strategy)
+    module = Regression()
+    fit(tmp_path, module, points(), strategy)
     name = "parts.1.0.weight"
     tiles = [p for n, p in module.parts[1][0].named_parameters() if n != "bias"]
     assert len(tiles) == 4
@@ -122,7 +112,7 @@ class Wide(pl.LightningModule):
 
 
 def test_a_linear_above_the_memory_limit_trains_as_in_memory(tmp_path):
-    data = DataLoader(points(), batch_size=8)
+    data = points()
     theirs = Wide()
     weight = theirs.parts[1].weight.nbytes
     fit(tmp_path, theirs, data)
@@ -142,7 +132,7 @@ def test_a_linear_above_the_memory_limit_trains_as_in_memory(tmp_path):
 
 
 def test_optimizers_of_whole_matrices_are_refused(tmp_path):
-    data = DataLoader(batches(), batch_size=2)
+    data = text()
     module = PretrainModule(TINY_MODELS["llama"](), optimizer=partial(Muon, lr=1e-2))
     with pytest.raises(ValueError, match=r"tile_numel=300.*Muon looks at whole matrices"):
         trainer_of(tmp_path, small(tile_numel=300)).fit(module, data)
