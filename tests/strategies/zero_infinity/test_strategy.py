@@ -10,6 +10,7 @@ import torch
 
 from lightning_align import LISA, GaLoreAdamW, Muon, StableAdamW
 from lightning_align.modules import PretrainModule
+from lightning_align.offload.engine import OffloadEngine
 from lightning_align.offload.record import read_record
 from lightning_align.strategies import ZeROInfinityStrategy
 from tests.helpers.offloaded import (
@@ -75,6 +76,19 @@ def frozen(module):
     module.parts[2].requires_grad_(False)
     module.parts[3][0].bias.requires_grad_(False)
     return module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("early", ["auto", False])
+def test_without_the_scale_of_sums_over_tokens_it_is_another_training(tmp_path, monkeypatch, early):
+    """A negative control."""
+    backward = OffloadEngine.backward
+    unscaled = lambda engine, **told: backward(engine, **{**told, "factor": None})  # noqa: E731
+    monkeypatch.setattr(OffloadEngine, "backward", unscaled)
+    monkeypatch.setattr(OffloadEngine, "scale_gradients", lambda *_: None)
+    module = lambda: PretrainModule(TINY_MODELS["llama"](), optimizer=ADAMW)  # noqa: E731
+    with pytest.raises(AssertionError, match=r"^\.model"):
+        compare(tmp_path, module, text(), small(update_in_backward=early))
 
 
 @pytest.mark.parametrize("early", ["auto", False])
