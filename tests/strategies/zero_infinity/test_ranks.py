@@ -111,6 +111,26 @@ def test_a_validation_sees_the_buffers_of_the_first_rank_as_under_ddp(tmp_path):
     compare(tmp_path, build, lambda: Both(points_of()), limit_val_batches=2)
 
 
+@SLOW
+def test_a_validation_and_two_fits_are_those_of_ddp(tmp_path):
+    """The second optimizer begins anew, with nothing of what the first one has stored."""
+
+    def run(rank):
+        found = []
+        for strategy in ("ddp", small(timeout=timedelta(seconds=60))):
+            module, trainer = Regression(width=48), trainer_of(tmp_path, rank, strategy)
+            pl.seed_everything(11)
+            (validated,) = trainer.validate(module, points_of(), verbose=False)
+            for epochs in (1, 2):
+                trainer.fit_loop.max_epochs = epochs
+                trainer.fit(module, points_of())
+            found.append((validated, dict(trainer.strategy.lightning_module_state_dict())))
+        return found
+
+    theirs, ours = run_ranks(run, timeout_s=90)[0]
+    assert_same(ours, theirs)
+
+
 def frozen(module):
     """Two blocks frozen, and a part of another."""
     module.parts[1].requires_grad_(False)
