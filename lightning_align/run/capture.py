@@ -222,8 +222,8 @@ def capture(trainer: pl.Trainer, *, copy: bool = True) -> RunState:
             whoever copies it before the hook ends.
 
     Raises:
-        ValueError: If it is called elsewhere, if ranks hold parts of the state, or if a callback
-            cannot go back.
+        ValueError: If it is called elsewhere, if ranks hold parts that their strategy cannot put
+            back, or if a callback cannot go back.
     """
     keeper, attributes = _keeper(trainer, "capture")
     module, copied = trainer.lightning_module, _copied if copy else _as_it_is
