@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from lightning_align import LISA, ExactResume, GaLoreAdamW, Muon, PretrainModule, StableAdamW
-from lightning_align.callbacks import spike_memory
+from lightning_align.callbacks.spikes import memory
 from lightning_align.mapped import source_of
 from lightning_align.offload import record
 from lightning_align.offload.files import DirectFile
@@ -211,7 +211,7 @@ def test_what_one_rank_cannot_do_ends_both(tmp_path, rank, what):
     def run(here):
         if here == rank and what == "room":
             full = SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=1))
-            vars(spike_memory)["shutil"] = full
+            vars(memory)["shutil"] = full
         alarmed = rewinding(3)
         if here == rank and what == "write":
             go_back = alarmed._go_back
