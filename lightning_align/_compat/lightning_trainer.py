@@ -66,6 +66,11 @@ def has_comm_state(strategy: Strategy) -> bool:
     return isinstance(strategy, DDPStrategy) and strategy._ddp_comm_state is not None
 
 
+def is_compiled_whole(module: pl.LightningModule) -> bool:
+    """Whether ``torch.compile(module)`` was given to the Trainer, which takes the module out."""
+    return getattr(module, "_compiler_ctx", None) is not None
+
+
 def built_by_cli() -> bool:
     """Whether a module's ``__init__`` runs in LightningCLI, which knows its arguments as data."""
     return _given_hyperparameters.get() is not None

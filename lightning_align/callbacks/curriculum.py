@@ -10,7 +10,12 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_align._compat.lightning_trainer import is_accumulating, log_step_value
+from lightning_align._compat.lightning_trainer import (
+    is_accumulating,
+    is_compiled_whole,
+    log_step_value,
+)
+from lightning_align._compat.torch_modules import is_compiled
 from lightning_align._errors import argument_error
 from lightning_align.callbacks.curriculum_length import WHERE, LengthPart
 from lightning_align.callbacks.curriculum_picture import MOST_POINTS, LossCurve, draw_run
@@ -33,6 +38,7 @@ from lightning_align.run.protocols import (
 from lightning_align.run.replicas import of_every_rank
 from lightning_align.run.skipping import skipped_batches, stream_position
 
+RECOMPILE_LIMIT = 8  # torch._dynamo.config's, which takes seconds to import
 _LOST_KEY = "lightning_align.curriculum"  # of a checkpoint: what each rank has lost
 
 
@@ -89,6 +95,7 @@ class Curriculum(Callback):
         self._skipped: partial[SkippedBatches] | None = None
         self._preflight = Preflight(self._largest_batch)
         self._first: tuple[int, Any] | None = None  # batch of this process and its number, whole
+        self._logged: dict[str, float] = {}  # what, and in which epoch
         self._losses = LossCurve()
         self._lost_here: int | None = None  # of this rank, from the checkpoint that is loaded
 
@@ -144,6 +151,7 @@ class Curriculum(Callback):
             check_rows(trainer, self._length.mode)
             self._length.set_up(self._samples(trainer), tokenizer_of(trainer))
         self._skipped = partial(skipped_batches, trainer)
+        self._logged = {}
         if self.preflight:
             self._first = None
             self._preflight.enter(trainer)
@@ -178,13 +186,31 @@ class Curriculum(Callback):
                 way_out = "Continue that run as it was, or start a new one from its weights"
                 raise argument_error(WHERE, argument, ours, rule, way_out)
         if self._length is not None:
-            rank_zero_info(f"Curriculum: {self._length.described()}.")
+            self._say_lengths(trainer, pl_module, self._length)
         cuts = self._length is not None and self._length.mode == "truncate"
         unequal = (cuts or self._stream.sizes is not None) and not self._stream.keeps_tokens
         if trainer.lr_scheduler_configs and unequal:
             rank_zero_warn(
                 "Curriculum: the learning rate is scheduled by steps, and steps have fewer tokens"
                 " while rows are short or batches small. TokenSchedule counts tokens."
+            )
+
+    def _say_lengths(
+        self, trainer: Trainer, pl_module: LightningModule, length: LengthPart
+    ) -> None:
+        """Say which lengths there are, and where that may not be what is meant."""
+        rank_zero_info(f"Curriculum: {length.described()}.")
+        many, whole = length.schedule.distinct, sample_tokens(trainer)
+        if whole is not None and many[-1] < whole:
+            rank_zero_warn(
+                f"Curriculum: the longest rows have {many[-1]} tokens, and samples have {whole}:"
+                " whole ones are validated and never trained on."
+            )
+        compiled = is_compiled_whole(pl_module) or any(map(is_compiled, pl_module.modules()))
+        if len(many) > RECOMPILE_LIMIT and compiled:
+            rank_zero_warn(
+                f"Curriculum: there are {len(many)} lengths, and torch.compile gives up silently"
+                f" after {RECOMPILE_LIMIT} shapes. Pass it dynamic=True, or raise difficulty_step."
             )
 
     def _settings(self) -> dict[str, Any]:
@@ -198,41 +224,67 @@ class Curriculum(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         n = stream_position(trainer)
-        values = {**self._stream.scalars(n)}
         if self._length is not None:
             self._length.count(n)
-            values["length"] = self._length.schedule.length_at(n)
-            values["tokens_lost"] = self._length.lost
+        values = self._scalars(n)
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        is_due = every and (trainer.global_step + 1) % every == 0
+        # Lightning goes on showing a value until its epoch ends, and each log of one takes time.
+        now = {"epoch": trainer.current_epoch, **values}
+        if not is_due and self._logged == now:
+            return
+        self._logged = now
         for name, value in values.items():
-            held = torch.tensor(float(value), device=pl_module.device)
-            log_step_value(pl_module, f"curriculum/{name}", held)
+            _log(pl_module, name, value)
+        if self._length is not None:
+            held = torch.tensor(float(self._length.lost), device=pl_module.device)
+            _log(pl_module, "tokens_lost", trainer.strategy.reduce(held, reduce_op="sum"))
+
+    def _scalars(self, n: int) -> dict[str, float]:
+        """What batch n is, as numbers."""
+        found = self._stream.scalars(n)
+        if self._length is not None:
+            found["length"] = self._length.schedule.length_at(n)
+        return found
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        consumed, accumulate = batches_consumed(trainer), trainer.accumulate_grad_batches
-        n = skipped_batches(trainer).position_of(consumed - 1)
-        if self.filename is None or is_accumulating(trainer) or not self._losses.wants(n):
+        if self.filename is None or is_accumulating(trainer):
+            return
+        n = skipped_batches(trainer).position_of(batches_consumed(trainer) - 1)
+        if not self._losses.wants(n):
             return
         if isinstance(pl_module, MeasuresSteps):
             found = pl_module.measured_step and pl_module.measured_step[0]
-        else:  # Lightning has divided it
-            found = outputs and accumulate * outputs["loss"]
-        if isinstance(found, Tensor):
+        else:
+            found = outputs.get("loss") if isinstance(outputs, dict) else None
+            if found is not None and pl_module.automatic_optimization:
+                found = found * trainer.accumulate_grad_batches  # Lightning has divided it
+        if isinstance(found, Tensor) and found.numel() == 1:
             self._losses.note(n, float(found))
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         last = stream_position(trainer)
-        if self.filename is None or last == 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if last == 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        spaced = sorted({last * part // MOST_POINTS for part in range(MOST_POINTS)})
-        figure = draw_run(self.preview(spaced), self._losses.points)
+        if self._length is not None:
+            schedule = self._length.schedule
+            reached, longest = schedule.length_at(last - 1), schedule.distinct[-1]
+            if reached < longest:
+                rank_zero_warn(
+                    f"Curriculum: training ended at rows of {reached} tokens, and the schedule goes"
+                    f" on to {longest}: longer rows were not trained on."
+                )
         if unseen := self._stream.unseen(last):
             rank_zero_info(f"Curriculum: {unseen}.")
-        for place in log_figure(trainer, "curriculum", figure, filename=self.filename):
-            rank_zero_info(f"Curriculum drawn: {place}")
+        if self.filename is not None:
+            spaced = sorted({last * part // MOST_POINTS for part in range(MOST_POINTS)})
+            figure = draw_run(self.preview(spaced), self._losses.points)
+            for place in log_figure(trainer, "curriculum", figure, filename=self.filename):
+                rank_zero_info(f"Curriculum drawn: {place}")
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -269,13 +321,19 @@ class Curriculum(Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         lost = self._length.lost if self._length is not None else 0
-        return {"settings": self._settings(), "lost": lost, "losses": self._losses.state_dict()}
+        return {
+            "settings": self._settings(),
+            "lost": lost,
+            "logged": dict(self._logged),
+            "losses": self._losses.state_dict(),
+        }
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         # Compared when training starts: a checkpoint may be evaluated under any curriculum.
         self._saved_settings = dict(state_dict["settings"])
         self._losses.load_state_dict(state_dict["losses"])
+        self._logged = dict(state_dict["logged"])
         here, self._lost_here = self._lost_here, None
         if self._length is not None:
             self._length.lost = state_dict["lost"] if here is None else here
@@ -296,6 +354,13 @@ class Curriculum(Callback):
             self._lost_here = sum(lost) if trainer.is_global_zero else 0
             if len(lost) == trainer.world_size:
                 self._lost_here = lost[trainer.global_rank]
+
+
+def _log(module: LightningModule, name: str, value: float | Tensor) -> None:
+    """Log a number of this step."""
+    if not isinstance(value, Tensor):
+        value = torch.tensor(float(value), device=module.device)
+    log_step_value(module, f"curriculum/{name}", value)
 
 
 def _tokens(size: tuple[int, int]) -> tuple[int, int]:

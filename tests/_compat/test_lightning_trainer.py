@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.compile import from_compiled
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
@@ -227,3 +228,12 @@ def test_which_optimizers_unscale_by_themselves() -> None:
     weight = [torch.nn.Parameter(torch.ones(1))]
     assert lightning_trainer.unscales(torch.optim.AdamW(weight, fused=True))
     assert not lightning_trainer.unscales(torch.optim.AdamW(weight))
+
+
+def test_a_module_that_was_compiled_as_a_whole() -> None:
+    module: Any = pl.LightningModule()
+    assert not lightning_trainer.is_compiled_whole(module)
+    # By its code: to compile takes seconds.
+    assert "orig_module._compiler_ctx = {" in inspect.getsource(from_compiled)
+    module._compiler_ctx = {"compiler": "dynamo"}
+    assert lightning_trainer.is_compiled_whole(module)

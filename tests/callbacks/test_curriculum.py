@@ -1,5 +1,6 @@
 """Curriculum: rows of every batch have the length of its number, and nothing else is changed."""
 
+import csv
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_align import Curriculum, TokenSchedule
@@ -85,6 +87,7 @@ def data_run(folder: Path, *callbacks: pl.Callback, **options: Any) -> tuple[Wat
         default_root_dir=folder,
         callbacks=[*callbacks, watch],
         num_sanity_val_steps=0,
+        log_every_n_steps=1,
         **options,
     )
     trainer.fit(sgd_module(gpt2(0.1)), SequenceData(), ckpt_path=ckpt_path)
@@ -141,6 +144,37 @@ def test_a_scheduler_by_steps_beside_a_warm_up_by_length_is_warned_of_once() -> 
     with pytest.warns(UserWarning, match="scheduled by steps, and steps have fewer") as caught:
         fit(module, BATCHES, callbacks=[by_length()])
     assert len([each for each in caught if "Curriculum" in str(each.message)]) == 1
+
+
+def test_what_may_not_be_meant_is_said() -> None:
+    """More lengths than a compiler keeps, and a run that ends before they are through."""
+    scheduler = linear(total=40, each=1)
+    module = sgd_module(gpt2())
+    module.__dict__["_compiler_ctx"] = {}
+    with pytest.warns(UserWarning, match="Curriculum") as caught:
+        fit(module, BATCHES, callbacks=[by_length(scheduler=scheduler)])
+    said = [str(each.message) for each in caught if "Curriculum" in str(each.message)]
+    assert len(said) == 2
+    assert "there are 10 lengths, and torch.compile gives up silently after 8 shapes" in said[0]
+    assert "training ended at rows of 4 tokens, and the schedule goes on to 12" in said[1]
+
+
+def test_values_are_logged_where_they_change_and_where_loggers_look(tmp_path: Path) -> None:
+    """Four lengths in 24 steps, and a line every fourth step: each with what holds there."""
+    logger = CSVLogger(tmp_path, version="")
+    options = {"enable_checkpointing": False, "enable_progress_bar": False, "max_epochs": 1}
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        logger=logger,
+        log_every_n_steps=4,
+        callbacks=[by_length("reshape")],
+        **options,
+    )
+    trainer.fit(sgd_module(gpt2()), DataLoader(BATCHES * 3, batch_size=None))
+    with next(tmp_path.rglob("metrics.csv")).open() as file:
+        rows = list(csv.DictReader(file))
+    found = {int(row["step"]): float(row["curriculum/length"]) for row in rows}
+    assert found == {3: 9, 7: 12, 11: 12, 15: 12, 19: 12, 23: 12}
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
