@@ -13,7 +13,7 @@ Shapes: C corpora; F phases; P places of a block; X places.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,7 +48,8 @@ class MixtureSchedule:
             or one each batch; behind the last step they stay.
 
     Attributes:
-        phases: Pairs of a batch and the parts in ``PARTS`` that each corpus has from it on.
+        phases: Pairs of a batch and the parts in ``PARTS`` that each corpus has from it on, where
+            they change.
 
     Raises:
         ValueError: If there are other weights than corpora or other steps than weights, the steps
@@ -80,16 +81,10 @@ class MixtureSchedule:
         shares = [_parts(len(sizes), row) for row in weights]
         self.phases = [(0, shares[0])]
         for number in range(1, len(steps)):
-            first, last = steps[number - 1 : number + 1]
-            pieces = min(last - first, PIECES) if interpolate else 1
-            for piece in range(1, pieces + 1):
-                far = piece / pieces
-                between = [
-                    (1 - far) * before + far * after
-                    for before, after in zip(shares[number - 1], shares[number], strict=True)
-                ]
-                place = first + (last - first) * piece // pieces
-                self.phases.append((place, largest_remainder(PARTS, between)))
+            ends = [(steps[end], shares[end]) for end in (number - 1, number)]
+            for step, parts in _between(*ends) if interpolate else ends[1:]:
+                if parts != self.phases[-1][1]:
+                    self.phases.append((step, parts))
 
     def weights_at(self, n: int) -> list[float]:
         """The share of each corpus in batch ``n``."""
@@ -169,6 +164,18 @@ class MixtureOrder:
                 found = turns(length, parts, self._allotted_FC[number])
             self._latest = number, found
         return found
+
+
+def _between(
+    first: tuple[int, list[int]], last: tuple[int, list[int]]
+) -> Iterator[tuple[int, list[int]]]:
+    """Phases on the line from one to another, that one included."""
+    steps = last[0] - first[0]
+    pieces = min(steps, PIECES)
+    for piece in range(1, pieces + 1):
+        far = piece / pieces
+        mixed = [(1 - far) * a + far * b for a, b in zip(first[1], last[1], strict=True)]
+        yield first[0] + steps * piece // pieces, largest_remainder(PARTS, mixed)
 
 
 def _parts(num_corpora: int, weights: Sequence[float]) -> list[int]:

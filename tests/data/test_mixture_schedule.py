@@ -33,10 +33,13 @@ def a_sampler(schedule, **options):
     )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(schedules(), st.booleans())
 def test_counts_are_exact_at_every_place_and_those_of_the_weights(schedule, growing):
-    """Each phase is off by less than one for being rounded, and by the depth of the tree inside."""
+    """Each phase is off by less than one for being rounded, and the last by the depth of the tree.
+
+    Which is 2 for three corpora, in places that are allotted, which are off by one for themselves.
+    """
     sizes = BatchSizes([(0, 2), (9, 8)]) if growing else None
     sampler = a_sampler(schedule, batch_sizes=sizes)
     seen, ideal, place, phases = np.zeros(3, dtype=int), np.zeros(3), 0, 1
