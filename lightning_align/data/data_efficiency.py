@@ -8,6 +8,7 @@ dropped without a word.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,12 @@ class MetricCurriculum:
     orders_samples: bool
     index_to_sample_path: str | None = None
     index_to_metric_path: str | None = None
+
+    @property
+    def index_prefix(self) -> str | None:
+        """What the names of its index files begin with: ``open_index`` takes it."""
+        path = self.index_to_sample_path
+        return None if path is None else re.sub("_index_to_sample(_percentile_merged)?$", "", path)
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,8 @@ def test_reads_a_whole_configuration_and_names_what_is_not_kept():
     assert rarity.difficulty_type == "percentile"
     assert rarity.index_to_sample_path == METRIC["index_to_sample_path"]
     assert rarity.index_to_metric_path == METRIC["index_to_metric_path"]
+    assert rarity.index_prefix == "index/rarity"
+    assert length.index_prefix is None
     assert rarity.scheduler.get_difficulty(110) == 100
     assert not length.orders_samples
     assert length.scheduler.get_difficulty(0) == 80
