@@ -9,6 +9,9 @@ import torch
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, Sampler
 
+from lightning_align.data.batch_sizes import BatchSizes
+from lightning_align.data.curriculum_sampler import CurriculumSampler
+from lightning_align.data.mixture_schedule import MixtureSchedule
 from lightning_align.data.sampler import PositionSampler
 from lightning_align.run.position import batches_consumed
 from tests.helpers.ranks import ForkedRanks, run_ranks
@@ -67,10 +70,33 @@ class Loads(WithValidation):
         ranks = {"num_replicas": trainer.world_size, "rank": trainer.global_rank}
         return PositionSampler(24, batch_size, position=position, **ranks)
 
+    def growing(self) -> PositionSampler:
+        """Batches of 2, from the fifth on of 4, of corpora whose weights change in each."""
+        size, rank = self.trainer.world_size, self.trainer.global_rank
+        sizes = BatchSizes([(0, 2 // size), (5, 4 // size)])
+        weights = MixtureSchedule([16, 8], [[3, 1], [1, 3]], [0, 12], interpolate=True)
+        ranks = {"num_replicas": size, "rank": rank}
+        return PositionSampler(24, 4 // size, batch_sizes=sizes, mixture=weights, **ranks)
+
+    def easy_first(self) -> CurriculumSampler:
+        """The rows in their order are easy before hard; three join at each of eight steps."""
+        size, rank = self.trainer.world_size, self.trainer.global_rank
+        linear = {"total_curriculum_step": 8, "difficulty_step": 3}
+        pace = {"min_difficulty": 6, "max_difficulty": 24, "schedule_type": "fixed_linear"}
+        scheduler = {**pace, "schedule_config": linear}
+        return CurriculumSampler(
+            [*range(1, 25)], scheduler, 4 // size, num_replicas=size, rank=rank
+        )
+
     def train_dataloader(self) -> Any:
         plain = DataLoader(ROWS, batch_size=8, shuffle=True)
         return {
             "plain": lambda: by(self.sampler()),
+            "growing": lambda: by(self.growing()),
+            "easy first": lambda: by(self.easy_first(), num_workers=0),
+            "easy first, workers": lambda: by(
+                self.easy_first(), num_workers=2, multiprocessing_context="fork"
+            ),
             "workers": lambda: by(self.sampler(), num_workers=1, multiprocessing_context="fork"),
             "wrapped": lambda: by(Reversed(self.sampler())),
             "wrapped, followed": lambda: by(Reversed(self.sampler(followed=True))),
@@ -120,6 +146,31 @@ def test_on_two_ranks_as_well(tmp_path: Path) -> None:
     def on(rank: int) -> None:
         trainer = {"devices": 2, "strategy": "ddp", "plugins": [ForkedRanks(rank, 2)]}
         resumes(Fit(tmp_path, lambda: Loads("plain"), model_checkpoint, trainer=trainer), 2, 4)
+
+    run_ranks(on)
+
+
+@pytest.mark.parametrize(
+    ("name", "positions"),
+    [
+        ("growing", (3, 9)),  # before the size changes, and at the end of the first pass
+        pytest.param("growing", (5, 13), marks=pytest.mark.slow),
+        ("easy first", (3, 8)),  # amid the levels, and behind the last
+        pytest.param("easy first, workers", (1, 6), marks=pytest.mark.slow),
+    ],
+)
+def test_what_changes_with_time_is_resumed(
+    tmp_path: Path, name: str, positions: tuple[int, int]
+) -> None:
+    resumes(Fit(tmp_path, lambda: Loads(name), model_checkpoint), *positions)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["growing", "easy first"])
+def test_what_changes_with_time_is_resumed_on_two_ranks(tmp_path: Path, name: str) -> None:
+    def on(rank: int) -> None:
+        trainer = {"devices": 2, "strategy": "ddp", "plugins": [ForkedRanks(rank, 2)]}
+        resumes(Fit(tmp_path, lambda: Loads(name), model_checkpoint, trainer=trainer), 3, 8)
 
     run_ranks(on)
 
