@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from lightning_align import recipes
 from lightning_align.__main__ import main
+from lightning_align.data.difficulty import DifficultyIndex
 from lightning_align.data.tokenizer import train_tokenizer
 from tests.helpers.children import in_child
 
@@ -68,12 +69,13 @@ def moved(model: str, base: str) -> bool:
 # Those that go over another recipe.
 LAYERS = {
     "curriculum": "pretrain",
+    "curriculum_difficulty": "pretrain",
     "galore": "pretrain",
     "muon": "ddp",
     "spike_guard": "pretrain",
     "stable_adamw": "ddp",
 }
-OF_CALLBACKS = {"curriculum", "spike_guard"}
+OF_CALLBACKS = {"curriculum", "curriculum_difficulty", "spike_guard"}
 
 TINY = [
     "--model.model.hidden_size=20",
@@ -185,6 +187,23 @@ def test_curriculum_over_pretrain(folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_curriculum_difficulty_over_pretrain(folder: Path) -> None:
+    for name in ("pretrain", "curriculum_difficulty"):
+        main(["recipes", "copy", name])
+    main(["difficulty", "-c", "pretrain.yaml", "--metrics", "vocabulary_rarity"])
+    layers = ["-c", "pretrain.yaml", "-c", "curriculum_difficulty.yaml"]
+    schedule = ["--model.lr_scheduler.total_steps=3", "--trainer.log_every_n_steps=1"]
+    main(["fit", *layers, *QUIET, *TINY, *schedule])
+    checkpoint = torch.load("outputs/pretrain/checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["TextDataModule"]["curriculum"]["global_batch_size"] == 2
+    values = DifficultyIndex.open("outputs/difficulty/vocabulary_rarity").values
+    logged = Path("outputs/pretrain/csv").rglob("metrics.csv")
+    assert "curriculum/eligible" in next(logged).read_text().splitlines()[0]
+    assert len(values) > 1000
+    assert (folder / "outputs/pretrain/curriculum.png").exists()
+
+
+@pytest.mark.slow
 def test_sft_chat(folder: Path, base: str) -> None:
     def chat(i: int) -> dict[str, Any]:
         said = [("user", f"What is number {i}?"), ("assistant", "A truth.")]
@@ -241,6 +260,7 @@ def test_zero_infinity_goes_on_from_its_last_step(folder: Path) -> None:
 def test_every_recipe_is_run_here() -> None:
     assert recipes.names() == [
         "curriculum",
+        "curriculum_difficulty",
         "ddp",
         "dpo",
         "finetune_hub",
@@ -286,7 +306,10 @@ def test_copies_to_a_name_and_into_a_folder(folder: Path) -> None:
     ("words", "message"),
     [
         (["pretrian"], "recipes(name='pretrian'): there is no such recipe. Did you mean pretrain?"),
-        (["copy", "xyz"], "There are: ddp, dpo, finetune_hub, galore, muon, pretrain, sft_chat, "),
+        (
+            ["copy", "xyz"],
+            "There are: curriculum, curriculum_difficulty, ddp, dpo, finetune_hub, galore, ",
+        ),
         (["copy", "ddp", "there.yaml"], "recipes(file='there.yaml'): exists already."),
         (["copy"], "must be nothing, NAME, or copy NAME [FILE]."),
         (["ddp", "dpo"], "must be nothing, NAME, or copy NAME [FILE]."),

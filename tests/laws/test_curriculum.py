@@ -13,9 +13,19 @@ from torch.utils.data import DataLoader
 
 from lightning_align import Curriculum, SpikeGuard
 from tests.helpers.curriculum import by_length
-from tests.laws.members import CALLBACKS, DATAMODULES, MODULES, OPTIMIZERS, STRATEGIES, Member
-from tests.laws.runs import Outcome, Run, on_its_data
+from tests.helpers.spiky import Told
+from tests.laws.members import (
+    CALLBACKS,
+    DATAMODULES,
+    MODULES,
+    OPTIMIZERS,
+    STRATEGIES,
+    Member,
+    build,
+)
+from tests.laws.runs import Outcome, Run, on_its_data, with_arguments
 from tests.laws.test_resume import resumes
+from tests.laws.test_rewind import guard
 from tests.laws.test_strategies import equals_one_process
 
 pytestmark = pytest.mark.slow  # `make test-laws` runs them
@@ -74,6 +84,100 @@ def test_two_ranks_equal_one_process_through_changes_of_length(
     (strategy,) = [strategy for strategy in STRATEGIES if strategy.name == name]
     run = Run(MODULES[0], data, callbacks=(member,))
     equals_one_process(run, strategy, tmp_path, material, reference)
+
+
+# Order, size and corpora of batches
+
+
+def parts(material: Path, data: Member, **what: Any) -> Member:
+    """A curriculum over the samples of some data, even numbers before odd ones."""
+    folders = {"data": str(material), "run": ""}
+    module = build(data.spec, folders)
+    module.prepare_data()
+    module.setup("fit")
+    values = [1 + sample % 2 + sample // 8 for sample in range(len(module.train_dataset))]
+    given: dict[str, Any] = {}
+    if what.get("order"):
+        most = max(values)
+        levels = {"min_difficulty": 2, "max_difficulty": most, "schedule_type": "fixed_linear"}
+        schedule = {"total_curriculum_step": 8, "difficulty_step": 1}
+        given["order"] = {
+            "difficulties": values,
+            "scheduler": {**levels, "schedule_config": schedule},
+        }
+    if what.get("batch_size"):
+        growing = {"difficulty": [1, 2, 4], "max_step": [2, 5]}
+        given["batch_size"] = {
+            "scheduler": {
+                "min_difficulty": 1,
+                "max_difficulty": 4,
+                "schedule_type": "fixed_discrete",
+                "schedule_config": growing,
+            }
+        }
+    if what.get("mixture"):
+        steps, weights = [0, 5], dict(zip(module.corpora, ([3, 1], [1, 3]), strict=True))
+        given["mixture"] = {"steps": steps, "weights": weights, "interpolate": True}
+    spec = {**MEMBER.spec, "init_args": {**given, "filename": None}}
+    return replace(MEMBER, spec=spec, refuses={})
+
+
+BY_NAME = {data.name: data for data in DATAMODULES}
+STREAMS = {
+    "order": ("TextDataModule", {"order": True}),
+    "order of conversations": ("ConversationDataModule", {"order": True}),
+    "order of pairs": ("PreferenceDataModule", {"order": True}),
+    "order and size": ("TextDataModule, separate documents", {"order": True, "batch_size": True}),
+    "mixture and size": ("TextDataModule, mixture", {"mixture": True, "batch_size": True}),
+}
+
+
+@pytest.mark.parametrize("position", [4, 5])
+@pytest.mark.parametrize("name", STREAMS)
+def test_which_samples_come_resumes_inside_a_level_and_at_its_change(
+    name: str, position: int, tmp_path: Path, material: Path, reference: Reference
+) -> None:
+    """Batch sizes 1, 2 and 4 begin with batches 0, 2 and 5; so do levels of difficulty, nearly."""
+    named, what = STREAMS[name]
+    data = BY_NAME[named]
+    module = next(module for module in MODULES if module.batches == data.batches)
+    member = parts(material, data, **what)
+    run = Run(module, data, callbacks=(member,), accumulate=2)
+    resumes(run, tmp_path, material, reference(run), position)
+
+
+def test_workers_run_ahead_of_a_change_of_level(
+    tmp_path: Path, material: Path, reference: Reference
+) -> None:
+    data = BY_NAME["TextDataModule"]
+    member = parts(material, data, order=True, batch_size=True)
+    ahead = replace(data, spec=with_arguments(data.spec, num_workers=2))
+    run = Run(MODULES[0], data, callbacks=(member,))
+    resumes(replace(run, data=ahead), tmp_path, material, reference(run), position=4)
+
+
+def test_two_ranks_have_the_order_of_one(
+    tmp_path: Path, material: Path, reference: Reference
+) -> None:
+    (ddp,) = [strategy for strategy in STRATEGIES if strategy.name == "ddp"]
+    data = BY_NAME["TextDataModule"]
+    run = Run(MODULES[0], data, callbacks=(parts(material, data, order=True),))
+    equals_one_process(run, ddp, tmp_path, material, reference)
+
+
+def test_a_rewind_lands_on_the_same_batches(tmp_path: Path, material: Path) -> None:
+    data = BY_NAME["TextDataModule"]
+    member = parts(material, data, order=True, batch_size=True)
+    run = Run(MODULES[0], data, callbacks=(member,))
+
+    def outcome(name: str, told: Told, guarding: SpikeGuard) -> Outcome:
+        (tmp_path / name).mkdir()
+        return run.fit(tmp_path / name, material, extra=[guarding, told])
+
+    notes = Told()
+    ours = outcome("ours", notes, guard(5, back=3))
+    assert notes.ranges
+    assert ours == outcome("theirs", Told(notes.ranges), guard(back=3))
 
 
 class Summed(pl.LightningModule):
