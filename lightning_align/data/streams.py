@@ -67,7 +67,7 @@ class StreamBatches(IterableDataset[Any]):
         worker = get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
         self._given, self._samples = self._left or (0, 0)
-        samples = iter(self.stream)
+        samples = _drawn_from(iter(self.stream))
         if self._left is not None and not _has_state(self.stream):
             samples = islice(samples, self._samples, None)
         self._left = None
@@ -99,6 +99,12 @@ class StreamBatches(IterableDataset[Any]):
             rule = f"must give a whole number from 1 on, and gave {size!r} for batch {n}"
             raise argument_error(WHERE, "sizes", self.sizes, rule)
         return size
+
+
+def _drawn_from(iterator: Iterator[Any]) -> Iterator[Any]:
+    """What is left of an iterator, which may be a stream that begins anew whenever it is asked."""
+    end = object()
+    return iter(lambda: next(iterator, end), end)
 
 
 def _has_state(stream: Any) -> bool:

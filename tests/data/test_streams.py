@@ -98,6 +98,22 @@ def test_a_stream_whose_state_asks_for_arguments_is_drawn_again():
     assert [*seen, *later] == [*StreamBatches(Asks(), grows, list)]
 
 
+def test_a_stream_that_is_its_own_iterator_is_begun_once_an_epoch():
+    class OwnIterator(IterableDataset):
+        def __iter__(self):
+            self.next = 0
+            return self
+
+        def __next__(self):
+            if self.next == 50:
+                raise StopIteration
+            self.next += 1
+            return self.next - 1
+
+    batches = StreamBatches(OwnIterator(), grows, list)
+    assert [*batches] == [*batches] == [*StreamBatches(Numbers(), grows, list)]
+
+
 def test_batches_are_collated():
     batch = next(iter(StreamBatches([{"a": torch.ones(2)}] * 3, lambda n: 3)))
     assert torch.equal(batch["a"], torch.ones(3, 2))

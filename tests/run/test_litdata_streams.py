@@ -42,9 +42,19 @@ class Loads(Plain):
         return litdata.StreamingDataLoader(stream, batch_size=4, num_workers=0)
 
 
-@pytest.mark.parametrize("loader", ["as it is", "growing"])
-def test_a_run_is_resumed_from_any_batch(tmp_path: Path, folder: str, loader: str) -> None:
-    resumes(Fit(tmp_path, lambda: Loads(folder, loader), model_checkpoint), 2, 7)
+def test_a_run_is_resumed_in_the_epoch_by_the_state_of_its_loader(
+    tmp_path: Path, folder: str
+) -> None:
+    """In that epoch: litdata takes the next one for the rest of it, unless it is told of its end,
+
+    and where a loader has a length Lightning asks for no more than that.
+    """
+    trainer = {"max_epochs": 1}
+    resumes(Fit(tmp_path, lambda: Loads(folder, "its own"), model_checkpoint, trainer=trainer), 2, 4)
+
+
+def test_a_run_with_growing_batches_is_resumed_from_any_batch(tmp_path: Path, folder: str) -> None:
+    resumes(Fit(tmp_path, lambda: Loads(folder, "growing"), model_checkpoint), 2, 7)
 
 
 def test_batches_grow(folder: str) -> None:
