@@ -17,15 +17,17 @@ from lightning_align._compat.lightning_trainer import (
 )
 from lightning_align._compat.torch_modules import is_compiled
 from lightning_align._errors import argument_error
+from lightning_align.callbacks.curriculum_checks import check_orders
+from lightning_align.callbacks.curriculum_feedback import Feedback, self_paced
 from lightning_align.callbacks.curriculum_length import WHERE, LengthPart
 from lightning_align.callbacks.curriculum_picture import MOST_POINTS, LossCurve, draw_run
 from lightning_align.callbacks.curriculum_preflight import Preflight
-from lightning_align.callbacks.curriculum_stream import StreamPart
+from lightning_align.callbacks.curriculum_stream import StreamPart, following
 from lightning_align.data.length_schedule import Samples
 from lightning_align.data.sequence_length import with_rows
 from lightning_align.data.skipped import SkippedBatches
 from lightning_align.reports.pictures import log_figure, new_figure
-from lightning_align.run.callbacks import bring, callbacks_of
+from lightning_align.run.callbacks import bring, callbacks_of, put_first
 from lightning_align.run.exact_resume import ExactResume
 from lightning_align.run.position import batches_consumed
 from lightning_align.run.protocols import (
@@ -89,6 +91,8 @@ class Curriculum(Callback):
             raise argument_error(WHERE, "length", None, rule)
         if filename is not None and not filename.endswith(".png"):
             raise argument_error(WHERE, "filename", filename, "must end in '.png'")
+        if self._length is not None and self._length.mode == "bucket":
+            check_buckets(self._stream)
         self.preflight = preflight
         self.filename = filename
         self._saved_settings: dict[str, Any] | None = None
@@ -97,6 +101,11 @@ class Curriculum(Callback):
         self._first: tuple[int, Any] | None = None  # batch of this process and its number, whole
         self._logged: dict[str, float] = {}  # what, and in which epoch
         self._losses = LossCurve()
+        paced = {
+            "length": self._length and self._length.scheduler,
+            "order": self._stream.self_paced,
+        }
+        self._feedback = Feedback(self_paced(paced))
         self._lost_here: int | None = None  # of this rank, from the checkpoint that is loaded
 
     # What a batch is
@@ -113,7 +122,7 @@ class Curriculum(Callback):
         if self._length is None:
             return {}
         schedule = self._length.schedule
-        return {"length": schedule.length_at(n), "tokens": schedule.tokens_before(n)}
+        return {"length": self._length.length_at(n), "tokens": schedule.tokens_before(n)}
 
     def planned_change(self, position: int) -> str | None:
         """What is another level of the loss, by intent, from a batch on.
@@ -145,11 +154,17 @@ class Curriculum(Callback):
             return
         check_alone(trainer)
         bring(ExactResume, trainer, pl_module, stage)
+        if self._length is not None:
+            check_rows(trainer, self._length.mode)
         if not self._stream.is_empty:
             self._stream.set_up(trainer, self._length)
         if self._length is not None:
-            check_rows(trainer, self._length.mode)
+            if self._length.mode == "bucket":
+                data = following(trainer, "length")
+                self._length.sampler = data.follow_curriculum(buckets=self._length.plan)
             self._length.set_up(self._samples(trainer), tokenizer_of(trainer))
+        if self._feedback.schedulers:
+            put_first(trainer, self)  # before anybody saves
         self._skipped = partial(skipped_batches, trainer)
         self._logged = {}
         if self.preflight:
@@ -159,6 +174,7 @@ class Curriculum(Callback):
             self._first = (0, None)
         if trainer.global_step == 0:  # a resumed run loads its state after setup
             self._saved_settings, self._losses = None, LossCurve()
+            self._feedback.reset()
             if self._length is not None:
                 self._length.lost = 0
         try:
@@ -215,9 +231,29 @@ class Curriculum(Callback):
 
     def _settings(self) -> dict[str, Any]:
         """What no datamodule compares."""
-        return {"length": self._length and self._length.settings()}
+        paced = self._stream.self_paced
+        return {
+            "length": self._length and self._length.settings(),
+            "order": paced and {"rule": paced.rule()},
+        }
 
     # Steps
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_orders(trainer, self._ordering())
+        self._feedback.begin(trainer, pl_module)
+
+    def _ordering(self) -> list[str]:
+        """Which arguments decide what samples a batch has."""
+        in_buckets = self._length is not None and self._length.mode == "bucket"
+        return ["length"] if in_buckets else self._stream.ordering
+
+    @override
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
+        self._feedback.add(trainer, loss)
 
     @override
     def on_train_batch_start(
@@ -244,13 +280,14 @@ class Curriculum(Callback):
         """What batch n is, as numbers."""
         found = self._stream.scalars(n)
         if self._length is not None:
-            found["length"] = self._length.schedule.length_at(n)
+            found["length"] = self._length.length_at(n)
         return found
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._feedback.end_batch(trainer, pl_module)
         if self.filename is None or is_accumulating(trainer):
             return
         n = skipped_batches(trainer).position_of(batches_consumed(trainer) - 1)
@@ -297,7 +334,8 @@ class Curriculum(Callback):
             return None
         (n, batch), self._first = self._first, (0, None)
         rows, length = max(map(self._size_of, {n, *self._changes()}), key=_tokens)
-        if _tokens(self._size_of(n)) >= _tokens((rows, length)):
+        here = self._size_of(n)[0], self._length.length_at(n) if self._length else 0
+        if _tokens(here) >= _tokens((rows, length)):
             return None
         words = [f"{rows} samples a rank"] if rows else []
         if self._length is not None:
@@ -321,12 +359,14 @@ class Curriculum(Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         lost = self._length.lost if self._length is not None else 0
-        return {
+        state = {
             "settings": self._settings(),
             "lost": lost,
             "logged": dict(self._logged),
             "losses": self._losses.state_dict(),
         }
+        paced = self._feedback.schedulers
+        return {**state, "feedback": self._feedback.state_dict()} if paced else state
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -334,6 +374,8 @@ class Curriculum(Callback):
         self._saved_settings = dict(state_dict["settings"])
         self._losses.load_state_dict(state_dict["losses"])
         self._logged = dict(state_dict["logged"])
+        if self._saved_settings == self._settings() and "feedback" in state_dict:
+            self._feedback.load_state_dict(state_dict["feedback"])
         here, self._lost_here = self._lost_here, None
         if self._length is not None:
             self._length.lost = state_dict["lost"] if here is None else here
@@ -378,6 +420,19 @@ def check_rows(trainer: Trainer, mode: str) -> None:
     if (rule := length_refusal(trainer)) is not None:
         way_out = "Give order instead, which has short samples before long ones"
         raise argument_error(WHERE, "length", mode, rule, way_out)
+
+
+def check_buckets(stream: StreamPart) -> None:
+    """Refuse another say in which samples a batch has than that of buckets.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    if stream.ordering:
+        rule = "mode='bucket' says which pieces of documents a batch has, and how many"
+        way_out = f"Leave {stream.ordering[0]} out, or take mode='reshape'; odds and cycles of"
+        way_out += " length let short pieces come first"
+        raise argument_error(WHERE, ", ".join(stream.ordering), "...", rule, way_out)
 
 
 def check_alone(trainer: Trainer) -> None:

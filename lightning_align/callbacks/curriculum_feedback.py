@@ -32,12 +32,20 @@ class Feedback:
         self.schedulers = dict(schedulers)
         self._losses = WindowLosses()
 
+    def reset(self) -> None:
+        """Forget all decisions and losses, for a new run."""
+        for scheduler in self.schedulers.values():
+            scheduler.load_state_dict(scheduler.undecided().state_dict())
+        self._losses = WindowLosses()
+
     def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look at module and loaders, in ``on_train_start``.
 
         Raises:
             ValueError: If a lag is shorter than what the loaders draw ahead of training.
         """
+        if not self.schedulers:
+            return
         self._losses.begin(pl_module)
         loaders = train_loaders(trainer)
         for loader in loaders.flattened if loaders is not None else ():
@@ -49,7 +57,7 @@ class Feedback:
 
     def add(self, trainer: pl.Trainer, loss: Tensor) -> None:
         """Take a loss that is about to be propagated back; collective, unless the module tells."""
-        if self._losses.told:
+        if self._losses.told or not self.schedulers:
             return
         own = self._losses.add(trainer, loss)
         self._losses.losses[-1] = trainer.strategy.reduce(own, reduce_op="mean")
@@ -60,6 +68,8 @@ class Feedback:
         To be called in ``on_train_batch_end`` before anybody saves. Waits for the device where a
         step was taken.
         """
+        if not self.schedulers:
+            return
         loss = None if is_accumulating(trainer) else self._close(pl_module)
         position = stream_position(trainer)
         for part, scheduler in self.schedulers.items():

@@ -9,9 +9,10 @@ from itertools import islice
 from typing import Any
 
 from lightning_align._errors import argument_error, check_choice, check_least, check_whole
+from lightning_align.data.bucket_sampler import BucketSampler
+from lightning_align.data.feedback import SelfPaced, scheduler_of
 from lightning_align.data.length_schedule import MOST_CHANGES, LengthSchedule, Samples
-from lightning_align.data.pacing import CurriculumScheduler
-from lightning_align.data.sequence_length import MODES, RowCutter
+from lightning_align.data.sequence_length import MODES, RowCutter, with_rows, with_width
 
 WHERE = "Curriculum"
 _KEYS = (
@@ -23,20 +24,24 @@ _KEYS = (
     "block_size",
     "global_batch_size",
 )
+_OF_BUCKETS = ("least", "odds", "cycles")
 
 
 class LengthPart:
     """Rows of each batch cut to its length.
 
     Args:
-        config: ``mode`` ("truncate" or "reshape"), ``scheduler`` (a ``CurriculumScheduler`` or its
-            configuration), and optionally ``preserve_end_of_sequence`` (true for the tokenizer's
-            end of text, or that token), ``shifted_labels`` (of tuples), ``max_lengths`` (64), and
-            for a schedule by tokens on data of one's own ``block_size`` and ``global_batch_size``.
+        config: ``mode`` ("truncate", "reshape" or "bucket"), ``scheduler`` (a
+            ``CurriculumScheduler``, ``SelfPaced``, or a configuration of one), and optionally
+            ``preserve_end_of_sequence`` (true for the tokenizer's end of text, or that token),
+            ``shifted_labels`` (of tuples), ``max_lengths`` (64), and for a schedule by tokens on
+            data of one's own ``block_size`` and ``global_batch_size``. With "bucket" also
+            ``least`` (8), ``odds`` and ``cycles``, see ``BucketBatches``.
 
     Attributes:
         schedule: Length of every batch, from ``set_up`` on.
         lost: Predictions of this rank's batches that were cut off, of those that were trained.
+        sampler: Of buckets, from the set-up of a run on; None in other modes.
 
     Raises:
         ValueError: If a key is not known or missing, or a value gives no schedule.
@@ -45,18 +50,18 @@ class LengthPart:
     def __init__(self, config: Mapping[str, Any]) -> None:
         if not isinstance(config, Mapping):
             raise argument_error(WHERE, "length", config, "must be a mapping")
-        if unknown := sorted(set(config) - set(_KEYS)):
-            rule = f"knows {', '.join(_KEYS)}"
+        known = _KEYS + (_OF_BUCKETS if config.get("mode") == "bucket" else ())
+        if unknown := sorted(set(config) - set(known)):
+            rule = f"knows {', '.join(known)}"
             raise argument_error(WHERE, "length", unknown, rule)
         if missing := [key for key in ("mode", "scheduler") if key not in config]:
             rule = f"needs {' and '.join(missing)}"
             raise argument_error(WHERE, "length", dict(config), rule)
-        check_choice(WHERE, "length.mode", config["mode"], MODES)
-        given = config["scheduler"]
-        self.scheduler = (
-            given if isinstance(given, CurriculumScheduler) else CurriculumScheduler(given)
-        )
+        check_choice(WHERE, "length.mode", config["mode"], (*MODES, "bucket"))
+        self.scheduler = scheduler_of(config["scheduler"])
         self.mode: str = config["mode"]
+        self.plan = {key: config[key] for key in _OF_BUCKETS if key in config}
+        self.sampler: BucketSampler | None = None
         self.max_lengths: int = config.get("max_lengths", 64)
         self.keeps_end: bool | int = config.get("preserve_end_of_sequence", False)
         self.shifted_labels: bool | None = config.get("shifted_labels")
@@ -93,7 +98,9 @@ class LengthPart:
         end = None
         if self.keeps_end is not False:
             end = self.keeps_end if self.keeps_end is not True else _end_of_text(tokenizer)
-        self._cutter = RowCutter(self.mode, self.shifted_labels, end)
+        # What is longer than a batch may be is reshaped: of powers of two nothing is left over.
+        mode = "reshape" if self.mode == "bucket" else self.mode
+        self._cutter = RowCutter(mode, self.shifted_labels, end)
         self._lost_by = {}
 
     @property
@@ -109,9 +116,18 @@ class LengthPart:
         cut, self._lost_by[n] = self._cutter.cut(batch, self.schedule.length_at(n))
         return cut
 
+    def length_at(self, n: int) -> int:
+        """Length of the rows of batch n: what the schedule allows, or what its bucket has."""
+        most = self.schedule.length_at(n)
+        return most if self.sampler is None else min(most, self.sampler.buckets.length(n))
+
     def cut_to(self, batch: Any, length: int) -> Any:
         """A batch with rows of a length that nobody counts."""
         assert self._cutter is not None
+        if self.sampler is not None:  # its own rows may be shorter, at as many tokens
+            longest = int(self.sampler.buckets.lengths[-1])
+            rows = self.sampler.batch_size * max(1, longest // length)
+            return with_rows(with_width(batch, min(length, longest) + 1), rows)
         return self._cutter.cut(batch, length)[0]
 
     def count(self, n: int) -> None:
@@ -128,13 +144,13 @@ class LengthPart:
 
     def settings(self) -> dict[str, Any]:
         """What decides how each batch is cut, as plain data."""
-        changes = islice(self.scheduler.changes(), MOST_CHANGES)
-        return {
-            "mode": self.mode,
-            "unit": self.scheduler.unit,
-            "lengths": [[int(at), int(length)] for at, length in changes],
-            "preserve_end_of_sequence": self.keeps_end,
-        }
+        found: dict[str, Any] = {"mode": self.mode, "unit": self.scheduler.unit, **self.plan}
+        if isinstance(self.scheduler, SelfPaced):
+            found["rule"] = self.scheduler.rule()
+        else:
+            changes = islice(self.scheduler.changes(), MOST_CHANGES)
+            found["lengths"] = [[int(at), int(length)] for at, length in changes]
+        return {**found, "preserve_end_of_sequence": self.keeps_end}
 
 
 def _end_of_text(tokenizer: Any) -> int:

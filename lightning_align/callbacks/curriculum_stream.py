@@ -19,6 +19,7 @@ from lightning_align.data.curriculum_sampler import CurriculumSampler
 from lightning_align.data.data_efficiency import read_data_efficiency
 from lightning_align.data.deepspeed_index import open_index
 from lightning_align.data.difficulty import DifficultyIndex
+from lightning_align.data.feedback import SelfPaced, scheduler_of
 from lightning_align.data.mixture_schedule import MixtureSchedule
 from lightning_align.data.pacing import CurriculumScheduler
 from lightning_align.data.sampler import PositionSampler
@@ -87,6 +88,18 @@ class StreamPart:
         return self._order is None and self._batch_size is None and self._mixture is None
 
     @property
+    def self_paced(self) -> SelfPaced | None:
+        """The scheduler of the order, if losses pace it."""
+        scheduler = (self._order or {}).get("scheduler")
+        return scheduler if isinstance(scheduler, SelfPaced) else None
+
+    @property
+    def ordering(self) -> list[str]:
+        """Which arguments decide what samples a batch has."""
+        parts = {"order": self._order, "batch_size": self._batch_size, "mixture": self._mixture}
+        return [name for name, part in parts.items() if part is not None]
+
+    @property
     def keeps_tokens(self) -> bool:
         """Whether batches have as many samples as keep their tokens constant."""
         return self._batch_size is not None and "constant_tokens" in self._batch_size
@@ -101,14 +114,8 @@ class StreamPart:
         Raises:
             ValueError: If there is no datamodule that follows, or one of the parts does not fit it.
         """
-        data = datamodule_of(trainer)
-        if not isinstance(data, FollowsCurriculum):
-            named = "order" if self._order else "batch_size" if self._batch_size else "mixture"
-            rule = "there is no datamodule that follows one"
-            if data is not None:
-                rule = f"{type(data).__name__} does not follow one"
-            way_out = "Take one of ours, or give CurriculumSampler to a DataLoader of your own"
-            raise argument_error(WHERE, named, "...", rule, way_out)
+        named = "order" if self._order else "batch_size" if self._batch_size else "mixture"
+        data = following(trainer, named)
         options = dict(self._order or {})
         if self._batch_size is not None:
             self.sizes = self._sizes(trainer, length)
@@ -218,6 +225,26 @@ class StreamPart:
         )
 
 
+def following(trainer: Trainer, named: str) -> FollowsCurriculum:
+    """The datamodule of a run, which makes its sampler of what it is handed.
+
+    Args:
+        trainer: Whose datamodule it is.
+        named: What of a Curriculum is to be handed over.
+
+    Raises:
+        ValueError: If there is none that does.
+    """
+    data = datamodule_of(trainer)
+    if isinstance(data, FollowsCurriculum):
+        return data
+    rule = "there is no datamodule that follows one"
+    if data is not None:
+        rule = f"{type(data).__name__} does not follow one"
+    way_out = "Take one of ours, or give CurriculumSampler to a DataLoader of your own"
+    raise argument_error(WHERE, named, "...", rule, way_out)
+
+
 def _check_keys(name: str, given: Any) -> None:
     """Refuse what is not a mapping with the keys of a part.
 
@@ -249,7 +276,15 @@ def _opened(order: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(given, Mapping)
         else _index("difficulty", given)
     )
-    return {**order, "difficulties": difficulties}
+    # Made once: all samplers of a run read the decisions of one scheduler.
+    schedulers = _schedulers(order["scheduler"], several=isinstance(given, Mapping))
+    return {**order, "difficulties": difficulties, "scheduler": schedulers}
+
+
+def _schedulers(given: Any, *, several: bool) -> Any:
+    if several and isinstance(given, Mapping):
+        return {name: scheduler_of(part) for name, part in given.items()}
+    return scheduler_of(given)
 
 
 def _index(name: str, given: Any) -> DifficultyIndex:

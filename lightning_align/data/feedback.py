@@ -121,6 +121,8 @@ class SelfPaced:
 
     def level(self, n: int) -> int:
         """Number of the level that holds in batch n, by what is decided."""
+        if n + 1 >= FAR:  # where `changes` has the levels that nobody has decided on
+            return min(n + 1 - FAR, len(self.levels) - 1)
         number = bisect_right(self.decisions, n, key=lambda decision: decision.batch)
         return self.decisions[number - 1].level
 

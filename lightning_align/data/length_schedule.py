@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from lightning_align._errors import argument_error
+from lightning_align.data.feedback import SelfPaced
 from lightning_align.data.pacing import CurriculumScheduler
 
 WHERE = "Curriculum"
@@ -53,7 +54,8 @@ class LengthSchedule:
 
     Args:
         scheduler: Its difficulties are lengths.
-        mode: How a batch is cut, ``"truncate"`` or ``"reshape"``.
+        mode: How a batch is cut, ``"truncate"`` or ``"reshape"``; or ``"bucket"``, in which lengths
+            are rounded down to powers of two.
         samples: How many there are in a batch; None if nobody knows.
         max_lengths: Most lengths that there may be.
 
@@ -64,7 +66,7 @@ class LengthSchedule:
 
     def __init__(
         self,
-        scheduler: CurriculumScheduler,
+        scheduler: CurriculumScheduler | SelfPaced,
         mode: str,
         samples: Samples | None = None,
         max_lengths: int = 64,
@@ -85,19 +87,24 @@ class LengthSchedule:
     @property
     def distinct(self) -> list[int]:
         """All lengths of the schedule, ascending."""
-        return sorted({int(length) for _, length in self._levels()})
+        return sorted({self._length(length) for _, length in self._levels()})
 
     def length_at(self, n: int) -> int:
         """Length of the rows of batch n."""
         if self._by_tokens:
             return self._lengths[bisect_right(self._starts, n) - 1]
-        return int(self.scheduler.get_difficulty(n + 1))
+        return self._length(self.scheduler.get_difficulty(n + 1))
 
     def stretches(self) -> list[tuple[int, int]]:
         """First batch and length of each stretch of one length, ascending from batch 0."""
         if self._by_tokens:
             return [*zip(self._starts, self._lengths, strict=True)]
-        return [(step - 1, int(length)) for step, length in self._levels()]
+        return [(step - 1, self._length(length)) for step, length in self._levels()]
+
+    def _length(self, difficulty: float) -> int:
+        """The length that a difficulty means."""
+        length = int(difficulty)
+        return 1 << length.bit_length() - 1 if self.mode == "bucket" and length > 0 else length
 
     def _levels(self) -> list[tuple[int, float]]:
         return [*islice(self.scheduler.changes(), MOST_CHANGES)]
@@ -130,7 +137,9 @@ class LengthSchedule:
             way_out = "Give length.block_size, the predictions of a whole row, and"
             way_out += " length.global_batch_size, the rows of a batch over all ranks"
             raise argument_error(WHERE, "length.scheduler", "tokens", rule, way_out)
-        (_, first), *levels = [(int(tokens), int(length)) for tokens, length in self._levels()]
+        (_, first), *levels = [
+            (int(tokens), self._length(length)) for tokens, length in self._levels()
+        ]
         starts, lengths, tokens = [0], [first], 0
         for reached, length in levels:
             each, before = self._of_sample(lengths[-1]), self.samples.before(starts[-1])

@@ -131,6 +131,22 @@ def with_rows(batch: Any, rows: int) -> Any:
     return batch
 
 
+def with_width(batch: Any, width: int) -> Any:
+    """A batch whose rows have so many tokens, which are those of another over and over.
+
+    Args:
+        batch: Tensors with a value for each token of each row, by name.
+        width: How many.
+    """
+    column_T = torch.arange(width) % _width(batch)
+    return _like_mapping(batch, {name: _chosen(x, column_T) for name, x in batch.items()})
+
+
+def _chosen(value: Any, column_T: Tensor) -> Any:
+    is_wide = isinstance(value, Tensor) and value.ndim >= 2
+    return value[:, column_T.to(value.device)] if is_wide else value
+
+
 def _rows(value: Any, length: int, shared: int) -> Any:
     """(B, T + 1) as (B K, L + 1): the rows that come of one follow each other."""
     if not isinstance(value, Tensor) or value.ndim < 2:

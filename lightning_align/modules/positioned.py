@@ -123,6 +123,8 @@ class PositionedDataModule(pl.LightningDataModule):
         del options["mixture"]
         return CurriculumSampler(batch_size=self.batch_size, **options)
 
+    _cuts_documents = False
+
     @property
     def corpora(self) -> dict[str, int]:
         """Training samples of each corpus that has a weight, by name; none without weights."""
@@ -136,7 +138,7 @@ class PositionedDataModule(pl.LightningDataModule):
 
         Args:
             options: Of ``PositionSampler`` (``batch_sizes``, ``mixture``), or with ``difficulties``
-                of ``CurriculumSampler``.
+                of ``CurriculumSampler``; or ``buckets``, of ``BucketSampler``.
 
         Returns:
             A sampler of that stream, to be asked and not iterated over.
@@ -145,6 +147,9 @@ class PositionedDataModule(pl.LightningDataModule):
             ValueError: If an index is of other samples, or they are of corpora with weights.
         """
         assert self.train_dataset is not None, "setup() comes first"
+        if "buckets" in options and not self._cuts_documents:
+            rule = f"{self._name} has no documents that can be cut"
+            raise argument_error("Curriculum", "length.mode", "bucket", rule, "Give TextDataModule")
         found = options.get("difficulties", {})
         for index in found.values() if isinstance(found, Mapping) else [found]:
             where = ("Curriculum", "order.difficulties")

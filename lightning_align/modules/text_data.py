@@ -4,12 +4,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_align._errors import argument_error, check_least
 from lightning_align.data import tokenizer as tokenizing
+from lightning_align.data.bucket_sampler import BucketSampler
+from lightning_align.data.buckets import BucketedDataset
 from lightning_align.data.mixture import Mixture, check_weight, largest_remainder
 from lightning_align.data.packing import PackedDataset
+from lightning_align.data.sampler import PositionSampler
 from lightning_align.data.text import check_pattern, find_sources
 from lightning_align.data.token_cache import (
     TokenSplit,
@@ -126,6 +130,52 @@ class TextDataModule(PositionedDataModule):
     def corpora(self) -> dict[str, int]:
         sizes = self.train_mixture.sizes if self.train_mixture is not None else []
         return dict(zip(self.paths, sizes, strict=False))
+
+    _cuts_documents = True
+
+    @override
+    def follow_curriculum(self, **options: Any) -> PositionSampler:
+        if (buckets := options.get("buckets")) is not None:
+            self._decompose(**buckets)
+        return super().follow_curriculum(**options)
+
+    def _decompose(self, least: int = 8, **_: Any) -> None:
+        """Let training samples be pieces of documents, until the next set-up.
+
+        Raises:
+            ValueError: If documents are not separate, or corpora have weights.
+        """
+        where = ("Curriculum", "length.mode", "bucket")
+        if not self.separate_documents:
+            rule = f"cuts documents apart, and {self._name} joins them to blocks"
+            raise argument_error(*where, rule, "Set separate_documents=True")
+        if self.train_mixture is not None:
+            rule = f"{self._name} mixes corpora by weight, and a batch is of one length"
+            raise argument_error(*where, rule, "Give paths without weights")
+        assert isinstance(self.train_dataset, PackedDataset)
+        split, pad = self.train_dataset.split, self.train_dataset.pad_token_id
+        self.train_dataset = BucketedDataset(split, self.block_size, pad, least=least)
+        self.fingerprint += f", pieces of {least} tokens or more"
+        pieces = self.train_dataset.pieces
+        counts = zip(pieces.lengths.tolist(), pieces.sizes.tolist(), strict=True)
+        named = ", ".join(f"{number} of {length}" for length, number in counts)
+        rank_zero_info(
+            f"{self._name}: documents are cut into {named} tokens; {pieces.filled_up} of"
+            f" {int(pieces.lengths @ pieces.sizes)} are padding."
+        )
+
+    @override
+    def _train_sampler(self, **follow: Any) -> PositionSampler:
+        plan = self._options.get("buckets")
+        if plan is None:
+            return super()._train_sampler(**follow)
+        assert isinstance(self.train_dataset, BucketedDataset)
+        pieces = self.train_dataset.pieces
+        lengths, sizes = pieces.lengths.tolist(), pieces.sizes.tolist()
+        batch_size = self.batch_size * self.block_size // lengths[-1]
+        options = {name: plan[name] for name in ("odds", "cycles") if name in plan}
+        options["num_replicas"], options["rank"] = self._replicas
+        return BucketSampler(sizes, lengths, batch_size, self.seed, **options, **follow)
 
     @override
     def prepare_data(self) -> None:

@@ -50,7 +50,9 @@ def test_a_run_is_resumed_in_the_epoch_by_the_state_of_its_loader(
     and where a loader has a length Lightning asks for no more than that.
     """
     trainer = {"max_epochs": 1}
-    resumes(Fit(tmp_path, lambda: Loads(folder, "its own"), model_checkpoint, trainer=trainer), 2, 4)
+    resumes(
+        Fit(tmp_path, lambda: Loads(folder, "its own"), model_checkpoint, trainer=trainer), 2, 4
+    )
 
 
 def test_a_run_with_growing_batches_is_resumed_from_any_batch(tmp_path: Path, folder: str) -> None:
