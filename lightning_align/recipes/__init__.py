@@ -74,7 +74,7 @@ def main(arguments: Sequence[str]) -> None:
         print(text(words[0]), end="")  # noqa: T201
     elif not words:
         for name in names():
-            print(f"{name:22}{text(name).splitlines()[0].removeprefix('# ')}")  # noqa: T201
+            print(f"{name:17} {text(name).splitlines()[0].removeprefix('# ')}")  # noqa: T201
     else:
         rule = "must be nothing, NAME, or copy NAME [FILE]"
         raise argument_error("recipes", "words", " ".join(words), rule)
