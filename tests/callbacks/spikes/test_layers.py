@@ -134,7 +134,7 @@ def steps_of(module, count, alarm_at, before=None):
 def test_weights_are_weighed_in_every_eighth_step_and_at_an_alarm():
     module = two_layers()
     norms = []
-    found = steps_of(module, 12, 11, lambda *_: norms.append(float(module.a.weight.norm())))
+    found = steps_of(module, 12, 11, lambda *_: norms.append(module.a.weight.norm().item()))
     assert WEIGH_EVERY == 8
     biased = [math.hypot(norms[11], float(module.a.bias.norm()))]
     assert found["weight_norms"]["a"][2:] == pytest.approx(biased)
