@@ -119,13 +119,13 @@ class CurriculumScheduler:
         Raises:
             ValueError: If a custom schedule has no function or no ``total_curriculum_step``.
         """
+        if self.schedule_type not in ("fixed_discrete", "custom"):
+            yield from self._rises()
+            return
+        steps: Iterable[int] = range(1, self.end + 1)
         if self.schedule_type == "fixed_discrete":
             last_steps = self._schedule["max_step"]
-            steps: Iterable[int] = [1, *(math.floor(step) + 1 for step in last_steps if step >= 1)]
-        elif self.schedule_type == "custom":
-            steps = range(1, self.end + 1)
-        else:
-            steps = self._rises()
+            steps = [1, *(math.floor(step) + 1 for step in last_steps if step >= 1)]
         before: Any = None
         for step in steps:
             difficulty = self.get_difficulty(step)
@@ -152,25 +152,29 @@ class CurriculumScheduler:
                 end *= 2
         return end
 
-    def _rises(self) -> Iterator[int]:
-        """Steps at which a schedule that never falls is above what it was."""
+    def _rises(self) -> Iterator[tuple[int, Any]]:
+        """The changes of a schedule that never falls."""
         step, stride, end = 1, 1, self.end
         now, greatest = self.get_difficulty(1), self.max_difficulty
-        yield 1
+        yield step, now
         while now < greatest:
             # Most rises are about as far away as the last one was: looked for from there, in
             # growing strides, first up to what is above, then down to what is not.
             low, high, reach = step, min(step + stride, end), 1
-            while self.get_difficulty(high) <= now:
+            while (above := self.get_difficulty(high)) <= now:
                 low, high, reach = high, min(high + reach, end), 2 * reach
             reach = 1
-            while high - reach > low and self.get_difficulty(high - reach) > now:
-                high, reach = high - reach, 2 * reach
-            later = range(max(low, high - reach) + 1, high + 1)
-            found = later[bisect_left(later, True, key=lambda n: self.get_difficulty(n) > now)]
-            step, stride = found, found - step
-            now = self.get_difficulty(step)
-            yield step
+            while high - reach > low and (nearer := self.get_difficulty(high - reach)) > now:
+                high, above, reach = high - reach, nearer, 2 * reach
+            low = max(low, high - reach)
+            if high - low > 1:
+                later = range(low + 1, high)
+                high = (
+                    low + 1 + bisect_left(later, True, key=lambda n: self.get_difficulty(n) > now)
+                )
+                above = self.get_difficulty(high)
+            step, stride, now = high, high - step, above
+            yield step, now
 
     def _fixed_root(self, step: int) -> Any:
         degree = self._schedule["root_degree"] if self.schedule_type == "fixed_root" else 1
