@@ -40,6 +40,8 @@ if TYPE_CHECKING:
         CurriculumScheduler,
         DifficultyAnalyzer,
         DifficultyIndex,
+        SelfPaced,
+        StreamBatches,
     )
     from lightning_align.layers import ModelLayers, find_layers
     from lightning_align.modules import (
@@ -75,9 +77,11 @@ else:
         "PreferenceDataModule": "modules",
         "PretrainModule": "modules",
         "SavePretrained": "callbacks",
+        "SelfPaced": "data",
         "SpikeDetector": "stability",
         "SpikeGuard": "callbacks",
         "StableAdamW": "optimizers",
+        "StreamBatches": "data",
         "TextDataModule": "modules",
         "TokenSchedule": "callbacks",
         "ZeROInfinityStrategy": "strategies",
@@ -119,9 +123,11 @@ __all__ = [
     "PreferenceDataModule",
     "PretrainModule",
     "SavePretrained",
+    "SelfPaced",
     "SpikeDetector",
     "SpikeGuard",
     "StableAdamW",
+    "StreamBatches",
     "TextDataModule",
     "TokenSchedule",
     "ZeROInfinityStrategy",

@@ -27,6 +27,8 @@ SAVED = (
     "lightning_align.data.pacing.CurriculumScheduler",
     "lightning_align.data.difficulty.DifficultyIndex",
     "lightning_align.data.difficulty_map.DifficultyAnalyzer",
+    "lightning_align.data.feedback.SelfPaced",
+    "lightning_align.data.streams.StreamBatches",
     "lightning_align.export.export",
     "lightning_align.generate.stream",
     "lightning_align.layers.Head",

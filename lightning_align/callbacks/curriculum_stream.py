@@ -141,6 +141,10 @@ class StreamPart:
             rule = "needs length with mode='truncate', whose rows leave room"
             way_out = "Reshaped rows have constant tokens by themselves; or give a scheduler"
             raise argument_error(WHERE, "batch_size.constant_tokens", True, rule, way_out)
+        if isinstance(length.scheduler, SelfPaced):
+            rule = "sizes of all batches must be known, and losses pace the length"
+            way_out = "Take mode='reshape', or a schedule by steps"
+            raise argument_error(WHERE, "batch_size.constant_tokens", True, rule, way_out)
         at_last: int = (told_stream(trainer) or {})["batch"] // ranks
         longest = length.schedule.distinct[-1]
         return BatchSizes.at_constant_tokens(length.scheduler, at_last * longest)

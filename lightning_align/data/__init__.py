@@ -6,6 +6,8 @@ from lightning_align._lazy import lazy
 
 if TYPE_CHECKING:
     from lightning_align.data.batch_sizes import BatchSizes
+    from lightning_align.data.bucket_sampler import BucketSampler
+    from lightning_align.data.buckets import BucketedDataset
     from lightning_align.data.conversation import (
         ConversationDataset,
         collate_conversations,
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_align.data.data_efficiency import read_data_efficiency
     from lightning_align.data.difficulty import DifficultyIndex
     from lightning_align.data.difficulty_map import DifficultyAnalyzer
+    from lightning_align.data.feedback import SelfPaced
     from lightning_align.data.mixture import Mixture
     from lightning_align.data.mixture_schedule import MixtureSchedule
     from lightning_align.data.pacing import CurriculumScheduler
@@ -23,9 +26,12 @@ if TYPE_CHECKING:
     from lightning_align.data.preference import PreferenceDataset, collate_pairs, read_pairs
     from lightning_align.data.sampler import PositionSampler
     from lightning_align.data.skipped import SkippedBatches
+    from lightning_align.data.streams import StreamBatches
 else:
     _HOMES = {
         "BatchSizes": "batch_sizes",
+        "BucketSampler": "bucket_sampler",
+        "BucketedDataset": "buckets",
         "ConversationDataset": "conversation",
         "CurriculumSampler": "curriculum_sampler",
         "CurriculumScheduler": "pacing",
@@ -37,7 +43,9 @@ else:
         "Pair": "pair_formats",
         "PositionSampler": "sampler",
         "PreferenceDataset": "preference",
+        "SelfPaced": "feedback",
         "SkippedBatches": "skipped",
+        "StreamBatches": "streams",
         "collate_conversations": "conversation",
         "collate_pairs": "preference",
         "read_conversations": "conversation",
@@ -48,6 +56,8 @@ else:
 
 __all__ = [
     "BatchSizes",
+    "BucketSampler",
+    "BucketedDataset",
     "ConversationDataset",
     "CurriculumSampler",
     "CurriculumScheduler",
@@ -59,7 +69,9 @@ __all__ = [
     "Pair",
     "PositionSampler",
     "PreferenceDataset",
+    "SelfPaced",
     "SkippedBatches",
+    "StreamBatches",
     "collate_conversations",
     "collate_pairs",
     "read_conversations",

@@ -10,16 +10,19 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 from lightning_align import Curriculum, ExactResume, TextDataModule
 from lightning_align.callbacks.curriculum_feedback import Feedback
 from lightning_align.data.bucket_sampler import BucketSampler
+from lightning_align.data.streams import StreamBatches
 from tests.helpers.byte_tokenizer import ByteTokenizer
 from tests.helpers.children import in_child
 from tests.helpers.curriculum import linear
 from tests.helpers.ranks import ForkedRanks, run_ranks
 from tests.helpers.resumable import KillAt
-from tests.helpers.resume import SaveEveryBatch, weights_hash
+from tests.helpers.resume import SaveEveryBatch, Sequences, weights_hash
+from tests.helpers.stateful import StatefulLoader
 from tests.modules.test_pretrain import gpt2, sgd_module
 
 LENGTHS = [3, 40, 17, 9, 33, 64, 25, 12, 50, 7]  # tokens of documents, the closing one not counted
@@ -74,7 +77,7 @@ class Notes(pl.Callback):
 
 
 def train(
-    folder: Path, name: str, curriculum: Curriculum, module: TextDataModule, **options: Any
+    folder: Path, name: str, curriculum: Curriculum, module: Any, **options: Any
 ) -> list[Any]:
     """What was noted, and a hash of the weights."""
     torch.set_num_threads(1)
@@ -94,7 +97,8 @@ def train(
     config.vocab_size = 61 + 256
     config.n_positions = 32
     learner = sgd_module(config)
-    trainer.fit(learner, module, ckpt_path=ckpt_path and str(ckpt_path))
+    given = {"datamodule" if isinstance(module, TextDataModule) else "train_dataloaders": module}
+    trainer.fit(learner, **given, ckpt_path=ckpt_path and str(ckpt_path))
     lines = Path(f"{folder / name}.{trainer.global_rank}").read_text().splitlines()
     return [*map(json.loads, lines), weights_hash(learner)]
 
@@ -236,6 +240,102 @@ def test_buckets_on_two_ranks(texts: Path, tmp_path: Path) -> None:
         assert sorted(real) == sorted(row for row in whole if set(row) != {-100})
 
 
+# Streams, and loaders that others have the say in
+
+
+class Stream(IterableDataset[Any]):
+    """Rows of thirteen tokens without indices, with a state or without."""
+
+    def __init__(self) -> None:
+        self.next = 0
+
+    def __iter__(self) -> Any:
+        self.next %= 26
+        while self.next < 26:
+            self.next += 1
+            row = Sequences()[[self.next - 1]]
+            yield {name: value[0] for name, value in row.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"next": self.next}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.next = state["next"]
+
+
+def of_streams(kind: str) -> Any:
+    growing = StreamBatches(Stream(), lambda n: 2 + n // 3)
+    return {
+        "plain": lambda: DataLoader(Stream(), batch_size=4),
+        "stateful": lambda: StatefulLoader(growing, batch_size=None),
+        "workers": lambda: DataLoader(
+            growing, batch_size=None, num_workers=1, multiprocessing_context="fork"
+        ),
+    }[kind]()
+
+
+@pytest.mark.parametrize(
+    "kind", ["stateful", *(pytest.param(n, marks=pytest.mark.slow) for n in ("plain", "workers"))]
+)
+def test_rows_of_a_stream_grow_and_are_resumed(tmp_path: Path, kind: str) -> None:
+    """Batches of the stream grow at the same time, but for a plain loader."""
+
+    def run(name: str, **more: Any) -> list[Any]:
+        length = {"mode": "reshape", "scheduler": linear()}
+        curriculum = Curriculum(length=length, filename=None, preflight=False)
+        return train(tmp_path, name, curriculum, of_streams(kind), max_steps=12, **more)
+
+    whole = run("whole", callbacks=[each_batch(tmp_path)])
+    widths = [len(labels[0]) - 1 for _, labels, _ in whole[:5]]
+    assert widths == [3, 6, 6, 9, 9]
+    if kind != "plain":  # rows are cut into more of them
+        assert [len(labels) for _, labels, _ in whole[:5]] == [2 * 4, 2 * 2, 2 * 2, 3, 3]
+    for position in (2, 4, 8):
+        resumed = run(f"from-{position}", ckpt_path=saved(tmp_path, position))
+        assert later(resumed, position) == later(whole, position), position
+
+
+class OwnBatches(BatchSampler):
+    """Somebody's own say in what is in a batch."""
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        (lambda data: DataLoader(Stream()), "a stream has no indices: what comes next is its own"),
+        (
+            lambda data: DataLoader(
+                data, batch_sampler=OwnBatches(SequentialSampler(data), 2, False)
+            ),
+            "its batch_sampler, OwnBatches, has the say in what is in a batch",
+        ),
+        (lambda data: DataLoader(data, 2), "its sampler, SequentialSampler, is not the datamodul"),
+    ],
+)
+def test_an_order_that_would_not_reach_the_loader_is_refused(
+    texts: Path, tmp_path: Path, loader: Any, message: str
+) -> None:
+    class Own(TextDataModule):
+        def train_dataloader(self) -> Any:
+            return loader(self.train_dataset)
+
+    module = data(texts)
+    module.__class__ = Own
+    module.prepare_data()
+    module.setup()
+    number = len(module.train_dataset)
+    scheduler = linear(least=4, most=number, each=1)
+    order = {"difficulties": [*range(1, number + 1)], "scheduler": scheduler}
+    with pytest.raises(ValueError, match=rf"Curriculum\(order='train_dataloader: .*{message}"):
+        train(tmp_path, "run", Curriculum(order=order, filename=None), module)
+
+
+def test_an_order_of_a_stream_without_our_datamodule_is_refused(tmp_path: Path) -> None:
+    order = {"difficulties": [1, 2], "scheduler": linear(least=1, most=2, each=1)}
+    with pytest.raises(ValueError, match=r"Curriculum\(order=.*CurriculumSampler to a DataLoader"):
+        train(tmp_path, "run", Curriculum(order=order, filename=None), of_streams("plain"))
+
+
 # Feedback
 
 
@@ -316,3 +416,12 @@ def test_without_what_was_decided_a_resumed_run_is_another(
     monkeypatch.setattr(Feedback, "load_state_dict", lambda self, state: None)
     resumed = run_paced(texts, tmp_path, "from", ckpt_path=saved(tmp_path, effect))
     assert later(resumed, effect) != later(whole, effect)
+
+
+def test_sizes_at_constant_tokens_are_refused_where_losses_pace_the_length(
+    texts: Path, tmp_path: Path
+) -> None:
+    length = {"mode": "truncate", "scheduler": self_paced()}
+    curriculum = Curriculum(length=length, batch_size={"constant_tokens": True}, filename=None)
+    with pytest.raises(ValueError, match="sizes of all batches must be known, and losses pace"):
+        train(tmp_path, "run", curriculum, data(texts))
