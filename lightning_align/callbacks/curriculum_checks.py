@@ -7,7 +7,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from lightning_align._compat.lightning_resume import train_loaders
 from lightning_align._errors import argument_error
-from lightning_align.run.protocols import datamodule_of
+from lightning_align.run.protocols import HasPosition, datamodule_of
 
 WHERE = "Curriculum"
 _OWN = "Give CurriculumSampler to a DataLoader(..., sampler=..., batch_size=None) of your own"
@@ -28,7 +28,8 @@ def check_orders(trainer: pl.Trainer, arguments: list[str]) -> None:
     if not arguments:
         return
     loaders = train_loaders(trainer)
-    own = getattr(datamodule_of(trainer), "train_sampler", None)
+    data = datamodule_of(trainer)
+    own = data.train_sampler if isinstance(data, HasPosition) else None
     for loader in loaders.flattened if loaders is not None else ():
         if own is not None and getattr(loader, "sampler", None) is own:
             continue

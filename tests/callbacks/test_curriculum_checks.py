@@ -24,7 +24,7 @@ class Pairs(BatchSampler):
 def run(monkeypatch: pytest.MonkeyPatch, loader: Any, sampler: Any = None) -> None:
     loaders = SimpleNamespace(flattened=[loader])
     monkeypatch.setattr(curriculum_checks, "train_loaders", lambda trainer: loaders)
-    trainer: Any = SimpleNamespace(datamodule=SimpleNamespace(train_sampler=sampler))
+    trainer: Any = SimpleNamespace(datamodule=SimpleNamespace(train_sampler=sampler, position=0))
     curriculum_checks.check_orders(trainer, ["order"])
 
 
