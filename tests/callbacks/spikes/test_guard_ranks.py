@@ -123,7 +123,7 @@ def planted(kind: Any, rank: int, count: int, **how: Any) -> tuple[Any, Any]:
 KINDS = [PoisonedRegression, pytest.param(PoisonedPretrain, marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_spike_on_one_rank_is_skipped_on_both(kind: Any, rank: int) -> None:
     """Loss and gradient are large and finite, on that rank only; the detector is the default's."""
