@@ -74,6 +74,7 @@ class StreamPart:
             way_out = "Order the samples of all corpora by one index, or leave one of them out"
             raise argument_error(WHERE, "order, mixture", [*order, *mixture], rule, way_out)
         self._order = None if order is None else _opened(order)
+        self._deepspeed = any(key in (order or {}) for key in _DEEPSPEED)
         self._batch_size, self._mixture = batch_size, mixture
         self.sizes: BatchSizes | None = None
         self._corpora: list[str] = []
@@ -117,6 +118,12 @@ class StreamPart:
         named = "order" if self._order else "batch_size" if self._batch_size else "mixture"
         data = following(trainer, named)
         options = dict(self._order or {})
+        if self._deepspeed and trainer.accumulate_grad_batches > 1:
+            rank_zero_warn(
+                f"Curriculum: a step of DeepSpeed's has {trainer.accumulate_grad_batches} batches"
+                " here, as so many are accumulated, and its schedules count batches: they are over"
+                " so many times sooner. Multiply total_curriculum_step or max_step."
+            )
         if self._batch_size is not None:
             self.sizes = self._sizes(trainer, length)
             options["batch_sizes"] = self.sizes
@@ -306,20 +313,20 @@ def _of_deepspeed(config: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: If it orders no samples.
     """
     read = read_data_efficiency(config)
-    if read.not_kept:
-        named = "; ".join(f"{key}: {instead}" for key, instead in read.not_kept.items())
+    not_kept = dict(read.not_kept)
+    if "seed" in config.get("data_efficiency", config):
+        not_kept["seed"] = "the datamodule's seed"
+    if not_kept:
+        named = "; ".join(f"{key}: {instead}" for key, instead in not_kept.items())
         rank_zero_warn(f"Curriculum(order=...): of DeepSpeed's configuration is not kept {named}.")
     lengths = [name for name, metric in read.metrics.items() if not metric.orders_samples]
     if lengths:
         rule = "orders no samples: it says how long each is"
         raise argument_error(WHERE, "order", lengths, rule, "Give its schedule as length")
-    suffix = "_index_to_sample"
-    prefixes = {
-        name: str(metric.index_to_sample_path).removesuffix(suffix)
-        for name, metric in read.metrics.items()
-    }
     return {
-        "difficulties": {name: _index(name, prefix) for name, prefix in prefixes.items()},
+        "difficulties": {
+            name: _index(name, metric.index_prefix) for name, metric in read.metrics.items()
+        },
         "scheduler": {name: metric.scheduler for name, metric in read.metrics.items()},
         "difficulty_type": {name: m.difficulty_type for name, m in read.metrics.items()},
     }

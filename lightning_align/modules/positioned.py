@@ -159,7 +159,7 @@ class PositionedDataModule(pl.LightningDataModule):
             way_out = "Give paths without weights, or mixture in the place of order"
             raise argument_error("Curriculum", "order", [*self.corpora], rule, way_out)
         self._curriculum = (None if self.trainer is None else ref(self.trainer), options, None)
-        sampler = self._train_sampler()
+        sampler = self._train_sampler(skipped=lambda: self.skipped)
         self._curriculum = (*self._curriculum[:2], sampler.stream())
         return sampler
 

@@ -14,7 +14,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_align import Curriculum, TextDataModule
 from lightning_align.data.curriculum_sampler import CurriculumSampler
 from lightning_align.data.difficulty import DifficultyIndex
+from lightning_align.data.pacing import CurriculumScheduler
 from lightning_align.data.sampler import PositionSampler
+from tests.data.test_deepspeed_index import write_items
 from tests.helpers.byte_tokenizer import ByteTokenizer
 from tests.helpers.curriculum import Watch, by_length, linear
 from tests.modules.test_pretrain import gpt2, sgd_module
@@ -279,3 +281,56 @@ def test_what_the_data_cannot_follow_is_refused_before_training(texts: Path) -> 
             accelerator="cpu", callbacks=[size], logger=False, enable_checkpointing=False
         ).fit(sgd_module(gpt2()), torch.utils.data.DataLoader([1]))
     assert by_length().preview([0]) == [{"batch": 0, "length": 3, "tokens": None}]
+
+
+def of_deepspeed(texts: Path, values: "np.ndarray[Any, Any]", **options: Any) -> dict[str, Any]:
+    """A configuration of DeepSpeed's, and the index that it names."""
+    index = DifficultyIndex.of_values(values)
+    lists = [index.samples(level) for level in range(len(index.levels))]
+    write_items(texts / "length_index_to_sample", lists, np.int64)
+    write_items(texts / "length_index_to_metric", index.levels[:, None], np.int64)
+    metric = {
+        "index_to_sample_path": str(texts / "length_index_to_sample"),
+        "index_to_metric_path": str(texts / "length_index_to_metric"),
+        "difficulty_type": "value",
+        **linear(8, 5, 40, 5),
+    }
+    learning = {"enabled": True, "curriculum_metrics": {"length": metric}}
+    sampling = {"enabled": True, "curriculum_learning": learning}
+    return {"data_efficiency": {"enabled": True, "data_sampling": sampling, **options}}
+
+
+def test_a_configuration_of_deepspeed_orders_samples(texts: Path) -> None:
+    module = data(texts)
+    values = 1 + np.arange(samples_of(module)) % 40
+    config = of_deepspeed(texts, values, seed=7)
+    with pytest.warns(UserWarning, match="is not kept .*seed: the datamodule's seed"):
+        curriculum = Curriculum(order=config, filename=None, preflight=False)
+    noted = Indices()
+    train(curriculum, module, noted)
+    scheduler = CurriculumScheduler(linear(8, 5, 40, 5))
+    for n, batch in enumerate(noted.batches[:8]):
+        assert values[batch].max() <= scheduler.get_difficulty(n + 1)
+
+
+def test_steps_of_deepspeed_are_told_from_batches(texts: Path) -> None:
+    module = data(texts)
+    config = of_deepspeed(texts, 1 + np.arange(samples_of(module)) % 40)
+    curriculum = Curriculum(order=config, filename=None, preflight=False)
+    with pytest.warns(UserWarning, match="a step of DeepSpeed's has 3 batches here"):
+        train(curriculum, module, accumulate_grad_batches=3, max_steps=1)
+
+
+def test_batches_that_are_passed_over_count_as_unseen(texts: Path) -> None:
+    """Of 8 batches the first 6 are: what 2 batches had is seen, and no more."""
+    module = data(texts)
+    values = 1 + np.arange(samples_of(module)) % 40
+    order = {"difficulties": values, "scheduler": linear(8, 40, 41, 1)}
+    curriculum = Curriculum(order=order, filename=None, preflight=False)
+    module.skipped = 6
+    noted = Indices()
+    train(curriculum, module, noted, max_steps=2)
+    sampler = curriculum._stream.sampler
+    assert isinstance(sampler, CurriculumSampler)
+    seen = {sample for batch in noted.batches[:2] for sample in batch}
+    assert sampler.never_seen(8)["not_drawn"] == len(values) - len(seen)
