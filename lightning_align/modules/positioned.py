@@ -137,8 +137,9 @@ class PositionedDataModule(pl.LightningDataModule):
         decides which samples batch n holds, so a resume with anything else is refused.
 
         Args:
-            options: Of ``PositionSampler`` (``batch_sizes``, ``mixture``), or with ``difficulties``
-                of ``CurriculumSampler``; or ``buckets``, of ``BucketSampler``.
+            **options: Of ``PositionSampler`` (``batch_sizes``, ``mixture``), of
+                ``CurriculumSampler`` with ``difficulties``, or of ``BucketSampler`` with
+                ``buckets``.
 
         Returns:
             A sampler of that stream, to be asked and not iterated over.
