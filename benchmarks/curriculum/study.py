@@ -1,0 +1,420 @@
+"""What a curriculum is worth: the baseline is tuned first, then every arm with as many runs.
+
+    python benchmarks/curriculum/study.py --limit 8    # eight runs of about five minutes; resumable
+    python benchmarks/curriculum/study.py --report     # tables of what is finished
+
+A Llama of 3 blocks and width 128 learns six novels, of which chapters are held out, in blocks of
+512 tokens; documents are chapters and do not see each other. Learning rate and end of a run follow
+the tokens that are learned from, for every arm the same.
+
+1. The baseline, blocks in an order of chance at their whole length, is swept over rows of a batch
+   and learning rate on seed 0, and the sweep widened until neither best value lies at an end.
+2. Every arm is run with the same rows at LADDER times the baseline's learning rate on seed 0.
+3. The best learning rate of each is run on seeds 1 to 3, which had no part in any choice.
+
+Arms: rows that grow (truncate, reshape, bucket), batches that grow, order by the words of a
+sentence, by rarity, by loss under a reference that has learned a quarter of the tokens (its time is
+the arm's), reshape with the best of these orders, and as controls that order turned round and dealt
+out anew, with the same pacing. Lengths grow over the first LENGTH_SHARE of the tokens, orders over
+the first ORDER_SHARE of the batches.
+
+The loss is that of whole blocks of held-out chapters. CPU time is the training's alone, without
+what measures it; the ratio is of the time until the baseline's final loss on the same seed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+
+sys.path.append(str(Path(__file__).parents[1] / "spikes"))
+
+from runs import NOVELS, Runs, arguments
+
+from lightning_align import (
+    Curriculum,
+    DifficultyAnalyzer,
+    PretrainModule,
+    TextDataModule,
+    TokenSchedule,
+)
+from lightning_align.cli.difficulty import OneByOne
+from lightning_align.data.difficulty_metrics import VocabularyRarity, count_tokens, tokens_of
+from lightning_align.losses.difficulty import ReferenceLoss
+from lightning_align.models.build import build_model
+
+CACHE = Path(__file__).parents[1] / "cache/curriculum"
+SEED, SEEDS = 0, (1, 2, 3)
+BLOCK, LEAST = 512, 32  # tokens
+ROWS, RATES = (2, 4, 8), (2.5e-3, 5e-3, 1e-2)  # where the sweep begins
+LADDER = (0.5, 1.0, 2.0, 4.0)  # of the baseline's learning rate
+LENGTH_SHARE, ORDER_SHARE = 0.4, 0.5
+REFERENCE_SHARE = 0.25  # of the tokens
+ORDERS = ("sentences", "rarity", "loss")
+MARKS, SOME = 16, 64  # measurements of a run, blocks of each
+
+
+class Setting(NamedTuple):
+    """All that decides a run: its name says it."""
+
+    arm: str
+    rows: int
+    lr: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}/rows {self.rows}/lr {self.lr:g}/{self.seed}"
+
+    @classmethod
+    def read(cls, name: str) -> Setting:
+        arm, rows, lr, seed = name.split("/")
+        return cls(arm, int(rows.split()[1]), float(lr.split()[1]), int(seed))
+
+
+# Arms
+
+
+def linear(least: int, greatest: int, step: int, **total: int) -> dict[str, Any]:
+    config = {"difficulty_step": step, **total}
+    pacing = {"schedule_type": "fixed_linear", "schedule_config": config}
+    return {"min_difficulty": least, "max_difficulty": greatest, **pacing}
+
+
+def curriculum_of(setting: Setting, tokens: int) -> tuple[dict[str, Any], float]:
+    """Arguments of ``Curriculum``, and the CPU seconds that it took to know them."""
+    arm, rows = setting.arm, setting.rows
+    grows = {"total_curriculum_tokens": int(LENGTH_SHARE * tokens)}
+    length = {"scheduler": linear(LEAST, BLOCK, LEAST, **grows)}
+    if arm in ("truncate", "reshape", "bucket"):
+        return {"length": {"mode": arm, **length}}, 0.0
+    if arm == "batch":
+        return {"batch_size": {"scheduler": linear(1, rows, 1, **grows)}}, 0.0
+    if arm == "baseline":
+        return {}, 0.0
+    kind, _, metric = arm.rpartition(" ")
+    values, seconds = difficulties(metric, setting, tokens)
+    if kind.endswith("hard first"):
+        values = -values
+    elif kind.endswith("chance"):
+        values = np.random.default_rng(setting.seed).permutation(values)
+    steps = int(ORDER_SHARE * tokens / BLOCK / rows)
+    order = {
+        "difficulties": values.tolist(),
+        "difficulty_type": "percentile",
+        "scheduler": linear(20, 100, 1, total_curriculum_step=steps),
+    }
+    if kind == "reshape and":
+        return {"order": order, "length": {"mode": "reshape", **length}}, seconds
+    return {"order": order}, seconds
+
+
+class SentenceLength:
+    """Mean number of words of the sentences of a sample."""
+
+    key = "words of a sentence"
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self.decode = decode
+
+    def __call__(self, sample: Any) -> float:
+        sentences = re.split(r"[.!?;]+", self.decode(tokens_of(sample).tolist()))
+        return fmean(len(sentence.split()) for sentence in sentences)
+
+
+def difficulties(metric: str, setting: Setting, tokens: int) -> tuple[Any, float]:
+    """Of each training block, and the CPU seconds that they cost."""
+    folder = CACHE / f"study_{tokens}/{setting.seed}"
+    cost = folder / f"{metric}.json"
+    data = text(setting.seed, setting.rows)
+    samples = OneByOne(data.train_dataset)
+    start, seconds = time.process_time(), 0.0
+    if metric == "loss":
+        model, seconds = reference(setting, tokens, folder / "reference")
+        made: Any = ReferenceLoss(model.eval(), f"reference {setting.seed}")
+    elif metric == "rarity":
+        made = VocabularyRarity(count_tokens(map(samples.__getitem__, range(len(samples)))))
+    else:
+        made = SentenceLength(data.tokenizer.decode)
+    analyzer = DifficultyAnalyzer(samples, {metric: made}, folder, fingerprint=data.fingerprint)
+    computed = analyzer.map().computed
+    values = np.array(analyzer.reduce()[metric].values)
+    if computed or not cost.exists():
+        cost.write_text(json.dumps(time.process_time() - start if metric != "loss" else seconds))
+    return values, json.loads(cost.read_text())
+
+
+def reference(setting: Setting, tokens: int, folder: Path) -> tuple[Any, float]:
+    """A model that has learned a part of the tokens, and the CPU seconds of that."""
+    cost = folder / "cpu_s.json"
+    if not cost.exists():
+        part = int(REFERENCE_SHARE * tokens)
+        module, curve = train(setting._replace(arm="baseline"), part)
+        module.model.save_pretrained(folder)  # type: ignore[operator]
+        cost.write_text(json.dumps(curve.points[-1][1]))
+    return build_model(str(folder), where="study"), json.loads(cost.read_text())
+
+
+# A run
+
+
+def text(seed: int, rows: int) -> TextDataModule:
+    data = TextDataModule(
+        str(NOVELS / "*.txt.xz"),
+        vocab_size=1024,
+        block_size=BLOCK,
+        batch_size=rows,
+        val_fraction=0.1,
+        document_pattern=r"^(CHAPTER|Chapter) ",
+        separate_documents=True,
+        seed=seed,
+        cache_dir=CACHE / "tokens",
+    )
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+class Curve(pl.Callback):
+    """Loss on held-out blocks at MARKS places of a run.
+
+    Attributes:
+        points: Tokens learned from, CPU seconds of training, loss.
+    """
+
+    def __init__(self, data: TextDataModule, schedule: TokenSchedule, tokens: int) -> None:
+        self.data, self.schedule, self.tokens = data, schedule, tokens
+        self.points: list[tuple[int, float, float]] = []
+        self.measuring = 0.0
+
+    def on_train_start(self, *_: Any) -> None:
+        self.begin = time.process_time()
+
+    def on_train_batch_end(self, _: pl.Trainer, module: pl.LightningModule, *__: Any) -> None:
+        seen = self.schedule.tokens_seen
+        if seen >= self.tokens * (len(self.points) + 1) / MARKS:
+            start = time.process_time()
+            loss = held_out_loss(module, self.data, SOME)
+            self.points.append((seen, round(start - self.begin - self.measuring, 2), loss))
+            self.measuring += time.process_time() - start
+
+
+@torch.no_grad()
+def held_out_loss(module: Any, data: TextDataModule, blocks: int) -> float:
+    """Mean loss of the first held-out blocks."""
+    assert data.val_dataset is not None
+    numbers = range(min(blocks, len(data.val_dataset)))
+    module.eval()
+    losses: list[Tensor] = []
+    for first in range(0, len(numbers), 8):
+        batch = data.val_dataset[list(numbers[first : first + 8])]
+        losses.append(module.predict_step(batch, 0))
+    module.train()
+    return round(float(torch.cat(losses).mean()), 4)
+
+
+def train(setting: Setting, tokens: int, **curriculum: Any) -> tuple[PretrainModule, Curve]:
+    data = text(setting.seed, setting.rows)
+    pl.seed_everything(setting.seed, verbose=False)
+    config = LlamaConfig(
+        vocab_size=1024,
+        hidden_size=128,
+        intermediate_size=344,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=BLOCK,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    optimizer = partial(
+        torch.optim.AdamW, lr=setting.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
+    module = PretrainModule(config, optimizer=optimizer)
+    schedule = TokenSchedule(tokens, "cosine", warmup_tokens=tokens // 20)
+    curve = Curve(data, schedule, tokens)
+    extra = [Curriculum(**curriculum, preflight=False, filename=None)] if curriculum else []
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=-1,
+        gradient_clip_val=1.0,
+        limit_val_batches=0,
+        callbacks=[schedule, curve, *extra],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+    trainer.fit(module, datamodule=data)
+    return module, curve
+
+
+def run(tokens: int, name: str) -> dict[str, Any]:
+    setting = Setting.read(name)
+    curriculum, seconds = curriculum_of(setting, tokens)
+    module, curve = train(setting, tokens, **curriculum)
+    final = held_out_loss(module, curve.data, sys.maxsize)
+    return {"final": final, "points": curve.points, "index_s": round(seconds, 2)}
+
+
+# What is run
+
+
+class Study:
+    """Which runs are due, from those that are finished.
+
+    Args:
+        runs: Finished ones.
+        tokens: That each run learns from.
+        limit: Runs to do at most; None does all.
+    """
+
+    def __init__(self, runs: Runs, tokens: int, limit: int | None) -> None:
+        self.runs, self.tokens, self.left = runs, tokens, limit
+
+    def finish(self, settings: list[Setting]) -> bool:
+        """Run what is missing; whether all are finished."""
+        before = len(self.runs.found)
+        names = [setting.name for setting in settings]
+        self.runs.finish(names, partial(run, self.tokens), self.left)
+        if self.left is not None:
+            self.left -= len(self.runs.found) - before
+        return all(name in self.runs.found for name in names)
+
+    def final(self, setting: Setting) -> float:
+        """Its loss; infinite if it is none."""
+        loss = self.runs.found[setting.name]["final"]
+        return loss if loss == loss else float("inf")
+
+    def best(self, settings: list[Setting]) -> Setting:
+        return min(settings, key=self.final)
+
+    def sweep(self) -> Setting | None:
+        """The baseline's best setting, once neither of its values lies at an end."""
+        tried = [Setting("baseline", rows, lr, SEED) for rows in ROWS for lr in RATES]
+        while self.finish(tried):
+            best = self.best(tried)
+            rates = sorted(each.lr for each in tried if each.rows == best.rows)
+            rows = sorted({each.rows for each in tried})
+            more: list[Setting] = []
+            if best.lr in (rates[0], rates[-1]):
+                more = [best._replace(lr=best.lr * (2 if best.lr == rates[-1] else 0.5))]
+            elif best.rows == rows[-1] or (best.rows == rows[0] and best.rows > 1):
+                other = best.rows * 2 if best.rows == rows[-1] else best.rows // 2
+                more = [best._replace(rows=other, lr=lr) for lr in rates]
+            if not more:
+                return best
+            tried += more
+        return None
+
+    def ladder(self, arm: str, base: Setting) -> list[Setting]:
+        return [base._replace(arm=arm, lr=base.lr * factor) for factor in LADDER]
+
+    def tuned(self, arm: str, base: Setting) -> Setting | None:
+        """The best of an arm on seed 0; None while runs are missing."""
+        ladder = self.ladder(arm, base)
+        return self.best(ladder) if self.finish(ladder) else None
+
+    def arms(self, base: Setting) -> list[str]:
+        """All arms; those of the best order once it is known."""
+        arms = ["baseline", "reshape", "truncate", "batch", "bucket"]
+        orders = [f"by {metric}" for metric in ORDERS]
+        tuned = {arm: setting for arm in orders if (setting := self.tuned(arm, base))}
+        if len(tuned) == len(orders):
+            best = min(tuned, key=lambda arm: self.final(tuned[arm])).split()[1]
+            orders += [f"{kind} {best}" for kind in ("reshape and", "hard first", "chance")]
+        return arms + orders
+
+    def go_on(self) -> tuple[Setting | None, dict[str, Setting]]:
+        """Run what is due; the baseline's best setting, and that of each arm that is tuned."""
+        base = self.sweep()
+        if base is None:
+            return None, {}
+        tuned = {arm: best for arm in self.arms(base) if (best := self.tuned(arm, base))}
+        for best in tuned.values():
+            self.finish([best._replace(seed=seed) for seed in SEEDS])
+        return base, tuned
+
+
+# Tables
+
+
+def seconds_to(loss: float, found: dict[str, Any]) -> float:
+    """CPU seconds until a run had that loss, between its measurements in proportion."""
+    before = (0.0, float("inf"))
+    for _, seconds, now in found["points"]:
+        if now <= loss:
+            share = 1.0 if before[1] == float("inf") else (before[1] - loss) / (before[1] - now)
+            return found["index_s"] + before[0] + share * (seconds - before[0])
+        before = (seconds, now)
+    return float("inf")
+
+
+def spread(values: list[float], digits: int = 3) -> str:
+    low, middle, high = (f"{f(values):.{digits}f}" for f in (min, median, max))
+    return f"{middle} [{low}, {high}]"
+
+
+def report(study: Study, base: Setting | None, tuned: dict[str, Setting]) -> None:
+    swept = sorted(map(Setting.read, study.runs.found))
+    swept = [each for each in swept if each.arm == "baseline" and each.seed == SEED]
+    rates = sorted({each.lr for each in swept})
+    print("\n| baseline, seed 0 | " + " | ".join(f"{lr:g}" for lr in rates) + " |")
+    print("|---|" + "---:|" * len(rates))
+    for rows in sorted({each.rows for each in swept}):
+        cells = {each.lr: f"{study.final(each):.3f}" for each in swept if each.rows == rows}
+        print(f"| {rows} rows | " + " | ".join(cells.get(lr, "") for lr in rates) + " |")
+    if base is None:
+        return
+    print("\n| arm | lr | at an end | loss on seed 0 | loss, seeds 1 to 3 | CPU, s | ratio |")
+    print("|---|---:|---|---:|---|---|---|")
+    for arm, best in tuned.items():
+        end = "yes" if best.lr in (base.lr * LADDER[0], base.lr * LADDER[-1]) else ""
+        row = f"| {arm} | {best.lr:g} | {end} | {study.final(best):.3f} |"
+        found = study.runs.named(best._replace(seed=-1).name.replace("/-1", "/{seed}"), SEEDS)
+        plain = tuned.get("baseline")
+        if plain is not None and len(found) == len(SEEDS):
+            name = plain._replace(seed=-1).name.replace("/-1", "/{seed}")
+            others = study.runs.named(name, SEEDS)
+            ratios = [
+                seconds_to(other["points"][-1][2], each) / other["points"][-1][1]
+                for each, other in zip(found, others, strict=True)
+            ]
+            cpu = [each["points"][-1][1] + each["index_s"] for each in found]
+            losses = spread([each["final"] for each in found])
+            row += f" {losses} | {spread(cpu, 0)} | {spread(ratios, 2)} |"
+        print(row)
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.set_defaults(runs=CACHE)
+    parser.add_argument("--tokens", type=int, default=1_500_000, help="that a run learns from")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    print(f"torch {torch.__version__}, lightning {pl.__version__}, {given.tokens:,} tokens a run")
+    study = Study(Runs(given.runs / f"study_{given.tokens}.jsonl"), given.tokens, given.limit)
+    report(study, *study.go_on())
+
+
+if __name__ == "__main__":
+    main()
