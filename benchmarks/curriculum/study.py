@@ -12,11 +12,12 @@ the tokens that are learned from, for every arm the same.
 2. Every arm is run with the same rows at LADDER times the baseline's learning rate on seed 0.
 3. The best learning rate of each is run on seeds 1 to 3, which had no part in any choice.
 
-Arms: rows that grow (truncate, reshape, bucket), batches that grow, order by the words of a
-sentence, by rarity, by loss under a reference that has learned a quarter of the tokens (its time is
-the arm's), reshape with the best of these orders, and as controls that order turned round and dealt
-out anew, with the same pacing. Lengths grow over the first LENGTH_SHARE of the tokens, orders over
-the first ORDER_SHARE of the batches.
+Arms: rows that grow (truncate, reshape, bucket, and reshape when the loss has flattened), batches
+that grow, order by the words of a sentence (blocks are of one length), by rarity, by loss under a
+reference that has learned a quarter of the tokens (its time is the arm's), reshape with the best of
+these orders, and as controls that order turned round and dealt out anew, with the same pacing.
+Lengths grow over the first LENGTH_SHARE of the tokens, orders over the first ORDER_SHARE of the
+batches.
 
 The loss is that of whole blocks of held-out chapters. CPU time is the training's alone, without
 what measures it; the ratio is of the time until the baseline's final loss on the same seed.
@@ -60,7 +61,8 @@ from lightning_align.models.build import build_model
 
 CACHE = Path(__file__).parents[1] / "cache/curriculum"
 SEED, SEEDS = 0, (1, 2, 3)
-BLOCK, LEAST = 512, 32  # tokens
+BLOCK = 512  # tokens
+LENGTHS = (32, 64, 128, 256, 512)  # each divides the next: reshaping loses nothing
 ROWS, RATES = (2, 4, 8), (2.5e-3, 5e-3, 1e-2)  # where the sweep begins
 LADDER = (0.5, 1.0, 2.0, 4.0)  # of the baseline's learning rate
 LENGTH_SHARE, ORDER_SHARE = 0.4, 0.5
@@ -96,15 +98,26 @@ def linear(least: int, greatest: int, step: int, **total: int) -> dict[str, Any]
     return {"min_difficulty": least, "max_difficulty": greatest, **pacing}
 
 
+def in_steps(kind: str, **config: Any) -> dict[str, Any]:
+    """A schedule of LENGTHS."""
+    levels = {"difficulty": list(LENGTHS), **config}
+    ends = {"min_difficulty": LENGTHS[0], "max_difficulty": LENGTHS[-1]}
+    return {**ends, "schedule_type": kind, "schedule_config": levels}
+
+
 def curriculum_of(setting: Setting, tokens: int) -> tuple[dict[str, Any], float]:
     """Arguments of ``Curriculum``, and the CPU seconds that it took to know them."""
     arm, rows = setting.arm, setting.rows
-    grows = {"total_curriculum_tokens": int(LENGTH_SHARE * tokens)}
-    length = {"scheduler": linear(LEAST, BLOCK, LEAST, **grows)}
+    end = int(LENGTH_SHARE * tokens)
+    last = [end * (i + 1) // (len(LENGTHS) - 1) for i in range(len(LENGTHS) - 1)]
+    length = {"scheduler": in_steps("fixed_discrete", max_tokens=last)}
     if arm in ("truncate", "reshape", "bucket"):
         return {"length": {"mode": arm, **length}}, 0.0
+    if arm == "self-paced":
+        paced = in_steps("self_paced", window=25, lag=16)  # batches
+        return {"length": {"mode": "reshape", "scheduler": paced}}, 0.0
     if arm == "batch":
-        return {"batch_size": {"scheduler": linear(1, rows, 1, **grows)}}, 0.0
+        return {"batch_size": {"scheduler": linear(1, rows, 1, total_curriculum_tokens=end)}}, 0.0
     if arm == "baseline":
         return {}, 0.0
     kind, _, metric = arm.rpartition(" ")
@@ -334,7 +347,7 @@ class Study:
 
     def arms(self, base: Setting) -> list[str]:
         """All arms; those of the best order once it is known."""
-        arms = ["baseline", "reshape", "truncate", "batch", "bucket"]
+        arms = ["baseline", "reshape", "truncate", "bucket", "batch", "self-paced"]
         orders = [f"by {metric}" for metric in ORDERS]
         tuned = {arm: setting for arm in orders if (setting := self.tuned(arm, base))}
         if len(tuned) == len(orders):
