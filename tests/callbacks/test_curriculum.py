@@ -3,6 +3,7 @@
 import csv
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_align import Curriculum, TokenSchedule
 from lightning_align.data.sequence_length import RowCutter
 from tests.helpers.curriculum import WHOLE, Watch, by_length, linear
+from tests.helpers.ranks import ForkedRanks, run_ranks
 from tests.helpers.resume import SequenceData
 from tests.modules.test_pretrain import fit, gpt2, rows, sgd_module, weights
 
@@ -35,8 +37,15 @@ def trained(
     return module, watch, trainer
 
 
-@pytest.mark.parametrize("mode", ["truncate", "reshape"])
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    ("mode", "accumulate"),
+    [
+        ("truncate", 1),
+        ("reshape", 2),
+        pytest.param("truncate", 2, marks=pytest.mark.slow),
+        pytest.param("reshape", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_equals_one_on_batches_that_were_cut_by_hand(mode: str, accumulate: int) -> None:
     """To the bit, with rows of unequal length in a window; the module is told nothing."""
     ours, watch, trainer = trained([by_length(mode)], accumulate_grad_batches=accumulate)
@@ -159,6 +168,7 @@ def test_what_may_not_be_meant_is_said() -> None:
     assert "training ended at rows of 4 tokens, and the schedule goes on to 12" in said[1]
 
 
+@pytest.mark.slow
 def test_values_are_logged_where_they_change_and_where_loggers_look(tmp_path: Path) -> None:
     """Four lengths in 24 steps, and a line every fourth step: each with what holds there."""
     logger = CSVLogger(tmp_path, version="")
@@ -235,3 +245,28 @@ def Named(curriculum: Curriculum) -> Curriculum:  # noqa: N802
 
     curriculum.__class__ = Another
     return curriculum
+
+
+@pytest.mark.slow
+def test_what_two_ranks_have_lost_is_added_up_and_resumed(tmp_path: Path) -> None:
+    """Each rank counts its own; a resume by one rank goes on with what both have lost."""
+    (tmp_path / "one").mkdir()
+
+    def on(rank: int) -> tuple[float, int]:
+        saving = [ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=2)]
+        curriculum = by_length()
+        options = {"devices": 2, "strategy": "ddp", "plugins": [ForkedRanks(rank, 2)]}
+        _, trainer = data_run(tmp_path, curriculum, *saving, **options)
+        return float(trainer.callback_metrics["curriculum/tokens_lost"]), curriculum._length.lost
+
+    (logged, first), (_, second) = run_ranks(on, timeout_s=120.0)
+    assert logged == first + second
+    assert min(first, second) > 0
+    state = torch.load(tmp_path / "step=2.ckpt", weights_only=True)["lightning_align.curriculum"]
+    assert len(state) == 2
+    alone = by_length()
+    trainer: Any = SimpleNamespace(world_size=1, global_rank=0, is_global_zero=True)
+    module: Any = None
+    alone.on_load_checkpoint(trainer, module, {"lightning_align.curriculum": state})
+    alone.load_state_dict(by_length().state_dict())
+    assert alone._length.lost == sum(state)

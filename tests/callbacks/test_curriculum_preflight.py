@@ -29,7 +29,7 @@ class Sees(pl.Callback):
         pl_module.training_step = noted
 
 
-@pytest.mark.parametrize("mode", ["truncate", "reshape"])
+@pytest.mark.parametrize("mode", ["truncate", pytest.param("reshape", marks=pytest.mark.slow)])
 def test_the_longest_rows_go_first_and_change_nothing(mode: str) -> None:
     sees = Sees()
     ours, watch, trainer = trained([by_length(mode, preflight=True), sees], dropout=0.3)
@@ -40,6 +40,7 @@ def test_the_longest_rows_go_first_and_change_nothing(mode: str) -> None:
     assert not [each for each in trainer.callbacks if isinstance(each, Preflight)]
 
 
+@pytest.mark.slow
 def test_rows_that_do_not_grow_are_not_tried_out() -> None:
     sees = Sees()
     constant = {

@@ -142,6 +142,7 @@ def test_batches_grow_and_no_sample_is_left_out(texts: Path) -> None:
     assert trainer.callback_metrics["curriculum/batch_size"] == 4
 
 
+@pytest.mark.slow
 def test_the_largest_batch_goes_first(texts: Path) -> None:
     tried: list[Any] = []
 
@@ -168,6 +169,7 @@ def test_the_largest_batch_goes_first(texts: Path) -> None:
     assert ours.losses == train(curriculum(False), data(texts))[0].losses
 
 
+@pytest.mark.slow
 def test_truncated_rows_leave_room_for_more_of_them(texts: Path) -> None:
     curriculum = Curriculum(
         length={"mode": "truncate", "scheduler": linear()},

@@ -100,7 +100,7 @@ def record(folder: Path, callback: pl.Callback | None, **options: Any) -> list[A
     return [(folder / "log.0").read_text(), weights_hash(module), facts, written, draws]
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_run_is_the_same_bits_with_and_without(accumulate: int, tmp_path: Path) -> None:
     options = {"accumulate_grad_batches": accumulate}
     theirs = record(tmp_path / "without", None, **options)
