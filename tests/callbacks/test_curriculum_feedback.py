@@ -86,6 +86,7 @@ def decisions(fit: Fit, position: int) -> list[list[int]]:
     return states["Paces"]["schedulers"]["order"]["decisions"]
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_before_and_behind_a_decision(tmp_path: Path) -> None:
     """It is taken with batch 3's loss: from batch 9 on. Each batch around both is tried."""
     fit = a_fit(tmp_path)

@@ -144,14 +144,9 @@ def test_in_buckets_every_pass_learns_each_token_once_in_rows_no_longer_than_all
     assert {line["length"] for line in told} == {4, 8, 16}
 
 
-@pytest.mark.parametrize(
-    "workers", [0, pytest.param(2, marks=pytest.mark.slow)], ids=["here", "workers"]
-)
-@pytest.mark.parametrize(
-    "options",
-    [pytest.param({}, marks=pytest.mark.slow), {"odds": "grow_p2", "cycles": 2}],
-    ids=["even", "odds"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("options", [{}, {"odds": "grow_p2", "cycles": 2}], ids=["even", "odds"])
 def test_buckets_are_resumed_from_any_batch(
     texts: Path, tmp_path: Path, workers: int, options: dict[str, Any]
 ) -> None:
@@ -290,7 +285,7 @@ def test_rows_of_a_stream_grow_and_are_resumed(tmp_path: Path, kind: str) -> Non
     assert widths == [3, 6, 6, 9, 9]
     if kind != "plain":  # rows are cut into more of them
         assert [len(labels) for _, labels, _ in whole[:5]] == [2 * 4, 2 * 2, 2 * 2, 3, 3]
-    for position in (2, 4, 8):
+    for position in (4,) if kind == "stateful" else (2, 8):
         resumed = run(f"from-{position}", ckpt_path=saved(tmp_path, position))
         assert later(resumed, position) == later(whole, position), position
 
@@ -362,7 +357,10 @@ def run_paced(
 
 
 def test_rows_and_order_follow_decisions_that_a_resume_repeats(texts: Path, tmp_path: Path) -> None:
-    """From every batch around the first decision; whoever saves comes first in the Trainer."""
+    """From the batch that it was taken with, and the last before its effect.
+
+    Whoever saves comes first in the Trainer.
+    """
     savers = [ExactResume(), SaveEveryBatch()]
     whole = run_paced(texts, tmp_path, "whole", callbacks=savers, default_root_dir=tmp_path)
     paths = sorted(tmp_path.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
@@ -371,7 +369,7 @@ def test_rows_and_order_follow_decisions_that_a_resume_repeats(texts: Path, tmp_
     effect = found["length"][1][0]
     widths = [len(labels[0]) - 1 for _, labels, _ in whole[:-1]]
     assert widths[effect - 1] == 4 < widths[effect] == 8
-    for position in (effect - 4, effect - 3, effect - 1, effect):
+    for position in (effect - 3, effect - 1):
         name = f"from-{position}"
         resumed = run_paced(texts, tmp_path, name, ckpt_path=paths[position - 1])
         assert later(resumed, position) == later(whole, position), position

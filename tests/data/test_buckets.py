@@ -63,7 +63,7 @@ def test_every_prediction_of_every_document_is_in_one_piece(lengths, least, grea
     assert beyond == pieces.filled_up
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(LENGTHS, st.integers(0, 2**32))
 def test_a_batch_has_one_length_and_the_labels_of_its_pieces(tmp_path_factory, lengths, seed):
     split = a_split(tmp_path_factory.mktemp("split"), lengths)
@@ -99,7 +99,7 @@ def test_a_padding_index_has_nothing_to_predict(tmp_path):
 SIZES = st.lists(st.integers(1, 60), min_size=1, max_size=6)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(SIZES, st.integers(0, 3), st.booleans(), st.integers(1, 4), st.integers(0, 2**32))
 def test_every_pass_has_each_piece_once(sizes, more, grow, cycles, seed):
     """Counted after every batch: in a bucket the times seen never differ by more than one."""

@@ -92,7 +92,7 @@ def run(scheduler, first, last):
     return found
 
 
-@settings(deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, 120), max_size=6), st.integers(1, 9), st.integers(1, 5))
 def test_any_split_of_a_run_into_resumes_has_the_same_levels(cuts, lag, window):
     options = {"lag": lag, "window": window}

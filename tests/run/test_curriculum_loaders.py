@@ -133,7 +133,7 @@ SAMPLERS = [
     *("stateful", "stateful curriculum", "buckets"),
 ]
 STREAMS = ["stream", "stream, workers", "stream, stateful", "stateful stream"]
-FEW = ("curriculum", "stateful", "stateful stream")
+FEW = ("curriculum", "stateful")
 
 
 @pytest.mark.parametrize(
