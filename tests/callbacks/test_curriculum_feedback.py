@@ -17,6 +17,7 @@ from lightning_align.data.pacing import CurriculumScheduler
 from lightning_align.run.callbacks import put_first
 from tests.helpers.ranks import ForkedRanks, run_ranks
 from tests.helpers.resumable import Fit, Plain, every_batch, later, model_checkpoint, resumes
+from tests.helpers.rewinds import Rewinds
 
 ROWS = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
 CONFIG = {"min_difficulty": 8, "max_difficulty": 24, "schedule_type": "self_paced"}
@@ -126,6 +127,18 @@ def test_a_run_is_killed_one_batch_before_and_behind_a_decision_takes_effect(
         assert later(resumed, position) == later(whole, position), position
         for path in tmp_path.glob("*.ckpt"):
             path.unlink()
+
+
+@pytest.mark.slow
+def test_going_back_behind_a_decision_takes_it_again(tmp_path: Path) -> None:
+    fit = a_fit(tmp_path)
+    whole = fit.run()
+    effect = decisions(fit, 18)[1][0]
+    back = Rewinds(effect - 7, effect + 2, times=1)
+    again = fit.run("again", extra=[back])
+    assert back.times == 0
+    assert again[-1] == whole[-1]
+    assert [*dict.fromkeys(again[:-1])] == whole[:-1]  # what was repeated is the same
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import litdata
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -11,7 +12,6 @@ from lightning_align.data.streams import StreamBatches
 from tests.helpers.resumable import Fit, Plain, model_checkpoint, resumes
 
 pytestmark = pytest.mark.peer
-litdata = pytest.importorskip("litdata")
 
 
 def row(index: int) -> torch.Tensor:
