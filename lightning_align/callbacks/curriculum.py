@@ -21,10 +21,9 @@ from lightning_align.callbacks.curriculum_checks import check_orders
 from lightning_align.callbacks.curriculum_feedback import Feedback, self_paced
 from lightning_align.callbacks.curriculum_length import WHERE, LengthPart
 from lightning_align.callbacks.curriculum_picture import MOST_POINTS, LossCurve, draw_run
-from lightning_align.callbacks.curriculum_preflight import Preflight
+from lightning_align.callbacks.curriculum_preflight import Preflight, largest_batch
 from lightning_align.callbacks.curriculum_stream import StreamPart, following
 from lightning_align.data.length_schedule import Samples
-from lightning_align.data.sequence_length import with_rows
 from lightning_align.data.skipped import SkippedBatches
 from lightning_align.reports.pictures import log_figure, new_figure
 from lightning_align.run.callbacks import bring, callbacks_of, put_first
@@ -332,27 +331,8 @@ class Curriculum(Callback):
         """The first batch, made as large as one of the run will be, unless it is the largest."""
         if self._first is None:  # nothing was drawn through us
             return None
-        (n, batch), self._first = self._first, (0, None)
-        rows, length = max(map(self._size_of, {n, *self._changes()}), key=_tokens)
-        here = self._size_of(n)[0], self._length.length_at(n) if self._length else 0
-        if _tokens(here) >= _tokens((rows, length)):
-            return None
-        words = [f"{rows} samples a rank"] if rows else []
-        if self._length is not None:
-            batch = self._length.cut_to(batch, length)
-            words.append(f"rows of {length} tokens")
-        return with_rows(batch, rows) if rows else batch, ", ".join(words)
-
-    def _size_of(self, n: int) -> tuple[int, int]:
-        """Samples of batch n on a rank and its length; 0 where it does not change."""
-        sizes, length = self._stream.sizes, self._length
-        return sizes.size(n) if sizes else 0, length.schedule.length_at(n) if length else 0
-
-    def _changes(self) -> set[int]:
-        """Batches at which either changes."""
-        phases = self._stream.sizes.phases if self._stream.sizes else []
-        stretches = self._length.schedule.stretches() if self._length else []
-        return {n for n, _ in [*phases, *stretches]}
+        first, self._first = self._first, (0, None)
+        return largest_batch(*first, self._stream.sizes, self._length)
 
     # Resuming
 
@@ -403,12 +383,6 @@ def _log(module: LightningModule, name: str, value: float | Tensor) -> None:
     if not isinstance(value, Tensor):
         value = torch.tensor(float(value), device=module.device)
     log_step_value(module, f"curriculum/{name}", value)
-
-
-def _tokens(size: tuple[int, int]) -> tuple[int, int]:
-    """What a batch takes, and of two that take as much the one with longer rows."""
-    rows, length = size
-    return max(rows, 1) * max(length, 1), length
 
 
 def check_rows(trainer: Trainer, mode: str) -> None:
