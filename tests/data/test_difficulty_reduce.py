@@ -41,6 +41,7 @@ def test_out_of_core_is_what_sorting_in_memory_gives(tmp_path, small_pieces, kin
     for name in ("values", "levels", "offsets", "order"):
         np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
     assert ours.order.dtype == np.int32
+    assert (ours.values.dtype.kind == "f") == ("floats" in kind)
     assert not ours.joined
 
 
