@@ -35,6 +35,7 @@ class Collector:
     """
 
     updates: Updates
+    _departures: Departures  # of a backward
 
     def __init__(
         self,
@@ -50,7 +51,6 @@ class Collector:
         self._factor: Tensor | None = None  # by which this backward scales them
         self._scaled: set[str] = set()  # blocks that it has scaled
         self._reductions: Reductions | None = None  # of a backward that closes a window of ranks
-        self._departures: Departures | None = None  # where a device computes
 
     # A backward
 
@@ -64,8 +64,7 @@ class Collector:
             summed = [] if self._gradients.stay else self._blocks[::-1]
             order = [block for block in summed if block.trainable]
             self._reductions = Reductions(self._store.ranks, self._gradients, order, self._reduced)
-        device = self._residents.device
-        self._departures = None if device is None else Departures(device, self._collected)
+        self._departures = Departures(self._residents.place, self._collected)
 
     def arrived(self, block: Block) -> None:
         """The gradient of one of a block's parameters is there."""
@@ -79,8 +78,7 @@ class Collector:
         """Take what the backward has left, and wait for all that is on its way."""
         for block in self._left():  # those of which some parameters have got no gradient
             self._collect(block)
-        if self._departures is not None:
-            self._departures.finish()
+        self._departures.finish()
         if self._reductions is not None:
             self._reductions.finish()
             self._share_what_stays()
@@ -88,9 +86,8 @@ class Collector:
 
     def end(self) -> None:
         """A backward has ended, finished or not."""
-        if self._departures is not None:
-            self._departures.drop()
-        self.early, self._reductions, self._departures = False, None, None
+        self._departures.drop()
+        self.early, self._reductions = False, None
 
     # Blocks
 
@@ -102,14 +99,14 @@ class Collector:
 
     def take_left(self) -> None:
         """Take what is in ``p.grad`` before a forward: gradients of a window that was resumed."""
-        device = self._residents.device
+        departures = Departures(self._residents.place, self._gradients.add)
         for block in self._left():
-            arrived = device.receive(block, block.take_gradients()) if device else None
-            self._gradients.add(block, arrived)
+            departures.take(block)
+        departures.finish()
 
     def _collect(self, block: Block) -> None:
         """All gradients of a block are there, on whatever device."""
-        if self._departures is None or block.gradients_stay:
+        if block.gradients_stay:
             self._collected(block)
         else:
             self._departures.take(block)

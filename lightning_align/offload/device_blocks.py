@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from lightning_align.offload.block import Block
 from lightning_align.offload.buffers import BufferPool
 from lightning_align.offload.device import Copies, Event
+from lightning_align.offload.host_blocks import HostBlocks
 
 _GIVEN_UP = 2  # blocks that were given up and may still be computed with; more are waited for
 
@@ -47,16 +49,22 @@ class DeviceBlocks:
     Args:
         copies: Makes them.
         pool: Memory for gradients that come back.
+
+    Attributes:
+        device: Where they are.
+        lag: Blocks that are fetched before the gradients of one are in host memory.
     """
+
+    lag = 1
 
     def __init__(self, copies: Copies, pool: BufferPool) -> None:
         self.copies, self._pool = copies, pool
+        self.device = copies.device
         self._read: dict[str, tuple[Event, Tensor]] = {}  # host memory that is being copied
         self._given_up: deque[Event] = deque()
 
     def admit(self, block: Block) -> None:
         """Let a block's parameters be on the device from now on, with or without their values."""
-        block.stand_in_on(self.copies.device)
         if block.comes_and_goes:
             block.hide_there()
         else:
@@ -104,24 +112,28 @@ class DeviceBlocks:
         self.copies.to_host(block.there, block.memory).wait()
         block.note_stored()
 
-    @torch.no_grad()
-    def send(self, block: Block, gradients: Mapping[str, Tensor]) -> Arrived:
-        """Begin to copy gradients to host memory.
+    def send(self, block: Block) -> Arrived:
+        """Begin to copy a block's gradients to host memory."""
+        return self._send(block, block.take_gradients())
 
-        Args:
-            block: Of which.
-            gradients: By name of parameter, of the parameter's shape.
-        """
+    @torch.no_grad()
+    def _send(self, block: Block, gradients: Mapping[str, Tensor]) -> Arrived:
         memory = self._pool.take(block.nbytes)
         views = {name: block.places[name].of(memory) for name in gradients}
         events = [self.copies.to_host(gradients[name], view) for name, view in views.items()]
         return Arrived(memory, views, events)
 
-    def receive(self, block: Block, gradients: Mapping[str, Tensor]) -> Arrived:
-        """The same, waited for."""
-        arrived = self.send(block, gradients)
+    def receive(self, block: Block, gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Gradients in host memory, waited for."""
+        arrived = self._send(block, gradients)
         arrived.wait()
-        return arrived
+        return arrived.gradients
+
+    def backward(self) -> AbstractContextManager[Any]:
+        """Around a backward, which would run in another thread than forward and waits."""
+        context: Any = torch.autograd.set_multithreading_enabled
+        found: AbstractContextManager[Any] = context(False)
+        return found
 
     def settle(self, block: Block) -> None:
         """Wait until a block's host memory is no longer copied from."""
@@ -139,20 +151,24 @@ class Departures:
     """Gradients of one backward, on their way to host memory.
 
     Args:
-        device: Where they are.
-        arrived: Called with each block whose gradients have come, in the order of ``take``.
+        place: Where they are.
+        arrived: Called with each block whose gradients have come, in the order of ``take``; None
+            are in ``p.grad``.
     """
 
-    def __init__(self, device: DeviceBlocks, arrived: Callable[[Block, Arrived], None]) -> None:
-        self._device, self._arrived = device, arrived
-        self._under_way: deque[tuple[Block, Arrived]] = deque()
+    def __init__(
+        self,
+        place: HostBlocks | DeviceBlocks,
+        arrived: Callable[[Block, Arrived | None], object],
+    ) -> None:
+        self._place, self._arrived = place, arrived
+        self._under_way: deque[tuple[Block, Arrived | None]] = deque()
 
     def take(self, block: Block) -> None:
         """Begin to copy a block's gradients, and take up those of the block before."""
         block.users += 1  # its values stay in host memory until it is updated
-        sent = self._device.send(block, block.take_gradients())
-        self._under_way.append((block, sent))
-        while len(self._under_way) > 1:
+        self._under_way.append((block, self._place.send(block)))
+        while len(self._under_way) > self._place.lag:
             self._take_up()
 
     def finish(self) -> None:
@@ -162,13 +178,15 @@ class Departures:
 
     def drop(self) -> None:
         """Forget what is under way, where the backward has failed."""
-        for block, sent in self._under_way:
-            block.users -= 1
-            sent.wait()
-        self._under_way.clear()
+        while self._under_way:
+            self._wait()
 
     def _take_up(self) -> None:
+        self._arrived(*self._wait())
+
+    def _wait(self) -> tuple[Block, Arrived | None]:
         block, sent = self._under_way.popleft()
         block.users -= 1
-        sent.wait()
-        self._arrived(block, sent)
+        if sent is not None:
+            sent.wait()
+        return block, sent

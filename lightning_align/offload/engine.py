@@ -10,7 +10,7 @@ where nobody calls its module.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -88,8 +88,7 @@ class OffloadEngine:
         """Wait for writes and copies: what they hold comes back to the pool."""
         self.store.settle_all()
         self.gradients.settle_all()
-        if self.residents.device is not None:
-            self.residents.device.settle_all()
+        self.residents.place.settle_all()
 
     def attach(self) -> None:
         """Fetch blocks from now on when their modules are called."""
@@ -121,8 +120,8 @@ class OffloadEngine:
         Args:
             copies: To and from it; None means in host memory, as at the beginning.
         """
-        device = None if copies is None else DeviceBlocks(copies, self.pool)
-        self.residents.compute_on(device)
+        host = self.residents.host
+        self.residents.compute_in(DeviceBlocks(copies, self.pool) if copies else host)
 
     def optimize_with(
         self, optimizer: Optimizer, *, fresh: bool, has_masters: bool = False
@@ -208,7 +207,7 @@ class OffloadEngine:
         self._phase = "backward"
         self._collector.begin(updates=updates, closes=closes, factor=factor)
         try:
-            with nullcontext() if self.residents.device is None else _in_this_thread():
+            with self.residents.place.backward():
                 yield
             if self.activations is not None:
                 self.activations.settle()
@@ -280,10 +279,3 @@ class OffloadEngine:
             self.activations.close()
         self.store.close()
         self.threads.close()
-
-
-def _in_this_thread() -> AbstractContextManager[Any]:
-    """Around a backward on a device, which would run in another thread than forward and waits."""
-    context: Any = torch.autograd.set_multithreading_enabled
-    found: AbstractContextManager[Any] = context(False)
-    return found

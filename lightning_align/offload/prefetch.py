@@ -14,13 +14,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 
 from lightning_align.offload.block import Block
 from lightning_align.offload.buffers import BufferPool
 from lightning_align.offload.device_blocks import DeviceBlocks
 from lightning_align.offload.files import Transfer
+from lightning_align.offload.host_blocks import HostBlocks
 from lightning_align.offload.store import ShardStore
 
 
@@ -34,7 +34,8 @@ class Residents:
 
     Attributes:
         by_storage: Where in memory those are that need not stay, and compute.
-        device: Where blocks compute, if that is not host memory.
+        host: Host memory as the place where blocks compute.
+        place: Where they do; at first that.
         fetched: Called with a block whose values are here, and the phase, before they are used.
     """
 
@@ -42,7 +43,8 @@ class Residents:
         assert count >= 2
         self.count = count
         self.by_storage: dict[int, Block] = {}
-        self.device: DeviceBlocks | None = None
+        self.host = HostBlocks()
+        self.place: HostBlocks | DeviceBlocks = self.host
         self._store, self._pool = store, pool
         self._reading: dict[str, tuple[Tensor, Transfer]] = {}
         self._own: dict[str, tuple[Tensor, Transfer]] = {}  # sections, for updates to come
@@ -67,9 +69,8 @@ class Residents:
             block: Which one.
             phase: What for; blocks follow each other in a phase as they did the last time.
         """
-        memory = self.values(block, phase)
-        if self.device is not None:
-            memory = self.device.bring(block)
+        self.values(block, phase)
+        memory = self.place.bring(block)
         if block.comes_and_goes:
             self.by_storage[memory.untyped_storage().data_ptr()] = block
         return memory
@@ -91,16 +92,15 @@ class Residents:
         return self._current(block)
 
     def _current(self, block: Block) -> Tensor:
-        if self.device is not None and block.is_edited:
+        if block.is_edited:
             return self.edited(block)
         assert block.memory is not None
         return block.memory
 
     def edited(self, block: Block) -> Tensor:
         """The block's values in host memory, as somebody has edited them where they compute."""
-        if self.device is not None and block.there is not None:
-            self._store.settle(block.name)
-            self.device.take_back(block)
+        self._store.settle(block.name)
+        self.place.take_back(block)
         assert block.memory is not None
         return block.memory
 
@@ -114,11 +114,8 @@ class Residents:
 
     def put(self, block: Block, memory: Tensor) -> None:
         """Let a block have its values in host memory there; they compute when they are fetched."""
-        if self.device is None:
-            block.show(memory)
-        else:
-            block.memory = memory
-            self.device.admit(block)
+        block.memory = memory
+        self.place.admit(block)
 
     def foresee_section(self, block: Block) -> None:
         """Begin to read the section of a block that this rank will update."""
@@ -148,13 +145,11 @@ class Residents:
             transfer.wait()
         else:
             # Where a device computes, the block after it has been fetched: its turn is over.
-            is_past = self.device is not None and block.memory is not None
+            is_past = self.place.lag and block.memory is not None
             values = self.values(block, phase) if alone and not is_past else self._current(block)
             memory = values[block.section]
-        if self.device is not None:
-            self.device.settle(block)
-        if not alone or self.device is not None:
-            block.show_section(memory)
+        self.place.settle(block)
+        block.show_section(memory)
         return memory
 
     def section_updated(self, block: Block) -> None:
@@ -166,11 +161,8 @@ class Residents:
         assert block.memory is not None
         if not alone:
             self._gather(block, block.memory).wait()
-        if self.device is not None:
-            self._compute_no_more(block)
-            self.device.updated(block)
-        elif not alone:
-            block.show(block.memory)
+        self._compute_no_more(block)
+        self.place.updated(block)
 
     def discard(self, block: Block) -> None:
         """Give up a block whose values are no longer those that are stored."""
@@ -178,8 +170,7 @@ class Residents:
             self._reading.pop(block.name)[1].wait()
         self._recent.pop(block.name, None)
         self._compute_no_more(block)
-        if self.device is not None:
-            self.device.leave(block)
+        self.place.leave(block)
         block.hide()
 
     def release(self, block: Block) -> None:
@@ -188,8 +179,7 @@ class Residents:
         if block.users or not block.comes_and_goes:
             return
         self._compute_no_more(block)
-        if self.device is not None:
-            self.device.leave(block)
+        self.place.leave(block)
         if not block.kept:
             block.hide()
 
@@ -206,34 +196,30 @@ class Residents:
         for block in list(self._recent.values()):
             self.release(block)
 
-    def compute_on(self, device: DeviceBlocks | None) -> None:
-        """Let blocks compute somewhere else from now on; None is host memory."""
-        if device is self.device:
+    def compute_in(self, place: HostBlocks | DeviceBlocks) -> None:
+        """Let blocks compute somewhere else from now on."""
+        if place is self.place:
             return
         self.release_all()
-        if self.device is not None:
-            for block in self._store.blocks.values():
-                if block.is_edited:
-                    self.edited(block)
-                block.stand_in_on(torch.device("cpu"))
-                self.device.leave(block)
-                if block.memory is not None:
-                    block.show(block.memory)
-            self.device.settle_all()
-        self.device = device
-        if device is not None:
-            for block in self._store.blocks.values():
-                device.admit(block)
+        for block in self._store.blocks.values():
+            if block.is_edited:
+                self.edited(block)
+            block.stand_in_on(place.device)
+            self.place.leave(block)
+        self.place.settle_all()
+        self.place = place
+        for block in self._store.blocks.values():
+            place.admit(block)
 
     @contextmanager
     def in_host_memory(self) -> Iterator[None]:
         """Around what asks parameters where they are, to put something else there."""
-        device = self.device
-        self.compute_on(None)
+        place = self.place
+        self.compute_in(self.host)
         try:
             yield
         finally:
-            self.compute_on(device)
+            self.compute_in(place)
 
     def _start(self, block: Block) -> None:
         memory = self._pool.take(block.nbytes)

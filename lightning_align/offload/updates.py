@@ -174,8 +174,7 @@ class Updates:
         """
         gradients = block.take_gradients()
         if gradients:
-            device = self._residents.device
-            here = device.receive(block, gradients).gradients if device else gradients
+            here = self._residents.place.receive(block, gradients)
             section = self._residents.take_section(block, phase)
             pieces = {n: p.of_whole(here[n]) for n, p in block.pieces.items() if n in here}
             self._stream.update(block, section, pieces.get)

@@ -144,8 +144,7 @@ class WholeValues:
         block.note_stored()
         if block.kept and self._store.ranks.size > 1:  # what was edited may differ elsewhere
             self._store.ranks.gather(block.name, memory).result()
-            if self._residents.device is not None:
-                self._residents.device.updated(block)
+            self._residents.place.updated(block)
 
     def store_edits(self) -> None:
         """Write what was changed, in place, of values that stay in memory; collective."""
