@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 # Lightning gives a forked process as many threads as there are cores, unless this says otherwise;
 # with another number of threads sums are rounded in another order.
@@ -35,3 +36,14 @@ def _no_test_leaves_its_environment() -> Iterator[None]:
             os.environ[name] = before[name]
         else:
             del os.environ[name]
+
+
+@pytest.fixture(autouse=True)
+def _no_test_leaves_loaders_that_are_watched() -> Iterator[None]:
+    """Lightning notes how loaders are made in a hook, for ever if the hook raises."""
+    yield
+    for cls in (DataLoader, *DataLoader.__subclasses__()):
+        for name in ("__init__", "__setattr__", "__delattr__"):
+            if (saved := f"__old{name}") in vars(cls):
+                setattr(cls, name, vars(cls)[saved])
+                delattr(cls, saved)

@@ -3,6 +3,9 @@
 import os
 
 import lightning.pytorch as pl
+import pytest
+from lightning.pytorch.demos.boring_classes import BoringModel
+from torch.utils.data import DataLoader
 
 
 def test_runs_set_an_environment() -> None:
@@ -15,3 +18,20 @@ def test_the_next_test_finds_none_of_it() -> None:
     assert "MASTER_PORT" not in os.environ
     assert "PL_GLOBAL_SEED" not in os.environ
     assert os.environ["OMP_NUM_THREADS"] == "1"
+
+
+class Refusing(BoringModel):
+    def train_dataloader(self) -> DataLoader[object]:
+        raise ValueError("no data")
+
+
+def test_lightning_watches_loaders_for_ever_once_a_hook_has_raised() -> None:
+    trainer = pl.Trainer(max_steps=1, logger=False, enable_checkpointing=False)
+    with pytest.raises(ValueError, match="no data"):
+        trainer.fit(Refusing())
+    assert hasattr(DataLoader.__init__, "__wrapped__")
+
+
+def test_the_next_test_has_loaders_that_nobody_watches() -> None:
+    assert not hasattr(DataLoader.__init__, "__wrapped__")
+    assert not [name for name in vars(DataLoader) if name.startswith("__old__")]

@@ -248,7 +248,8 @@ def test_what_kernels_do_not_know_ends_no_run(action: str, lazy: bool, tmp_path:
         True
     ] * 2
     same = all(map(torch.equal, ours.parameters(), theirs.parameters()))
-    assert same == (action == "log")
+    # This gradient norm is no outlier, of which clipping would leave less.
+    assert same == (action in {"log", "clip"})
 
 
 def test_nan_in_the_weights_names_the_layer(tmp_path: Any) -> None:
