@@ -14,9 +14,12 @@ rebuild_typed: Any = torch._tensor._rebuild_from_type_v2
 _REBUILD_DENSE: tuple[Any, ...] = (rebuild_with_dtype, torch._utils._rebuild_tensor_v2)
 
 
+_STORAGES = torch.TypedStorage, torch.UntypedStorage  # here, as each value of a state is asked for
+
+
 def is_storage(value: Any) -> bool:
     """Whether a pickler of tensors meets a value as a storage."""
-    return isinstance(value, (torch.TypedStorage, torch.UntypedStorage))
+    return isinstance(value, _STORAGES)
 
 
 def untyped(storage: Any) -> torch.UntypedStorage:

@@ -116,11 +116,11 @@ def link(
             return [walk(item, (*path, number)) for number, item in enumerate(value)]
         if type(value) is not Tensor:
             return value
-        stretches = _OUTLINES.get(value)
-        if stretches is None and value.is_meta:
-            lost.append("/".join(map(str, path)))
-            return value
-        if stretches is not None:
+        if value.is_meta:
+            stretches = _OUTLINES.get(value)
+            if stretches is None:
+                lost.append("/".join(map(str, path)))
+                return value
             in_parts.append(value)
         else:
             source: Any = source_of(value) if value.is_contiguous() else None
@@ -148,9 +148,10 @@ def link(
             "Leave it as it is in on_save_checkpoint, or set save_distributed_checkpoint=False"
         )
         raise argument_error("save_checkpoint", "checkpoint", lost[0], rule, way_out)
+    sizes = {}
     for file, name in names.items():
-        file.link(folder / name)
-    sizes = {name: (folder / name).stat().st_size for name in names.values()}
+        file.link(place := folder / name)
+        sizes[name] = os.stat(place).st_size
     index = {"format": FORMAT, "ranks": ranks, "files": sizes, "tensors": entries}
     body = json.dumps(index).encode()
     (own / INDEX_FILE).write_bytes(xxhash.xxh3_128_hexdigest(body).encode() + b"\n" + body)
