@@ -4,17 +4,21 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lightning_align import PretrainModule
 from lightning_align.__main__ import main
 from lightning_align.cli.generate import stream
 from lightning_align.data.tokenizer import train_tokenizer
+from lightning_align.offload import linked
 from tests.helpers.checkpoints import save_checkpoint
 
 TEXT = "It is a truth universally acknowledged, that a single man must be in want of a wife. " * 9
@@ -152,6 +156,31 @@ def test_a_checkpoint_generates(
     main(["generate", f"--ckpt={checkpoint}", "--prompt=hello", *options])
     ours = text(model, tokenizer, "hello", chat=True, temperature=0.9, seed=3)
     assert capsys.readouterr().out == f"{ours}\n"
+
+
+@pytest.mark.slow  # `make test-laws` runs it
+def test_a_checkpoint_of_links_generates(
+    tmp_path: Path, folder: str, model: Any, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The files of blocks as `zero_infinity` trained them, here at a learning rate of zero."""
+    trainer = pl.Trainer(
+        strategy="zero_infinity",
+        accelerator="cpu",
+        max_steps=1,
+        logger=False,
+        enable_progress_bar=False,
+        default_root_dir=tmp_path,
+    )
+    ids = torch.ones(1, 9, dtype=torch.long)
+    batches = DataLoader([{"input_ids": ids, "labels": ids}], batch_size=None)
+    optimizer = partial(torch.optim.AdamW, lr=0.0)
+    trainer.fit(PretrainModule(folder, optimizer=optimizer), batches)
+    checkpoint = Path(trainer.checkpoint_callback.best_model_path)
+    assert linked.is_linked(checkpoint)
+    capsys.readouterr()
+    options = ["--prompt=It is", "--max_new_tokens=24", "--device=cpu"]
+    main(["generate", f"--ckpt={checkpoint}", f"--tokenizer={folder}", *options])
+    assert capsys.readouterr().out == f"It is{text(model, tokenizer)}\n"
 
 
 def test_mistakes_end_in_a_line(tmp_path: Path, folder: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from transformers import AutoModelForCausalLM, modeling_utils
 
 from lightning_align import AsyncCheckpoint, ExactResume, SavePretrained
@@ -339,22 +339,14 @@ class Fails(Regression):
         raise RuntimeError("in mid-update")
 
 
-class SaveOnException(pl.Callback):
-    def __init__(self, path):
-        self.path = path
-
-    def on_exception(self, trainer, *_):
-        trainer.save_checkpoint(self.path)
-
-
 @pytest.mark.parametrize("distributed", [True, False])
 def test_what_is_saved_in_the_middle_of_an_update_is_the_step_before(tmp_path, distributed):
-    data, keep, path = points(), Keep(3), tmp_path / "saved"
+    data, keep, path = points(), Keep(3), tmp_path / "saved.ckpt"
     fit(tmp_path, Regression(), data, "auto", max_steps=3, callbacks=[keep])
-    save = SaveOnException(path)
+    save = OnExceptionCheckpoint(tmp_path, "saved")
     strategy = small(save_distributed_checkpoint=distributed)
     with pytest.raises(RuntimeError, match="in mid-update"):
-        fit(tmp_path, Fails(ADAMW), data, strategy, callbacks=[save])
+        fit(tmp_path, Fails(ADAMW), data, strategy, callbacks=[save], enable_checkpointing=True)
     assert_holds(path, keep.states[3])
     ends = []
     for kind, ckpt_path in (("auto", None), ("auto", path), (small(overwrite=True), path)):
@@ -366,14 +358,20 @@ def test_what_is_saved_in_the_middle_of_an_update_is_the_step_before(tmp_path, d
 
 
 def test_without_a_whole_step_nothing_is_saved(tmp_path):
-    data, path = points(), tmp_path / "saved"
-    strategy, save = small(atomic_step=False), SaveOnException(path)
+    strategy, save = small(atomic_step=False), OnExceptionCheckpoint(tmp_path, "saved")
     with (
         pytest.raises(RuntimeError, match="in mid-update"),
-        pytest.warns(UserWarning, match="saved is not saved: a step was interrupted"),
+        pytest.warns(UserWarning, match="saved.ckpt is not saved: a step was interrupted"),
     ):
-        fit(tmp_path, Fails(ADAMW), data, strategy, callbacks=[save])
-    assert not path.exists()
+        fit(
+            tmp_path,
+            Fails(ADAMW),
+            points(),
+            strategy,
+            callbacks=[save],
+            enable_checkpointing=True,
+        )
+    assert not (tmp_path / "saved.ckpt").exists()
 
 
 class Edits(pl.Callback):
