@@ -250,7 +250,11 @@ def test_our_module_with_workers() -> None:
 
 @pytest.mark.parametrize(
     "build",
-    [everything, lambda: ours(lisa), lambda: ours(num_workers=2)],
+    [
+        everything,
+        lambda: ours(lisa),
+        pytest.param(lambda: ours(num_workers=2), marks=pytest.mark.slow),
+    ],
     ids=["any", "lisa", "workers"],
 )
 def test_on_two_ranks(build: Callable[[], Parts]) -> None:

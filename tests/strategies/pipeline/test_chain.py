@@ -332,12 +332,13 @@ def check_trains_alike(case: str, **strategy: Any) -> None:
 
 
 SLOW = pytest.mark.slow  # `make test-laws` runs them
+RARE = "again", "reent", "llama", "gemma2", "Subclassed"
 
 
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, marks=SLOW if "again" in case or "reent" in case else ())
+        pytest.param(case, marks=SLOW if any(word in case for word in RARE) else ())
         for case in TRAINED
     ],
 )

@@ -49,7 +49,9 @@ def whole(tmp_path_factory):
     return run_ranks(lambda rank: train(folder, rank), timeout_s=120)[0]
 
 
-@pytest.mark.parametrize("step", [1, pytest.param(3, marks=pytest.mark.slow), STEPS])
+@pytest.mark.parametrize(
+    "step", [1, *(pytest.param(step, marks=pytest.mark.slow) for step in (3, STEPS))]
+)
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_kill_between_two_commits_takes_one_of_them_back(tmp_path, whole, victim, step):
     """The other rank has committed the step already, and goes back to the one before."""

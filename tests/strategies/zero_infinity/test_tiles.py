@@ -143,6 +143,7 @@ def test_a_tile_has_at_least_one_element():
         small(tile_numel=0)
 
 
+@pytest.mark.slow  # `make test-laws` runs it
 def test_ranks_train_in_tiles_as_under_ddp(tmp_path):
     build = lambda: PretrainModule(TINY_MODELS["llama"](), optimizer=SGD)  # noqa: E731
     arguments = {"tile_numel": 300}
