@@ -13,6 +13,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from lightning_align._errors import argument_error
+from lightning_align.durable import sync_path
 
 CHUNK_BYTES = 8 << 20
 
@@ -100,11 +101,7 @@ class Folder:
         """Make the entries of a local folder durable; files are by themselves."""
         if not self.is_local or os.name == "nt":
             return
-        descriptor = os.open(self.root, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_path(self.root)
 
     def open(self, name: str) -> BinaryIO:
         """Open a file for reading.

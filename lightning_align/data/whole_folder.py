@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lightning_align.durable import sync_path
+
 MANIFEST = "manifest.json"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -63,11 +65,11 @@ def write_whole(folder: Path, key: str, write: Callable[[Path], dict[str, Any]])
         writer = FileWriter(temporary / MANIFEST)
         writer.write(json.dumps({"key": key, **manifest}, indent=1).encode())
         writer.close()
-        sync_folder(temporary)
+        sync_path(temporary)
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)
-        sync_folder(folder.parent)
+        sync_path(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -89,7 +91,7 @@ def write_whole_file(path: Path, data: bytes, writer: str) -> None:
         stream.write(data)
         stream.close()
         temporary.replace(path)
-        sync_folder(path.parent)
+        sync_path(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -126,12 +128,3 @@ def hash_of(path: Path) -> str:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -28,9 +28,9 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_align._errors import argument_error
+from lightning_align.durable import sync_path
 from lightning_align.mapped import Part, mapped, part_of, source_of
 from lightning_align.offload.files import DirectFile
-from lightning_align.offload.record import sync_folder
 
 META_FILE, INDEX_FILE = "meta.pt", "index.json"
 FORMAT = 1
@@ -167,7 +167,7 @@ def make_durable(folder: Path) -> None:
     ranks = list(folder.glob("rank*"))
     paths = [folder / META_FILE, *(rank / INDEX_FILE for rank in ranks), *ranks, folder]
     with ThreadPoolExecutor(min(len(paths), _AT_ONCE)) as threads:
-        list(threads.map(sync_folder, paths))
+        list(threads.map(sync_path, paths))
 
 
 # Reading

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import xxhash
 
+from lightning_align.durable import sync_path
 from lightning_align.offload.places import Place
 
 FORMAT = 1
@@ -97,7 +98,7 @@ class Record:
             (folder / BEFORE).unlink(missing_ok=True)
             (folder / BEFORE).hardlink_to(folder / FILE)
         (folder / _NEW).replace(folder / FILE)
-        sync_folder(folder)
+        sync_path(folder)
 
 
 def read_record(folder: Path, name: str = FILE) -> Record | None:
@@ -128,15 +129,6 @@ def read_record(folder: Path, name: str = FILE) -> Record | None:
     # Records of earlier versions have no number; no run of theirs went back on several ranks.
     of_ranks = body["ranks"], body["whole"], body.get("number", body["step"])
     return Record(body["step"], body["slots"], states, body["layout"], payload, *of_ranks)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable, or what is in a file."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _listed(place: StatePlace) -> list[Any]:

@@ -18,13 +18,14 @@ from pathlib import Path
 import xxhash
 from torch import Tensor
 
+from lightning_align.durable import sync_path
 from lightning_align.offload.block import Block, check_names
 from lightning_align.offload.buffers import BufferPool
 from lightning_align.offload.files import DirectFile, Threads, Transfer
 from lightning_align.offload.memory_file import MemoryFile
 from lightning_align.offload.places import aligned
 from lightning_align.offload.ranks import Ranks
-from lightning_align.offload.record import FILE, FILES, Record, StatePlace, read_record, sync_folder
+from lightning_align.offload.record import FILE, FILES, Record, StatePlace, read_record
 from lightning_align.offload.set_aside import set_aside
 from lightning_align.offload.striped import MARK, StripedFile, open_file
 from lightning_align.offload.tuning import TRIAL
@@ -99,7 +100,7 @@ class ShardStore:
         for place in made:
             for path in place.glob(f"*{_FRESH}"):  # of a run that was killed
                 path.unlink()
-            sync_folder(place)
+            sync_path(place)
 
     def _divide(self, *, whole: bool) -> None:
         self.whole = whole

@@ -16,8 +16,8 @@ from lightning_align.data.streams import StreamBatches
 from tests.helpers.ranks import ForkedRanks, run_ranks
 from tests.helpers.resumable import Fit, Plain, async_checkpoint, model_checkpoint, resumes
 from tests.helpers.stateful import StatefulLoader
+from tests.run.test_samplers import ROWS, OwnLoader
 
-ROWS = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
 PACE = {
     "min_difficulty": 8,
     "max_difficulty": 24,
@@ -25,19 +25,6 @@ PACE = {
     "schedule_config": {"total_curriculum_step": 12, "difficulty_step": 4},
 }
 FORKED = {"multiprocessing_context": "fork"}
-
-
-class OwnLoader:
-    """Somebody's own loader."""
-
-    def __init__(self, sampler: PositionSampler) -> None:
-        self.sampler = sampler
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        return (ROWS[indices] for indices in self.sampler)
 
 
 class Numbers(IterableDataset[torch.Tensor]):

@@ -19,10 +19,11 @@ from typing_extensions import override
 
 from lightning_align._errors import argument_error
 from lightning_align.checkpointing.streamed import pieces, save_streamed
+from lightning_align.durable import sync_path
 from lightning_align.offload import linked
 from lightning_align.offload.engine import OffloadEngine
 from lightning_align.offload.ranks import Ranks
-from lightning_align.offload.record import FILE, sync_folder
+from lightning_align.offload.record import FILE
 from lightning_align.offload.store import ShardStore
 from lightning_align.offload.tiles import (
     Tiled,
@@ -341,7 +342,7 @@ class BlockCheckpoints(ParallelStrategy):
                     file.writelines(pieces(rest))
                 linked.make_durable(unfinished)
                 replacing.end(place)
-                sync_folder(place.parent)
+                sync_path(place.parent)
 
     def know_of_saving(self, trainer: pl.Trainer) -> None:
         """Let what Lightning puts together be outlines, where ``save_checkpoint`` links parts."""

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import distributed, nn
 
+from lightning_align.durable import sync_path
 from lightning_align.offload.ranks import Ranks
-from lightning_align.offload.record import BEFORE, FILE, read_record, sync_folder
+from lightning_align.offload.record import BEFORE, FILE, read_record
 from lightning_align.strategies import failure, launching
 from lightning_align.strategies.zero_infinity.blocks import WHERE
 
@@ -102,7 +103,7 @@ def return_to_common_step(folder: Path, ranks: Ranks) -> None:
                     f" step {step} any more. Go on from a checkpoint, with overwrite=True."
                 )
             (folder / BEFORE).replace(folder / FILE)
-            sync_folder(folder)
+            sync_path(folder)
 
 
 # The end
