@@ -70,8 +70,8 @@ class Curriculum(Callback):
         >>> scheduler = {"min_difficulty": 8, "max_difficulty": 64, "schedule_type": "fixed_linear",
         ...              "schedule_config": linear}
         >>> curriculum = Curriculum(length={"mode": "reshape", "scheduler": scheduler})
-        >>> [row["length"] for row in curriculum.preview([0, 50, 100])]
-        [8, 32, 64]
+        >>> {row["batch"]: row["length"] for row in curriculum.preview([0, 50, 100])}
+        {0: 8, 50: 32, 100: 64}
     """
 
     def __init__(

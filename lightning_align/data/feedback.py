@@ -81,10 +81,11 @@ class SelfPaced:
         >>> paced = SelfPaced({
         ...     "min_difficulty": 64, "max_difficulty": 128, "schedule_type": "self_paced",
         ...     "schedule_config": {"difficulty_step": 64, "window": 2, "lag": 3}})
-        >>> [paced.observe(n + 1, loss) for n, loss in enumerate([9.0, 9.0, 9.0, 9.0])][-1]
+        >>> decided = [paced.observe(n + 1, 9.0) for n in range(4)]
+        >>> decided.pop()
         Decision(batch=7, level=1)
-        >>> [paced.get_difficulty(n + 1) for n in (6, 7)]
-        [64, 128]
+        >>> {n: paced.get_difficulty(n + 1) for n in (6, 7)}
+        {6: 64, 7: 128}
     """
 
     unit = "step"
