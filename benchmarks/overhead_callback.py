@@ -12,28 +12,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from next_to_nothing import OneNumber
 from overhead import WARMUP, Figures, SideBySide, arguments, remembered, spread
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_align import ExactResume
 
 STEPS = 1000
 BAR_US = 100
-
-
-class OneNumber(pl.LightningModule):
-    """A step of next to nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.number = torch.nn.Parameter(torch.zeros(()))
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:  # noqa: ARG002
-        return self.number * 1.0
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 class TimedHooks(ExactResume):

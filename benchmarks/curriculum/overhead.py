@@ -12,55 +12,23 @@ rounds. Without it the run has ExactResume as well, which both need. Bar 0.3 ms,
 import argparse
 import logging
 import statistics
-import time
+import sys
 import warnings
-from typing import Any
+from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+sys.path.append(str(Path(__file__).parents[1]))
+
+from next_to_nothing import QUIET, OneNumber, Steps
+
 from lightning_align import Curriculum, ExactResume
 
 WARMUP, STEPS, ROWS, TOKENS = 50, 300, 8, 1024
 BAR_MS, AIM_MS = 0.3, 0.1
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "devices": 1,
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_checkpointing": False,
-    "enable_model_summary": False,
-    "max_epochs": 1,
-}
-
-
-class OneNumber(pl.LightningModule):
-    """A step of next to nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.number = torch.nn.Parameter(torch.zeros(()))
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:  # noqa: ARG002
-        return self.number * 1.0
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-class Steps(pl.Callback):
-    """CPU seconds of each step, from the end of one to the end of the next."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.began = 0.0
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        now = time.thread_time()
-        self.seconds.append(now - self.began)
-        self.began = now
 
 
 def curriculum(mode: str) -> Curriculum:

@@ -14,60 +14,35 @@ snapshot, and medians over the rounds.
 import argparse
 import logging
 import statistics
+import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from next_to_nothing import QUIET, OneNumber, Steps
 
 from lightning_align import PretrainModule, SpikeGuard
 
 WARMUP, STEPS = 100, 500
 BAR_MS, BAR_SHARE = 0.2, 0.03
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "devices": 1,
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_checkpointing": False,
-    "enable_model_summary": False,
-    "max_epochs": 1,
-}
 
 
-class OneNumber(pl.LightningModule):
-    """A step of next to nothing, which says what it came to."""
+class Told(OneNumber):
+    """It says what its step came to."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.number = torch.nn.Parameter(torch.zeros(()))
         self.measured_step = torch.ones(()), torch.ones(())
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:  # noqa: ARG002
-        return self.number * 1.0
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-class Steps(pl.Callback):
-    """CPU seconds of each step, from the end of one to the end of the next."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.began = 0.0
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        now = time.thread_time()
-        self.seconds.append(now - self.began)
-        self.began = now
 
 
 def run(module: pl.LightningModule, batches: Any, guard: SpikeGuard | None) -> list[float]:
@@ -88,7 +63,7 @@ def llama_run(guard: SpikeGuard | None) -> list[float]:
 
 
 def number_run(guard: SpikeGuard | None) -> list[float]:
-    return run(OneNumber(), [torch.zeros(())] * (WARMUP + STEPS), guard)
+    return run(Told(), [torch.zeros(())] * (WARMUP + STEPS), guard)
 
 
 def compared(
