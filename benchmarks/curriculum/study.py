@@ -1,6 +1,6 @@
 """What a curriculum is worth: the baseline is tuned first, then every arm with as many runs.
 
-    python benchmarks/curriculum/study.py --limit 8    # eight runs of about five minutes; resumable
+    python benchmarks/curriculum/study.py --limit 8    # eight runs of about a minute; resumable
     python benchmarks/curriculum/study.py --report     # tables of what is finished
 
 A Llama of 3 blocks and width 128 learns six novels, of which chapters are held out, in blocks of
@@ -49,12 +49,12 @@ from runs import NOVELS, Runs, arguments
 
 from lightning_align import (
     Curriculum,
-    DifficultyAnalyzer,
     PretrainModule,
     TextDataModule,
     TokenSchedule,
 )
 from lightning_align.cli.difficulty import OneByOne
+from lightning_align.data import DifficultyAnalyzer
 from lightning_align.data.difficulty_metrics import VocabularyRarity, count_tokens, tokens_of
 from lightning_align.losses.difficulty import ReferenceLoss
 from lightning_align.models.build import build_model
@@ -68,7 +68,7 @@ LADDER = (0.5, 1.0, 2.0, 4.0)  # of the baseline's learning rate
 LENGTH_SHARE, ORDER_SHARE = 0.4, 0.5
 REFERENCE_SHARE = 0.25  # of the tokens
 ORDERS = ("sentences", "rarity", "loss")
-MARKS, SOME = 16, 64  # measurements of a run, blocks of each
+MARKS, SOME = 16, 24  # measurements of a run, blocks of each
 
 
 class Setting(NamedTuple):
@@ -304,11 +304,10 @@ class Study:
 
     def finish(self, settings: list[Setting]) -> bool:
         """Run what is missing; whether all are finished."""
-        before = len(self.runs.found)
         names = [setting.name for setting in settings]
-        self.runs.finish(names, partial(run, self.tokens), self.left)
+        done = self.runs.finish(names, partial(run, self.tokens), self.left)
         if self.left is not None:
-            self.left -= len(self.runs.found) - before
+            self.left -= done
         return all(name in self.runs.found for name in names)
 
     def final(self, setting: Setting) -> float:
@@ -419,7 +418,7 @@ def report(study: Study, base: Setting | None, tuned: dict[str, Setting]) -> Non
 def main() -> None:
     parser = arguments(__doc__)
     parser.set_defaults(runs=CACHE)
-    parser.add_argument("--tokens", type=int, default=1_500_000, help="that a run learns from")
+    parser.add_argument("--tokens", type=int, default=600_000, help="that a run learns from")
     given = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

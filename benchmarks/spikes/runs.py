@@ -6,11 +6,14 @@ A run is a line of JSON in the file of its study. What is there is not run again
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import lzma
 import sys
 import time
-from collections.abc import Callable, Iterable
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,7 +46,7 @@ def or_inf(value: float) -> float:
 
 
 class Runs:
-    """Finished runs by name.
+    """Finished runs by name, which several processes may add to.
 
     Args:
         path: The file; it and its folder are made with the first run.
@@ -51,24 +54,52 @@ class Runs:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        lines = path.read_text().splitlines() if path.exists() else []
+        self.found: dict[str, Any] = {}
+        self.read()
+
+    def read(self) -> None:
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
         # The last line of a process that was killed may be a piece of one.
         whole = [json.loads(line) for line in lines if line.endswith("}")]
-        self.found: dict[str, Any] = {line.pop("name"): line for line in whole}
+        self.found = {line.pop("name"): line for line in whole}
 
     def finish(
         self, names: Iterable[str], run: Callable[[str], dict[str, Any]], limit: int | None
-    ) -> None:
-        """Run what is missing of ``names``, ``limit`` of them at most."""
-        missing = [name for name in names if name not in self.found]
+    ) -> int:
+        """Run what is missing of ``names`` and no other process is at; how many were run.
+
+        Args:
+            names: Of runs.
+            run: Of a name.
+            limit: Runs to do at most.
+        """
+        done = 0
+        for name in names:
+            if done == limit or name in self.found:
+                continue
+            with self.claim(name) as mine:
+                if mine:
+                    start = time.process_time()
+                    found = {**run(name), "cpu_s": round(time.process_time() - start, 2)}
+                    with self.path.open("a") as file:
+                        file.write(json.dumps({"name": name, **found}) + "\n")
+                    done += 1
+                    sys.stderr.write(f"{done} {name}: {found['cpu_s']} s CPU\n")
+        self.read()
+        return done
+
+    @contextmanager
+    def claim(self, name: str) -> Iterator[bool]:
+        """Whether this process is to run it; a process that dies gives its claim back."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        for number, name in enumerate(missing[:limit], 1):
-            start = time.process_time()
-            found = {**run(name), "cpu_s": round(time.process_time() - start, 2)}
-            self.found[name] = found
-            with self.path.open("a") as file:
-                file.write(json.dumps({"name": name, **found}) + "\n")
-            sys.stderr.write(f"{number}/{len(missing)} {name}: {found['cpu_s']} s CPU\n")
+        with self.path.with_suffix(".lock").open("w") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, zlib.crc32(name.encode()))
+            except OSError:
+                yield False
+                return
+            self.read()
+            yield name not in self.found
 
     def named(self, pattern: str, seeds: Iterable[int]) -> list[dict[str, Any]]:
         """Those of ``pattern``, which has a place {seed}, that are finished."""
