@@ -109,14 +109,7 @@ class ModelLayers:
         Raises:
             ValueError: If the model has no such argument, or does not give its head every token.
         """
-        base: Any = base_model(self.model)
-        called = self.model if base is None else base
-        given = {"position_ids": position_ids, "attention_mask": attention_mask}
-        extra: dict[str, Any] = {n: value for n, value in given.items() if value is not None}
-        for name in extra.keys() - argument_names(type(called).forward):
-            rule = f"{type(called).__name__}.forward has no argument of that name"
-            raise argument_error("ModelLayers.hidden_states", name, "...", rule, "Leave it out")
-        extra.update(no_cache(self.model))
+        base, extra = self._called(position_ids, attention_mask)
         if base is not None:
             return base(input_ids_BT, **extra)[0]  # type: ignore[no-any-return]
 
@@ -131,6 +124,50 @@ class ModelLayers:
             way_out = "Give all the logits, through that module"
             raise probe.model_error(self.model, "hidden_states", rule, way_out)
         return inputs[0]
+
+    def hidden_states_and_router_logits(
+        self,
+        input_ids_BT: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """``hidden_states`` of a mixture of experts, and what its routers said.
+
+        Args:
+            input_ids_BT: Tokens, (B, T).
+            position_ids: Positions as the model's own forward takes them.
+            attention_mask: Mask as the model's own forward takes it.
+
+        Returns:
+            What the head would have been given, (B, T, D), and of each layer with experts the
+            logits of its router, (B T, E).
+
+        Raises:
+            ValueError: If the model has no such argument, or gives no router logits.
+        """
+        base, extra = self._called(position_ids, attention_mask)
+        outputs: Any = (
+            None if base is None else base(input_ids_BT, **extra, output_router_logits=True)
+        )
+        router_logits = getattr(outputs, "router_logits", None)
+        if not router_logits:
+            rule = "it gives no router logits; only mixtures of experts of transformers do"
+            raise probe.model_error(self.model, "hidden_states_and_router_logits", rule)
+        return outputs[0], list(router_logits)
+
+    def _called(
+        self, position_ids: Tensor | None, attention_mask: Tensor | None
+    ) -> tuple[Any, dict[str, Any]]:
+        """What is called for hidden states, None for the model itself, and with which arguments."""
+        base: Any = base_model(self.model)
+        called = self.model if base is None else base
+        given = {"position_ids": position_ids, "attention_mask": attention_mask}
+        extra: dict[str, Any] = {n: value for n, value in given.items() if value is not None}
+        for name in extra.keys() - argument_names(type(called).forward):
+            rule = f"{type(called).__name__}.forward has no argument of that name"
+            raise argument_error("ModelLayers.hidden_states", name, "...", rule, "Leave it out")
+        extra.update(no_cache(self.model))
+        return base, extra
 
     def probe(self) -> None:
         """Check on a few tokens that ``head`` on ``hidden_states`` gives the model's own logits.

@@ -2,21 +2,24 @@
 
 ``linear_cross_entropy`` for pretraining and supervised fine-tuning; ``linear_logprobs`` and
 ``completion_logps`` for everything that needs the log-probability of given tokens; one function for
-each preference loss in ``LOSSES``, from the ``PairScores`` and the ``PreferenceOptions``;
+each preference loss in ``LOSSES``, from the ``PairScores`` and the ``PreferenceOptions``, and for
+those of single completions in ``UNPAIRED_LOSSES``;
 ``ReferenceLoss`` and ``ReferenceMargin`` for how difficult samples are.
 """
 
+from lightning_align.losses.combined import pair_losses, preference_loss
 from lightning_align.losses.difficulty import ReferenceLoss, ReferenceMargin
-from lightning_align.losses.dpo import (
-    Mean,
-    dpo_loss_from_batch,
-    pairs_that_count,
-    preference_step,
-)
+from lightning_align.losses.dpo import dpo_loss_from_batch, preference_step
 from lightning_align.losses.linear_cross_entropy import CrossEntropy, linear_cross_entropy
 from lightning_align.losses.linear_logprobs import TokenLogprobs, linear_logprobs
+from lightning_align.losses.means import Mean, pairs_that_count
 from lightning_align.losses.options import PreferenceOptions, check_preference_arguments
-from lightning_align.losses.preference import LOSSES, pair_losses, preference_loss
+from lightning_align.losses.preference import LOSSES, implicit_rewards
+from lightning_align.losses.router import (
+    experts_per_token,
+    load_balancing_loss,
+    router_coefficient,
+)
 from lightning_align.losses.scores import CompletionScores, PairScores, pair_scores
 from lightning_align.losses.sequence_logps import (
     CompletionLogps,
@@ -24,9 +27,19 @@ from lightning_align.losses.sequence_logps import (
     padding_arguments,
     sequence_logps,
 )
+from lightning_align.losses.unpaired import (
+    UNPAIRED_LOSSES,
+    UnpairedScores,
+    kl_estimate,
+    kl_of_scored,
+    unpaired_loss,
+    unpaired_step,
+    with_margins,
+)
 
 __all__ = [
     "LOSSES",
+    "UNPAIRED_LOSSES",
     "CompletionLogps",
     "CompletionScores",
     "CrossEntropy",
@@ -36,16 +49,26 @@ __all__ = [
     "ReferenceLoss",
     "ReferenceMargin",
     "TokenLogprobs",
+    "UnpairedScores",
     "check_preference_arguments",
     "completion_logps",
     "dpo_loss_from_batch",
+    "experts_per_token",
+    "implicit_rewards",
+    "kl_estimate",
+    "kl_of_scored",
     "linear_cross_entropy",
     "linear_logprobs",
+    "load_balancing_loss",
     "padding_arguments",
     "pair_losses",
     "pair_scores",
     "pairs_that_count",
     "preference_loss",
     "preference_step",
+    "router_coefficient",
     "sequence_logps",
+    "unpaired_loss",
+    "unpaired_step",
+    "with_margins",
 ]

@@ -9,60 +9,42 @@ Shapes: P pairs, B = 2 P sequences, [chosen; rejected]; T tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_align._errors import argument_error
+from lightning_align.losses.combined import loss_terms, weighted_sum
+from lightning_align.losses.means import Mean, pairs_that_count
 from lightning_align.losses.options import PreferenceOptions
-from lightning_align.losses.preference import pair_losses
-from lightning_align.losses.scores import PairScores, check_pairs, pair_scores
-from lightning_align.losses.sequence_logps import CompletionLogps, model_completion_logps
-
-
-@dataclass(frozen=True, eq=False)
-class Mean:
-    """A mean that can still be merged: over batches and ranks, add totals and add counts.
-
-    Attributes:
-        total: Sum of the values, in fp32.
-        count: Number of values: pairs or tokens.
-    """
-
-    total: Tensor
-    count: Tensor
-
-    @property
-    def value(self) -> Tensor:
-        """The mean; 0 of nothing."""
-        return self.total / self.count.clamp(min=1)
-
-
-def pairs_that_count(policy: CompletionLogps) -> Tensor:
-    """Which pairs are in losses and metrics: (P,), True where either side has a completion token.
-
-    A pair without any is what a sampler fills up the last batch of a rank with. One with an empty
-    side is a preference all the same, and TRL counts it: its log-ratio on that side is 0.
-
-    Args:
-        policy: Scored completions, rows [chosen; rejected].
-    """
-    chosen_lengths_P, rejected_lengths_P = policy.lengths_B.chunk(2)
-    return (chosen_lengths_P > 0) | (rejected_lengths_P > 0)
+from lightning_align.losses.preference import implicit_rewards
+from lightning_align.losses.router import (
+    experts_per_token,
+    load_balancing_loss,
+    router_coefficient,
+)
+from lightning_align.losses.scores import PairScores, pair_scores
+from lightning_align.losses.sequence_logps import (
+    CompletionLogps,
+    check_pairs,
+    model_completion_logps,
+)
+from lightning_align.losses.unpaired import kl_of_scored, unpaired_step, with_margins
 
 
 def preference_step(
     policy: CompletionLogps,
-    reference: CompletionLogps,
+    reference: CompletionLogps | None,
     options: PreferenceOptions | None = None,
 ) -> tuple[Tensor, dict[str, Mean]]:
     """Losses and metrics of scored pairs.
 
     The metrics, detached, means over ``pairs_that_count`` unless said otherwise:
 
-    - ``rewards/chosen``, ``rewards/rejected``: beta times the log-ratio to the reference;
-      ``rewards/margins`` is their difference, ``rewards/accuracies`` how often it is positive;
+    - ``rewards/chosen``, ``rewards/rejected``: beta times the log-ratio to the reference, or to
+      none what the (first) loss has as reward; ``rewards/margins`` is their difference,
+      ``rewards/accuracies`` how often it is positive;
     - ``logps/chosen``, ``logps/rejected``: log-probabilities of the completions;
     - ``logits/chosen``, ``logits/rejected``: mean logit, over completion tokens and vocabulary;
     - ``entropy``: over completion tokens, in nats;
@@ -70,41 +52,57 @@ def preference_step(
     - ``kl/k2``: half the squared log-ratio of a token, over completion tokens. That is Schulman's
       estimator k2 of KL(policy || reference) (http://joschu.net/blog/kl-approx.html), never
       negative and zero while the models agree. It estimates the KL only for completions that the
-      policy sampled; on given pairs read it as the distance moved on these texts.
+      policy sampled; on given pairs read it as the distance moved on these texts. Absent without a
+      reference;
+    - ``loss/<name>``: each of several losses, before its weight.
 
     Args:
         policy: Scored by the model in training, rows [chosen; rejected].
-        reference: The same rows scored by the frozen reference.
-        options: Which loss, and its constants; default DPO's. ``ipo`` gets the lengths, as in TRL.
+        reference: The same rows scored by the frozen reference; None if no loss asks for one.
+        options: Which losses, and their constants; default DPO's.
 
     Returns:
-        Loss of each pair, (P,), and the metrics.
+        Loss of each pair, (P,), and the metrics. A loss of the whole batch (sft, aot) is that of
+        each pair, or of each rank of pairs.
 
     Raises:
-        ValueError: If a log-probability of the reference is not finite, or the number of rows is
-            odd.
+        ValueError: If a log-probability of the reference is not finite, a reference is asked for
+            and missing, or the number of rows is odd.
     """
     options = options or PreferenceOptions()
-    scores = pair_scores(policy, reference, "preference_step")
-    return pair_losses(scores, options), _metrics(policy, reference, scores, options.beta)
+    where = "preference_step"
+    if options.needs_reference and reference is None:
+        rule = f"must be given with loss_type={options.loss_type!r}"
+        raise argument_error(where, "reference", None, rule, "Or set reference_free=True")
+    compared = reference if options.needs_reference else None
+    scores = pair_scores(policy, compared, where, ld_alpha=options.ld_alpha)
+    terms = loss_terms(scores, options, pairs_that_count(policy))
+    metrics = _metrics(policy, compared, scores, options)
+    if len(terms) > 1:
+        counted_P = pairs_that_count(policy)
+        for name, losses_P in terms.items():
+            total = (losses_P.detach() * counted_P).sum().float()
+            metrics[f"loss/{name}"] = Mean(total, counted_P.sum())
+    return weighted_sum(terms, options), metrics
 
 
 @torch.no_grad()
 def _metrics(
-    policy: CompletionLogps, reference: CompletionLogps, scores: PairScores, beta: float
+    policy: CompletionLogps,
+    reference: CompletionLogps | None,
+    scores: PairScores,
+    options: PreferenceOptions,
 ) -> dict[str, Mean]:
-    chosen_rewards_P = beta * scores.chosen.logratios
-    rejected_rewards_P = beta * scores.rejected.logratios
+    chosen_rewards_P, rejected_rewards_P = implicit_rewards(scores, options)
     chosen_logits_P, rejected_logits_P = policy.mean_logit_B.chunk(2)
     chosen_lengths_P, rejected_lengths_P = policy.lengths_B.chunk(2)
-    token_logratios_BT = policy.token_logps_BT - reference.token_logps_BT
     num_tokens = policy.lengths_B.sum()
     num_pairs = pairs_that_count(policy).sum()  # the others add zeros to the totals
 
     def over_pairs(values_P: Tensor) -> Mean:
         return Mean(values_P.float().sum(), num_pairs)
 
-    return {
+    metrics = {
         "rewards/chosen": over_pairs(chosen_rewards_P),
         "rewards/rejected": over_pairs(rejected_rewards_P),
         "rewards/accuracies": over_pairs(chosen_rewards_P > rejected_rewards_P),
@@ -115,19 +113,20 @@ def _metrics(
         "logits/rejected": Mean(rejected_logits_P.sum(), rejected_lengths_P.sum()),
         "entropy": Mean(policy.entropy_B.sum(), num_tokens),
         "mean_token_accuracy": Mean(policy.top1_B.chunk(2)[0].sum(), chosen_lengths_P.sum()),
-        "kl/k2": Mean(token_logratios_BT.square().sum() / 2, num_tokens),
     }
+    if reference is not None:
+        token_logratios_BT = policy.token_logps_BT - reference.token_logps_BT
+        metrics["kl/k2"] = Mean(token_logratios_BT.square().sum() / 2, num_tokens)
+    return metrics
 
 
 def dpo_loss_from_batch(
     model: nn.Module,
-    ref_model: nn.Module,
+    ref_model: nn.Module | None,
     batch: Mapping[str, Tensor],
     *,
-    loss_type: str = "sigmoid",
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
     chunk_size: int | None = None,
+    **options: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean preference loss of one batch, and its metrics.
 
@@ -136,36 +135,66 @@ def dpo_loss_from_batch(
 
     Args:
         model: The policy, a decoder that ``find_layers`` can read.
-        ref_model: The frozen reference, which runs without gradients.
+        ref_model: The frozen reference, which runs without gradients; None if no loss asks for it.
         batch: ``input_ids``, ``attention_mask`` and ``completion_mask``, each (2 P, T) with rows
-            [chosen; rejected], as TRL's ``DataCollatorForPreference`` makes it.
-        loss_type: A name in ``LOSSES``: cdpo, hinge, ipo or sigmoid.
-        beta: Strength of the pull to the reference; IPO's tau.
-        label_smoothing: Probability that a preference is the wrong way round, for cdpo.
+            [chosen; rejected], as TRL's ``DataCollatorForPreference`` makes it. For kto and
+            apo_zero_unpaired (P, T), with ``label`` (P,), and for kto completions of other prompts
+            in ``KL_input_ids``, ``KL_attention_mask`` and ``KL_completion_mask``.
         chunk_size: Rows whose logits exist at a time, see ``linear_logprobs``.
+        **options: Arguments of ``PreferenceOptions``: loss_type, beta, loss_weights and more.
 
     Returns:
-        Mean loss over ``pairs_that_count``, and the means that ``preference_step`` lists.
+        Mean loss over ``pairs_that_count``, or over records, and the means that ``preference_step``
+        or ``unpaired_step`` list; ``aux_loss``, that of a router, is in the loss with its weight.
 
     Raises:
         ValueError: If the batch lacks a key or has an odd number of rows, the models are one
-            object, the reference is not finite, or an option is outside its range.
+            object, the reference is missing or not finite, or an option is outside its range.
     """
     where = "dpo_loss_from_batch"
-    options = PreferenceOptions(loss_type, beta, label_smoothing, where)
+    checked = PreferenceOptions(**options, where=where)
     if ref_model is model:
         rule = "must be another object than model: it stays what it is while model learns"
         raise argument_error(where, "ref_model", "model", rule, "Use copy.deepcopy(model)")
-    keys = ("input_ids", "attention_mask", "completion_mask")
-    missing = [key for key in keys if key not in batch]
+    if ref_model is None and checked.needs_reference:
+        rule = f"must be given with loss_type={checked.loss_type!r}"
+        raise argument_error(where, "ref_model", None, rule, "Or set reference_free=True")
+    router = router_coefficient(model, checked.router_aux_loss_coef, where)
+    keys = ["input_ids", "attention_mask", "completion_mask"]
+    with_kl = [f"KL_{key}" for key in keys] if "kto" in checked.loss_types else []
+    asked = [*keys, *["label"] * checked.is_unpaired, *with_kl]
+    missing = [key for key in asked if key not in batch]
     if missing:
         raise argument_error(where, "batch", sorted(batch), f"must have the keys {missing}, too")
-    rows = tuple(batch[key] for key in keys)
-    check_pairs(where, "batch['input_ids'].shape", rows[0])
-    with torch.no_grad():
-        reference = model_completion_logps(ref_model, *rows, chunk_size=chunk_size)
-    policy = model_completion_logps(model, *rows, chunk_size=chunk_size)
-    losses_P, metrics = preference_step(policy, reference, options)
-    counted_P = pairs_that_count(policy)
+    if not checked.is_unpaired:
+        check_pairs(where, "batch['input_ids'].shape", batch["input_ids"])
+
+    def score(of: nn.Module, keys: list[str], **wanted: Any) -> CompletionLogps:
+        rows = [batch[key] for key in keys]
+        return model_completion_logps(of, *rows, chunk_size=chunk_size, **wanted)
+
+    def score_frozen(keys: list[str]) -> CompletionLogps | None:
+        with torch.no_grad():
+            return score(ref_model, keys) if ref_model and checked.needs_reference else None
+
+    router_logits: list[Tensor] | None = [] if router else None
+    policy = score(model, keys, weights=checked.use_weighting, router_logits=router_logits)
+    reference = score_frozen(keys)
+    if checked.is_unpaired:
+        kl: Tensor | float = 0.0
+        if with_kl:
+            with torch.no_grad():
+                kl = kl_of_scored(score(model, with_kl), score_frozen(with_kl))
+        losses_P, metrics = unpaired_step(policy, reference, batch["label"], checked, kl)
+        counted_P = counted_B = policy.lengths_B > 0
+    else:
+        losses_P, metrics = preference_step(policy, reference, checked)
+        counted_P = pairs_that_count(policy)
+        counted_B = counted_P.repeat(2)
     loss = (losses_P * counted_P).sum() / counted_P.sum().clamp(min=1)
-    return loss, {name: mean.value for name, mean in metrics.items()}
+    if router_logits:
+        mask_BT = batch["attention_mask"] * counted_B[:, None]
+        aux_loss = load_balancing_loss(router_logits, experts_per_token(model), mask_BT)
+        loss = loss + router * aux_loss
+        metrics["aux_loss"] = Mean(aux_loss.detach(), counted_P.any())
+    return loss, with_margins({name: mean.value for name, mean in metrics.items()})

@@ -39,16 +39,24 @@ class TokenLogprobs(NamedTuple):
         entropy_N: Entropy of the whole distribution, in nats.
         mean_logit_N: Mean logit over the vocabulary.
         is_top1_N: Whether no other token is likelier; a tie counts, unlike with argmax.
+        log_collision_N: Logarithm of the sum of all squared probabilities, the probability that two
+            samples are the same token; None where it was not asked for.
     """
 
     logps_N: Tensor
     entropy_N: Tensor
     mean_logit_N: Tensor
     is_top1_N: Tensor
+    log_collision_N: Tensor | None = None
 
 
 def linear_logprobs(
-    hidden_ND: Tensor, head: Head, targets_N: Tensor, *, chunk_size: int | None = None
+    hidden_ND: Tensor,
+    head: Head,
+    targets_N: Tensor,
+    *,
+    chunk_size: int | None = None,
+    collision: bool = False,
 ) -> TokenLogprobs:
     """Log-probability of ``targets_N`` under ``head.logits(hidden_ND)``, and its company.
 
@@ -62,6 +70,7 @@ def linear_logprobs(
         chunk_size: Rows whose logits exist at a time; their probabilities are kept for backward
             only if all rows are one chunk. Default: chunks of 24 MiB (CPU), and probabilities of up
             to 64 MiB are kept.
+        collision: Whether ``log_collision_N`` is wanted, which costs a pass over the probabilities.
 
     Returns:
         Log-probabilities and statistics, each (N,).
@@ -81,7 +90,7 @@ def linear_logprobs(
         keep = num_rows * vocab_size * arithmetic.dtype.itemsize <= _KEPT_BYTES
     else:
         keep = num_rows <= chunk_rows
-    options = _Options(arithmetic, chunk_rows, keep, torch.is_grad_enabled())
+    options = _Options(arithmetic, chunk_rows, keep, torch.is_grad_enabled(), collision)
     tensors = hidden_ND, head.weight, head.bias, targets_N
     return TokenLogprobs(*_LinearLogprobs.apply(*tensors, options))  # type: ignore[no-untyped-call]
 
@@ -91,6 +100,7 @@ class _Options(NamedTuple):
     chunk_rows: int
     keep_gradient: bool
     grad_enabled: bool  # Inside a Function it is always off.
+    collision: bool
 
 
 class _LinearLogprobs(Function):
@@ -111,12 +121,15 @@ class _LinearLogprobs(Function):
         num_rows = len(targets_N)
         probs_NV = head.new_empty(num_rows if keep else options.chunk_rows, len(weight_VD))
         outputs = (*head.new_empty(3, num_rows), torch.empty_like(targets_N, dtype=torch.bool))
+        collision_N = head.new_empty(num_rows) if options.collision else None
         for rows in head_chunks.chunks(num_rows, options.chunk_rows):
             logits_RV, targets_R1 = head.logits(rows), targets_N[rows, None]
             probs_RV = probs_NV[rows] if keep else probs_NV[: len(logits_RV)]
             values = _logps_and_statistics(logits_RV, probs_RV, targets_R1)
             for output_N, value_R in zip(outputs, values, strict=True):
                 output_N[rows] = value_R
+            if collision_N is not None:  # before the probabilities become gradients
+                collision_N[rows] = torch.linalg.vecdot(probs_RV, probs_RV).log()
             if keep or frozen_head:
                 _nll_gradient_(probs_RV, logits_RV, targets_R1, options.arithmetic.softcap)
             if frozen_head:
@@ -125,6 +138,8 @@ class _LinearLogprobs(Function):
         ctx.options, ctx.unit_hidden_ND = options, head.gradients[0]
         ctx.kept_NV = probs_NV if keep else None
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N)
+        if collision_N is not None:
+            outputs = (*outputs, collision_N)
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 

@@ -27,6 +27,10 @@ class CompletionLogps(NamedTuple):
         top1_B: Completion tokens that were the likeliest.
         token_logps_BT: Log-probability of each token, (B, T - 1): entry t is of token t + 1, zero
             outside the completion. Differentiable.
+        completion_BT: Which of these entries are of completion tokens, (B, T - 1); None where
+            only sums are known.
+        log_weights_B: Mean over the completion tokens of log p - log(sum of all p squared), the
+            logarithm of WPO's weight; None where it was not asked for.
     """
 
     logps_B: Tensor
@@ -35,6 +39,8 @@ class CompletionLogps(NamedTuple):
     mean_logit_B: Tensor
     top1_B: Tensor
     token_logps_BT: Tensor
+    completion_BT: Tensor | None = None
+    log_weights_B: Tensor | None = None
 
 
 def completion_logps(
@@ -44,6 +50,7 @@ def completion_logps(
     completion_mask_BT: Tensor,
     *,
     chunk_size: int | None = None,
+    weights: bool = False,
 ) -> CompletionLogps:
     """Log-probabilities of completions from hidden states.
 
@@ -56,6 +63,7 @@ def completion_logps(
         input_ids_BT: Prompt, completion and padding, in the order the model saw them.
         completion_mask_BT: 1 for completion tokens, 0 for prompt and padding.
         chunk_size: Rows whose logits exist at a time, see ``linear_logprobs``.
+        weights: Whether ``log_weights_B`` is wanted, which costs one more sum over the logits.
 
     Returns:
         Sums for each sequence; a sequence without completion has zeros.
@@ -72,7 +80,7 @@ def completion_logps(
     sequence_N, position_N = predicted_BT.nonzero(as_tuple=True)
     hidden_ND = hidden_BTD[sequence_N, position_N]
     targets_N = input_ids_BT[sequence_N, position_N + 1]
-    tokens = linear_logprobs(hidden_ND, head, targets_N, chunk_size=chunk_size)
+    tokens = linear_logprobs(hidden_ND, head, targets_N, chunk_size=chunk_size, collision=weights)
 
     def scattered(values_N: Tensor) -> Tensor:
         # Into a rectangle and then summed: the order of the additions never changes.
@@ -80,13 +88,20 @@ def completion_logps(
         return zeros_BT.index_put((sequence_N, position_N), values_N.to(zeros_BT.dtype))
 
     token_logps_BT = scattered(tokens.logps_N)
+    lengths_B = predicted_BT.sum(1)
+    log_weights_B = None
+    if tokens.log_collision_N is not None:
+        aligned_N = tokens.logps_N.detach() - tokens.log_collision_N
+        log_weights_B = scattered(aligned_N).sum(1) / lengths_B.clamp(min=1)
     return CompletionLogps(
         logps_B=token_logps_BT.sum(1),
-        lengths_B=predicted_BT.sum(1),
+        lengths_B=lengths_B,
         entropy_B=scattered(tokens.entropy_N).sum(1),
         mean_logit_B=scattered(tokens.mean_logit_N).sum(1),
         top1_B=scattered(tokens.is_top1_N).sum(1),
         token_logps_BT=token_logps_BT,
+        completion_BT=predicted_BT,
+        log_weights_B=log_weights_B,
     )
 
 
@@ -97,6 +112,7 @@ def sequence_logps(
     completion_mask: Tensor,
     *,
     chunk_size: int | None = None,
+    ld_alpha: float | None = None,
 ) -> Tensor:
     """Log-probability of each completion given its prompt.
 
@@ -106,39 +122,112 @@ def sequence_logps(
         attention_mask: 1 for tokens, 0 for padding, (B, T).
         completion_mask: 1 for completion tokens, 0 for prompt and padding, (B, T).
         chunk_size: Rows whose logits exist at a time, see ``linear_logprobs``.
+        ld_alpha: Weight, in [0, 1], of the tokens by which a completion is longer than the other
+            one of its pair; rows are then [chosen; rejected]. None for 1.
 
     Returns:
         Sums of token log-probabilities in nats, (B,). Differentiable.
 
     Raises:
-        ValueError: If the shapes differ, or a completion token is padding or outside the
-            vocabulary.
+        ValueError: If the shapes differ, a completion token is padding or outside the vocabulary,
+            or rows with an ``ld_alpha`` are no pairs.
     """
-    return model_completion_logps(
+    scored = model_completion_logps(
         model, input_ids, attention_mask, completion_mask, chunk_size=chunk_size
-    ).logps_B
+    )
+    if ld_alpha is None:
+        return scored.logps_B
+    if not 0 <= ld_alpha <= 1:
+        raise argument_error("sequence_logps", "ld_alpha", ld_alpha, "must be None or in [0, 1]")
+    return length_desensitized(scored, ld_alpha)
+
+
+def length_desensitized(scored: CompletionLogps, ld_alpha: float) -> Tensor:
+    """LD-DPO's log-probabilities of completions (Liu et al., arXiv:2409.06411), (B,).
+
+    A completion's tokens up to the length of the other one count in full, those beyond it
+    ``ld_alpha``: a pair no longer prefers length only because longer texts move further.
+
+    Args:
+        scored: Rows [chosen; rejected].
+        ld_alpha: 1 changes nothing, 0 cuts the longer completion.
+
+    Raises:
+        ValueError: If the rows are no pairs, or only their sums are known.
+    """
+    lengths_B, completion_BT = scored.lengths_B, scored.completion_BT
+    check_pairs("length_desensitized", "lengths_B.shape", lengths_B)
+    if completion_BT is None:
+        rule = "must be known where tokens have weights of their own"
+        raise argument_error("length_desensitized", "completion_BT", None, rule)
+    shared_P = torch.minimum(*lengths_B.chunk(2))
+    place_BT = completion_BT.long().cumsum(1)  # 1 for the first token of the completion
+    is_beyond_BT = place_BT > torch.cat([shared_P, shared_P])[:, None]
+    return torch.where(is_beyond_BT, ld_alpha * scored.token_logps_BT, scored.token_logps_BT).sum(1)
+
+
+def check_pairs(where: str, name: str, rows: Tensor) -> None:
+    """Refuse rows that are not [chosen; rejected].
+
+    Raises:
+        ValueError: If their number is odd, or there are none.
+    """
+    if len(rows) == 0 or len(rows) % 2:
+        rule = "the number of rows must be even and not 0: [chosen; rejected]"
+        raise argument_error(where, name, tuple(rows.shape), rule)
 
 
 def model_completion_logps(
-    model: nn.Module, *rows_BT: Tensor, chunk_size: int | None = None
+    model: nn.Module,
+    *rows_BT: Tensor,
+    chunk_size: int | None = None,
+    weights: bool = False,
+    router_logits: list[Tensor] | None = None,
 ) -> CompletionLogps:
     """``sequence_logps`` with everything else that is known about the completions.
+
+    Args:
+        model: As there.
+        rows_BT: ``input_ids``, ``attention_mask`` and ``completion_mask``.
+        chunk_size: As there.
+        weights: Whether ``log_weights_B`` is wanted.
+        router_logits: Gets those of a mixture of experts, which it must then be.
 
     Raises:
         ValueError: As ``sequence_logps``.
     """
-    where = "sequence_logps"
     input_ids, attention_mask, completion_mask = rows_BT
+    check_masks("sequence_logps", *rows_BT)
+    layers = find_layers(model)
+    arguments = padding_arguments(attention_mask)
+    if router_logits is None:
+        hidden_BTD = layers.hidden_states(input_ids, **arguments)
+    else:
+        hidden_BTD, logits = layers.hidden_states_and_router_logits(input_ids, **arguments)
+        router_logits.extend(logits)
+    return completion_logps(
+        hidden_BTD,
+        layers.head,
+        input_ids,
+        completion_mask,
+        chunk_size=chunk_size,
+        weights=weights,
+    )
+
+
+def check_masks(
+    where: str, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor
+) -> None:
+    """Refuse masks that are not of these tokens.
+
+    Raises:
+        ValueError: If the shapes differ, or a completion token is padding.
+    """
     _check_same_shape(where, "attention_mask", attention_mask, input_ids)
     _check_same_shape(where, "completion_mask", completion_mask, input_ids)
     if (completion_mask.bool() & ~attention_mask.bool()).any():
         rule = "must be 0 wherever attention_mask is 0"
         raise argument_error(where, "completion_mask", "...", rule, "Padding is no completion")
-    layers = find_layers(model)
-    hidden_BTD = layers.hidden_states(input_ids, **padding_arguments(attention_mask))
-    return completion_logps(
-        hidden_BTD, layers.head, input_ids, completion_mask, chunk_size=chunk_size
-    )
 
 
 def padding_arguments(attention_mask_BT: Tensor) -> dict[str, Tensor]:

@@ -3,10 +3,12 @@
 import copy
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from typing_extensions import Self, override
@@ -15,11 +17,20 @@ from lightning_align._errors import argument_error
 from lightning_align.layers import ModelLayers, find_layers
 from lightning_align.losses import (
     CompletionLogps,
+    Mean,
     PreferenceOptions,
     completion_logps,
+    experts_per_token,
+    implicit_rewards,
+    kl_of_scored,
+    load_balancing_loss,
     padding_arguments,
+    pair_scores,
     pairs_that_count,
     preference_step,
+    router_coefficient,
+    unpaired_step,
+    with_margins,
 )
 from lightning_align.models.build import Loading, build_model
 from lightning_align.models.rotary import rotary_in_fp32
@@ -29,28 +40,35 @@ from lightning_align.modules.reference import fingerprint, fingerprint_until_0_1
 from lightning_align.modules.window import Sums
 from lightning_align.run.replicas import is_spread
 
+# Keys of completions that belong to other prompts, and what they are among the rows of a batch.
+KL_KEYS = {f"KL_{name}": name for name in ("input_ids", "attention_mask", "completion_mask")}
+
 
 class DPOModule(CausalLMModule):
-    """Align a language model with preference pairs against a frozen reference.
+    """Align a language model with preferences, most often against a frozen reference.
 
     A batch is ``input_ids``, ``attention_mask`` and ``completion_mask`` of shape (2 P, T), rows
-    [chosen; rejected], as ``PreferenceDataModule`` and TRL's collator make it. The head runs on
-    completion tokens only, in fp32. Dropout is off in policy and reference, so that their ratio is
-    1 before the first step. The reference lives outside the module tree: no checkpoint keys, no
-    parameters, still moved and cast with the module.
+    [chosen; rejected], as ``PreferenceDataModule`` and TRL's collator make it; for losses of
+    unpaired records (P, T), with a ``label`` (P,), and for kto the completions of other prompts as
+    ``KL_input_ids`` and so on. The head runs on completion tokens only, in fp32. Dropout is off in
+    policy and reference, so that their ratio is 1 before the first step. The reference lives
+    outside the module tree: no checkpoint keys, no parameters, still moved and cast with the
+    module; losses that need none get none.
 
     Logs ``train_loss`` and TRL's names: ``rewards/chosen``, ``rewards/rejected``,
     ``rewards/accuracies``, ``rewards/margins``, ``logps/*``, ``logits/*``, ``entropy``,
-    ``mean_token_accuracy``; besides ``kl/k2``, ``tokens_seen`` (completion tokens),
-    ``tokens_per_second``, ``grad_norm`` and ``lr``; in validation all with ``val_`` before.
+    ``mean_token_accuracy``; besides ``kl/k2``, ``loss/*`` of several losses, ``aux_loss`` of a
+    mixture of experts, ``tokens_seen`` (completion tokens), ``tokens_per_second``, ``grad_norm``
+    and ``lr``; in validation all with ``val_`` before.
 
     Args:
         model: A module, a Hugging Face name or folder, or a transformers configuration for random
             weights.
         ref_model: The reference, likewise; None freezes a copy of the model as it is now.
-        beta: Strength of the pull to the reference; IPO's tau.
-        loss_type: sigmoid (DPO), hinge (SLiC), ipo or cdpo.
-        label_smoothing: Probability that a preference is the wrong way round, for cdpo.
+        beta: Strength of the pull to the reference; IPO's tau, ORPO's lambda.
+        loss_type: sigmoid (DPO) or another loss of docs/dpo.md, or a list of them.
+        label_smoothing: Probability that a preference is the wrong way round, for losses that
+            smooth.
         optimizer: Builds the optimizer from named parameter groups; default AdamW(lr=3e-4,
             betas=(0.9, 0.95)).
         lr_scheduler: Builds a scheduler from the optimizer; it steps after every optimizer step.
@@ -61,10 +79,29 @@ class DPOModule(CausalLMModule):
             transformers.
         revision: Branch, tag or commit when the model is a hub name.
         trust_remote_code: Whether code that comes with the model may run.
+        loss_weights: Weight of each loss of a list; None for 1 each.
+        f_divergence_type: What is held small between policy and reference, reverse_kl, forward_kl,
+            js_divergence or alpha_divergence.
+        f_alpha_divergence_coef: Alpha of alpha_divergence; 1 is reverse_kl.
+        ld_alpha: Weight of the tokens by which a completion is longer than the other one of its
+            pair (LD-DPO), in [0, 1]; None for 1.
+        length_alpha: Added to the margin of rewards for each token that the chosen completion is
+            longer than the rejected one (R-DPO).
+        use_weighting: Whether to weigh each pair by the probability of both completions (WPO).
+        reference_free: Whether to train without a reference, as if it found all completions alike.
+        discopop_tau: Temperature of discopop's mixture.
+        simpo_gamma: Margin of rewards that simpo and alphapo want.
+        alphapo_alpha: Shape of alphapo's reward, (1 - p^-alpha) / alpha.
+        sft_mean: Of sft, the mean over all chosen tokens of a batch, as in TRL, or over pairs of
+            each one's own mean, which accumulates exactly.
+        desirable_weight: Weight of records whose label is true, for kto and apo_zero_unpaired.
+        undesirable_weight: Weight of the other records.
+        router_aux_loss_coef: Weight of the load-balancing loss of a mixture of experts; None for
+            what the model's configuration says.
 
     Raises:
-        ValueError: If a value is out of its range, a model cannot be loaded or read, or the two
-            models have different vocabularies or are one object.
+        ValueError: If a value is out of its range or would do nothing, a model cannot be loaded or
+            read, or the two models have different vocabularies or are one object.
 
     Example:
         >>> from transformers import LlamaConfig
@@ -81,7 +118,7 @@ class DPOModule(CausalLMModule):
         model: nn.Module | str | PretrainedConfig,
         ref_model: nn.Module | str | PretrainedConfig | None = None,
         beta: float = 0.1,
-        loss_type: str = "sigmoid",
+        loss_type: str | list[str] = "sigmoid",
         label_smoothing: float = 0.0,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -91,8 +128,43 @@ class DPOModule(CausalLMModule):
         attn_implementation: str | None = None,
         revision: str = "main",
         trust_remote_code: bool = False,
+        *,
+        loss_weights: list[float] | None = None,
+        f_divergence_type: str = "reverse_kl",
+        f_alpha_divergence_coef: float = 0.5,
+        ld_alpha: float | None = None,
+        length_alpha: float = 0.0,
+        use_weighting: bool = False,
+        reference_free: bool = False,
+        discopop_tau: float = 0.05,
+        simpo_gamma: float = 0.5,
+        alphapo_alpha: float = 0.25,
+        sft_mean: str = "tokens",
+        desirable_weight: float = 1.0,
+        undesirable_weight: float = 1.0,
+        router_aux_loss_coef: float | None = None,
     ) -> None:
-        options = PreferenceOptions(loss_type, beta, label_smoothing, where="DPOModule")
+        options = PreferenceOptions(
+            loss_type,
+            beta,
+            label_smoothing,
+            loss_weights=loss_weights,
+            f_divergence_type=f_divergence_type,
+            f_alpha_divergence_coef=f_alpha_divergence_coef,
+            ld_alpha=ld_alpha,
+            length_alpha=length_alpha,
+            use_weighting=use_weighting,
+            reference_free=reference_free,
+            discopop_tau=discopop_tau,
+            simpo_gamma=simpo_gamma,
+            alphapo_alpha=alphapo_alpha,
+            sft_mean=sft_mean,
+            desirable_weight=desirable_weight,
+            undesirable_weight=undesirable_weight,
+            router_aux_loss_coef=router_aux_loss_coef,
+            where="DPOModule",
+        )
+        options.refuse_idle("DPOModule")
         both: Loading = {"dtype": dtype, "attn_implementation": attn_implementation}
         both["trust_remote_code"] = trust_remote_code
         loading: Loading = {**both, "revision": revision}
@@ -101,13 +173,26 @@ class DPOModule(CausalLMModule):
         )
         save_plain_hyperparameters(self, model=model, ref_model=ref_model)
         self.options = options
+        self.router_coefficient = router_coefficient(self.model, router_aux_loss_coef, "DPOModule")
+        self._router_logits: list[Tensor] = []
         turn_off_dropout(self.model)
-        self._reference_is_copy = ref_model is None
-        if ref_model is None:
-            reference = copy.deepcopy(self.model)
+        self._reference_is_copy = ref_model is None and options.needs_reference
+        self.reference_layers: ModelLayers | None = None
+        if not options.needs_reference:
+            self._refuse_reference(ref_model)
+        elif ref_model is None:
+            self._adopt_reference(copy.deepcopy(self.model))
         else:
-            reference = build_model(ref_model, where="DPOModule", argument="ref_model", **both)
-        self._adopt_reference(reference)
+            build = partial(build_model, where="DPOModule", argument="ref_model")
+            self._adopt_reference(build(ref_model, **both))
+
+    def _refuse_reference(self, ref_model: object) -> None:
+        self._reference_fingerprint: dict[str, str] = {}
+        if ref_model is not None:
+            rule = f"must be None with loss_type={self.options.loss_type!r}, which needs none"
+            if self.options.reference_free:
+                rule = "must be None with reference_free=True"
+            raise argument_error("DPOModule", "ref_model", type(ref_model).__name__, rule)
 
     def _adopt_reference(self, reference: nn.Module) -> None:
         if reference is self.model:
@@ -124,12 +209,13 @@ class DPOModule(CausalLMModule):
             )
             raise argument_error("DPOModule", "ref_model", type(reference).__name__, rule)
         # nn.Module.__setattr__ registers modules; a ModelLayers is none, so this stays outside.
-        self.reference_layers: ModelLayers = layers
+        self.reference_layers = layers
         self.frozen_modules_filled()
 
     def frozen_modules(self) -> dict[str, nn.Module]:
         """Modules outside the module tree that take part in a step, for strategies."""
-        return {"reference": self.reference_layers.model}
+        layers = self.reference_layers
+        return {} if layers is None else {"reference": layers.model}
 
     def frozen_copies(self) -> dict[str, str]:
         """A reference that begins as a copy of the model, for strategies that bring values."""
@@ -137,49 +223,115 @@ class DPOModule(CausalLMModule):
 
     def frozen_modules_filled(self) -> None:
         """Take the fingerprint of the reference, unless it has no values yet."""
-        reference = self.reference_layers.model
-        # Now, before a strategy casts it: a checkpoint tells whether the reference is the same.
-        self._reference_fingerprint = fingerprint(reference)
-        self._reference_dtypes = {parameter.dtype for parameter in reference.parameters()}
-        self._check_reference()
+        for reference in self.frozen_modules().values():
+            # Now, before a strategy casts it: a checkpoint tells whether the reference is the same.
+            self._reference_fingerprint = fingerprint(reference)
+            self._reference_dtypes = {parameter.dtype for parameter in reference.parameters()}
+            self._check_reference()
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        with rotary_in_fp32(self.reference_layers.model):
-            self.reference_layers.model._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for reference in self.frozen_modules().values():
+            with rotary_in_fp32(reference):
+                reference._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    @override
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if self.reference_layers is not None and not is_spread(self.reference_layers.model):
+            self.reference_layers.probe()
+        coupled = self.options.coupled_losses + ["aux_loss"] * bool(self.router_coefficient)
+        parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        if stage == "fit" and coupled and parts > 1:
+            rank_zero_info(
+                f"DPOModule(loss_type={self.options.loss_type!r}): {' and '.join(coupled)} of a"
+                " batch depends on all of its pairs together. It is taken of each micro-batch on"
+                " each rank alone, as TRL does, so it is not that of the one big batch."
+            )
+
+    # The step
 
     @override
     def model_inputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"input_ids": batch["input_ids"], **padding_arguments(batch["attention_mask"])}
 
-    def score(self, hidden_BTD: Tensor, batch: dict[str, Tensor]) -> tuple[CompletionLogps, ...]:
+    @override
+    def forward_hidden(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """As in every module; the router of a mixture of experts is heard, too, for its loss."""
+        inputs = input_ids, position_ids, attention_mask
+        if not self.router_coefficient:
+            return super().forward_hidden(*inputs)
+        heard = self.layers.hidden_states_and_router_logits(*inputs)
+        hidden_BTD, self._router_logits = heard
+        return hidden_BTD
+
+    def score(
+        self, hidden_BTD: Tensor, batch: dict[str, Tensor]
+    ) -> tuple[CompletionLogps, CompletionLogps | None]:
         """Completions of a batch under (policy, reference)."""
-        rows = batch["input_ids"], batch["completion_mask"]
-        policy = completion_logps(hidden_BTD, self.layers.head, *rows, chunk_size=self.chunk_size)
+        chunk_size, rows = self.chunk_size, (batch["input_ids"], batch["completion_mask"])
+        policy = completion_logps(
+            hidden_BTD,
+            self.layers.head,
+            *rows,
+            chunk_size=chunk_size,
+            weights=self.options.use_weighting,
+        )
+        if self.reference_layers is None:
+            return policy, None
         with torch.no_grad():
             layers, inputs = self.reference_layers, self.model_inputs(batch)
             frozen_BTD = layers.hidden_states(inputs.pop("input_ids"), **inputs)
-            reference = completion_logps(frozen_BTD, layers.head, *rows, chunk_size=self.chunk_size)
-        return policy, reference
+            return policy, completion_logps(frozen_BTD, layers.head, *rows, chunk_size=chunk_size)
 
     @override
     def loss_from_hidden(self, hidden_BTD: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Sums]:
+        if ("label" in batch) != self.options.is_unpaired:
+            kind = "unpaired records, with a 'label'" if self.options.is_unpaired else "pairs"
+            rule = f"is a loss of {kind}; the batch has {sorted(batch)}"
+            raise argument_error("DPOModule", "loss_type", self.options.loss_type, rule)
+        router_logits, self._router_logits = self._router_logits, []
         policy, reference = self.score(hidden_BTD, batch)
-        losses_P, metrics = preference_step(policy, reference, self.options)
-        counted_P = pairs_that_count(policy)
+        if self.options.is_unpaired:
+            kl = self._kl(batch) if "kto" in self.options.loss_types else 0.0
+            step = unpaired_step(policy, reference, batch["label"], self.options, kl)
+            counted_P = counted_B = policy.lengths_B > 0
+        else:
+            step = preference_step(policy, reference, self.options)
+            counted_P = pairs_that_count(policy)
+            counted_B = counted_P.repeat(2)
+        losses_P, metrics = step
         loss, num_pairs = (losses_P * counted_P).sum(), counted_P.sum()
+        if self.router_coefficient:
+            mask_BT = batch["attention_mask"] * counted_B[:, None]
+            aux_loss = load_balancing_loss(router_logits, experts_per_token(self.model), mask_BT)
+            loss = loss + self.router_coefficient * aux_loss * num_pairs
+            metrics["aux_loss"] = Mean(aux_loss.detach() * num_pairs, num_pairs)
         sums: Sums = {name: (mean.total, mean.count) for name, mean in metrics.items()}
         sums["loss"] = (loss, num_pairs)
         sums["tokens"] = (policy.lengths_B.sum(), torch.ones_like(num_pairs))
         return loss, sums
 
+    @torch.no_grad()
+    def _kl(self, batch: dict[str, Tensor]) -> Tensor:
+        """KTO's estimate, from completions that belong to other prompts of the batch."""
+        missing = [key for key in KL_KEYS if key not in batch]
+        if missing:
+            rule = f"needs the keys {missing} in a batch; it has {sorted(batch)}"
+            raise argument_error("DPOModule", "loss_type", "kto", rule)
+        others = {name: batch[key] for key, name in KL_KEYS.items()}
+        return kl_of_scored(*self.score(self.forward_hidden(**self.model_inputs(others)), others))
+
     @override
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        if not is_spread(self.reference_layers.model):
-            self.reference_layers.probe()
+    def derived_metrics(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
+        return with_margins(means)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -205,10 +357,10 @@ class DPOModule(CausalLMModule):
 
     def _check_older_reference(self, saved: str) -> None:
         """An older version's hash tells most other weights apart, unless these were cast since."""
-        reference = self.reference_layers.model
-        is_cast = {p.dtype for p in reference.parameters()} != self._reference_dtypes
-        if saved and not is_cast and saved != fingerprint_until_0_1(reference):
-            raise self._reference_error("another reference")
+        for reference in self.frozen_modules().values():
+            is_cast = {p.dtype for p in reference.parameters()} != self._reference_dtypes
+            if saved and not is_cast and saved != fingerprint_until_0_1(reference):
+                raise self._reference_error("another reference")
         warnings.warn(
             "the checkpoint is of an older version, which knew little of its reference: whether"
             " this is the model that training began with cannot be told for certain",
@@ -218,16 +370,23 @@ class DPOModule(CausalLMModule):
     def _reference_error(self, what: str) -> ValueError:
         rule = f"the checkpoint was trained against {what}"
         way_out = "Pass the model that training began with as ref_model"
-        name = type(self.reference_layers.model).__name__
+        layers = self.reference_layers
+        name = None if layers is None else type(layers.model).__name__
         return argument_error("DPOModule", "ref_model", name, rule, way_out)
 
     @override
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Implicit rewards (P, 2) of the chosen and the rejected completion of each pair."""
+        """Implicit rewards (P, 2) of the chosen and the rejected completion of each pair.
+
+        Of unpaired records (P,), one a record.
+        """
         hidden_BTD = self.forward_hidden(**self.model_inputs(batch))
         policy, reference = self.score(hidden_BTD, batch)
-        rewards_B = self.options.beta * (policy.logps_B - reference.logps_B)
-        return torch.stack(rewards_B.chunk(2), dim=1)
+        if self.options.is_unpaired:
+            frozen_P = 0 if reference is None else reference.logps_B
+            return self.options.beta * (policy.logps_B - frozen_P)
+        scores = pair_scores(policy, reference, "DPOModule", ld_alpha=self.options.ld_alpha)
+        return torch.stack(implicit_rewards(scores, self.options), dim=1)
 
 
 def turn_off_dropout(model: nn.Module) -> None:

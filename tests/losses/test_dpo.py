@@ -18,6 +18,9 @@ from tests.helpers.exact import assert_as_exact_as, value_and_gradients
 from tests.helpers.largest_tensor import LargestTensor
 from tests.helpers.tiny_models import TINY_MODELS, VOCAB_SIZE
 
+# Pairs that are none must not be sorted among the others, nor be in a mean over tokens.
+COUPLED_OPTIONS = [{"loss_type": name} for name in ("aot", "aot_unpaired", "sft")]
+COUPLED_OPTIONS.append({"loss_type": ["sigmoid", "sft"], "use_weighting": True})
 LOSS_OPTIONS = [
     {"loss_type": "sigmoid"},
     {"loss_type": "hinge"},
@@ -122,6 +125,58 @@ def test_only_ipo_divides_by_the_lengths():
     assert losses.tolist() == pytest.approx([1 - 0.05 * 10])
 
 
+def test_several_losses_and_each_of_them():
+    """Margins of 10 and 2 at beta 0.1: hinge's losses are 0 and 0.8, ipo's 5^2 and 3^2."""
+    policy = from_sums([12.0, 4.0, 2.0, 2.0], [1, 1, 1, 1])
+    reference = from_sums([0.0, 0.0, 0.0, 0.0], [1, 1, 1, 1])
+    options = PreferenceOptions(["hinge", "ipo"], beta=0.1, loss_weights=[2.0, 0.5])
+    losses, metrics = preference_step(policy, reference, options)
+    hinge, ipo = [0.0, 0.8], [(10 - 5) ** 2, (2 - 5) ** 2]
+    assert losses.tolist() == pytest.approx(
+        [2 * h + i / 2 for h, i in zip(hinge, ipo, strict=True)]
+    )
+    assert metrics["loss/hinge"].value.item() == pytest.approx(0.4)
+    assert metrics["loss/ipo"].value.item() == pytest.approx(17)
+    _, alone = preference_step(policy, reference, PreferenceOptions("hinge"))
+    assert not any(name.startswith("loss/") for name in alone)
+
+
+@pytest.mark.parametrize(
+    ("options", "rewards"),
+    [
+        ({"loss_type": "cpo"}, (-4.0, -9.0)),
+        ({"loss_type": "simpo"}, (-2.0, -3.0)),
+        ({"loss_type": "orpo"}, (-2.0, -3.0)),
+        ({"loss_type": "alphapo", "alphapo_alpha": 1.0}, (1 - math.exp(2), 1 - math.exp(3))),
+        ({"reference_free": True}, (-4.0, -9.0)),
+    ],
+)
+def test_without_a_reference_rewards_are_those_of_the_loss(options, rewards):
+    policy = from_sums([-4.0, -9.0], [2, 3])
+    _, metrics = preference_step(policy, None, PreferenceOptions(beta=1.0, **options))
+    ours = metrics["rewards/chosen"].value.item(), metrics["rewards/rejected"].value.item()
+    assert ours == pytest.approx(rewards)
+    assert "kl/k2" not in metrics
+
+
+def test_a_reference_that_is_asked_for_is_missed():
+    with pytest.raises(ValueError, match=r"preference_step\(reference=None\): must be given with"):
+        preference_step(from_sums([-4.0, -9.0], [2, 3]), None)
+
+
+def test_sft_does_not_weigh_tokens_as_the_margin_does():
+    """Tokens of -1, -2 and -4 nats against one: ld_alpha 0 leaves -1 of the margin, all of sft."""
+    tokens = torch.tensor([[-1.0, -2.0, -4.0], [-5.0, 0.0, 0.0]])
+    is_token = torch.tensor([[True, True, True], [True, False, False]])
+    policy = from_sums(tokens.sum(1), [3, 1], tokens)._replace(completion_BT=is_token)
+    reference = from_sums([0.0, 0.0], [3, 1], 0 * tokens)._replace(completion_BT=is_token)
+    options = PreferenceOptions(["hinge", "sft"], beta=0.1, ld_alpha=0.0)
+    _, metrics = preference_step(policy, reference, options)
+    assert metrics["loss/hinge"].value.item() == pytest.approx(1 - 0.1 * (-1 + 5))
+    assert metrics["loss/sft"].value.item() == pytest.approx(7 / 3)
+    assert metrics["logps/chosen"].value == -1
+
+
 def test_metrics_of_unequal_batches_add_up():
     """Totals and counts of 1 and 3 pairs give the means over all 4; means of means would not."""
     whole = make_batch(pairs=4)
@@ -145,7 +200,7 @@ def test_metrics_of_unequal_batches_add_up():
     assert (unweighted - together["logps/chosen"].value).abs() > 1e-3
 
 
-@pytest.mark.parametrize("options", LOSS_OPTIONS)
+@pytest.mark.parametrize("options", [*LOSS_OPTIONS, *COUPLED_OPTIONS])
 def test_a_pair_without_completions_counts_nothing(options):
     """Such pairs fill up the last batch of a rank."""
     model, reference = make_models()
@@ -260,8 +315,10 @@ def test_a_reference_that_is_not_finite_is_refused(value):
     ("change", "message"),
     [
         ({"beta": 0.0}, r"beta=0.0\): must be positive"),
-        ({"loss_type": "orpo"}, r"loss_type='orpo'\): must be one of"),
-        ({"label_smoothing": 0.1}, "must be 0 with loss_type='sigmoid'"),
+        ({"loss_type": "orbo"}, r"loss_type='orbo'\): must be one of.*nearest is 'orpo'"),
+        ({"loss_type": "exo_pair"}, r"label_smoothing=0.0\): must be above 0 with exo_pair"),
+        ({"loss_type": ["sigmoid"], "loss_weights": [1, 2]}, "must have one weight for each loss"),
+        ({"ref_model": None}, r"ref_model=None\): must be given with loss_type='sigmoid'"),
         ({"batch": {"input_ids": torch.ones(2, 3)}}, r"\['attention_mask', 'completion_mask'\]"),
         (
             {"batch": {name: rows[1:] for name, rows in make_batch().items()}},

@@ -100,11 +100,14 @@ def test_statistics_match_their_definitions():
     logits = head.logits(hidden)
     targets[:4] = logits[:4].argmax(-1)
     logps = logits.log_softmax(-1)
-    ours = linear_logprobs(hidden, head, targets, chunk_size=3)
+    ours = linear_logprobs(hidden, head, targets, chunk_size=3, collision=True)
     torch.testing.assert_close(ours.entropy_N, -(logps.exp() * logps).sum(-1).detach())
     torch.testing.assert_close(ours.mean_logit_N, logits.mean(-1).detach())
     assert torch.equal(ours.is_top1_N, logits.argmax(-1) == targets)
     assert ours.is_top1_N[:4].all()
+    collision = logps.exp().square().sum(-1).log().detach()
+    torch.testing.assert_close(ours.log_collision_N, collision)
+    assert linear_logprobs(hidden, head, targets).log_collision_N is None
     assert not any(statistic.requires_grad for statistic in ours[1:])
 
 
@@ -137,8 +140,9 @@ def test_neither_chunks_nor_the_order_of_rows_change_anything(chunk_size, order)
     hidden, head, targets = make_inputs(torch.float64, **HEADS["all"])
     weights = torch.linspace(-1, 2, N).double()
     tensors = leaves(hidden, head)
-    once = linear_logprobs(hidden, head, targets, chunk_size=N)
-    again = linear_logprobs(hidden[order], head, targets[order], chunk_size=chunk_size)
+    wanted = {"collision": True}
+    once = linear_logprobs(hidden, head, targets, chunk_size=N, **wanted)
+    again = linear_logprobs(hidden[order], head, targets[order], chunk_size=chunk_size, **wanted)
     for one, other in zip(once, again, strict=True):
         torch.testing.assert_close(one[order], other, rtol=1e-12, atol=1e-12)
     for one, other in zip(
@@ -237,7 +241,7 @@ def test_softmax_may_overwrite_its_input_on_cuda():
 
 def test_no_rows_are_no_error():
     hidden, head, targets = make_inputs()
-    result = linear_logprobs(hidden[:0], head, targets[:0])
+    result = linear_logprobs(hidden[:0], head, targets[:0], collision=True)
     gradients = torch.autograd.grad(result.logps_N.sum(), leaves(hidden, head))
     assert all(len(values) == 0 for values in result)
     assert all((gradient == 0).all() for gradient in gradients)

@@ -3,6 +3,7 @@ import torch
 
 from lightning_align.layers import Head, find_layers
 from lightning_align.losses import completion_logps, padding_arguments, sequence_logps
+from lightning_align.losses.sequence_logps import length_desensitized
 from tests.helpers.largest_tensor import LargestTensor
 from tests.helpers.tiny_models import TINY_MODELS, VOCAB_SIZE, PlainDecoder, TiedDecoder
 
@@ -92,7 +93,7 @@ def scored(batch, model=None):
     layers = find_layers(model or TINY_MODELS["llama"]())
     hidden = layers.hidden_states(batch["input_ids"])
     masks = batch["input_ids"], batch["completion_mask"]
-    return hidden, layers.head, completion_logps(hidden, layers.head, *masks)
+    return hidden, layers.head, completion_logps(hidden, layers.head, *masks, weights=True)
 
 
 def test_sums_match_the_full_logits():
@@ -112,6 +113,10 @@ def test_sums_match_the_full_logits():
     torch.testing.assert_close(ours.mean_logit_B, mean_logits, rtol=1e-5, atol=1e-5)
     assert ours.top1_B.tolist() == top1.sum(1).tolist()
     assert ours.lengths_B.tolist() == [completion for _, completion in LENGTHS]
+    assert torch.equal(ours.completion_BT, mask.bool())
+    collision = logps.exp().square().sum(-1).log()
+    weights = ((token_logps - collision) * mask).sum(1) / mask.sum(1).clamp(min=1)
+    torch.testing.assert_close(ours.log_weights_B, weights.detach(), rtol=1e-5, atol=1e-5)
     differentiable = {name for name, values in ours._asdict().items() if values.requires_grad}
     assert differentiable == {"logps_B", "token_logps_BT"}
     parts = torch.autograd.grad(ours.token_logps_BT.sum(), hidden, retain_graph=True)
@@ -139,6 +144,37 @@ def test_a_sequence_without_completion_is_zero_and_harmless():
     torch.testing.assert_close(ours.logps_B[[0, 2, 3]], reference.logps_B[[0, 2, 3]])
     (gradient,) = torch.autograd.grad(ours.logps_B.sum(), hidden)
     assert torch.isfinite(gradient).all()
+
+
+def test_tokens_beyond_the_other_completion_weigh_less():
+    """Rows 0 and 2 are a pair of 4 and 2 tokens, which share 2; rows 1 and 3 of 1 and 3 share 1."""
+    batch = padded("right")
+    _, _, ours = scored(batch)
+    shared = {0: 2, 1: 1, 2: 2, 3: 1}
+    for ld_alpha in (0.0, 0.25, 1.0):
+        expected = []
+        for row, (prompt, completion) in enumerate(LENGTHS):
+            tokens = ours.token_logps_BT[row, prompt - 1 : prompt - 1 + completion]
+            assert (tokens != 0).all()
+            expected.append(tokens[: shared[row]].sum() + ld_alpha * tokens[shared[row] :].sum())
+        torch.testing.assert_close(length_desensitized(ours, ld_alpha), torch.stack(expected))
+    model = TINY_MODELS["llama"]()
+    whole = sequence_logps(model, **batch, ld_alpha=1.0)
+    torch.testing.assert_close(whole, sequence_logps(model, **batch))
+
+
+def test_tokens_without_a_place_have_no_weight_of_their_own():
+    _, _, ours = scored(padded("right"))
+    with pytest.raises(ValueError, match=r"completion_BT=None\): must be known where tokens have"):
+        length_desensitized(ours._replace(completion_BT=None), 0.5)
+
+
+def test_bad_weights_of_tokens_are_named():
+    model, batch = TINY_MODELS["llama"](), padded("right")
+    with pytest.raises(ValueError, match=r"sequence_logps\(ld_alpha=2.0\): must be None or in"):
+        sequence_logps(model, **batch, ld_alpha=2.0)
+    with pytest.raises(ValueError, match=r"lengths_B.shape=\(3,\)\): the number of rows must be"):
+        sequence_logps(model, **{name: rows[:3] for name, rows in batch.items()}, ld_alpha=0.5)
 
 
 def test_masks_of_any_dtype():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import GPT2Config, LlamaConfig
+from transformers import GPT2Config, LlamaConfig, MixtralConfig
 
 from lightning_align import DPOModule
 from lightning_align.losses import dpo_loss_from_batch
@@ -62,23 +62,186 @@ def test_first_loss_is_log_two_in_training_mode_with_dropout_in_the_config(famil
     assert float(sums["kl/k2"][0]) == 0.0
 
 
+def moved(ours: DPOModule) -> DPOModule:
+    """The same, its policy a little away from its reference."""
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return ours
+
+
+def assert_step_equals_the_function(
+    ours: DPOModule, batch: dict[str, torch.Tensor], **options: Any
+) -> None:
+    loss, sums = step(moved(ours), batch)
+    reference = ours.frozen_modules().get("reference")
+    theirs, metrics = dpo_loss_from_batch(ours.model, reference, batch, **options)
+    torch.testing.assert_close(loss / sums["loss"][1], theirs, rtol=1e-6, atol=0)
+    means = {name: total / count.clamp(min=1) for name, (total, count) in sums.items()}
+    means = ours.derived_metrics(means)
+    for name, value in metrics.items():
+        torch.testing.assert_close(means[name], value, rtol=1e-6, atol=1e-7)
+    assert means.keys() - metrics.keys() == {"loss", "tokens"}
+
+
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_step_equals_the_function_on_the_batch(family: str, loss_type: str) -> None:
     smoothing = 0.1 if loss_type == "cdpo" else 0.0
     options = {"loss_type": loss_type, "beta": 0.3, "label_smoothing": smoothing}
-    ours = module(CONFIGS[family], **options)
-    with torch.no_grad():
-        for parameter in ours.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
+    assert_step_equals_the_function(module(CONFIGS[family], **options), pairs(0, 1, 2), **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]},
+        {"loss_type": ["hinge", "aot"], "label_smoothing": 0.1},
+        {"loss_type": ["simpo", "sft"], "sft_mean": "pairs"},
+        {"loss_type": "orpo"},
+        {"use_weighting": True, "ld_alpha": 0.5, "length_alpha": 0.01},
+        {"f_divergence_type": "js_divergence", "reference_free": True},
+    ],
+    ids=str,
+)
+def test_step_with_options_equals_the_function_on_the_batch(options: dict[str, Any]) -> None:
+    assert_step_equals_the_function(module(**options), pairs(0, 1, 2), **options)
+
+
+@pytest.mark.parametrize("options", [{"loss_type": "cpo"}, {"reference_free": True}], ids=str)
+def test_a_loss_that_needs_no_reference_has_none(options: dict[str, Any], tmp_path: Path) -> None:
+    """Neither a copy in memory nor its forward; checkpoints know of none."""
+    ours = module(**options)
+    assert ours.frozen_modules() == ours.frozen_copies() == {}
+    trainer = fit(ours, [pairs(0, 1)], max_epochs=2)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert "kl/k2" not in trainer.callback_metrics
+    again = module(**options)
+    fit(again, [pairs(0, 1)], ckpt_path=tmp_path / "a.ckpt", max_epochs=3)
+    assert not torch.equal(weights(again), weights(ours))
+
+
+UNPAIRED = {
+    **{name: rows[:3] for name, rows in pairs(0, 1, 2).items()},
+    **{f"KL_{name}": rows[[2, 0, 1]] for name, rows in pairs(0, 1, 2).items()},
+    "label": torch.tensor([True, False, True]),
+}
+
+
+@pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
+def test_unpaired_step_equals_the_function_on_the_batch(loss_type: str) -> None:
+    options = {"loss_type": loss_type, "beta": 0.3, "desirable_weight": 1.5}
+    assert_step_equals_the_function(module(**options), UNPAIRED, **options)
+
+
+def test_training_on_unpaired_records_tells_good_from_bad() -> None:
+    ours = module(loss_type="kto")
+    trainer = fit(ours, [UNPAIRED], max_epochs=20)
+    assert float(trainer.callback_metrics["rewards/margins"]) > 0
+    assert float(trainer.callback_metrics["rewards/chosen"]) > 0
+    rewards = ours.predict_step(UNPAIRED, 0)
+    assert rewards.shape == (3,)
+    assert rewards[1] < min(rewards[0], rewards[2])
+
+
+def test_batches_of_the_other_kind_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"loss_type='sigmoid'\): is a loss of pairs; the batch"):
+        step(module(), UNPAIRED)
+    with pytest.raises(ValueError, match=r"loss_type='kto'\): is a loss of unpaired records"):
+        step(module(loss_type="kto"), pairs(0, 1))
+    without = {name: rows for name, rows in UNPAIRED.items() if not name.startswith("KL_")}
+    with pytest.raises(ValueError, match=r"loss_type='kto'\): needs the keys \['KL_input_ids'"):
+        step(module(loss_type="kto"), without)
+
+
+def mixture_of_experts(**options: Any) -> MixtralConfig:
+    return MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_router_is_trained_by_its_own_loss(checkpointing: bool) -> None:
+    """It is a part of the loss, with the gradient that the function of a batch gives."""
+    ours = module(
+        mixture_of_experts(), router_aux_loss_coef=0.5, activation_checkpointing=checkpointing
+    )
     batch = pairs(0, 1, 2)
+    theirs, metrics = dpo_loss_from_batch(
+        ours.model, ours.reference_layers.model, batch, router_aux_loss_coef=0.5
+    )
     loss, sums = step(ours, batch)
-    reference = ours.reference_layers.model
-    theirs, metrics = dpo_loss_from_batch(ours.model, reference, batch, **options)
     torch.testing.assert_close(loss / 3, theirs, rtol=1e-6, atol=0)
-    for name, value in metrics.items():
-        total, count = sums[name]
-        torch.testing.assert_close(total / count, value, rtol=1e-6, atol=1e-7)
+    total, count = sums["aux_loss"]
+    torch.testing.assert_close(total / count, metrics["aux_loss"], rtol=1e-6, atol=0)
+    routers = [p for name, p in ours.model.named_parameters() if "gate" in name]
+    assert routers
+    for ours_, theirs_ in zip(
+        torch.autograd.grad(loss / 3, routers), torch.autograd.grad(theirs, routers), strict=True
+    ):
+        assert ours_.abs().max() > 0
+        torch.testing.assert_close(ours_, theirs_, rtol=1e-4, atol=1e-6)
+
+
+def test_a_router_loss_is_on_by_default_and_can_be_switched_off() -> None:
+    """As in TRL, with the weight in the model's configuration."""
+    on = module(mixture_of_experts(router_aux_loss_coef=0.25))
+    off = module(mixture_of_experts(), router_aux_loss_coef=0.0)
+    assert on.router_coefficient == 0.25
+    loss, sums = step(on, pairs(0, 1))
+    without, no_sums = step(off, pairs(0, 1))
+    torch.testing.assert_close(loss - without, 0.25 * sums["aux_loss"][0])
+    assert "aux_loss" not in no_sums
+    assert "aux_loss" in fit(on, [pairs(0, 1)]).callback_metrics
+
+
+COUPLED = [
+    (CONFIGS["llama"], {"loss_type": "aot_unpaired", "beta": 5.0}),
+    (CONFIGS["llama"], {"loss_type": ["sigmoid", "sft"]}),
+    (mixture_of_experts(), {"router_aux_loss_coef": 0.5}),
+]
+
+
+@pytest.mark.parametrize(("config", "options"), COUPLED, ids=["aot", "sft", "router"])
+def test_a_loss_of_the_whole_batch_is_taken_of_each_micro_batch(
+    config: Any, options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Said once at set-up: the mean of theirs, weighed by pairs, as in TRL with equal batches."""
+    batches = [pairs(0), pairs(1, 2, 3)]
+    ours = moved(module(config, **options))
+    parts = [step(ours, batch)[0] for batch in batches]
+    whole = step(ours, pairs(0, 1, 2, 3))[0]
+    assert not torch.allclose(sum(parts), whole, rtol=1e-4)
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        fit(module(config, **options), batches, accumulate_grad_batches=2)
+        assert caplog.text.count("depends on all of its pairs together") == 1
+        caplog.clear()
+        fit(module(config, **options), batches)
+        assert "depends on" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_type": ["sigmoid", "sft"], "sft_mean": "pairs"},
+        {"loss_type": ["simpo", "orpo"], "use_weighting": True},
+        {"ld_alpha": 0.3, "f_divergence_type": "forward_kl"},
+    ],
+    ids=str,
+)
+def test_all_other_losses_accumulate_exactly(options: dict[str, Any]) -> None:
+    one, many = module(**options).double(), module(**options).double()
+    fit(one, [pairs(0, 1, 2, 3)])
+    fit(many, [pairs(0), pairs(1, 2, 3)], accumulate_grad_batches=2)
+    assert_same_sums(many, one)
 
 
 def test_reference_has_no_parameters_and_no_checkpoint_keys_but_follows_casts() -> None:
@@ -139,10 +302,7 @@ def test_pair_without_completions_teaches_and_counts_nothing() -> None:
 def test_a_pair_with_one_empty_side_is_weighted_as_in_the_function_of_a_batch(row: int) -> None:
     ours, batch = module(), pairs(0, 1)
     batch["completion_mask"][row] = 0
-    with torch.no_grad():
-        for parameter in ours.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    loss, sums = step(ours, batch)
+    loss, sums = step(moved(ours), batch)
     theirs, metrics = dpo_loss_from_batch(ours.model, ours.reference_layers.model, batch)
     assert int(sums["loss"][1]) == 2
     torch.testing.assert_close(loss / 2, theirs, rtol=1e-6, atol=0)
@@ -285,7 +445,24 @@ def test_turn_off_dropout_reaches_modules_and_functional_probabilities() -> None
     [
         ({"beta": 0.0}, r"DPOModule\(beta=0.0\): must be positive"),
         ({"beta": 10**400}, r"DPOModule\(beta=10+\): must be positive and finite"),
-        ({"loss_type": "dpo"}, r"loss_type='dpo'\): must be one of 'cdpo', 'hinge', 'ipo'"),
+        ({"loss_type": "dpo"}, r"loss_type='dpo'\): must be one of 'alphapo',.*nearest is 'cdpo'"),
+        ({"loss_type": ["sigmoid", "stf"]}, r"loss_type=\['sigmoid', 'stf'\]\).*nearest is 'sft'"),
+        ({"loss_weights": [1.0, 1.0]}, r"loss_weights=\[1.0, 1.0\]\): must have one weight"),
+        ({"loss_type": "exo_pair"}, r"label_smoothing=0.0\): must be above 0 with exo_pair"),
+        ({"loss_type": "aot", "use_weighting": True}, r"use_weighting=True\): must be False with"),
+        (
+            {"loss_type": "apo_zero", "f_divergence_type": "forward_kl"},
+            r"f_divergence_type='forward_kl'\): must be 'reverse_kl' with 'apo_zero'",
+        ),
+        ({"simpo_gamma": 1.0}, r"simpo_gamma=1.0\): must be 0.5 with loss_type='sigmoid'"),
+        ({"desirable_weight": 2.0}, r"desirable_weight=2.0\): must be 1.0.*'apo_zero_unpaired' or"),
+        (
+            {"loss_type": "simpo", "ref_model": llama()},
+            r"ref_model='LlamaConfig'\): must be None",
+        ),
+        ({"reference_free": True, "ref_model": llama()}, "must be None with reference_free=True"),
+        ({"router_aux_loss_coef": 0.1}, r"router_aux_loss_coef=0.1\): .*no mixture of experts"),
+        ({"router_aux_loss_coef": -0.1}, "must be finite, not negative"),
         ({"label_smoothing": 0.5, "loss_type": "cdpo"}, r"label_smoothing=0.5\): must be in"),
         ({"label_smoothing": 0.1}, r"must be 0 with loss_type='sigmoid'"),
         ({"ref_model": llama(vocab_size=60)}, r"its vocabulary has 60 rows and that of model 61"),

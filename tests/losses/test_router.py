@@ -1,0 +1,73 @@
+"""The load-balancing loss: known values, transformers' own, and when it is on."""
+
+import pytest
+import torch
+from transformers import MixtralConfig, Qwen3MoeConfig
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from lightning_align.layers import find_layers
+from lightning_align.losses import (
+    dpo_loss_from_batch,
+    load_balancing_loss,
+    router_coefficient,
+)
+from tests.helpers.tiny_models import TINY_MODELS
+
+
+def test_experts_that_are_used_alike_cost_one():
+    """4 tokens, each sure of another one of 4 experts: 4 x (4 x 1/4 x 1/4) = 1."""
+    logits = [100 * torch.eye(4)]
+    assert load_balancing_loss(logits, 1, torch.ones(1, 4)).item() == pytest.approx(1)
+
+
+def test_a_router_that_knows_one_expert_costs_as_many_as_there_are():
+    logits = [torch.tensor([[100.0, 0, 0, 0]]).repeat(6, 1)]
+    assert load_balancing_loss(logits, 1, torch.ones(2, 3)).item() == pytest.approx(4)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_load_balancing_matches_transformers(top_k):
+    generator = torch.Generator().manual_seed(0)
+    logits = [torch.randn(12, 5, generator=generator, requires_grad=True) for _ in range(3)]
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]])
+    ours = load_balancing_loss(logits, top_k, mask)
+    theirs = load_balancing_loss_func(tuple(logits), 5, top_k, mask)
+    torch.testing.assert_close(ours, theirs)
+    gradients = [torch.autograd.grad(loss, logits) for loss in (ours, theirs)]
+    for our, their in zip(*gradients, strict=True):
+        torch.testing.assert_close(our, their)
+        assert (our[mask.flatten() == 0] == 0).all()
+
+
+def test_nothing_but_padding_costs_nothing():
+    assert load_balancing_loss([torch.randn(4, 3)], 1, torch.zeros(2, 2)) == 0
+
+
+class Plain(torch.nn.Module):
+    """A module without a configuration."""
+
+
+def test_it_is_on_where_the_model_has_a_router():
+    model = Plain()
+    assert router_coefficient(model, None, "f") == 0
+    assert router_coefficient(TINY_MODELS["llama"](), None, "f") == 0
+    model.config = MixtralConfig(router_aux_loss_coef=0.3)
+    assert router_coefficient(model, None, "f") == 0.3
+    assert router_coefficient(model, 0.7, "f") == 0.7
+    assert router_coefficient(model, 0.0, "f") == 0
+    model.config = Qwen3MoeConfig()
+    assert router_coefficient(model, None, "f") == model.config.router_aux_loss_coef > 0
+
+
+@pytest.mark.parametrize("given", [-1.0, float("nan"), float("inf")])
+def test_weights_out_of_range_are_refused(given):
+    with pytest.raises(ValueError, match=rf"f\(router_aux_loss_coef={given}\): must be finite"):
+        router_coefficient(Plain(), given, "f")
+
+
+def test_a_model_without_experts_cannot_have_one():
+    model = TINY_MODELS["llama"]()
+    with pytest.raises(ValueError, match="is no mixture of experts"):
+        dpo_loss_from_batch(model, None, {}, loss_type="cpo", router_aux_loss_coef=0.1)
+    with pytest.raises(ValueError, match="it gives no router logits; only mixtures of experts"):
+        find_layers(model).hidden_states_and_router_logits(torch.ones(1, 3, dtype=torch.long))
