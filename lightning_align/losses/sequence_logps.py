@@ -188,7 +188,7 @@ def model_completion_logps(
 
     Args:
         model: As there.
-        rows_BT: ``input_ids``, ``attention_mask`` and ``completion_mask``.
+        *rows_BT: ``input_ids``, ``attention_mask`` and ``completion_mask``.
         chunk_size: As there.
         weights: Whether ``log_weights_B`` is wanted.
         router_logits: Gets those of a mixture of experts, which it must then be.
