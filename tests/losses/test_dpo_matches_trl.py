@@ -27,6 +27,22 @@ LOSS_OPTIONS = {
         {"loss_type": "cdpo", "label_smoothing": 0.2},
         {"loss_type": ["aot"], "label_smoothing": 0.2},
     ),
+    "a list": (
+        {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+        {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+    ),
+    "aot": (
+        {"loss_type": ["aot", "aot_unpaired"], "label_smoothing": 0.1},
+        {"loss_type": ["aot", "aot_unpaired"], "label_smoothing": 0.1},
+    ),
+    "options": (
+        {"loss_type": "sigmoid_norm", "ld_alpha": 0.3, "use_weighting": True},
+        {"loss_type": ["sigmoid_norm"], "ld_alpha": 0.3, "use_weighting": True},
+    ),
+    "divergence": (
+        {"loss_type": "discopop", "f_divergence_type": "alpha_divergence", "discopop_tau": 0.5},
+        {"loss_type": ["discopop"], "f_divergence_type": "alpha_divergence", "discopop_tau": 0.5},
+    ),
 }
 METRICS = [
     "rewards/chosen",
@@ -115,6 +131,35 @@ def test_loss_gradients_and_metrics_match_the_trl_trainer(model_name, loss_name,
         assert any(gradient.abs().max() > 1e-3 for gradient in gradients)
         for our, their in zip(gradients, their_gradients, strict=True):
             torch.testing.assert_close(our, their, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("coefficient", [None, 0.5])
+def test_the_loss_of_a_router_matches_the_trl_trainer(coefficient, tmp_path):
+    """None takes the weight of the model's configuration, on both sides."""
+    model, reference = make_models("mixtral")
+    trainer = make_trainer(
+        copy.deepcopy(model),
+        copy.deepcopy(reference),
+        tmp_path,
+        router_aux_loss_coef=coefficient,
+        loss_type=["sigmoid"],
+    )
+    trainer.model.train()
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    ours, metrics = dpo_loss_from_batch(
+        model, reference, batch, beta=0.3, router_aux_loss_coef=coefficient
+    )
+    trainer._metrics["train"].clear()
+    theirs = trainer._compute_loss(trainer.model, batch, return_outputs=False)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert metrics["aux_loss"].item() == pytest.approx(trainer._metrics["train"]["aux_loss"][0])
+    name = "model.layers.0.mlp.gate.weight"
+    our_router, their_router = (dict(m.named_parameters())[name] for m in (model, trainer.model))
+    (our,) = torch.autograd.grad(ours, our_router)
+    (their,) = torch.autograd.grad(theirs, their_router)
+    assert our.abs().max() > 1e-3
+    torch.testing.assert_close(our, their, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
