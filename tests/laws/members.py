@@ -153,6 +153,38 @@ MODULES = [
     ),
 ]
 
+# Other losses of DPOModule. They differ in what a batch's loss is made of, and in nothing else, so
+# accumulation alone asks them.
+MIXTRAL = spec(
+    "transformers.MixtralConfig",
+    vocab_size=VOCABULARY,
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    num_local_experts=4,
+    bos_token_id=0,
+    eos_token_id=0,
+)
+
+
+def of_pairs(name: str, why_not: str = "", model: Any = GPT2, **options: Any) -> Member:
+    exempt = {"accumulates": why_not} if why_not else {}
+    described = spec(OURS + "DPOModule", model=model, **options)
+    return Member(f"DPOModule, {name}", described, batches="pairs", exempt=exempt)
+
+
+OBJECTIVES = [
+    of_pairs("list", loss_type=["sigmoid", "sft", "orpo"], sft_mean="pairs", use_weighting=True),
+    of_pairs("options", loss_type="ipo", ld_alpha=0.5, length_alpha=0.1),
+    of_pairs("no reference", loss_type=["simpo", "cpo"]),
+    of_pairs("router off", model=MIXTRAL, router_aux_loss_coef=0.0),
+    of_pairs("sft", "it is a mean over the tokens of a batch", loss_type="sft"),
+    of_pairs("aot", "it sorts the pairs of a batch", loss_type="aot_unpaired", beta=5.0),
+    of_pairs("router", "it is a product of two means", model=MIXTRAL, router_aux_loss_coef=1.0),
+]
+
 TEXT = {
     "paths": "{data}/text.jsonl",
     "val_paths": "{data}/val.jsonl",

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.laws.composition import note
-from tests.laws.members import DATAMODULES, MODULES, Member
-from tests.laws.runs import Run
+from tests.laws.members import DATAMODULES, MODULES, OBJECTIVES, Member
+from tests.laws.runs import Run, on_its_data
 
 
 def equals_one_big_batch(run: Run, folder: Path, material: Path) -> None:
@@ -36,6 +36,17 @@ def test_modules(module: Member, data: Member, tmp_path: Path, material: Path) -
     # One pass: after a last window that is not full, the two count batches differently.
     equals_one_big_batch(Run(module, data, max_epochs=1), tmp_path, material)
     note("Modules and datamodules", module.name, data.name, "accumulates")
+
+
+@pytest.mark.parametrize("module", OBJECTIVES, ids=str)
+def test_objectives(module: Member, tmp_path: Path, material: Path) -> None:
+    """A loss that couples the pairs of a batch is taken per micro-batch, and so is no sum."""
+    run = replace(on_its_data(module), max_epochs=1)
+    if "accumulates" in module.exempt:
+        with pytest.raises(AssertionError, match="not the big batch"):
+            equals_one_big_batch(run, tmp_path, material)
+    else:
+        equals_one_big_batch(run, tmp_path, material)
 
 
 def test_the_law_fails_where_it_is_broken(tmp_path: Path, material: Path) -> None:
