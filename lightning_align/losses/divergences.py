@@ -36,7 +36,7 @@ def js_divergence(logratios_P: Tensor, _alpha: float) -> Tensor:
 def alpha_divergence(logratios_P: Tensor, alpha: float) -> Tensor:
     """f'(u) = (u^(alpha - 1) - 1) / (alpha - 1), which tends to log u as alpha does to 1.
 
-    With TRL's alpha, which is 1 less that of Table 1 of the paper.
+    With TRL's alpha; that of the paper's Table 1 is 1 - alpha.
     """
     power = alpha - 1
     if abs(power) < 1e-6:
