@@ -38,6 +38,7 @@ from lightning_align.modules.causal_lm import CausalLMModule
 from lightning_align.modules.continued import save_plain_hyperparameters
 from lightning_align.modules.reference import fingerprint, fingerprint_until_0_1
 from lightning_align.modules.window import Sums
+from lightning_align.run.protocols import datamodule_of
 from lightning_align.run.replicas import is_spread
 
 # Keys of completions that belong to other prompts, and what they are among the rows of a batch.
@@ -242,6 +243,7 @@ class DPOModule(CausalLMModule):
         super().setup(stage)
         if self.reference_layers is not None and not is_spread(self.reference_layers.model):
             self.reference_layers.probe()
+        self._refuse_single_records()
         coupled = self.options.coupled_losses + ["aux_loss"] * bool(self.router_coefficient)
         parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
         if stage == "fit" and coupled and parts > 1:
@@ -250,6 +252,13 @@ class DPOModule(CausalLMModule):
                 " batch depends on all of its pairs together. It is taken of each micro-batch on"
                 " each rank alone, as TRL does, so it is not that of the one big batch."
             )
+
+    def _refuse_single_records(self) -> None:
+        data = datamodule_of(self.trainer)
+        if "kto" in self.options.loss_types and getattr(data, "batch_size", None) == 1:
+            rule = "estimates a KL from completions of other records, and a batch has one record"
+            way_out = "Set batch_size to 2 or more, or use 'apo_zero_unpaired'"
+            raise argument_error("DPOModule", "loss_type", "kto", rule, way_out)
 
     # The step
 

@@ -6,9 +6,8 @@ from typing import Any
 from typing_extensions import override
 
 from lightning_align._errors import argument_error
-from lightning_align.data.files import find_files
-from lightning_align.data.pair_formats import Pair
-from lightning_align.data.preference import hold_out_prompts, pair_dataset, read_pairs
+from lightning_align.data import preference, unpaired
+from lightning_align.data.files import InputFile, find_files
 from lightning_align.data.tokenizer import load_tokenizer
 from lightning_align.modules.positioned import Paths, PositionedDataModule, plain_paths
 
@@ -21,12 +20,16 @@ class PreferenceDataModule(PositionedDataModule):
     rows and the rejected ones in its second. Pairs that can teach nothing are dropped with a
     warning.
 
+    Files with the columns prompt, completion and label hold unpaired records, for the losses kto
+    and apo_zero_unpaired. A batch then has one row a record and its ``label``, and as KL_input_ids,
+    KL_attention_mask and KL_completion_mask each prompt with the completion of another record.
+
     Args:
         paths: File (.jsonl, .csv, also compressed as .gz, .xz or .bz2, or .parquet; local or at any
             fsspec URL), glob, folder that datasets wrote with save_to_disk, dataset on the hub
             (owner/name:split), or a list of these.
         tokenizer: Folder or hub name of a tokenizer, or a transformers tokenizer.
-        batch_size: Pairs per batch and rank.
+        batch_size: Pairs per batch and rank, or unpaired records.
         max_length: Tokens that a prompt and a completion may have together; longer completions are
             cut.
         val_paths: Files to validate on, named as in paths; None holds out part of the prompts.
@@ -42,7 +45,8 @@ class PreferenceDataModule(PositionedDataModule):
         tokenizer: The transformers tokenizer, after ``setup``.
 
     Raises:
-        ValueError: If a number is out of its range.
+        ValueError: If a number is out of its range; in ``setup`` if unpaired records to train on
+            have all the same label.
 
     Example:
         >>> data = PreferenceDataModule("pairs.jsonl", "path/of/a/tokenizer", max_length=512)
@@ -93,17 +97,28 @@ class PreferenceDataModule(PositionedDataModule):
         if self.train_dataset is not None:
             return
         self.tokenizer = load_tokenizer(self._name, self._tokenizer_argument, self.chat_template)
-        train, val = self._read("paths", self.paths), []
+        files = find_files(self._name, "paths", self.paths)
+        kind: Any = unpaired if unpaired.holds_unpaired(files) else preference
+        train, val = self._read(kind, files), []
         if self.val_paths:
-            val = self._read("val_paths", self.val_paths)
+            val = self._read(kind, find_files(self._name, "val_paths", self.val_paths))
         else:
-            train, val = hold_out_prompts(self._name, train, self.val_fraction, self.seed)
-        self.train_dataset = pair_dataset(train, self.tokenizer)
-        self.val_dataset = pair_dataset(val, self.tokenizer) if val else None
-        self.fingerprint = f"pairs {self.train_dataset.content}"
+            train, val = kind.hold_out_prompts(self._name, train, self.val_fraction, self.seed)
+        if kind is unpaired:
+            unpaired.check_labels(files[0], train)
+        self.train_dataset = self._dataset(train)
+        self.val_dataset = self._dataset(val) if val else None
+        what = "records" if kind is unpaired else "pairs"
+        self.fingerprint = f"{what} {self.train_dataset.content}"
 
-    def _read(self, argument: str, paths: list[str]) -> list[Pair]:
-        files = find_files(self._name, argument, paths)
-        return read_pairs(
-            files, self.tokenizer, max_length=self.max_length, append_eos=self.append_eos
-        )
+    def _read(self, kind: Any, files: list[InputFile]) -> list[Any]:
+        read = unpaired.read_unpaired if kind is unpaired else preference.read_pairs
+        options: dict[str, Any] = {"max_length": self.max_length, "append_eos": self.append_eos}
+        return list(read(files, self.tokenizer, **options))
+
+    def _dataset(
+        self, samples: list[Any]
+    ) -> preference.PreferenceDataset | unpaired.UnpairedDataset:
+        if isinstance(samples[0], unpaired.Labelled):
+            return unpaired.unpaired_dataset(samples, self.tokenizer, self.max_length)
+        return preference.pair_dataset(samples, self.tokenizer)

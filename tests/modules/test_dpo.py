@@ -1,6 +1,7 @@
 """DPOModule: the frozen reference, dropout, weighting of unequal batches, metrics, bad input."""
 
 import copy
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, LlamaConfig, MixtralConfig
 
-from lightning_align import DPOModule
+from lightning_align import DPOModule, PreferenceDataModule
 from lightning_align.losses import dpo_loss_from_batch
 from lightning_align.modules.dpo import turn_off_dropout
 from lightning_align.modules.reference import fingerprint_until_0_1
+from tests.helpers.byte_tokenizer import ByteTokenizer
 from tests.modules.test_pretrain import assert_same_sums, fit, gpt2, llama, weights
 
 VOCABULARY = 61
@@ -142,6 +144,43 @@ def test_training_on_unpaired_records_tells_good_from_bad() -> None:
     rewards = ours.predict_step(UNPAIRED, 0)
     assert rewards.shape == (3,)
     assert rewards[1] < min(rewards[0], rewards[2])
+
+
+def unpaired_data(folder: Path, **options: Any) -> PreferenceDataModule:
+    rows = [
+        {"prompt": f"{n % 7}", "completion": "yes" if n % 3 else "no", "label": n % 3 > 0}
+        for n in range(10)
+    ]
+    (folder / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return PreferenceDataModule(folder / "records.jsonl", ByteTokenizer(), **options)
+
+
+def test_trains_on_unpaired_records_from_a_file(tmp_path: Path) -> None:
+    ours = module(llama(vocab_size=300), loss_type="kto")
+    trainer = pl.Trainer(max_epochs=4, accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.fit(ours, unpaired_data(tmp_path, batch_size=4, val_fraction=0.3))
+    metrics = trainer.callback_metrics
+    assert metrics["rewards/margins"] > 0
+    assert metrics["kl"] >= 0
+    assert {"val_rewards/chosen", "val_kl", "val_loss"} <= metrics.keys()
+
+
+def test_kto_needs_other_records_in_a_batch(tmp_path: Path) -> None:
+    ours, data = (
+        module(llama(vocab_size=300), loss_type="kto"),
+        unpaired_data(tmp_path, batch_size=1),
+    )
+    with pytest.raises(ValueError, match=r"loss_type='kto'\): estimates a KL.*batch_size to 2"):
+        pl.Trainer(max_epochs=1, accelerator="cpu", logger=False).fit(ours, data)
+
+
+def test_unpaired_records_accumulate_exactly_without_a_kl() -> None:
+    parts = [{name: rows[part] for name, rows in UNPAIRED.items()} for part in ([0], [1, 2])]
+    options = {"loss_type": "apo_zero_unpaired", "undesirable_weight": 2.0}
+    one, many = module(**options).double(), module(**options).double()
+    fit(one, [UNPAIRED])
+    fit(many, parts, accumulate_grad_batches=2)
+    assert_same_sums(many, one)
 
 
 def test_batches_of_the_other_kind_are_refused() -> None:
@@ -368,6 +407,16 @@ def test_checkpoint_rebuilds_policy_and_reference_from_a_folder(tmp_path: Path) 
     assert torch.equal(
         weights(restored.reference_layers.model), weights(ours.reference_layers.model)
     )
+
+
+def test_checkpoint_knows_lists_and_options(tmp_path: Path) -> None:
+    options = {"loss_type": ["simpo", "sft"], "loss_weights": [1.0, 0.5], "simpo_gamma": 1.0}
+    module().model.save_pretrained(tmp_path / "folder")
+    ours = DPOModule(str(tmp_path / "folder"), **options)
+    fit(ours, [pairs(0, 1)]).save_checkpoint(tmp_path / "a.ckpt")
+    restored = DPOModule.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    assert restored.options == ours.options
+    assert restored.options.loss_types == ("simpo", "sft")
 
 
 def test_checkpoint_against_another_reference_is_refused(tmp_path: Path) -> None:

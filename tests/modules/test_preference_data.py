@@ -225,3 +225,46 @@ def test_dpo_on_conversations_prefers_the_chosen_answers(tmp_path, chats):
     assert cli.trainer.global_step == 10
     assert cli.trainer.callback_metrics["rewards/accuracies"] == 1
     assert cli.trainer.callback_metrics["rewards/margins"] > 0.05
+
+
+# Unpaired records
+
+
+def write_records(path, number=20, label=lambda i: i % 3 > 0):
+    rows = [
+        {"prompt": chr(65 + i), "completion": "good" if label(i) else "bad", "label": label(i)}
+        for i in range(number)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_unpaired_records_are_trained_on_once(tmp_path):
+    records = write_records(tmp_path / "records.jsonl")
+    data = preference(records, val_fraction=0.2)
+    fitter = trainer(tmp_path, max_steps=6, num_sanity_val_steps=0)
+    fitter.fit(Recorder(tmp_path), data)
+    train, val = samples(tmp_path, "train"), samples(tmp_path, "val")
+    assert [len(batch) for batch in train] == [3, 3, 3, 3, 3, 1]
+    seen = [{prompt for batch in part for prompt in batch} for part in (train, val)]
+    assert (len(seen[0]), len(seen[1])) == (16, 4)
+    assert seen[0] | seen[1] == {2 + 65 + i for i in range(20)}
+    assert data.fingerprint.startswith("records ")
+
+
+def test_unpaired_records_of_val_paths_may_have_one_label(tmp_path):
+    records = write_records(tmp_path / "records.jsonl")
+    val = write_records(tmp_path / "val.jsonl", number=2, label=lambda i: True)
+    data = preference(records, val_paths=val)
+    data.setup()
+    assert (len(data.train_dataset), len(data.val_dataset)) == (20, 2)
+    with pytest.raises(ValueError, match="the label of all 2 records to train on is True"):
+        preference(val).setup()
+
+
+def test_pairs_and_unpaired_records_do_not_mix(tmp_path, pairs):
+    records = write_records(tmp_path / "records.jsonl")
+    with pytest.raises(ValueError, match="line 1 has no column 'completion'"):
+        preference([records, pairs]).setup()
+    with pytest.raises(ValueError, match="line 1 has no column 'chosen'"):
+        preference([pairs, records]).setup()

@@ -1,0 +1,310 @@
+"""Unpaired records: a prompt, a completion, and whether somebody found it good.
+
+A batch has, beside its rows, each prompt with the completion of the record before it, from which
+KTO estimates how far policy and reference are apart (as in TRL, whose names the keys have).
+
+Shapes: P records in a batch, T tokens in the longest row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lightning_align.data import held_out
+from lightning_align.data.chat_template import ChatTemplate, check_messages, read_tools
+from lightning_align.data.files import InputFile
+from lightning_align.data.sampler import padding
+from lightning_align.data.samples import (
+    Ids,
+    Record,
+    batches_of_one_format,
+    close,
+    common_length,
+    read_samples,
+)
+from lightning_align.data.tokenizer import (
+    encode,
+    encode_completions,
+    encode_prompts,
+    pad_token_id,
+)
+
+TEXTS = "a prompt, a completion and a label, the first two as text"
+MESSAGES = "a prompt, a completion and a label, the first two as messages"
+COLUMNS = ("prompt", "completion", "label")
+
+# What a column of text, as CSV has it, may say for true and false.
+_LABELS = {"true": True, "1": True, "false": False, "0": False}
+
+
+class Labelled(NamedTuple):
+    """The tokens of one record, and whether the completion is a good one."""
+
+    prompt: Ids
+    completion: Ids
+    label: bool
+
+
+class UnpairedDataset(Dataset[dict[str, Tensor]]):
+    """Records in memory; indexed with a *list* of indices, it returns a batch.
+
+    A padding index of the sampler gives the record that it names with empty completion masks: no
+    token counts, so the record must not either.
+
+    Args:
+        records: What ``read_unpaired`` returned.
+        pad_token_id: Token that fills up shorter rows, on the right.
+        max_length: Tokens that a prompt and the completion of another record may have together.
+    """
+
+    def __init__(self, records: Sequence[Labelled], pad_token_id: int, max_length: int) -> None:
+        self.records = records
+        self.pad_token_id = pad_token_id
+        self.max_length = max_length
+
+    def __len__(self) -> int:
+        """Number of records."""
+        return len(self.records)
+
+    def __getitem__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """The batch of the records ``indices``."""
+        real = [self.records[index] for index in indices if index >= 0]
+        none = [self.records[padding(index)] for index in indices if index < 0]
+        batch = collate_unpaired(real, self.pad_token_id, self.max_length)
+        return _with_rows_of_none(batch, none, len(indices)) if none else batch
+
+    @property
+    def content(self) -> str:
+        """Hash of all tokens and labels, in order."""
+        digest = hashlib.blake2b(digest_size=16)
+        for record in self.records:
+            sizes = [len(record.prompt), len(record.completion), int(record.label)]
+            digest.update(np.array(sizes).tobytes())
+            digest.update(record.prompt.tobytes() + record.completion.tobytes())
+        return digest.hexdigest()
+
+
+def collate_unpaired(
+    records: Sequence[Labelled], pad_token_id: int, max_length: int
+) -> dict[str, Tensor]:
+    """Rows of records, filled up on the right.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` (1 on tokens) and ``completion_mask`` (1 on the tokens of
+        the completion), each (P, T), and ``label``, (P,); and, each (P, T'), ``KL_input_ids``,
+        ``KL_attention_mask`` and ``KL_completion_mask``, of each prompt with the completion of the
+        record before it, cut to ``max_length``. A single record has no other, and its KL row no
+        completion.
+    """
+    prompts = [record.prompt for record in records]
+    completions = [record.completion for record in records]
+    others = completions[-1:] + completions[:-1]
+    rows = _rows(prompts, completions, pad_token_id)
+    mismatched = [
+        other[: max_length - len(prompt)] for prompt, other in zip(prompts, others, strict=True)
+    ]
+    for name, values in _rows(prompts, mismatched, pad_token_id).items():
+        rows[f"KL_{name}"] = values
+    if len(records) == 1:
+        rows["KL_completion_mask"] = torch.zeros_like(rows["KL_completion_mask"])
+    return {**rows, "label": torch.tensor([record.label for record in records], dtype=torch.bool)}
+
+
+def _rows(
+    prompts: Sequence[Ids], completions: Sequence[Ids], pad_token_id: int
+) -> dict[str, Tensor]:
+    prompt_P = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
+    length_P = prompt_P + np.array([len(ids) for ids in completions], dtype=np.int64)
+    position_T = np.arange(length_P.max(initial=1))
+    attention_PT = position_T < length_P[:, None]
+    ids_PT = np.full(attention_PT.shape, pad_token_id, dtype=np.int64)
+    for row_T, parts in zip(ids_PT, zip(prompts, completions, strict=True), strict=True):
+        ids = np.concatenate(parts)
+        row_T[: len(ids)] = ids
+    return {
+        "input_ids": torch.from_numpy(ids_PT),
+        "attention_mask": torch.from_numpy(attention_PT.astype(np.int64)),
+        "completion_mask": torch.from_numpy(
+            (attention_PT & (position_T >= prompt_P[:, None])).astype(np.int64)
+        ),
+    }
+
+
+def _with_rows_of_none(
+    batch: dict[str, Tensor], none: Sequence[Labelled], size: int
+) -> dict[str, Tensor]:
+    """The batch filled up to ``size`` rows that are read but do not count.
+
+    Among the others they would be somebody's other completion.
+    """
+    first = none[0].prompt[:1]
+    token = int(first[0])
+    filled = {}
+    for name, values in batch.items():
+        rows = torch.zeros(size, *values.shape[1:], dtype=values.dtype)
+        rows[: len(values)] = values
+        if "input_ids" in name:
+            rows[len(values) :] = token
+        if "attention_mask" in name:
+            rows[len(values) :, 0] = 1
+        filled[name] = rows
+    return filled
+
+
+def holds_unpaired(files: Sequence[InputFile]) -> bool:
+    """Whether the first record has a completion and a label, and so is none of a pair."""
+    _, record = next(files[0].records(), ("", {}))
+    return {"completion", "label"} <= record.keys() and "chosen" not in record
+
+
+def read_unpaired(
+    files: Sequence[InputFile], tokenizer: Any, *, max_length: int, append_eos: bool
+) -> list[Labelled]:
+    """All usable records of files, tokenised and cut to ``max_length``.
+
+    Records that can teach nothing are dropped: a prompt that fills ``max_length`` or is empty, an
+    empty completion. One warning counts them.
+
+    Args:
+        files: Files of records with the columns prompt, completion and label; the label is true or
+            false, 1 or 0.
+        tokenizer: A transformers tokenizer.
+        max_length: Tokens that prompt and completion may have together; the completion is cut.
+        append_eos: Whether to close each completion that is text with the end-of-text token.
+
+    Raises:
+        ValueError: If a file holds no such records, or no record is left.
+    """
+    eos_token_id: int | None = tokenizer.eos_token_id if append_eos else None
+    torn: list[str] = []
+
+    def usable(file: InputFile) -> Iterator[Labelled | str]:
+        for form, records in batches_of_one_format(file, format_of):
+            read = _texts if form == TEXTS else _conversations
+            for record in read(file, records, tokenizer, eos_token_id, torn):
+                yield record if isinstance(record, str) else _fit(record, max_length)
+
+    samples = read_samples(files, usable, "records")
+    if torn:
+        first = files[0]
+        warnings.warn(
+            f"{first.where}({first.argument}={first.url!r}): the tokens of {len(torn)} prompt(s),"
+            f" first {torn[0]}, are no beginning of those of the whole conversations. The"
+            " completions begin where the tokens part.",
+            stacklevel=2,
+        )
+    return samples
+
+
+def check_labels(file: InputFile, records: Sequence[Labelled]) -> None:
+    """Refuse records to learn from that are all good or all bad: nothing tells the two apart.
+
+    Raises:
+        ValueError: If a label is missing.
+    """
+    labels = {record.label for record in records}
+    if len(labels) == 1:
+        rule = f"the label of all {len(records)} records to train on is {labels.pop()}"
+        raise file.error(rule, "Both are needed; fine-tune on good completions alone instead")
+
+
+def hold_out_prompts(
+    where: str, records: Sequence[Labelled], val_fraction: float, seed: int
+) -> tuple[list[Labelled], list[Labelled]]:
+    """Records to learn from, and records held out; those with the same prompt stay together.
+
+    Args:
+        where: Class the user called.
+        records: Records to divide.
+        val_fraction: Part of the prompts to hold out, in [0, 1).
+        seed: Seed of the draw.
+    """
+    prompts = [record.prompt.tobytes() for record in records]
+    return held_out.hold_out_prompts(where, records, prompts, val_fraction, seed)
+
+
+def unpaired_dataset(
+    records: Sequence[Labelled], tokenizer: Any, max_length: int
+) -> UnpairedDataset:
+    """The dataset of ``records``, filled up with the tokenizer's own token."""
+    return UnpairedDataset(records, pad_token_id(tokenizer), max_length)
+
+
+def format_of(file: InputFile, place: str, record: dict[str, Any]) -> str:
+    """Whether a record is text or messages.
+
+    Raises:
+        ValueError: If it is neither, or its label is missing or neither true nor false.
+    """
+    for column in COLUMNS:
+        if record.get(column) is None:
+            found = ", ".join(map(repr, record)) or "none"
+            raise file.error(f"{place} has no column {column!r}; columns found: {found}")
+    _label(file, place, record)
+    if {type(record["prompt"]), type(record["completion"])} == {str, list}:
+        raise file.error(f"{place}: prompt and completion must both be text or both be messages")
+    return MESSAGES if isinstance(record["prompt"], list) else TEXTS
+
+
+def _label(file: InputFile, place: str, record: dict[str, Any]) -> bool:
+    label = record["label"]
+    known = _LABELS.get(str(label).strip().lower())
+    if known is None or not isinstance(label, (bool, int, str, np.bool_, np.integer)):
+        rule = f"{place}: column 'label' must be true or false, or 1 or 0, not {label!r}"
+        raise file.error(rule)
+    return known
+
+
+def _texts(
+    file: InputFile, records: list[Record], tokenizer: Any, eos: int | None, _torn: list[str]
+) -> Iterator[Labelled | str]:
+    texts = [file.text_columns(place, record, COLUMNS[:2]) for place, record in records]
+    prompts = encode_prompts(tokenizer, [text["prompt"] for text in texts])
+    completions = encode_completions(tokenizer, [text["completion"] for text in texts])
+    for (place, record), prompt, completion in zip(records, prompts, completions, strict=True):
+        if not completion:
+            yield "the completion is empty"
+        else:
+            label = _label(file, place, record)
+            yield Labelled(close(prompt, None), close(completion, eos), label)
+
+
+def _conversations(
+    file: InputFile, records: list[Record], tokenizer: Any, _eos: int | None, torn: list[str]
+) -> Iterator[Labelled | str]:
+    """The whole is tokenised; the completion begins where it parts from the prompt."""
+    template = ChatTemplate(file, tokenizer)
+    for place, record in records:
+        prompt = check_messages(file, place, "prompt", record["prompt"])
+        completion = check_messages(file, place, "completion", record["completion"])
+        tools = read_tools(file, place, record)
+        texts = [
+            template.render(place, prompt, tools, prompt=True),
+            template.render(place, prompt + completion, tools),
+        ]
+        opening, whole = encode(tokenizer, texts)
+        end = common_length(opening, whole)
+        if end < len(opening):
+            torn.append(f"{file.url}, {place}")
+        label = _label(file, place, record)
+        yield Labelled(close(whole[:end], None), close(whole[end:], None), label)
+
+
+def _fit(record: Labelled, max_length: int) -> Labelled | str:
+    """The record as it is trained on, or why it cannot be."""
+    if len(record.prompt) == 0:
+        return "the prompt is empty"
+    room = max_length - len(record.prompt)
+    if room <= 0:
+        return f"the prompt has max_length={max_length} tokens or more"
+    if len(record.completion) == 0:
+        return "the completion is empty"
+    return record._replace(completion=record.completion[:room])
