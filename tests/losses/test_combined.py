@@ -92,6 +92,15 @@ def test_wpo_weighs_a_pair_by_both_completions():
         preference_loss(*LOGPS, use_weighting=True)
 
 
+def test_wpo_weights_have_no_gradient():
+    """They come from the policy, too, which must not learn to make its losses count less."""
+    weights = [torch.zeros(5, requires_grad=True) for _ in range(2)]
+    logps = LOGPS.clone().requires_grad_()
+    named = dict(zip(("chosen_log_weights", "rejected_log_weights"), weights, strict=True))
+    loss = preference_loss(*logps, use_weighting=True, **named).sum()
+    assert torch.autograd.grad(loss, [logps, *weights], allow_unused=True)[1:] == (None, None)
+
+
 def test_r_dpo_needs_lengths():
     with pytest.raises(ValueError, match=r"length_alpha=0.1\).*Pass chosen_lengths"):
         preference_loss(*LOGPS, length_alpha=0.1)

@@ -159,6 +159,17 @@ def test_without_a_reference_rewards_are_those_of_the_loss(options, rewards):
     assert "kl/k2" not in metrics
 
 
+@pytest.mark.parametrize("options", [{"loss_type": "cpo"}, {"reference_free": True}])
+def test_a_reference_that_nothing_asks_for_is_left_aside(options):
+    policy, reference = from_sums([-4.0, -9.0], [2, 3]), from_sums([-1.0, -20.0], [2, 3])
+    options = PreferenceOptions(**options)
+    given, without = (preference_step(policy, scored, options) for scored in (reference, None))
+    assert torch.equal(given[0], without[0])
+    assert given[1].keys() == without[1].keys()
+    for name, mean in without[1].items():
+        assert given[1][name].value == mean.value, name
+
+
 def test_a_reference_that_is_asked_for_is_missed():
     with pytest.raises(ValueError, match=r"preference_step\(reference=None\): must be given with"):
         preference_step(from_sums([-4.0, -9.0], [2, 3]), None)

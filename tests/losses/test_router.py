@@ -43,6 +43,26 @@ def test_nothing_but_padding_costs_nothing():
     assert load_balancing_loss([torch.randn(4, 3)], 1, torch.zeros(2, 2)) == 0
 
 
+def test_pairs_that_are_none_are_left_out_of_a_batch():
+    """What a sampler fills up a rank with routes its tokens like others, and must not count."""
+    model, length = TINY_MODELS["mixtral"](), 8
+    generator = torch.Generator().manual_seed(0)
+    batch = {
+        "input_ids": torch.randint(1, 90, (6, length), generator=generator),
+        "attention_mask": torch.ones(6, length, dtype=torch.long),
+        "completion_mask": (torch.arange(length) > 3).long().repeat(6, 1),
+    }
+    options = {"loss_type": "cpo", "router_aux_loss_coef": 0.5}
+    rows = [0, 1, 3, 4]
+    alone, expected = dpo_loss_from_batch(
+        model, None, {name: values[rows] for name, values in batch.items()}, **options
+    )
+    batch["completion_mask"][[2, 5]] = 0
+    loss, metrics = dpo_loss_from_batch(model, None, batch, **options)
+    torch.testing.assert_close(metrics["aux_loss"], expected["aux_loss"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss, alone, rtol=1e-5, atol=1e-5)
+
+
 class Plain(torch.nn.Module):
     """A module without a configuration."""
 

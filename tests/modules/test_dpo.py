@@ -230,6 +230,13 @@ def test_a_router_is_trained_by_its_own_loss(checkpointing: bool) -> None:
         torch.testing.assert_close(ours_, theirs_, rtol=1e-4, atol=1e-6)
 
 
+def test_a_router_does_not_count_what_fills_up_a_rank() -> None:
+    ours, batch = module(mixture_of_experts(), router_aux_loss_coef=0.5), pairs(0, 1)
+    alone, _ = step(ours, {name: rows[[0, 2]] for name, rows in batch.items()})
+    batch["completion_mask"][[1, 3]] = 0
+    torch.testing.assert_close(step(ours, batch)[0], alone)
+
+
 def test_a_router_loss_is_on_by_default_and_can_be_switched_off() -> None:
     """As in TRL, with the weight in the model's configuration."""
     on = module(mixture_of_experts(router_aux_loss_coef=0.25))
