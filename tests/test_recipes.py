@@ -215,6 +215,37 @@ def test_sft_chat(folder: Path, base: str) -> None:
     assert moved("outputs/sft/model", base)
 
 
+def of_preferences(name: str, base: str, rows: list[dict[str, Any]]) -> dict[str, float]:
+    """What two steps on ``rows`` logged at last."""
+    file = "records.jsonl" if name == "kto" else "pairs.jsonl"
+    Path(file).write_text("\n".join(map(json.dumps, rows)))
+    steps = ["--trainer.max_steps=2", "--trainer.log_every_n_steps=1", "--data.val_fraction=0.2"]
+    fit(name, f"--model.model={base}", f"--data.tokenizer={base}", *steps)
+    assert moved(f"outputs/{name}/model", base)
+    assert Path(f"outputs/{name}/{name}.png").exists()
+    lines = Path(f"outputs/{name}/csv/version_0/metrics.csv").read_text().splitlines()
+    logged = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
+    return {key: float(value) for row in logged for key, value in row.items() if value}
+
+
+@pytest.mark.slow
+def test_dpo_simpo(folder: Path, base: str) -> None:
+    rows = [{"prompt": f"{n} is", "chosen": " truth", "rejected": " a lie"} for n in range(40)]
+    logged = of_preferences("dpo_simpo", base, rows)
+    assert {"loss/simpo", "loss/sft", "val_rewards/accuracies"} <= logged.keys()
+    assert "kl/k2" not in logged
+
+
+@pytest.mark.slow
+def test_kto(folder: Path, base: str) -> None:
+    rows = [
+        {"prompt": f"{n} is", "completion": " truth" if n % 2 else " a lie", "label": n % 2 == 1}
+        for n in range(40)
+    ]
+    logged = of_preferences("kto", base, rows)
+    assert {"kl", "rewards/chosen", "rewards/rejected", "val_loss"} <= logged.keys()
+
+
 @pytest.mark.slow
 def test_finetune_hub(folder: Path, base: str) -> None:
     Path("texts").mkdir()
@@ -263,8 +294,10 @@ def test_every_recipe_is_run_here() -> None:
         "curriculum_difficulty",
         "ddp",
         "dpo",
+        "dpo_simpo",
         "finetune_hub",
         "galore",
+        "kto",
         "muon",
         "pretrain",
         "sft_chat",
@@ -308,7 +341,7 @@ def test_copies_to_a_name_and_into_a_folder(folder: Path) -> None:
         (["pretrian"], "recipes(name='pretrian'): there is no such recipe. Did you mean pretrain?"),
         (
             ["copy", "xyz"],
-            "There are: curriculum, curriculum_difficulty, ddp, dpo, finetune_hub, galore, ",
+            "There are: curriculum, curriculum_difficulty, ddp, dpo, dpo_simpo, finetune_hub, ",
         ),
         (["copy", "ddp", "there.yaml"], "recipes(file='there.yaml'): exists already."),
         (["copy"], "must be nothing, NAME, or copy NAME [FILE]."),
