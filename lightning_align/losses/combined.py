@@ -5,13 +5,12 @@ Shapes: P pairs.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from lightning_align._errors import argument_error
-from lightning_align.losses.options import PreferenceOptions
+from lightning_align.losses.options import PreferenceArguments, PreferenceOptions
 from lightning_align.losses.preference import LOSSES
 from lightning_align.losses.scores import CompletionScores, PairScores
 
@@ -82,7 +81,7 @@ def preference_loss(
     rejected_lengths: Tensor | None = None,
     chosen_log_weights: Tensor | None = None,
     rejected_log_weights: Tensor | None = None,
-    **options: Any,
+    **options: Unpack[PreferenceArguments],
 ) -> Tensor:
     """Loss of each pair, from four log-probabilities of whole completions.
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from lightning_align._errors import argument_error
 from lightning_align.losses.combined import loss_terms, weighted_sum
 from lightning_align.losses.means import Mean, pairs_that_count
-from lightning_align.losses.options import PreferenceOptions
+from lightning_align.losses.options import PreferenceArguments, PreferenceOptions
 from lightning_align.losses.preference import implicit_rewards
 from lightning_align.losses.router import (
     experts_per_token,
@@ -126,7 +127,7 @@ def dpo_loss_from_batch(
     batch: Mapping[str, Tensor],
     *,
     chunk_size: int | None = None,
-    **options: Any,
+    **options: Unpack[PreferenceArguments],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean preference loss of one batch, and its metrics.
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass, fields
 from difflib import get_close_matches
 
+from typing_extensions import TypedDict
+
 from lightning_align._errors import argument_error, check_choice, finite_number
 from lightning_align.losses.divergences import DIVERGENCES
 
@@ -257,6 +259,28 @@ class PreferenceOptions:
                     " pair that could be weighed"
                 )
                 raise argument_error(where, "use_weighting", True, rule)
+
+
+class PreferenceArguments(TypedDict, total=False):
+    """Arguments of ``PreferenceOptions`` as keywords of a function, for type checkers."""
+
+    loss_type: str | Sequence[str]
+    beta: float
+    label_smoothing: float
+    loss_weights: Sequence[float] | None
+    f_divergence_type: str
+    f_alpha_divergence_coef: float
+    ld_alpha: float | None
+    length_alpha: float
+    use_weighting: bool
+    reference_free: bool
+    discopop_tau: float
+    simpo_gamma: float
+    alphapo_alpha: float
+    sft_mean: str
+    desirable_weight: float
+    undesirable_weight: float
+    router_aux_loss_coef: float | None
 
 
 ALL_READS = READS | UNPAIRED_READS

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from lightning_align._errors import argument_error
 from lightning_align.losses.means import Mean
-from lightning_align.losses.options import UNPAIRED_READS, PreferenceOptions
+from lightning_align.losses.options import UNPAIRED_READS, PreferenceArguments, PreferenceOptions
 from lightning_align.losses.scores import frozen_logps
 from lightning_align.losses.sequence_logps import CompletionLogps
 
@@ -107,7 +107,7 @@ def unpaired_loss(
     *,
     kl_logps: Tensor | None = None,
     ref_kl_logps: Tensor | None = None,
-    **options: Any,
+    **options: Unpack[PreferenceArguments],
 ) -> Tensor:
     """Loss of each record.
 

@@ -1,12 +1,14 @@
 """PreferenceOptions: checked once, frozen, and no option of another loss goes unnoticed."""
 
+import inspect
 from dataclasses import FrozenInstanceError, fields
 
 import pytest
 import torch
 
+from lightning_align import DPOModule
 from lightning_align.losses import LOSSES, CompletionScores, PairScores, PreferenceOptions
-from lightning_align.losses.options import ALL_READS, READS, UNPAIRED_READS
+from lightning_align.losses.options import ALL_READS, READS, UNPAIRED_READS, PreferenceArguments
 from lightning_align.losses.unpaired import UNPAIRED_LOSSES
 
 # What is done with the scores before a loss sees them, or with its losses after.
@@ -71,6 +73,15 @@ def test_the_tables_have_every_loss():
 def test_options_that_are_read_are_options(name):
     names = {option.name for option in fields(PreferenceOptions)} | {"lengths"}
     assert set(ALL_READS[name]) <= names
+
+
+def test_functions_and_the_module_take_every_option():
+    """As keywords with the same defaults; a new option that one of them lacked would be lost."""
+    options = {option.name: option for option in fields(PreferenceOptions)}
+    assert PreferenceArguments.__annotations__.keys() == options.keys()
+    taken = inspect.signature(DPOModule.__init__).parameters
+    for name, option in options.items():
+        assert taken[name].default == option.default, name
 
 
 def test_options_are_what_they_were_checked_to_be():
