@@ -178,3 +178,27 @@ def test_a_reference_that_is_built_empty_gets_the_values_of_its_model(tmp_path, 
         assert_same(dict(values.model), dict(whole.state_dict()))
     assert module._reference_fingerprint
     trainer.strategy.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama", {"loss_type": ["simpo", "sft"]}),
+        ("llama", {"loss_type": ["aot", "hinge"], "ld_alpha": 0.5}),
+        ("mixtral", {"router_aux_loss_coef": 0.5}),
+    ],
+    ids=["no reference", "a list", "experts"],
+)
+def test_other_objectives_are_those_of_memory(tmp_path, name, options):
+    """Without a reference no blocks are of one; a router is heard from blocks that come and go."""
+    found = []
+    for strategy in (None, small(nvme_path=str(tmp_path / "nvme"))):
+        trainer = trainer_of(tmp_path, strategy)
+        build = partial(DPOModule, TINY_MODELS[name]().config, optimizer=ADAMW, **options)
+        found.append(ends(trainer, built(trainer, build)))
+    assert_same(found[1], found[0])
+    frozen = [b for b in strategy._engine.blocks if b.name.startswith("reference.")]
+    assert bool(frozen) == (name == "mixtral" or "ld_alpha" in options)
+    assert ("aux_loss" in found[0][2]) == (name == "mixtral")
+    strategy.close()
