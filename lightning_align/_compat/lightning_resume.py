@@ -169,6 +169,11 @@ class _BlankMetric(Metric):
         """Nothing."""
 
 
+# How transformers marks a model that it has put its hooks into, at the first forward that is asked
+# for hidden states or router logits. A model that is built anew has none of these hooks.
+_HOOKED_BY_TRANSFORMERS = "_output_capturing_hooks_installed"
+
+
 @cache
 def _own_attributes() -> dict[type, frozenset[str]]:
     in_checkpoints = {"_hparams_initial", "_hparams_name"}
@@ -181,12 +186,13 @@ def _own_attributes() -> dict[type, frozenset[str]]:
 
 
 def own_attributes(module: nn.Module) -> frozenset[str]:
-    """Names of a module's attributes that are Lightning's, torchmetrics' or torch's own affair.
+    """Names of attributes that are the affair of Lightning, torchmetrics, torch or transformers.
 
     Not among them are the hyperparameters, which Lightning saves and does not resume, and what
     ``toggle_optimizer`` has to undo.
     """
     own = next(names for kind, names in _own_attributes().items() if isinstance(module, kind))
+    own |= {_HOOKED_BY_TRANSFORMERS}
     return own | module._defaults.keys() if isinstance(module, Metric) else own
 
 

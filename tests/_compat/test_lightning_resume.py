@@ -18,6 +18,7 @@ from torchmetrics import MeanMetric
 from lightning_align._compat import lightning_resume
 from tests.helpers.foreign import Resumable, Stranger
 from tests.helpers.ranks import ForkedRanks, run_ranks
+from tests.helpers.tiny_models import TINY_MODELS
 
 
 class At(pl.Callback):
@@ -200,6 +201,16 @@ def test_own_attributes_are_those_a_user_has_not_written() -> None:
     assert written(trainer.lightning_module) == names
     assert written(torch.nn.Linear(1, 2)) == {"in_features", "out_features"}
     assert not {"mean_value", "_update_count", "_computed"} & written(MeanMetric())
+
+
+def test_hooks_of_transformers_are_no_attribute_of_the_users() -> None:
+    """A model that was said to have them, and has none, gives no hidden states and no error."""
+    model = TINY_MODELS["llama"]()
+    before = set(vars(model.model))
+    model(torch.ones(1, 2, dtype=torch.long), output_hidden_states=True)
+    marks = vars(model.model).keys() - before
+    assert marks == {"_output_capturing_hooks_installed"}
+    assert marks <= lightning_resume.own_attributes(model.model)
 
 
 def test_lightning_optimizers_are_what_a_module_gets() -> None:
