@@ -53,4 +53,11 @@ def make_material(folder: Path) -> Path:
             for i in range(33)
         ],
     )
+    write(
+        "records.jsonl",
+        [
+            {"prompt": f"{i} {sentence(6)}", "completion": f" {sentence(8)}", "label": i % 3 > 0}
+            for i in range(33)
+        ],
+    )
     return folder

@@ -153,8 +153,8 @@ MODULES = [
     ),
 ]
 
-# Other losses of DPOModule. They differ in what a batch's loss is made of, and in nothing else, so
-# accumulation alone asks them.
+# Other losses of DPOModule. They differ in what the loss of a batch is made of alone, so they are
+# asked whether they accumulate and resume, and are not paired with all else.
 MIXTRAL = spec(
     "transformers.MixtralConfig",
     vocab_size=VOCABULARY,
@@ -169,20 +169,23 @@ MIXTRAL = spec(
 )
 
 
-def of_pairs(name: str, why_not: str = "", model: Any = GPT2, **options: Any) -> Member:
+def objective(name: str, why_not: str = "", model: Any = GPT2, **options: Any) -> Member:
     exempt = {"accumulates": why_not} if why_not else {}
     described = spec(OURS + "DPOModule", model=model, **options)
-    return Member(f"DPOModule, {name}", described, batches="pairs", exempt=exempt)
+    batches = "records" if name in ("kto", "apo_zero_unpaired") else "pairs"
+    return Member(f"DPOModule, {name}", described, batches=batches, exempt=exempt)
 
 
 OBJECTIVES = [
-    of_pairs("list", loss_type=["sigmoid", "sft", "orpo"], sft_mean="pairs", use_weighting=True),
-    of_pairs("options", loss_type="ipo", ld_alpha=0.5, length_alpha=0.1),
-    of_pairs("no reference", loss_type=["simpo", "cpo"]),
-    of_pairs("router off", model=MIXTRAL, router_aux_loss_coef=0.0),
-    of_pairs("sft", "it is a mean over the tokens of a batch", loss_type="sft"),
-    of_pairs("aot", "it sorts the pairs of a batch", loss_type="aot_unpaired", beta=5.0),
-    of_pairs("router", "it is a product of two means", model=MIXTRAL, router_aux_loss_coef=1.0),
+    objective("list", loss_type=["sigmoid", "sft", "orpo"], sft_mean="pairs", use_weighting=True),
+    objective("options", loss_type="ipo", ld_alpha=0.5, length_alpha=0.1),
+    objective("no reference", loss_type=["simpo", "cpo"]),
+    objective("router off", model=MIXTRAL, router_aux_loss_coef=0.0),
+    objective("sft", "it is a mean over the tokens of a batch", loss_type="sft"),
+    objective("aot", "it sorts the pairs of a batch", loss_type="aot_unpaired", beta=5.0),
+    objective("router", "it is a product of two means", model=MIXTRAL, router_aux_loss_coef=1.0),
+    objective("apo_zero_unpaired", loss_type="apo_zero_unpaired", undesirable_weight=2.0),
+    objective("kto", "its KL is estimated from a batch", loss_type="kto", beta=5.0),
 ]
 
 TEXT = {
@@ -251,6 +254,17 @@ OPTIMIZERS = [
     Member("StableAdamW", spec(OURS + "StableAdamW", lr=3e-3)),
     Member("GaLoreAdamW", spec(OURS + "GaLoreAdamW", lr=3e-3, rank=2, update_proj_gap=2)),
 ]
+
+RECORDS = Member(
+    "PreferenceDataModule, unpaired",
+    spec(
+        OURS + "PreferenceDataModule",
+        paths="{data}/records.jsonl",
+        tokenizer="{data}/tokenizer",
+        max_length=40,
+    ),
+    batches="records",
+)
 
 CALLBACKS = [
     Member("ExactResume", spec(OURS + "ExactResume")),

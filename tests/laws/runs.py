@@ -20,6 +20,7 @@ from tests.helpers.resume import SaveEveryBatch, weights_hash
 from tests.laws.members import (
     DATAMODULES,
     OPTIMIZERS,
+    RECORDS,
     Member,
     build,
     class_of,
@@ -190,7 +191,8 @@ def quiet() -> Iterator[None]:
 
 def on_its_data(module: Member) -> Run:
     """A run of ``module`` on the first datamodule that makes its kind of batches."""
-    return Run(module, next(data for data in DATAMODULES if data.batches == module.batches))
+    kinds = (*DATAMODULES, RECORDS)
+    return Run(module, next(data for data in kinds if data.batches == module.batches))
 
 
 def refusal(*members: Member) -> str | None:

@@ -12,7 +12,15 @@ import pytest
 from tests.helpers.read_checkpoint import read_checkpoint
 from tests.laws import broken
 from tests.laws.composition import note
-from tests.laws.members import CALLBACKS, DATAMODULES, MODULES, OPTIMIZERS, STRATEGIES, Member
+from tests.laws.members import (
+    CALLBACKS,
+    DATAMODULES,
+    MODULES,
+    OBJECTIVES,
+    OPTIMIZERS,
+    STRATEGIES,
+    Member,
+)
 from tests.laws.runs import Outcome, Run, fit_and_be_killed, on_its_data, refusal
 
 pytestmark = pytest.mark.slow  # minutes in all; `make test-laws` runs them
@@ -48,6 +56,12 @@ def test_datamodules(
     run = Run(module, data, accumulate=2)
     resumes(run, tmp_path, material, reference(run), position)
     note("Modules and datamodules", module.name, data.name, "resumes")
+
+
+@pytest.mark.parametrize("module", OBJECTIVES, ids=str)
+def test_objectives(module: Member, tmp_path: Path, material: Path, reference: Reference) -> None:
+    run = replace(on_its_data(module), accumulate=2)
+    resumes(run, tmp_path, material, reference(run), position=3)
 
 
 @pytest.mark.parametrize("module", MODULES, ids=str)
