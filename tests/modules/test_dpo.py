@@ -325,8 +325,15 @@ def test_accumulation_with_unequal_pair_counts_equals_the_one_big_batch() -> Non
     assert_same_sums(many, one)
 
 
-def test_two_ranks_with_unequal_pair_counts_equal_the_one_big_batch() -> None:
-    one, two = module().double(), module().double()
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"loss_type": ["orpo", "sft"], "sft_mean": "pairs", "use_weighting": True}],
+    ids=["sigmoid", "a list"],
+)
+def test_two_ranks_with_unequal_pair_counts_equal_the_one_big_batch(
+    options: dict[str, Any],
+) -> None:
+    one, two = module(**options).double(), module(**options).double()
     fit(one, [pairs(0, 1, 2, 3)])
     fit(two, [pairs(0), pairs(1, 2, 3)], strategy="ddp_fork", devices=2)
     assert_same_sums(two, one)
