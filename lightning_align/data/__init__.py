@@ -27,6 +27,12 @@ if TYPE_CHECKING:
     from lightning_align.data.sampler import PositionSampler
     from lightning_align.data.skipped import SkippedBatches
     from lightning_align.data.streams import StreamBatches
+    from lightning_align.data.unpaired import (
+        Labelled,
+        UnpairedDataset,
+        collate_unpaired,
+        read_unpaired,
+    )
 else:
     _HOMES = {
         "BatchSizes": "batch_sizes",
@@ -37,6 +43,7 @@ else:
         "CurriculumScheduler": "pacing",
         "DifficultyAnalyzer": "difficulty_map",
         "DifficultyIndex": "difficulty",
+        "Labelled": "unpaired",
         "Mixture": "mixture",
         "MixtureSchedule": "mixture_schedule",
         "PackedDataset": "packing",
@@ -46,11 +53,14 @@ else:
         "SelfPaced": "feedback",
         "SkippedBatches": "skipped",
         "StreamBatches": "streams",
+        "UnpairedDataset": "unpaired",
         "collate_conversations": "conversation",
         "collate_pairs": "preference",
+        "collate_unpaired": "unpaired",
         "read_conversations": "conversation",
         "read_data_efficiency": "data_efficiency",
         "read_pairs": "preference",
+        "read_unpaired": "unpaired",
     }
     __getattr__, __dir__ = lazy(__name__, _HOMES)
 
@@ -63,6 +73,7 @@ __all__ = [
     "CurriculumScheduler",
     "DifficultyAnalyzer",
     "DifficultyIndex",
+    "Labelled",
     "Mixture",
     "MixtureSchedule",
     "PackedDataset",
@@ -72,9 +83,12 @@ __all__ = [
     "SelfPaced",
     "SkippedBatches",
     "StreamBatches",
+    "UnpairedDataset",
     "collate_conversations",
     "collate_pairs",
+    "collate_unpaired",
     "read_conversations",
     "read_data_efficiency",
     "read_pairs",
+    "read_unpaired",
 ]
