@@ -281,6 +281,12 @@ class DPOModule(CausalLMModule):
         hidden_BTD, self._router_logits = heard
         return hidden_BTD
 
+    @override
+    def forward(self, input_ids: Tensor, **inputs: Tensor) -> Tensor:
+        logits_BTV = super().forward(input_ids, **inputs)
+        self._router_logits = []  # attributes are saved, and hold memory
+        return logits_BTV
+
     def score(
         self, hidden_BTD: Tensor, batch: dict[str, Tensor]
     ) -> tuple[CompletionLogps, CompletionLogps | None]:
@@ -336,7 +342,8 @@ class DPOModule(CausalLMModule):
             rule = f"needs the keys {missing} in a batch; it has {sorted(batch)}"
             raise argument_error("DPOModule", "loss_type", "kto", rule)
         others = {name: batch[key] for key, name in KL_KEYS.items()}
-        return kl_of_scored(*self.score(self.forward_hidden(**self.model_inputs(others)), others))
+        hidden_BTD = super().forward_hidden(**self.model_inputs(others))  # no router has a say here
+        return kl_of_scored(*self.score(hidden_BTD, others))
 
     @override
     def derived_metrics(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -389,7 +396,7 @@ class DPOModule(CausalLMModule):
 
         Of unpaired records (P,), one a record.
         """
-        hidden_BTD = self.forward_hidden(**self.model_inputs(batch))
+        hidden_BTD = super().forward_hidden(**self.model_inputs(batch))
         policy, reference = self.score(hidden_BTD, batch)
         if self.options.is_unpaired:
             frozen_P = 0 if reference is None else reference.logps_B

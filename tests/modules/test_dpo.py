@@ -230,6 +230,20 @@ def test_a_router_is_trained_by_its_own_loss(checkpointing: bool) -> None:
         torch.testing.assert_close(ours_, theirs_, rtol=1e-4, atol=1e-6)
 
 
+def test_what_a_router_said_is_not_kept() -> None:
+    """Attributes of a module are saved with a run, and the tensors would hold its graph."""
+    ours = module(mixture_of_experts(), loss_type="kto", router_aux_loss_coef=0.5)
+    for use in (
+        lambda: step(ours, UNPAIRED),
+        lambda: ours.predict_step(UNPAIRED, 0),
+        lambda: ours(UNPAIRED["input_ids"]),
+        lambda: ours.batch_loss(UNPAIRED),
+    ):
+        use()
+        assert ours._router_logits == []
+    assert_step_equals_the_function(ours, UNPAIRED, loss_type="kto", router_aux_loss_coef=0.5)
+
+
 def test_a_router_does_not_count_what_fills_up_a_rank() -> None:
     ours, batch = module(mixture_of_experts(), router_aux_loss_coef=0.5), pairs(0, 1)
     alone, _ = step(ours, {name: rows[[0, 2]] for name, rows in batch.items()})
