@@ -126,3 +126,16 @@ def test_the_head_is_itself_again_after_an_error() -> None:
     override = vars(model.to_logits)["forward"] = lambda hidden: hidden[..., :1]
     assert layers.hidden_states(tokens()).shape == (2, 12, HIDDEN_SIZE)
     assert vars(model.to_logits)["forward"] is override
+
+
+def test_router_logits_come_with_the_same_hidden_states() -> None:
+    """Of each layer those of all tokens, as the model's own forward gives them."""
+    model = TINY_MODELS["mixtral"]()
+    layers, ids = find_layers(model), torch.arange(1, 11).view(2, 5)
+    hidden, router_logits = layers.hidden_states_and_router_logits(ids)
+    assert torch.equal(hidden, layers.hidden_states(ids))
+    theirs = model(ids, output_router_logits=True).router_logits
+    assert [tuple(logits.shape) for logits in router_logits] == [(10, 4)] * len(layers.blocks)
+    for ours, their in zip(router_logits, theirs, strict=True):
+        assert torch.equal(ours, their)
+        assert ours.requires_grad
