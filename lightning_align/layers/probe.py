@@ -56,6 +56,13 @@ def check_logits(layers: ModelLayers) -> None:
             _compare(layers, layers.head.logits(hidden_BTD * factor), theirs_BTV, tolerance)
 
 
+def gives_router_logits(layers: ModelLayers) -> bool:
+    """Whether router logits come with the hidden states of a few tokens."""
+    tokens_BT = _probe_tokens(layers.vocab_size).to(layers.head.weight.device)
+    with _undisturbed(layers.model):
+        return bool(layers.hidden_states_and_router_logits(tokens_BT)[1])
+
+
 def check_documents(layers: ModelLayers) -> None:
     """Refuse a model in which documents that share a row see each other."""
     base = base_model(layers.model)

@@ -18,6 +18,7 @@ from lightning_align.losses.preference import LOSSES, implicit_rewards
 from lightning_align.losses.router import (
     experts_per_token,
     load_balancing_loss,
+    no_router_error,
     router_coefficient,
 )
 from lightning_align.losses.scores import CompletionScores, PairScores, pair_scores
@@ -60,6 +61,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_logprobs",
     "load_balancing_loss",
+    "no_router_error",
     "padding_arguments",
     "pair_losses",
     "pair_scores",

@@ -23,6 +23,7 @@ from lightning_align.losses.preference import implicit_rewards
 from lightning_align.losses.router import (
     experts_per_token,
     load_balancing_loss,
+    no_router_error,
     router_coefficient,
 )
 from lightning_align.losses.scores import PairScores, pair_scores
@@ -193,6 +194,8 @@ def dpo_loss_from_batch(
         counted_P = pairs_that_count(policy)
         counted_B = counted_P.repeat(2)
     loss = (losses_P * counted_P).sum() / counted_P.sum().clamp(min=1)
+    if router and not router_logits and checked.router_aux_loss_coef:
+        raise no_router_error(model, checked.router_aux_loss_coef, where)
     if router_logits:
         mask_BT = batch["attention_mask"] * counted_B[:, None]
         aux_loss = load_balancing_loss(router_logits, experts_per_token(model), mask_BT)

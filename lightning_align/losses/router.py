@@ -63,6 +63,18 @@ def router_coefficient(model: nn.Module, given: float | None, where: str) -> flo
     return float(given)
 
 
+def no_router_error(model: nn.Module, given: float, where: str) -> ValueError:
+    """The error for a weight of a loss that there is none of.
+
+    Args:
+        model: The model in training.
+        given: The weight that the user gave.
+        where: Class or function the user called.
+    """
+    rule = f"must be None or 0: {type(model).__name__} gives no router logits"
+    return argument_error(where, "router_aux_loss_coef", given, rule)
+
+
 def experts_per_token(model: Any) -> int:
     """How many experts of a mixture of experts of transformers see a token."""
     return int(model.config.get_text_config().num_experts_per_tok)

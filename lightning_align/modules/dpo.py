@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from typing_extensions import Self, override
@@ -24,6 +24,7 @@ from lightning_align.losses import (
     implicit_rewards,
     kl_of_scored,
     load_balancing_loss,
+    no_router_error,
     padding_arguments,
     pair_scores,
     pairs_that_count,
@@ -244,6 +245,7 @@ class DPOModule(CausalLMModule):
         if self.reference_layers is not None and not is_spread(self.reference_layers.model):
             self.reference_layers.probe()
         self._refuse_single_records()
+        self._check_router()
         coupled = self.options.coupled_losses + ["aux_loss"] * bool(self.router_coefficient)
         parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
         if stage == "fit" and coupled and parts > 1:
@@ -259,6 +261,18 @@ class DPOModule(CausalLMModule):
             rule = "estimates a KL from completions of other records, and a batch has one record"
             way_out = "Set batch_size to 2 or more, or use 'apo_zero_unpaired'"
             raise argument_error("DPOModule", "loss_type", "kto", rule, way_out)
+
+    def _check_router(self) -> None:
+        """A weight that the user gave must weigh something; one of a configuration may not."""
+        if not self.router_coefficient or is_spread(self) or self.layers.gives_router_logits():
+            return
+        if self.options.router_aux_loss_coef is not None:
+            raise no_router_error(self.model, self.router_coefficient, "DPOModule")
+        rank_zero_warn(
+            f"DPOModule(model={type(self.model).__name__!r}): its configuration has a weight for"
+            " the load-balancing loss, and it gives no router logits. It trains without that loss."
+        )
+        self.router_coefficient = 0.0
 
     # The step
 
@@ -324,7 +338,7 @@ class DPOModule(CausalLMModule):
             counted_B = counted_P.repeat(2)
         losses_P, metrics = step
         loss, num_pairs = (losses_P * counted_P).sum(), counted_P.sum()
-        if self.router_coefficient:
+        if router_logits:
             mask_BT = batch["attention_mask"] * counted_B[:, None]
             aux_loss = load_balancing_loss(router_logits, experts_per_token(self.model), mask_BT)
             loss = loss + self.router_coefficient * aux_loss * num_pairs

@@ -139,3 +139,13 @@ def test_router_logits_come_with_the_same_hidden_states() -> None:
     for ours, their in zip(router_logits, theirs, strict=True):
         assert torch.equal(ours, their)
         assert ours.requires_grad
+    assert layers.gives_router_logits()
+
+
+@pytest.mark.parametrize("model", [TINY_MODELS["llama"](), PlainDecoder()], ids=["llama", "own"])
+def test_a_dense_model_gives_no_router_logits(model: nn.Module) -> None:
+    layers, ids = find_layers(model), torch.arange(1, 11).view(2, 5)
+    hidden, router_logits = layers.hidden_states_and_router_logits(ids)
+    assert torch.equal(hidden, layers.hidden_states(ids))
+    assert router_logits == []
+    assert not layers.gives_router_logits()

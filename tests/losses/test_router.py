@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from transformers import MixtralConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, DogeConfig, MixtralConfig, Qwen3MoeConfig
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from lightning_align.layers import find_layers
 from lightning_align.losses import (
     dpo_loss_from_batch,
     load_balancing_loss,
@@ -89,5 +88,18 @@ def test_a_model_without_experts_cannot_have_one():
     model = TINY_MODELS["llama"]()
     with pytest.raises(ValueError, match="is no mixture of experts"):
         dpo_loss_from_batch(model, None, {}, loss_type="cpo", router_aux_loss_coef=0.1)
-    with pytest.raises(ValueError, match="it gives no router logits; only mixtures of experts"):
-        find_layers(model).hidden_states_and_router_logits(torch.ones(1, 3, dtype=torch.long))
+
+
+def test_a_router_that_says_nothing_has_no_loss_unless_one_is_asked_for():
+    """Doge's configuration has a weight, and only its sparse models have routers."""
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0}
+    model = AutoModelForCausalLM.from_config(DogeConfig(**sizes, **heads))
+    assert router_coefficient(model, None, "f") > 0
+    ids = torch.randint(1, 32, (2, 6))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    batch["completion_mask"] = (torch.arange(6) > 2).long().repeat(2, 1)
+    _, metrics = dpo_loss_from_batch(model, None, batch, loss_type="cpo")
+    assert "aux_loss" not in metrics
+    with pytest.raises(ValueError, match=r"coef=0.1\): .*DogeForCausalLM gives no router logits"):
+        dpo_loss_from_batch(model, None, batch, loss_type="cpo", router_aux_loss_coef=0.1)

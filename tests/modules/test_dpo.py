@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import GPT2Config, LlamaConfig, MixtralConfig
+from transformers import DogeConfig, GPT2Config, LlamaConfig, MixtralConfig
 
 from lightning_align import DPOModule, PreferenceDataModule
 from lightning_align.losses import dpo_loss_from_batch
@@ -228,6 +228,18 @@ def test_a_router_is_trained_by_its_own_loss(checkpointing: bool) -> None:
     ):
         assert ours_.abs().max() > 0
         torch.testing.assert_close(ours_, theirs_, rtol=1e-4, atol=1e-6)
+
+
+def test_a_router_that_says_nothing_is_named_at_set_up() -> None:
+    """Doge's configuration has a weight, and only its sparse models have routers."""
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    config = DogeConfig(**sizes, **heads, pad_token_id=0)
+    with pytest.warns(UserWarning, match="gives no router logits. It trains without that loss"):
+        trainer = fit(module(config), [pairs(0, 1)])
+    assert "aux_loss" not in trainer.callback_metrics
+    with pytest.raises(ValueError, match=r"router_aux_loss_coef=0.1\): .*gives no router logits"):
+        fit(module(config, router_aux_loss_coef=0.1), [pairs(0, 1)])
 
 
 def test_what_a_router_said_is_not_kept() -> None:
