@@ -262,7 +262,7 @@ RISING = sorted(set(LOSSES) - {"apo_down", "exo_pair", "ipo", "nca_pair", "sft",
 
 
 @pytest.mark.parametrize("loss_type", RISING)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(logps=st.lists(st.floats(-20, -0.1), min_size=4, max_size=4), beta=st.floats(0.01, 2))
 def test_no_loss_prefers_the_rejected_completion(loss_type, logps, beta):
     """More of the chosen and less of the rejected text never costs; others have a target."""
@@ -276,7 +276,7 @@ def test_no_loss_prefers_the_rejected_completion(loss_type, logps, beta):
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 2**16), order=st.permutations(range(4)))
 def test_the_order_of_a_batch_does_not_matter(loss_type, seed, order):
     """Losses go with their pairs; those of a whole batch may go to others, with the same mean."""
