@@ -4,7 +4,7 @@
     python benchmarks/curriculum/study.py --report     # tables of what is finished
 
 A Llama of 3 blocks and width 128 learns six novels, of which chapters are held out, in blocks of
-512 tokens; documents are chapters and do not see each other. Learning rate and end of a run follow
+256 tokens; documents are chapters and do not see each other. Learning rate and end of a run follow
 the tokens that are learned from, for every arm the same.
 
 1. The baseline, blocks in an order of chance at their whole length, is swept over rows of a batch
@@ -62,14 +62,14 @@ from lightning_align.models.build import build_model
 
 CACHE = Path(__file__).parents[1] / "cache/curriculum"
 SEED, SEEDS = 0, (1, 2, 3)
-BLOCK = 512  # tokens
-LENGTHS = (32, 64, 128, 256, 512)  # each divides the next: reshaping loses nothing
-ROWS, RATES = (2, 4, 8), (2.5e-3, 5e-3, 1e-2)  # where the sweep begins
+BLOCK = 256  # tokens
+LENGTHS = (32, 64, 128, 256)  # each divides the next: reshaping loses nothing
+ROWS, RATES = (2, 4, 8), (1.25e-3, 2.5e-3, 5e-3)  # where the sweep begins
 LADDER = (0.5, 1.0, 2.0, 4.0)  # of the baseline's learning rate
 LENGTH_SHARE, ORDER_SHARE = 0.4, 0.5
 REFERENCE_SHARE = 0.25  # of the tokens
 ORDERS = ("sentences", "rarity", "loss")
-MARKS, SOME = 16, 24  # measurements of a run, blocks of each
+MARKS, SOME = 16, 48  # measurements of a run, blocks of each
 
 
 class Setting(NamedTuple):
@@ -420,7 +420,7 @@ def report(study: Study, base: Setting | None, tuned: dict[str, Setting]) -> Non
 def main() -> None:
     parser = arguments(__doc__)
     parser.set_defaults(runs=CACHE)
-    parser.add_argument("--tokens", type=int, default=400_000, help="that a run learns from")
+    parser.add_argument("--tokens", type=int, default=600_000, help="that a run learns from")
     given = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
