@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,14 +95,14 @@ class ModelLayers:
         self,
         input_ids_BT: Tensor,
         position_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Run the model up to its head, which is not computed.
 
         Args:
             input_ids_BT: Tokens, (B, T).
             position_ids: Positions as the model's own forward takes them.
-            attention_mask: Mask as the model's own forward takes it.
+            attention_mask: Mask as the model's own forward takes it, or one for each layer type.
 
         Returns:
             What the head would have been given, (B, T, D).
@@ -129,14 +130,14 @@ class ModelLayers:
         self,
         input_ids_BT: Tensor,
         position_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """``hidden_states`` of a mixture of experts, and what its routers said.
 
         Args:
             input_ids_BT: Tokens, (B, T).
             position_ids: Positions as the model's own forward takes them.
-            attention_mask: Mask as the model's own forward takes it.
+            attention_mask: Mask as the model's own forward takes it, or one for each layer type.
 
         Returns:
             What the head would have been given, (B, T, D), and of each layer with experts the
@@ -159,7 +160,7 @@ class ModelLayers:
         return probe.gives_router_logits(self)
 
     def _called(
-        self, position_ids: Tensor | None, attention_mask: Tensor | None
+        self, position_ids: Tensor | None, attention_mask: Tensor | Mapping[str, Tensor] | None
     ) -> tuple[Any, dict[str, Any]]:
         """What is called for hidden states, None for the model itself, and with which arguments."""
         base: Any = base_model(self.model)

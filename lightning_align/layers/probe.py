@@ -34,9 +34,9 @@ def check_logits(layers: ModelLayers) -> None:
     device = layers.head.weight.device
     if device.type == "meta":
         raise model_error(layers.model, "probe", "its parameters must not be on the meta device")
-    tolerance = max(_TOLERANCE.get(p.dtype, 0.0) for p in layers.model.parameters())
-    tokens_BT = _probe_tokens(layers.vocab_size).to(device)
-    with _undisturbed(layers.model):
+    allowed = tolerance(layers.model)
+    tokens_BT = probe_tokens(layers.vocab_size).to(device)
+    with undisturbed(layers.model):
         with _scaled_input(layers.embedding, 1) as embedded:
             hidden_BTD = layers.hidden_states(tokens_BT)
         if not any(torch.equal(tokens_BT, ids) for ids in embedded):
@@ -47,19 +47,19 @@ def check_logits(layers: ModelLayers) -> None:
             rule = f"its base model gives {hidden_BTD.shape[-1]} features, not {layers.hidden_size}"
             raise model_error(layers.model, "probe", rule)
         past_BTD = hidden_BTD[:, : _PROBE_TOKENS // 2]  # The same in both rows, if causal.
-        if _difference(past_BTD[0], past_BTD[1]) > tolerance:
+        if difference(past_BTD[0], past_BTD[1]) > allowed:
             rule = "the hidden state of a token must not depend on later tokens"
             raise model_error(layers.model, "probe", rule, "Use a causal decoder")
         for factor in (1.0, _saturating_factor(layers, hidden_BTD)):
             with _scaled_input(layers.head_module, factor):
                 theirs_BTV = _logits(layers.model(tokens_BT, **no_cache(layers.model)))
-            _compare(layers, layers.head.logits(hidden_BTD * factor), theirs_BTV, tolerance)
+            _compare(layers, layers.head.logits(hidden_BTD * factor), theirs_BTV, allowed)
 
 
 def gives_router_logits(layers: ModelLayers) -> bool:
     """Whether router logits come with the hidden states of a few tokens."""
-    tokens_BT = _probe_tokens(layers.vocab_size).to(layers.head.weight.device)
-    with _undisturbed(layers.model):
+    tokens_BT = probe_tokens(layers.vocab_size).to(layers.head.weight.device)
+    with undisturbed(layers.model):
         return bool(layers.hidden_states_and_router_logits(tokens_BT)[1])
 
 
@@ -75,9 +75,9 @@ def check_documents(layers: ModelLayers) -> None:
         raise model_error(layers.model, "probe_documents", rule, way_out)
     half = _PROBE_TOKENS // 2
     device = layers.head.weight.device
-    tokens_BT = _probe_tokens(layers.vocab_size).flip(1).to(device)  # the second halves agree
+    tokens_BT = probe_tokens(layers.vocab_size).flip(1).to(device)  # the second halves agree
     positions_BT = (torch.arange(_PROBE_TOKENS, device=device) % half).expand(2, -1)
-    with _undisturbed(layers.model):
+    with undisturbed(layers.model):
         # One row at a time: the same sums in the same order.
         rows = ((tokens_BT[i : i + 1], positions_BT[i : i + 1]) for i in range(2))
         one, other = (layers.hidden_states(*row)[0, half:] for row in rows)
@@ -98,17 +98,17 @@ def _flow(layers: ModelLayers, tokens_BT: Tensor, positions_BT: Tensor, begin: i
         return torch.autograd.grad((hidden_BTD * weight_D).sum(), embedded[0])[0]
 
 
-def _compare(layers: ModelLayers, ours_BTV: Tensor, theirs_BTV: Tensor, tolerance: float) -> None:
+def _compare(layers: ModelLayers, ours_BTV: Tensor, theirs_BTV: Tensor, allowed: float) -> None:
     if ours_BTV.shape != theirs_BTV.shape:
         rule = f"its logits must have shape {tuple(ours_BTV.shape)}, not {tuple(theirs_BTV.shape)}"
         raise model_error(layers.model, "probe", rule)
-    difference = _difference(ours_BTV, theirs_BTV)
-    if not difference <= tolerance:  # Also for NaN.
+    largest_error = difference(ours_BTV, theirs_BTV)
+    if not largest_error <= allowed:  # Also for NaN.
         largest = theirs_BTV.abs().max().item()
         rule = (
             f"its logits are not those of its head '{layers.head_name}' with logit_scale="
             f"{layers.logit_scale:g} and softcap={layers.softcap}: they differ by up to "
-            f"{difference * largest:.3g}, the largest is {largest:.3g}"
+            f"{largest_error * largest:.3g}, the largest is {largest:.3g}"
         )
         way_out = (
             "Between its hidden states and its logits may only be that head and what "
@@ -160,14 +160,19 @@ def _leaf_output(module: nn.Module) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation without gradients that leaves modes and random number generators alone."""
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     with torch.no_grad(), torch.random.fork_rng(devices=devices), evaluating(model):
         yield
 
 
-def _probe_tokens(vocab_size: int) -> Tensor:
+def tolerance(model: nn.Module) -> float:
+    """Largest ``difference`` between two ways to compute the same, by the dtypes of a model."""
+    return max(_TOLERANCE.get(parameter.dtype, 0.0) for parameter in model.parameters())
+
+
+def probe_tokens(vocab_size: int) -> Tensor:
     """Two rows of random tokens, the same in the first half and different in the second."""
     generator = torch.Generator().manual_seed(0)
     row_T = torch.randint(vocab_size, (_PROBE_TOKENS,), generator=generator)
@@ -180,7 +185,7 @@ def _logits(output: Any) -> Tensor:
     return logits
 
 
-def _difference(ours: Tensor, theirs: Tensor) -> float:
+def difference(ours: Tensor, theirs: Tensor) -> float:
     """Largest difference, relative to the largest of theirs."""
     ours, theirs = ours.to("cpu", torch.float64), theirs.to("cpu", torch.float64)
     return ((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30)).item()

@@ -9,11 +9,13 @@ those of single completions in ``UNPAIRED_LOSSES``;
 
 from lightning_align.losses.combined import pair_losses, preference_loss
 from lightning_align.losses.difficulty import ReferenceLoss, ReferenceMargin
-from lightning_align.losses.dpo import dpo_loss_from_batch, preference_step
+from lightning_align.losses.dpo import check_sharing, dpo_loss_from_batch, preference_step
 from lightning_align.losses.linear_cross_entropy import CrossEntropy, linear_cross_entropy
 from lightning_align.losses.linear_logprobs import TokenLogprobs, linear_logprobs
 from lightning_align.losses.means import Mean, pairs_that_count
 from lightning_align.losses.options import PreferenceOptions, check_preference_arguments
+from lightning_align.losses.pair_attention import PairAttention, check_pair_attention
+from lightning_align.losses.pair_layout import PairLayout, lay_out_pairs
 from lightning_align.losses.preference import LOSSES, implicit_rewards
 from lightning_align.losses.router import (
     experts_per_token,
@@ -26,6 +28,7 @@ from lightning_align.losses.sequence_logps import (
     CompletionLogps,
     completion_logps,
     padding_arguments,
+    pair_layout,
     sequence_logps,
 )
 from lightning_align.losses.unpaired import (
@@ -45,24 +48,30 @@ __all__ = [
     "CompletionScores",
     "CrossEntropy",
     "Mean",
+    "PairAttention",
+    "PairLayout",
     "PairScores",
     "PreferenceOptions",
     "ReferenceLoss",
     "ReferenceMargin",
     "TokenLogprobs",
     "UnpairedScores",
+    "check_pair_attention",
     "check_preference_arguments",
+    "check_sharing",
     "completion_logps",
     "dpo_loss_from_batch",
     "experts_per_token",
     "implicit_rewards",
     "kl_estimate",
     "kl_of_scored",
+    "lay_out_pairs",
     "linear_cross_entropy",
     "linear_logprobs",
     "load_balancing_loss",
     "no_router_error",
     "padding_arguments",
+    "pair_layout",
     "pair_losses",
     "pair_scores",
     "pairs_that_count",

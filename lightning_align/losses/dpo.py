@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from lightning_align._errors import argument_error
+from lightning_align._errors import argument_error, check_choice
 from lightning_align.losses.combined import loss_terms, weighted_sum
 from lightning_align.losses.means import Mean, pairs_that_count
 from lightning_align.losses.options import PreferenceArguments, PreferenceOptions
@@ -28,6 +28,7 @@ from lightning_align.losses.router import (
 )
 from lightning_align.losses.scores import PairScores, pair_scores
 from lightning_align.losses.sequence_logps import (
+    SHARING,
     CompletionLogps,
     check_pairs,
     model_completion_logps,
@@ -122,12 +123,34 @@ def _metrics(
     return metrics
 
 
+def check_sharing(
+    where: str, prefix_sharing: bool | str, packing: bool, options: PreferenceOptions
+) -> None:
+    """Refuse what cannot be had together, before any model is asked.
+
+    Raises:
+        ValueError: If single completions should share a prompt, or pairs be packed that do not.
+    """
+    check_choice(where, "prefix_sharing", prefix_sharing, SHARING)
+    if packing and prefix_sharing is False:
+        rule = "must be False with prefix_sharing=False: what is packed are rows that share"
+        raise argument_error(where, "packing", packing, rule)
+    for name, value in (("prefix_sharing", prefix_sharing is True), ("packing", packing)):
+        if value and options.is_unpaired:
+            rule = (
+                f"loss_type={options.loss_type!r} is of single completions, which share no prompt"
+            )
+            raise argument_error(where, name, value, rule)
+
+
 def dpo_loss_from_batch(
     model: nn.Module,
     ref_model: nn.Module | None,
     batch: Mapping[str, Tensor],
     *,
     chunk_size: int | None = None,
+    prefix_sharing: bool | str = False,
+    packing: bool = False,
     **options: Unpack[PreferenceArguments],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean preference loss of one batch, and its metrics.
@@ -143,6 +166,9 @@ def dpo_loss_from_batch(
             apo_zero_unpaired (P, T), with ``label`` (P,), and for kto completions of other prompts
             in ``KL_input_ids``, ``KL_attention_mask`` and ``KL_completion_mask``.
         chunk_size: Rows whose logits exist at a time, see ``linear_logprobs``.
+        prefix_sharing: Whether what both completions of a pair have in common is computed once;
+            "auto" does it where it is possible and cheaper. See ``sequence_logps``.
+        packing: Whether rows that share may hold several pairs, blind to each other.
         **options: Arguments of ``PreferenceOptions``: loss_type, beta, loss_weights and more.
 
     Returns:
@@ -151,10 +177,12 @@ def dpo_loss_from_batch(
 
     Raises:
         ValueError: If the batch lacks a key or has an odd number of rows, the models are one
-            object, the reference is missing or not finite, or an option is outside its range.
+            object, the reference is missing or not finite, an option is outside its range, or a
+            model cannot share though ``prefix_sharing`` is True.
     """
     where = "dpo_loss_from_batch"
     checked = PreferenceOptions(**options, where=where)
+    check_sharing(where, prefix_sharing, packing, checked)
     if ref_model is model:
         rule = "must be another object than model: it stays what it is while model learns"
         raise argument_error(where, "ref_model", "model", rule, "Use copy.deepcopy(model)")
@@ -168,12 +196,15 @@ def dpo_loss_from_batch(
     missing = [key for key in asked if key not in batch]
     if missing:
         raise argument_error(where, "batch", sorted(batch), f"must have the keys {missing}, too")
-    if not checked.is_unpaired:
+    sharing: dict[str, Any] = {"prefix_sharing": prefix_sharing, "packing": packing}
+    if checked.is_unpaired:
+        sharing = {}
+    else:
         check_pairs(where, "batch['input_ids'].shape", batch["input_ids"])
 
     def score(of: nn.Module, keys: list[str], **wanted: Any) -> CompletionLogps:
         rows = [batch[key] for key in keys]
-        return model_completion_logps(of, *rows, chunk_size=chunk_size, **wanted)
+        return model_completion_logps(of, *rows, chunk_size=chunk_size, **sharing, **wanted)
 
     def score_frozen(keys: list[str]) -> CompletionLogps | None:
         with torch.no_grad():

@@ -6,14 +6,16 @@ Shapes: B sequences, T tokens, N completion tokens of the whole batch, D hidden 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_align._errors import argument_error
-from lightning_align.layers import Head, find_layers
+from lightning_align._errors import argument_error, check_choice
+from lightning_align.layers import Head, ModelLayers, find_layers
 from lightning_align.losses.linear_logprobs import linear_logprobs
+from lightning_align.losses.pair_attention import check_pair_attention
+from lightning_align.losses.pair_layout import PairLayout, lay_out_pairs
 
 
 class CompletionLogps(NamedTuple):
@@ -51,6 +53,7 @@ def completion_logps(
     *,
     chunk_size: int | None = None,
     weights: bool = False,
+    layout: PairLayout | None = None,
 ) -> CompletionLogps:
     """Log-probabilities of completions from hidden states.
 
@@ -64,6 +67,7 @@ def completion_logps(
         completion_mask_BT: 1 for completion tokens, 0 for prompt and padding.
         chunk_size: Rows whose logits exist at a time, see ``linear_logprobs``.
         weights: Whether ``log_weights_B`` is wanted, which costs one more sum over the logits.
+        layout: Of the rows that the hidden states are of, (R, L, D); None for those of the batch.
 
     Returns:
         Sums for each sequence; a sequence without completion has zeros.
@@ -73,12 +77,16 @@ def completion_logps(
     """
     where = "completion_logps"
     _check_same_shape(where, "completion_mask", completion_mask_BT, input_ids_BT)
-    if hidden_BTD.shape[:2] != input_ids_BT.shape:
-        rule = f"must begin with the shape of input_ids, {tuple(input_ids_BT.shape)}"
+    rows = input_ids_BT if layout is None else layout.input_ids_RL
+    if hidden_BTD.shape[:2] != rows.shape:
+        rule = f"must begin with the shape of input_ids, {tuple(rows.shape)}"
         raise argument_error(where, "hidden.shape", tuple(hidden_BTD.shape), rule)
     predicted_BT = completion_mask_BT[:, 1:].bool()
     sequence_N, position_N = predicted_BT.nonzero(as_tuple=True)
-    hidden_ND = hidden_BTD[sequence_N, position_N]
+    if layout is None:
+        hidden_ND = hidden_BTD[sequence_N, position_N]
+    else:
+        hidden_ND = hidden_BTD.flatten(0, 1)[layout.index_BT[sequence_N, position_N]]
     targets_N = input_ids_BT[sequence_N, position_N + 1]
     tokens = linear_logprobs(hidden_ND, head, targets_N, chunk_size=chunk_size, collision=weights)
 
@@ -111,6 +119,7 @@ def sequence_logps(
     attention_mask: Tensor,
     completion_mask: Tensor,
     *,
+    prefix_sharing: bool | str = False,
     chunk_size: int | None = None,
     ld_alpha: float | None = None,
 ) -> Tensor:
@@ -121,6 +130,9 @@ def sequence_logps(
         input_ids: Tokens, (B, T), padded on either side.
         attention_mask: 1 for tokens, 0 for padding, (B, T).
         completion_mask: 1 for completion tokens, 0 for prompt and padding, (B, T).
+        prefix_sharing: Whether rows are [chosen; rejected] and what both completions of a pair have
+            in common is computed once, which is exact; "auto" does it where it is possible and
+            cheaper. The model is tried on a few tokens in each call.
         chunk_size: Rows whose logits exist at a time, see ``linear_logprobs``.
         ld_alpha: Weight, in [0, 1], of the tokens by which a completion is longer than the other
             one of its pair; rows are then [chosen; rejected]. None for 1.
@@ -130,10 +142,12 @@ def sequence_logps(
 
     Raises:
         ValueError: If the shapes differ, a completion token is padding or outside the vocabulary,
-            or rows with an ``ld_alpha`` are no pairs.
+            rows with an ``ld_alpha`` or ``prefix_sharing=True`` are no pairs, or this model cannot
+            share.
     """
+    rows = input_ids, attention_mask, completion_mask
     scored = model_completion_logps(
-        model, input_ids, attention_mask, completion_mask, chunk_size=chunk_size
+        model, *rows, chunk_size=chunk_size, prefix_sharing=prefix_sharing
     )
     if ld_alpha is None:
         return scored.logps_B
@@ -183,6 +197,8 @@ def model_completion_logps(
     chunk_size: int | None = None,
     weights: bool = False,
     router_logits: list[Tensor] | None = None,
+    prefix_sharing: bool | str = False,
+    packing: bool = False,
 ) -> CompletionLogps:
     """``sequence_logps`` with everything else that is known about the completions.
 
@@ -191,7 +207,10 @@ def model_completion_logps(
         *rows_BT: ``input_ids``, ``attention_mask`` and ``completion_mask``.
         chunk_size: As there.
         weights: Whether ``log_weights_B`` is wanted.
-        router_logits: Gets those of a mixture of experts, which it must then be.
+        router_logits: Gets those of a mixture of experts, which it must then be; a place that
+            tokens of both sequences share is there twice, as in separate rows.
+        prefix_sharing: As there.
+        packing: Whether rows that share may hold several pairs.
 
     Raises:
         ValueError: As ``sequence_logps``.
@@ -199,20 +218,65 @@ def model_completion_logps(
     input_ids, attention_mask, completion_mask = rows_BT
     check_masks("sequence_logps", *rows_BT)
     layers = find_layers(model)
-    arguments = padding_arguments(attention_mask)
+    layout, arguments = None, {"input_ids": input_ids, **padding_arguments(attention_mask)}
+    if prefix_sharing:
+        layout, shared = _shared(layers, rows_BT, prefix_sharing, packing)
+        arguments = shared or arguments
+    tokens = arguments.pop("input_ids")
     if router_logits is None:
-        hidden_BTD = layers.hidden_states(input_ids, **arguments)
+        hidden = layers.hidden_states(tokens, **arguments)
     else:
-        hidden_BTD, logits = layers.hidden_states_and_router_logits(input_ids, **arguments)
+        hidden, logits = layers.hidden_states_and_router_logits(tokens, **arguments)
+        if layout is not None:
+            logits = [of_places[layout.index_BT.flatten()] for of_places in logits]
         router_logits.extend(logits)
     return completion_logps(
-        hidden_BTD,
+        hidden,
         layers.head,
         input_ids,
         completion_mask,
         chunk_size=chunk_size,
         weights=weights,
+        layout=layout,
     )
+
+
+def _shared(
+    layers: ModelLayers, rows_BT: tuple[Tensor, ...], prefix_sharing: bool | str, packing: bool
+) -> tuple[PairLayout | None, dict[str, Any]]:
+    """Layout and arguments of the model; nothing if "auto" finds separate rows better."""
+    where, is_auto = "sequence_logps", prefix_sharing == "auto"
+    check_choice(where, "prefix_sharing", prefix_sharing, SHARING)
+    try:
+        check_pairs(where, "input_ids.shape", rows_BT[0])
+        attention = check_pair_attention(layers)
+    except ValueError:
+        if is_auto:
+            return None, {}
+        raise
+    layout = pair_layout(
+        *rows_BT, packing=packing, hidden_size=layers.hidden_size, only_if_cheaper=is_auto
+    )
+    if layout is None:
+        return None, {}
+    return layout, attention.arguments(layout, layers.head.weight.dtype)
+
+
+SHARING = ("auto", True, False)  # choices of prefix_sharing
+
+
+def pair_layout(
+    input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor, **options: Any
+) -> PairLayout | None:
+    """``lay_out_pairs`` of a batch, or None if it must not be laid out.
+
+    In a row nothing stands before a sequence. Where a completion begins behind padding, separate
+    rows predict its first token from there.
+    """
+    from_padding_BT = completion_mask[:, 1:].bool() & ~attention_mask[:, :-1].bool()
+    if from_padding_BT.any():
+        return None
+    return lay_out_pairs(input_ids, attention_mask, **options)
 
 
 def check_masks(

@@ -358,3 +358,64 @@ def test_an_odd_number_of_scored_rows_is_refused():
     three = from_sums([-1.0, -1.0, -1.0], [1, 1, 1])
     with pytest.raises(ValueError, match=r"must be even"):
         preference_step(three, three)
+
+
+def pairs_with_prompts(pairs=5, width=24, seed=0):
+    """Right-padded [chosen; rejected] whose two rows of a pair have one prompt."""
+    batch = make_batch(pairs, width, seed)
+    of_prompt = batch["attention_mask"].bool() & ~batch["completion_mask"].bool()
+    chosen, rejected = batch["input_ids"].chunk(2)
+    shared = of_prompt.chunk(2)[0] & of_prompt.chunk(2)[1]
+    rejected[shared] = chosen[shared]
+    return batch
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_weighting": True, "ld_alpha": 0.5, "length_alpha": 0.01},
+        {"loss_type": ["ipo", "sft", "aot"]},
+    ],
+    ids=str,
+)
+def test_pairs_that_share_their_prompt_match_separate_rows(options, packing):
+    model, reference = make_models()
+    batch = pairs_with_prompts()
+    options = {"beta": 0.3, **options}
+    parameters = list(model.parameters())
+    theirs, metrics = dpo_loss_from_batch(model, reference, batch, **options)
+    sharing = {"prefix_sharing": True, "packing": packing}
+    ours, our_metrics = dpo_loss_from_batch(model, reference, batch, **sharing, **options)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    for name, value in metrics.items():
+        torch.testing.assert_close(our_metrics[name], value, rtol=1e-5, atol=1e-5, msg=name)
+    for our, their in zip(
+        torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters), strict=True
+    ):
+        assert (our - their).abs().max() <= 1e-5 * max(1.0, their.abs().max().item())
+
+
+def test_a_router_counts_what_is_shared_for_both_sequences():
+    model, batch = TINY_MODELS["mixtral"](), pairs_with_prompts()
+    options = {"loss_type": "simpo", "router_aux_loss_coef": 0.5}
+    theirs, metrics = dpo_loss_from_batch(model, None, batch, **options)
+    ours, our_metrics = dpo_loss_from_batch(
+        model, None, batch, prefix_sharing=True, packing=True, **options
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(our_metrics["aux_loss"], metrics["aux_loss"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prefix_sharing": "yes"}, r"prefix_sharing='yes'\): must be one of 'auto', True, False"),
+        ({"packing": True}, "must be False with prefix_sharing=False"),
+        ({"prefix_sharing": True, "loss_type": "kto"}, "is of single completions"),
+    ],
+)
+def test_sharing_that_cannot_be_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        dpo_loss_from_batch(*make_models(), make_batch(), **options)
