@@ -7,7 +7,7 @@ counts then equals the one big batch, where averaging per batch (Lightning's def
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -93,14 +93,14 @@ class CausalLMModule(pl.LightningModule, ABC):
         """The summed loss of a batch, and what to log (see ``Sums``)."""
 
     @abstractmethod
-    def model_inputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def model_inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
         """The part of a batch that ``forward_hidden`` takes."""
 
     def forward_hidden(
         self,
         input_ids: Tensor,
         position_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Hidden states after the final norm, (B, T, D).
 

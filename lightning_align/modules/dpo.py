@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,11 @@ from lightning_align.layers import ModelLayers, find_layers
 from lightning_align.losses import (
     CompletionLogps,
     Mean,
+    PairAttention,
+    PairLayout,
     PreferenceOptions,
+    check_pair_attention,
+    check_sharing,
     completion_logps,
     experts_per_token,
     implicit_rewards,
@@ -26,6 +30,7 @@ from lightning_align.losses import (
     load_balancing_loss,
     no_router_error,
     padding_arguments,
+    pair_layout,
     pair_scores,
     pairs_that_count,
     preference_step,
@@ -56,6 +61,10 @@ class DPOModule(CausalLMModule):
     policy and reference, so that their ratio is 1 before the first step. The reference lives
     outside the module tree: no checkpoint keys, no parameters, still moved and cast with the
     module; losses that need none get none.
+
+    What the two completions of a pair have in common, the prompt, is computed once, where that is
+    possible and cheaper: they stand in one row and do not see each other. Losses and gradients are
+    those of separate rows. ``layout`` says how the latest batch ran: separate, shared or packed.
 
     Logs ``train_loss`` and TRL's names: ``rewards/chosen``, ``rewards/rejected``,
     ``rewards/accuracies``, ``rewards/margins``, ``logps/*``, ``logits/*``, ``entropy``,
@@ -100,10 +109,14 @@ class DPOModule(CausalLMModule):
         undesirable_weight: Weight of the other records.
         router_aux_loss_coef: Weight of the load-balancing loss of a mixture of experts; None for
             what the model's configuration says.
+        prefix_sharing: Whether a pair is one row, in which the prompt is computed once; "auto"
+            decides for each batch by what costs less.
+        packing: Whether a row may hold several pairs, which do not see each other.
 
     Raises:
         ValueError: If a value is out of its range or would do nothing, a model cannot be loaded or
-            read, or the two models have different vocabularies or are one object.
+            read, or the two models have different vocabularies or are one object; in
+            ``setup``, if a model cannot share though ``prefix_sharing`` is True.
 
     Example:
         >>> from transformers import LlamaConfig
@@ -145,6 +158,8 @@ class DPOModule(CausalLMModule):
         desirable_weight: float = 1.0,
         undesirable_weight: float = 1.0,
         router_aux_loss_coef: float | None = None,
+        prefix_sharing: bool | str = "auto",
+        packing: bool = False,
     ) -> None:
         options = PreferenceOptions(
             loss_type,
@@ -167,6 +182,7 @@ class DPOModule(CausalLMModule):
             where="DPOModule",
         )
         options.refuse_idle("DPOModule")
+        check_sharing("DPOModule", prefix_sharing, packing, options)
         both: Loading = {"dtype": dtype, "attn_implementation": attn_implementation}
         both["trust_remote_code"] = trust_remote_code
         loading: Loading = {**both, "revision": revision}
@@ -175,6 +191,11 @@ class DPOModule(CausalLMModule):
         )
         save_plain_hyperparameters(self, model=model, ref_model=ref_model)
         self.options = options
+        self.prefix_sharing, self.packing = prefix_sharing, packing
+        self.layout = "separate"
+        # What policy and reference must be told about rows of pairs; nothing if those are separate.
+        self._pair_attention: list[PairAttention] = []
+        self._laid_out: tuple[Tensor, PairLayout | None] | None = None
         self.router_coefficient = router_coefficient(self.model, router_aux_loss_coef, "DPOModule")
         self._router_logits: list[Tensor] = []
         turn_off_dropout(self.model)
@@ -246,6 +267,7 @@ class DPOModule(CausalLMModule):
             self.reference_layers.probe()
         self._refuse_single_records()
         self._check_router()
+        self._set_up_sharing()
         coupled = self.options.coupled_losses + ["aux_loss"] * bool(self.router_coefficient)
         parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
         if stage == "fit" and coupled and parts > 1:
@@ -274,18 +296,56 @@ class DPOModule(CausalLMModule):
         )
         self.router_coefficient = 0.0
 
+    def _set_up_sharing(self) -> None:
+        self._pair_attention, self._laid_out = [], None
+        if self.prefix_sharing is False or self.options.is_unpaired:
+            return
+        models = [layers for layers in (self.layers, self.reference_layers) if layers is not None]
+        try:
+            self._pair_attention = [check_pair_attention(layers) for layers in models]
+        except ValueError as reason:
+            if self.prefix_sharing is True:
+                rule = f"this model cannot do it. {reason}"
+                way_out = "Set prefix_sharing='auto' or False"
+                raise argument_error("DPOModule", "prefix_sharing", True, rule, way_out) from reason
+            rank_zero_warn(f"DPOModule computes the prompt of a pair twice. {reason}")
+
     # The step
 
     @override
-    def model_inputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"input_ids": batch["input_ids"], **padding_arguments(batch["attention_mask"])}
+    def model_inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        return self._inputs(batch, self.layers, *self._pair_attention[:1])
+
+    def _inputs(
+        self, batch: dict[str, Tensor], layers: ModelLayers, attention: PairAttention | None = None
+    ) -> dict[str, Any]:
+        layout = self._layout_of(batch)
+        if layout is None or attention is None:
+            return {"input_ids": batch["input_ids"], **padding_arguments(batch["attention_mask"])}
+        return attention.arguments(layout, layers.head.weight.dtype)
+
+    def _layout_of(self, batch: dict[str, Tensor]) -> PairLayout | None:
+        """Rows of the pairs of a batch, None for separate ones; kept until the batch is scored."""
+        if not self._pair_attention:
+            return None
+        rows = [batch[key] for key in ("input_ids", "attention_mask", "completion_mask")]
+        if self._laid_out is None or self._laid_out[0] is not rows[0]:
+            layout = pair_layout(
+                *rows,
+                packing=self.packing,
+                hidden_size=self.layers.hidden_size,
+                only_if_cheaper=self.prefix_sharing == "auto",
+            )
+            self._laid_out = rows[0], layout
+            self.layout = "separate" if layout is None else layout.name
+        return self._laid_out[1]
 
     @override
     def forward_hidden(
         self,
         input_ids: Tensor,
         position_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """As in every module; the router of a mixture of experts is heard, too, for its loss."""
         inputs = input_ids, position_ids, attention_mask
@@ -306,19 +366,26 @@ class DPOModule(CausalLMModule):
     ) -> tuple[CompletionLogps, CompletionLogps | None]:
         """Completions of a batch under (policy, reference)."""
         chunk_size, rows = self.chunk_size, (batch["input_ids"], batch["completion_mask"])
+        layout = self._layout_of(batch)
         policy = completion_logps(
             hidden_BTD,
             self.layers.head,
             *rows,
             chunk_size=chunk_size,
             weights=self.options.use_weighting,
+            layout=layout,
         )
         if self.reference_layers is None:
+            self._laid_out = None
             return policy, None
         with torch.no_grad():
-            layers, inputs = self.reference_layers, self.model_inputs(batch)
+            layers = self.reference_layers
+            inputs = self._inputs(batch, layers, *self._pair_attention[1:])
+            self._laid_out = None
             frozen_BTD = layers.hidden_states(inputs.pop("input_ids"), **inputs)
-            return policy, completion_logps(frozen_BTD, layers.head, *rows, chunk_size=chunk_size)
+            return policy, completion_logps(
+                frozen_BTD, layers.head, *rows, chunk_size=chunk_size, layout=layout
+            )
 
     @override
     def loss_from_hidden(self, hidden_BTD: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Sums]:
@@ -327,6 +394,9 @@ class DPOModule(CausalLMModule):
             rule = f"is a loss of {kind}; the batch has {sorted(batch)}"
             raise argument_error("DPOModule", "loss_type", self.options.loss_type, rule)
         router_logits, self._router_logits = self._router_logits, []
+        layout = self._layout_of(batch)
+        if layout is not None:  # as in separate rows: what is shared counts for both sequences
+            router_logits = [of_places[layout.index_BT.flatten()] for of_places in router_logits]
         policy, reference = self.score(hidden_BTD, batch)
         if self.options.is_unpaired:
             kl = self._kl(batch) if "kto" in self.options.loss_types else 0.0
