@@ -174,23 +174,23 @@ def _rows(
 ) -> tuple[Tensor, Tensor, int, int]:
     """Row and first place of each pair, how many rows there are, and how wide they are.
 
-    Packed, pairs are dealt to the rows from long to short, forth and back: 0 1 2, 2 1 0, 0 1 ...,
-    for every possible number of rows at once; the cheapest is taken.
+    Packed, the longest pair that is left goes to the row that is filled least, for every possible
+    number of rows at once; the cheapest is taken. Plain numbers on the host, one step a pair.
     """
     P = len(sizes_P)
     if not packing:
         return torch.arange(P), torch.zeros_like(sizes_P), P, max(1, int(sizes_P.max()))
     sorted_P, order_P = sizes_P.sort(descending=True, stable=True)
-    rows_N1 = torch.arange(1, P + 1)[:, None]  # N = P possible numbers of rows
-    round_NP, place_NP = torch.arange(P) // rows_N1, torch.arange(P) % rows_N1
-    row_NP = torch.where(round_NP % 2 == 0, place_NP, rows_N1 - 1 - place_NP)
-    filled_NP = torch.zeros(P, P, dtype=sizes_P.dtype)
-    filled_NP.scatter_add_(1, row_NP, sorted_P.expand(P, P))
-    width_N = filled_NP.max(1).values.clamp(min=1)
-    costs_N = torch.as_tensor(work(rows_N1[:, 0], width_N, hidden_size))
+    numbers_N = torch.arange(P)  # N = P possible numbers of rows, less 1
+    filled_NR = torch.zeros(P, P, dtype=sizes_P.dtype)
+    filled_NR.masked_fill_(numbers_N > numbers_N[:, None], torch.iinfo(sizes_P.dtype).max)
+    row_NP, offset_NP = torch.empty(2, P, P, dtype=sizes_P.dtype)
+    for pair, size in enumerate(sorted_P.tolist()):
+        offset_NP[:, pair], row_NP[:, pair] = filled_NR.min(1)
+        filled_NR[numbers_N, row_NP[:, pair]] += size
+    filled_NR.masked_fill_(numbers_N > numbers_N[:, None], 0)
+    width_N = filled_NR.max(1).values.clamp(min=1)
+    costs_N = torch.as_tensor(work(numbers_N + 1, width_N, hidden_size))
     best = int(costs_N.argmin())
-    row_P = row_NP[best]
-    before_PP = (row_P[:, None] == row_P).tril(-1)  # longer pairs of the same row
-    offset_P = (before_PP * sorted_P).sum(1)
     back_P = order_P.argsort()
-    return row_P[back_P], offset_P[back_P], best + 1, int(width_N[best])
+    return row_NP[best, back_P], offset_NP[best, back_P], best + 1, int(width_N[best])
