@@ -1,10 +1,14 @@
 """DPOModule on rows of pairs: the same training as on separate rows."""
 
 import warnings
+from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
 from transformers import BloomConfig, MistralConfig
 
 from lightning_align import DPOModule
@@ -160,3 +164,29 @@ def test_single_completions_share_nothing_and_nobody_is_warned() -> None:
 def test_sharing_that_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         module(**options)
+
+
+@pytest.mark.parametrize("options", [{}, PACKED], ids=["auto", "packed"])
+def test_a_resumed_run_is_bit_identical(options: dict[str, Any], tmp_path: Path) -> None:
+    """Which layout a batch has is a function of the batch; nothing of one is in a checkpoint."""
+    batches = [pairs(0, 1, 2), long_completions(), pairs(*SKEWED), pairs(4, 5)]
+
+    def run(ckpt_path: str | None = None) -> DPOModule:
+        ours = module(MISTRAL, **options)
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            max_epochs=1,
+            callbacks=ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1),
+        )
+        trainer.fit(ours, DataLoader(batches, batch_size=None), ckpt_path=ckpt_path)
+        assert trainer.global_step == 4
+        return ours
+
+    whole = run()
+    (checkpoint,) = tmp_path.glob("*step=2.ckpt")
+    resumed = run(str(checkpoint))
+    assert torch.equal(weights(resumed), weights(whole))
+    assert resumed.layout == whole.layout
