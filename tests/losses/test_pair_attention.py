@@ -3,7 +3,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_align.layers import find_layers
-from lightning_align.losses import PairAttention, check_pair_attention, sequence_logps
+from lightning_align.losses import (
+    PairAttention,
+    check_pair_attention,
+    lay_out_pairs,
+    sequence_logps,
+)
 from lightning_align.losses import pair_attention as of_pairs
 from lightning_align.losses.pair_attention import pair_attention
 from lightning_align.losses.sequence_logps import model_completion_logps
@@ -176,6 +181,20 @@ def test_a_completion_behind_padding_is_predicted_from_there():
     batch["attention_mask"][0] = batch["completion_mask"][0]
     ours = sequence_logps(model, **batch, prefix_sharing=True)
     assert torch.equal(ours, sequence_logps(model, **batch))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_blocks_for_flex_attention_have_the_same_mask(window):
+    """The kernel itself needs a device; what it is told does not."""
+    from torch.nn.attention.flex_attention import create_mask
+
+    batch = make_batch(pairs=5)
+    layout = lay_out_pairs(batch["input_ids"], batch["attention_mask"], packing=True)
+    attention = PairAttention((("", window),), "blocks")
+    blocks = attention.arguments(layout, torch.float32)["attention_mask"]
+    rows, width = layout.input_ids_RL.shape
+    dense = create_mask(blocks.mask_mod, rows, None, width, width, device="cpu")
+    assert torch.equal(dense, layout.visible(window))
 
 
 @pytest.mark.gpu

@@ -124,6 +124,14 @@ def test_auto_takes_for_each_batch_what_costs_less() -> None:
     assert always.layout == "shared"
 
 
+def test_activation_checkpointing_is_bit_identical_with_masks_of_ours() -> None:
+    batches = [pairs(0, 1, 2), pairs(*SKEWED)]
+    plain, recomputed = (
+        trained(MISTRAL, batches, activation_checkpointing=on, **PACKED) for on in (False, True)
+    )
+    assert torch.equal(weights(recomputed), weights(plain))
+
+
 def test_predict_gives_the_same_rewards() -> None:
     ours, batch = set_up(llama(), **PACKED), pairs(*SKEWED)
     theirs = set_up(llama(), prefix_sharing=False)
