@@ -22,7 +22,7 @@ from lightning_align.data import held_out
 from lightning_align.data.files import InputFile
 from lightning_align.data.pair_formats import Pair, PairReader
 from lightning_align.data.sampler import padding
-from lightning_align.data.samples import read_samples
+from lightning_align.data.samples import Ids, read_samples
 from lightning_align.data.tokenizer import pad_token_id
 
 
@@ -35,23 +35,30 @@ class PreferenceDataset(Dataset[dict[str, Tensor]]):
     Args:
         pairs: What ``read_pairs`` returned.
         pad_token_id: Token that fills up shorter rows, on the right.
+        first_number: Number of the first pair among all of a run.
     """
 
-    def __init__(self, pairs: Sequence[Pair], pad_token_id: int) -> None:
+    def __init__(self, pairs: Sequence[Pair], pad_token_id: int, first_number: int = 0) -> None:
         self.pairs = pairs
         self.pad_token_id = pad_token_id
+        self.first_number = first_number
 
     def __len__(self) -> int:
         """Number of pairs."""
         return len(self.pairs)
 
     def __getitem__(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """The batch of the pairs ``indices``."""
-        pairs = [self.pairs[index if index >= 0 else padding(index)] for index in indices]
-        batch = collate_pairs(pairs, self.pad_token_id)
+        """The batch of the pairs ``indices``, with the ``number`` of each pair, (P,)."""
+        places = [index if index >= 0 else padding(index) for index in indices]
+        batch = collate_pairs([self.pairs[place] for place in places], self.pad_token_id)
+        batch["number"] = torch.tensor(places) + self.first_number
         empty_P = torch.tensor([index < 0 for index in indices])
         batch["completion_mask"][empty_P.repeat(2)] = 0
         return batch
+
+    def completions(self) -> list[tuple[tuple[Ids, Ids], ...]]:
+        """Prompt and completion of each row that a pair has in a batch: chosen, rejected."""
+        return [((p.prompt, p.chosen), (p.prompt, p.rejected)) for p in self.pairs]
 
     @property
     def content(self) -> str:
@@ -138,9 +145,9 @@ def hold_out_prompts(
     return held_out.hold_out_prompts(where, pairs, prompts, val_fraction, seed)
 
 
-def pair_dataset(pairs: Sequence[Pair], tokenizer: Any) -> PreferenceDataset:
+def pair_dataset(pairs: Sequence[Pair], tokenizer: Any, first_number: int) -> PreferenceDataset:
     """The dataset of ``pairs``, filled up with the tokenizer's own token."""
-    return PreferenceDataset(pairs, pad_token_id(tokenizer))
+    return PreferenceDataset(pairs, pad_token_id(tokenizer), first_number)
 
 
 def _fit(pair: Pair, max_length: int) -> Pair | str:

@@ -63,23 +63,38 @@ class UnpairedDataset(Dataset[dict[str, Tensor]]):
         records: What ``read_unpaired`` returned.
         pad_token_id: Token that fills up shorter rows, on the right.
         max_length: Tokens that a prompt and the completion of another record may have together.
+        first_number: Number of the first record among all of a run.
     """
 
-    def __init__(self, records: Sequence[Labelled], pad_token_id: int, max_length: int) -> None:
+    def __init__(
+        self,
+        records: Sequence[Labelled],
+        pad_token_id: int,
+        max_length: int,
+        first_number: int = 0,
+    ) -> None:
         self.records = records
         self.pad_token_id = pad_token_id
         self.max_length = max_length
+        self.first_number = first_number
 
     def __len__(self) -> int:
         """Number of records."""
         return len(self.records)
 
     def __getitem__(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """The batch of the records ``indices``."""
-        real = [self.records[index] for index in indices if index >= 0]
-        none = [self.records[padding(index)] for index in indices if index < 0]
-        batch = collate_unpaired(real, self.pad_token_id, self.max_length)
-        return _with_rows_of_none(batch, none, len(indices)) if none else batch
+        """The batch of the records ``indices``, with the ``number`` of each record, (P,)."""
+        real = [index for index in indices if index >= 0]
+        none = [padding(index) for index in indices if index < 0]
+        records = [self.records[index] for index in real]
+        batch = collate_unpaired(records, self.pad_token_id, self.max_length)
+        if none:
+            batch = _with_rows_of_none(batch, [self.records[i] for i in none], len(indices))
+        return {**batch, "number": torch.tensor(real + none) + self.first_number}
+
+    def completions(self) -> list[tuple[tuple[Ids, Ids], ...]]:
+        """Prompt and completion of the one row that a record has in a batch, beside the KL's."""
+        return [((record.prompt, record.completion),) for record in self.records]
 
     @property
     def content(self) -> str:
@@ -232,10 +247,10 @@ def hold_out_prompts(
 
 
 def unpaired_dataset(
-    records: Sequence[Labelled], tokenizer: Any, max_length: int
+    records: Sequence[Labelled], tokenizer: Any, max_length: int, first_number: int
 ) -> UnpairedDataset:
     """The dataset of ``records``, filled up with the tokenizer's own token."""
-    return UnpairedDataset(records, pad_token_id(tokenizer), max_length)
+    return UnpairedDataset(records, pad_token_id(tokenizer), max_length, first_number)
 
 
 def format_of(file: InputFile, place: str, record: dict[str, Any]) -> str:

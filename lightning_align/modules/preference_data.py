@@ -8,6 +8,7 @@ from typing_extensions import override
 from lightning_align._errors import argument_error
 from lightning_align.data import preference, unpaired
 from lightning_align.data.files import InputFile, find_files
+from lightning_align.data.samples import Ids
 from lightning_align.data.tokenizer import load_tokenizer
 from lightning_align.modules.positioned import Paths, PositionedDataModule, plain_paths
 
@@ -17,8 +18,8 @@ class PreferenceDataModule(PositionedDataModule):
 
     All are text, or all are messages; without a prompt, chosen and rejected begin with it. A batch
     is {input_ids, attention_mask, completion_mask}, the chosen completions in its first half of
-    rows and the rejected ones in its second. Pairs that can teach nothing are dropped with a
-    warning.
+    rows and the rejected ones in its second; and the ``number`` of each pair among all of the run.
+    Pairs that can teach nothing are dropped with a warning.
 
     Files with the columns prompt, completion and label hold unpaired records, for the losses kto
     and apo_zero_unpaired. A batch then has one row a record and its ``label``, and as KL_input_ids,
@@ -107,7 +108,7 @@ class PreferenceDataModule(PositionedDataModule):
         if kind is unpaired:
             unpaired.check_labels(files[0], train)
         self.train_dataset = self._dataset(train)
-        self.val_dataset = self._dataset(val) if val else None
+        self.val_dataset = self._dataset(val, len(train)) if val else None
         what = "records" if kind is unpaired else "pairs"
         self.fingerprint = f"{what} {self.train_dataset.content}"
 
@@ -117,8 +118,17 @@ class PreferenceDataModule(PositionedDataModule):
         return list(read(files, self.tokenizer, **options))
 
     def _dataset(
-        self, samples: list[Any]
+        self, samples: list[Any], first_number: int = 0
     ) -> preference.PreferenceDataset | unpaired.UnpairedDataset:
         if isinstance(samples[0], unpaired.Labelled):
-            return unpaired.unpaired_dataset(samples, self.tokenizer, self.max_length)
-        return preference.pair_dataset(samples, self.tokenizer)
+            rest = self.tokenizer, self.max_length, first_number
+            return unpaired.unpaired_dataset(samples, *rest)
+        return preference.pair_dataset(samples, self.tokenizer, first_number)
+
+    def completions(self) -> list[tuple[tuple[Ids, Ids], ...]]:
+        """Prompt and completion of each row of each sample, by the ``number`` in a batch.
+
+        Those to learn from come first, then those held out.
+        """
+        datasets: Any = self.train_dataset, self.val_dataset
+        return [sample for dataset in datasets if dataset for sample in dataset.completions()]

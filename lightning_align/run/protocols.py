@@ -87,6 +87,14 @@ class FillsFrozenModules(Protocol):
 
 
 @runtime_checkable
+class NumbersCompletions(Protocol):
+    """A datamodule whose batches carry the ``number`` of each sample, (P,)."""
+
+    def completions(self) -> Sequence[Sequence[tuple[Any, Any]]]:
+        """Prompt and completion ids of each row that a sample has in a batch, by its number."""
+
+
+@runtime_checkable
 class DeclaresReduction(Protocol):
     """Its step's loss is a "sum" over the rows of a batch; without this a "mean"."""
 

@@ -102,6 +102,7 @@ def text() -> pl.LightningDataModule:
 
 ANSWER: dict[str, Callable[[], Any]] = {
     "SumsOverWindow": dpo,
+    "NumbersCompletions": lambda: la.PreferenceDataModule("x.jsonl", ByteTokenizer()),
     "CountsTokens": dpo,
     "ComputesBatchLoss": dpo,
     "HasFrozenModules": dpo,
