@@ -2,18 +2,25 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+)
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from typing_extensions import Self, override
 
 from lightning_align._errors import argument_error
+from lightning_align.data.reference_cache import Values
+from lightning_align.data.token_cache import default_cache_dir
 from lightning_align.layers import ModelLayers, find_layers
 from lightning_align.losses import (
     CompletionLogps,
@@ -42,9 +49,15 @@ from lightning_align.models.build import Loading, build_model
 from lightning_align.models.rotary import rotary_in_fp32
 from lightning_align.modules.causal_lm import CausalLMModule
 from lightning_align.modules.continued import save_plain_hyperparameters
+from lightning_align.modules.precomputed import (
+    PrecomputedReference,
+    Row,
+    evaluating,
+    score_rows,
+)
 from lightning_align.modules.reference import fingerprint, fingerprint_until_0_1
 from lightning_align.modules.window import Sums
-from lightning_align.run.protocols import datamodule_of
+from lightning_align.run.protocols import NumbersCompletions, SpreadsModel, datamodule_of
 from lightning_align.run.replicas import is_spread
 
 # Keys of completions that belong to other prompts, and what they are among the rows of a batch.
@@ -112,6 +125,10 @@ class DPOModule(CausalLMModule):
         prefix_sharing: Whether a pair is one row, in which the prompt is computed once; "auto"
             decides for each batch by what costs less.
         packing: Whether a row may hold several pairs, which do not see each other.
+        precompute_ref_log_probs: Whether the reference runs once over all data before training,
+            and is then released; what it says is kept for later runs.
+        ref_cache_dir: Folder of what references have said, local or at any fsspec URL; default a
+            folder in $LIGHTNING_ALIGN_CACHE, or else in ~/.cache/lightning_align.
 
     Raises:
         ValueError: If a value is out of its range or would do nothing, a model cannot be loaded or
@@ -160,6 +177,8 @@ class DPOModule(CausalLMModule):
         router_aux_loss_coef: float | None = None,
         prefix_sharing: bool | str = "auto",
         packing: bool = False,
+        precompute_ref_log_probs: bool = False,
+        ref_cache_dir: str | None = None,
     ) -> None:
         options = PreferenceOptions(
             loss_type,
@@ -199,10 +218,15 @@ class DPOModule(CausalLMModule):
         self.router_coefficient = router_coefficient(self.model, router_aux_loss_coef, "DPOModule")
         self._router_logits: list[Tensor] = []
         turn_off_dropout(self.model)
-        self._reference_is_copy = ref_model is None and options.needs_reference
+        self._precomputed = self._to_precompute(precompute_ref_log_probs, ref_cache_dir)
+        own_values = self._precomputed is not None and ref_model is None
+        self._reference_is_copy = ref_model is None and options.needs_reference and not own_values
+        self._policy_is_reference = own_values  # as long as it has not learned
         self.reference_layers: ModelLayers | None = None
         if not options.needs_reference:
             self._refuse_reference(ref_model)
+        elif own_values:
+            self._know_reference(self.model)
         elif ref_model is None:
             self._adopt_reference(copy.deepcopy(self.model))
         else:
@@ -216,6 +240,26 @@ class DPOModule(CausalLMModule):
             if self.options.reference_free:
                 rule = "must be None with reference_free=True"
             raise argument_error("DPOModule", "ref_model", type(ref_model).__name__, rule)
+
+    def _to_precompute(self, wanted: bool, url: str | None) -> PrecomputedReference | None:
+        where, argument = "DPOModule", "precompute_ref_log_probs"
+        if not wanted:
+            if url is not None:
+                rule = f"serves {argument}=True alone"
+                raise argument_error(where, "ref_cache_dir", url, rule)
+            return None
+        if not self.options.needs_reference:
+            rule = f"does nothing with loss_type={self.options.loss_type!r}, which needs none"
+            if self.options.reference_free:
+                rule = "does nothing with reference_free=True"
+            raise argument_error(where, argument, True, rule)
+        if "kto" in self.options.loss_types:
+            rule = (
+                "does not go with 'kto', whose KL is estimated from completions that are drawn"
+                " anew for each batch"
+            )
+            raise argument_error(where, argument, True, rule, "Use 'apo_zero_unpaired'")
+        return PrecomputedReference(where, url or str(default_cache_dir() / "reference"))
 
     def _adopt_reference(self, reference: nn.Module) -> None:
         if reference is self.model:
@@ -247,10 +291,13 @@ class DPOModule(CausalLMModule):
     def frozen_modules_filled(self) -> None:
         """Take the fingerprint of the reference, unless it has no values yet."""
         for reference in self.frozen_modules().values():
-            # Now, before a strategy casts it: a checkpoint tells whether the reference is the same.
-            self._reference_fingerprint = fingerprint(reference)
-            self._reference_dtypes = {parameter.dtype for parameter in reference.parameters()}
-            self._check_reference()
+            self._know_reference(reference)
+
+    def _know_reference(self, reference: nn.Module) -> None:
+        # Now, before a strategy casts it: a checkpoint tells whether the reference is the same.
+        self._reference_fingerprint = fingerprint(reference)
+        self._reference_dtypes = {parameter.dtype for parameter in reference.parameters()}
+        self._check_reference()
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -268,6 +315,8 @@ class DPOModule(CausalLMModule):
         self._refuse_single_records()
         self._check_router()
         self._set_up_sharing()
+        if self._precomputed is not None:
+            self._check_precompute()
         coupled = self.options.coupled_losses + ["aux_loss"] * bool(self.router_coefficient)
         parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
         if stage == "fit" and coupled and parts > 1:
@@ -300,7 +349,9 @@ class DPOModule(CausalLMModule):
         self._pair_attention, self._laid_out = [], None
         if self.prefix_sharing is False or self.options.is_unpaired:
             return
-        models = [layers for layers in (self.layers, self.reference_layers) if layers is not None]
+        models = [self.layers]
+        if self.reference_layers is not None and self._precomputed is None:
+            models.append(self.reference_layers)
         try:
             self._pair_attention = [check_pair_attention(layers) for layers in models]
         except ValueError as reason:
@@ -309,6 +360,75 @@ class DPOModule(CausalLMModule):
                 way_out = "Set prefix_sharing='auto' or False"
                 raise argument_error("DPOModule", "prefix_sharing", True, rule, way_out) from reason
             rank_zero_warn(f"DPOModule computes the prompt of a pair twice. {reason}")
+    # The reference before training
+
+    def _check_precompute(self) -> None:
+        where, argument = "DPOModule", "precompute_ref_log_probs"
+        if not isinstance(datamodule_of(self.trainer), NumbersCompletions):
+            rule = (
+                "needs to know all data before training, and the number of each sample in a batch"
+            )
+            way_out = (
+                "Give trainer.fit a datamodule: PreferenceDataModule, or one with completions()"
+            )
+            raise argument_error(where, argument, True, rule, way_out)
+        strategy = self.trainer.strategy
+        sharded = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
+        if isinstance(strategy, (SpreadsModel, *sharded)):
+            rule = f"does not go with {type(strategy).__name__}, which spreads the models"
+            way_out = "Fill the cache on one device or with DDP, or leave the argument out"
+            raise argument_error(where, argument, True, rule, way_out)
+        if self._policy_is_reference:  # also where weights were loaded since
+            self._policy_is_reference = fingerprint(self.model) == self._reference_fingerprint
+
+    @override
+    def on_fit_start(self) -> None:
+        self._precompute()
+
+    @override
+    def on_validation_start(self) -> None:
+        self._precompute()
+
+    @override
+    def on_test_start(self) -> None:
+        self._precompute()
+
+    @override
+    def on_predict_start(self) -> None:
+        self._precompute()
+
+    def _precompute(self) -> None:
+        """Have the reference's values of this run's data, and let the reference go. Collective."""
+        values, data = self._precomputed, datamodule_of(self._trainer)
+        if values is None or values.is_of(data):
+            return
+        about = {**self._reference_fingerprint, "precision": str(self.trainer.precision)}
+        values.fill(self.trainer, data, about, self._score_reference)
+        self.reference_layers = None
+
+    def _score_reference(self, rows: Sequence[Row]) -> list[Values]:
+        layers = self.reference_layers or (self.layers if self._policy_is_reference else None)
+        if layers is None:
+            assert self._precomputed is not None
+            rule = (
+                f"{self._precomputed.url} lacks values of the reference, which is no longer at"
+                " hand: it was released, or was the policy, which has moved on"
+            )
+            way_out = (
+                "Pass the model that training began with as ref_model, or bring the cache back"
+            )
+            raise argument_error("DPOModule", "ref_model", None, rule, way_out)
+        precision = self.trainer.strategy.precision_plugin
+        batch_size = 2 * getattr(datamodule_of(self.trainer), "batch_size", 4)
+        with evaluating(layers.model), precision.forward_context():
+            return score_rows(
+                layers,
+                rows,
+                batch_size=batch_size,
+                chunk_size=self.chunk_size,
+                device=self.device,
+                where="DPOModule",
+            )
 
     # The step
 
@@ -375,6 +495,10 @@ class DPOModule(CausalLMModule):
             weights=self.options.use_weighting,
             layout=layout,
         )
+        if self._precomputed is not None:
+            self._laid_out = None
+            self._precompute()  # whoever tries a step before training begins finds none
+            return policy, self._precomputed.scored(batch)
         if self.reference_layers is None:
             self._laid_out = None
             return policy, None
@@ -442,8 +566,10 @@ class DPOModule(CausalLMModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         saved = checkpoint.get("reference")
+        own = {"reference": self.model} if self._policy_is_reference else {}
+        self._policy_is_reference &= not checkpoint.get("global_step", 0)
         if isinstance(saved, str):
-            self._check_older_reference(saved)
+            self._check_older_reference(saved, {**self.frozen_modules(), **own})
         else:
             self._saved_reference = saved or {}
             self._check_reference()
@@ -455,9 +581,9 @@ class DPOModule(CausalLMModule):
             what = " and ".join(name for name in ours if saved.get(name) != ours[name])
             raise self._reference_error(f"another reference, which differs in its {what}")
 
-    def _check_older_reference(self, saved: str) -> None:
+    def _check_older_reference(self, saved: str, references: Mapping[str, nn.Module]) -> None:
         """An older version's hash tells most other weights apart, unless these were cast since."""
-        for reference in self.frozen_modules().values():
+        for reference in references.values():
             is_cast = {p.dtype for p in reference.parameters()} != self._reference_dtypes
             if saved and not is_cast and saved != fingerprint_until_0_1(reference):
                 raise self._reference_error("another reference")

@@ -1,0 +1,266 @@
+"""What the reference says about each completion of a run's data, before training.
+
+Ranks share the work, and each then has all values; a kill costs one piece (``reference_cache``).
+
+Shapes: B rows of a batch, P samples in it, K rows of a sample, T tokens in the longest row.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import ref
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lightning_align._errors import argument_error
+from lightning_align.data.reference_cache import (
+    ReferenceCache,
+    Values,
+    completion_key,
+    num_predicted,
+    pieces,
+)
+from lightning_align.data.samples import Ids
+from lightning_align.layers import ModelLayers
+from lightning_align.losses import CompletionLogps, completion_logps
+from lightning_align.run.protocols import NumbersCompletions
+from lightning_align.run.replicas import of_every_rank
+
+Row = tuple[Ids, Ids]  # prompt, completion
+Piece = dict[bytes, Row]  # by completion_key
+
+BAR_DELAY_S = 1.0
+
+
+class PrecomputedReference:
+    """The reference's log-probabilities of all completions of a run's data, by number of sample.
+
+    Args:
+        where: Class the user called.
+        url: Folder of the caches of all references, local or at any fsspec URL.
+    """
+
+    def __init__(self, where: str, url: str) -> None:
+        self.where = where
+        self.url = url
+        self._data: ref[Any] | None = None
+        self._values: dict[bytes, Values] = {}
+        self._keys_PK: list[list[bytes]] = []
+        self._has_warned = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_data": None}
+
+    def is_of(self, data: Any) -> bool:
+        """Whether it has the values of this datamodule."""
+        return self._data is not None and self._data() is data
+
+    def fill(
+        self,
+        trainer: pl.Trainer,
+        data: NumbersCompletions,
+        reference: Mapping[str, str],
+        score: Callable[[Sequence[Row]], list[Values]],
+    ) -> None:
+        """Read the values of a run's data; compute and keep those that are lacking. Collective.
+
+        Args:
+            trainer: Of the run.
+            data: Its datamodule.
+            reference: All that decides the values, see ``ReferenceCache``.
+            score: Log-probabilities of the predicted tokens of each row.
+
+        Raises:
+            ValueError: What ``score`` raises, on every rank; or if these hold different references.
+        """
+        samples = data.completions()
+        keys_PK = [[completion_key(*row) for row in sample] for sample in samples]
+        pairs = zip(keys_PK, samples, strict=True)
+        rows: Piece = {
+            key: row for keys, sample in pairs for key, row in zip(keys, sample, strict=True)
+        }
+        cache = ReferenceCache(self.url, reference)
+        lengths = {key: num_predicted(*row) for key, row in rows.items()}
+        values = self._values | cache.read(lengths)
+        if len({json.dumps(each) for each in of_every_rank(trainer, dict(reference))}) > 1:
+            rule = "the ranks hold different references, as random weights without a seed are"
+            way_out = "Call seed_everything before the models are built"
+            raise argument_error(self.where, "precompute_ref_log_probs", True, rule, way_out)
+        if lacking := _lacking(trainer, rows, values):
+            values |= self._computed(trainer, cache, lacking, score)
+        self._values = {key: values[key] for key in rows}
+        self._keys_PK, self._data = keys_PK, ref(data)
+
+    def _computed(
+        self,
+        trainer: pl.Trainer,
+        cache: ReferenceCache,
+        lacking: Sequence[Piece],
+        score: Callable[[Sequence[Row]], list[Values]],
+    ) -> dict[bytes, Values]:
+        """The values of pieces, of which each rank computes and keeps every so-manieth."""
+        mine = lacking[trainer.global_rank :: trainer.world_size]
+        computed: dict[bytes, Values] = {}
+        problem: str | None = None
+        with _bar(trainer, sum(map(len, mine))) as bar:
+            for piece in mine:
+                try:
+                    found = dict(zip(piece, score([*piece.values()]), strict=True))
+                except ValueError as error:  # told to all: the others wait for this rank
+                    problem = str(error)
+                    break
+                self._keep(cache, found)
+                computed |= found
+                bar.update(len(piece))
+        everyone = of_every_rank(trainer, (computed, problem))
+        for _, told in everyone:
+            if told:
+                raise ValueError(told)
+        return {key: values for found, _ in everyone for key, values in found.items()}
+
+    def _keep(self, cache: ReferenceCache, values: Mapping[bytes, Values]) -> None:
+        try:
+            cache.write(values)
+        except OSError as error:
+            if not self._has_warned:
+                self._has_warned = True
+                warnings.warn(
+                    f"{self.where}(ref_cache_dir={self.url!r}): cannot be written"
+                    f" ({error.strerror or error}); training goes on, and the next run computes"
+                    " the reference's values again",
+                    stacklevel=2,
+                )
+
+    def scored(self, batch: Mapping[str, Tensor]) -> CompletionLogps:
+        """The completions of a batch under the reference; what only the policy is asked is nan.
+
+        Args:
+            batch: ``number`` (P,) and ``completion_mask`` (B, T), B = K P rows: the first row of
+                each sample, then the second. A row without completion stays so.
+
+        Raises:
+            ValueError: If the batch is of other data.
+        """
+        if "number" not in batch:
+            rule = "needs the 'number' of each sample in a batch"
+            raise argument_error(self.where, "precompute_ref_log_probs", True, rule)
+        completion_BT = batch["completion_mask"][:, 1:].bool()
+        keys_PK = [self._keys_PK[number] for number in batch["number"].tolist()]
+        keys_B = [key for keys_P in zip(*keys_PK, strict=True) for key in keys_P]
+        mask_BT = completion_BT.cpu()
+        counts = mask_BT.sum(1).tolist()
+        parts = [self._values[key] for key, count in zip(keys_B, counts, strict=True) if count]
+        if [len(part) for part in parts] != [count for count in counts if count]:
+            rule = "the completions of a batch have other lengths than those of its numbers"
+            raise argument_error(self.where, "precompute_ref_log_probs", True, rule)
+        logps_BT = torch.zeros(mask_BT.shape)
+        logps_BT[mask_BT] = torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *parts]))
+        logps_BT = logps_BT.to(completion_BT.device)
+        unknown_B = torch.full_like(logps_BT[:, 0], torch.nan)
+        return CompletionLogps(
+            logps_B=logps_BT.sum(1),
+            lengths_B=completion_BT.sum(1),
+            entropy_B=unknown_B,
+            mean_logit_B=unknown_B,
+            top1_B=unknown_B,
+            token_logps_BT=logps_BT,
+            completion_BT=completion_BT,
+        )
+
+
+def _lacking(trainer: pl.Trainer, rows: Piece, values: Mapping[bytes, Values]) -> list[Piece]:
+    """What is to be computed, in pieces; the same on every rank.
+
+    A file system need not be shared: what one rank does not see is computed for all.
+    """
+    keys = list(rows)
+    own = np.array([key in values for key in keys], dtype=bool)
+    seen = np.unpackbits(
+        np.bitwise_and.reduce(of_every_rank(trainer, np.packbits(own))), count=len(keys)
+    )
+    found = ({keys[i]: rows[keys[i]] for i in piece if not seen[i]} for piece in pieces(len(keys)))
+    return [piece for piece in found if piece]
+
+
+def _bar(trainer: pl.Trainer, total: int) -> Any:
+    return tqdm(
+        desc="reference log-probabilities",
+        total=total,
+        unit=" completions",
+        delay=BAR_DELAY_S,
+        disable=trainer.global_rank > 0 or trainer.progress_bar_callback is None,
+    )
+
+
+@torch.no_grad()
+def score_rows(
+    layers: ModelLayers,
+    rows: Sequence[Row],
+    *,
+    batch_size: int,
+    chunk_size: int | None,
+    device: torch.device,
+    where: str,
+) -> list[Values]:
+    """Log-probability of each predicted completion token of rows.
+
+    Args:
+        layers: The reference.
+        rows: Prompts with their completions. Which of them run together follows from their
+            lengths and order.
+        batch_size: Rows that run together.
+        chunk_size: Rows whose logits exist at a time, see ``linear_logprobs``.
+        device: Where the reference is.
+        where: Class the user called.
+
+    Raises:
+        ValueError: If one is not finite.
+    """
+    longest_first = sorted(range(len(rows)), key=lambda i: -sum(map(len, rows[i])))
+    values: dict[int, Values] = {}
+    for start in range(0, len(rows), batch_size):
+        places = longest_first[start : start + batch_size]
+        ids_BT, mask_BT = (each.to(device) for each in _collate([rows[i] for i in places]))
+        hidden_BTD = layers.hidden_states(ids_BT)  # padded on the right: no token looks there
+        scored = completion_logps(hidden_BTD, layers.head, ids_BT, mask_BT, chunk_size=chunk_size)
+        logps_N = scored.token_logps_BT[mask_BT[:, 1:].bool()].float().cpu().numpy()
+        if not np.isfinite(logps_N).all():
+            rule = (
+                "must be finite; the reference gives some completion no probability, or is broken"
+            )
+            raise argument_error(where, "reference.logps_B", logps_N.min(), rule)
+        ends = np.cumsum(scored.lengths_B.tolist())[:-1]
+        values |= zip(places, np.split(logps_N, ends), strict=True)
+    return [values[i] for i in range(len(rows))]
+
+
+def _collate(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+    """Tokens, filled up on the right with any, and 1 on those of the completions; each (B, T)."""
+    width = max(len(prompt) + len(completion) for prompt, completion in rows)
+    ids_BT = torch.zeros(len(rows), width, dtype=torch.long)
+    mask_BT = torch.zeros_like(ids_BT)
+    for i, (prompt, completion) in enumerate(rows):
+        begin, end = len(prompt), len(prompt) + len(completion)
+        ids_BT[i, :end] = torch.from_numpy(np.concatenate([prompt, completion]))
+        mask_BT[i, begin:end] = 1
+    return ids_BT, mask_BT
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A model in evaluation mode, and then in the modes that its modules were in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
