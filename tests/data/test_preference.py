@@ -220,3 +220,18 @@ def test_the_content_follows_every_token():
     }
     assert len(contents) == 4
     assert PreferenceDataset(pairs, 1).content == PreferenceDataset(list(pairs), 0).content
+
+
+def test_a_batch_names_its_pairs_and_the_dataset_their_rows() -> None:
+    pairs = [Pair(ids([5]), ids([6, 7]), ids([8])), Pair(ids([9]), ids([1]), ids([2, 3]))]
+    dataset = PreferenceDataset(pairs, pad_token_id=0, first_number=10)
+    batch = dataset[[1, padding(0), 0]]
+    assert batch["number"].tolist() == [11, 10, 10]
+    completions = dataset.completions()
+    for row in (0, 2, 3, 5):
+        prompt, completion = completions[int(batch["number"][row % 3]) - 10][row // 3]
+        tokens = batch["input_ids"][row][batch["attention_mask"][row].bool()]
+        assert tokens.tolist() == [*prompt, *completion]
+        assert batch["input_ids"][row][batch["completion_mask"][row].bool()].tolist() == list(
+            completion
+        )

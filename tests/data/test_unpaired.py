@@ -211,3 +211,13 @@ def test_both_labels_are_needed_to_learn(tmp_path):
 def test_bad_records_are_named(tmp_path, row, message):
     with pytest.raises(ValueError, match=message):
         read(tmp_path, [row])
+
+
+def test_a_batch_names_its_records_and_the_dataset_their_rows() -> None:
+    dataset = UnpairedDataset(RECORDS, 1, 9, first_number=4)
+    batch = dataset[[2, padding(0), 1]]
+    assert batch["number"].tolist() == [6, 5, 4], "what fills up a batch is behind all records"
+    for row, number in enumerate((2, 1)):
+        ((_, completion),) = dataset.completions()[number]
+        taught = batch["input_ids"][row][batch["completion_mask"][row].bool()]
+        assert taught.tolist() == list(completion)

@@ -268,3 +268,15 @@ def test_pairs_and_unpaired_records_do_not_mix(tmp_path, pairs):
         preference([records, pairs]).setup()
     with pytest.raises(ValueError, match="line 1 has no column 'chosen'"):
         preference([pairs, records]).setup()
+
+
+def test_numbers_of_what_is_held_out_follow_those_of_training(pairs):
+    data = preference(pairs, val_fraction=0.2)
+    data.setup()
+    completions = data.completions()
+    assert len(completions) == 20
+    for dataset, first in ((data.train_dataset, 0), (data.val_dataset, 16)):
+        assert dataset[[0, 1]]["number"].tolist() == [first, first + 1]
+        for index, pair in enumerate(dataset.pairs):
+            (prompt, chosen), (_, rejected) = completions[first + index]
+            assert all(map(np.array_equal, (prompt, chosen, rejected), pair))
