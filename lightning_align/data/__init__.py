@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lightning_align.data.packing import PackedDataset
     from lightning_align.data.pair_formats import Pair
     from lightning_align.data.preference import PreferenceDataset, collate_pairs, read_pairs
+    from lightning_align.data.reference_cache import ReferenceCache
     from lightning_align.data.sampler import PositionSampler
     from lightning_align.data.skipped import SkippedBatches
     from lightning_align.data.streams import StreamBatches
@@ -50,6 +51,7 @@ else:
         "Pair": "pair_formats",
         "PositionSampler": "sampler",
         "PreferenceDataset": "preference",
+        "ReferenceCache": "reference_cache",
         "SelfPaced": "feedback",
         "SkippedBatches": "skipped",
         "StreamBatches": "streams",
@@ -80,6 +82,7 @@ __all__ = [
     "Pair",
     "PositionSampler",
     "PreferenceDataset",
+    "ReferenceCache",
     "SelfPaced",
     "SkippedBatches",
     "StreamBatches",

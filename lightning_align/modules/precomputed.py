@@ -56,6 +56,13 @@ class PrecomputedReference:
         self._keys_PK: list[list[bytes]] = []
         self._has_warned = False
 
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing, for whoever saves what a module holds: the cache has it all."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing is left to do."""
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_data": None}
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from lightning_align.data import reference_cache
 from lightning_align.layers import ModelLayers
 from lightning_align.modules import dpo as dpo_module
 from lightning_align.modules.reference import fingerprint_until_0_1
+from lightning_align.run.plain import Encoder
 from tests.helpers.byte_tokenizer import ByteTokenizer
 from tests.helpers.ranks import ForkedRanks, run_ranks
 from tests.modules.test_pretrain import gpt2, llama, weights
@@ -256,6 +258,15 @@ def test_the_reference_is_let_go(tmp_path: Path, pairs: Path) -> None:
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     saved = torch.load(tmp_path / "a.ckpt", weights_only=True)["reference"]
     assert saved == module()._reference_fingerprint
+
+
+def test_no_checkpoint_looks_at_the_values(tmp_path: Path, pairs: Path) -> None:
+    """They are as many as the tokens of all data."""
+    ours = module(tmp_path / "cache")
+    fit(ours, data(pairs))
+    kind, _, held = Encoder({}).encode(ours._precomputed, "_precomputed")
+    assert (kind, held) == ("state_dict", Encoder({}).encode({}, ""))
+    assert not pickle.loads(pickle.dumps(ours._precomputed)).is_of(None)
 
 
 def test_values_are_kept_for_validation_and_prediction(tmp_path: Path, pairs: Path) -> None:
