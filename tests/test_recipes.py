@@ -237,6 +237,15 @@ def test_dpo_simpo(folder: Path, base: str) -> None:
 
 
 @pytest.mark.slow
+def test_dpo_cached(folder: Path, base: str) -> None:
+    rows = [{"prompt": f"{n} is", "chosen": " truth", "rejected": " a lie"} for n in range(40)]
+    logged = of_preferences("dpo_cached", base, rows)
+    assert {"kl/k2", "val_rewards/accuracies"} <= logged.keys()
+    (kept,) = Path("outputs/reference").glob("*/*.safetensors")
+    assert kept.stat().st_size > 80 * 16, "80 completions, each found by 16 bytes"
+
+
+@pytest.mark.slow
 def test_kto(folder: Path, base: str) -> None:
     rows = [
         {"prompt": f"{n} is", "completion": " truth" if n % 2 else " a lie", "label": n % 2 == 1}
@@ -294,6 +303,7 @@ def test_every_recipe_is_run_here() -> None:
         "curriculum_difficulty",
         "ddp",
         "dpo",
+        "dpo_cached",
         "dpo_simpo",
         "finetune_hub",
         "galore",
@@ -341,7 +351,7 @@ def test_copies_to_a_name_and_into_a_folder(folder: Path) -> None:
         (["pretrian"], "recipes(name='pretrian'): there is no such recipe. Did you mean pretrain?"),
         (
             ["copy", "xyz"],
-            "There are: curriculum, curriculum_difficulty, ddp, dpo, dpo_simpo, finetune_hub, ",
+            "There are: curriculum, curriculum_difficulty, ddp, dpo, dpo_cached, dpo_simpo, ",
         ),
         (["copy", "ddp", "there.yaml"], "recipes(file='there.yaml'): exists already."),
         (["copy"], "must be nothing, NAME, or copy NAME [FILE]."),
