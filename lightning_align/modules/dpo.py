@@ -310,8 +310,8 @@ class DPOModule(CausalLMModule):
     @override
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        if self.reference_layers is not None and not is_spread(self.reference_layers.model):
-            self.reference_layers.probe()
+        if self._precomputed is None:  # else only if it is to run at all
+            self._probe_reference()
         self._refuse_single_records()
         self._check_router()
         self._set_up_sharing()
@@ -325,6 +325,10 @@ class DPOModule(CausalLMModule):
                 " batch depends on all of its pairs together. It is taken of each micro-batch on"
                 " each rank alone, as TRL does, so it is not that of the one big batch."
             )
+
+    def _probe_reference(self) -> None:
+        if self.reference_layers is not None and not is_spread(self.reference_layers.model):
+            self.reference_layers.probe()
 
     def _refuse_single_records(self) -> None:
         data = datamodule_of(self.trainer)
@@ -403,7 +407,7 @@ class DPOModule(CausalLMModule):
         if values is None or values.is_of(data):
             return
         about = {**self._reference_fingerprint, "precision": str(self.trainer.precision)}
-        values.fill(self.trainer, data, about, self._score_reference)
+        values.fill(self.trainer, data, about, self._probe_reference, self._score_reference)
         self.reference_layers = None
 
     def _score_reference(self, rows: Sequence[Row]) -> list[Values]:

@@ -75,6 +75,7 @@ class PrecomputedReference:
         trainer: pl.Trainer,
         data: NumbersCompletions,
         reference: Mapping[str, str],
+        prepare: Callable[[], None],
         score: Callable[[Sequence[Row]], list[Values]],
     ) -> None:
         """Read the values of a run's data; compute and keep those that are lacking. Collective.
@@ -83,10 +84,12 @@ class PrecomputedReference:
             trainer: Of the run.
             data: Its datamodule.
             reference: All that decides the values, see ``ReferenceCache``.
+            prepare: Called before the first of all scores; never, if nothing is lacking.
             score: Log-probabilities of the predicted tokens of each row.
 
         Raises:
-            ValueError: What ``score`` raises, on every rank; or if these hold different references.
+            ValueError: What ``prepare`` or ``score`` raises, on every rank; or if ranks hold
+                different references.
         """
         samples = data.completions()
         keys_PK = [[completion_key(*row) for row in sample] for sample in samples]
@@ -102,6 +105,7 @@ class PrecomputedReference:
             way_out = "Call seed_everything before the models are built"
             raise argument_error(self.where, "precompute_ref_log_probs", True, rule, way_out)
         if lacking := _lacking(trainer, rows, values):
+            prepare()
             values |= self._computed(trainer, cache, lacking, score)
         self._values = {key: values[key] for key in rows}
         self._keys_PK, self._data = keys_PK, ref(data)
@@ -168,7 +172,7 @@ class PrecomputedReference:
         if [len(part) for part in parts] != [count for count in counts if count]:
             rule = "the completions of a batch have other lengths than those of its numbers"
             raise argument_error(self.where, "precompute_ref_log_probs", True, rule)
-        logps_BT = torch.zeros(mask_BT.shape)
+        logps_BT = torch.zeros(mask_BT.shape, dtype=torch.float32)  # default may be bf16
         logps_BT[mask_BT] = torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *parts]))
         logps_BT = logps_BT.to(completion_BT.device)
         unknown_B = torch.full_like(logps_BT[:, 0], torch.nan)

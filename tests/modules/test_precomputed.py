@@ -249,6 +249,27 @@ def test_a_cache_that_cannot_be_written_is_said_once(tmp_path: Path, pairs: Path
     torch.testing.assert_close(weights(ours), weights(theirs), rtol=0, atol=1e-5)
 
 
+def test_no_second_model_is_ever_made(tmp_path: Path, pairs: Path, monkeypatch: Any) -> None:
+    deepcopy = copy.deepcopy
+
+    def refuse(value: Any, *memo: Any) -> Any:
+        assert not isinstance(value, torch.nn.Module)
+        return deepcopy(value, *memo)
+
+    monkeypatch.setattr(copy, "deepcopy", refuse)
+    fit(module(tmp_path / "cache"), data(pairs), max_epochs=1)
+
+
+def test_with_a_warm_cache_the_reference_runs_no_forward(tmp_path: Path, pairs: Path) -> None:
+    forwards: list[Any] = []
+    for expected in (True, False):
+        reference = module().model
+        reference.model.register_forward_hook(lambda *_: forwards.append(1))
+        fit(module(tmp_path / "cache", ref_model=reference), data(pairs, val_fraction=0.2))
+        assert bool(forwards) is expected
+        forwards.clear()
+
+
 def test_the_reference_is_let_go(tmp_path: Path, pairs: Path) -> None:
     """And with it the checkpoint's knowledge of which it was is not."""
     ours = module(tmp_path / "cache", ref_model=module().model)
@@ -282,6 +303,16 @@ def test_values_are_kept_for_validation_and_prediction(tmp_path: Path, pairs: Pa
     fresh = module(tmp_path / "cache")
     (untrained,) = trainer_of().validate(fresh, data(pairs, val_fraction=0.3), verbose=False)
     assert untrained["val_loss"] == pytest.approx(0.6931471805599453, rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_the_reference_runs_in_the_precision_of_the_run(
+    tmp_path: Path, pairs: Path, precision: Any
+) -> None:
+    """Else the untrained policy would seem to have moved, by the rounding of bf16."""
+    trainer, datamodule = trainer_of(precision=precision), data(pairs, val_fraction=0.4)
+    (metrics,) = trainer.validate(module(tmp_path / "cache"), datamodule, verbose=False)
+    assert metrics["val_kl/k2"] < 1e-9
 
 
 def test_unpaired_records(tmp_path: Path) -> None:
