@@ -70,7 +70,7 @@ test-peer: $(STAMP)
 # Every law over every member and pair, docs/composition.md against what they find, real kills of real processes, the demo, examples and recipes.
 SLOW_STRATEGIES := $(shell grep -l 'mark\.slow' tests/strategies/*/test_*.py tests/offload/test_*.py)
 test-laws: $(STAMP)
-	$(BIN)/pytest tests/laws tests/run tests/demo tests/test_examples.py tests/test_recipes.py tests/cli/test_generate.py tests/callbacks/test_async_checkpoint.py tests/callbacks/test_checkpoint_run.py tests/callbacks/test_checkpoint_withdrawal.py tests/callbacks/test_curriculum.py tests/callbacks/test_curriculum_feedback.py tests/callbacks/test_curriculum_in_runs.py tests/callbacks/test_curriculum_preflight.py tests/callbacks/test_curriculum_stream.py tests/callbacks/spikes/test_guard_ranks.py tests/callbacks/spikes/test_evidence.py tests/checkpointing/test_torture.py tests/data/test_difficulty_map.py $(SLOW_STRATEGIES) $(ARGS)
+	$(BIN)/pytest tests/laws tests/run tests/demo tests/test_examples.py tests/test_recipes.py tests/cli/test_generate.py tests/callbacks/test_async_checkpoint.py tests/callbacks/test_checkpoint_run.py tests/callbacks/test_checkpoint_withdrawal.py tests/callbacks/test_curriculum.py tests/callbacks/test_curriculum_feedback.py tests/callbacks/test_curriculum_in_runs.py tests/callbacks/test_curriculum_preflight.py tests/callbacks/test_curriculum_stream.py tests/callbacks/spikes/test_guard_ranks.py tests/callbacks/spikes/test_evidence.py tests/checkpointing/test_torture.py tests/data/test_difficulty_map.py tests/modules/test_precomputed.py $(SLOW_STRATEGIES) $(ARGS)
 
 # Two processes: a peer that has been imported makes short class names ambiguous.
 test-all: $(STAMP)

@@ -29,6 +29,7 @@ from tests.modules.test_pretrain import gpt2, llama, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning")
 
+SAME, OTHER = ("batches", "folder", "model path", "order"), ("dtype", "precision")
 WORDS = ["good", "so good", "bad", "no", "well, well", "meh"]
 
 
@@ -107,8 +108,14 @@ def files(cache: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in cache.rglob("*.safetensors")}
 
 
-@pytest.mark.parametrize("options", [{}, {"loss_type": ["ipo", "sft"], "ld_alpha": 0.5}], ids=str)
-@pytest.mark.parametrize("family", [llama, gpt2])
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        pytest.param(llama, {}, marks=pytest.mark.slow),
+        (llama, {"loss_type": ["ipo", "sft"], "ld_alpha": 0.5}),
+        pytest.param(gpt2, {}, marks=pytest.mark.slow),
+    ],
+)
 def test_training_is_that_with_a_reference_beside(
     tmp_path: Path, pairs: Path, family: Any, options: Any
 ) -> None:
@@ -138,7 +145,10 @@ def test_a_warm_cache_asks_no_reference_and_gives_the_same_bits(
     assert torch.equal(weights(cold), weights(warm))
 
 
-@pytest.mark.parametrize("how", ["options", "batches", "folder", "model path", "order"])
+@pytest.mark.parametrize(
+    "how",
+    ["options", *(pytest.param(how, marks=pytest.mark.slow) for how in SAME)],
+)
 def test_what_does_not_change_the_values_finds_them(tmp_path: Path, pairs: Path, how: str) -> None:
     cache = tmp_path / "cache"
     for name in "ab":
@@ -166,7 +176,10 @@ def test_what_does_not_change_the_values_finds_them(tmp_path: Path, pairs: Path,
     assert asked == []
 
 
-@pytest.mark.parametrize("how", ["weight", "rope", "dtype", "precision"])
+@pytest.mark.parametrize(
+    "how",
+    ["weight", "rope", *(pytest.param(how, marks=pytest.mark.slow) for how in OTHER)],
+)
 def test_another_reference_is_asked_anew(tmp_path: Path, pairs: Path, how: str) -> None:
     fit(module(tmp_path / "cache"), data(pairs))
     reference = module().model
@@ -225,6 +238,7 @@ def test_killed_and_resumed_has_the_same_bits(tmp_path: Path, pairs: Path) -> No
     assert torch.equal(weights(resumed), weights(whole))
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_named_and_computed_anew(tmp_path: Path, pairs: Path) -> None:
     cold = module(tmp_path / "cache")
     fit(cold, data(pairs))
@@ -260,6 +274,7 @@ def test_no_second_model_is_ever_made(tmp_path: Path, pairs: Path, monkeypatch: 
     fit(module(tmp_path / "cache"), data(pairs), max_epochs=1)
 
 
+@pytest.mark.slow
 def test_with_a_warm_cache_the_reference_runs_no_forward(tmp_path: Path, pairs: Path) -> None:
     forwards: list[Any] = []
     for expected in (True, False):
@@ -290,6 +305,7 @@ def test_no_checkpoint_looks_at_the_values(tmp_path: Path, pairs: Path) -> None:
     assert not pickle.loads(pickle.dumps(ours._precomputed)).is_of(None)
 
 
+@pytest.mark.slow
 def test_values_are_kept_for_validation_and_prediction(tmp_path: Path, pairs: Path) -> None:
     ours, datamodule = module(tmp_path / "cache"), data(pairs, val_fraction=0.3)
     fit(ours, datamodule)
@@ -315,6 +331,7 @@ def test_the_reference_runs_in_the_precision_of_the_run(
     assert metrics["val_kl/k2"] < 1e-9
 
 
+@pytest.mark.slow
 def test_unpaired_records(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
     rows = [
@@ -346,6 +363,7 @@ def started(tmp_path: Path, pairs: Path, **options: Any) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [1, 2], ids=["steps", "mid-window"])
 def test_a_resumed_run_is_bit_identical(tmp_path: Path, pairs: Path, window: int) -> None:
     path = started(tmp_path, pairs, accumulate_grad_batches=window)
@@ -357,6 +375,7 @@ def test_a_resumed_run_is_bit_identical(tmp_path: Path, pairs: Path, window: int
     assert torch.equal(weights(resumed), weights(whole))
 
 
+@pytest.mark.slow
 def test_a_resume_without_its_cache_needs_the_reference(tmp_path: Path, pairs: Path) -> None:
     path = started(tmp_path, pairs)
     (tmp_path / "cache").rename(tmp_path / "gone")
@@ -377,6 +396,7 @@ def test_a_policy_whose_weights_were_loaded_is_no_reference(tmp_path: Path, pair
         fit(ours, data(pairs))
 
 
+@pytest.mark.slow
 def test_a_second_fit_on_other_data_needs_the_reference(tmp_path: Path, pairs: Path) -> None:
     ours = module(tmp_path / "cache")
     fit(ours, data(pairs))
@@ -384,6 +404,7 @@ def test_a_second_fit_on_other_data_needs_the_reference(tmp_path: Path, pairs: P
         fit(ours, data(write_pairs(tmp_path / "other.jsonl", 10, 20)))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_an_older_version_goes_on(tmp_path: Path, pairs: Path) -> None:
     path = started(tmp_path, pairs)
     checkpoint = torch.load(path, weights_only=True)
@@ -410,6 +431,7 @@ def on_two_ranks(cache: Path, pairs: Path, rank: int) -> Any:
     return asked, weights(ours).numpy()
 
 
+@pytest.mark.slow
 def test_two_ranks_share_the_work_and_train_as_one(tmp_path: Path, pairs: Path) -> None:
     (first, ours), (second, same) = run_ranks(partial(on_two_ranks, tmp_path / "two", pairs))
     assert (first, second) == ([6, 6], [6, 2])
@@ -422,6 +444,7 @@ def test_two_ranks_share_the_work_and_train_as_one(tmp_path: Path, pairs: Path) 
     assert np.array_equal(again[0][1], ours)
 
 
+@pytest.mark.slow
 def test_ranks_need_no_common_folder(tmp_path: Path, pairs: Path) -> None:
     """What one of them finds and the other does not is computed for both."""
     fit(module(tmp_path / "0"), data(pairs))
@@ -434,6 +457,7 @@ def test_ranks_need_no_common_folder(tmp_path: Path, pairs: Path) -> None:
     assert np.array_equal(ours, same)
 
 
+@pytest.mark.slow
 def test_ranks_with_different_references_are_refused(tmp_path: Path, pairs: Path) -> None:
     def other_weights(rank: int) -> Any:
         ours = module(tmp_path / "cache")
@@ -444,6 +468,7 @@ def test_ranks_with_different_references_are_refused(tmp_path: Path, pairs: Path
     run_ranks(other_weights)
 
 
+@pytest.mark.slow
 def test_an_error_on_one_rank_is_told_to_all(tmp_path: Path, pairs: Path) -> None:
     def broken(rank: int) -> Any:
         def score(*_: Any, **__: Any) -> Any:
@@ -513,6 +538,7 @@ def test_a_reference_without_weights_is_built_and_refused_later(tmp_path: Path) 
     assert ours._reference_fingerprint == {}
 
 
+@pytest.mark.slow
 def test_a_mixture_of_experts_is_its_own_reference(tmp_path: Path, pairs: Path) -> None:
     config = MixtralConfig(
         vocab_size=vocabulary(),
