@@ -17,6 +17,7 @@ from weakref import ref
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from fsspec.core import url_to_fs
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -46,9 +47,17 @@ class PrecomputedReference:
     Args:
         where: Class the user called.
         url: Folder of the caches of all references, local or at any fsspec URL.
+
+    Raises:
+        ValueError: If fsspec knows no such URL.
     """
 
     def __init__(self, where: str, url: str) -> None:
+        try:
+            url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            rule = f"fsspec cannot open such a URL ({error})"
+            raise argument_error(where, "ref_cache_dir", url, rule) from None
         self.where = where
         self.url = url
         self._data: ref[Any] | None = None

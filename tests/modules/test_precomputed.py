@@ -506,6 +506,11 @@ def test_a_folder_alone_is_refused(tmp_path: Path) -> None:
         module(ref_cache_dir=str(tmp_path))
 
 
+def test_a_url_that_nothing_opens_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"ref_cache_dir='nowhere://a'.*cannot open such a URL"):
+        module(ref_cache_dir="nowhere://a", precompute_ref_log_probs=True)
+
+
 def test_data_of_unknown_length_is_refused(tmp_path: Path, pairs: Path) -> None:
     datamodule = data(pairs)
     datamodule.setup()
