@@ -364,6 +364,7 @@ class DPOModule(CausalLMModule):
                 way_out = "Set prefix_sharing='auto' or False"
                 raise argument_error("DPOModule", "prefix_sharing", True, rule, way_out) from reason
             rank_zero_warn(f"DPOModule computes the prompt of a pair twice. {reason}")
+
     # The reference before training
 
     def _check_precompute(self) -> None:

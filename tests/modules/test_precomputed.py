@@ -30,6 +30,11 @@ from tests.modules.test_pretrain import gpt2, llama, weights
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning")
 
 SAME, OTHER = ("batches", "folder", "model path", "order"), ("dtype", "precision")
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "separate": {"prefix_sharing": False},
+    "shared": {"prefix_sharing": True},
+    "packed": {"prefix_sharing": True, "packing": True},
+}
 WORDS = ["good", "so good", "bad", "no", "well, well", "meh"]
 
 
@@ -274,13 +279,29 @@ def test_no_second_model_is_ever_made(tmp_path: Path, pairs: Path, monkeypatch: 
     fit(module(tmp_path / "cache"), data(pairs), max_epochs=1)
 
 
+def test_every_layout_trains_as_separate_rows_with_a_reference_beside(
+    tmp_path: Path, pairs: Path
+) -> None:
+    beside = module(prefix_sharing=False)
+    fit(beside, data(pairs, batch_size=5), max_epochs=1)
+    for layout, options in LAYOUTS.items():
+        cached = module(tmp_path / "cache", **options)
+        fit(cached, data(pairs, batch_size=5), max_epochs=1)
+        assert cached.layout == layout
+        torch.testing.assert_close(weights(cached), weights(beside), rtol=0, atol=1e-5)
+
+
 @pytest.mark.slow
-def test_with_a_warm_cache_the_reference_runs_no_forward(tmp_path: Path, pairs: Path) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_with_a_warm_cache_the_reference_runs_no_forward(
+    tmp_path: Path, pairs: Path, layout: str
+) -> None:
     forwards: list[Any] = []
     for expected in (True, False):
         reference = module().model
         reference.model.register_forward_hook(lambda *_: forwards.append(1))
-        fit(module(tmp_path / "cache", ref_model=reference), data(pairs, val_fraction=0.2))
+        ours = module(tmp_path / "cache", ref_model=reference, **LAYOUTS[layout])
+        fit(ours, data(pairs, batch_size=5, val_fraction=0.2), max_epochs=1)
         assert bool(forwards) is expected
         forwards.clear()
 
