@@ -21,14 +21,18 @@ Sample = TypeVar("Sample")
 
 
 def read_samples(
-    files: Sequence[InputFile], read: Callable[[InputFile], Iterable[Sample | str]], what: str
+    files: Sequence[InputFile],
+    read: Callable[[InputFile], Iterable[Sample | str]],
+    what: str,
+    lost: Counter[str] | None = None,
 ) -> list[Sample]:
-    """All usable samples of ``files``; one warning counts the others.
+    """All usable samples of ``files``; one warning counts the others, and what was cut.
 
     Args:
         files: Files to read.
         read: Yields the samples of a file, or in place of one why it cannot be used.
         what: The samples in a word, for errors and warnings.
+        lost: Rows by what they have lost, counted while ``read`` is at work.
 
     Raises:
         ValueError: If a file is empty, or no sample is left.
@@ -44,14 +48,20 @@ def read_samples(
                 samples.append(sample)
         if number == len(samples) + dropped.total():
             raise file.error(f"is empty, and must hold {what}")
+    told = []
+    first = files[0]
     if dropped:
         reasons = "; ".join(f"{count} because {reason}" for reason, count in dropped.items())
         total = len(samples) + dropped.total()
-        summary = f"{dropped.total()} of {total} {what} dropped: {reasons}"
-        first = files[0]
+        told.append(f"{dropped.total()} of {total} {what} dropped: {reasons}")
         if not samples:
-            raise first.error(f"nothing is left ({summary})")
-        warnings.warn(f"{first.where}({first.argument}={first.url!r}): {summary}", stacklevel=2)
+            raise first.error(f"nothing is left ({told[0]})")
+    if lost:
+        parts = "; ".join(f"{count} lost {part}" for part, count in lost.items())
+        told.append(f"{lost.total()} row(s) cut to max_length: {parts}")
+    if told:
+        where = f"{first.where}({first.argument}={first.url!r})"
+        warnings.warn(f"{where}: {'. '.join(told)}", stacklevel=2)
     return samples
 
 

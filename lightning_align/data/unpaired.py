@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ from lightning_align.data.tokenizer import (
     encode_prompts,
     pad_token_id,
 )
+from lightning_align.data.truncation import count_cut, cut_row
 
 TEXTS = "a prompt, a completion and a label, the first two as text"
 MESSAGES = "a prompt, a completion and a label, the first two as messages"
@@ -62,8 +64,9 @@ class UnpairedDataset(Dataset[dict[str, Tensor]]):
     Args:
         records: What ``read_unpaired`` returned.
         pad_token_id: Token that fills up shorter rows, on the right.
-        max_length: Tokens that a prompt and the completion of another record may have together.
+        max_length: Tokens of a row, of a prompt and its own completion or that of another record.
         first_number: Number of the first record among all of a run.
+        truncation_mode: keep_start or keep_end, what is left of a row that is longer.
     """
 
     def __init__(
@@ -72,11 +75,14 @@ class UnpairedDataset(Dataset[dict[str, Tensor]]):
         pad_token_id: int,
         max_length: int,
         first_number: int = 0,
+        *,
+        truncation_mode: str = "keep_start",
     ) -> None:
         self.records = records
         self.pad_token_id = pad_token_id
         self.max_length = max_length
         self.first_number = first_number
+        self.truncation_mode = truncation_mode
 
     def __len__(self) -> int:
         """Number of records."""
@@ -87,19 +93,27 @@ class UnpairedDataset(Dataset[dict[str, Tensor]]):
         real = [index for index in indices if index >= 0]
         none = [padding(index) for index in indices if index < 0]
         records = [self.records[index] for index in real]
-        batch = collate_unpaired(records, self.pad_token_id, self.max_length)
+        batch = collate_unpaired(records, self.pad_token_id, *self._cut)
         if none:
             batch = _with_rows_of_none(batch, [self.records[i] for i in none], len(indices))
         return {**batch, "number": torch.tensor(real + none) + self.first_number}
 
+    @property
+    def _cut(self) -> tuple[int, str]:
+        return self.max_length, self.truncation_mode
+
     def completions(self) -> list[tuple[tuple[Ids, Ids], ...]]:
         """Prompt and completion of the one row that a record has in a batch, beside the KL's."""
-        return [((record.prompt, record.completion),) for record in self.records]
+        return [(cut_row(r.prompt, r.completion, *self._cut),) for r in self.records]
 
     @property
     def content(self) -> str:
-        """Hash of all tokens and labels, in order."""
+        """Hash of all tokens and labels, in order, and of the cut if there are rows to be cut."""
         digest = hashlib.blake2b(digest_size=16)
+        longest = max((len(record.prompt) for record in self.records), default=0)
+        longest += max((len(record.completion) for record in self.records), default=0)
+        if longest > self.max_length:  # any completion may come to stand behind any prompt
+            digest.update(f"{self.max_length} {self.truncation_mode}".encode())
         for record in self.records:
             sizes = [len(record.prompt), len(record.completion), int(record.label)]
             digest.update(np.array(sizes).tobytes())
@@ -108,40 +122,48 @@ class UnpairedDataset(Dataset[dict[str, Tensor]]):
 
 
 def collate_unpaired(
-    records: Sequence[Labelled], pad_token_id: int, max_length: int
+    records: Sequence[Labelled],
+    pad_token_id: int,
+    max_length: int,
+    truncation_mode: str = "keep_start",
 ) -> dict[str, Tensor]:
-    """Rows of records, filled up on the right.
+    """Rows of records, cut to ``max_length`` and filled up on the right.
+
+    Args:
+        records: Records of the batch, in order.
+        pad_token_id: Token that fills up shorter rows.
+        max_length: Tokens of a row.
+        truncation_mode: keep_start or keep_end, what is left of a row that is longer.
 
     Returns:
         ``input_ids``, ``attention_mask`` (1 on tokens) and ``completion_mask`` (1 on the tokens of
         the completion), each (P, T), and ``label``, (P,); and, each (P, T'), ``KL_input_ids``,
         ``KL_attention_mask`` and ``KL_completion_mask``, of each prompt with the completion of the
-        record before it, cut to ``max_length``. A single record has no other, and its KL row no
-        completion.
+        record before it. A single record has no other, and its KL row no completion.
     """
     prompts = [record.prompt for record in records]
     completions = [record.completion for record in records]
     others = completions[-1:] + completions[:-1]
-    rows = _rows(prompts, completions, pad_token_id)
-    mismatched = [
-        other[: max_length - len(prompt)] for prompt, other in zip(prompts, others, strict=True)
-    ]
-    for name, values in _rows(prompts, mismatched, pad_token_id).items():
-        rows[f"KL_{name}"] = values
+    batch: dict[str, Tensor] = {}
+    for prefix, follows in (("", completions), ("KL_", others)):
+        rows = [
+            cut_row(prompt, completion, max_length, truncation_mode)
+            for prompt, completion in zip(prompts, follows, strict=True)
+        ]
+        for name, values in _rows(rows, pad_token_id).items():
+            batch[prefix + name] = values
     if len(records) == 1:
-        rows["KL_completion_mask"] = torch.zeros_like(rows["KL_completion_mask"])
-    return {**rows, "label": torch.tensor([record.label for record in records], dtype=torch.bool)}
+        batch["KL_completion_mask"] = torch.zeros_like(batch["KL_completion_mask"])
+    return {**batch, "label": torch.tensor([record.label for record in records], dtype=torch.bool)}
 
 
-def _rows(
-    prompts: Sequence[Ids], completions: Sequence[Ids], pad_token_id: int
-) -> dict[str, Tensor]:
-    prompt_P = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
-    length_P = prompt_P + np.array([len(ids) for ids in completions], dtype=np.int64)
+def _rows(rows: Sequence[tuple[Ids, Ids]], pad_token_id: int) -> dict[str, Tensor]:
+    prompt_P = np.array([len(prompt) for prompt, _ in rows], dtype=np.int64)
+    length_P = prompt_P + np.array([len(completion) for _, completion in rows], dtype=np.int64)
     position_T = np.arange(length_P.max(initial=1))
     attention_PT = position_T < length_P[:, None]
     ids_PT = np.full(attention_PT.shape, pad_token_id, dtype=np.int64)
-    for row_T, parts in zip(ids_PT, zip(prompts, completions, strict=True), strict=True):
+    for row_T, parts in zip(ids_PT, rows, strict=True):
         ids = np.concatenate(parts)
         row_T[: len(ids)] = ids
     return {
@@ -181,33 +203,44 @@ def holds_unpaired(files: Sequence[InputFile]) -> bool:
 
 
 def read_unpaired(
-    files: Sequence[InputFile], tokenizer: Any, *, max_length: int, append_eos: bool
+    files: Sequence[InputFile],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    append_eos: bool,
+    truncation_mode: str = "keep_start",
 ) -> list[Labelled]:
-    """All usable records of files, tokenised and cut to ``max_length``.
+    """All usable records of files, tokenised.
 
-    Records that can teach nothing are dropped: a prompt that fills ``max_length`` or is empty, an
-    empty completion. One warning counts them.
+    Records that can teach nothing are dropped: a prompt that is empty or, with keep_start, fills
+    ``max_length``, an empty completion. One warning counts them, and the rows that will be cut,
+    where a batch is made: for kto a completion stands behind another prompt, too.
 
     Args:
         files: Files of records with the columns prompt, completion and label; the label is true or
             false, 1 or 0.
         tokenizer: A transformers tokenizer.
-        max_length: Tokens that prompt and completion may have together; the completion is cut.
+        max_length: Tokens that prompt and completion may have together.
         append_eos: Whether to close each completion that is text with the end-of-text token.
+        truncation_mode: keep_start or keep_end, what is left of a row that is longer.
 
     Raises:
         ValueError: If a file holds no such records, or no record is left.
     """
     eos_token_id: int | None = tokenizer.eos_token_id if append_eos else None
     torn: list[str] = []
+    lost: Counter[str] = Counter()
 
     def usable(file: InputFile) -> Iterator[Labelled | str]:
         for form, records in batches_of_one_format(file, format_of):
             read = _texts if form == TEXTS else _conversations
             for record in read(file, records, tokenizer, eos_token_id, torn):
-                yield record if isinstance(record, str) else _fit(record, max_length)
+                if isinstance(record, str):
+                    yield record
+                else:
+                    yield _fit(record, max_length, truncation_mode, lost)
 
-    samples = read_samples(files, usable, "records")
+    samples = read_samples(files, usable, "records", lost)
     if torn:
         first = files[0]
         warnings.warn(
@@ -247,10 +280,16 @@ def hold_out_prompts(
 
 
 def unpaired_dataset(
-    records: Sequence[Labelled], tokenizer: Any, max_length: int, first_number: int
+    records: Sequence[Labelled],
+    tokenizer: Any,
+    max_length: int,
+    first_number: int = 0,
+    *,
+    truncation_mode: str = "keep_start",
 ) -> UnpairedDataset:
     """The dataset of ``records``, filled up with the tokenizer's own token."""
-    return UnpairedDataset(records, pad_token_id(tokenizer), max_length, first_number)
+    cut = max_length, first_number
+    return UnpairedDataset(records, pad_token_id(tokenizer), *cut, truncation_mode=truncation_mode)
 
 
 def format_of(file: InputFile, place: str, record: dict[str, Any]) -> str:
@@ -313,13 +352,16 @@ def _conversations(
         yield Labelled(close(whole[:end], None), close(whole[end:], None), label)
 
 
-def _fit(record: Labelled, max_length: int) -> Labelled | str:
-    """The record as it is trained on, or why it cannot be."""
+def _fit(
+    record: Labelled, max_length: int, truncation_mode: str, lost: Counter[str]
+) -> Labelled | str:
+    """The record, or why it cannot be trained on."""
+    row = record.prompt, record.completion
     if len(record.prompt) == 0:
         return "the prompt is empty"
-    room = max_length - len(record.prompt)
-    if room <= 0:
+    if truncation_mode == "keep_start" and len(record.prompt) >= max_length:
         return f"the prompt has max_length={max_length} tokens or more"
     if len(record.completion) == 0:
         return "the completion is empty"
-    return record._replace(completion=record.completion[:room])
+    count_cut(lost, row, cut_row(*row, max_length, truncation_mode))
+    return record

@@ -5,11 +5,12 @@ from typing import Any
 
 from typing_extensions import override
 
-from lightning_align._errors import argument_error
+from lightning_align._errors import argument_error, check_choice
 from lightning_align.data import preference, unpaired
 from lightning_align.data.files import InputFile, find_files
 from lightning_align.data.samples import Ids
 from lightning_align.data.tokenizer import load_tokenizer
+from lightning_align.data.truncation import TRUNCATION_MODES
 from lightning_align.modules.positioned import Paths, PositionedDataModule, plain_paths
 
 
@@ -31,8 +32,9 @@ class PreferenceDataModule(PositionedDataModule):
             (owner/name:split), or a list of these.
         tokenizer: Folder or hub name of a tokenizer, or a transformers tokenizer.
         batch_size: Pairs per batch and rank, or unpaired records.
-        max_length: Tokens that a prompt and a completion may have together; longer completions are
-            cut.
+        max_length: Tokens that a prompt and a completion may have together; longer ones are cut.
+        truncation_mode: What is left of them, keep_start (a completion loses its end) or keep_end
+            (the prompt loses its beginning).
         val_paths: Files to validate on, named as in paths; None holds out part of the prompts.
         val_fraction: Part of the prompts held out if there are no val_paths; 0 for no validation.
         chat_template: Jinja text, or path of a .jinja file, that turns messages into text and is
@@ -62,6 +64,7 @@ class PreferenceDataModule(PositionedDataModule):
         *,
         batch_size: int = 8,
         max_length: int = 1024,
+        truncation_mode: str = "keep_start",
         val_paths: Paths | None = None,
         val_fraction: float = 0.0,
         chat_template: str | Path | None = None,
@@ -73,6 +76,7 @@ class PreferenceDataModule(PositionedDataModule):
         if max_length < 2:
             rule = "must be at least 2: a token of the prompt and one of a completion"
             raise argument_error(self._name, "max_length", max_length, rule)
+        check_choice(self._name, "truncation_mode", truncation_mode, TRUNCATION_MODES)
         # Plain text and numbers only: a checkpoint loads with weights_only=True.
         paths, val_paths = plain_paths(paths), plain_paths(val_paths or [])
         tokenizer = str(tokenizer) if isinstance(tokenizer, Path) else tokenizer
@@ -82,6 +86,7 @@ class PreferenceDataModule(PositionedDataModule):
         self.paths: list[str] = paths
         self.val_paths: list[str] = val_paths
         self.max_length = max_length
+        self.truncation_mode = truncation_mode
         self.chat_template = chat_template
         self.append_eos = append_eos
         self.tokenizer: Any = tokenizer if given else None
@@ -115,6 +120,7 @@ class PreferenceDataModule(PositionedDataModule):
     def _read(self, kind: Any, files: list[InputFile]) -> list[Any]:
         read = unpaired.read_unpaired if kind is unpaired else preference.read_pairs
         options: dict[str, Any] = {"max_length": self.max_length, "append_eos": self.append_eos}
+        options["truncation_mode"] = self.truncation_mode
         return list(read(files, self.tokenizer, **options))
 
     def _dataset(
@@ -122,8 +128,8 @@ class PreferenceDataModule(PositionedDataModule):
     ) -> preference.PreferenceDataset | unpaired.UnpairedDataset:
         if isinstance(samples[0], unpaired.Labelled):
             rest = self.tokenizer, self.max_length, first_number
-            return unpaired.unpaired_dataset(samples, *rest)
-        return preference.pair_dataset(samples, self.tokenizer, first_number)
+            return unpaired.unpaired_dataset(samples, *rest, truncation_mode=self.truncation_mode)
+        return preference.pair_dataset(samples, self.tokenizer, self.max_length, first_number)
 
     def completions(self) -> list[tuple[tuple[Ids, Ids], ...]]:
         """Prompt and completion of each row of each sample, by the ``number`` in a batch.

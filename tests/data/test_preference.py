@@ -1,5 +1,6 @@
 import json
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from lightning_align.data.files import find_files
 from lightning_align.data.preference import (
     Pair,
     PreferenceDataset,
+    _fit,
     collate_pairs,
     hold_out_prompts,
     read_pairs,
@@ -19,6 +21,7 @@ from lightning_align.data.sampler import padding
 from tests.helpers.byte_tokenizer import ByteTokenizer
 
 tokens = st.lists(st.integers(2, 50), min_size=1, max_size=12)
+NAMES = ("input_ids", "completion_mask", "attention_mask")
 PROMPT = {"prompt": "p", "chosen": "yes", "rejected": "no"}
 
 
@@ -26,11 +29,11 @@ def ids(values):
     return np.array(values, dtype=np.int32)
 
 
-def read(tmp_path, rows, tokenizer=None, *, max_length=100, append_eos=True, name="a.jsonl"):
+def read(tmp_path, rows, tokenizer=None, *, name="a.jsonl", **options):
     (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     files = find_files("PreferenceDataModule", "paths", str(tmp_path / name))
     tokenizer = tokenizer or ByteTokenizer()
-    return read_pairs(files, tokenizer, max_length=max_length, append_eos=append_eos)
+    return read_pairs(files, tokenizer, **{"max_length": 100, "append_eos": True, **options})
 
 
 def texts(pair, tokenizer=None):
@@ -77,6 +80,36 @@ def test_collate_pairs_matches_trl(examples):
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=0, atol=0)
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("truncation_mode", ["keep_start", "keep_end"])
+@settings(deadline=None)
+@given(st.lists(st.tuples(tokens, tokens, tokens), min_size=1, max_size=6), st.integers(2, 24))
+def test_what_is_cut_matches_trl(truncation_mode, examples, max_length):
+    """TRL drops prompts that fill a row with keep_start, and nothing else; ours what is useless."""
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+    pairs = [Pair(*map(ids, example)) for example in examples]
+    fitted = [_fit(pair, max_length, truncation_mode, Counter()) for pair in pairs]
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    kept = [
+        dict(zip(names, example, strict=True))
+        for example, pair in zip(examples, fitted, strict=True)
+        if not isinstance(pair, str)
+    ]
+    for pair, why in zip(pairs, fitted, strict=True):
+        if isinstance(why, str):
+            is_full = truncation_mode == "keep_start" and len(pair.prompt) >= max_length
+            assert is_full or "are the same" in why
+    if kept:
+        fitted = [pair for pair in fitted if not isinstance(pair, str)]
+        cut = {"max_length": max_length, "truncation_mode": truncation_mode}
+        theirs = DataCollatorForPreference(pad_token_id=1, **cut)(kept)
+        ours = PreferenceDataset(fitted, 1, max_length=max_length)[[*range(len(fitted))]]
+        assert ours.keys() - theirs.keys() == {"number"}
+        for name, value in theirs.items():
+            torch.testing.assert_close(ours[name], value, rtol=0, atol=0)
 
 
 @settings(deadline=None)
@@ -142,6 +175,50 @@ def test_long_completions_are_cut_and_long_prompts_dropped(tmp_path):
         [pair] = read(tmp_path, rows, max_length=8)
     assert texts(pair) == ("1234", "abcd", "uv$")
     assert len(warned) == 1
+
+
+def test_what_is_cut_is_counted_beside_what_is_dropped(tmp_path):
+    rows = [PROMPT, {**PROMPT, "prompt": "1234567"}, {**PROMPT, "chosen": ""}]
+    message = "1 of 3 pairs dropped: .* is empty. 2 row.s. cut to max_length: 2 lost the end of the"
+    with pytest.warns(UserWarning, match=message) as warned:
+        assert texts(read(tmp_path, rows, max_length=8)[1]) == ("1234567", "y", "n")
+    assert len(warned) == 1
+
+
+def test_keep_end_cuts_each_row_by_itself(tmp_path):
+    """The row of the longer completion has less of the prompt, if anything; nothing is dropped."""
+    rows = [
+        {"prompt": "1234", "chosen": "abcdef", "rejected": "uv"},
+        {"prompt": "123456789", "chosen": "abcdefghi", "rejected": "v"},
+    ]
+    message = "3 row.s. cut to max_length: 2 lost the beginning of the prompt; 1 lost the whole p"
+    with pytest.warns(UserWarning, match=rf"paths='.*a\.jsonl'\): {message}") as warned:
+        pairs = read(tmp_path, rows, max_length=8, truncation_mode="keep_end")
+    assert len(warned) == 1
+    batch = PreferenceDataset(pairs, 1, max_length=8)[[0, 1]]
+    kept = [
+        "".join(
+            f"[{text}]" if is_completion else text
+            for token, is_completion, is_token in zip(*row, strict=True)
+            if is_token
+            for text in ["$" if token == 0 else ByteTokenizer().decode([token])]
+        )
+        for row in zip(*(batch[name].tolist() for name in NAMES), strict=True)
+    ]
+    assert kept == [
+        "4[a][b][c][d][e][f][$]",
+        "[c][d][e][f][g][h][i][$]",
+        "1234[u][v][$]",
+        "456789[v][$]",
+    ]
+
+
+def test_keep_end_drops_completions_that_end_alike(tmp_path):
+    rows = [{**PROMPT, "chosen": "no, yes", "rejected": "oh yes"}, PROMPT]
+    with pytest.warns(UserWarning, match=r"1 of 2 pairs dropped: .*are the same \(up to max_leng"):
+        assert len(read(tmp_path, rows, max_length=5, truncation_mode="keep_end")) == 1
+    with pytest.raises(ValueError, match="nothing is left"):
+        read(tmp_path, rows[:1], max_length=5, truncation_mode="keep_end")
 
 
 def test_useless_pairs_are_dropped_with_one_warning_that_counts_them(tmp_path):
@@ -222,9 +299,10 @@ def test_the_content_follows_every_token():
     assert PreferenceDataset(pairs, 1).content == PreferenceDataset(list(pairs), 0).content
 
 
-def test_a_batch_names_its_pairs_and_the_dataset_their_rows() -> None:
+@pytest.mark.parametrize("max_length", [None, 2])
+def test_a_batch_names_its_pairs_and_the_dataset_their_rows(max_length) -> None:
     pairs = [Pair(ids([5]), ids([6, 7]), ids([8])), Pair(ids([9]), ids([1]), ids([2, 3]))]
-    dataset = PreferenceDataset(pairs, pad_token_id=0, first_number=10)
+    dataset = PreferenceDataset(pairs, pad_token_id=0, first_number=10, max_length=max_length)
     batch = dataset[[1, padding(0), 0]]
     assert batch["number"].tolist() == [11, 10, 10]
     completions = dataset.completions()
@@ -235,3 +313,11 @@ def test_a_batch_names_its_pairs_and_the_dataset_their_rows() -> None:
         assert batch["input_ids"][row][batch["completion_mask"][row].bool()].tolist() == list(
             completion
         )
+
+
+def test_the_content_follows_every_cut():
+    """And not the maximum itself, where it cuts nothing."""
+    pairs = [Pair(ids([5, 6, 7]), ids([7, 8]), ids([8]))]
+    contents = [PreferenceDataset(pairs, 1, max_length=most).content for most in (2, 3, 4, 5, None)]
+    assert len(set(contents)) == 4
+    assert contents[3] == contents[4] == "c80d2f8f5b7e93066c36d44d30332dc1"  # as ever

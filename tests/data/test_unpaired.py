@@ -36,8 +36,8 @@ def write(tmp_path, rows, name="a.jsonl"):
     return find_files("PreferenceDataModule", "paths", str(tmp_path / name))
 
 
-def read(tmp_path, rows, tokenizer=None, *, max_length=100, append_eos=True):
-    options = {"max_length": max_length, "append_eos": append_eos}
+def read(tmp_path, rows, tokenizer=None, **options):
+    options = {"max_length": 100, "append_eos": True, **options}
     return read_unpaired(write(tmp_path, rows), tokenizer or ByteTokenizer(), **options)
 
 
@@ -77,8 +77,6 @@ def test_worked_batch():
 def test_collate_unpaired_matches_trl(examples):
     from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
-    # Ours are cut when they are read, before another prompt gets them.
-    examples = [(prompt, whole[: 20 - len(prompt)], y) for prompt, whole, y in examples]
     completions = [completion for _, completion, _ in examples]
     rows = [
         {"prompt_ids": prompt, "completion_ids": completion, "KL_completion_ids": other, "label": y}
@@ -86,12 +84,31 @@ def test_collate_unpaired_matches_trl(examples):
             examples, completions[-1:] + completions[:-1], strict=True
         )
     ]
-    theirs = DataCollatorForUnpairedPreference(pad_token_id=1, max_length=20)(rows)
+    theirs = DataCollatorForUnpairedPreference(pad_token_id=1, max_length=14)(rows)
     records = [Labelled(ids(p), ids(c), y) for p, c, y in examples]
-    ours = collate_unpaired(records, 1, max_length=20)
+    ours = collate_unpaired(records, 1, max_length=14)
     assert ours.keys() == theirs.keys()
     for name, values in theirs.items():
         assert torch.equal(ours[name], values), name
+
+
+def test_keep_end_cuts_prompts_also_before_the_completions_of_others():
+    batch = collate_unpaired(RECORDS, 1, 3, "keep_end")
+    assert batch["input_ids"].tolist() == [[7, 8, 9], [11, 12, 1], [15, 16, 17]]
+    assert batch["completion_mask"].tolist() == [[0, 1, 1], [0, 1, 0], [1, 1, 1]]
+    assert batch["KL_input_ids"].tolist() == [[15, 16, 17], [11, 8, 9], [13, 14, 12]]
+    assert batch["KL_completion_mask"].tolist() == [[1, 1, 1], [0, 1, 1], [0, 0, 1]]
+    dataset = UnpairedDataset(RECORDS, 1, 3, truncation_mode="keep_end")
+    assert torch.equal(dataset[[0, 1, 2]]["KL_input_ids"], batch["KL_input_ids"])
+
+
+def test_keep_end_drops_no_long_prompt(tmp_path):
+    rows = [{**GOOD, "prompt": 9 * "p"}, {**BAD, "completion": 9 * "n"}, BAD]
+    message = "2 row.s. cut to max_length: 1 lost the beginning of the prompt; 1 lost the whole"
+    with pytest.warns(UserWarning, match=message):
+        records = read(tmp_path, rows, max_length=9, truncation_mode="keep_end")
+    batch = UnpairedDataset(records, 1, 9, truncation_mode="keep_end")[[0, 1]]
+    assert [text(row) for row in batch["input_ids"]] == ["pppppyes$", "nnnnnnnn$"]
 
 
 def test_a_record_alone_has_no_other_completion():
@@ -123,11 +140,22 @@ def test_content_knows_labels_and_where_prompts_end():
     assert len(contents) == 4
 
 
+def test_content_knows_a_cut_that_only_completions_behind_other_prompts_have():
+    """No record has more than five tokens, but the longest prompt and completion have six."""
+    cuts = [(5, "keep_start"), (5, "keep_end"), (4, "keep_end"), (6, "keep_start"), (7, "keep_end")]
+    contents = [UnpairedDataset(RECORDS, 1, n, truncation_mode=m).content for n, m in cuts]
+    assert len(set(contents[:4])) == 4
+    assert contents[3] == contents[4]
+
+
 def test_texts_are_closed_and_cut(tmp_path):
     good, bad = read(tmp_path, [GOOD, BAD])
     assert (text(good.prompt), text(good.completion), good.label) == ("p", "yes$", True)
     assert (text(bad.prompt), text(bad.completion), bad.label) == ("q", "no$", False)
-    assert text(read(tmp_path, [GOOD], max_length=3)[0].completion) == "ye"
+    with pytest.warns(UserWarning, match="1 row.s. cut to max_length: 1 lost the end of the co"):
+        records = read(tmp_path, [GOOD], max_length=3)
+    batch = UnpairedDataset(records, 1, 3)[[0]]
+    assert text(batch["input_ids"][0]) == "pye"
     assert text(read(tmp_path, [GOOD], append_eos=False)[0].completion) == "yes"
 
 

@@ -89,9 +89,45 @@ def test_other_pairs_are_refused_on_resume(tmp_path, pairs):
         )
 
 
+def test_another_truncation_is_refused_on_resume(tmp_path, pairs):
+    """Where it cuts other tokens; where nothing is too long the batches are the same."""
+    for kind in (pairs, write_records(tmp_path / "records.jsonl")):
+        modes = [
+            preference(kind, max_length=5, truncation_mode=mode)
+            for mode in ("keep_start", "keep_end")
+        ]
+        fitter = trainer(tmp_path)
+        fitter.fit(Recorder(tmp_path), modes[0])
+        fitter.save_checkpoint(tmp_path / "a.ckpt")
+        with pytest.raises(ValueError, match=r"PreferenceDataModule\(fingerprint='.*'\): the ch"):
+            trainer(tmp_path, max_steps=2).fit(
+                Recorder(tmp_path), modes[1], ckpt_path=tmp_path / "a.ckpt", weights_only=True
+            )
+    contents = [
+        preference(pairs, max_length=20, truncation_mode=mode)
+        for mode in ("keep_start", "keep_end")
+    ]
+    for data in contents:
+        data.setup()
+    assert contents[0].fingerprint == contents[1].fingerprint
+
+
+def test_keep_end_reaches_the_batch(pairs):
+    data = preference(pairs, max_length=4, truncation_mode="keep_end", val_fraction=0.5)
+    data.setup()
+    for dataset in (data.train_dataset, data.val_dataset):
+        batch = dataset[[*range(len(dataset))]]
+        assert batch["input_ids"].shape == (20, 4)
+        assert (batch["input_ids"] == ByteTokenizer.eos_token_id).any(1).all()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (
+            {"truncation_mode": "end"},
+            r"truncation_mode='end'\): must be one of 'keep_start', 'keep",
+        ),
         ({"batch_size": 0}, r"PreferenceDataModule\(batch_size=0\): must be at least 1"),
         ({"max_length": 1}, r"PreferenceDataModule\(max_length=1\): must be at least 2"),
         ({"val_fraction": 1.5}, r"PreferenceDataModule\(val_fraction=1\.5\): must be in \[0, 1\)"),
@@ -130,7 +166,7 @@ def test_the_command_line_knows_every_argument():
     help_text = " ".join(parser.format_help().split())
     for sentence in (
         "Pairs per batch and rank",
-        "longer completions are cut",
+        "keep_end (the prompt loses its beginning)",
         "saved with the tok",
     ):
         assert sentence in help_text
