@@ -243,14 +243,12 @@ def held_out_loss(module: Any, data: TextDataModule, blocks: int) -> float:
     return round(float(torch.cat(losses).mean()), 4)
 
 
-def train(setting: Setting, tokens: int, **curriculum: Any) -> tuple[PretrainModule, Curve]:
-    data = text(setting.seed, setting.rows)
+def module_of(setting: Setting, **sizes: int) -> PretrainModule:
+    """The model of a run, with its optimizer; ``sizes`` in place of the study's."""
     pl.seed_everything(setting.seed, verbose=False)
     config = LlamaConfig(
+        **{"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 3, **sizes},
         vocab_size=1024,
-        hidden_size=128,
-        intermediate_size=344,
-        num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=BLOCK,
@@ -262,22 +260,34 @@ def train(setting: Setting, tokens: int, **curriculum: Any) -> tuple[PretrainMod
     optimizer = partial(
         torch.optim.AdamW, lr=setting.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
-    module = PretrainModule(config, optimizer=optimizer)
-    schedule = TokenSchedule(tokens, "cosine", warmup_tokens=tokens // 20)
-    curve = Curve(data, schedule, tokens)
-    extra = [Curriculum(**curriculum, preflight=False, filename=None)] if curriculum else []
+    return PretrainModule(config, optimizer=optimizer)
+
+
+def schedule_of(tokens: int) -> TokenSchedule:
+    return TokenSchedule(tokens, "cosine", warmup_tokens=tokens // 20)
+
+
+def fit(module: PretrainModule, data: TextDataModule, callbacks: list[pl.Callback]) -> None:
     trainer = pl.Trainer(
         accelerator="cpu",
         max_epochs=-1,
         gradient_clip_val=1.0,
         limit_val_batches=0,
-        callbacks=[schedule, curve, *extra],
+        callbacks=callbacks,
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,
     )
     trainer.fit(module, datamodule=data)
+
+
+def train(setting: Setting, tokens: int, **curriculum: Any) -> tuple[PretrainModule, Curve]:
+    data, module = text(setting.seed, setting.rows), module_of(setting)
+    schedule = schedule_of(tokens)
+    curve = Curve(data, schedule, tokens)
+    extra = [Curriculum(**curriculum, preflight=False, filename=None)] if curriculum else []
+    fit(module, data, [schedule, curve, *extra])
     return module, curve
 
 
