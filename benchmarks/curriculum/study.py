@@ -243,8 +243,12 @@ def held_out_loss(module: Any, data: TextDataModule, blocks: int) -> float:
     return round(float(torch.cat(losses).mean()), 4)
 
 
-def module_of(setting: Setting, **sizes: int) -> PretrainModule:
-    """The model of a run, with its optimizer; ``sizes`` in place of the study's."""
+def adamw(lr: float) -> Any:
+    return partial(torch.optim.AdamW, lr=lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+
+def module_of(setting: Setting, optimizer: Any, **sizes: int) -> PretrainModule:
+    """The model of a run; ``sizes`` in place of the study's."""
     pl.seed_everything(setting.seed, verbose=False)
     config = LlamaConfig(
         **{"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 3, **sizes},
@@ -257,9 +261,6 @@ def module_of(setting: Setting, **sizes: int) -> PretrainModule:
         eos_token_id=0,
         pad_token_id=0,
     )
-    optimizer = partial(
-        torch.optim.AdamW, lr=setting.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True
-    )
     return PretrainModule(config, optimizer=optimizer)
 
 
@@ -267,11 +268,13 @@ def schedule_of(tokens: int) -> TokenSchedule:
     return TokenSchedule(tokens, "cosine", warmup_tokens=tokens // 20)
 
 
-def fit(module: PretrainModule, data: TextDataModule, callbacks: list[pl.Callback]) -> None:
+def fit(
+    module: PretrainModule, data: TextDataModule, callbacks: list[pl.Callback], clip: float | None
+) -> None:
     trainer = pl.Trainer(
         accelerator="cpu",
         max_epochs=-1,
-        gradient_clip_val=1.0,
+        gradient_clip_val=clip,
         limit_val_batches=0,
         callbacks=callbacks,
         logger=False,
@@ -283,11 +286,11 @@ def fit(module: PretrainModule, data: TextDataModule, callbacks: list[pl.Callbac
 
 
 def train(setting: Setting, tokens: int, **curriculum: Any) -> tuple[PretrainModule, Curve]:
-    data, module = text(setting.seed, setting.rows), module_of(setting)
+    data, module = text(setting.seed, setting.rows), module_of(setting, adamw(setting.lr))
     schedule = schedule_of(tokens)
     curve = Curve(data, schedule, tokens)
     extra = [Curriculum(**curriculum, preflight=False, filename=None)] if curriculum else []
-    fit(module, data, [schedule, curve, *extra])
+    fit(module, data, [schedule, curve, *extra], clip=1.0)
     return module, curve
 
 
