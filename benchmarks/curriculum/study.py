@@ -13,15 +13,16 @@ the tokens that are learned from, for every arm the same.
 3. The best learning rate of each is run on seeds 1 to 3, which had no part in any choice.
 
 Arms: rows that grow (truncate, reshape, bucket, and reshape when the loss has flattened), batches
-that grow, order by the words of a sentence (blocks are of one length), by rarity, by loss under a
-reference that has learned a quarter of the tokens (what it costs to train and to ask it is the
-arm's), reshape with the best of these orders, and as controls that order turned round and dealt
-out anew, with the same pacing.
+that grow to GROWTH times the rows, order by the words of a sentence (blocks are of one length), by
+rarity, by loss under a reference that has learned a quarter of the tokens (what it costs to train
+and to ask it is the arm's), reshape with the best of these orders, and as controls that order
+turned round and dealt out anew, with the same pacing.
 Lengths grow over the first LENGTH_SHARE of the tokens, orders over the first ORDER_SHARE of the
 batches.
 
 The loss is that of whole blocks of held-out chapters. CPU time is the training's alone, without
-what measures it; the ratio is of the time until the baseline's final loss on the same seed.
+what measures it; ratios are of the time and of the tokens until the baseline's final loss on the
+same seed, whose whole run is 1.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ LENGTHS = (32, 64, 128, 256)  # each divides the next: reshaping loses nothing
 ROWS, RATES = (2, 4, 8), (1.25e-3, 2.5e-3, 5e-3)  # where the sweep begins
 LADDER = (0.5, 1.0, 2.0, 4.0)  # of the baseline's learning rate
 LENGTH_SHARE, ORDER_SHARE = 0.4, 0.5
+GROWTH = 4  # rows of the largest batch over those of the first
 REFERENCE_SHARE = 0.25  # of the tokens
 ORDERS = ("sentences", "rarity", "loss")
 MARKS, SOME = 16, 48  # measurements of a run, blocks of each
@@ -118,7 +120,8 @@ def curriculum_of(setting: Setting, tokens: int) -> tuple[dict[str, Any], float]
         paced = in_steps("self_paced", window=25, lag=16)  # batches
         return {"length": {"mode": "reshape", "scheduler": paced}}, 0.0
     if arm == "batch":
-        return {"batch_size": {"scheduler": linear(1, rows, 1, total_curriculum_tokens=end)}}, 0.0
+        grown = linear(rows, GROWTH * rows, 1, total_curriculum_tokens=end)
+        return {"batch_size": {"scheduler": grown}}, 0.0
     if arm == "baseline":
         return {}, 0.0
     kind, _, metric = arm.rpartition(" ")
@@ -383,15 +386,16 @@ class Study:
 # Tables
 
 
-def seconds_to(loss: float, found: dict[str, Any]) -> float:
-    """CPU seconds until a run had that loss, between its measurements in proportion."""
-    before = (0.0, float("inf"))
-    for _, seconds, now in found["points"]:
+def needed(loss: float, found: dict[str, Any]) -> tuple[float, float]:
+    """Tokens and CPU seconds until a run had that loss, between its measurements in proportion."""
+    before = (0.0, 0.0, float("inf"))
+    for tokens, seconds, now in found["points"]:
         if now <= loss:
-            share = 1.0 if before[1] == float("inf") else (before[1] - loss) / (before[1] - now)
-            return found["index_s"] + before[0] + share * (seconds - before[0])
-        before = (seconds, now)
-    return float("inf")
+            share = 1.0 if before[2] == float("inf") else (before[2] - loss) / (before[2] - now)
+            at = [a + share * (b - a) for a, b in zip(before, (tokens, seconds), strict=False)]
+            return at[0], found["index_s"] + at[1]
+        before = (tokens, seconds, now)
+    return float("inf"), float("inf")
 
 
 def spread(values: list[float], digits: int = 3) -> str:
@@ -410,8 +414,10 @@ def report(study: Study, base: Setting | None, tuned: dict[str, Setting]) -> Non
         print(f"| {rows} rows | " + " | ".join(cells.get(lr, "") for lr in rates) + " |")
     if base is None:
         return
-    print("\n| arm | lr | at an end | loss on seed 0 | loss, seeds 1 to 3 | CPU, s | ratio |")
-    print("|---|---:|---|---:|---|---|---|")
+    print(
+        "\n| arm | lr | at an end | loss on seed 0 | loss, seeds 1 to 3 | CPU, s | CPU ratio | tokens |"
+    )
+    print("|---|---:|---|---:|---|---|---|---|")
     for arm, best in tuned.items():
         end = "yes" if best.lr in (base.lr * LADDER[0], base.lr * LADDER[-1]) else ""
         row = f"| {arm} | {best.lr:g} | {end} | {study.final(best):.3f} |"
@@ -420,13 +426,18 @@ def report(study: Study, base: Setting | None, tuned: dict[str, Setting]) -> Non
         if plain is not None and len(found) == len(SEEDS):
             name = plain._replace(seed=-1).name.replace("/-1", "/{seed}")
             others = study.runs.named(name, SEEDS)
-            ratios = [
-                seconds_to(other["points"][-1][2], each) / other["points"][-1][1]
-                for each, other in zip(found, others, strict=True)
-            ]
+            pairs = list(zip(found, others, strict=True))
+            reached = [needed(other["points"][-1][2], each) for each, other in pairs]
+            of_tokens, of_time = (
+                [
+                    got[i] / other["points"][-1][i]
+                    for got, other in zip(reached, others, strict=True)
+                ]
+                for i in (0, 1)
+            )
             cpu = [each["points"][-1][1] + each["index_s"] for each in found]
             losses = spread([each["final"] for each in found])
-            row += f" {losses} | {spread(cpu, 0)} | {spread(ratios, 2)} |"
+            row += f" {losses} | {spread(cpu, 0)} | {spread(of_time, 2)} | {spread(of_tokens, 2)} |"
         print(row)
 
 
