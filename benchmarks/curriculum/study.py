@@ -414,9 +414,8 @@ def report(study: Study, base: Setting | None, tuned: dict[str, Setting]) -> Non
         print(f"| {rows} rows | " + " | ".join(cells.get(lr, "") for lr in rates) + " |")
     if base is None:
         return
-    print(
-        "\n| arm | lr | at an end | loss on seed 0 | loss, seeds 1 to 3 | CPU, s | CPU ratio | tokens |"
-    )
+    columns = ["lr", "at an end", "loss on seed 0", "loss, seeds 1 to 3", "CPU, s", "CPU ratio"]
+    print(f"\n| arm | {' | '.join(columns)} | tokens |")
     print("|---|---:|---|---:|---|---|---|---|")
     for arm, best in tuned.items():
         end = "yes" if best.lr in (base.lr * LADDER[0], base.lr * LADDER[-1]) else ""
