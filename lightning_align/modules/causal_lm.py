@@ -96,6 +96,10 @@ class CausalLMModule(pl.LightningModule, ABC):
     def model_inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
         """The part of a batch that ``forward_hidden`` takes."""
 
+    def prepared(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch as the two methods above take it."""
+        return batch
+
     def forward_hidden(
         self,
         input_ids: Tensor,
@@ -127,13 +131,15 @@ class CausalLMModule(pl.LightningModule, ABC):
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self._step(batch, self.evaluated)
 
-    def _step(self, batch: dict[str, Tensor], into: dict[str, Tensor]) -> Tensor:
+    def _step(self, batch: dict[str, Any], into: dict[str, Tensor]) -> Tensor:
+        batch = self.prepared(batch)
         loss, sums = self.loss_from_hidden(self.forward_hidden(**self.model_inputs(batch)), batch)
         collect(sums, into)
         return loss
 
-    def batch_loss(self, batch: dict[str, Tensor]) -> Tensor:
+    def batch_loss(self, batch: dict[str, Any]) -> Tensor:
         """Mean loss of a batch, neither logged nor counted."""
+        batch = self.prepared(batch)
         _, sums = self.loss_from_hidden(self.forward_hidden(**self.model_inputs(batch)), batch)
         total, weight = sums["loss"]
         return total / weight.clamp(min=1)

@@ -1,34 +1,24 @@
 """Direct preference optimisation (arXiv:2305.18290) and its relatives."""
 
 import copy
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import (
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-)
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from typing_extensions import Self, override
 
 from lightning_align._errors import argument_error
-from lightning_align.data.reference_cache import Values
 from lightning_align.data.token_cache import default_cache_dir
-from lightning_align.layers import ModelLayers, find_layers
+from lightning_align.layers import ModelLayers
 from lightning_align.losses import (
     CompletionLogps,
     Mean,
-    PairAttention,
-    PairLayout,
     PreferenceOptions,
-    check_pair_attention,
     check_sharing,
     completion_logps,
     experts_per_token,
@@ -36,8 +26,6 @@ from lightning_align.losses import (
     kl_of_scored,
     load_balancing_loss,
     no_router_error,
-    padding_arguments,
-    pair_layout,
     pair_scores,
     pairs_that_count,
     preference_step,
@@ -49,15 +37,15 @@ from lightning_align.models.build import Loading, build_model
 from lightning_align.models.rotary import rotary_in_fp32
 from lightning_align.modules.causal_lm import CausalLMModule
 from lightning_align.modules.continued import save_plain_hyperparameters
-from lightning_align.modules.precomputed import (
-    PrecomputedReference,
-    Row,
-    evaluating,
-    score_rows,
+from lightning_align.modules.frozen_reference import (
+    FrozenReference,
+    check_reference_arguments,
+    turn_off_dropout,
 )
-from lightning_align.modules.reference import fingerprint, fingerprint_until_0_1
+from lightning_align.modules.pair_rows import PairRows, by_pair, by_sequence
+from lightning_align.modules.precomputed import PrecomputedReference
 from lightning_align.modules.window import Sums
-from lightning_align.run.protocols import NumbersCompletions, SpreadsModel, datamodule_of
+from lightning_align.run.protocols import datamodule_of
 from lightning_align.run.replicas import is_spread
 
 # Keys of completions that belong to other prompts, and what they are among the rows of a batch.
@@ -141,9 +129,7 @@ class DPOModule(CausalLMModule):
     """
 
     train_prefix = ""  # TRL's names have none
-    _saved_reference: dict[str, str] = {}  # noqa: RUF012 - replaced, and never changed
     progress_bar_metrics = ("loss", "rewards/accuracies")
-    pipeline_refusal = "its rows are pairs, which micro-batches would tear apart"
 
     def __init__(
         self,
@@ -202,6 +188,8 @@ class DPOModule(CausalLMModule):
         )
         options.refuse_idle("DPOModule")
         check_sharing("DPOModule", prefix_sharing, packing, options)
+        asked_of = options, ref_model, precompute_ref_log_probs, ref_cache_dir
+        check_reference_arguments("DPOModule", *asked_of)
         both: Loading = {"dtype": dtype, "attn_implementation": attn_implementation}
         both["trust_remote_code"] = trust_remote_code
         loading: Loading = {**both, "revision": revision}
@@ -210,74 +198,30 @@ class DPOModule(CausalLMModule):
         )
         save_plain_hyperparameters(self, model=model, ref_model=ref_model)
         self.options = options
-        self.prefix_sharing, self.packing = prefix_sharing, packing
         self.layout = "separate"
-        # What policy and reference must be told about rows of pairs; nothing if those are separate.
-        self._pair_attention: list[PairAttention] = []
-        self._laid_out: tuple[Tensor, PairLayout | None] | None = None
+        self._rows = PairRows("DPOModule", prefix_sharing, packing)
         self.router_coefficient = router_coefficient(self.model, router_aux_loss_coef, "DPOModule")
         self._router_logits: list[Tensor] = []
         turn_off_dropout(self.model)
-        self._precomputed = self._to_precompute(precompute_ref_log_probs, ref_cache_dir)
-        own_values = self._precomputed is not None and ref_model is None
-        self._reference_is_copy = ref_model is None and options.needs_reference and not own_values
-        self._policy_is_reference = own_values  # as long as it has not learned
-        self.reference_layers: ModelLayers | None = None
-        if not options.needs_reference:
-            self._refuse_reference(ref_model)
-        elif own_values:
-            self._know_reference(self.model)
-        elif ref_model is None:
-            self._adopt_reference(copy.deepcopy(self.model))
-        else:
-            build = partial(build_model, where="DPOModule", argument="ref_model")
-            self._adopt_reference(build(ref_model, **both))
-
-    def _refuse_reference(self, ref_model: object) -> None:
-        self._reference_fingerprint: dict[str, str] = {}
+        cached: PrecomputedReference | None = None
+        if precompute_ref_log_probs:
+            url = ref_cache_dir or str(default_cache_dir() / "reference")
+            cached = PrecomputedReference("DPOModule", url)
+        self._reference = FrozenReference("DPOModule", cached)
         if ref_model is not None:
-            rule = f"must be None with loss_type={self.options.loss_type!r}, which needs none"
-            if self.options.reference_free:
-                rule = "must be None with reference_free=True"
-            raise argument_error("DPOModule", "ref_model", type(ref_model).__name__, rule)
+            built = build_model(ref_model, where="DPOModule", argument="ref_model", **both)
+            self._reference.adopt(built, self.layers)
+        elif cached is not None:
+            self._reference.adopt_policy(self.model)
+        elif options.needs_reference:
+            self._reference.adopt(copy.deepcopy(self.model), self.layers, is_copy=True)
 
-    def _to_precompute(self, wanted: bool, url: str | None) -> PrecomputedReference | None:
-        where, argument = "DPOModule", "precompute_ref_log_probs"
-        if not wanted:
-            if url is not None:
-                rule = f"serves {argument}=True alone"
-                raise argument_error(where, "ref_cache_dir", url, rule)
-            return None
-        if not self.options.needs_reference:
-            rule = f"does nothing with loss_type={self.options.loss_type!r}, which needs none"
-            if self.options.reference_free:
-                rule = "does nothing with reference_free=True"
-            raise argument_error(where, argument, True, rule)
-        if "kto" in self.options.loss_types:
-            rule = (
-                "does not go with 'kto', whose KL is estimated from completions that are drawn"
-                " anew for each batch"
-            )
-            raise argument_error(where, argument, True, rule, "Use 'apo_zero_unpaired'")
-        return PrecomputedReference(where, url or str(default_cache_dir() / "reference"))
+    # The reference, for strategies
 
-    def _adopt_reference(self, reference: nn.Module) -> None:
-        if reference is self.model:
-            rule = "must be another object than model: it stays what it is while model learns"
-            way_out = "Leave ref_model out to freeze a copy"
-            raise argument_error("DPOModule", "ref_model", "model", rule, way_out)
-        turn_off_dropout(reference)
-        reference.eval().requires_grad_(False)
-        layers = find_layers(reference)
-        if layers.vocab_size != self.layers.vocab_size:
-            rule = (
-                f"its vocabulary has {layers.vocab_size} rows and that of model"
-                f" {self.layers.vocab_size}; they must be the same"
-            )
-            raise argument_error("DPOModule", "ref_model", type(reference).__name__, rule)
-        # nn.Module.__setattr__ registers modules; a ModelLayers is none, so this stays outside.
-        self.reference_layers = layers
-        self.frozen_modules_filled()
+    @property
+    def reference_layers(self) -> ModelLayers | None:
+        """The frozen model that runs beside the policy, if any."""
+        return self._reference.layers
 
     def frozen_modules(self) -> dict[str, nn.Module]:
         """Modules outside the module tree that take part in a step, for strategies."""
@@ -286,18 +230,12 @@ class DPOModule(CausalLMModule):
 
     def frozen_copies(self) -> dict[str, str]:
         """A reference that begins as a copy of the model, for strategies that bring values."""
-        return {"reference": "model"} if self._reference_is_copy else {}
+        return {"reference": "model"} if self._reference.is_copy else {}
 
     def frozen_modules_filled(self) -> None:
-        """Take the fingerprint of the reference, unless it has no values yet."""
+        """Take the fingerprint of the reference, which had no values yet."""
         for reference in self.frozen_modules().values():
-            self._know_reference(reference)
-
-    def _know_reference(self, reference: nn.Module) -> None:
-        # Now, before a strategy casts it: a checkpoint tells whether the reference is the same.
-        self._reference_fingerprint = fingerprint(reference)
-        self._reference_dtypes = {parameter.dtype for parameter in reference.parameters()}
-        self._check_reference()
+            self._reference.know(reference)
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -307,28 +245,29 @@ class DPOModule(CausalLMModule):
                 reference._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
+    # Set-up
+
     @override
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        if self._precomputed is None:  # else only if it is to run at all
-            self._probe_reference()
         self._refuse_single_records()
         self._check_router()
-        self._set_up_sharing()
-        if self._precomputed is not None:
-            self._check_precompute()
-        coupled = self.options.coupled_losses + ["aux_loss"] * bool(self.router_coefficient)
+        self._reference.set_up(self)
+        if not self.options.is_unpaired:
+            beside = None if self._reference.cached else self.reference_layers
+            self._rows.set_up(self.layers, beside)
         parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        if stage == "fit" and coupled and parts > 1:
+        if stage == "fit" and self._coupled and parts > 1:
             rank_zero_info(
-                f"DPOModule(loss_type={self.options.loss_type!r}): {' and '.join(coupled)} of a"
-                " batch depends on all of its pairs together. It is taken of each micro-batch on"
+                f"DPOModule(loss_type={self.options.loss_type!r}): {' and '.join(self._coupled)} of"
+                " a batch depends on all of its pairs together. It is taken of each micro-batch on"
                 " each rank alone, as TRL does, so it is not that of the one big batch."
             )
 
-    def _probe_reference(self) -> None:
-        if self.reference_layers is not None and not is_spread(self.reference_layers.model):
-            self.reference_layers.probe()
+    @property
+    def _coupled(self) -> list[str]:
+        """Terms of the loss that are no sum over the pairs of a batch."""
+        return self.options.coupled_losses + ["aux_loss"] * bool(self.router_coefficient)
 
     def _refuse_single_records(self) -> None:
         data = datamodule_of(self.trainer)
@@ -349,121 +288,66 @@ class DPOModule(CausalLMModule):
         )
         self.router_coefficient = 0.0
 
-    def _set_up_sharing(self) -> None:
-        self._pair_attention, self._laid_out = [], None
-        if self.prefix_sharing is False or self.options.is_unpaired:
-            return
-        models = [self.layers]
-        if self.reference_layers is not None and self._precomputed is None:
-            models.append(self.reference_layers)
-        try:
-            self._pair_attention = [check_pair_attention(layers) for layers in models]
-        except ValueError as reason:
-            if self.prefix_sharing is True:
-                rule = f"this model cannot do it. {reason}"
-                way_out = "Set prefix_sharing='auto' or False"
-                raise argument_error("DPOModule", "prefix_sharing", True, rule, way_out) from reason
-            rank_zero_warn(f"DPOModule computes the prompt of a pair twice. {reason}")
-
-    # The reference before training
-
-    def _check_precompute(self) -> None:
-        where, argument = "DPOModule", "precompute_ref_log_probs"
-        if not isinstance(datamodule_of(self.trainer), NumbersCompletions):
-            rule = (
-                "needs to know all data before training, and the number of each sample in a batch"
-            )
-            way_out = (
-                "Give trainer.fit a datamodule: PreferenceDataModule, or one with completions()"
-            )
-            raise argument_error(where, argument, True, rule, way_out)
-        strategy = self.trainer.strategy
-        sharded = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
-        if isinstance(strategy, (SpreadsModel, *sharded)):
-            rule = f"does not go with {type(strategy).__name__}, which spreads the models"
-            way_out = "Fill the cache on one device or with DDP, or leave the argument out"
-            raise argument_error(where, argument, True, rule, way_out)
-        if self._policy_is_reference:  # also where weights were loaded since
-            self._policy_is_reference = fingerprint(self.model) == self._reference_fingerprint
-
     @override
     def on_fit_start(self) -> None:
-        self._precompute()
+        self._reference.precompute(self)
 
     @override
     def on_validation_start(self) -> None:
-        self._precompute()
+        self._reference.precompute(self)
 
     @override
     def on_test_start(self) -> None:
-        self._precompute()
+        self._reference.precompute(self)
 
     @override
     def on_predict_start(self) -> None:
-        self._precompute()
+        self._reference.precompute(self)
 
-    def _precompute(self) -> None:
-        """Have the reference's values of this run's data, and let the reference go. Collective."""
-        values, data = self._precomputed, datamodule_of(self._trainer)
-        if values is None or values.is_of(data):
-            return
-        about = {**self._reference_fingerprint, "precision": str(self.trainer.precision)}
-        values.fill(self.trainer, data, about, self._probe_reference, self._score_reference)
-        self.reference_layers = None
+    # Pipelines
 
-    def _score_reference(self, rows: Sequence[Row]) -> list[Values]:
-        layers = self.reference_layers or (self.layers if self._policy_is_reference else None)
-        if layers is None:
-            assert self._precomputed is not None
-            rule = (
-                f"{self._precomputed.url} lacks values of the reference, which is no longer at"
-                " hand: it was released, or was the policy, which has moved on"
+    @property
+    def pipeline_refusal(self) -> str | None:
+        """Why no pipeline can train it as it is, and what could be."""
+        if self._coupled:
+            return (
+                f"{' and '.join(self._coupled)} of a batch depends on all of its pairs together."
+                " Losses that are sums over pairs train, sft with sft_mean='pairs' among them"
             )
-            way_out = (
-                "Pass the model that training began with as ref_model, or bring the cache back"
+        if self.reference_layers is not None:
+            return (
+                "its reference would have to run beside it. It trains with a loss that needs none,"
+                " or with precompute_ref_log_probs=True, once the cache has been filled on one"
+                " device or with DDP"
             )
-            raise argument_error("DPOModule", "ref_model", None, rule, way_out)
-        precision = self.trainer.strategy.precision_plugin
-        batch_size = 2 * getattr(datamodule_of(self.trainer), "batch_size", 4)
-        with evaluating(layers.model), precision.forward_context():
-            return score_rows(
-                layers,
-                rows,
-                batch_size=batch_size,
-                chunk_size=self.chunk_size,
-                device=self.device,
-                where="DPOModule",
-            )
+        if self._rows.packing:
+            return "packed rows cannot be cut between pairs. It trains with packing=False"
+        return None
+
+    def pipeline_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch so that each row is a pair, laid out as a whole: rows of one width."""
+        return batch if self.options.is_unpaired else by_pair(self.prepared(batch))
 
     # The step
 
     @override
-    def model_inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
-        return self._inputs(batch, self.layers, *self._pair_attention[:1])
+    def prepared(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """With the ``layout`` of its pairs, None for separate rows."""
+        if ("label" in batch) != self.options.is_unpaired:
+            kind = "unpaired records, with a 'label'" if self.options.is_unpaired else "pairs"
+            rule = f"is a loss of {kind}; the batch has {sorted(batch)}"
+            raise argument_error("DPOModule", "loss_type", self.options.loss_type, rule)
+        if self.options.is_unpaired:
+            return batch
+        if batch["input_ids"].ndim == 3:  # of ``pipeline_batch``, or a part of it
+            return by_sequence(batch)
+        layout = self._rows.of(batch, self.layers.hidden_size)
+        self.layout = "separate" if layout is None else layout.name
+        return {**batch, "layout": layout}
 
-    def _inputs(
-        self, batch: dict[str, Tensor], layers: ModelLayers, attention: PairAttention | None = None
-    ) -> dict[str, Any]:
-        layout = self._layout_of(batch)
-        if layout is None or attention is None:
-            return {"input_ids": batch["input_ids"], **padding_arguments(batch["attention_mask"])}
-        return attention.arguments(layout, layers.head.weight.dtype)
-
-    def _layout_of(self, batch: dict[str, Tensor]) -> PairLayout | None:
-        """Rows of the pairs of a batch, None for separate ones; kept until the batch is scored."""
-        if not self._pair_attention:
-            return None
-        rows = [batch[key] for key in ("input_ids", "attention_mask", "completion_mask")]
-        if self._laid_out is None or self._laid_out[0] is not rows[0]:
-            layout = pair_layout(
-                *rows,
-                packing=self.packing,
-                hidden_size=self.layers.hidden_size,
-                only_if_cheaper=self.prefix_sharing == "auto",
-            )
-            self._laid_out = rows[0], layout
-            self.layout = "separate" if layout is None else layout.name
-        return self._laid_out[1]
+    @override
+    def model_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return self._rows.inputs(batch, self.layers)
 
     @override
     def forward_hidden(
@@ -487,45 +371,30 @@ class DPOModule(CausalLMModule):
         return logits_BTV
 
     def score(
-        self, hidden_BTD: Tensor, batch: dict[str, Tensor]
+        self, hidden_BTD: Tensor, batch: dict[str, Any]
     ) -> tuple[CompletionLogps, CompletionLogps | None]:
-        """Completions of a batch under (policy, reference)."""
-        chunk_size, rows = self.chunk_size, (batch["input_ids"], batch["completion_mask"])
-        layout = self._layout_of(batch)
-        policy = completion_logps(
-            hidden_BTD,
-            self.layers.head,
-            *rows,
-            chunk_size=chunk_size,
-            weights=self.options.use_weighting,
-            layout=layout,
+        """Completions of a prepared batch under (policy, reference)."""
+        of_batch = partial(
+            completion_logps,
+            input_ids_BT=batch["input_ids"],
+            completion_mask_BT=batch["completion_mask"],
+            chunk_size=self.chunk_size,
+            layout=batch.get("layout"),
         )
-        if self._precomputed is not None:
-            self._laid_out = None
-            self._precompute()  # whoever tries a step before training begins finds none
-            return policy, self._precomputed.scored(batch)
-        if self.reference_layers is None:
-            self._laid_out = None
+        policy = of_batch(hidden_BTD, self.layers.head, weights=self.options.use_weighting)
+        if self._reference.cached is not None:
+            self._reference.precompute(self)  # whoever tries a step before training finds none
+            return policy, self._reference.cached.scored(batch)
+        layers = self.reference_layers
+        if layers is None:
             return policy, None
         with torch.no_grad():
-            layers = self.reference_layers
-            inputs = self._inputs(batch, layers, *self._pair_attention[1:])
-            self._laid_out = None
+            inputs = self._rows.inputs(batch, layers, of_reference=True)
             frozen_BTD = layers.hidden_states(inputs.pop("input_ids"), **inputs)
-            return policy, completion_logps(
-                frozen_BTD, layers.head, *rows, chunk_size=chunk_size, layout=layout
-            )
+            return policy, of_batch(frozen_BTD, layers.head)
 
     @override
-    def loss_from_hidden(self, hidden_BTD: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Sums]:
-        if ("label" in batch) != self.options.is_unpaired:
-            kind = "unpaired records, with a 'label'" if self.options.is_unpaired else "pairs"
-            rule = f"is a loss of {kind}; the batch has {sorted(batch)}"
-            raise argument_error("DPOModule", "loss_type", self.options.loss_type, rule)
-        router_logits, self._router_logits = self._router_logits, []
-        layout = self._layout_of(batch)
-        if layout is not None:  # as in separate rows: what is shared counts for both sequences
-            router_logits = [of_places[layout.index_BT.flatten()] for of_places in router_logits]
+    def loss_from_hidden(self, hidden_BTD: Tensor, batch: dict[str, Any]) -> tuple[Tensor, Sums]:
         policy, reference = self.score(hidden_BTD, batch)
         if self.options.is_unpaired:
             kl = self._kl(batch) if "kto" in self.options.loss_types else 0.0
@@ -537,9 +406,8 @@ class DPOModule(CausalLMModule):
             counted_B = counted_P.repeat(2)
         losses_P, metrics = step
         loss, num_pairs = (losses_P * counted_P).sum(), counted_P.sum()
-        if router_logits:
-            mask_BT = batch["attention_mask"] * counted_B[:, None]
-            aux_loss = load_balancing_loss(router_logits, experts_per_token(self.model), mask_BT)
+        if self.router_coefficient:
+            aux_loss = self._router_loss(batch, counted_B)
             loss = loss + self.router_coefficient * aux_loss * num_pairs
             metrics["aux_loss"] = Mean(aux_loss.detach() * num_pairs, num_pairs)
         sums: Sums = {name: (mean.total, mean.count) for name, mean in metrics.items()}
@@ -547,8 +415,16 @@ class DPOModule(CausalLMModule):
         sums["tokens"] = (policy.lengths_B.sum(), torch.ones_like(num_pairs))
         return loss, sums
 
+    def _router_loss(self, batch: dict[str, Any], counted_B: Tensor) -> Tensor:
+        router_logits, self._router_logits = self._router_logits, []
+        layout = batch.get("layout")
+        if layout is not None:  # as in separate rows: what is shared counts for both sequences
+            router_logits = [of_places[layout.index_BT.flatten()] for of_places in router_logits]
+        mask_BT = batch["attention_mask"] * counted_B[:, None]
+        return load_balancing_loss(router_logits, experts_per_token(self.model), mask_BT)
+
     @torch.no_grad()
-    def _kl(self, batch: dict[str, Tensor]) -> Tensor:
+    def _kl(self, batch: dict[str, Any]) -> Tensor:
         """KTO's estimate, from completions that belong to other prompts of the batch."""
         missing = [key for key in KL_KEYS if key not in batch]
         if missing:
@@ -565,52 +441,20 @@ class DPOModule(CausalLMModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["reference"] = self._reference_fingerprint
+        checkpoint["reference"] = self._reference.fingerprint
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        saved = checkpoint.get("reference")
-        own = {"reference": self.model} if self._policy_is_reference else {}
-        self._policy_is_reference &= not checkpoint.get("global_step", 0)
-        if isinstance(saved, str):
-            self._check_older_reference(saved, {**self.frozen_modules(), **own})
-        else:
-            self._saved_reference = saved or {}
-            self._check_reference()
-
-    def _check_reference(self) -> None:
-        """Refuse a reference that is not the checkpoint's, as soon as both are known."""
-        saved, ours = self._saved_reference, self._reference_fingerprint
-        if saved and ours and saved != ours:
-            what = " and ".join(name for name in ours if saved.get(name) != ours[name])
-            raise self._reference_error(f"another reference, which differs in its {what}")
-
-    def _check_older_reference(self, saved: str, references: Mapping[str, nn.Module]) -> None:
-        """An older version's hash tells most other weights apart, unless these were cast since."""
-        for reference in references.values():
-            is_cast = {p.dtype for p in reference.parameters()} != self._reference_dtypes
-            if saved and not is_cast and saved != fingerprint_until_0_1(reference):
-                raise self._reference_error("another reference")
-        warnings.warn(
-            "the checkpoint is of an older version, which knew little of its reference: whether"
-            " this is the model that training began with cannot be told for certain",
-            stacklevel=2,
-        )
-
-    def _reference_error(self, what: str) -> ValueError:
-        rule = f"the checkpoint was trained against {what}"
-        way_out = "Pass the model that training began with as ref_model"
-        layers = self.reference_layers
-        name = None if layers is None else type(layers.model).__name__
-        return argument_error("DPOModule", "ref_model", name, rule, way_out)
+        self._reference.load(checkpoint, self.model)
 
     @override
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Implicit rewards (P, 2) of the chosen and the rejected completion of each pair.
 
         Of unpaired records (P,), one a record.
         """
+        batch = self.prepared(batch)
         hidden_BTD = super().forward_hidden(**self.model_inputs(batch))
         policy, reference = self.score(hidden_BTD, batch)
         if self.options.is_unpaired:
@@ -618,13 +462,3 @@ class DPOModule(CausalLMModule):
             return self.options.beta * (policy.logps_B - frozen_P)
         scores = pair_scores(policy, reference, "DPOModule", ld_alpha=self.options.ld_alpha)
         return torch.stack(implicit_rewards(scores, self.options), dim=1)
-
-
-def turn_off_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to 0, also those that attention kernels are called with."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)

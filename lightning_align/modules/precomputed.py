@@ -52,6 +52,9 @@ class PrecomputedReference:
         ValueError: If fsspec knows no such URL.
     """
 
+    # No __dict__: who looks for state in the attributes of a module must not go through all values.
+    __slots__ = ("__weakref__", "_data", "_has_warned", "_keys_PK", "_values", "url", "where")
+
     def __init__(self, where: str, url: str) -> None:
         try:
             url_to_fs(url)
@@ -73,7 +76,12 @@ class PrecomputedReference:
         """Nothing is left to do."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_data": None}
+        names = [name for name in self.__slots__ if name != "__weakref__"]
+        return {name: getattr(self, name) for name in names} | {"_data": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
 
     def is_of(self, data: Any) -> bool:
         """Whether it has the values of this datamodule."""

@@ -15,7 +15,7 @@ from transformers import DogeConfig, GPT2Config, LlamaConfig, MixtralConfig
 
 from lightning_align import DPOModule, PreferenceDataModule
 from lightning_align.losses import dpo_loss_from_batch
-from lightning_align.modules.dpo import turn_off_dropout
+from lightning_align.modules.frozen_reference import turn_off_dropout
 from lightning_align.modules.reference import fingerprint_until_0_1
 from tests.helpers.byte_tokenizer import ByteTokenizer
 from tests.modules.test_pretrain import assert_same_sums, fit, gpt2, llama, weights
@@ -51,6 +51,7 @@ def module(config: Any = CONFIGS["llama"], **options: Any) -> DPOModule:
 
 
 def step(ours: DPOModule, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:
+    batch = ours.prepared(batch)
     return ours.loss_from_hidden(ours.forward_hidden(**ours.model_inputs(batch)), batch)
 
 

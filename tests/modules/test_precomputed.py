@@ -20,7 +20,7 @@ from transformers import MixtralConfig
 from lightning_align import DPOModule, PreferenceDataModule, ZeROInfinityStrategy
 from lightning_align.data import reference_cache
 from lightning_align.layers import ModelLayers
-from lightning_align.modules import dpo as dpo_module
+from lightning_align.modules import frozen_reference
 from lightning_align.modules.reference import fingerprint_until_0_1
 from lightning_align.run.plain import Encoder
 from tests.helpers.byte_tokenizer import ByteTokenizer
@@ -98,14 +98,14 @@ def fit(ours: DPOModule, datamodule: Any, ckpt_path: Any = None, **options: Any)
 def counted() -> Iterator[list[int]]:
     """Completions that a reference is asked for before training, a number for each piece."""
     asked: list[int] = []
-    score = dpo_module.score_rows
+    score = frozen_reference.score_rows
 
     def counting(layers: Any, rows: Any, **options: Any) -> Any:
         asked.append(len(rows))
         return score(layers, rows, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dpo_module, "score_rows", counting)
+        patch.setattr(frozen_reference, "score_rows", counting)
         yield asked
 
 
@@ -314,16 +314,16 @@ def test_the_reference_is_let_go(tmp_path: Path, pairs: Path) -> None:
     assert ours.reference_layers is None
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     saved = torch.load(tmp_path / "a.ckpt", weights_only=True)["reference"]
-    assert saved == module()._reference_fingerprint
+    assert saved == module()._reference.fingerprint
 
 
 def test_no_checkpoint_looks_at_the_values(tmp_path: Path, pairs: Path) -> None:
     """They are as many as the tokens of all data."""
     ours = module(tmp_path / "cache")
     fit(ours, data(pairs))
-    kind, _, held = Encoder({}).encode(ours._precomputed, "_precomputed")
+    kind, _, held = Encoder({}).encode(ours._reference.cached, "cached")
     assert (kind, held) == ("state_dict", Encoder({}).encode({}, ""))
-    assert not pickle.loads(pickle.dumps(ours._precomputed)).is_of(None)
+    assert not pickle.loads(pickle.dumps(ours._reference.cached)).is_of(None)
 
 
 @pytest.mark.slow
@@ -482,7 +482,7 @@ def test_ranks_need_no_common_folder(tmp_path: Path, pairs: Path) -> None:
 def test_ranks_with_different_references_are_refused(tmp_path: Path, pairs: Path) -> None:
     def other_weights(rank: int) -> Any:
         ours = module(tmp_path / "cache")
-        ours._reference_fingerprint = {"weights": str(rank)}
+        ours._reference.fingerprint = {"weights": str(rank)}
         with pytest.raises(ValueError, match="the ranks hold different references"):
             fit(ours, data(pairs), devices=2, strategy="ddp", plugins=[ForkedRanks(rank, 2)])
 
@@ -497,7 +497,7 @@ def test_an_error_on_one_rank_is_told_to_all(tmp_path: Path, pairs: Path) -> Non
 
         with pytest.MonkeyPatch.context() as patch:
             if rank == 1:
-                patch.setattr(dpo_module, "score_rows", score)
+                patch.setattr(frozen_reference, "score_rows", score)
             with pytest.raises(ValueError, match="of rank one"):
                 on_two_ranks(tmp_path / "cache", pairs, rank)
 
@@ -541,8 +541,9 @@ def test_data_of_unknown_length_is_refused(tmp_path: Path, pairs: Path) -> None:
         trainer_of().fit(module(tmp_path / "cache"), loader)
 
 
-def test_a_strategy_that_spreads_the_models_is_refused(tmp_path: Path, pairs: Path) -> None:
-    with pytest.raises(ValueError, match="does not go with ZeROInfinityStrategy"):
+def test_a_strategy_that_spreads_the_models_asks_no_reference(tmp_path: Path, pairs: Path) -> None:
+    message = r"lacks values, and .* cannot be asked .* under ZeROInfinityStrategy"
+    with pytest.raises(ValueError, match=message):
         fit(module(tmp_path / "cache"), data(pairs), strategy=ZeROInfinityStrategy())
 
 
@@ -561,7 +562,7 @@ def test_values_that_are_not_finite_are_refused_and_not_kept(
 def test_a_reference_without_weights_is_built_and_refused_later(tmp_path: Path) -> None:
     with torch.device("meta"):
         ours = module(tmp_path / "cache")
-    assert ours._reference_fingerprint == {}
+    assert ours._reference.fingerprint == {}
 
 
 @pytest.mark.slow

@@ -42,7 +42,7 @@ def ends(trainer, module, ckpt_path=None):
     found = trainer.strategy.lightning_module_state_dict()
     states = trainer.strategy.optimizer_state(trainer.optimizers[0])
     logged = {k: v for k, v in trainer.callback_metrics.items() if "per_second" not in k}
-    logged["fingerprint"] = module._reference_fingerprint
+    logged["fingerprint"] = module._reference.fingerprint
     return copy.deepcopy(found), copy.deepcopy(states), logged
 
 
@@ -170,13 +170,13 @@ def test_a_reference_that_is_built_empty_gets_the_values_of_its_model(tmp_path, 
     source = str(tmp_path / "model") if kind == "folder" else whole.config
     trainer = trainer_of(tmp_path, small(), max_steps=1, callbacks=[values := Both()])
     module = built(trainer, lambda: DPOModule(source, optimizer=ADAMW), empty=True)
-    assert module._reference_fingerprint == {}
+    assert module._reference.fingerprint == {}
     ends(trainer, module)
     assert_same(values.reference, values.model)
     assert not any(value.isnan().any() for value in values.model.values())
     if kind == "folder":
         assert_same(dict(values.model), dict(whole.state_dict()))
-    assert module._reference_fingerprint
+    assert module._reference.fingerprint
     trainer.strategy.close()
 
 

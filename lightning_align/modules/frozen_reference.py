@@ -1,0 +1,257 @@
+"""The reference of a preference objective: a frozen model beside the module tree, or what one said.
+
+It has no keys in checkpoints. Two hashes in them tell whether a run goes on with the same one.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import nn
+
+from lightning_align._errors import argument_error
+from lightning_align.data.reference_cache import Values
+from lightning_align.layers import ModelLayers, find_layers
+from lightning_align.losses import PreferenceOptions
+from lightning_align.modules.precomputed import PrecomputedReference, Row, evaluating, score_rows
+from lightning_align.modules.reference import fingerprint, fingerprint_until_0_1
+from lightning_align.run.protocols import NumbersCompletions, SpreadsModel, datamodule_of
+from lightning_align.run.replicas import is_spread
+
+if TYPE_CHECKING:
+    from lightning_align.modules.dpo import DPOModule
+
+
+class FrozenReference:
+    """A reference, and what is known of it.
+
+    Args:
+        where: Class the user called.
+        cached: Has what the reference says, which is then asked before training and let go; None
+            for one that runs in every step.
+
+    Attributes:
+        layers: The model; None where there is none, it was let go, or it is the policy.
+        is_copy: Whether it began as a copy of the policy.
+        is_policy: Whether it is the policy itself, as long as that has not learned.
+        fingerprint: Hashes of its weights and configuration; none without values.
+    """
+
+    def __init__(self, where: str, cached: PrecomputedReference | None = None) -> None:
+        self.where, self.cached = where, cached
+        self.layers: ModelLayers | None = None
+        self.is_copy = self.is_policy = False
+        self.fingerprint: dict[str, str] = {}
+        self._dtypes: set[torch.dtype] = set()
+        self._saved: dict[str, str] = {}  # by a checkpoint
+
+    def adopt(self, model: nn.Module, policy: ModelLayers, *, is_copy: bool = False) -> None:
+        """Take a model as the reference.
+
+        Raises:
+            ValueError: If it is the policy, or has another vocabulary.
+        """
+        if model is policy.model:
+            rule = "must be another object than model: it stays what it is while model learns"
+            way_out = "Leave ref_model out to freeze a copy"
+            raise argument_error(self.where, "ref_model", "model", rule, way_out)
+        turn_off_dropout(model)
+        model.eval().requires_grad_(False)
+        layers = find_layers(model)
+        if layers.vocab_size != policy.vocab_size:
+            rule = (
+                f"its vocabulary has {layers.vocab_size} rows and that of model"
+                f" {policy.vocab_size}; they must be the same"
+            )
+            raise argument_error(self.where, "ref_model", type(model).__name__, rule)
+        self.layers, self.is_copy = layers, is_copy
+        self.know(model)
+
+    def adopt_policy(self, policy: nn.Module) -> None:
+        """Take what the policy is now as the reference, without a second model."""
+        self.is_policy = True
+        self.know(policy)
+
+    def know(self, model: nn.Module) -> None:
+        """Take the fingerprint of the reference.
+
+        Raises:
+            ValueError: If it is not that of the checkpoint that training goes on from.
+        """
+        # Before a strategy casts it: a checkpoint tells whether the reference is the same.
+        self.fingerprint = fingerprint(model)
+        self._dtypes = {parameter.dtype for parameter in model.parameters()}
+        self._check_saved()
+
+    # In a run
+
+    def probe(self) -> None:
+        """See that its hidden states are what its head gets."""
+        if self.layers is not None and not is_spread(self.layers.model):
+            self.layers.probe()
+
+    def set_up(self, module: DPOModule) -> None:
+        """Check that it can be asked in this run, where nobody learns yet; collective.
+
+        Raises:
+            ValueError: If it cannot.
+        """
+        if self.cached is None:
+            self.probe()
+            return
+        where, argument = self.where, "precompute_ref_log_probs"
+        if not isinstance(datamodule_of(module.trainer), NumbersCompletions):
+            rule = (
+                "needs to know all data before training, and the number of each sample in a batch"
+            )
+            way_out = (
+                "Give trainer.fit a datamodule: PreferenceDataModule, or one with completions()"
+            )
+            raise argument_error(where, argument, True, rule, way_out)
+        strategy = module.trainer.strategy
+        if isinstance(strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
+            rule = f"does not go with {type(strategy).__name__}, which spreads the models"
+            raise argument_error(where, argument, True, rule, "Use DDP, or leave the argument out")
+        if not self.fingerprint:
+            rule = "must know the reference by its weights, and it is built without them"
+            raise argument_error(where, argument, True, rule, "Build the models without empty_init")
+        if self.is_policy:  # also where weights were loaded since
+            self.is_policy = fingerprint(module.model) == self.fingerprint
+        if isinstance(strategy, SpreadsModel):  # it need not run, if all values are there
+            self.precompute(module)
+
+    def precompute(self, module: DPOModule) -> None:
+        """Have its values of this run's data, and let it go; collective.
+
+        Raises:
+            ValueError: If values are lacking and it cannot be asked, or one is not finite.
+        """
+        values, data = self.cached, datamodule_of(module._trainer)
+        if values is None or values.is_of(data):
+            return
+        about = {**self.fingerprint, "precision": str(module.trainer.precision)}
+
+        def score(rows: Sequence[Row]) -> list[Values]:
+            return self._asked(module, rows)
+
+        values.fill(module.trainer, data, about, self.probe, score)
+        self.layers = None
+
+    def _asked(self, module: DPOModule, rows: Sequence[Row]) -> list[Values]:
+        assert self.cached is not None
+        if isinstance(module.trainer.strategy, SpreadsModel):
+            rule = (
+                f"{self.cached.url} lacks values, and the reference cannot be asked for them under"
+                f" {type(module.trainer.strategy).__name__}, which spreads the models"
+            )
+            way_out = "Fill the cache on one device or with DDP, with the same data and precision"
+            raise argument_error(self.where, "precompute_ref_log_probs", True, rule, way_out)
+        layers = self.layers or (module.layers if self.is_policy else None)
+        if layers is None:
+            rule = (
+                f"{self.cached.url} lacks values of the reference, which is no longer at"
+                " hand: it was released, or was the policy, which has moved on"
+            )
+            way_out = (
+                "Pass the model that training began with as ref_model, or bring the cache back"
+            )
+            raise argument_error(self.where, "ref_model", None, rule, way_out)
+        precision = module.trainer.strategy.precision_plugin
+        batch_size = 2 * getattr(datamodule_of(module.trainer), "batch_size", 4)
+        with evaluating(layers.model), precision.forward_context():
+            return score_rows(
+                layers,
+                rows,
+                batch_size=batch_size,
+                chunk_size=module.chunk_size,
+                device=module.device,
+                where=self.where,
+            )
+
+    # In checkpoints
+
+    def load(self, checkpoint: dict[str, Any], policy: nn.Module) -> None:
+        """Compare with the reference of a checkpoint.
+
+        Args:
+            checkpoint: Its ``reference`` is a fingerprint.
+            policy: The model in training, with the values that it was built with.
+
+        Raises:
+            ValueError: If it is another one.
+        """
+        saved = checkpoint.get("reference")
+        layers = self.layers
+        model = policy if self.is_policy else None if layers is None else layers.model
+        self.is_policy &= not checkpoint.get("global_step", 0)
+        if isinstance(saved, str):
+            self._check_older(saved, model)
+        else:
+            self._saved = saved or {}
+            self._check_saved()
+
+    def _check_saved(self) -> None:
+        """Refuse a reference that is not the checkpoint's, as soon as both are known."""
+        saved, ours = self._saved, self.fingerprint
+        if saved and ours and saved != ours:
+            what = " and ".join(name for name in ours if saved.get(name) != ours[name])
+            raise self._error(f"another reference, which differs in its {what}")
+
+    def _check_older(self, saved: str, model: nn.Module | None) -> None:
+        """An older version's hash tells most other weights apart, unless these were cast since."""
+        if model is not None:
+            is_cast = {parameter.dtype for parameter in model.parameters()} != self._dtypes
+            if saved and not is_cast and saved != fingerprint_until_0_1(model):
+                raise self._error("another reference")
+        warnings.warn(
+            "the checkpoint is of an older version, which knew little of its reference: whether"
+            " this is the model that training began with cannot be told for certain",
+            stacklevel=2,
+        )
+
+    def _error(self, what: str) -> ValueError:
+        rule = f"the checkpoint was trained against {what}"
+        way_out = "Pass the model that training began with as ref_model"
+        name = None if self.layers is None else type(self.layers.model).__name__
+        return argument_error(self.where, "ref_model", name, rule, way_out)
+
+
+def check_reference_arguments(
+    where: str, options: PreferenceOptions, ref_model: object, precompute: bool, url: str | None
+) -> None:
+    """Refuse arguments about a reference that would do nothing, or cannot be had together.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    argument = "precompute_ref_log_probs"
+    if url is not None and not precompute:
+        raise argument_error(where, "ref_cache_dir", url, f"serves {argument}=True alone")
+    if not options.needs_reference:
+        free = f"loss_type={options.loss_type!r}, which needs none"
+        free = "reference_free=True" if options.reference_free else free
+        if precompute:
+            raise argument_error(where, argument, True, f"does nothing with {free}")
+        if ref_model is not None:
+            rule = f"must be None with {free}"
+            raise argument_error(where, "ref_model", type(ref_model).__name__, rule)
+    if precompute and "kto" in options.loss_types:
+        rule = (
+            "does not go with 'kto', whose KL is estimated from completions that are drawn"
+            " anew for each batch"
+        )
+        raise argument_error(where, argument, True, rule, "Use 'apo_zero_unpaired'")
+
+
+def turn_off_dropout(model: nn.Module) -> None:
+    """Set every dropout probability to 0, also those that attention kernels are called with."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
