@@ -143,7 +143,7 @@ MODULES = [
         "DPOModule",
         spec(OURS + "DPOModule", model=GPT2),
         batches="pairs",
-        refuses={"pipeline": "its rows are pairs"},
+        refuses={"pipeline": "its reference would have to run beside it"},
     ),
     Member(
         "hand-written",

@@ -44,6 +44,7 @@ ANSWER: dict[str, Callable[[], Any]] = {
     "DeclaresReduction": dpo,
     "KnowsGradientFactor": dpo,
     "RefusesPipeline": dpo,
+    "ArrangesBatches": dpo,
     "NamesLayers": Everything,
     "NamesInputs": Everything,
     "WeighsMicrobatches": Everything,

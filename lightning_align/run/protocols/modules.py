@@ -95,6 +95,14 @@ class NamesInputs(Protocol):
 
 
 @runtime_checkable
+class ArrangesBatches(Protocol):
+    """Some rows of its batches belong together, such as the two of a pair."""
+
+    def pipeline_batch(self, batch: Any, /) -> Any:
+        """The batch as its steps take it too, to be cut between any two rows of its tensors."""
+
+
+@runtime_checkable
 class WeighsMicrobatches(Protocol):
     """Its step's loss is a mean over something else than the rows of a batch."""
 
@@ -125,6 +133,11 @@ def frozen_modules(module: nn.Module) -> dict[str, nn.Module]:
     return module.frozen_modules() if isinstance(module, HasFrozenModules) else {}
 
 
+def arranged(module: nn.Module, batch: Any) -> Any:
+    """A batch that micro-batches may be cut from."""
+    return module.pipeline_batch(batch) if isinstance(module, ArrangesBatches) else batch
+
+
 def loss_is_sum(module: pl.LightningModule) -> bool:
     """Whether the loss of a module's step is a sum over rows, and not a mean."""
     return isinstance(module, DeclaresReduction) and module.loss_reduction == "sum"
@@ -132,7 +145,7 @@ def loss_is_sum(module: pl.LightningModule) -> bool:
 
 def misspelt(module: pl.LightningModule) -> dict[str, str]:
     """What a module has that no pipeline asks for, and the name that it may have meant."""
-    kinds = (NamesLayers, NamesInputs, WeighsMicrobatches, RefusesPipeline)
+    kinds = (NamesLayers, NamesInputs, ArrangesBatches, WeighsMicrobatches, RefusesPipeline)
     asked = [name for kind in kinds for name in get_protocol_members(kind)]
     own = {*vars(module), *(name for base in type(module).__mro__ for name in vars(base))}
     # Other words than these with their prefix are too common to say anything.

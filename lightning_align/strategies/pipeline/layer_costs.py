@@ -24,6 +24,7 @@ from torch import Tensor, distributed, nn
 from lightning_align._compat.lightning_resume import forget_train_loaders
 from lightning_align._errors import argument_error
 from lightning_align.models.weights import weights_reader
+from lightning_align.run.protocols import arranged
 from lightning_align.strategies.failure import failing_together
 from lightning_align.strategies.pipeline.chain import WHERE, Chain, Step, quiet
 from lightning_align.strategies.pipeline.microbatches import shape_key, split_batch, tensors_of
@@ -113,6 +114,7 @@ class _Timing:
                 rule = "its first batch cannot be made, or not without a trace in the loader"
                 way_out = "a DataLoader over a dataset with __getitem__ and a sampler of torch"
                 raise _refusal(rule, f"Use {way_out}, or 'parameters'")
+            batch = arranged(module, batch)
             microbatch = split_batch(batch, count_for(batch))[0]
             step = Step(module.training_step, microbatch, step_arguments(module), seed=0)
             return self._through(step)

@@ -23,6 +23,7 @@ from torch.utils import data
 from lightning_align._compat.lightning_trainer import transferred
 from lightning_align._errors import argument_error
 from lightning_align.data.sampler import PositionSampler
+from lightning_align.run.protocols import arranged
 from lightning_align.strategies.pipeline.batch_step import BatchStep
 from lightning_align.strategies.pipeline.checks import check_batch, check_same
 from lightning_align.strategies.pipeline.comparison import keeps_statistics
@@ -91,6 +92,7 @@ def _rehearse_training(
         batch = first_batch(trainer, trainer.train_dataloader)
         if not trainer.strategy.reduce_boolean_decision(batch is not None):
             return
+        batch = arranged(module, batch)
         check_same(batch, steps.runtime.group, steps.runtime.device)
         check_batch(trainer, batch_rows(batch), num_microbatches)
         # Hooks that run before the first step may be missing; if not, it says the same.
@@ -114,6 +116,7 @@ def _rehearse_validation(
             batch = first_batch(trainer, loader)
             if not trainer.strategy.reduce_boolean_decision(batch is not None):
                 continue
+            batch = arranged(module, batch)
             check_same(batch, steps.runtime.group, steps.runtime.device)
             has_index = is_param_in_hook_signature(module.validation_step, "batch_idx", min_args=2)
             rest = (*[0] * has_index, *[number] * (len(loaders) > 1))

@@ -22,6 +22,7 @@ from typing_extensions import override
 from lightning_align._compat import lightning_trainer
 from lightning_align.models.weights import parameters_on_meta
 from lightning_align.pipelining import Event
+from lightning_align.run.protocols import arranged
 from lightning_align.strategies import failure, launching
 from lightning_align.strategies.pipeline import checks, whole_state
 from lightning_align.strategies.pipeline.batch_step import BatchStep
@@ -46,8 +47,9 @@ class PipelineStrategy(StageCheckpoints):
     step calls: the blocks of a ``PretrainModule`` or of one language model of transformers, the
     layers of one ``nn.Sequential`` that holds all parameters, or what ``pipeline_layers()`` of the
     module returns (and ``pipeline_inputs(batch)``, if the first is to be called with something
-    else than its step passes on). Each layer must get what the one before it returned, and only the
-    last one's output may go on. A loss that is a mean is averaged over micro-batches, weighted by
+    else than its step passes on). Rows that belong together are put into one by
+    ``pipeline_batch(batch)``, if the module has it, as ``DPOModule`` does with pairs. Each layer
+    must get what the one before it returned, and only the last one's output may go on. A loss that is a mean is averaged over micro-batches, weighted by
     ``pipeline_microbatch_weight(batch)`` if the module has it; one that is a sum
     (``loss_reduction = "sum"`` on the module) is added up.
 
@@ -203,6 +205,7 @@ class PipelineStrategy(StageCheckpoints):
         module = self.lightning_module
         assert module is not None
         trainer: Any = module.trainer
+        batch = arranged(module, batch)
         self._first_batches.check("train", batch)  # [1], numbered as in steps.py
         window = trainer.accumulate_grad_batches
         # Lightning zeroes gradients behind this hook, when the schedule has made new ones.
@@ -267,9 +270,12 @@ class PipelineStrategy(StageCheckpoints):
         return self._evaluate("predict", context, batch, (*rest, *kwargs.values()))
 
     def _evaluate(self, loop: str, context: Any, batch: Any, rest: tuple[Any, ...]) -> Any:
+        module = self.lightning_module
         assert self._steps is not None
+        assert module is not None
+        batch = arranged(module, batch)
         self._first_batches.check(loop, batch)
-        call = getattr(self.lightning_module, f"{loop}_step")
+        call = getattr(module, f"{loop}_step")
         return self._steps.evaluate(BatchStep(call, batch, rest, self._count_for(batch), context))
 
     def total_grad_norm(self) -> Tensor:

@@ -217,7 +217,11 @@ REFUSED: dict[str, tuple[Callable[[], pl.LightningModule], dict[str, Any], str]]
         {"callbacks": [RatesOfItsOwn]},
         r"\(optimizer='AdamW'\): stages must train with the same .*'lr' of group 0 is 0.003 to",
     ),
-    "pairs": (dpo, {}, r"\(model='DPOModule'\): its rows are pairs, .* Use another strategy"),
+    "a reference": (
+        dpo,
+        {},
+        r"\(model='DPOModule'\): its reference would have to run beside it.*precompute_ref_log_pro",
+    ),
     "LISA": (
         CHAINED,
         {"callbacks": [LISA]},
