@@ -1,6 +1,5 @@
 """DPOModule under PipelineStrategy: the same training as in one process, or refused at set-up."""
 
-import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from tests.helpers.byte_tokenizer import ByteTokenizer
 from tests.helpers.pipelines import Seen
 from tests.helpers.ranks import ForkedRanks, run_ranks
 from tests.modules.test_precomputed import write_pairs
-from tests.modules.test_pretrain import llama, weights
+from tests.modules.test_pretrain import llama
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:lightning"),
