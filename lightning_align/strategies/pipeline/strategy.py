@@ -49,9 +49,9 @@ class PipelineStrategy(StageCheckpoints):
     module returns (and ``pipeline_inputs(batch)``, if the first is to be called with something
     else than its step passes on). Rows that belong together are put into one by
     ``pipeline_batch(batch)``, if the module has it, as ``DPOModule`` does with pairs. Each layer
-    must get what the one before it returned, and only the last one's output may go on. A loss that is a mean is averaged over micro-batches, weighted by
-    ``pipeline_microbatch_weight(batch)`` if the module has it; one that is a sum
-    (``loss_reduction = "sum"`` on the module) is added up.
+    must get what the one before it returned, and only the last one's output may go on. A loss that
+    is a mean is averaged over micro-batches, weighted by ``pipeline_microbatch_weight(batch)`` if
+    the module has it; one that is a sum (``loss_reduction = "sum"`` on the module) is added up.
 
     Args:
         schedule: ``"GPipe"``, ``"1F1B"`` or ``"Interleaved1F1B"``.
