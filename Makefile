@@ -49,28 +49,40 @@ demo: $(STAMP)
 	$(BIN)/lightning-align demo $(ARGS)
 
 # The whole suite in two processes, what measures time after it; what ARGS picks in one.
+PARALLEL := -n 2 --dist loadfile
+SNIPPETS := --markdown-docs --markdown-docs-syntax=superfences README.md docs/*.md
+FILES = $(shell grep -rlE --include='test_*.py' 'mark\.$(1)\b' tests)
 test: $(STAMP)
 ifneq ($(ARGS),)
 	$(BIN)/pytest -m "not slow and not peer and not gpu" $(ARGS)
 else
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not peer and not gpu and not alone"
-	$(BIN)/pytest -m "alone and not slow and not peer and not gpu"
-	$(BIN)/pytest --markdown-docs --markdown-docs-syntax=superfences README.md docs/*.md
+	$(BIN)/pytest $(PARALLEL) -m "not slow and not peer and not gpu and not alone" tests $(SNIPPETS)
+	$(BIN)/pytest -m "alone and not slow and not peer and not gpu" $(call FILES,alone)
 endif
 
 # The arithmetic once more, with the kernels of older processors; `make test` takes the machine's own.
 MATHS := tests/losses tests/optimizers tests/pipelining tests/layers tests/test_schedules.py
 test-kernels: $(STAMP)
-	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/pytest -m "not gpu and not alone" $(MATHS) $(ARGS)
-	ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/pytest -m "not gpu and not alone" $(MATHS) $(ARGS)
+	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/pytest $(PARALLEL) -m "not gpu and not alone" $(MATHS) $(ARGS)
+	ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/pytest $(PARALLEL) -m "not gpu and not alone" $(MATHS) $(ARGS)
 
+# tests/run decides by itself which of its files can be collected.
 test-peer: $(STAMP)
-	$(BIN)/pytest -m peer $(ARGS)
+	$(BIN)/pytest -m peer $(filter-out tests/run/%,$(call FILES,peer)) tests/run $(ARGS)
 
-# Every law over every member and pair, docs/composition.md against what they find, real kills of real processes, the demo, examples and recipes.
-SLOW_STRATEGIES := $(shell grep -l 'mark\.slow' tests/strategies/*/test_*.py tests/offload/test_*.py)
+# Every law over every member and pair, docs/composition.md against what they find, and every slow test: real kills of real
+# processes, the demo, examples and recipes. Without the slow ones of real weights, which are downloaded.
+LAWS := (slow or law) and not peer and not gpu
+WEIGHTS := tests/test_smollm2.py
 test-laws: $(STAMP)
-	$(BIN)/pytest tests/laws tests/run tests/demo tests/test_examples.py tests/test_recipes.py tests/cli/test_generate.py tests/callbacks/test_async_checkpoint.py tests/callbacks/test_checkpoint_run.py tests/callbacks/test_checkpoint_withdrawal.py tests/callbacks/test_curriculum.py tests/callbacks/test_curriculum_feedback.py tests/callbacks/test_curriculum_in_runs.py tests/callbacks/test_curriculum_preflight.py tests/callbacks/test_curriculum_stream.py tests/callbacks/spikes/test_guard_ranks.py tests/callbacks/spikes/test_evidence.py tests/checkpointing/test_torture.py tests/data/test_difficulty_map.py tests/modules/test_precomputed.py tests/modules/test_dpo_pipeline.py tests/losses/test_dpo_derivation.py tests/losses/test_dpo_frontier.py $(SLOW_STRATEGIES) $(ARGS)
+ifneq ($(ARGS),)
+	$(BIN)/pytest -m "$(LAWS)" --ignore=$(WEIGHTS) $(ARGS)
+else
+	rm -rf .findings
+	FINDINGS=$(CURDIR)/.findings $(BIN)/pytest $(PARALLEL) -m "$(LAWS) and not alone" --ignore=$(WEIGHTS) tests
+	$(BIN)/pytest -m "$(LAWS) and alone" $(call FILES,alone)
+	FINDINGS=$(CURDIR)/.findings $(BIN)/pytest tests/laws/test_composition.py
+endif
 
 # Two processes: a peer that has been imported makes short class names ambiguous.
 test-all: $(STAMP)
@@ -104,4 +116,4 @@ bench: $(STAMP)
 	@set -e; for script in $(wildcard benchmarks/$(BENCH).py benchmarks/*/$(BENCH).py); do echo "== $$script"; $(BIN)/python $$script $(ARGS); done
 
 clean:
-	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .findings

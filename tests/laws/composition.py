@@ -1,14 +1,17 @@
 """docs/composition.md: what the laws found out about every member and every pair of members.
 
-Write it anew with ``make composition``.
+Write it anew with ``make composition``. Where the laws run in several processes, each writes its
+findings to a folder, and the page is compared by a process that comes after them.
 """
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 PAGE = Path(__file__).parents[2] / "docs/composition.md"
 WRITE = "WRITE_COMPOSITION"
+SHARED = "FINDINGS"  # names the folder
 
 # (table, row, column) -> cell; filled by the tests as they pass
 FINDINGS: dict[tuple[str, str, str], str] = {}
@@ -56,8 +59,34 @@ without any class of ours, and under the pipeline with plain Lightning in one pr
 def note(table: str, row: str, column: str, finding: str) -> None:
     """Keep a finding; called at the end of a test, so only by one that passed."""
     assert table in TABLES
-    known = FINDINGS.get((table, row, column), "").split(", ")
-    FINDINGS[table, row, column] = ", ".join(
+    _add(FINDINGS, table, row, column, finding)
+    if folder := shared_folder():
+        folder.mkdir(exist_ok=True)
+        # A file of tests runs in one process, so what is appended keeps its order.
+        law = Path(os.environ["PYTEST_CURRENT_TEST"].partition("::")[0]).stem
+        with (folder / f"{law}.jsonl").open("a") as file:
+            file.write(json.dumps([table, row, column, finding]) + "\n")
+
+
+def shared_folder() -> Path | None:
+    """Where processes that run laws side by side leave their findings."""
+    return Path(os.environ[SHARED]) if SHARED in os.environ else None
+
+
+def collected(folder: Path) -> dict[tuple[str, str, str], str]:
+    """What all processes have found, as one process that runs file after file would have it."""
+    findings: dict[tuple[str, str, str], str] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for line in path.read_text().splitlines():
+            _add(findings, *json.loads(line))
+    return findings
+
+
+def _add(
+    findings: dict[tuple[str, str, str], str], table: str, row: str, column: str, finding: str
+) -> None:
+    known = findings.get((table, row, column), "").split(", ")
+    findings[table, row, column] = ", ".join(
         dict.fromkeys(filter(None, [*known, *finding.split(", ")]))
     )
 

@@ -27,6 +27,10 @@ def reference(tmp_path_factory: pytest.TempPathFactory, material: Path) -> Calla
     return outcome
 
 
+@pytest.hookimpl(tryfirst=True)  # before marks select
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The page is compared with the findings when all of them are there."""
+    """Every test here is a law's; the page is compared with the findings when all are there."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker("law")
     items.sort(key=lambda item: item.path.name == "test_composition.py")
