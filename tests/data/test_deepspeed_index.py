@@ -1,5 +1,6 @@
 """DeepSpeed's files, written here byte by byte as its builder does, and by itself (peer)."""
 
+import json
 import os
 import struct
 import subprocess
@@ -92,9 +93,9 @@ def test_files_that_do_not_fit_are_refused(prefix, damage, rule):
 
 
 ANALYZE = """
-import sys, torch
+import json, sys, torch
 from deepspeed.runtime.data_pipeline.data_sampling.data_analyzer import DataAnalyzer
-values = [(7 * i) % 61 + 300 * (i % 2) for i in range(1000)]
+values = json.loads(sys.argv[2])
 analyzer = DataAnalyzer(values, num_workers=1, batch_size=64, metric_names=["m"],
     metric_functions=[lambda batch: batch], metric_types=["single_value_per_sample"],
     metric_dtypes=[torch.int64], save_path=sys.argv[1])
@@ -103,11 +104,16 @@ analyzer.run_reduce()
 """
 
 
+def analyze(folder, values):
+    """Let DeepSpeed write an index of a metric ``m``."""
+    command = [sys.executable, "-c", ANALYZE, str(folder), json.dumps(values)]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    subprocess.run(command, check=True, capture_output=True, env=environment, timeout=300)
+
+
 @pytest.mark.peer
 def test_an_index_matches_deepspeed(tmp_path):
     pytest.importorskip("deepspeed")
-    command = [sys.executable, "-c", ANALYZE, str(tmp_path)]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    subprocess.run(command, check=True, capture_output=True, env=environment, timeout=300)
     values = [(7 * i) % 61 + 300 * (i % 2) for i in range(1000)]
+    analyze(tmp_path, values)
     check_same(read_deepspeed_index(tmp_path / "m" / "m"), np.array(values))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_align import Curriculum, SpikeGuard
-from tests.helpers.curriculum import by_length
+from tests.helpers.curriculum import by_length, linear
 from tests.helpers.spiky import Told
 from tests.laws.members import (
     CALLBACKS,
@@ -105,12 +105,12 @@ def parts(material: Path, data: Member, **what: Any) -> Member:
             "difficulties": values,
             "scheduler": {**levels, "schedule_config": schedule},
         }
-    if what.get("batch_size"):
-        growing = {"difficulty": [1, 2, 4], "max_step": [2, 5]}
+    if sizes := what.get("batch_size"):
+        growing = {"difficulty": list(sizes), "max_step": [2, 5]}
         given["batch_size"] = {
             "scheduler": {
-                "min_difficulty": 1,
-                "max_difficulty": 4,
+                "min_difficulty": sizes[0],
+                "max_difficulty": sizes[-1],
                 "schedule_type": "fixed_discrete",
                 "schedule_config": growing,
             }
@@ -122,13 +122,17 @@ def parts(material: Path, data: Member, **what: Any) -> Member:
     return replace(MEMBER, spec=spec, refuses={})
 
 
+GROWING = (1, 2, 4)  # samples of a batch and rank
 BY_NAME = {data.name: data for data in DATAMODULES}
 STREAMS = {
     "order": ("TextDataModule", {"order": True}),
     "order of conversations": ("ConversationDataModule", {"order": True}),
     "order of pairs": ("PreferenceDataModule", {"order": True}),
-    "order and size": ("TextDataModule, separate documents", {"order": True, "batch_size": True}),
-    "mixture and size": ("TextDataModule, mixture", {"mixture": True, "batch_size": True}),
+    "order and size": (
+        "TextDataModule, separate documents",
+        {"order": True, "batch_size": GROWING},
+    ),
+    "mixture and size": ("TextDataModule, mixture", {"mixture": True, "batch_size": GROWING}),
 }
 
 
@@ -150,7 +154,7 @@ def test_workers_run_ahead_of_a_change_of_level(
     tmp_path: Path, material: Path, reference: Reference
 ) -> None:
     data = BY_NAME["TextDataModule"]
-    member = parts(material, data, order=True, batch_size=True)
+    member = parts(material, data, order=True, batch_size=GROWING)
     ahead = replace(data, spec=with_arguments(data.spec, num_workers=2))
     run = Run(MODULES[0], data, callbacks=(member,))
     resumes(replace(run, data=ahead), tmp_path, material, reference(run), position=4)
@@ -165,9 +169,49 @@ def test_two_ranks_have_the_order_of_one(
     equals_one_process(run, ddp, tmp_path, material, reference)
 
 
-def test_a_rewind_lands_on_the_same_batches(tmp_path: Path, material: Path) -> None:
-    data = BY_NAME["TextDataModule"]
-    member = parts(material, data, order=True, batch_size=True)
+def test_two_ranks_have_the_growth_and_the_corpora_of_one(tmp_path: Path, material: Path) -> None:
+    """Batches of 2, 4 and 8 samples over all ranks, of corpora whose weights change in each."""
+    (ddp,) = [strategy for strategy in STRATEGIES if strategy.name == "ddp"]
+    data = BY_NAME["TextDataModule, mixture"]
+
+    def losses(name: str, ranks: int, **options: Any) -> tuple[dict[int, float], ...]:
+        sizes = [2 * size // ranks for size in GROWING]
+        member = parts(material, data, mixture=True, batch_size=sizes)
+        run = Run(MODULES[0], data, (member,), batch_size=sizes[-1], dropout=False, **options)
+        (tmp_path / name).mkdir()
+        return run.fit(tmp_path / name, material).losses
+
+    (expected,) = losses("one", 1)
+    first, second = losses("two", 2, strategy=ddp, devices=2)
+    assert len(expected) > 6
+    # fp32 sums over some hundred tokens in another order; each rank has its part of the sum
+    assert {n: first[n] + second[n] for n in first} == pytest.approx(expected, rel=1e-5)
+
+
+IN_BUCKETS = replace(
+    MEMBER,
+    spec={
+        **MEMBER.spec,
+        "init_args": {
+            "length": {
+                "mode": "bucket",
+                "least": 4,
+                "scheduler": linear(total=6, least=4, most=16, each=4),
+            },
+            "filename": None,
+        },
+    },
+    refuses={},
+)
+
+
+@pytest.mark.parametrize("parted", ["order and size", "buckets"])
+def test_a_rewind_lands_on_the_same_batches(parted: str, tmp_path: Path, material: Path) -> None:
+    if parted == "buckets":
+        data, member = BY_NAME["TextDataModule, separate documents"], IN_BUCKETS
+    else:
+        data = BY_NAME["TextDataModule"]
+        member = parts(material, data, order=True, batch_size=GROWING)
     run = Run(MODULES[0], data, callbacks=(member,))
 
     def outcome(name: str, told: Told, guarding: SpikeGuard) -> Outcome:
@@ -201,19 +245,20 @@ class Summed(pl.LightningModule):
         return DataLoader([{"input_ids": row, "labels": row} for row in rows], batch_size=None)
 
 
-def alarms(curriculum: Curriculum) -> int:
+def alarms(curriculum: Curriculum, module: Any = None, max_steps: int = 400, **options: Any) -> int:
     pl.seed_everything(1, verbose=False)
     guard = SpikeGuard("log", preview_tokens=0)
     trainer = pl.Trainer(
         accelerator="cpu",
-        max_epochs=1,
+        max_epochs=-1,
+        max_steps=max_steps,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[curriculum, guard],
     )
-    trainer.fit(Summed())
+    trainer.fit(module or Summed(), **options)
     return len(guard.report.incidents)
 
 
@@ -231,3 +276,19 @@ def test_twenty_planned_changes_raise_no_alarm(monkeypatch: pytest.MonkeyPatch) 
     assert alarms(by_length(scheduler=scheduler)) == 0
     monkeypatch.setattr(Curriculum, "planned_change", lambda *_: None)
     assert alarms(by_length(scheduler=scheduler)) > 0
+
+
+def test_buckets_that_take_turns_raise_no_alarm(material: Path) -> None:
+    """Batches of several lengths in turn, the longest of which grow at steps 100 and 140."""
+    scheduler = {
+        "min_difficulty": 4,
+        "max_difficulty": 16,
+        "schedule_type": "fixed_discrete",
+        "schedule_config": {"difficulty": [4, 8, 16], "max_step": [100, 140]},
+    }
+    length = {"mode": "bucket", "least": 4, "scheduler": scheduler}
+    curriculum = Curriculum(length=length, preflight=False, filename=None)
+    folders = {"data": str(material), "run": ""}
+    data = build(BY_NAME["TextDataModule, separate documents"].spec, folders)
+    module = build(MODULES[0].spec, folders)
+    assert alarms(curriculum, module, max_steps=200, datamodule=data) == 0

@@ -16,6 +16,7 @@ from torchmetrics import MeanMetric
 
 from lightning_align import ExactResume
 from lightning_align.run.preflight import no_preflight, preflight
+from tests.helpers.ranks import ForkedRanks, run_ranks
 from tests.helpers.resumable import WriteDown
 from tests.helpers.resume import weights_hash
 
@@ -95,9 +96,10 @@ def record(folder: Path, callback: pl.Callback | None, **options: Any) -> list[A
     module = Stateful()
     trainer.fit(module)
     facts = [module.seen, module.counts, module.average.tolist(), module.stepped_in_backward]
-    written = next(folder.rglob("metrics.csv")).read_text()
+    written = next((path.read_text() for path in folder.rglob("metrics.csv")), "")
     draws = [random.random(), float(np.random.rand()), float(torch.rand(()))]
-    return [(folder / "log.0").read_text(), weights_hash(module), facts, written, draws]
+    log = (folder / f"log.{trainer.global_rank}").read_text()
+    return [log, weights_hash(module), facts, written, draws]
 
 
 @pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
@@ -106,6 +108,22 @@ def test_the_run_is_the_same_bits_with_and_without(accumulate: int, tmp_path: Pa
     theirs = record(tmp_path / "without", None, **options)
     ours = record(tmp_path / "with", TriesOut(0, 3), **options)
     assert ours == theirs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_under_ddp_it_is_the_same_bits_as_well(accumulate: int, tmp_path: Path) -> None:
+    """On each of two ranks, where backward reduces gradients and counts what is ready."""
+
+    def on(rank: int) -> None:
+        ranks = {"devices": 2, "strategy": "ddp", "plugins": [ForkedRanks(rank, 2)]}
+        options = {"accumulate_grad_batches": accumulate, **ranks}
+        theirs = record(tmp_path / f"without-{rank}", None, **options)
+        ours = record(tmp_path / f"with-{rank}", TriesOut(0, 3), **options)
+        assert len(ours[0].splitlines()) > 4
+        assert ours == theirs
+
+    run_ranks(on)
 
 
 def test_what_a_step_meets_is_raised_and_leaves_nothing_either(tmp_path: Path) -> None:
