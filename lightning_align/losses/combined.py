@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from lightning_align._errors import argument_error
 from lightning_align.losses.options import PreferenceArguments, PreferenceOptions
 from lightning_align.losses.preference import LOSSES
-from lightning_align.losses.scores import CompletionScores, PairScores
+from lightning_align.losses.scores import CompletionScores, PairScores, check_finite
 
 
 def pair_losses(
@@ -106,7 +106,7 @@ def preference_loss(
 
     Raises:
         ValueError: If an argument is outside its range or of another shape, a loss is unknown or of
-            unpaired records, or what it asks for is missing.
+            unpaired records, or what it asks for is missing or, of the reference, not finite.
 
     Example:
         >>> import torch
@@ -125,6 +125,8 @@ def preference_loss(
         raise argument_error(where, "ref_chosen_logps", None, rule, "Or set reference_free=True")
     if not checked.needs_reference:
         references = None, None
+    for name, values in zip(("ref_chosen_logps", "ref_rejected_logps"), references, strict=True):
+        check_finite(where, name, values)
     chosen = CompletionScores(
         chosen_logps, references[0], chosen_lengths, log_weights=chosen_log_weights
     )

@@ -20,6 +20,7 @@ from lightning_align.losses.combined import loss_terms, weighted_sum
 from lightning_align.losses.means import Mean, pairs_that_count
 from lightning_align.losses.options import PreferenceArguments, PreferenceOptions
 from lightning_align.losses.preference import implicit_rewards
+from lightning_align.losses.reference import check_reference
 from lightning_align.losses.router import (
     experts_per_token,
     load_balancing_loss,
@@ -177,18 +178,18 @@ def dpo_loss_from_batch(
 
     Raises:
         ValueError: If the batch lacks a key or has an odd number of rows, the models are one
-            object, the reference is missing or not finite, an option is outside its range, or a
-            model cannot share though ``prefix_sharing`` is True.
+            object or share weights, the reference is missing, not finite or of another vocabulary,
+            an option is outside its range, or a model cannot share though ``prefix_sharing`` is
+            True.
     """
     where = "dpo_loss_from_batch"
     checked = PreferenceOptions(**options, where=where)
     check_sharing(where, prefix_sharing, packing, checked)
-    if ref_model is model:
-        rule = "must be another object than model: it stays what it is while model learns"
-        raise argument_error(where, "ref_model", "model", rule, "Use copy.deepcopy(model)")
     if ref_model is None and checked.needs_reference:
         rule = f"must be given with loss_type={checked.loss_type!r}"
         raise argument_error(where, "ref_model", None, rule, "Or set reference_free=True")
+    if ref_model is not None and checked.needs_reference:
+        check_reference(where, model, ref_model)
     router = router_coefficient(model, checked.router_aux_loss_coef, where)
     keys = ["input_ids", "attention_mask", "completion_mask"]
     with_kl = [f"KL_{key}" for key in keys] if "kto" in checked.loss_types else []

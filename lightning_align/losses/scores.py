@@ -150,10 +150,24 @@ def frozen_logps(reference: CompletionLogps, where: str) -> Tensor:
     Raises:
         ValueError: If one is not finite: both models at -inf would give a loss of nan.
     """
-    if not torch.isfinite(reference.logps_B).all():
-        rule = "must be finite; the reference gives some completion no probability, or is broken"
-        raise argument_error(where, "reference.logps_B", reference.logps_B.tolist(), rule)
+    check_finite(where, "reference.logps_B", reference.logps_B)
     return reference.logps_B.detach()
+
+
+def check_finite(where: str, name: str, ref_logps: Tensor | None) -> None:
+    """Refuse log-probabilities under the reference that are not finite; None is none.
+
+    Args:
+        where: Function the user called.
+        name: Name of the argument.
+        ref_logps: Of completions, in nats, of any shape.
+
+    Raises:
+        ValueError: If one is not finite.
+    """
+    if ref_logps is not None and not torch.isfinite(ref_logps).all():
+        rule = "must be finite; the reference gives some completion no probability, or is broken"
+        raise argument_error(where, name, ref_logps.tolist(), rule)
 
 
 def _argument(side: str, field: str) -> str:

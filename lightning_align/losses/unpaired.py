@@ -15,7 +15,7 @@ from typing_extensions import Unpack
 from lightning_align._errors import argument_error
 from lightning_align.losses.means import Mean
 from lightning_align.losses.options import UNPAIRED_READS, PreferenceArguments, PreferenceOptions
-from lightning_align.losses.scores import frozen_logps
+from lightning_align.losses.scores import check_finite, frozen_logps
 from lightning_align.losses.sequence_logps import CompletionLogps
 
 
@@ -124,7 +124,7 @@ def unpaired_loss(
 
     Raises:
         ValueError: If an argument is outside its range or of another shape, the loss is one of
-            pairs, or what it asks for is missing.
+            pairs, or what it asks for is missing or, of the reference, not finite.
 
     Example:
         >>> import torch
@@ -144,6 +144,9 @@ def unpaired_loss(
     if checked.needs_reference and ref_logps is None:
         rule = "must be given, for rewards are log-ratios"
         raise argument_error(where, "ref_logps", None, rule, "Or set reference_free=True")
+    if checked.needs_reference:
+        for name, value in (("ref_logps", ref_logps), ("ref_kl_logps", ref_kl_logps)):
+            check_finite(where, name, value)
     kl: Tensor | float = 0.0
     if "kto" in checked.loss_types:
         if kl_logps is None or (ref_kl_logps is None and checked.needs_reference):

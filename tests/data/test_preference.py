@@ -250,6 +250,20 @@ def test_no_pair_left(tmp_path):
         read(tmp_path, [{**PROMPT, "chosen": "no"}])
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"chosen": ""}, "chosen or rejected is empty"),
+        ({"prompt": 8 * "p"}, "the prompt has max_length=8 tokens or more"),
+        ({"prompt": 7 * "p", "chosen": "a", "rejected": "abc"}, "are the same .up to max_length."),
+    ],
+)
+def test_no_pair_left_says_why(tmp_path, changes, reason):
+    """The last: what is left of both completions, one token, is the same."""
+    with pytest.raises(ValueError, match=rf"2 of 2 pairs dropped: 2 because .*{reason}\)"):
+        read(tmp_path, 2 * [{**PROMPT, **changes}], max_length=8)
+
+
 def test_an_empty_file(tmp_path):
     with pytest.raises(ValueError, match=r"a\.jsonl'\): is empty, and must hold pairs"):
         read(tmp_path, [])

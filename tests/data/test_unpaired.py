@@ -206,6 +206,8 @@ def test_what_cannot_teach_is_dropped_and_counted(tmp_path):
         assert len(read(tmp_path, rows, max_length=9)) == 2
     with pytest.raises(ValueError, match=r"nothing is left \(1 of 1 records dropped"):
         read(tmp_path, [{**GOOD, "completion": ""}])
+    with pytest.raises(ValueError, match="2 of 2 records dropped: 2 because the prompt has max_le"):
+        read(tmp_path, 2 * [{**GOOD, "prompt": 9 * "q"}], max_length=9)
 
 
 def test_prompts_are_held_out_whole():

@@ -352,6 +352,8 @@ def test_the_policy_is_no_reference():
     model, _ = make_models()
     with pytest.raises(ValueError, match=r"another object than model.*copy.deepcopy"):
         dpo_loss_from_batch(model, model, make_batch())
+    with pytest.raises(ValueError, match=r"dpo_loss_from_batch\(ref_model=.*shares .* with model"):
+        dpo_loss_from_batch(model, copy.copy(model), make_batch())
 
 
 def test_an_odd_number_of_scored_rows_is_refused():
@@ -419,3 +421,31 @@ def test_a_router_counts_what_is_shared_for_both_sequences():
 def test_sharing_that_cannot_be_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         dpo_loss_from_batch(*make_models(), make_batch(), **options)
+
+
+def test_a_reference_of_another_vocabulary_is_refused():
+    """Its probabilities are of other tokens."""
+    model, _ = make_models()
+    other = TINY_MODELS["llama"](vocab_size=VOCAB_SIZE + 1)
+    with pytest.raises(ValueError, match=r"its vocabulary has \d+ rows and that of model \d+"):
+        dpo_loss_from_batch(model, other, make_batch())
+    loss, _ = dpo_loss_from_batch(model, other, make_batch(), loss_type="cpo")  # asks for none
+    assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("prefix", ["", "KL_"])
+def test_a_reference_that_is_broken_is_refused_in_every_row_that_it_scores(prefix):
+    """One token it gives no number to, in the completions alone or in those of other prompts."""
+    model, reference = make_models()
+    rows = make_batch()
+    batch = {"label": torch.arange(len(rows["input_ids"])) % 2, **rows}
+    batch |= {f"KL_{name}": values.clone() for name, values in rows.items()}
+    broken = VOCAB_SIZE - 1
+    for name in ("input_ids", "KL_input_ids"):
+        batch[name] = batch[name].clamp(max=broken - 1)
+    last = batch[f"{prefix}completion_mask"][0].nonzero()[-1]
+    batch[f"{prefix}input_ids"][0, last] = broken
+    with torch.no_grad():
+        reference.get_output_embeddings().weight[broken] = -math.inf
+    with pytest.raises(ValueError, match=r"reference.logps_B=.*must be finite; the reference"):
+        dpo_loss_from_batch(model, reference, batch, loss_type="kto")

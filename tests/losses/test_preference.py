@@ -361,3 +361,17 @@ def test_log_probabilities_that_would_broadcast_are_refused():
     message = r"preference_loss\(ref_chosen_logps.shape=\(2, 1\)\): must be one for each pair"
     with pytest.raises(ValueError, match=message):
         preference_loss(logps, logps, logps[:, None], logps)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("side", [2, 3])
+def test_reference_values_that_are_not_finite_are_refused(side, value):
+    """Of losses that ask for none they are not looked at."""
+    logps = torch.zeros(4, 2)
+    logps[side, 1] = value
+    name = ("ref_chosen_logps", "ref_rejected_logps")[side - 2]
+    with pytest.raises(
+        ValueError, match=rf"preference_loss\({name}=\[0.0, -?\w+\]\): must be fini"
+    ):
+        preference_loss(*logps)
+    assert torch.isfinite(preference_loss(*logps, loss_type="cpo")).all()

@@ -113,6 +113,8 @@ def test_reference_free_rewards_are_log_probabilities():
         ({"kl_logps": None}, r"kl_logps=None\): must be given with loss_type='kto'"),
         ({"ref_kl_logps": None}, r"ref_kl_logps=None\): must be given with loss_type='kto'"),
         ({"beta": 0.0}, r"beta=0.0\): must be positive"),
+        ({"ref_logps": torch.tensor([0.0, math.nan])}, r"ref_logps=.*must be finite"),
+        ({"ref_kl_logps": torch.tensor([-math.inf, 0.0])}, r"ref_kl_logps=.*must be finite"),
     ],
 )
 def test_bad_input_is_named(change, message):

@@ -1,0 +1,48 @@
+import copy
+
+import pytest
+import torch
+
+from lightning_align.losses.reference import check_reference
+from tests.helpers.tiny_models import TINY_MODELS, VOCAB_SIZE
+
+
+def llama(**options):
+    return TINY_MODELS["llama"](**options)
+
+
+def test_a_copy_is_a_reference():
+    model = llama()
+    reference = copy.deepcopy(model)
+    assert check_reference("here", model, reference).model is reference
+    frozen = copy.copy(model.requires_grad_(False))
+    assert check_reference("here", model, frozen).model is frozen  # it cannot learn
+    meta = model.requires_grad_(True).to("meta")
+    assert check_reference("here", meta, copy.deepcopy(meta)).vocab_size == VOCAB_SIZE
+
+
+def test_what_would_learn_with_the_policy_is_none():
+    model = llama()
+    with pytest.raises(ValueError, match=r"here\(ref_model='model'\): must be another object"):
+        check_reference("here", model, model)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM'\): shares '.*' with model.*deepcopy"):
+        check_reference("here", model, copy.copy(model))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_one_memory_under_two_names_is_found():
+    """The optimizer writes to it in place."""
+    model, reference = llama(), llama()
+    reference.load_state_dict(model.state_dict(), assign=True)
+    with pytest.raises(ValueError, match=r"shares 'model.embed_tokens.weight' with model"):
+        check_reference("here", model, reference)
+    one = copy.deepcopy(reference)
+    one.model.norm.weight = torch.nn.Parameter(model.model.norm.weight.detach())
+    with pytest.raises(ValueError, match=r"shares 'model.norm.weight' with model"):
+        check_reference("here", model, one)
+
+
+def test_another_vocabulary():
+    rule = rf"its vocabulary has {VOCAB_SIZE + 1} rows and that of model {VOCAB_SIZE}; they must"
+    with pytest.raises(ValueError, match=rf"ref_model='LlamaForCausalLM'\): {rule}"):
+        check_reference("here", llama(), llama(vocab_size=VOCAB_SIZE + 1))
