@@ -2,6 +2,7 @@
 
     python benchmarks/curriculum/study.py --limit 8    # eight runs of about a minute; resumable
     python benchmarks/curriculum/study.py --report     # tables of what is finished
+    python benchmarks/curriculum/study.py --report --plot docs/images/curriculum_study.png
 
 A Llama of 3 blocks and width 128 learns six novels, of which chapters are held out, in blocks of
 256 tokens; documents are chapters and do not see each other. Learning rate and end of a run follow
@@ -42,6 +43,7 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import LlamaConfig
 
@@ -55,6 +57,7 @@ from lightning_align import (
     TextDataModule,
     TokenSchedule,
 )
+from lightning_align.callbacks.metric_plot import COLOURS
 from lightning_align.cli.difficulty import OneByOne
 from lightning_align.data import DifficultyAnalyzer
 from lightning_align.data.difficulty_metrics import VocabularyRarity, count_tokens, tokens_of
@@ -403,6 +406,14 @@ def spread(values: list[float], digits: int = 3) -> str:
     return f"{middle} [{low}, {high}]"
 
 
+def on_seeds(study: Study, tuned: dict[str, Setting], arm: str) -> list[dict[str, Any]]:
+    """The runs of a tuned arm on SEEDS; none if they are not all finished."""
+    if arm not in tuned:
+        return []
+    found = study.runs.named(tuned[arm]._replace(seed=-1).name.replace("/-1", "/{seed}"), SEEDS)
+    return found if len(found) == len(SEEDS) else []
+
+
 def report(study: Study, base: Setting | None, tuned: dict[str, Setting]) -> None:
     swept = sorted(map(Setting.read, study.runs.found))
     swept = [each for each in swept if each.arm == "baseline" and each.seed == SEED]
@@ -420,11 +431,8 @@ def report(study: Study, base: Setting | None, tuned: dict[str, Setting]) -> Non
     for arm, best in tuned.items():
         end = "yes" if best.lr in (base.lr * LADDER[0], base.lr * LADDER[-1]) else ""
         row = f"| {arm} | {best.lr:g} | {end} | {study.final(best):.3f} |"
-        found = study.runs.named(best._replace(seed=-1).name.replace("/-1", "/{seed}"), SEEDS)
-        plain = tuned.get("baseline")
-        if plain is not None and len(found) == len(SEEDS):
-            name = plain._replace(seed=-1).name.replace("/-1", "/{seed}")
-            others = study.runs.named(name, SEEDS)
+        found, others = (on_seeds(study, tuned, each) for each in (arm, "baseline"))
+        if found and others:
             pairs = list(zip(found, others, strict=True))
             reached = [needed(other["points"][-1][2], each) for each, other in pairs]
             of_tokens, of_time = (
@@ -440,9 +448,40 @@ def report(study: Study, base: Setting | None, tuned: dict[str, Setting]) -> Non
         print(row)
 
 
+def draw(study: Study, tuned: dict[str, Setting], path: Path) -> None:
+    """Loss at full length against CPU time: in each panel some arms beside the baseline."""
+    plain = on_seeds(study, tuned, "baseline")
+    of_order = [arm for arm in tuned if " " in arm and not arm.startswith("reshape")]
+    panels = {
+        "rows and batches that grow": [a for a in tuned if a not in of_order and a != "baseline"],
+        "order, and its controls": of_order,
+    }
+    figure = Figure(figsize=(9, 3.6), dpi=150, layout="constrained")
+    for axes, (title, arms) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
+        shown = {"baseline": plain, **{arm: on_seeds(study, tuned, arm) for arm in arms}}
+        shown = {arm: found for arm, found in shown.items() if found}
+        # The baseline is black and in front; others, as many as there are colours.
+        for (arm, found), colour in zip(shown.items(), ["black", *COLOURS], strict=False):
+            marks = zip(*(each["points"] for each in found), strict=False)  # of all seeds at a time
+            middle = [[median(values) for values in zip(*at, strict=True)] for at in marks]
+            index_s = median(each["index_s"] for each in found)
+            seconds, losses = [s + index_s for _, s, _ in middle], [loss for *_, loss in middle]
+            front = {"zorder": 3, "linewidth": 1.6} if arm == "baseline" else {"linewidth": 1.1}
+            axes.plot(seconds, losses, color=colour, label=arm, **front)
+        axes.set(title=title, xlabel="CPU time (s)", xlim=(0, None))
+        axes.legend(frameon=False, fontsize=8)
+        axes.grid(color="0.92")
+        axes.spines[["top", "right"]].set_visible(False)
+        if plain:
+            axes.axhline(median(f["points"][-1][2] for f in plain), color="0.6", lw=0.8, ls=":")
+    figure.axes[0].set_ylabel("held-out loss of whole blocks")
+    figure.savefig(path)
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.set_defaults(runs=CACHE)
+    parser.add_argument("--plot", type=Path, help="PNG to draw of what is finished")
     parser.add_argument("--tokens", type=int, default=600_000, help="that a run learns from")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -450,7 +489,10 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     print(f"torch {torch.__version__}, lightning {pl.__version__}, {given.tokens:,} tokens a run")
     study = Study(Runs(given.runs / f"study_{given.tokens}.jsonl"), given.tokens, given.limit)
-    report(study, *study.go_on())
+    base, tuned = study.go_on()
+    report(study, base, tuned)
+    if given.plot is not None:
+        draw(study, tuned, given.plot)
 
 
 if __name__ == "__main__":
