@@ -1,3 +1,4 @@
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,13 @@ torch.set_num_threads(1)
 # A drawn example may take as long as a busy machine makes it take.
 hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: each full collection would look at all of it, a second long,
+    and a forked process would copy what it looks at."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

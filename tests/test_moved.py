@@ -1,13 +1,13 @@
 """What saved configurations, checkpoints and code of users name is found where it is now."""
 
 import importlib
-import subprocess
 import sys
 
 import pytest
 
 import lightning_align
 from lightning_align._moved import MOVED
+from tests.helpers.children import forget_package, in_child
 
 # Every public class and function by the path that a saved YAML file or checkpoint may hold.
 # Frozen: lines are added, never changed.
@@ -88,14 +88,16 @@ def test_a_module_that_has_moved_is_the_one_in_the_new_place(old: str) -> None:
 
 
 def test_the_old_name_may_come_first() -> None:
-    code = (
-        "import sys, lightning_align.trained;"
-        "print(lightning_align.trained.load_trained.__module__);"
-        "from lightning_align import trained;"
-        "assert trained is sys.modules['lightning_align.models.trained']"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "lightning_align.models.trained"
+    def run() -> None:
+        forget_package()
+        import lightning_align.trained
+
+        assert lightning_align.trained.load_trained.__module__ == "lightning_align.models.trained"
+        from lightning_align import trained
+
+        assert trained is sys.modules["lightning_align.models.trained"]
+
+    assert in_child(run) == 0
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def test_the_traceback_of_the_failing_rank_is_raised(failing: int) -> None:
         time.sleep(30)
 
     with pytest.raises(RuntimeError, match="the cause") as caught:
-        run_ranks(fail, timeout_s=20)
+        run_ranks(fail, timeout_s=20, grace_s=0.2)
     assert str(caught.value).index("the cause") < str(caught.value).index(f"rank {1 - failing}:")
 
 

@@ -3,8 +3,8 @@
 import json
 import os
 import re
+import runpy
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -337,16 +337,14 @@ def test_the_quickstart_runs_on_the_command_line(
     assert capsys.readouterr().out.splitlines()[-1].startswith("Miss Lizzy was")
 
 
-PROGRAM = [sys.executable, "-m", "lightning_align"]
-
-
-def output_of(*arguments: str) -> str:
-    done = subprocess.run([*PROGRAM, *arguments], capture_output=True, text=True, check=True)
-    return done.stdout
-
-
-def test_help_lists_every_command_with_a_line() -> None:
-    overview = output_of("--help")
+def test_help_lists_every_command_with_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lightning-align", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("lightning_align", run_name="__main__")  # what `python -m` does
+    assert stopped.value.code == 0
+    overview = capsys.readouterr().out
     for name in ("fit", "validate", "test", "predict", *COMMANDS):
         assert re.search(rf"^    {name} +\w", overview, re.M), name
 

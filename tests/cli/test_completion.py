@@ -1,5 +1,6 @@
 """The script is what a shell takes, and answers a TAB."""
 
+import json
 import re
 import subprocess
 import sys
@@ -69,25 +70,50 @@ def test_another_shell_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "completion(shell='dos'): must be one of bash, zsh" in str(stopped.value)
 
 
-def run_without_shtab(*arguments: str) -> subprocess.CompletedProcess[str]:
-    code = (
-        "import sys; sys.modules['shtab'] = None;"
-        f" from lightning_align.__main__ import main; main({list(arguments)})"
-    )
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+WITHOUT_SHTAB = """
+import io, json, sys
+from contextlib import redirect_stderr, redirect_stdout
+sys.modules["shtab"] = None
+from lightning_align.__main__ import main
+ends = []
+for arguments in json.loads(sys.argv[1]):
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            main(arguments)
+        except SystemExit as stopped:
+            code = stopped.code
+    ends.append((code, out.getvalue(), err.getvalue()))
+print(json.dumps(ends))
+"""
+COMPLETION, *OTHERS = [["completion", "bash"], ["--help"], ["completion", "--help"]]
 
 
-def test_without_shtab_the_way_out_is_named_in_one_line() -> None:
-    run = run_without_shtab("completion", "bash")
-    assert (run.returncode, run.stdout) == (1, "")
-    assert run.stderr.strip() == (
+@pytest.fixture(scope="module")
+def without_shtab() -> list[tuple[object, str, str]]:
+    """What `main` exits with and writes, in one interpreter that has never had shtab."""
+    asked = json.dumps([COMPLETION, *OTHERS])
+    command = [sys.executable, "-c", WITHOUT_SHTAB, asked]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [tuple(end) for end in json.loads(run.stdout)]
+
+
+def test_without_shtab_the_way_out_is_named_in_one_line(
+    without_shtab: list[tuple[object, str, str]],
+) -> None:
+    # A text that Python writes to stderr, with exit code 1.
+    assert without_shtab[0] == (
         "lightning-align: completion(shell='bash'): needs shtab."
-        " Run: pip install 'lightning-align[completion]'."
+        " Run: pip install 'lightning-align[completion]'.",
+        "",
+        "",
     )
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["completion", "--help"]])
-def test_all_else_works_without_shtab(arguments: list[str]) -> None:
-    run = run_without_shtab(*arguments)
-    assert run.returncode == 0, run.stderr
-    assert "completion" in run.stdout
+@pytest.mark.parametrize("number", range(1, 1 + len(OTHERS)), ids=map(" ".join, OTHERS))
+def test_all_else_works_without_shtab(
+    without_shtab: list[tuple[object, str, str]], number: int
+) -> None:
+    code, out, err = without_shtab[number]
+    assert code == 0, err
+    assert "completion" in out

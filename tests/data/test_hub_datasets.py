@@ -258,6 +258,7 @@ def test_datasets_on_the_hub(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.alone  # nobody waits for a hub that is not there
 def test_what_was_loaded_once_needs_no_network_and_the_rest_fails_within_seconds(tmp_path):
     cached = ["acme/known", "acme/known:test", "acme/configured/small:test"]
     uncached = ["acme/unknown", "hf://datasets/acme/known/a.csv"]

@@ -1,6 +1,7 @@
 """Forked processes for tests that need one to die, or to be limited, without harm to pytest."""
 
 import os
+import sys
 import traceback
 from collections.abc import Callable
 
@@ -31,3 +32,11 @@ def in_child(run: Callable[[], object]) -> int:
         run: What to run.
     """
     return os.waitstatus_to_exitcode(os.waitpid(fork(run), 0)[1])
+
+
+def forget_package(package: str = "lightning_align") -> None:
+    """Let a forked process import a package as if for the first time, with what it needs there."""
+    for name in [name for name in sys.modules if f"{name}.".startswith(f"{package}.")]:
+        del sys.modules[name]
+    finders = [each for each in sys.meta_path if not type(each).__module__.startswith(package)]
+    sys.meta_path[:] = finders

@@ -40,7 +40,12 @@ class Ended:
 
 
 def run_ranks(
-    fn: Callable[[int], Any], world_size: int = 2, timeout_s: float = 60.0, *, group: bool = True
+    fn: Callable[[int], Any],
+    world_size: int = 2,
+    timeout_s: float = 60.0,
+    *,
+    group: bool = True,
+    grace_s: float = 3.0,
 ) -> list[Any]:
     """``fn(rank)`` in ``world_size`` forked processes; returns what each returned, by rank.
 
@@ -50,14 +55,14 @@ def run_ranks(
     Args:
         fn: Called with the rank.
         world_size: Number of processes.
-        timeout_s: Time for all of it; ranks that are stuck then are killed, and 3 s after another
-            rank has failed.
+        timeout_s: Time for all of it; ranks that are stuck then are killed.
         group: Whether a gloo group of all ranks is there when ``fn`` is called.
+        grace_s: Time that the others have once a rank has failed.
 
     Raises:
         RuntimeError: If a rank raised, was killed or was stuck; with its traceback.
     """
-    ended = end_of_ranks(fn, world_size, timeout_s, group=group, grace_s=3.0)
+    ended = end_of_ranks(fn, world_size, timeout_s, group=group, grace_s=grace_s)
     failed = [rank for rank, end in enumerate(ended) if end.exit_code != 0]
     # The one that failed by itself first: the others often only lost their peer.
     failed.sort(key=lambda rank: (ended[rank].stuck, ended[rank].seconds))
