@@ -230,17 +230,18 @@ class Curriculum(Callback):
 
     def _settings(self) -> dict[str, Any]:
         """What no datamodule compares."""
-        paced = self._stream.self_paced
+        paced, own = self._stream.self_paced, self._stream.own
+        order = {"rule": paced.rule()} if paced else {}
         return {
             "length": self._length and self._length.settings(),
-            "order": paced and {"rule": paced.rule()},
+            "order": {**order, **(own.stream() if own else {})} or None,
         }
 
     # Steps
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        check_orders(trainer, self._ordering())
+        check_orders(trainer, self._ordering(), self._stream.own)
         self._feedback.begin(trainer, pl_module)
 
     def _ordering(self) -> list[str]:

@@ -7,13 +7,16 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from lightning_align._compat.lightning_resume import train_loaders
 from lightning_align._errors import argument_error
+from lightning_align.data.sampler import PositionSampler
 from lightning_align.run.protocols import HasPosition, datamodule_of
 
 WHERE = "Curriculum"
 _OWN = "Give CurriculumSampler to a DataLoader(..., sampler=..., batch_size=None) of your own"
 
 
-def check_orders(trainer: pl.Trainer, arguments: list[str]) -> None:
+def check_orders(
+    trainer: pl.Trainer, arguments: list[str], given: PositionSampler | None = None
+) -> None:
     """Refuse loaders that another than the datamodule's sampler has the say in.
 
     To be called in ``on_train_start``, where the loaders are there.
@@ -21,6 +24,7 @@ def check_orders(trainer: pl.Trainer, arguments: list[str]) -> None:
     Args:
         trainer: Who fits.
         arguments: What of a Curriculum decides which samples a batch has.
+        given: The sampler of a loader of one's own, which has the say then.
 
     Raises:
         ValueError: If the training loader draws from something else, with the reason.
@@ -29,7 +33,7 @@ def check_orders(trainer: pl.Trainer, arguments: list[str]) -> None:
         return
     loaders = train_loaders(trainer)
     data = datamodule_of(trainer)
-    own = data.train_sampler if isinstance(data, HasPosition) else None
+    own = given or (data.train_sampler if isinstance(data, HasPosition) else None)
     for loader in loaders.flattened if loaders is not None else ():
         if own is not None and getattr(loader, "sampler", None) is own:
             continue
@@ -43,7 +47,8 @@ def check_orders(trainer: pl.Trainer, arguments: list[str]) -> None:
             rule = f"its batch_sampler, {type(batch_sampler).__name__}, has the say in what is in"
             rule += " a batch"
         elif isinstance(loader, DataLoader):
-            rule = f"its sampler, {type(loader.sampler).__name__}, is not the datamodule's"
+            whose = "the datamodule's" if given is None else "that of order"
+            rule = f"its sampler, {type(loader.sampler).__name__}, is not {whose}"
         else:
             rule = f"{name} does not draw from the datamodule's sampler"
         raise argument_error(WHERE, arguments[0], _shown(loader), rule, way_out)

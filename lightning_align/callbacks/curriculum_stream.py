@@ -46,7 +46,8 @@ class StreamPart:
     Args:
         order: ``difficulties`` (an index's path, an index, or one number for each sample; several
             by name), ``scheduler`` (likewise), and optionally ``difficulty_type`` and
-            ``replacement``; or a DeepSpeed configuration with a block ``data_efficiency``.
+            ``replacement``; or a DeepSpeed configuration with a block ``data_efficiency``; or
+            ``sampler``, the CurriculumSampler of a loader of one's own.
         batch_size: ``scheduler``, whose difficulties are samples per batch and rank and end at the
             datamodule's; or ``constant_tokens: true``, as many tokens as rows that are truncated
             leave room for.
@@ -55,6 +56,7 @@ class StreamPart:
 
     Attributes:
         sampler: Of the run's stream, to be asked; of order alone before a run, None without.
+        own: That of a loader of one's own, None if the datamodule makes one.
 
     Raises:
         ValueError: If a key is not known or missing, an index is damaged, or order and mixture
@@ -73,12 +75,17 @@ class StreamPart:
             rule = "an order says which samples come, and so do weights of corpora"
             way_out = "Order the samples of all corpora by one index, or leave one of them out"
             raise argument_error(WHERE, "order, mixture", [*order, *mixture], rule, way_out)
-        self._order = None if order is None else _opened(order)
+        self.own: CurriculumSampler | None = (order or {}).get("sampler")
+        if self.own is not None and (batch_size or mixture):
+            rule = "the sampler says how many samples a batch has, and which"
+            way_out = "Give it batch_sizes"
+            raise argument_error(WHERE, "order.sampler", type(self.own).__name__, rule, way_out)
+        self._order = None if order is None or self.own is not None else _opened(order)
         self._deepspeed = any(key in (order or {}) for key in _DEEPSPEED)
         self._batch_size, self._mixture = batch_size, mixture
-        self.sizes: BatchSizes | None = None
+        self.sizes: BatchSizes | None = self.own.batch_sizes if self.own else None
         self._corpora: list[str] = []
-        self.sampler: PositionSampler | None = None
+        self.sampler: PositionSampler | None = self.own
         self._alone: PositionSampler | None = None
         if batch_size is not None and batch_size.get("scheduler") is None:
             check_choice(WHERE, "batch_size.constant_tokens", batch_size["constant_tokens"], [True])
@@ -86,18 +93,21 @@ class StreamPart:
     @property
     def is_empty(self) -> bool:
         """Whether nothing is said."""
-        return self._order is None and self._batch_size is None and self._mixture is None
+        return not self.ordering
 
     @property
     def self_paced(self) -> SelfPaced | None:
         """The scheduler of the order, if losses pace it."""
-        scheduler = (self._order or {}).get("scheduler")
-        return scheduler if isinstance(scheduler, SelfPaced) else None
+        schedulers = [(self._order or {}).get("scheduler")]
+        if self.own is not None:
+            schedulers = [*self.own.schedulers.values()]
+        return next((each for each in schedulers if isinstance(each, SelfPaced)), None)
 
     @property
     def ordering(self) -> list[str]:
         """Which arguments decide what samples a batch has."""
-        parts = {"order": self._order, "batch_size": self._batch_size, "mixture": self._mixture}
+        order = self.own or self._order
+        parts = {"order": order, "batch_size": self._batch_size, "mixture": self._mixture}
         return [name for name, part in parts.items() if part is not None]
 
     @property
@@ -106,7 +116,7 @@ class StreamPart:
         return self._batch_size is not None and "constant_tokens" in self._batch_size
 
     def set_up(self, trainer: Trainer, length: LengthPart | None) -> None:
-        """Hand it all to the datamodule of a run, before its loaders exist.
+        """Hand it all to the datamodule of a run, before its loaders exist, unless one has its own.
 
         Args:
             trainer: Whose datamodule it is.
@@ -115,6 +125,8 @@ class StreamPart:
         Raises:
             ValueError: If there is no datamodule that follows, or one of the parts does not fit it.
         """
+        if self.own is not None:
+            return
         named = "order" if self._order else "batch_size" if self._batch_size else "mixture"
         data = following(trainer, named)
         options = dict(self._order or {})
@@ -267,6 +279,11 @@ def _check_keys(name: str, given: Any) -> None:
     if not isinstance(given, Mapping):
         raise argument_error(WHERE, name, given, "must be a mapping")
     if name == "order" and any(key in given for key in _DEEPSPEED):
+        return
+    if name == "order" and "sampler" in given:
+        if len(given) > 1 or not isinstance(given["sampler"], CurriculumSampler):
+            rule = "must be a CurriculumSampler, and it knows the rest"
+            raise argument_error(WHERE, "order.sampler", [*given], rule)
         return
     if unknown := sorted(set(given) - set(_KEYS[name])):
         raise argument_error(WHERE, name, unknown, f"knows {', '.join(_KEYS[name])}")

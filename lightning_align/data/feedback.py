@@ -157,7 +157,11 @@ class SelfPaced:
         if n > self.position + self.lag:
             ahead = n - self.position
             rule = f"batch {n} is drawn {ahead} batches ahead of training, and its level may change"
-            raise argument_error(WHERE, "lag", self.lag, rule, f"Set it to {ahead} or more")
+            way_out = (
+                f"Set it to {ahead} or more; the sampler of a loader of your own hears of losses"
+            )
+            way_out += " by Curriculum(order={'sampler': sampler})"
+            raise argument_error(WHERE, "lag", self.lag, rule, way_out)
 
     def observe(self, position: int, loss: float | None = None) -> Decision | None:
         """Take note of a trained batch, and of a step's loss if one was taken with it.

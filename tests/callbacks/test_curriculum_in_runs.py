@@ -15,12 +15,14 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sequenti
 from lightning_align import Curriculum, ExactResume, TextDataModule
 from lightning_align.callbacks.curriculum_feedback import Feedback
 from lightning_align.data.bucket_sampler import BucketSampler
+from lightning_align.data.curriculum_sampler import CurriculumSampler
 from lightning_align.data.streams import StreamBatches
 from tests.helpers.byte_tokenizer import ByteTokenizer
 from tests.helpers.children import in_child
 from tests.helpers.curriculum import linear
 from tests.helpers.ranks import ForkedRanks, run_ranks
-from tests.helpers.resumable import KillAt
+from tests.helpers.resumable import Fit, KillAt, WithValidation, model_checkpoint
+from tests.helpers.resumable import later as from_position
 from tests.helpers.resume import SaveEveryBatch, Sequences, weights_hash
 from tests.helpers.stateful import StatefulLoader
 from tests.modules.test_pretrain import gpt2, sgd_module
@@ -423,3 +425,62 @@ def test_sizes_at_constant_tokens_are_refused_where_losses_pace_the_length(
     curriculum = Curriculum(length=length, batch_size={"constant_tokens": True}, filename=None)
     with pytest.raises(ValueError, match="sizes of all batches must be known, and losses pace"):
         train(tmp_path, "run", curriculum, data(texts))
+
+
+# An order in a loader of one's own
+
+
+class Own(WithValidation):
+    """Its loader draws from a sampler that it is given."""
+
+    def __init__(self, sampler: Any) -> None:
+        super().__init__()
+        self.given = sampler
+
+    def train_dataloader(self) -> Any:
+        rows = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
+        return DataLoader(rows, sampler=self.given, batch_size=None)
+
+
+class OwnOrder:
+    """A sampler for each run, and the callback that tells it of losses."""
+
+    def __init__(self, lag: int = 3, **parts: Any) -> None:
+        self.lag, self.parts = lag, parts
+
+    def __call__(self) -> list[pl.Callback]:
+        pace = self_paced(self.lag, least=1, most=3, step=1)
+        self.sampler = CurriculumSampler([1 + row % 3 for row in range(24)], pace, 4)
+        return [Curriculum(order={"sampler": self.sampler}, filename=None, **self.parts)]
+
+
+@pytest.mark.slow
+def test_an_order_in_a_loader_of_ones_own_is_paced_and_resumed(tmp_path: Path) -> None:
+    """Before a decision takes effect, and behind it."""
+    order = OwnOrder()
+    fit = Fit(tmp_path, lambda: Own(order.sampler), model_checkpoint, order)
+    whole = fit.run()
+    first = order.sampler.schedulers["difficulty"].decisions
+    assert [decision.level for decision in first] == [0, 1, 2]
+    for position in (first[1].batch - 1, first[1].batch + 1):
+        resumed = fit.run(f"from-{position}", ckpt_path=fit.checkpoint(position))
+        assert order.sampler.schedulers["difficulty"].decisions == first
+        assert from_position(resumed, position) == from_position(whole, position), position
+    order.lag = 4
+    with pytest.raises(ValueError, match=r"written with another one"):
+        fit.run("other", ckpt_path=fit.checkpoint(position))
+
+
+def test_an_order_in_a_loader_of_ones_own_that_nobody_would_tell_is_refused(
+    tmp_path: Path,
+) -> None:
+    order = OwnOrder()
+    fit = Fit(tmp_path, lambda: Own(order.sampler), model_checkpoint, order)
+    with pytest.raises(ValueError, match=r"Set it to 4 or more; .* hears of losses by Curriculum"):
+        fit.run("alone", callbacks=[ExactResume()])
+    with pytest.raises(ValueError, match="its sampler, CurriculumSampler, is not that of order"):
+        fit.run("another", module=lambda: Own(order.sampler if order() else None))
+    with pytest.raises(ValueError, match=r"order.sampler=.*says how many samples a batch has"):
+        OwnOrder(batch_size={"scheduler": linear()})()
+    with pytest.raises(ValueError, match=r"must be a CurriculumSampler, and it knows the rest"):
+        Curriculum(order={"sampler": order.sampler, "replacement": True})
