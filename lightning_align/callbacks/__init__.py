@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lightning_align.callbacks.lisa import LISA
     from lightning_align.callbacks.metric_plot import MetricPlot
     from lightning_align.callbacks.optimizer_swap import OptimizerSwap
+    from lightning_align.callbacks.preference_diagnostics import PreferenceDiagnostics
     from lightning_align.callbacks.save_pretrained import SavePretrained
     from lightning_align.callbacks.spikes.guard import SpikeGuard
     from lightning_align.callbacks.token_schedule import TokenSchedule
@@ -22,6 +23,7 @@ else:
         "GenerateSamples": "generate_samples",
         "MetricPlot": "metric_plot",
         "OptimizerSwap": "optimizer_swap",
+        "PreferenceDiagnostics": "preference_diagnostics",
         "SavePretrained": "save_pretrained",
         "SpikeGuard": "spikes.guard",
         "TokenSchedule": "token_schedule",
@@ -35,6 +37,7 @@ __all__ = [
     "GenerateSamples",
     "MetricPlot",
     "OptimizerSwap",
+    "PreferenceDiagnostics",
     "SavePretrained",
     "SpikeGuard",
     "TokenSchedule",

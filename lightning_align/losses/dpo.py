@@ -19,6 +19,7 @@ from lightning_align._errors import argument_error, check_choice
 from lightning_align.losses.combined import loss_terms, weighted_sum
 from lightning_align.losses.means import Mean, pairs_that_count
 from lightning_align.losses.options import PreferenceArguments, PreferenceOptions
+from lightning_align.losses.pair_statistics import pair_statistics
 from lightning_align.losses.preference import implicit_rewards
 from lightning_align.losses.reference import check_reference
 from lightning_align.losses.router import (
@@ -58,7 +59,9 @@ def preference_step(
       negative and zero while the models agree. It estimates the KL only for completions that the
       policy sampled; on given pairs read it as the distance moved on these texts. Absent without a
       reference;
-    - ``loss/<name>``: each of several losses, before its weight.
+    - ``loss/<name>``: each of several losses, before its weight;
+    - what ``pair_statistics`` adds: ``logps/both_fell``, ``length/accuracy``, and as vectors
+      ``length/moments`` and ``rewards/histogram``.
 
     Args:
         policy: Scored by the model in training, rows [chosen; rejected].
@@ -121,7 +124,8 @@ def _metrics(
     if reference is not None:
         token_logratios_BT = policy.token_logps_BT - reference.token_logps_BT
         metrics["kl/k2"] = Mean(token_logratios_BT.square().sum() / 2, num_tokens)
-    return metrics
+    margin_P = chosen_rewards_P - rejected_rewards_P
+    return metrics | pair_statistics(scores, margin_P, pairs_that_count(policy))
 
 
 def check_sharing(

@@ -15,6 +15,7 @@ from typing_extensions import Unpack
 from lightning_align._errors import argument_error
 from lightning_align.losses.means import Mean
 from lightning_align.losses.options import UNPAIRED_READS, PreferenceArguments, PreferenceOptions
+from lightning_align.losses.pair_statistics import length_correlation
 from lightning_align.losses.scores import check_finite, frozen_logps
 from lightning_align.losses.sequence_logps import CompletionLogps
 
@@ -91,13 +92,19 @@ def kl_of_scored(policy: CompletionLogps, reference: CompletionLogps | None) -> 
 
 
 def with_margins(means: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Means of metrics with ``rewards/margins``, which of unpaired records is one of the means.
+    """Means of metrics with those that are functions of other means, and without vectors.
+
+    ``rewards/margins`` of unpaired records is the difference of the rewards; of pairs there is
+    ``length/correlation``, that of the margin with the difference of lengths.
 
     Args:
-        means: What has no margins gets the difference of the rewards.
+        means: Of all metrics; vectors are what only ``length_correlation`` and a picture need.
     """
     margin = means["rewards/chosen"] - means["rewards/rejected"]
-    return {"rewards/margins": margin, **means}
+    numbers = {name: mean for name, mean in means.items() if mean.ndim == 0}
+    if "length/moments" in means:
+        numbers["length/correlation"] = length_correlation(means["length/moments"])
+    return {"rewards/margins": margin, **numbers}
 
 
 def unpaired_loss(

@@ -24,7 +24,14 @@ from lightning_align.layers import ModelLayers, checkpoint_blocks, find_layers
 from lightning_align.models.build import Loading, build_model, save_pretrained
 from lightning_align.models.rotary import rotary_in_fp32
 from lightning_align.modules.continued import groups_of_an_older_run, refuse_another_model
-from lightning_align.modules.window import StepNotes, Sums, collect, log_step, means_over_ranks
+from lightning_align.modules.window import (
+    StepNotes,
+    Sums,
+    collect,
+    log_step,
+    means_over_ranks,
+    take_totals,
+)
 from lightning_align.optimizers import param_groups
 from lightning_align.run.callbacks import callbacks_of
 from lightning_align.run.exact_resume import ExactResume
@@ -158,13 +165,15 @@ class CausalLMModule(pl.LightningModule, ABC):
     @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._notes.measured = self._notes.tokens = None
+        self._notes.totals = {}
         if not self.accumulated:  # a subclass's step has returned None for each batch
             return
         scale_gradients(self.trainer, self, self.gradient_factor())
-        means, _ = means_over_ranks(self.trainer, self.accumulated)
+        means, weights = means_over_ranks(self.trainer, self.accumulated)
         tokens = means.pop("tokens")
         self._tokens_seen = self._tokens_seen + tokens.long()  # stays on the device: no sync
         means |= self.derived_metrics(means)
+        self._notes.totals = take_totals(means, weights)
         values = {"train_loss": means.pop("loss")}
         values |= {self.train_prefix + name: value for name, value in means.items()}
         values["grad_norm"] = total_grad_norm(self.trainer, self)
@@ -214,9 +223,10 @@ class CausalLMModule(pl.LightningModule, ABC):
         self._log_evaluation("test_")
 
     def _log_evaluation(self, prefix: str) -> None:
-        means, _ = means_over_ranks(self.trainer, self.evaluated)
+        means, weights = means_over_ranks(self.trainer, self.evaluated)
         means.pop("tokens")
         means |= self.derived_metrics(means)
+        self._notes.totals = take_totals(means, weights)
         for name, value in means.items():
             self.log(prefix + name, value, prog_bar=name in self.progress_bar_metrics)
 

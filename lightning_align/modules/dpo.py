@@ -448,15 +448,37 @@ class DPOModule(CausalLMModule):
         super().on_load_checkpoint(checkpoint)
         self._reference.load(checkpoint, self.model)
 
+    @property
+    def reference_refusal(self) -> str | None:
+        """Why the reference cannot be asked about other texts than those of the data."""
+        if not self.options.needs_reference:
+            return f"it has no reference with loss_type={self.options.loss_type!r}"
+        released = self._reference.cached is not None
+        return "its reference is released once it is precomputed" if released else None
+
+    @contextmanager
+    def as_reference(self) -> Iterator[nn.Module]:
+        """The language model that says what the reference says."""
+        assert self.reference_layers is not None
+        yield self.reference_layers.model
+
+    @property
+    def margin_counts(self) -> Tensor | None:
+        """Pairs of the latest window, or evaluation, between ``losses.margin_edges``."""
+        return self._notes.totals.get("rewards/histogram")
+
+    def score_pairs(self, batch: dict[str, Any]) -> tuple[CompletionLogps, CompletionLogps | None]:
+        """Completions of a batch under (policy, reference); nothing else comes of it."""
+        batch = self.prepared(batch)
+        return self.score(super().forward_hidden(**self.model_inputs(batch)), batch)
+
     @override
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Implicit rewards (P, 2) of the chosen and the rejected completion of each pair.
 
         Of unpaired records (P,), one a record.
         """
-        batch = self.prepared(batch)
-        hidden_BTD = super().forward_hidden(**self.model_inputs(batch))
-        policy, reference = self.score(hidden_BTD, batch)
+        policy, reference = self.score_pairs(batch)
         if self.options.is_unpaired:
             frozen_P = 0 if reference is None else reference.logps_B
             return self.options.beta * (policy.logps_B - frozen_P)

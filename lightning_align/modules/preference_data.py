@@ -117,6 +117,13 @@ class PreferenceDataModule(PositionedDataModule):
         what = "records" if kind is unpaired else "pairs"
         self.fingerprint = f"{what} {self.train_dataset.content}"
 
+    @property
+    def held_out_prompts(self) -> list[list[int]]:
+        """Tokens of the prompts that are validated on, each once, in the order of the files."""
+        held_out: Any = self.val_dataset
+        samples = [] if held_out is None else getattr(held_out, "pairs", None) or held_out.records
+        return [list(ids) for ids in dict.fromkeys(tuple(s.prompt.tolist()) for s in samples)]
+
     def _read(self, kind: Any, files: list[InputFile]) -> list[Any]:
         read = unpaired.read_unpaired if kind is unpaired else preference.read_pairs
         options: dict[str, Any] = {"max_length": self.max_length, "append_eos": self.append_eos}

@@ -6,6 +6,8 @@ it is a sum of sums over a sum of weights, never a mean of means.
 
 import math
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import lightning.pytorch as pl
 import torch
@@ -13,7 +15,8 @@ from torch import Tensor
 
 from lightning_align._compat.lightning_trainer import log_step_value
 
-# name -> (sum, weight), whose quotient is the mean to log; "loss" weighs the gradient, too.
+# name -> (sum, weight), whose quotient is the mean to log; "loss" weighs the gradient, too. A sum
+# may be a vector, which is not logged.
 Sums = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -24,20 +27,22 @@ class StepNotes:
         began: When it did, by this process's clock.
         measured: Mean loss and gradient norm of its window, over all ranks; None without a loss.
         tokens: How many it counts as learned from.
+        totals: Vectors summed up over the latest window, or evaluation, and all ranks.
     """
 
     began: float | None = None
     measured: tuple[Tensor, Tensor] | None = None
     tokens: Tensor | None = None
+    totals: Mapping[str, Tensor] = MappingProxyType({})
 
     def __getstate__(self) -> dict[str, float]:
         return {}
 
 
 def collect(sums: Sums, collected: dict[str, Tensor]) -> None:
-    """Add the sums of a batch, [sum, weight] by name, to what was collected before."""
+    """Add the sums of a batch, [*sum, weight] by name, to what was collected before."""
     for name, pair in sums.items():
-        packed = torch.stack([value.detach().float() for value in pair])
+        packed = torch.cat([value.detach().float().reshape(-1) for value in pair])
         collected[name] = collected[name] + packed if name in collected else packed
 
 
@@ -49,13 +54,23 @@ def means_over_ranks(
     "tokens" stands among the means as a sum.
     """
     names = sorted(collected)
-    ours = torch.stack([collected[name] for name in names])
-    sums = trainer.strategy.reduce(ours, reduce_op="sum")
+    ours = [collected[name] for name in names]
+    sums = trainer.strategy.reduce(torch.cat(ours), reduce_op="sum").split([*map(len, ours)])
     collected.clear()
-    weights = dict(zip(names, sums[:, 1].clamp(min=1), strict=True))
-    means = {name: total / weights[name] for name, total in zip(names, sums[:, 0], strict=True)}
-    means["tokens"] = sums[names.index("tokens"), 0]  # how many in all, not how many a batch
+    weights = {name: packed[-1].clamp(min=1) for name, packed in zip(names, sums, strict=True)}
+    totals = {
+        name: packed[0] if len(packed) == 2 else packed[:-1]
+        for name, packed in zip(names, sums, strict=True)
+    }
+    means = {name: total / weights[name] for name, total in totals.items()}
+    means["tokens"] = totals["tokens"]  # how many in all, not how many a batch
     return means, weights
+
+
+def take_totals(means: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take the vectors out of the means, which are logged, and make them sums again."""
+    vectors = [name for name, mean in means.items() if mean.ndim]
+    return {name: means.pop(name) * weights[name] for name in vectors}
 
 
 def log_step(

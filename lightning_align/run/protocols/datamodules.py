@@ -19,6 +19,15 @@ class HasTokenizer(Protocol):
 
 
 @runtime_checkable
+class HasHeldOutPrompts(Protocol):
+    """Some of its prompts are not trained on."""
+
+    @property
+    def held_out_prompts(self) -> Sequence[Sequence[int]]:
+        """Tokens of each, once; none before its set-up."""
+
+
+@runtime_checkable
 class HasSeed(Protocol):
     """It has the seed of the run, unless ExactResume is given one."""
 
@@ -123,6 +132,12 @@ def tokenizer_of(trainer: pl.Trainer | None) -> Any:
     """The tokenizer of a run's texts, None if nobody knows it."""
     data = datamodule_of(trainer)
     return data.tokenizer if isinstance(data, HasTokenizer) else None
+
+
+def held_out_prompts(trainer: pl.Trainer) -> Sequence[Sequence[int]]:
+    """Prompts that a run does not train on, none if nobody knows of any."""
+    data = datamodule_of(trainer)
+    return data.held_out_prompts if isinstance(data, HasHeldOutPrompts) else []
 
 
 def seed_of(trainer: pl.Trainer) -> int | None:

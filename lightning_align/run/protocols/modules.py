@@ -1,12 +1,15 @@
 """What is asked of a LightningModule, and what the answer of one is that knows nothing of us."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from difflib import get_close_matches
 from typing import Any
 
 import lightning.pytorch as pl
 from torch import Tensor, nn
 from typing_extensions import Protocol, get_protocol_members, runtime_checkable
+
+from lightning_align.losses import CompletionLogps, PreferenceOptions
 
 
 @runtime_checkable
@@ -40,6 +43,37 @@ class MeasuresSteps(Protocol):
     @property
     def measured_step(self) -> tuple[Tensor, Tensor] | None:
         """Mean loss and gradient norm, over window and ranks; None if no batch had a loss."""
+
+
+@runtime_checkable
+class CountsMargins(Protocol):
+    """When a step or an evaluation has ended, it knows how the margins of its pairs lie."""
+
+    @property
+    def margin_counts(self) -> Tensor | None:
+        """Pairs between ``losses.margin_edges``, over window or evaluation and ranks, or None."""
+
+
+@runtime_checkable
+class ScoresPairs(Protocol):
+    """It can score the pairs of a batch without anything else coming of it."""
+
+    options: PreferenceOptions
+
+    def score_pairs(self, batch: Any, /) -> tuple[CompletionLogps, CompletionLogps | None]:
+        """Rows [chosen; rejected] under (policy, reference), as in its step."""
+
+
+@runtime_checkable
+class AsksReference(Protocol):
+    """Its reference may be asked about texts that are not in the data."""
+
+    @property
+    def reference_refusal(self) -> str | None:
+        """Why it cannot be, as the rule of an error; None if it can."""
+
+    def as_reference(self) -> AbstractContextManager[nn.Module]:
+        """A language model that says what the reference says, inside of the context."""
 
 
 @runtime_checkable
