@@ -21,9 +21,12 @@ from lightning_align.losses.sequence_logps import model_completion_logps
 from lightning_align.run.protocols import AsksReference, ScoresPairs, frozen_modules
 from lightning_align.run.rng import undrawn
 
-# Of the theoretical value, or of 1 where that is less. A log-ratio of 0.02 nats moves DPO's loss at
+# Of the theoretical value, or of 1 where that is less. A margin of 0.002 nats moves DPO's loss at
 # beta 0.1 by so much; rounding in fp32 by a hundredth of it.
-TOLERANCE = 1e-3
+TOLERANCE = 1e-4
+# A cause is one without which the loss is right, and nearer by so much: dropout that is drawn anew
+# may come near by chance.
+NEARER = 0.1
 ROWS = ("input_ids", "attention_mask", "completion_mask")
 
 Scored = tuple[CompletionLogps, CompletionLogps | None]
@@ -48,7 +51,7 @@ def check_first_loss(
     with torch.no_grad(), undrawn(pl_module.device), _same_buffers(models):
         found = attempts.losses()
         wrong = next((each for each in found if not _is_right(each)), None)
-        reason = None if wrong is None else attempts.reason()
+        reason = None if wrong is None else attempts.reason(wrong)
     if wrong is not None:
         rank_zero_warn(
             f"PreferenceDiagnostics: the first loss ({wrong.name}) is {wrong.loss:.6g}, and while"
@@ -93,24 +96,25 @@ class _Attempts:
             return []
         return first_losses(policy, reference, self.pl_module.options)
 
-    def reason(self) -> str:
+    def reason(self, wrong: FirstLoss) -> str:
         """The causes without which the loss is right, in words."""
-        causes = [cause for cause in ("dropout", "dtype", "kernel") if self._helps(cause)]
+        causes = [cause for cause in ("dropout", "dtype", "kernel") if self._helps(wrong, cause)]
         if causes:
             return " ".join(self._told(cause) for cause in causes)
-        if self._helps("dropout", "dtype", "kernel"):
+        if self._helps(wrong, "dropout", "dtype", "kernel"):
             return "It is right only without dropout, in fp32 and by eager attention together."
         return (
             "It is so without dropout, in fp32 and by eager attention, too: policy and reference"
             " have other weights. That is as it should be if they are different models."
         )
 
-    def _helps(self, *without: str) -> bool:
+    def _helps(self, wrong: FirstLoss, *without: str) -> bool:
         try:
-            found = self.losses(*without)
+            found = {each.name: each for each in self.losses(*without)}
         except (RuntimeError, ValueError):  # no memory for fp32, a kernel that cannot be left
             return False
-        return all(map(_is_right, found))
+        is_nearer = not found[wrong.name].deviation > NEARER * wrong.deviation  # it may be NaN
+        return is_nearer and all(map(_is_right, found.values()))
 
     def _told(self, cause: str) -> str:
         if cause == "dropout":

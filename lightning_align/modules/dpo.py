@@ -1,7 +1,8 @@
 """Direct preference optimisation (arXiv:2305.18290) and its relatives."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
