@@ -72,10 +72,11 @@ LAYERS = {
     "curriculum_difficulty": "pretrain",
     "galore": "pretrain",
     "muon": "ddp",
+    "preference_diagnostics": "dpo",
     "spike_guard": "pretrain",
     "stable_adamw": "ddp",
 }
-OF_CALLBACKS = {"curriculum", "curriculum_difficulty", "spike_guard"}
+OF_CALLBACKS = {"curriculum", "curriculum_difficulty", "preference_diagnostics", "spike_guard"}
 
 TINY = [
     "--model.model.hidden_size=20",
@@ -100,9 +101,24 @@ def test_pretrain_then_dpo(folder: Path) -> None:
     fit("dpo", *steps)
     assert moved("outputs/dpo/model", "outputs/pretrain/model")
     assert (folder / "outputs/dpo/dpo.png").exists()
+    diagnosed_over_dpo(steps)
     fit("zero_infinity_dpo", *steps, "--model.optimizer.init_args.fused=true")
     assert moved("outputs/zero_infinity_dpo/model", "outputs/pretrain/model")
     assert Path("zero_infinity_dpo/rank00000/committed").exists()
+
+
+def diagnosed_over_dpo(steps: list[str]) -> None:
+    """The recipe laid over, on held-out prompts that leave room for what is written after them."""
+    prompts = ["It is a", "It is"]
+    rows = [{"prompt": prompt, "chosen": " truth", "rejected": " lie"} for prompt in prompts]
+    Path("outputs/pairs/val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    main(["recipes", "copy", "preference_diagnostics"])
+    layers = ["-c", "dpo.yaml", "-c", "preference_diagnostics.yaml"]
+    main(["fit", *layers, *QUIET, *steps])
+    for name in ("dpo", "both_rewards", "preferences"):
+        assert Path(f"outputs/dpo/{name}.png").exists()
+    logged = Path("outputs/dpo/csv/version_1/metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"kl/policy", "kl/policy_se", "logps/both_fell", "length/correlation"} <= {*logged}
 
 
 def over_ddp(layer: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -309,6 +325,7 @@ def test_every_recipe_is_run_here() -> None:
         "galore",
         "kto",
         "muon",
+        "preference_diagnostics",
         "pretrain",
         "sft_chat",
         "spike_guard",

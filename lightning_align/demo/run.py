@@ -27,7 +27,7 @@ from lightning_align.demo import ngram
 from lightning_align.demo.pairs import Tokens, continue_prompts, make_pairs, write_jsonl
 from lightning_align.demo.report import before_after_table, sample_block
 from lightning_align.layers import find_layers
-from lightning_align.losses import completion_logps, sequence_logps
+from lightning_align.losses import completion_logps, kl_from_sums, kl_sums, sequence_logps
 from lightning_align.models.build import build_model
 from lightning_align.modules.dpo import DPOModule
 from lightning_align.modules.preference_data import PreferenceDataModule
@@ -240,9 +240,7 @@ def kl_divergence(
             completion_logps(of.hidden_states(rows), of.head, rows, completion).token_logps_BT
             for of in layers
         )
-    logratio = theirs - ours  # of tokens that the policy sampled: then k3 is unbiased and positive
-    k3 = logratio.exp() - 1 - logratio  # http://joschu.net/blog/kl-approx.html
-    return float(k3.sum() / completion.sum())
+    return kl_from_sums(kl_sums(ours, theirs, completion[:, 1:])).per_token
 
 
 def _yardsticks(

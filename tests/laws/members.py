@@ -301,6 +301,23 @@ CALLBACKS = [
         },
     ),
     Member(
+        "PreferenceDiagnostics",
+        spec(
+            OURS + "PreferenceDiagnostics",
+            every_n_train_steps=2,
+            kl_every_n_train_steps=3,
+            kl_max_new_tokens=4,
+            kl_prompts=["the", "of a"],
+            tokenizer="{data}/tokenizer",
+        ),
+        refuses={
+            "PretrainModule": "it trains no pairs that it tells of",
+            "hand-written": "it trains no pairs that it tells of",
+            "zero_infinity, 2 ranks": "no rank may hold the whole model",
+            "zero_infinity_cpu, 2 ranks": "no rank may hold the whole model",
+        },
+    ),
+    Member(
         "LISA",
         spec(OURS + "LISA", activated_layers=1, interval_steps=2, reactivation_warmup_steps=1),
         neutral=False,
