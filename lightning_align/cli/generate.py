@@ -135,7 +135,7 @@ def _generate(
 def parser() -> CommandParser:
     """Options of ``lightning-align generate``."""
     parser = CommandParser("lightning-align generate", "Write text with a trained model.")
-    help_ckpt = "Lightning checkpoint, Hugging Face folder or hub name."
+    help_ckpt = "Lightning checkpoint, Hugging Face folder (also of an adapter) or hub name."
     parser.add_argument("--ckpt", type=str, required=True, help=help_ckpt)
     help_prompt = "Text to go on from; may be repeated, and - reads it from standard input."
     parser.add_argument("--prompt", type=str, action="append", required=True, help=help_prompt)

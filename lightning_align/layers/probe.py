@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +61,21 @@ def gives_router_logits(layers: ModelLayers) -> bool:
     tokens_BT = probe_tokens(layers.vocab_size).to(layers.head.weight.device)
     with undisturbed(layers.model):
         return bool(layers.hidden_states_and_router_logits(tokens_BT)[1])
+
+
+def is_moved_by(layers: ModelLayers, change: AbstractContextManager[None]) -> bool:
+    """Whether the hidden states of a few tokens are others within a context.
+
+    Args:
+        layers: Map of the model, whose modes and generators are left as they were.
+        change: What may change the model for a while.
+    """
+    tokens_BT = probe_tokens(layers.vocab_size).to(layers.head.weight.device)
+    with undisturbed(layers.model):
+        before_BTD = layers.hidden_states(tokens_BT)
+        with change:
+            within_BTD = layers.hidden_states(tokens_BT)
+    return not difference(within_BTD, before_BTD) <= tolerance(layers.model)  # Also for NaN.
 
 
 def check_documents(layers: ModelLayers) -> None:

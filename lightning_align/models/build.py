@@ -13,6 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from lightning_align._errors import argument_error
 from lightning_align.data.hub import resolve_pretrained
 from lightning_align.models import weights
+from lightning_align.models.adapter_folder import is_adapter_folder, save_adapter
+from lightning_align.models.adapters import has_adapters
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -35,6 +37,7 @@ def build_model(
     attn_implementation: str | None = None,
     revision: str = "main",
     trust_remote_code: bool = False,
+    strict: bool = False,
 ) -> nn.Module:
     """Build or load a causal language model.
 
@@ -52,10 +55,12 @@ def build_model(
             choice to transformers.
         revision: Branch, tag or commit of a hub name.
         trust_remote_code: Whether code that comes with the model may run.
+        strict: Whether a folder must have every weight of the model and no others, where
+            transformers draws what is missing and warns.
 
     Raises:
-        ValueError: If the dtype or model name is unknown, or the folder holds no causal language
-            model.
+        ValueError: If the dtype or model name is unknown, the folder holds no causal language
+            model, or an adapter without its model.
     """
     if dtype not in DTYPES:
         raise argument_error(where, "dtype", dtype, f"must be one of {sorted(DTYPES)}")
@@ -74,6 +79,10 @@ def build_model(
         rule = "must be a module, a Hugging Face name or folder, or a transformers configuration"  # type: ignore[unreachable]
         raise argument_error(where, argument, model, rule)
     resolve_pretrained(where, argument, str(model), revision)
+    if is_adapter_folder(model):
+        rule = "is the folder of an adapter, which is no model by itself"
+        way_out = "Load both: PeftModel.from_pretrained(model, folder, is_trainable=True)"
+        raise argument_error(where, argument, str(model), rule, way_out)
     if on_meta:
         return _empty(str(model), revision, options, where, argument)
     if weights.are_read_in_parts():
@@ -82,11 +91,28 @@ def build_model(
         except ValueError as error:
             warnings.warn(f"{model} is loaded into memory as a whole: {error}", stacklevel=2)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(model, revision=revision, **options)
+        loaded, found = AutoModelForCausalLM.from_pretrained(
+            model, revision=revision, output_loading_info=True, **options
+        )
     except (OSError, ValueError) as error:
         rule = f"transformers cannot load a causal language model from it ({error})"
         raise argument_error(where, argument, model, rule) from error
+    if strict:
+        _refuse_lack(str(model), found, where, argument)
     return _module(loaded).train()  # from_pretrained returns eval mode
+
+
+def _refuse_lack(name: str, found: dict[str, Any], where: str, argument: str) -> None:
+    """Refuse a folder that is not exactly the model's, naming the first difference."""
+    kinds = {"missing_keys": "has no", "unexpected_keys": "has, for nothing,"}
+    for kind, what in {**kinds, "mismatched_keys": "has another shape of"}.items():
+        if keys := sorted(map(str, found.get(kind) or ())):
+            rule = (
+                f"it {what} {keys[0]!r} ({len(keys)} such), so its weights are of another model"
+                " than its configuration"
+            )
+            way_out = "Write it anew from the model that was trained"
+            raise argument_error(where, argument, name, rule, way_out)
 
 
 def _empty(
@@ -134,6 +160,8 @@ def save_pretrained(
 ) -> Path:
     """Write a folder that ``AutoModelForCausalLM.from_pretrained`` loads, with its tokenizer.
 
+    Of a model with adapters of PEFT it is their folder, which ``PeftModel.from_pretrained`` loads.
+
     Args:
         model: A Hugging Face model.
         folder: Where to write.
@@ -147,7 +175,11 @@ def save_pretrained(
     if save is None:
         rule = f"{type(model).__name__} has no save_pretrained"
         raise argument_error("save_pretrained", "model", type(model).__name__, rule)
-    save(folder, **({} if state is None else {"state_dict": state}))
+    if has_adapters(model) and not hasattr(model, "get_base_model"):
+        # A plain folder would have names that no model of its configuration knows.
+        save_adapter(model, folder, state)
+    else:
+        save(folder, **({} if state is None else {"state_dict": state}))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return Path(folder)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -20,6 +20,13 @@ from torch import Tensor
 from lightning_align._errors import argument_error
 from lightning_align.data.hub import resolve_pretrained
 from lightning_align.data.tokenizer import load_tokenizer, pad_token_id
+from lightning_align.models.adapter_folder import (
+    base_name,
+    is_adapter_folder,
+    load_adapter,
+    read_config,
+)
+from lightning_align.models.adapters import add_adapter
 from lightning_align.models.build import DTYPES, build_model
 from lightning_align.models.tokenizer_state import unpack_tokenizer
 from lightning_align.models.weights import parameters_on_meta
@@ -30,10 +37,22 @@ GIVE_MODEL = "Give its name or folder as model (--model)"
 
 @dataclass(frozen=True)
 class Trained:
-    """A Hugging Face model in evaluation mode, and its tokenizer if there is one."""
+    """A Hugging Face model in evaluation mode, and its tokenizer if there is one.
+
+    Attributes:
+        model: Adapters are in its layers, if it has any.
+        tokenizer: Of its texts.
+        wrapper: PEFT's around a model with adapters.
+    """
 
     model: transformers.PreTrainedModel
     tokenizer: Any | None
+    wrapper: Any | None = None
+
+    def merge(self) -> None:
+        """Fold adapters into the weights, if there are any."""
+        if self.wrapper is not None:
+            self.wrapper.merge_and_unload()
 
 
 def load_trained(
@@ -49,9 +68,10 @@ def load_trained(
     """Load a model for use.
 
     Args:
-        source: A Lightning checkpoint, a Hugging Face folder, or a hub name.
+        source: A Lightning checkpoint, a Hugging Face folder, that of an adapter, or a hub name.
         where: Function the user called, for error messages.
-        model: Folder or hub name of the architecture, for a checkpoint that does not tell its own.
+        model: Folder or hub name of the architecture, for a checkpoint that does not tell its own,
+            or of the model that an adapter belongs to.
         tokenizer: Folder or hub name of another tokenizer.
         dtype: Data type of the parameters; None leaves them in the one that they are stored in.
         revision: Branch, tag or commit of a hub name.
@@ -66,13 +86,15 @@ def load_trained(
     source = str(source)
     if Path(source).is_file() or linked.is_linked(Path(source)):
         trained = _from_checkpoint(source, where, None if model is None else str(model), dtype, hub)
+    elif is_adapter_folder(source):
+        trained = _from_adapter(source, where, model, dtype, hub)
     elif model is not None:
         rule = f"{source!r} is no checkpoint file, and tells its architecture itself"
         raise argument_error(where, "model", str(model), rule, "Leave model out")
     else:
         trained = _from_folder(source, where, dtype, hub)
     if tokenizer is not None:
-        trained = Trained(trained.model, load_tokenizer(where, str(tokenizer)))
+        trained = replace(trained, tokenizer=load_tokenizer(where, str(tokenizer)))
     _check_vocabulary(trained, where)
     trained.model.eval()  # type: ignore[no-untyped-call]
     return trained
@@ -90,9 +112,19 @@ def _from_folder(source: str, where: str, dtype: str | None, hub: dict[str, Any]
     resolve_pretrained(where, "ckpt", source, hub["revision"])
     stored = transformers.AutoConfig.from_pretrained(source, **hub).dtype
     dtype = dtype or next((name for name, kind in DTYPES.items() if kind == stored), "float32")
-    model = build_model(source, where=where, argument="ckpt", dtype=dtype, **hub)
+    model = build_model(source, where=where, argument="ckpt", dtype=dtype, strict=True, **hub)
     assert isinstance(model, transformers.PreTrainedModel)
     return Trained(model, _tokenizer_of(source, hub))
+
+
+def _from_adapter(
+    source: str, where: str, model_name: str | Path | None, dtype: str | None, hub: dict[str, Any]
+) -> Trained:
+    name, revision = (str(model_name), "main") if model_name else base_name(source, where)
+    base = _from_folder(name, where, dtype, {**hub, "revision": revision})
+    wrapper = add_adapter(base.model, read_config(source, where), where=where, revision=revision)
+    load_adapter(base.model, source, where)
+    return Trained(base.model, _tokenizer_of(source, hub) or base.tokenizer, wrapper)
 
 
 def _from_checkpoint(
@@ -115,9 +147,15 @@ def _from_checkpoint(
     except ValueError as error:
         rule = f"transformers has no causal language model for its {type(config).__name__}"
         raise argument_error(where, "ckpt", path, rule) from error
+    wrapper, adapter = None, checkpoint.get("peft_config")
+    if adapter is not None:
+        model.name_or_path = spec if isinstance(spec, str) and not _is_json(spec) else ""
+        with parameters_on_meta():
+            wrapper = add_adapter(model, adapter, where=where, revision=hub["revision"])
     _check_weights(model.state_dict(), weights, path, where)
     # They take the place of the model's own, so that what was read by mmap takes no memory.
-    floating = {n: w.to(kind) if w.is_floating_point() else w for n, w in weights.items()}
+    # As they are stored, adapters may be in another data type than what they were added to.
+    floating = {n: w.to(kind) if dtype and w.is_floating_point() else w for n, w in weights.items()}
     model.load_state_dict(floating, assign=True)
     model.tie_weights()
     name = spec if isinstance(spec, str) and not _is_json(spec) else None
@@ -131,7 +169,7 @@ def _from_checkpoint(
         model.generation_config.bos_token_id = tokenizer.bos_token_id
         model.generation_config.eos_token_id = tokenizer.eos_token_id
         model.generation_config.pad_token_id = pad_token_id(tokenizer)
-    return Trained(model, tokenizer)
+    return Trained(model, tokenizer, wrapper)
 
 
 def _read(path: str, where: str) -> dict[str, Any]:
@@ -220,7 +258,7 @@ def _checkpoint_tokenizer(
 
 def _check_vocabulary(trained: Trained, where: str) -> None:
     embedding: Any = trained.model.get_input_embeddings()
-    rows = int(embedding.num_embeddings)
+    rows = int(embedding.weight.shape[0])  # one with adapters has no num_embeddings
     if trained.tokenizer is not None and len(trained.tokenizer) > rows:
         rule = f"makes ids up to {len(trained.tokenizer) - 1}, but the model has {rows} rows"
         way_out = "Give the model's own"

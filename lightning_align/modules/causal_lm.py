@@ -21,6 +21,8 @@ from typing_extensions import Self, override
 from lightning_align._compat.lightning_trainer import correct_step_value
 from lightning_align._errors import argument_error
 from lightning_align.layers import ModelLayers, checkpoint_blocks, find_layers
+from lightning_align.models.adapter_config import plain_config
+from lightning_align.models.adapters import has_adapters, only_adapter, with_adapters
 from lightning_align.models.build import Loading, build_model, save_pretrained
 from lightning_align.models.rotary import rotary_in_fp32
 from lightning_align.modules.continued import groups_of_an_older_run, refuse_another_model
@@ -51,9 +53,12 @@ class CausalLMModule(pl.LightningModule, ABC):
         activation_checkpointing: Whether blocks recompute their activations in backward.
         chunk_size: Rows of logits computed at a time; None picks about 24 MB worth on a CPU.
         loading: How the model is loaded or built, if it is not given as a module.
+        peft_config: Plain data of the adapters that the model gets, which then train alone; None
+            for none but those that it has.
 
     Raises:
-        ValueError: If ``chunk_size`` is below 1, or the model cannot be loaded or read.
+        ValueError: If ``chunk_size`` is below 1, the model cannot be loaded or read, or it cannot
+            have such adapters.
     """
 
     loss_reduction = "sum"  # of a step's loss over its rows, for strategies that cut batches
@@ -68,12 +73,15 @@ class CausalLMModule(pl.LightningModule, ABC):
         activation_checkpointing: bool,
         chunk_size: int | None,
         loading: Loading,
+        peft_config: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         where = type(self).__name__
         if chunk_size is not None and chunk_size < 1:
             raise argument_error(where, "chunk_size", chunk_size, "must be at least 1 row")
-        self.model = build_model(model, where=where, **loading)
+        built = build_model(model, where=where, **loading)
+        revision = loading.get("revision", "main")
+        self.model = with_adapters(built, peft_config, where=where, revision=revision)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.chunk_size = chunk_size
@@ -297,12 +305,18 @@ class CausalLMModule(pl.LightningModule, ABC):
     # Saving
 
     def save_pretrained(self, folder: str) -> None:
-        """Write the model, and the datamodule's tokenizer if any, as a Hugging Face folder."""
+        """Write the model, and the datamodule's tokenizer if any, as a Hugging Face folder.
+
+        Of a model with adapters it is the folder of these, which PEFT loads.
+        """
         save_pretrained(self.model, folder, tokenizer_of(self._trainer))
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokens_seen"] = self.tokens_seen
+        if has_adapters(self.model):  # whoever reads it without the module cannot ask it
+            config = only_adapter(self.model)[1]
+            checkpoint["peft_config"] = plain_config(config, type(self).__name__)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -34,6 +34,8 @@ from lightning_align.losses import (
     unpaired_step,
     with_margins,
 )
+from lightning_align.models.adapter_config import plain_config
+from lightning_align.models.adapters import has_adapters
 from lightning_align.models.build import Loading, build_model
 from lightning_align.models.rotary import rotary_in_fp32
 from lightning_align.modules.causal_lm import CausalLMModule
@@ -118,6 +120,8 @@ class DPOModule(CausalLMModule):
             and is then released; what it says is kept for later runs.
         ref_cache_dir: Folder of what references have said, local or at any fsspec URL; default a
             folder in $LIGHTNING_ALIGN_CACHE, or else in ~/.cache/lightning_align.
+        peft_config: Adapters of PEFT that alone train, such as peft.LoraConfig(r=16), or in YAML
+            its class_path and init_args; the reference is then the model without them, held once.
 
     Raises:
         ValueError: If a value is out of its range or would do nothing, a model cannot be loaded or
@@ -166,6 +170,7 @@ class DPOModule(CausalLMModule):
         packing: bool = False,
         precompute_ref_log_probs: bool = False,
         ref_cache_dir: str | None = None,
+        peft_config: dict[str, Any] | Any | None = None,
     ) -> None:
         options = PreferenceOptions(
             loss_type,
@@ -191,11 +196,18 @@ class DPOModule(CausalLMModule):
         check_sharing("DPOModule", prefix_sharing, packing, options)
         asked_of = options, ref_model, precompute_ref_log_probs, ref_cache_dir
         check_reference_arguments("DPOModule", *asked_of)
+        peft_config = plain_config(peft_config, "DPOModule")
         both: Loading = {"dtype": dtype, "attn_implementation": attn_implementation}
         both["trust_remote_code"] = trust_remote_code
         loading: Loading = {**both, "revision": revision}
         super().__init__(
-            model, optimizer, lr_scheduler, activation_checkpointing, chunk_size, loading
+            model,
+            optimizer,
+            lr_scheduler,
+            activation_checkpointing,
+            chunk_size,
+            loading,
+            peft_config,
         )
         save_plain_hyperparameters(self, model=model, ref_model=ref_model)
         self.options = options
@@ -212,6 +224,8 @@ class DPOModule(CausalLMModule):
         if ref_model is not None:
             built = build_model(ref_model, where="DPOModule", argument="ref_model", **both)
             self._reference.adopt(built, self.layers)
+        elif options.needs_reference and has_adapters(self.model):
+            self._reference.adopt_without_adapters(self.layers)
         elif cached is not None:
             self._reference.adopt_policy(self.model)
         elif options.needs_reference:
@@ -221,13 +235,14 @@ class DPOModule(CausalLMModule):
 
     @property
     def reference_layers(self) -> ModelLayers | None:
-        """The frozen model that runs beside the policy, if any."""
+        """What runs as the reference, a frozen model or the policy without adapters, if any."""
         return self._reference.layers
 
     def frozen_modules(self) -> dict[str, nn.Module]:
         """Modules outside the module tree that take part in a step, for strategies."""
         layers = self.reference_layers
-        return {} if layers is None else {"reference": layers.model}
+        is_beside = layers is not None and not self._reference.lacks_adapters
+        return {"reference": layers.model} if layers is not None and is_beside else {}
 
     def frozen_copies(self) -> dict[str, str]:
         """A reference that begins as a copy of the model, for strategies that bring values."""
@@ -389,7 +404,7 @@ class DPOModule(CausalLMModule):
         layers = self.reference_layers
         if layers is None:
             return policy, None
-        with torch.no_grad():
+        with torch.no_grad(), self._reference.asked(self.model):
             inputs = self._rows.inputs(batch, layers, of_reference=True)
             frozen_BTD = layers.hidden_states(inputs.pop("input_ids"), **inputs)
             return policy, of_batch(frozen_BTD, layers.head)

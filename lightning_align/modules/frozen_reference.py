@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
+from lightning_align._compat.peft_layers import switched_off
 from lightning_align._errors import argument_error
 from lightning_align.data.reference_cache import Values
 from lightning_align.layers import ModelLayers, find_layers
 from lightning_align.losses import PreferenceOptions
+from lightning_align.models.adapters import check_reference, own_modules
 from lightning_align.modules.precomputed import PrecomputedReference, Row, evaluating, score_rows
 from lightning_align.modules.reference import fingerprint, fingerprint_until_0_1
 from lightning_align.run.protocols import NumbersCompletions, SpreadsModel, datamodule_of
@@ -36,6 +39,7 @@ class FrozenReference:
 
     Attributes:
         layers: The model; None where there is none, it was let go, or it is the policy.
+        lacks_adapters: Whether it is the policy without its adapters, which is always at hand.
         is_copy: Whether it began as a copy of the policy.
         is_policy: Whether it is the policy itself, as long as that has not learned.
         fingerprint: Hashes of its weights and configuration; none without values.
@@ -44,7 +48,7 @@ class FrozenReference:
     def __init__(self, where: str, cached: PrecomputedReference | None = None) -> None:
         self.where, self.cached = where, cached
         self.layers: ModelLayers | None = None
-        self.is_copy = self.is_policy = False
+        self.is_copy = self.is_policy = self.lacks_adapters = False
         self.fingerprint: dict[str, str] = {}
         self._dtypes: set[torch.dtype] = set()
         self._saved: dict[str, str] = {}  # by a checkpoint
@@ -76,6 +80,21 @@ class FrozenReference:
         self.is_policy = True
         self.know(policy)
 
+    def adopt_without_adapters(self, policy: ModelLayers) -> None:
+        """Take what the policy is without its adapters as the reference.
+
+        Raises:
+            ValueError: If that is another model than training begins with.
+        """
+        check_reference(policy, self.where)
+        self.lacks_adapters = True
+        self.layers = policy if self.cached is None else None
+        self.know(policy.model)
+
+    def asked(self, policy: nn.Module) -> AbstractContextManager[None]:
+        """Around a run of the reference."""
+        return switched_off(policy) if self.lacks_adapters else nullcontext()
+
     def know(self, model: nn.Module) -> None:
         """Take the fingerprint of the reference.
 
@@ -83,7 +102,7 @@ class FrozenReference:
             ValueError: If it is not that of the checkpoint that training goes on from.
         """
         # Before a strategy casts it: a checkpoint tells whether the reference is the same.
-        self.fingerprint = fingerprint(model)
+        self.fingerprint = fingerprint(model, without_adapters=self.lacks_adapters)
         self._dtypes = {parameter.dtype for parameter in model.parameters()}
         self._check_saved()
 
@@ -91,7 +110,9 @@ class FrozenReference:
 
     def probe(self) -> None:
         """See that its hidden states are what its head gets."""
-        if self.layers is not None and not is_spread(self.layers.model):
+        if self.layers is None or self.lacks_adapters:  # else it is probed as the policy
+            return
+        if not is_spread(self.layers.model):
             self.layers.probe()
 
     def set_up(self, module: DPOModule) -> None:
@@ -150,7 +171,8 @@ class FrozenReference:
             )
             way_out = "Fill the cache on one device or with DDP, with the same data and precision"
             raise argument_error(self.where, "precompute_ref_log_probs", True, rule, way_out)
-        layers = self.layers or (module.layers if self.is_policy else None)
+        is_policy = self.is_policy or self.lacks_adapters
+        layers = self.layers or (module.layers if is_policy else None)
         if layers is None:
             rule = (
                 f"{self.cached.url} lacks values of the reference, which is no longer at"
@@ -162,7 +184,8 @@ class FrozenReference:
             raise argument_error(self.where, "ref_model", None, rule, way_out)
         precision = module.trainer.strategy.precision_plugin
         batch_size = 2 * getattr(datamodule_of(module.trainer), "batch_size", 4)
-        with evaluating(layers.model), precision.forward_context():
+        off = self.asked(module.model)
+        with evaluating(layers.model), precision.forward_context(), off:
             return score_rows(
                 layers,
                 rows,
@@ -188,6 +211,9 @@ class FrozenReference:
         layers = self.layers
         model = policy if self.is_policy else None if layers is None else layers.model
         self.is_policy &= not checkpoint.get("global_step", 0)
+        if self.lacks_adapters and self.cached is None:  # the checkpoint holds it
+            self.fingerprint = saved or self.fingerprint
+            return
         if isinstance(saved, str):
             self._check_older(saved, model)
         else:
@@ -248,8 +274,14 @@ def check_reference_arguments(
 
 
 def turn_off_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to 0, also those that attention kernels are called with."""
+    """Set every dropout probability to 0, also those that attention kernels are called with.
+
+    Adapters keep theirs, which is asked for by name and is off with them in the reference.
+    """
+    adapters = own_modules(model)
     for module in model.modules():
+        if module in adapters:
+            continue
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():

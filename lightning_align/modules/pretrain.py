@@ -1,5 +1,7 @@
 """Next-token prediction: pretraining, and supervised fine-tuning by masking labels."""
 
+from typing import Any
+
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
@@ -8,6 +10,7 @@ from typing_extensions import override
 
 from lightning_align._errors import argument_error
 from lightning_align.losses import linear_cross_entropy
+from lightning_align.models.adapter_config import plain_config
 from lightning_align.models.build import Loading
 from lightning_align.modules.causal_lm import CausalLMModule
 from lightning_align.modules.continued import save_plain_hyperparameters
@@ -45,9 +48,12 @@ class PretrainModule(CausalLMModule):
             transformers.
         revision: Branch, tag or commit when the model is a hub name.
         trust_remote_code: Whether code that comes with the model may run.
+        peft_config: Adapters of PEFT that alone train, such as peft.LoraConfig(r=16), or in YAML
+            its class_path and init_args; None trains the model itself.
 
     Raises:
-        ValueError: If a value is out of its range, or the model cannot be loaded or read.
+        ValueError: If a value is out of its range, or the model cannot be loaded or read, or cannot
+            have such adapters.
 
     Example:
         >>> from transformers import LlamaConfig
@@ -69,16 +75,24 @@ class PretrainModule(CausalLMModule):
         attn_implementation: str | None = None,
         revision: str = "main",
         trust_remote_code: bool = False,
+        peft_config: dict[str, Any] | Any | None = None,
     ) -> None:
         if z_loss < 0:
             raise argument_error("PretrainModule", "z_loss", z_loss, "must not be negative")
         if not 0 <= label_smoothing < 1:
             rule = "must lie in [0, 1)"
             raise argument_error("PretrainModule", "label_smoothing", label_smoothing, rule)
+        peft_config = plain_config(peft_config, "PretrainModule")
         hub: Loading = {"revision": revision, "trust_remote_code": trust_remote_code}
         loading: Loading = {"dtype": dtype, "attn_implementation": attn_implementation, **hub}
         super().__init__(
-            model, optimizer, lr_scheduler, activation_checkpointing, chunk_size, loading
+            model,
+            optimizer,
+            lr_scheduler,
+            activation_checkpointing,
+            chunk_size,
+            loading,
+            peft_config,
         )
         save_plain_hyperparameters(self, model=model)
         self.z_loss = z_loss

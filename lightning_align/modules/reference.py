@@ -15,6 +15,8 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from lightning_align.models.adapters import base_state
+
 # Of a configuration: where it is from, what is off in a reference, and what generates or draws.
 NO_EFFECT = re.compile(
     r"_name_or_path|transformers_version|architectures|(torch_)?dtype|_attn_implementation.*"
@@ -25,12 +27,17 @@ NO_EFFECT = re.compile(
 ADAPTER_STATE = ("active_adapters", "disable_adapters")
 
 
-def fingerprint(model: nn.Module) -> dict[str, str]:
+def fingerprint(model: nn.Module, *, without_adapters: bool = False) -> dict[str, str]:
     """Hashes ``weights`` and ``configuration``; empty for a model whose weights are on meta.
 
     Reads each weight once, as fast as memory gives it; not cryptographic.
+
+    Args:
+        model: The model.
+        without_adapters: Whether it counts as the model that its adapters were added to.
     """
     state = model.state_dict(keep_vars=True)  # nothing is read yet: values may be on disk
+    state = base_state(model, state) if without_adapters else state
     tensors = {name: x for name, x in state.items() if isinstance(x, Tensor)}
     if any(tensor.is_meta for tensor in tensors.values()):
         return {}
@@ -41,7 +48,7 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
             digests[tensor] = xxhash.xxh3_128_hexdigest(_bytes(tensor))
         described = f"{name} {tuple(tensor.shape)} {tensor.dtype} {digests[tensor]}\n"
         weights.update(described.encode())
-    adapters = _adapters(model)
+    adapters = [] if without_adapters else _adapters(model)
     settings = [configuration(model), adapters] if adapters else configuration(model)
     text = json.dumps(settings, sort_keys=True, default=str)
     return {

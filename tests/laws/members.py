@@ -121,7 +121,7 @@ class HandWritten(pl.LightningModule):
         return self.optimizer(self.parameters())
 
 
-DROPOUT = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout")
+DROPOUT = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout", "lora_dropout")
 GPT2 = spec(
     "transformers.GPT2Config",
     vocab_size=VOCABULARY,
@@ -136,6 +136,7 @@ GPT2 = spec(
     attn_pdrop=0.1,
 )
 OURS = "lightning_align."
+LORA = spec("peft.LoraConfig", r=2, lora_dropout=0.1, fan_in_fan_out=True)
 
 MODULES = [
     Member("PretrainModule", spec(OURS + "PretrainModule", model=GPT2)),
@@ -144,6 +145,12 @@ MODULES = [
         spec(OURS + "DPOModule", model=GPT2),
         batches="pairs",
         refuses={"pipeline": "its reference would have to run beside it"},
+    ),
+    Member(
+        "DPOModule, LoRA",
+        spec(OURS + "DPOModule", model=GPT2, peft_config=LORA),
+        batches="pairs",
+        refuses={"pipeline": "its rows are pairs"},
     ),
     Member(
         "hand-written",
@@ -322,6 +329,7 @@ CALLBACKS = [
         spec(OURS + "LISA", activated_layers=1, interval_steps=2, reactivation_warmup_steps=1),
         neutral=False,
         refuses={
+            "DPOModule, LoRA": "it holds adapters of PEFT",
             "hand-written": "cannot tell which list holds its blocks; candidates",
             "pipeline": "it does not follow when other blocks are frozen and released",
         },
@@ -332,6 +340,7 @@ CALLBACKS = [
         neutral=False,
         refuses={
             "DPOModule": "its rows end with what is learned, the answers",
+            "DPOModule, LoRA": "its rows end with what is learned, the answers",
             "ConversationDataModule": "its rows end with what is learned, the answers",
         },
     ),
