@@ -101,7 +101,7 @@ def test_first_loss_is_log_two_though_adapters_drop(family: str) -> None:
     loss, _ = step(ours, pairs(0, 1))
     assert float(loss) / 2 == pytest.approx(0.6931471805599453, rel=1e-6)
     learned(ours)
-    batch = pairs(0, 1)
+    batch = ours.prepared(pairs(0, 1))
     scores = [ours.score(ours.forward_hidden(**ours.model_inputs(batch)), batch) for _ in "ab"]
     (policy, reference), (again, same) = scores
     assert not torch.equal(policy.logps_B, again.logps_B)
