@@ -262,6 +262,18 @@ def test_dpo_cached(folder: Path, base: str) -> None:
 
 
 @pytest.mark.slow
+def test_dpo_lora(folder: Path, base: str) -> None:
+    rows = [{"prompt": f"{n} is", "chosen": " truth", "rejected": " a lie"} for n in range(40)]
+    logged = of_preferences("dpo_lora", base, rows)
+    assert {"kl/k2", "val_rewards/accuracies"} <= logged.keys()
+    written = {path.name for path in Path("outputs/dpo_lora/model").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= written
+    assert not {"config.json", "model.safetensors"} & written
+    main(["export", "--ckpt", "outputs/dpo_lora/model", "--output", "merged", "--merge"])
+    assert moved("merged", base)
+
+
+@pytest.mark.slow
 def test_kto(folder: Path, base: str) -> None:
     rows = [
         {"prompt": f"{n} is", "completion": " truth" if n % 2 else " a lie", "label": n % 2 == 1}
@@ -320,6 +332,7 @@ def test_every_recipe_is_run_here() -> None:
         "ddp",
         "dpo",
         "dpo_cached",
+        "dpo_lora",
         "dpo_simpo",
         "finetune_hub",
         "galore",
@@ -368,7 +381,7 @@ def test_copies_to_a_name_and_into_a_folder(folder: Path) -> None:
         (["pretrian"], "recipes(name='pretrian'): there is no such recipe. Did you mean pretrain?"),
         (
             ["copy", "xyz"],
-            "There are: curriculum, curriculum_difficulty, ddp, dpo, dpo_cached, dpo_simpo, ",
+            "There are: curriculum, curriculum_difficulty, ddp, dpo, dpo_cached, dpo_lora, ",
         ),
         (["copy", "ddp", "there.yaml"], "recipes(file='there.yaml'): exists already."),
         (["copy"], "must be nothing, NAME, or copy NAME [FILE]."),

@@ -9,21 +9,28 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lightning_align import (
     DPOModule,
     GaLoreAdamW,
     Muon,
+    PipelineStrategy,
     PretrainModule,
     SavePretrained,
     StableAdamW,
+    ZeROInfinityStrategy,
 )
 from lightning_align._compat.peft_layers import peft_layers
 from lightning_align.cli.export import export
+from lightning_align.models.adapter_folder import WEIGHTS_FILE
 from lightning_align.models.build import build_model, save_pretrained
 from lightning_align.models.trained import load_trained
 from lightning_align.optimizers import build_param_groups
+from tests.helpers.pipelines import Seen
+from tests.helpers.ranks import ForkedRanks, run_ranks
+from tests.modules import test_precomputed as precomputed
 from tests.modules.test_dpo import CONFIGS, module, pairs, step
 from tests.modules.test_pretrain import fit, llama, rows
 
@@ -296,3 +303,76 @@ def test_activation_checkpointing_changes_nothing() -> None:
     (plain, grads), (checkpointed, others) = losses
     assert torch.equal(plain, checkpointed)
     assert all(torch.equal(a, b) for a, b in zip(grads, others, strict=True))
+
+
+def on_pairs(ours: DPOModule, path: Path, **options: Any) -> dict[str, float]:
+    """Losses and metrics of a run over a file of pairs."""
+    trainer = precomputed.fit(ours, precomputed.data(path), **options)
+    names = trainer.callback_metrics.keys() - {"tokens_per_second"}
+    return {name: float(trainer.callback_metrics[name]) for name in names}
+
+
+def test_a_cache_is_that_of_the_model_without_adapters(tmp_path: Path) -> None:
+    """So a full run and one with adapters share it, and training is that with the switch."""
+    path, cache = precomputed.write_pairs(tmp_path / "pairs.jsonl"), tmp_path / "cache"
+    expected = on_pairs(precomputed.module(peft_config=LORA), path)
+    for options, asked in (({"peft_config": LORA}, 20), ({}, 0), ({"peft_config": LORA}, 0)):
+        with precomputed.counted() as counts:
+            ours = precomputed.module(cache, **options)
+            found = on_pairs(ours, path)
+        assert sum(counts) == asked
+        if options:
+            assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    more = precomputed.write_pairs(tmp_path / "more.jsonl", number=14)
+    with precomputed.counted() as counts:  # though the policy has learned since
+        on_pairs(ours, more)
+    assert sum(counts) == 8
+
+
+def one_of_two(path: Path, rank: int | None, **options: Any) -> list[float]:
+    """Losses of 6 steps of PretrainModule with adapters; in a pipeline of two ranks, if any."""
+    ranks: dict[str, Any] = {"devices": 1}
+    if rank is not None:
+        ranks = {"devices": 2, "strategy": PipelineStrategy("1F1B")}
+        ranks["plugins"] = [ForkedRanks(rank, 2)]
+    torch.manual_seed(0)
+    model = build_model(llama(num_hidden_layers=4), where="T")
+    optimizer = partial(torch.optim.AdamW, lr=3e-2)
+    ours = PretrainModule(model, optimizer=optimizer, peft_config=LORA)
+    seen = Seen()
+    batches = [rows(i, i + 1, i + 2, i + 3) for i in range(6)]
+    fit(ours, batches, callbacks=[seen, SavePretrained(str(path))], **ranks)
+    return seen.losses
+
+
+@pytest.mark.slow
+def test_a_pipeline_cuts_a_model_with_adapters(tmp_path: Path) -> None:
+    theirs = one_of_two(tmp_path / "one", None)
+    for losses in run_ranks(partial(one_of_two, tmp_path / "two"), timeout_s=90):
+        torch.testing.assert_close(losses, theirs, rtol=2e-5, atol=2e-5)
+    ours, expected = (load_file(tmp_path / n / WEIGHTS_FILE) for n in ("two", "one"))
+    assert ours.keys() == expected.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], expected[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["nvme", "cpu"])
+def test_zero_infinity_leaves_the_folder_of_one_process(device: str, tmp_path: Path) -> None:
+    def run(place: Path, **options: Any) -> None:
+        callback = SavePretrained(str(place))
+        fit(adapted(), [pairs(0, 1), pairs(2, 3)], callbacks=[callback], **options)
+
+    run(tmp_path / "one")
+    offloads = dict.fromkeys(("offload_params_device", "offload_optimizer_device"), device)
+    place = {"nvme_path": str(tmp_path / "drive")} if device == "nvme" else {}
+    run(tmp_path / "two", strategy=ZeROInfinityStrategy(sub_group_size=1000, **place, **offloads))
+    ours, expected = (load_file(tmp_path / n / WEIGHTS_FILE) for n in ("two", "one"))
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[name], expected[name]) for name in ours)
+
+
+def test_a_pipeline_refuses_a_reference_that_would_have_to_run() -> None:
+    assert "its reference would have to run beside it" in str(adapted().pipeline_refusal)
+    assert adapted(loss_type="simpo").pipeline_refusal is None
+    assert adapted(precompute_ref_log_probs=True).pipeline_refusal is None
