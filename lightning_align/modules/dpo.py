@@ -476,7 +476,8 @@ class DPOModule(CausalLMModule):
     def as_reference(self) -> Iterator[nn.Module]:
         """The language model that says what the reference says."""
         assert self.reference_layers is not None
-        yield self.reference_layers.model
+        with self._reference.asked(self.model):
+            yield self.reference_layers.model
 
     @property
     def margin_counts(self) -> Tensor | None:

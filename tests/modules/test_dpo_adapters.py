@@ -87,6 +87,16 @@ def test_a_step_is_that_against_a_second_model(family: str, prefix_sharing: bool
     assert all(torch.equal(ours_grads[name], their_grads[name]) for name in ours_grads)
 
 
+def test_who_asks_the_reference_gets_the_model_without_adapters() -> None:
+    ours = adapted().eval()
+    before = logits(ours.model)
+    after = logits(learned(ours).model)
+    with ours.as_reference() as reference:
+        assert torch.equal(logits(reference), before)
+    assert torch.equal(logits(ours.model), after)
+    assert not torch.equal(before, after)
+
+
 def bytes_held(ours: DPOModule) -> int:
     modules = [ours, *ours.frozen_modules().values()]
     held = {p.untyped_storage().data_ptr(): p.nbytes for m in modules for p in m.parameters()}
