@@ -115,7 +115,7 @@ def diagnosed_over_dpo(steps: list[str]) -> None:
     main(["recipes", "copy", "preference_diagnostics"])
     layers = ["-c", "dpo.yaml", "-c", "preference_diagnostics.yaml"]
     main(["fit", *layers, *QUIET, *steps])
-    for name in ("dpo", "both_rewards", "preferences"):
+    for name in ("dpo", "preferences"):
         assert Path(f"outputs/dpo/{name}.png").exists()
     logged = Path("outputs/dpo/csv/version_1/metrics.csv").read_text().splitlines()[0].split(",")
     assert {"kl/policy", "kl/policy_se", "logps/both_fell", "length/correlation"} <= {*logged}

@@ -72,9 +72,10 @@ class DPOModule(CausalLMModule):
 
     Logs ``train_loss`` and TRL's names: ``rewards/chosen``, ``rewards/rejected``,
     ``rewards/accuracies``, ``rewards/margins``, ``logps/*``, ``logits/*``, ``entropy``,
-    ``mean_token_accuracy``; besides ``kl/k2``, ``loss/*`` of several losses, ``aux_loss`` of a
-    mixture of experts, ``tokens_seen`` (completion tokens), ``tokens_per_second``, ``grad_norm``
-    and ``lr``; in validation all with ``val_`` before.
+    ``mean_token_accuracy``; besides ``logps/both_fell``, ``length/accuracy``,
+    ``length/correlation``, ``kl/k2``, ``loss/*`` of several losses, ``aux_loss`` of a mixture of
+    experts, ``tokens_seen`` (completion tokens), ``tokens_per_second``, ``grad_norm`` and ``lr``;
+    in validation all with ``val_`` before.
 
     Args:
         model: A module, a Hugging Face name or folder, or a transformers configuration for random
