@@ -18,7 +18,12 @@ from lightning_align.layers.find import find_language_models, kept_layers
 from lightning_align.layers.surgery import evaluating
 from lightning_align.losses import CompletionLogps, FirstLoss, first_losses
 from lightning_align.losses.sequence_logps import model_completion_logps
-from lightning_align.run.protocols import AsksReference, ScoresPairs, frozen_modules
+from lightning_align.run.protocols import (
+    AsksReference,
+    ScoresPairs,
+    frozen_modules,
+    has_replicas,
+)
 from lightning_align.run.rng import undrawn
 
 # Of the theoretical value, or of 1 where that is less. A margin of 0.002 nats moves DPO's loss at
@@ -46,12 +51,18 @@ def check_first_loss(
         What was measured, empty if no loss has a theoretical value.
     """
     assert isinstance(pl_module, ScoresPairs)
+    if not pl_module.options.needs_reference:
+        return []
     models = [pl_module, *frozen_modules(pl_module).values()]
     attempts = _Attempts(trainer, pl_module, batch, models)
     with torch.no_grad(), undrawn(pl_module.device), _same_buffers(models):
         found = attempts.losses()
         wrong = next((each for each in found if not _is_right(each)), None)
-        reason = None if wrong is None else attempts.reason(wrong)
+        reason = None
+        if wrong is not None and has_replicas(trainer.strategy):
+            reason = attempts.reason(wrong)
+        elif wrong is not None:  # values that come and go cannot be replaced for a while
+            reason = f"Why is not tried under {type(trainer.strategy).__name__}."
     if wrong is not None:
         rank_zero_warn(
             f"PreferenceDiagnostics: the first loss ({wrong.name}) is {wrong.loss:.6g}, and while"
