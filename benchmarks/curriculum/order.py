@@ -9,18 +9,24 @@ Most are a slice of what was looked up before, so the mean is shown beside the m
 sampler made anew, with its first batch, in the middle; memory is the peak of what Python and NumPy
 allocate from there on, the mapped file not counted. For comparison: the order of a pass drawn as a
 whole, as PositionSampler does without a curriculum. CPU time is of one thread.
+
+Two measures are intersected once, and the result is kept beside the first index; in both rows of
+them the indices are open already, whose hashes are compared then, the kept one's too.
 """
 
 import argparse
+import shutil
 import sys
 import tempfile
 import time
 import tracemalloc
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +35,8 @@ sys.path.append(str(Path(__file__).parents[1]))
 from hardware import hardware
 
 from lightning_align.data.curriculum_sampler import CurriculumSampler
+from lightning_align.data.difficulty import DifficultyIndex
+from lightning_align.data.difficulty_reduce import build_index
 from lightning_align.data.eligibility import SortedSamples
 from lightning_align.data.keyed_permutation import keys, permuted
 from lightning_align.data.sampler import PositionSampler
@@ -90,6 +98,44 @@ def first_batch(index: SortedSamples, number: int) -> tuple[float, float]:
     return cpu, peak / 1e6
 
 
+def difficulties(num_samples: int, seed: int) -> Iterator[np.ndarray[Any, Any]]:
+    """A thousand of them, by chance."""
+    for begin in range(0, num_samples, CHUNK):
+        generator = np.random.default_rng([seed, begin])
+        yield generator.integers(1, 1001, min(CHUNK, num_samples - begin), np.uint16)
+
+
+def intersected(folder: Path, num_samples: int) -> list[tuple[float, float]]:
+    """The same for a sampler of two measures of a thousand levels, and for one that comes later."""
+    pace = {
+        "min_difficulty": 1,
+        "max_difficulty": 1000,
+        "schedule_type": "fixed_linear",
+        "schedule_config": {"total_curriculum_step": STEPS_PER_LEVEL * 1000, "difficulty_step": 1},
+    }
+    for seed, name in enumerate(("first", "second")):
+        build_index(folder / name, name, partial(difficulties, num_samples, seed))
+    opened = {name: DifficultyIndex.open(folder / name) for name in ("first", "second")}
+
+    def first() -> float:
+        begun = time.process_time()
+        sampler = CurriculumSampler(opened, dict.fromkeys(opened, pace), BATCH, seed=1)
+        sampler.batch(STEPS_PER_LEVEL * 500)
+        return (time.process_time() - begun) * 1e3
+
+    def peak() -> float:
+        tracemalloc.start()
+        first()
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most / 1e6
+
+    once, later, least = first(), median(first() for _ in range(5)), peak()
+    for kept in (folder / "first").glob("intersection-*"):
+        shutil.rmtree(kept)
+    return [(once, peak()), (later, least)]
+
+
 def report(name: str, figures: tuple[float, float, float]) -> None:
     middle, mean, cpu = (1e6 * figure for figure in figures)
     print(f"{name:40} median {middle:6.1f} us, mean {mean:6.1f} us, CPU {cpu:6.1f} us", flush=True)
@@ -117,6 +163,9 @@ def main() -> None:
             last = STEPS_PER_LEVEL * num_levels
             numbers = range(last, last + arguments.batches)
             report(f"{num_levels} levels, behind the last", times(sampler.batch, numbers))
+        rows = intersected(Path(folder), arguments.samples)
+        for when, (cpu, memory) in zip(("once", "later"), rows, strict=True):
+            print(f"two measures, {when}: first batch {cpu:.2f} ms of CPU, {memory:.1f} MB at most")
         whole = PositionSampler(arguments.samples, BATCH, seed=1)
         begun = time.process_time()
         whole.batch(0)

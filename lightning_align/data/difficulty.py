@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from typing_extensions import Self
 
 from lightning_align._errors import argument_error, check_least
+from lightning_align.data.intersection import drop_damaged
 from lightning_align.data.whole_folder import MANIFEST, problem_of
 
 FORMAT = "difficulty index 1"
@@ -99,6 +100,8 @@ class DifficultyIndex:
             rule = f"is no usable difficulty index ({problem})"
             way_out = "Build it with `lightning-align difficulty`"
             raise argument_error(where, argument, str(folder), rule, way_out)
+        if verify:
+            drop_damaged(folder)
         manifest = json.loads((folder / MANIFEST).read_text())
         arrays = {
             name: np.memmap(folder / name, dtype=manifest["dtypes"][name], mode="r")

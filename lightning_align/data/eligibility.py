@@ -2,7 +2,7 @@
 
 Samples that become eligible at the same step are a *group*. With one measure of difficulty the
 groups lie one behind the other in its index, and nothing is copied. With several a sample is
-eligible when all of them allow it, so groups are collected once, in memory of six bytes a sample.
+eligible when all of them allow it, so groups are collected once (``intersection``).
 
 What was eligible once stays eligible, also under a schedule that falls: so it is in DeepSpeed.
 
@@ -21,6 +21,7 @@ import numpy as np
 
 from lightning_align._errors import argument_error
 from lightning_align.data.feedback import SelfPaced
+from lightning_align.data.intersection import intersected
 from lightning_align.data.pacing import CurriculumScheduler
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 WHERE = "CurriculumSampler"
 MOST_LEVELS = 1000
 DIFFICULTY_TYPES = ("value", "percentile")
-_CHUNK = 1 << 20
 
 
 class SortedSamples(Protocol):
@@ -143,46 +143,10 @@ def by_level(
         samples, totals = indices[name].order, [count for _, count in counts[name]]
         sizes = np.diff(totals, prepend=0)
     else:
-        samples, sizes = _intersected(indices, counts, steps)
+        samples, sizes = intersected(indices, counts, steps)
     if sizes[0] == 0:
         least = ", ".join(f"{name} {index.levels[0]}" for name, index in indices.items())
         rule = f"no sample is eligible at the first step; the lowest there are: {least}"
         raise argument_error(WHERE, "scheduler", [*indices], rule, "Raise min_difficulty")
     joined = np.flatnonzero(sizes)
     return Levels(samples, sizes[joined], [steps[number] for number in joined])
-
-
-def _intersected(
-    indices: Mapping[str, SortedSamples],
-    counts: Mapping[str, Sequence[tuple[int, int]]],
-    steps: list[int],
-) -> tuple[Samples, NDArray[np.int64]]:
-    """Samples by the step at which all measures let them in, and how many at each, (E,)."""
-    num_samples = len(next(iter(indices.values())).order)
-    # A thousand levels for each of at most 65 measures.
-    level_N = np.zeros(num_samples, dtype=np.uint16)
-    for name, index in indices.items():
-        begin = 0
-        for step, count in counts[name]:
-            _raise_to(level_N, index.order, begin, count, steps.index(step))
-            begin = count
-        _raise_to(level_N, index.order, begin, num_samples, len(steps))
-    sizes = np.bincount(level_N, minlength=len(steps) + 1)
-    samples: Samples = np.empty(num_samples, dtype=np.int32)
-    next_E = np.cumsum(sizes) - sizes
-    for first in range(0, num_samples, _CHUNK):  # sorted by counting: nothing of 8 bytes a sample
-        chunk = level_N[first : first + _CHUNK]
-        by_level = np.argsort(chunk, kind="stable")
-        in_chunk = np.bincount(chunk, minlength=len(sizes))
-        offsets = np.repeat(next_E - (np.cumsum(in_chunk) - in_chunk), in_chunk)
-        samples[offsets + np.arange(len(chunk))] = first + by_level
-        next_E += in_chunk
-    return samples, sizes[:-1]
-
-
-def _raise_to(
-    level_N: NDArray[np.uint16], order: Samples, begin: int, end: int, number: int
-) -> None:
-    for first in range(begin, end, _CHUNK):
-        chosen = order[first : min(first + _CHUNK, end)]
-        level_N[chosen] = np.maximum(level_N[chosen], number)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lightning_align.data import eligibility
+from lightning_align.data import intersection
 from lightning_align.data.difficulty import DifficultyIndex
 from lightning_align.data.eligibility import by_level, eligible_counts
 from lightning_align.data.pacing import CurriculumScheduler
@@ -84,13 +84,13 @@ def test_with_several_measures_all_must_allow_a_sample(data, num_samples, chunk)
         for name in kinds
     }
     schedulers = {"length": linear(9, 9, 1), "rarity": linear(90, 100, 7), "loss": linear(5, 8, 9)}
-    before, eligibility._CHUNK = eligibility._CHUNK, chunk
+    before, intersection._CHUNK = intersection._CHUNK, chunk
     try:
         levels = levels_of(measures, schedulers, kinds)
     except ValueError:  # not one is easy by all three
         assume(False)
     finally:
-        eligibility._CHUNK = before
+        intersection._CHUNK = before
     orders = {name: np.argsort(values, kind="stable") for name, values in measures.items()}
     for step in (1, 3, 5, 7, 9, 50):
         allowed = []
