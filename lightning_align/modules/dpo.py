@@ -126,7 +126,7 @@ class DPOModule(CausalLMModule):
 
     Raises:
         ValueError: If a value is out of its range or would do nothing, a model cannot be loaded or
-            read, or the two models have different vocabularies or are one object; in
+            read, or the two models have different vocabularies, are one object or share weights; in
             ``setup``, if a model cannot share though ``prefix_sharing`` is True.
 
     Example:

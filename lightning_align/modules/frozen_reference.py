@@ -17,8 +17,9 @@ from torch import nn
 from lightning_align._compat.peft_layers import switched_off
 from lightning_align._errors import argument_error
 from lightning_align.data.reference_cache import Values
-from lightning_align.layers import ModelLayers, find_layers
+from lightning_align.layers import ModelLayers
 from lightning_align.losses import PreferenceOptions
+from lightning_align.losses.reference import reference_layers
 from lightning_align.models.adapters import check_reference, own_modules
 from lightning_align.modules.precomputed import PrecomputedReference, Row, evaluating, score_rows
 from lightning_align.modules.reference import fingerprint, fingerprint_until_0_1
@@ -57,21 +58,11 @@ class FrozenReference:
         """Take a model as the reference.
 
         Raises:
-            ValueError: If it is the policy, or has another vocabulary.
+            ValueError: If it is the policy, shares what learns, or has another vocabulary.
         """
-        if model is policy.model:
-            rule = "must be another object than model: it stays what it is while model learns"
-            way_out = "Leave ref_model out to freeze a copy"
-            raise argument_error(self.where, "ref_model", "model", rule, way_out)
+        layers = reference_layers(self.where, policy, model)  # before anything is changed
         turn_off_dropout(model)
         model.eval().requires_grad_(False)
-        layers = find_layers(model)
-        if layers.vocab_size != policy.vocab_size:
-            rule = (
-                f"its vocabulary has {layers.vocab_size} rows and that of model"
-                f" {policy.vocab_size}; they must be the same"
-            )
-            raise argument_error(self.where, "ref_model", type(model).__name__, rule)
         self.layers, self.is_copy = layers, is_copy
         self.know(model)
 

@@ -568,7 +568,24 @@ def test_policy_and_reference_must_be_two_objects() -> None:
     model = module().model
     with pytest.raises(ValueError, match="must be another object than model"):
         DPOModule(model, ref_model=model)
+    with pytest.raises(
+        ValueError, match=r"DPOModule\(ref_model=.*shares 'model.embed_tokens.weight"
+    ):
+        DPOModule(model, ref_model=copy.copy(model))
+    assert all(parameter.requires_grad for parameter in model.parameters())
     assert DPOModule(model, ref_model=copy.deepcopy(model)).model is model
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "apo_zero_unpaired"])
+def test_a_reference_that_gives_no_number_stops_the_run(loss_type: str) -> None:
+    """Not a loss of nan, after which every weight is one. At set-up a probe sees it, too."""
+    ours, batch = module(loss_type=loss_type), UNPAIRED if "un" in loss_type else pairs(0, 1)
+    with torch.no_grad():
+        ours.frozen_modules()["reference"].lm_head.weight[0] = float("nan")
+    with pytest.raises(ValueError, match=r"reference.logps_B=.*must be finite; the reference"):
+        step(ours, batch)
+    with pytest.raises(ValueError, match="the largest is nan"):
+        fit(ours, [batch])
 
 
 class HandWrittenDecoder(nn.Module):
