@@ -56,6 +56,12 @@ def test_what_is_the_same_is_an_argument():
     assert found >= 14
 
 
+def test_what_has_become_an_argument_is_no_longer_said_to_have_no_counterpart():
+    ours = inspect.signature(DPOModule).parameters.keys()
+    said = {name: text for name, text in rows_of_the_page() if name in ours}
+    assert {name for name, text in said.items() if "of `DPOModule`" not in text} == set()
+
+
 # Texts that begin with their prompt
 
 

@@ -287,8 +287,9 @@ def table(records: dict[str, list[Record]]) -> Iterator[str]:
     number = min(map(len, done.values()))
     losses = [[record["loss"] for record in of[:number]] for of in done.values()]
     apart = [abs(one - other) for one, other in zip(*losses, strict=True)]
-    yield f"greatest difference of losses: {max(apart[:20]):.1e} in the first 20 steps (bar 1e-3),"
-    yield f"  {max(apart):.1e} in all {number}"
+    if apart:
+        first = f"{max(apart[:20]):.1e} in the first {min(20, number)} steps (bar 1e-3)"
+        yield f"greatest difference of losses: {first}, {max(apart):.1e} in all {number}"
     yield "held out | step | " + " | ".join(HELD_OUT_METRICS)
     for side, of in records.items():
         for step, metrics in held_out_of(of).items():
@@ -296,6 +297,8 @@ def table(records: dict[str, list[Record]]) -> Iterator[str]:
             yield f"{side} | {step} | {shown}"
     rate = {}
     for side, of in done.items():
+        if not of:
+            continue
         cpu_s = [record["cpu_s"] for record in of]
         rate[side] = median(r["tokens"] / r["cpu_s"] for r in of)
         wall = median(r["tokens"] / r["wall_s"] for r in of)

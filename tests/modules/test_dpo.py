@@ -534,10 +534,12 @@ def test_turn_off_dropout_reaches_modules_and_functional_probabilities() -> None
     ("options", "message"),
     [
         ({"beta": 0.0}, r"DPOModule\(beta=0.0\): must be positive"),
+        ({"beta": -0.1}, r"DPOModule\(beta=-0.1\): must be positive and finite"),
         ({"beta": 10**400}, r"DPOModule\(beta=10+\): must be positive and finite"),
         ({"loss_type": "dpo"}, r"loss_type='dpo'\): must be one of 'alphapo',.*nearest is 'cdpo'"),
         ({"loss_type": ["sigmoid", "stf"]}, r"loss_type=\['sigmoid', 'stf'\]\).*nearest is 'sft'"),
         ({"loss_weights": [1.0, 1.0]}, r"loss_weights=\[1.0, 1.0\]\): must have one weight"),
+        ({"loss_weights": [0.0]}, r"loss_weights=\[0.0\]\): must be finite numbers, not all 0"),
         ({"loss_type": "exo_pair"}, r"label_smoothing=0.0\): must be above 0 with exo_pair"),
         ({"loss_type": "aot", "use_weighting": True}, r"use_weighting=True\): must be False with"),
         (
