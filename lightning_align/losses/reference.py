@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_align._errors import argument_error
 from lightning_align.layers import ModelLayers, find_layers
@@ -40,15 +40,15 @@ def check_reference(where: str, model: nn.Module, ref_model: nn.Module) -> Model
 
 def _shared_and_trained(model: nn.Module, ref_model: nn.Module) -> str | None:
     """Name of a weight that learns and is the reference's, too, as one parameter or one memory."""
-    # Weights without memory, such as those on "meta", are at 0 all of them.
-    memory = {parameter.untyped_storage().data_ptr() for parameter in ref_model.parameters()} - {0}
     objects = {id(parameter) for parameter in ref_model.parameters()}
-    return next(
-        (
-            name
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad
-            and (id(parameter) in objects or parameter.untyped_storage().data_ptr() in memory)
-        ),
-        None,
-    )
+    memory = {_memory(parameter) for parameter in ref_model.parameters()} - {0}
+    learns = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    return next((name for name, p in learns if id(p) in objects or _memory(p) in memory), None)
+
+
+def _memory(parameter: Tensor) -> int:
+    """Address of its memory; 0 for what has none, as on "meta", or wraps another tensor."""
+    try:
+        return parameter.untyped_storage().data_ptr()
+    except RuntimeError:
+        return 0

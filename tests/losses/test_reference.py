@@ -46,3 +46,30 @@ def test_another_vocabulary():
     rule = rf"its vocabulary has {VOCAB_SIZE + 1} rows and that of model {VOCAB_SIZE}; they must"
     with pytest.raises(ValueError, match=rf"ref_model='LlamaForCausalLM'\): {rule}"):
         check_reference("here", llama(), llama(vocab_size=VOCAB_SIZE + 1))
+
+
+class Wrapper(torch.Tensor):
+    """A tensor without memory of its own, as those of quantised weights."""
+
+    @staticmethod
+    def __new__(cls, values):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype)
+
+    def __init__(self, values):
+        self.values = values
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        plain = [arg.values if isinstance(arg, Wrapper) else arg for arg in args]
+        return Wrapper(func(*plain, **(kwargs or {})))
+
+
+def test_weights_without_memory_of_their_own_are_told_apart_as_objects():
+    model, reference = llama(), llama()
+    for one in (model, reference):
+        values = one.model.norm.weight.detach().clone()
+        one.model.norm.weight = torch.nn.Parameter(Wrapper(values))
+    assert check_reference("here", model, reference).model is reference
+    reference.model.norm.weight = model.model.norm.weight
+    with pytest.raises(ValueError, match=r"shares 'model.norm.weight' with model"):
+        check_reference("here", model, reference)
