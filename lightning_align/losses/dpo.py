@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from lightning_align._errors import argument_error, check_choice
+from lightning_align.layers import find_layers
 from lightning_align.losses.combined import loss_terms, weighted_sum
 from lightning_align.losses.means import Mean, pairs_that_count
 from lightning_align.losses.options import PreferenceArguments, PreferenceOptions
 from lightning_align.losses.pair_statistics import pair_statistics
 from lightning_align.losses.preference import implicit_rewards
-from lightning_align.losses.reference import check_reference
+from lightning_align.losses.reference import reference_layers
 from lightning_align.losses.router import (
     experts_per_token,
     load_balancing_loss,
@@ -193,7 +194,7 @@ def dpo_loss_from_batch(
         rule = f"must be given with loss_type={checked.loss_type!r}"
         raise argument_error(where, "ref_model", None, rule, "Or set reference_free=True")
     if ref_model is not None and checked.needs_reference:
-        check_reference(where, model, ref_model)
+        reference_layers(where, find_layers(model), ref_model)
     router = router_coefficient(model, checked.router_aux_loss_coef, where)
     keys = ["input_ids", "attention_mask", "completion_mask"]
     with_kl = [f"KL_{key}" for key in keys] if "kto" in checked.loss_types else []

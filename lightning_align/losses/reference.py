@@ -8,31 +8,31 @@ from lightning_align._errors import argument_error
 from lightning_align.layers import ModelLayers, find_layers
 
 
-def check_reference(where: str, model: nn.Module, ref_model: nn.Module) -> ModelLayers:
+def reference_layers(where: str, policy: ModelLayers, ref_model: nn.Module) -> ModelLayers:
     """The layers of a reference.
 
     Args:
         where: Class or function the user called.
-        model: The policy, before or while it learns.
+        policy: The model that learns.
         ref_model: The reference.
 
     Raises:
         ValueError: If it is the policy, would learn with it because they share weights, or has
             another vocabulary.
     """
-    if ref_model is model:
+    if ref_model is policy.model:
         rule = "must be another object than model: it stays what it is while model learns"
         way_out = "Leave it out to freeze a copy, or use copy.deepcopy(model)"
         raise argument_error(where, "ref_model", "model", rule, way_out)
-    if shared := _shared_and_trained(model, ref_model):
+    if shared := _shared_and_trained(policy.model, ref_model):
         rule = f"shares {shared!r} with model, and would learn with it"
         way_out = "Use copy.deepcopy(model), or freeze in model what both share"
         raise argument_error(where, "ref_model", type(ref_model).__name__, rule, way_out)
-    layers, ours = find_layers(ref_model), find_layers(model)
-    if layers.vocab_size != ours.vocab_size:
+    layers = find_layers(ref_model)
+    if layers.vocab_size != policy.vocab_size:
         rule = (
-            f"its vocabulary has {layers.vocab_size} rows and that of model {ours.vocab_size};"
-            " they must be the same"
+            f"its vocabulary has {layers.vocab_size} rows and that of model"
+            f" {policy.vocab_size}; they must be the same"
         )
         raise argument_error(where, "ref_model", type(ref_model).__name__, rule)
     return layers

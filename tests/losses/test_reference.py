@@ -3,7 +3,8 @@ import copy
 import pytest
 import torch
 
-from lightning_align.losses.reference import check_reference
+from lightning_align.layers import find_layers
+from lightning_align.losses.reference import reference_layers
 from tests.helpers.tiny_models import TINY_MODELS, VOCAB_SIZE
 
 
@@ -14,19 +15,19 @@ def llama(**options):
 def test_a_copy_is_a_reference():
     model = llama()
     reference = copy.deepcopy(model)
-    assert check_reference("here", model, reference).model is reference
+    assert reference_layers("here", find_layers(model), reference).model is reference
     frozen = copy.copy(model.requires_grad_(False))
-    assert check_reference("here", model, frozen).model is frozen  # it cannot learn
+    assert reference_layers("here", find_layers(model), frozen).model is frozen  # it cannot learn
     meta = model.requires_grad_(True).to("meta")
-    assert check_reference("here", meta, copy.deepcopy(meta)).vocab_size == VOCAB_SIZE
+    assert reference_layers("here", find_layers(meta), copy.deepcopy(meta)).vocab_size == VOCAB_SIZE
 
 
 def test_what_would_learn_with_the_policy_is_none():
     model = llama()
     with pytest.raises(ValueError, match=r"here\(ref_model='model'\): must be another object"):
-        check_reference("here", model, model)
+        reference_layers("here", find_layers(model), model)
     with pytest.raises(ValueError, match=r"LlamaForCausalLM'\): shares '.*' with model.*deepcopy"):
-        check_reference("here", model, copy.copy(model))
+        reference_layers("here", find_layers(model), copy.copy(model))
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
@@ -35,17 +36,17 @@ def test_one_memory_under_two_names_is_found():
     model, reference = llama(), llama()
     reference.load_state_dict(model.state_dict(), assign=True)
     with pytest.raises(ValueError, match=r"shares 'model.embed_tokens.weight' with model"):
-        check_reference("here", model, reference)
+        reference_layers("here", find_layers(model), reference)
     one = copy.deepcopy(reference)
     one.model.norm.weight = torch.nn.Parameter(model.model.norm.weight.detach())
     with pytest.raises(ValueError, match=r"shares 'model.norm.weight' with model"):
-        check_reference("here", model, one)
+        reference_layers("here", find_layers(model), one)
 
 
 def test_another_vocabulary():
     rule = rf"its vocabulary has {VOCAB_SIZE + 1} rows and that of model {VOCAB_SIZE}; they must"
     with pytest.raises(ValueError, match=rf"ref_model='LlamaForCausalLM'\): {rule}"):
-        check_reference("here", llama(), llama(vocab_size=VOCAB_SIZE + 1))
+        reference_layers("here", find_layers(llama()), llama(vocab_size=VOCAB_SIZE + 1))
 
 
 class Wrapper(torch.Tensor):
@@ -69,7 +70,7 @@ def test_weights_without_memory_of_their_own_are_told_apart_as_objects():
     for one in (model, reference):
         values = one.model.norm.weight.detach().clone()
         one.model.norm.weight = torch.nn.Parameter(Wrapper(values))
-    assert check_reference("here", model, reference).model is reference
+    assert reference_layers("here", find_layers(model), reference).model is reference
     reference.model.norm.weight = model.model.norm.weight
     with pytest.raises(ValueError, match=r"shares 'model.norm.weight' with model"):
-        check_reference("here", model, reference)
+        reference_layers("here", find_layers(model), reference)
