@@ -292,7 +292,8 @@ def fit(
 
 
 def train(setting: Setting, tokens: int, **curriculum: Any) -> tuple[PretrainModule, Curve]:
-    data, module = text(setting.seed, setting.rows), module_of(setting, adamw(setting.lr))
+    rows = setting.rows * (GROWTH if setting.arm == "batch" else 1)  # of the largest batch
+    data, module = text(setting.seed, rows), module_of(setting, adamw(setting.lr))
     schedule = schedule_of(tokens)
     curve = Curve(data, schedule, tokens)
     extra = [Curriculum(**curriculum, preflight=False, filename=None)] if curriculum else []
