@@ -1,32 +1,47 @@
-"""A training step on preference pairs: ours in three layouts, plain logits, TRL's trainer.
+"""A training step on preference pairs: ours in each layout, plain logits, Liger, TRL's trainer.
 
-    python benchmarks/dpo/step.py            # three shapes, about fifteen minutes on one core
-    python benchmarks/dpo/step.py --quick    # the same with two repeats and without memory
+    python benchmarks/dpo/step.py            # three shapes, about ten minutes on one core
+    python benchmarks/dpo/step.py --repeats 2 --no-memory
+    python benchmarks/dpo/step.py --tiny     # a model of no size, to see that everything runs
 
-Needs the extra `peer`. A step is the reference's forward, the policy's forward and backward, and
-AdamW: a Llama of 4 blocks, widths 256 and 688, V = 8192, fp32. CPU time (``process_time``) on one
-thread; all sides take turns in one process, on the same batch, after a warm-up, and begin with the
-same loss. Memory is the peak resident set of one step above what imports, models, optimizer state
-and a small step take, one fresh process for each side.
+Needs the extra `peer`; the side `liger` is there if `liger_kernel` can be imported (its losses need
+no Triton: ``pip install --no-deps --target FOLDER liger-kernel`` and FOLDER in PYTHONPATH).
+
+A step is the reference's forward, the policy's forward and backward, and AdamW: a Llama of 4
+blocks, widths 256 and 688, V = 8192, fp32. CPU time (``process_time``) on one thread; all sides
+take turns in one process, on the same batch, after a warm-up, and begin with the same loss.
 
 * trl: ``DPOTrainer.compute_loss`` as its ``train`` calls it.
 * logits: both models' logits, ``log_softmax``, ``gather``.
+* liger: ``LigerFusedLinearDPOLoss(compiled=False)`` on both models' hidden states.
 * separate, shared, packed, auto: ``DPOModule(prefix_sharing=False, True, True with packing,
   "auto")``.
+* cached: auto with ``precompute_ref_log_probs=True``, so without the reference's forward.
+* recomputed: cached with ``activation_checkpointing=True``, for memory alone.
 
-Bars, of CPU time: long prompts, trl over shared 4, logits over shared 2.6; skewed lengths, trl over
-packed 5, packed over shared at most 0.75; long completions, trl over auto 1.9; in all three auto
-over the better of separate and shared at most 1.05. Of memory, long prompts: shared over trl at
-most 0.06. These are figures of a CPU, where TRL's fused head scores every position; on CUDA it
-leaves out the rows without completions.
+Bars, of CPU time: long prompts, trl over shared 4, trl over cached 5.3, the fastest other way over
+shared 2.6; skewed lengths, trl over packed 5, packed over shared at most 0.75; long completions,
+trl over auto 1.9; in all three auto over the better of separate and shared at most 1.05. Of memory,
+long prompts: shared over trl at most 0.06. These are figures of a CPU, where TRL's fused head
+scores every position; on CUDA it leaves out the rows without completions.
+
+Memory is the peak resident set of one step above its base, one fresh process for each side. Base is
+what is there before the step: imports, both models' weights, gradients, optimizer states, the
+inputs; what the allocator holds free is given back first. So above it are activations and
+temporary tensors. The largest of three steps behind one of the same shape counts.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
 import gc
+import importlib.metadata
+import importlib.util
 import json
+import logging
+import os
 import platform
 import statistics
 import subprocess
@@ -40,19 +55,18 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from chunked_loss import peak_bytes, spread
+from chunked_loss import spread
 from hardware import hardware
 
 from lightning_align import DPOModule
 
-V, D, BETA = 8192, 256, 0.1
+V, D, INNER, HEADS, BETA = 8192, 256, 688, 4, 0.1
 Batch = dict[str, Tensor]
 # pairs, tokens of a prompt (least, most), of a completion
 SHAPES = {
@@ -65,8 +79,36 @@ OURS: dict[str, dict[str, Any]] = {
     "shared": {"prefix_sharing": True},
     "packed": {"prefix_sharing": True, "packing": True},
     "auto": {"prefix_sharing": "auto"},
+    "cached": {"precompute_ref_log_probs": True},
+    "recomputed": {"precompute_ref_log_probs": True, "activation_checkpointing": True},
 }
-SIDES = ["trl", "logits", *OURS]
+LIGER = ["liger"] if importlib.util.find_spec("liger_kernel") else []
+SIDES = ["trl", "logits", *LIGER, *OURS]
+TIMED = [side for side in SIDES if side != "recomputed"]
+MEMORY_SHAPE = "long prompts"
+Loss = tuple[nn.Module, Callable[[Batch], Tensor]]
+
+
+class OneBatch(pl.LightningDataModule):
+    """A batch of pairs that says which completions it has."""
+
+    def __init__(self, batch: Batch) -> None:
+        super().__init__()
+        self.batch = batch
+
+    def completions(self) -> list[list[tuple[Any, Any]]]:
+        rows = []
+        for ids, mask, completion in zip(*(self.batch[key] for key in KEYS), strict=True):
+            is_prompt = mask.bool() & ~completion.bool()
+            rows.append((ids[is_prompt].numpy(), ids[completion.bool()].numpy()))
+        pairs = len(rows) // 2
+        return [[rows[pair], rows[pairs + pair]] for pair in range(pairs)]
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        return DataLoader([self.batch], batch_size=None)
+
+
+KEYS = ("input_ids", "attention_mask", "completion_mask")
 
 
 def make_batch(pairs: int, prompts: tuple[int, int], completions: tuple[int, int]) -> Batch:
@@ -81,8 +123,8 @@ def make_batch(pairs: int, prompts: tuple[int, int], completions: tuple[int, int
     heads, tails = tokens(pairs, *prompts), tokens(2 * pairs, *completions)
     parts = list(zip(heads * 2, tails, strict=True))
     width = max(len(prompt) + len(completion) for prompt, completion in parts)
-    names = ("input_ids", "attention_mask", "completion_mask")
-    batch = {name: torch.zeros(2 * pairs, width, dtype=torch.long) for name in names}
+    batch = {name: torch.zeros(2 * pairs, width, dtype=torch.long) for name in KEYS}
+    batch["number"] = torch.arange(pairs)
     for row, (prompt, completion) in enumerate(parts):
         end = len(prompt) + len(completion)
         batch["input_ids"][row, :end] = torch.cat([prompt, completion])
@@ -98,9 +140,9 @@ def make_models() -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
         LlamaConfig(
             vocab_size=V,
             hidden_size=D,
-            intermediate_size=688,
+            intermediate_size=INNER,
             num_hidden_layers=4,
-            num_attention_heads=4,
+            num_attention_heads=HEADS,
             max_position_embeddings=1024,
         )
     )
@@ -111,7 +153,7 @@ def make_models() -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
     return model, reference.requires_grad_(False)
 
 
-def trl_loss(model: Any, reference: Any) -> tuple[nn.Module, Callable[[Batch], Tensor]]:
+def trl_loss(model: Any, reference: Any) -> Loss:
     import trl
     from datasets import Dataset
     from tokenizers import Tokenizer, models
@@ -129,10 +171,12 @@ def trl_loss(model: Any, reference: Any) -> tuple[nn.Module, Callable[[Batch], T
         processing_class=tokenizer,
     )
     trainer.model.train()
-    return trainer.model, lambda batch: trainer.compute_loss(trainer.model, dict(batch))
+    return trainer.model, lambda batch: trainer.compute_loss(
+        trainer.model, {key: batch[key] for key in KEYS}
+    )
 
 
-def logits_loss(model: Any, reference: Any) -> tuple[nn.Module, Callable[[Batch], Tensor]]:
+def logits_loss(model: Any, reference: Any) -> Loss:
     def logps(of: Any, batch: Batch) -> Tensor:
         logits = of(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
         tokens = logits.log_softmax(-1).gather(2, batch["input_ids"][:, 1:, None]).squeeze(2)
@@ -147,9 +191,27 @@ def logits_loss(model: Any, reference: Any) -> tuple[nn.Module, Callable[[Batch]
     return model, loss
 
 
-def our_loss(
-    model: Any, reference: Any, **options: Any
-) -> tuple[nn.Module, Callable[[Batch], Tensor]]:
+def liger_loss(model: Any, reference: Any) -> Loss:
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+    head = LigerFusedLinearDPOLoss(beta=BETA, compiled=False)
+
+    def loss(batch: Batch) -> Tensor:
+        tokens = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        hidden = model.model(**tokens).last_hidden_state[:, :-1]
+        with torch.no_grad():
+            frozen = reference.model(**tokens).last_hidden_state[:, :-1]
+        is_target = batch["completion_mask"][:, 1:].bool()
+        targets = batch["input_ids"][:, 1:].where(is_target, -100)
+        weights = model.lm_head.weight, reference.lm_head.weight
+        return head(weights[0], hidden, targets, ref_input=frozen, ref_weight=weights[1])[0]
+
+    return model, loss
+
+
+def our_loss(model: Any, reference: Any, batch: Batch, **options: Any) -> Loss:
+    if "precompute_ref_log_probs" in options:
+        options["ref_cache_dir"] = tempfile.mkdtemp()
     module = DPOModule(model, reference, beta=BETA, **options)
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -160,24 +222,25 @@ def our_loss(
         limit_train_batches=0,
         max_epochs=1,
     )
-    trainer.fit(module, DataLoader([make_batch(1, (2, 2), (2, 2))], batch_size=None))  # sets it up
+    trainer.fit(module, datamodule=OneBatch(batch))  # sets it up
     return module.model.train(), module.batch_loss
 
 
-def make_step(side: str) -> Callable[[Batch], float]:
+def make_step(side: str, batch: Batch) -> Callable[[], float]:
     """A step of a side on a batch, which gives the loss."""
     model, reference = make_models()
     if side in OURS:
-        model, loss_of = our_loss(model, reference, **OURS[side])
+        model, loss_of = our_loss(model, reference, batch, **OURS[side])
     else:
-        model, loss_of = (trl_loss if side == "trl" else logits_loss)(model, reference)
+        make = {"trl": trl_loss, "logits": logits_loss, "liger": liger_loss}[side]
+        model, loss_of = make(model, reference)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
 
-    def step(batch: Batch) -> float:
+    def step() -> float:
         loss = loss_of(batch)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)  # gradients are there before a step, too
         return float(loss)
 
     return step
@@ -186,82 +249,109 @@ def make_step(side: str) -> Callable[[Batch], float]:
 def measure_time(shape: str, repeats: int) -> tuple[dict[str, list[float]], float]:
     """CPU seconds of each side and repeat; and how far apart the losses before any step are."""
     batch = make_batch(*SHAPES[shape])
-    steps = {side: make_step(side) for side in SIDES}
-    first = [step(batch) for step in steps.values()]  # the warm-up
-    times: dict[str, list[float]] = {side: [] for side in SIDES}
+    steps = {side: make_step(side, batch) for side in TIMED}
+    first = [step() for step in steps.values()]  # the warm-up
+    times: dict[str, list[float]] = {side: [] for side in TIMED}
     for _ in range(repeats):
         for side, step in steps.items():
             gc.collect()
             start_s = time.process_time()
-            step(batch)
+            step()
             times[side].append(time.process_time() - start_s)
     return times, max(first) - min(first)
 
 
-def measure_memory_here(side: str, shape: str) -> float:
-    """Peak above base of one step, in MB. Only meaningful in a fresh process."""
-    step = make_step(side)
-    step(make_batch(1, (4, 4), (4, 4)))
-    batch = make_batch(*SHAPES[shape])
-    base = peak_bytes()
-    step(batch)
-    return (peak_bytes() - base) / 1e6
+def resident(key: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at most."""
+    with open("/proc/self/status") as lines:
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
-def measure_memory(side: str, shape: str) -> float:
-    arguments = [sys.executable, __file__, "--memory-of", side, shape]
+def measure_memory_here(side: str) -> float:
+    """Peak above base of a step, in MB; Linux, and only meaningful in a fresh process."""
+    step = make_step(side, make_batch(*SHAPES[MEMORY_SHAPE]))
+    step()
+    peaks = []
+    for _ in range(3):
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
+        base = resident("VmRSS")
+        step()
+        peaks.append((resident("VmHWM") - base) / 1e6)
+    return max(peaks)
+
+
+def measure_memory(side: str, options: list[str]) -> float:
+    arguments = [sys.executable, __file__, "--memory-of", side, *options]
     done = subprocess.run(arguments, check=True, capture_output=True, text=True)
     return float(json.loads(done.stdout.splitlines()[-1]))
 
 
 def ratios(times: dict[str, list[float]]) -> dict[str, float]:
     middle = {side: statistics.median(values) for side, values in times.items()}
+    others = min(middle[side] for side in ["logits", *LIGER])
     return {
         "trl / separate": middle["trl"] / middle["separate"],
         "trl / shared": middle["trl"] / middle["shared"],
         "trl / packed": middle["trl"] / middle["packed"],
         "trl / auto": middle["trl"] / middle["auto"],
-        "logits / shared": middle["logits"] / middle["shared"],
+        "trl / cached": middle["trl"] / middle["cached"],
+        "fastest other way / shared": others / middle["shared"],
         "packed / shared": middle["packed"] / middle["shared"],
         "auto / better of separate and shared": middle["auto"]
         / min(middle["separate"], middle["shared"]),
     }
 
 
+def make_tiny() -> None:
+    """Everything so small that a repeat takes a second."""
+    global V, D, INNER, HEADS
+    V, D, INNER, HEADS = 64, 16, 32, 2
+    SHAPES.update(dict.fromkeys(SHAPES, (2, (8, 12), (4, 8))))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two repeats, without memory")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--tiny", action="store_true", help="a model of no size")
     parser.add_argument("--shape", choices=list(SHAPES), help="this one alone")
-    parser.add_argument("--memory-of", nargs=2, metavar=("SIDE", "SHAPE"))
+    parser.add_argument("--memory-of", choices=SIDES, help="of this side alone, in this process")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    if arguments.tiny:
+        make_tiny()
     if arguments.memory_of:
-        print(json.dumps(measure_memory_here(*arguments.memory_of)))
+        print(json.dumps(measure_memory_here(arguments.memory_of)))
         return
 
-    repeats = 2 if arguments.quick else 7
     print(f"command: python {' '.join(sys.argv)}")
-    import trl
-
-    versions = f"transformers {transformers.__version__}, trl {trl.__version__}"
-    print(f"torch {torch.__version__}, {versions}, python {platform.python_version()}")
-    print(f"hardware: {hardware()}; {time.strftime('%F')}")
-    print(f"V={V}, D={D}, 4 blocks, fp32, {repeats} alternated repeats: median [min, max]\n")
+    names = ["torch", "transformers", "trl", "lightning", *["liger-kernel"] * len(LIGER)]
+    told = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    print(f"{told}, python {platform.python_version()}")
+    print(f"hardware: {hardware()}; load {os.getloadavg()[0]:.1f}; {time.strftime('%F')}")
+    kind = f"V={V}, D={D}, 4 blocks, fp32, {arguments.repeats} alternated repeats"
+    print(f"{kind}: median [min, max]\n", flush=True)
     for shape, (pairs, prompts, completions) in SHAPES.items():
         if arguments.shape not in (None, shape):
             continue
-        times, apart = measure_time(shape, repeats)
-        print(f"{shape}: {pairs} pairs, prompts {prompts}, completions {completions}")
-        memory = {} if arguments.quick else {side: measure_memory(side, shape) for side in SIDES}
-        for side in SIDES:
-            of_memory = f", {memory[side]:.0f} MB above base" if memory else ""
-            print(f"  {side:9} {spread(times[side], 's CPU')}{of_memory}")
+        print(f"{shape}: {pairs} pairs, prompts {prompts}, completions {completions}", flush=True)
+        times, apart = measure_time(shape, arguments.repeats)
+        for side in TIMED:
+            print(f"  {side:10} {spread(times[side], 's CPU')}")
         for name, ratio in ratios(times).items():
             print(f"  {name}: {ratio:.2f}x")
-        if memory:
-            print(f"  memory, shared / trl: {memory['shared'] / memory['trl']:.3f}x")
         print(f"  first losses differ by {apart:.1e}\n", flush=True)
+    if not arguments.no_memory and arguments.shape in (None, MEMORY_SHAPE):
+        print(f"memory above base, {MEMORY_SHAPE}", flush=True)
+        options = ["--tiny"] * arguments.tiny
+        memory = {side: measure_memory(side, options) for side in SIDES}
+        for side, megabytes in memory.items():
+            ratio = megabytes / memory["trl"]
+            print(f"  {side:10} {megabytes:.0f} MB, over trl {ratio:.3f}x", flush=True)
 
 
 if __name__ == "__main__":
