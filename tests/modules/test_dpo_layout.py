@@ -174,7 +174,9 @@ def test_sharing_that_cannot_be_is_refused(options: dict[str, Any], message: str
         module(**options)
 
 
-@pytest.mark.parametrize("options", [{}, PACKED], ids=["auto", "packed"])
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param(PACKED, marks=pytest.mark.slow)], ids=["auto", "packed"]
+)
 def test_a_resumed_run_is_bit_identical(options: dict[str, Any], tmp_path: Path) -> None:
     """Which layout a batch has is a function of the batch; nothing of one is in a checkpoint."""
     batches = [pairs(0, 1, 2), long_completions(), pairs(*SKEWED), pairs(4, 5)]

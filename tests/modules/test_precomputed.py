@@ -117,7 +117,7 @@ def files(cache: Path) -> dict[str, bytes]:
     ("family", "options"),
     [
         pytest.param(llama, {}, marks=pytest.mark.slow),
-        (llama, {"loss_type": ["ipo", "sft"], "ld_alpha": 0.5}),
+        pytest.param(llama, {"loss_type": ["ipo", "sft"], "ld_alpha": 0.5}, marks=pytest.mark.slow),
         pytest.param(gpt2, {}, marks=pytest.mark.slow),
     ],
 )
@@ -152,7 +152,7 @@ def test_a_warm_cache_asks_no_reference_and_gives_the_same_bits(
 
 @pytest.mark.parametrize(
     "how",
-    ["options", *(pytest.param(how, marks=pytest.mark.slow) for how in SAME)],
+    [pytest.param(how, marks=pytest.mark.slow) for how in ("options", *SAME)],
 )
 def test_what_does_not_change_the_values_finds_them(tmp_path: Path, pairs: Path, how: str) -> None:
     cache = tmp_path / "cache"
@@ -183,7 +183,7 @@ def test_what_does_not_change_the_values_finds_them(tmp_path: Path, pairs: Path,
 
 @pytest.mark.parametrize(
     "how",
-    ["weight", "rope", *(pytest.param(how, marks=pytest.mark.slow) for how in OTHER)],
+    ["weight", *(pytest.param(how, marks=pytest.mark.slow) for how in ("rope", *OTHER))],
 )
 def test_another_reference_is_asked_anew(tmp_path: Path, pairs: Path, how: str) -> None:
     fit(module(tmp_path / "cache"), data(pairs))
