@@ -37,7 +37,6 @@ from report import report
 from torch import Tensor
 
 from tests.helpers.enumerable_world import PLACES, PROMPTS, SYMBOLS, World, random_reward
-from tests.helpers.learning_runs import keep
 
 BETAS = (0.1, 0.3, 1.0, 3.0)
 LRS = tuple(5e-4 * 2**k for k in range(8))  # to 0.064
@@ -102,6 +101,8 @@ def kept(name: str, settings: list[Any], compute: Any, *, allowed: bool) -> dict
         return found
     if not allowed:
         return None
+    from tests.helpers.learning_runs import keep  # imports Lightning, which a report does without
+
     start = time.process_time()
     found = {"settings": settings, **compute()}
     found["total_cpu_s"] = time.process_time() - start
@@ -112,14 +113,13 @@ def kept(name: str, settings: list[Any], compute: Any, *, allowed: bool) -> dict
 
 def tune_reward_model() -> dict[str, Any]:
     """Loss of reward models on pairs that they have not seen, of each learning rate."""
-    settings = [(1.0, lr, seed) for lr in LRS for seed in TUNING_SEEDS]
     world, _ = reference()
     losses = []
     for lr in LRS:
-        these = study([one for one in settings if one[1] == lr], lr)
+        these = study([(1.0, lr, seed) for seed in TUNING_SEEDS], lr)
         table = reward_models(these, these.lrs, these.generators(2))
         losses.append(held_out_loss(table, draw_pairs(world, PAIRS, these.generators(5))))
-    return {"losses": losses, "best": LRS[min(range(len(LRS)), key=losses.__getitem__)]}
+    return {"losses": losses, "best": LRS[losses.index(min(losses))]}
 
 
 def held_out_loss(rewards_GXY: Tensor, pairs_G3N: Tensor) -> float:
@@ -164,7 +164,7 @@ def results(methods: Iterable[str], *, allowed: bool) -> dict[str, Any]:
         runs = [(beta, lrs[beta], seed) for beta in BETAS for seed in SEEDS]
         final = kept(name, [runs, *constants], train(runs), allowed=allowed)
         if final is not None:
-            found["methods"][method] = {"sweep": sweep, "final": final, "lrs": lrs}
+            found["methods"][method] = {"sweep": sweep, "final": final}
     return found
 
 

@@ -15,11 +15,11 @@ import torch
 from methods import EVERY
 from numpy.typing import NDArray
 
-from lightning_align.callbacks.metric_plot import COLOURS
-from lightning_align.reports.pictures import new_figure
 from tests.helpers.enumerable_world import World
 
 PICTURE = Path(__file__).parents[2] / "docs/images/dpo_frontier.png"
+# Okabe and Ito's palette, and grey: one for each method.
+COLOURS = "#0072B2", "#56B4E9", "#999999", "#D55E00", "#E69F00", "#CC79A7", "#000000", "#009E73"
 NEAR = 0.05  # of the best learning rate's share
 Array = NDArray[np.float64]
 
@@ -191,13 +191,15 @@ def best_of_all(finals: dict[str, Runs]) -> dict[float, float]:
 
 
 def draw(world: World, sweeps: dict[str, Runs], finals: dict[str, Runs]) -> None:
-    figure = new_figure(12, 4.2)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.2), dpi=150, layout="constrained")
     plane_axes, rate_axes, step_axes = figure.subplots(1, 3)
     kl, reward = frontier(world)
     plane_axes.plot(kl, reward, color="black", linewidth=1, label="exact frontier")
     beta = 0.3
     for number, (method, final) in enumerate(finals.items()):
-        colour, marker = (*COLOURS, "#999999")[number], "osD^v*Px"[number]
+        colour, marker = COLOURS[number], "osD^v*Px"[number]
         plane_axes.scatter(
             final.kl[:, -1], final.reward[:, -1], 16, colour, marker, label=method, alpha=0.8
         )
