@@ -58,11 +58,9 @@ def theoretical_first_losses(
         {'ipo': tensor([25.])}
     """
     zeros_P = torch.zeros_like(chosen_lengths_P, dtype=torch.float32)
-    sides = [
-        CompletionScores(zeros_P, zeros_P, lengths)
-        for lengths in (chosen_lengths_P, rejected_lengths_P)
-    ]
-    terms = loss_terms(PairScores(*sides), replace(options, use_weighting=False))
+    chosen = CompletionScores(zeros_P, zeros_P, chosen_lengths_P)
+    rejected = CompletionScores(zeros_P, zeros_P, rejected_lengths_P)
+    terms = loss_terms(PairScores(chosen, rejected), replace(options, use_weighting=False))
     return {name: terms[name] for name in _with_theory(options)}
 
 
