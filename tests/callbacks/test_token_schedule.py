@@ -326,8 +326,20 @@ def test_state_round_trips() -> None:
     assert state["settings"] is not ours.settings
 
 
-@pytest.mark.parametrize("module", MODULES)
-@pytest.mark.parametrize("trainer", [{}, {"accumulate_grad_batches": 4}], ids=["plain", "windows"])
+WINDOWS: dict[str, Any] = {"accumulate_grad_batches": 4}
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("trainer", "module"),
+    [
+        pytest.param({}, MODULES[0], marks=SLOW),
+        ({}, MODULES[1]),
+        (WINDOWS, MODULES[0]),
+        pytest.param(WINDOWS, MODULES[1], marks=SLOW),
+    ],
+    ids=["plain-gpt2", "plain-hand-written", "windows-gpt2", "windows-hand-written"],
+)
 def test_resume_from_every_batch_repeats_the_run(
     tmp_path: Path, module: str, trainer: dict[str, Any]
 ) -> None:

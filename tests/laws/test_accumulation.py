@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.covers import with_slow
 from tests.laws.composition import note
 from tests.laws.members import DATAMODULES, MODULES, OBJECTIVES, Member
 from tests.laws.runs import Run, on_its_data
@@ -28,7 +29,7 @@ def equals_one_big_batch(run: Run, folder: Path, material: Path) -> None:
     assert ours == pytest.approx(big, rel=1e-5), "not the big batch"
 
 
-@pytest.mark.parametrize("data", DATAMODULES, ids=str)
+@pytest.mark.parametrize("data", with_slow(DATAMODULES, ("TextDataModule", "PreferenceDataModule")))
 @pytest.mark.parametrize("module", [m for m in MODULES if m.sums], ids=str)
 def test_modules(module: Member, data: Member, tmp_path: Path, material: Path) -> None:
     if module.batches != data.batches:
@@ -38,7 +39,9 @@ def test_modules(module: Member, data: Member, tmp_path: Path, material: Path) -
     note("Modules and datamodules", module.name, data.name, "accumulates")
 
 
-@pytest.mark.parametrize("module", OBJECTIVES, ids=str)
+@pytest.mark.parametrize(
+    "module", with_slow(OBJECTIVES, ("DPOModule, list", "DPOModule, kto", "DPOModule, router"))
+)
 def test_objectives(module: Member, tmp_path: Path, material: Path) -> None:
     """A loss that couples the pairs of a batch is taken per micro-batch, and so is no sum."""
     run = replace(on_its_data(module), max_epochs=1)

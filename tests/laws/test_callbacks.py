@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.covers import with_slow
 from tests.laws import broken
 from tests.laws.composition import note
 from tests.laws.members import CALLBACKS, MODULES, Member, build, class_of
@@ -41,7 +42,7 @@ def same(ours: Any, theirs: Any) -> bool:
     return bool(ours == theirs)
 
 
-@pytest.mark.parametrize("module", MODULES, ids=str)
+@pytest.mark.parametrize("module", with_slow(MODULES, ("PretrainModule",)))
 @pytest.mark.parametrize("callback", CALLBACKS, ids=str)
 def test_callbacks(callback: Member, module: Member, tmp_path: Path, material: Path) -> None:
     if refusal(callback, module):

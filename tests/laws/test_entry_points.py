@@ -12,6 +12,7 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_align.__main__ import main
+from tests.helpers.covers import cover, with_slow
 from tests.laws import broken
 from tests.laws.composition import note
 from tests.laws.members import CALLBACKS, MODULES, Member, filled, spec
@@ -80,8 +81,7 @@ def _quiet_argv(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["lightning-align"])
 
 
-@pytest.mark.parametrize("entry", [lightning_cli, command], ids=lambda entry: entry.__name__)
-@pytest.mark.parametrize("module", MODULES, ids=str)
+@cover(module=MODULES, entry=[lightning_cli, command])
 def test_modules(
     module: Member, entry: Callable[[str], None], tmp_path: Path, material: Path
 ) -> None:
@@ -89,7 +89,7 @@ def test_modules(
     note("Modules alone", "Trainer = YAML = command", module.name, "exact")
 
 
-@pytest.mark.parametrize("callback", CALLBACKS, ids=str)
+@pytest.mark.parametrize("callback", with_slow(CALLBACKS, ("AsyncCheckpoint", "OptimizerSwap")))
 def test_callbacks(callback: Member, tmp_path: Path, material: Path) -> None:
     module = next(module for module in MODULES if not refusal(callback, module))
     run = replace(on_its_data(module), callbacks=(callback,))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lightning_align import DPOModule, PretrainModule
+from tests.helpers.covers import cover
 from tests.helpers.resume import Run
 from tests.modules.test_dpo import pairs
 from tests.modules.test_pretrain import fit, gpt2, llama, rows
@@ -50,9 +51,7 @@ def decreases(losses: list[float]) -> bool:
     return losses == sorted(losses, reverse=True) and losses[-1] < 0.95 * losses[0]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", KINDS)
+@cover(kind=list(KINDS), family=list(FAMILIES), checkpointing={"all": True, "none": False})
 def test_mixed_precision_trains_close_to_fp32(kind: str, family: str, checkpointing: bool) -> None:
     theirs, _ = trained(kind, family, "32-true")
     ours, module = trained(kind, family, "bf16-mixed", activation_checkpointing=checkpointing)
@@ -68,8 +67,7 @@ def test_mixed_precision_trains_close_to_fp32(kind: str, family: str, checkpoint
 
 
 @pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}], ids=["cast", "built"])
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", KINDS)
+@cover(kind=list(KINDS), family=list(FAMILIES))
 def test_true_bf16_trains(kind: str, family: str, options: dict[str, str]) -> None:
     watch, module = trained(kind, family, "bf16-true", **options)
     assert watch.loss_dtypes == {torch.float32}  # the sum over tokens is never rounded to 8 bits
@@ -78,8 +76,7 @@ def test_true_bf16_trains(kind: str, family: str, options: dict[str, str]) -> No
     assert decreases(watch.losses)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", KINDS)
+@cover(kind=list(KINDS), family=list(FAMILIES))
 def test_bf16_parameters_need_no_precision_of_the_trainer(kind: str, family: str) -> None:
     watch, module = trained(kind, family, "32-true", dtype="bfloat16")
     assert {p.dtype for p in module.parameters()} == {torch.bfloat16}

@@ -13,6 +13,7 @@ from lightning_align.modules.positioned import PositionedDataModule
 from lightning_align.run.capture import capture, restore
 from lightning_align.run.exact_resume import ExactResume
 from lightning_align.run.skipping import skip_batches, stream_position
+from tests.helpers.covers import cover
 from tests.helpers.recorder import Recorder, recorded, samples, trainer
 
 NUM_SAMPLES = 19
@@ -66,8 +67,7 @@ def test_a_shorter_epoch_is_only_a_window(tmp_path):
     assert samples(tmp_path, "train") == expected(0, 8)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("stop", [3, 5, 7])
+@cover(stop=[3, 5, 7], num_workers=[2, 0])
 def test_a_resumed_run_sees_the_tail_of_the_uninterrupted_one(tmp_path, num_workers, stop):
     """Five batches are an epoch: 3 and 7 stop in its middle, 5 at its end."""
     first = fit(tmp_path, Numbers(num_workers=num_workers), max_steps=stop)

@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_align.offload import places
 from lightning_align.offload.ranks import Ranks
+from tests.helpers.covers import cover
 from tests.helpers.offloaded_network import network, offloaded
 from tests.helpers.ranks import run_ranks
 
@@ -53,9 +54,11 @@ def train_both(folder, rank, early=False, window=1, unused=(), **memory):
     ]
 
 
+UPDATES = {"after backward": False, "in backward": True}
+
+
 @pytest.mark.parametrize("gradients", [False, True], ids=["on disk", "in memory"])
-@pytest.mark.parametrize("window", [1, 2])
-@pytest.mark.parametrize("early", [False, True], ids=["after backward", "in backward"])
+@cover(early=UPDATES, window=[1, 2])
 def test_two_ranks_train_as_ddp(tmp_path, early, window, gradients):
     def run(rank):
         return train_both(tmp_path, rank, early, window, gradients=gradients, group_bytes=1)
@@ -72,9 +75,7 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("every", [1, 2])
-@pytest.mark.parametrize("stays", PLACES.values(), ids=PLACES)
-@pytest.mark.parametrize("early", [False, True], ids=["after backward", "in backward"])
+@cover(stays=PLACES, early=UPDATES, every=[2, 1])
 def test_two_ranks_train_as_ddp_wherever_blocks_lie(tmp_path, early, stays, every):
     def run(rank):
         return train_both(tmp_path, rank, early, window=2, gradients=True, stays=stays, every=every)

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_align.modules import PretrainModule
 from lightning_align.offload import activations
+from tests.helpers.covers import cover
 from tests.helpers.offloaded import ADAMW, Both, Regression, compare, points, small, text
 from tests.helpers.tiny_models import TINY_MODELS, PlainDecoder
 from tests.strategies.zero_infinity import test_ranks as ranks
@@ -32,8 +33,7 @@ def moved(monkeypatch):
     return Moved()
 
 
-@pytest.mark.parametrize("recompute", [True, False], ids=["checkpointing", "all"])
-@pytest.mark.parametrize("name", ["llama", "plain"])
+@cover(name=["llama", "plain"], recompute={"checkpointing": True, "all": False})
 def test_language_models_train_as_in_memory(tmp_path, moved, name, recompute):
     build = {"plain": partial(PlainDecoder, dropout=0.2), **TINY_MODELS}[name]
 
@@ -66,8 +66,7 @@ class RecomputesReentrantly(Recomputes):
     reentrant = True
 
 
-@pytest.mark.parametrize("kind", [Regression, Recomputes, RecomputesReentrantly])
-@pytest.mark.parametrize("where", ["nvme", "cpu"])
+@cover(kind=[Regression, Recomputes, RecomputesReentrantly], where=["nvme", "cpu"])
 def test_a_module_written_by_hand_trains_as_in_memory(tmp_path, moved, kind, where):
     data = points(16)
     strategy = small(offload_activations=where)

@@ -15,6 +15,7 @@ from lightning_align.modules import PretrainModule
 from lightning_align.strategies import ZeROInfinityStrategy
 from lightning_align.strategies.zero_infinity import strategy as strategy_module
 from lightning_align.strategies.zero_infinity.devices import spread
+from tests.helpers.covers import cover
 from tests.helpers.offloaded import (
     ADAMW,
     STEPS,
@@ -67,8 +68,7 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
-@pytest.mark.parametrize("arguments", PLACES.values(), ids=PLACES)
+@cover(arguments=PLACES, options=RUNS)
 def test_wherever_it_lies_it_trains_as_in_memory(tmp_path, arguments, options):
     data = points()
     module = partial(Regression, schedule=True)
@@ -77,13 +77,18 @@ def test_wherever_it_lies_it_trains_as_in_memory(tmp_path, arguments, options):
     assert committed.exists() == ("stage" in arguments and len(arguments) == 1)
 
 
-@pytest.mark.parametrize(
-    "build",
-    [ADAMW, partial(Muon, lr=1e-2), partial(torch.optim.SGD, lr=1e-2, momentum=0.9)],
-    ids=["AdamW", "Muon", "SGD"],
+BUILDS = {
+    "AdamW": ADAMW,
+    "Muon": partial(Muon, lr=1e-2),
+    "SGD": partial(torch.optim.SGD, lr=1e-2, momentum=0.9),
+}
+
+
+@cover(
+    arguments={name: PLACES[name] for name in ("cpu", "half", "stage 2")},
+    clip={"in backward": None, "clipped": 0.5},
+    build=BUILDS,
 )
-@pytest.mark.parametrize("clip", [None, 0.5], ids=["in backward", "clipped"])
-@pytest.mark.parametrize("arguments", [HOST, {"offload_fraction": 0.5}, {"stage": 2}], ids=str)
 def test_language_models_and_optimizers(tmp_path, arguments, clip, build):
     """Sums over tokens, which are scaled within backward where blocks are updated there."""
     data = text()

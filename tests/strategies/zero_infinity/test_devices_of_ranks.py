@@ -8,6 +8,7 @@ import torch
 from lightning_align import Muon
 from lightning_align.modules import PretrainModule
 from lightning_align.offload import striped
+from tests.helpers.covers import cover
 from tests.helpers.offloaded import ADAMW, Regression, small, text
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_models import TINY_MODELS
@@ -31,8 +32,7 @@ PLACES = {
 RUNS = {"plain": {}, "clipped": {"gradient_clip_val": 0.05}}
 
 
-@pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
-@pytest.mark.parametrize("arguments", PLACES.values(), ids=PLACES)
+@cover(arguments=PLACES, options=RUNS)
 def test_wherever_it_lies_ranks_train_as_under_ddp(tmp_path, arguments, options):
     build = lambda: Regression(width=48, schedule=True)  # noqa: E731
     options = {"accumulate_grad_batches": 2, **options}

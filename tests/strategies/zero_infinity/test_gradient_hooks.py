@@ -8,6 +8,7 @@ import torch
 
 from lightning_align import StableAdamW
 from lightning_align.modules import PretrainModule
+from tests.helpers.covers import cover
 from tests.helpers.offloaded import ADAMW, Regression, compare, fit, points, small, text
 from tests.helpers.tiny_models import TINY_MODELS
 from tests.strategies.zero_infinity.test_ranks import compare as compare_ranks
@@ -80,15 +81,16 @@ class BackwardTwice(Regression):
 KINDS = [Clips, ClipsByLightning, Replaces, LooksInStep, NeverEmpties, BackwardTwice]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("window", [1, 2])
+@cover(kind=KINDS, window=[2, 1])
 def test_a_module_that_handles_gradients_trains_as_in_memory(tmp_path, kind, window):
     data = points()
     compare(tmp_path, lambda: kind(ADAMW), data, accumulate_grad_batches=window)
 
 
-@pytest.mark.parametrize("build", [ADAMW, partial(StableAdamW, lr=1e-2)], ids=["adamw", "stable"])
-@pytest.mark.parametrize("options", [{}, {"gradient_clip_val": 0.05}], ids=["plain", "clipped"])
+@cover(
+    build={"adamw": ADAMW, "stable": partial(StableAdamW, lr=1e-2)},
+    options={"plain": {}, "clipped": {"gradient_clip_val": 0.05}},
+)
 def test_hooks_see_what_they_see_in_memory(tmp_path, build, options):
     data = points()
     modules = []

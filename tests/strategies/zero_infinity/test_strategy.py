@@ -13,6 +13,7 @@ from lightning_align.modules import PretrainModule
 from lightning_align.offload.engine import OffloadEngine
 from lightning_align.offload.record import read_record
 from lightning_align.strategies import ZeROInfinityStrategy
+from tests.helpers.covers import cover
 from tests.helpers.offloaded import (
     ADAMW,
     STEPS,
@@ -39,8 +40,7 @@ def test_a_module_written_by_hand_trains_as_in_memory(tmp_path, options, early):
     compare(tmp_path, lambda: Regression(schedule=True), data, strategy, **options)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_tied", "gpt2"])
-@pytest.mark.parametrize("window", [1, 2])
+@cover(name=["llama", "llama_tied", "gpt2"], window=[2, 1])
 def test_language_models_train_as_in_memory(tmp_path, name, window):
     data = text()
     compare(
@@ -130,10 +130,13 @@ def test_blocks_that_recompute_their_activations_are_fetched_again(tmp_path, nam
     compare(tmp_path, module, data, accumulate_grad_batches=2)
 
 
-@pytest.mark.parametrize("sampling", ["uniform", "weight_norm"])
-@pytest.mark.parametrize(("state", "clip"), [("drop", None), ("keep", None), ("drop", 0.5)])
-def test_lisa_trains_as_in_memory(tmp_path, sampling, state, clip):
+@cover(
+    ending={"drop": ("drop", None), "keep": ("keep", None), "clipped": ("drop", 0.5)},
+    sampling=["uniform", "weight_norm"],
+)
+def test_lisa_trains_as_in_memory(tmp_path, ending, sampling):
     """Blocks that come back warm up, with new moments or with those that they had."""
+    state, clip = ending
     data = text()
     settings = {"interval_steps": 3, "reactivation_warmup_steps": 1, "filename": None}
     found = []
