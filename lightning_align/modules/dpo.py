@@ -47,6 +47,7 @@ from lightning_align.modules.frozen_reference import (
 )
 from lightning_align.modules.pair_rows import PairRows, by_pair, by_sequence
 from lightning_align.modules.precomputed import PrecomputedReference
+from lightning_align.modules.reference_sync import sync_of
 from lightning_align.modules.window import Sums
 from lightning_align.run.protocols import datamodule_of
 from lightning_align.run.replicas import is_spread
@@ -123,6 +124,9 @@ class DPOModule(CausalLMModule):
             folder in $LIGHTNING_ALIGN_CACHE, or else in ~/.cache/lightning_align.
         peft_config: Adapters of PEFT that alone train, such as peft.LoraConfig(r=16), or in YAML
             its class_path and init_args; the reference is then the model without them, held once.
+        sync_ref_model: Whether the reference follows the model (TR-DPO).
+        ref_model_mixup_alpha: How much of the model it then takes on, in (0, 1].
+        ref_model_sync_steps: Optimizer steps from one time to the next.
 
     Raises:
         ValueError: If a value is out of its range or would do nothing, a model cannot be loaded or
@@ -172,6 +176,9 @@ class DPOModule(CausalLMModule):
         precompute_ref_log_probs: bool = False,
         ref_cache_dir: str | None = None,
         peft_config: dict[str, Any] | Any | None = None,
+        sync_ref_model: bool = False,
+        ref_model_mixup_alpha: float = 0.6,
+        ref_model_sync_steps: int = 512,
     ) -> None:
         options = PreferenceOptions(
             loss_type,
@@ -221,7 +228,16 @@ class DPOModule(CausalLMModule):
         if precompute_ref_log_probs:
             url = ref_cache_dir or str(default_cache_dir() / "reference")
             cached = PrecomputedReference("DPOModule", url)
-        self._reference = FrozenReference("DPOModule", cached)
+        sync = sync_of(
+            sync_ref_model,
+            ref_model_mixup_alpha,
+            ref_model_sync_steps,
+            where="DPOModule",
+            needs_reference=options.needs_reference,
+            precomputed=cached is not None,
+            adapters=has_adapters(self.model),
+        )
+        self._reference = FrozenReference("DPOModule", cached, sync)
         if ref_model is not None:
             built = build_model(ref_model, where="DPOModule", argument="ref_model", **both)
             self._reference.adopt(built, self.layers)
@@ -452,13 +468,19 @@ class DPOModule(CausalLMModule):
         return kl_of_scored(*self.score(hidden_BTD, others))
 
     @override
+    def optimizer_step(self, *args: Any, **options: Any) -> None:
+        super().optimizer_step(*args, **options)
+        # The Trainer counts this step afterwards; with accumulation it is called for each alone.
+        self._reference.follow(self.model, self.trainer.global_step + 1)
+
+    @override
     def derived_metrics(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
         return with_margins(means)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["reference"] = self._reference.fingerprint
+        self._reference.save(checkpoint)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

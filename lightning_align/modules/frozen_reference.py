@@ -23,7 +23,13 @@ from lightning_align.losses.reference import reference_layers
 from lightning_align.models.adapters import check_reference, own_modules
 from lightning_align.modules.precomputed import PrecomputedReference, Row, evaluating, score_rows
 from lightning_align.modules.reference import fingerprint, fingerprint_until_0_1
-from lightning_align.run.protocols import NumbersCompletions, SpreadsModel, datamodule_of
+from lightning_align.modules.reference_sync import ReferenceSync
+from lightning_align.run.protocols import (
+    NumbersCompletions,
+    SpreadsModel,
+    datamodule_of,
+    has_replicas,
+)
 from lightning_align.run.replicas import is_spread
 
 if TYPE_CHECKING:
@@ -37,6 +43,7 @@ class FrozenReference:
         where: Class the user called.
         cached: Has what the reference says, which is then asked before training and let go; None
             for one that runs in every step.
+        sync: How it follows the policy, which puts it into checkpoints; None for one that is fixed.
 
     Attributes:
         layers: The model; None where there is none, it was let go, or it is the policy.
@@ -46,8 +53,13 @@ class FrozenReference:
         fingerprint: Hashes of its weights and configuration; none without values.
     """
 
-    def __init__(self, where: str, cached: PrecomputedReference | None = None) -> None:
-        self.where, self.cached = where, cached
+    def __init__(
+        self,
+        where: str,
+        cached: PrecomputedReference | None = None,
+        sync: ReferenceSync | None = None,
+    ) -> None:
+        self.where, self.cached, self.sync = where, cached, sync
         self.layers: ModelLayers | None = None
         self.is_copy = self.is_policy = self.lacks_adapters = False
         self.fingerprint: dict[str, str] = {}
@@ -63,6 +75,8 @@ class FrozenReference:
         layers = reference_layers(self.where, policy, model)  # before anything is changed
         turn_off_dropout(model)
         model.eval().requires_grad_(False)
+        if self.sync is not None:
+            self.sync.check(layers, policy)
         self.layers, self.is_copy = layers, is_copy
         self.know(model)
 
@@ -112,6 +126,11 @@ class FrozenReference:
         Raises:
             ValueError: If it cannot.
         """
+        if self.sync is not None and not has_replicas(module.trainer.strategy):
+            name = type(module.trainer.strategy).__name__
+            rule = f"under {name} no rank has all weights of the model and its reference"
+            way_out = "Use one device or DDP, or leave sync_ref_model out"
+            raise argument_error(self.where, "sync_ref_model", True, rule, way_out)
         if self.cached is None:
             self.probe()
             return
@@ -186,7 +205,18 @@ class FrozenReference:
                 where=self.where,
             )
 
+    def follow(self, policy: nn.Module, number: int) -> None:
+        """After the optimizer step of this number: take on some of the policy, if it is time."""
+        if self.sync is not None and self.layers is not None:
+            self.sync.after_step(number, self.layers.model, policy)
+
     # In checkpoints
+
+    def save(self, checkpoint: dict[str, Any]) -> None:
+        """Put into a checkpoint which one it is, and its weights if they follow the policy."""
+        checkpoint["reference"] = self.fingerprint
+        if self.sync is not None and self.layers is not None:
+            checkpoint["reference_state"] = self.layers.model.state_dict()
 
     def load(self, checkpoint: dict[str, Any], policy: nn.Module) -> None:
         """Compare with the reference of a checkpoint.
@@ -199,6 +229,8 @@ class FrozenReference:
             ValueError: If it is another one.
         """
         saved = checkpoint.get("reference")
+        if self._load_state(checkpoint):
+            return
         layers = self.layers
         model = policy if self.is_policy else None if layers is None else layers.model
         self.is_policy &= not checkpoint.get("global_step", 0)
@@ -210,6 +242,19 @@ class FrozenReference:
         else:
             self._saved = saved or {}
             self._check_saved()
+
+    def _load_state(self, checkpoint: dict[str, Any]) -> bool:
+        """Whether a checkpoint holds the reference itself, which this one then is."""
+        state = checkpoint.get("reference_state")
+        if state is None:
+            return False
+        if self.sync is None or self.layers is None:
+            rule = "the reference of the checkpoint has followed its model"
+            way_out = "Set it to True, or train against a ref_model of its own from other weights"
+            raise argument_error(self.where, "sync_ref_model", False, rule, way_out)
+        self.layers.model.load_state_dict(state)
+        self.fingerprint = checkpoint["reference"]  # of what it began as
+        return True
 
     def _check_saved(self) -> None:
         """Refuse a reference that is not the checkpoint's, as soon as both are known."""

@@ -187,6 +187,7 @@ OBJECTIVES = [
     objective("list", loss_type=["sigmoid", "sft", "orpo"], sft_mean="pairs", use_weighting=True),
     objective("options", loss_type="ipo", ld_alpha=0.5, length_alpha=0.1),
     objective("cached", precompute_ref_log_probs=True, ref_cache_dir="{data}/reference"),
+    objective("TR-DPO", sync_ref_model=True, ref_model_sync_steps=2),
     objective("no reference", loss_type=["simpo", "cpo"]),
     objective("router off", model=MIXTRAL, router_aux_loss_coef=0.0),
     objective("sft", "it is a mean over the tokens of a batch", loss_type="sft"),
