@@ -91,13 +91,14 @@ def build_model(
         except ValueError as error:
             warnings.warn(f"{model} is loaded into memory as a whole: {error}", stacklevel=2)
     try:
-        loaded, found = AutoModelForCausalLM.from_pretrained(
-            model, revision=revision, output_loading_info=True, **options
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            model, revision=revision, output_loading_info=strict, **options
         )
     except (OSError, ValueError) as error:
         rule = f"transformers cannot load a causal language model from it ({error})"
         raise argument_error(where, argument, model, rule) from error
     if strict:
+        loaded, found = loaded
         _refuse_lack(str(model), found, where, argument)
     return _module(loaded).train()  # from_pretrained returns eval mode
 
