@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lightning_align import Curriculum
-from tests.callbacks.test_curriculum_stream import Indices, data, linear, samples_of, texts, train
+from tests.callbacks.curriculum.test_stream import Indices, data, linear, samples_of, texts, train
 from tests.data.test_deepspeed_index import analyze
 from tests.helpers.resumable import Fit, model_checkpoint, resumes
 from tests.run.test_samplers import ROWS, Loads

@@ -2,7 +2,7 @@
 
 import json
 
-from lightning_align.callbacks.curriculum_picture import MOST_POINTS, LossCurve, draw_run
+from lightning_align.callbacks.curriculum.picture import MOST_POINTS, LossCurve, draw_run
 
 
 def test_as_many_losses_are_kept_as_a_picture_shows() -> None:

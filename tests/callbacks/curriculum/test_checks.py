@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
-from lightning_align.callbacks import curriculum_checks
+from lightning_align.callbacks.curriculum import checks
 from lightning_align.data.sampler import PositionSampler
 
 ROWS = list(range(8))
@@ -23,9 +23,9 @@ class Pairs(BatchSampler):
 
 def run(monkeypatch: pytest.MonkeyPatch, loader: Any, sampler: Any = None) -> None:
     loaders = SimpleNamespace(flattened=[loader])
-    monkeypatch.setattr(curriculum_checks, "train_loaders", lambda trainer: loaders)
+    monkeypatch.setattr(checks, "train_loaders", lambda trainer: loaders)
     trainer: Any = SimpleNamespace(datamodule=SimpleNamespace(train_sampler=sampler, position=0))
-    curriculum_checks.check_orders(trainer, ["order"])
+    checks.check_orders(trainer, ["order"])
 
 
 def test_the_datamodules_own_sampler_is_drawn_from(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,4 +55,4 @@ def test_others_are_refused_with_the_reason(
 def test_nothing_is_asked_of_a_curriculum_that_orders_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    curriculum_checks.check_orders(SimpleNamespace(), [])  # type: ignore[arg-type]
+    checks.check_orders(SimpleNamespace(), [])  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_align.callbacks.curriculum_feedback import Feedback, self_paced
+from lightning_align.callbacks.curriculum.feedback import Feedback, self_paced
 from lightning_align.data.curriculum_sampler import CurriculumSampler
 from lightning_align.data.feedback import SelfPaced
 from lightning_align.data.pacing import CurriculumScheduler

@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_align._errors import argument_error, check_choice
-from lightning_align.callbacks.curriculum_length import WHERE, LengthPart
+from lightning_align.callbacks.curriculum.length import WHERE, LengthPart
 from lightning_align.data.batch_sizes import BatchSizes
 from lightning_align.data.curriculum_sampler import CurriculumSampler
 from lightning_align.data.data_efficiency import read_data_efficiency

@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from lightning_align.callbacks.curriculum_length import LengthPart
+from lightning_align.callbacks.curriculum.length import LengthPart
 from lightning_align.data.batch_sizes import BatchSizes
 from lightning_align.data.sequence_length import with_rows
 from lightning_align.run.callbacks import callbacks_of

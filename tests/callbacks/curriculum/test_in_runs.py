@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 from lightning_align import Curriculum, ExactResume, TextDataModule
-from lightning_align.callbacks.curriculum_feedback import Feedback
+from lightning_align.callbacks.curriculum.feedback import Feedback
 from lightning_align.data.bucket_sampler import BucketSampler
 from lightning_align.data.curriculum_sampler import CurriculumSampler
 from lightning_align.data.streams import StreamBatches

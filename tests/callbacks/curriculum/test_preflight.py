@@ -7,8 +7,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from lightning_align.callbacks.curriculum_preflight import Preflight
-from tests.callbacks.test_curriculum import BATCHES, trained
+from lightning_align.callbacks.curriculum.preflight import Preflight
+from tests.callbacks.curriculum.test_callback import BATCHES, trained
 from tests.helpers.curriculum import by_length
 from tests.modules.test_pretrain import weights
 

@@ -17,12 +17,12 @@ from lightning_align._compat.lightning_trainer import (
 )
 from lightning_align._compat.torch_modules import is_compiled
 from lightning_align._errors import argument_error
-from lightning_align.callbacks.curriculum_checks import check_orders
-from lightning_align.callbacks.curriculum_feedback import Feedback, self_paced
-from lightning_align.callbacks.curriculum_length import WHERE, LengthPart
-from lightning_align.callbacks.curriculum_picture import MOST_POINTS, LossCurve, draw_run
-from lightning_align.callbacks.curriculum_preflight import Preflight, largest_batch
-from lightning_align.callbacks.curriculum_stream import StreamPart, following
+from lightning_align.callbacks.curriculum.checks import check_orders
+from lightning_align.callbacks.curriculum.feedback import Feedback, self_paced
+from lightning_align.callbacks.curriculum.length import WHERE, LengthPart
+from lightning_align.callbacks.curriculum.picture import MOST_POINTS, LossCurve, draw_run
+from lightning_align.callbacks.curriculum.preflight import Preflight, largest_batch
+from lightning_align.callbacks.curriculum.stream import StreamPart, following
 from lightning_align.data.length_schedule import Samples
 from lightning_align.data.skipped import SkippedBatches
 from lightning_align.reports.pictures import log_figure, new_figure

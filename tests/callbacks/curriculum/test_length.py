@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_align.callbacks.curriculum_length import LengthPart
+from lightning_align.callbacks.curriculum.length import LengthPart
 from lightning_align.data.length_schedule import Samples
 from tests.helpers.byte_tokenizer import ByteTokenizer
 from tests.helpers.curriculum import linear

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_align import Curriculum
-from lightning_align.callbacks.curriculum import RECOMPILE_LIMIT
+from lightning_align.callbacks.curriculum.callback import RECOMPILE_LIMIT
 from tests.helpers.curriculum import by_length, linear
 
 pytestmark = pytest.mark.slow
