@@ -17,11 +17,12 @@ SCRIPTS = Path(__file__).parents[2] / "benchmarks/dpo_frontier"
 def scripts():
     """The modules of the benchmark, whose names are then free again."""
     before, names = set(sys.modules), ("methods", "networks", "report", "frontier")
+    path = list(sys.path)
     sys.path[:0] = [str(SCRIPTS)]
     try:
         yield SimpleNamespace(**{name: __import__(name) for name in names})
     finally:
-        sys.path.remove(str(SCRIPTS))
+        sys.path[:] = path
         for name in {*names} - before:
             sys.modules.pop(name, None)
 
