@@ -43,7 +43,8 @@ def margin_counts(margin_P: Tensor, counted_P: Tensor) -> Tensor:
     places = (torch.asinh(margin_P / _UNIT) / _WIDTH).floor().nan_to_num() + MARGIN_BINS // 2
     counts = counted_P & ~margin_P.isnan()
     bins_P = places.clamp(0, MARGIN_BINS - 1).long()
-    return torch.zeros(MARGIN_BINS, device=margin_P.device).index_add(0, bins_P, counts.float())
+    zeros_M = torch.zeros(MARGIN_BINS, dtype=torch.float32, device=margin_P.device)
+    return zeros_M.index_add(0, bins_P, counts.float())
 
 
 def pair_statistics(scores: PairScores, margin_P: Tensor, counted_P: Tensor) -> dict[str, Mean]:

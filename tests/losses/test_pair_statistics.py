@@ -130,3 +130,14 @@ def test_means_that_are_logged_are_numbers():
     assert logged["length/correlation"] == pytest.approx(1.0)
     assert logged["rewards/margins"] == 1.5
     assert all(value.ndim == 0 for value in logged.values())
+
+
+def test_pairs_are_counted_in_a_run_in_bf16():
+    """Where Lightning makes bf16 the type of what is made; 257 is no number of bf16."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        counts = margin_counts(torch.ones(257), torch.ones(257, dtype=torch.bool))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert counts.dtype == torch.float32
+    assert counts.max() == 257
