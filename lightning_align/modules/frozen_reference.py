@@ -25,6 +25,7 @@ from lightning_align.modules.precomputed import PrecomputedReference, Row, evalu
 from lightning_align.modules.reference import fingerprint, fingerprint_until_0_1
 from lightning_align.modules.reference_sync import ReferenceSync
 from lightning_align.run.protocols import (
+    HoldsGradients,
     NumbersCompletions,
     SpreadsModel,
     datamodule_of,
@@ -144,7 +145,8 @@ class FrozenReference:
             )
             raise argument_error(where, argument, True, rule, way_out)
         strategy = module.trainer.strategy
-        if isinstance(strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
+        sharded = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, HoldsGradients)
+        if isinstance(strategy, sharded):
             rule = f"does not go with {type(strategy).__name__}, which spreads the models"
             raise argument_error(where, argument, True, rule, "Use DDP, or leave the argument out")
         if not self.fingerprint:
