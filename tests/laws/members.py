@@ -147,12 +147,6 @@ MODULES = [
         refuses={"pipeline": "its reference would have to run beside it"},
     ),
     Member(
-        "DPOModule, LoRA",
-        spec(OURS + "DPOModule", model=GPT2, peft_config=LORA),
-        batches="pairs",
-        refuses={"pipeline": "its rows are pairs"},
-    ),
-    Member(
         "hand-written",
         spec("tests.laws.members.HandWritten", dropout=0.3),
         sums=False,
@@ -187,6 +181,7 @@ OBJECTIVES = [
     objective("list", loss_type=["sigmoid", "sft", "orpo"], sft_mean="pairs", use_weighting=True),
     objective("options", loss_type="ipo", ld_alpha=0.5, length_alpha=0.1),
     objective("cached", precompute_ref_log_probs=True, ref_cache_dir="{data}/reference"),
+    objective("LoRA", peft_config=LORA),
     objective("TR-DPO", sync_ref_model=True, ref_model_sync_steps=2),
     objective("no reference", loss_type=["simpo", "cpo"]),
     objective("router off", model=MIXTRAL, router_aux_loss_coef=0.0),
@@ -330,7 +325,6 @@ CALLBACKS = [
         spec(OURS + "LISA", activated_layers=1, interval_steps=2, reactivation_warmup_steps=1),
         neutral=False,
         refuses={
-            "DPOModule, LoRA": "it holds adapters of PEFT",
             "hand-written": "cannot tell which list holds its blocks; candidates",
             "pipeline": "it does not follow when other blocks are frozen and released",
         },
@@ -341,7 +335,6 @@ CALLBACKS = [
         neutral=False,
         refuses={
             "DPOModule": "its rows end with what is learned, the answers",
-            "DPOModule, LoRA": "its rows end with what is learned, the answers",
             "ConversationDataModule": "its rows end with what is learned, the answers",
         },
     ),
