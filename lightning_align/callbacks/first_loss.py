@@ -105,6 +105,7 @@ class _Attempts:
             policy, reference = self._separately() if "kernel" in without else self._as_it_is()
         if reference is None:
             return []
+        assert isinstance(self.pl_module, ScoresPairs)
         return first_losses(policy, reference, self.pl_module.options)
 
     def reason(self, wrong: FirstLoss) -> str:

@@ -104,7 +104,8 @@ def _sums_of(
     assert isinstance(pl_module, AsksReference)
     policy = sampled_policy(pl_module)
     # What a folder says of penalties and temperatures would be sampled from, and is not the policy.
-    with replaced(policy, "generation_config", GenerationConfig()):
+    plain = GenerationConfig()  # type: ignore[no-untyped-call]
+    with replaced(policy, "generation_config", plain):
         rows = continue_prompts(
             policy,
             prompts,
@@ -117,8 +118,8 @@ def _sums_of(
             top_p=1.0,
         )
     tensors = [rows[name] for name in ("input_ids", "attention_mask", "completion_mask")]
-    scored = [model_completion_logps(policy, *tensors)]
+    sampled = model_completion_logps(policy, *tensors)
     with pl_module.as_reference() as reference:
-        scored.append(model_completion_logps(reference, *tensors))
-    logps = [each.token_logps_BT.cpu() for each in scored]
+        frozen = model_completion_logps(reference, *tensors)
+    logps = sampled.token_logps_BT.cpu(), frozen.token_logps_BT.cpu()
     return kl_sums(*logps, tensors[2][:, 1:].cpu())
