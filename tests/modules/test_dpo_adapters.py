@@ -203,8 +203,15 @@ def logits(of: Any) -> torch.Tensor:
         return of.eval()(TOKENS).logits
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-@pytest.mark.parametrize("kind", [DPOModule, PretrainModule])
+@pytest.mark.parametrize(
+    ("kind", "wrapped"),
+    [
+        (DPOModule, False),
+        pytest.param(DPOModule, True, marks=pytest.mark.slow),
+        pytest.param(PretrainModule, False, marks=pytest.mark.slow),
+        pytest.param(PretrainModule, True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_checkpoint_becomes_a_folder(
     kind: Any, wrapped: bool, base: Path, tmp_path: Path
 ) -> None:
@@ -239,6 +246,7 @@ def test_a_checkpoint_becomes_a_folder(
         export(merged, tmp_path / "none", merge=True)
 
 
+@pytest.mark.slow
 def test_a_module_of_ones_own_that_holds_the_model_inside_leaves_adapters(
     base: Path, tmp_path: Path
 ) -> None:
@@ -272,6 +280,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_optimizers_step_as_in_a_loop_by_hand(optimizer: Any) -> None:
     """Ten steps of PEFT's own model, with the loss written out."""
@@ -295,6 +304,7 @@ def test_optimizers_step_as_in_a_loop_by_hand(optimizer: Any) -> None:
         torch.testing.assert_close(ours.model.state_dict()[name], value, rtol=1e-3, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
 def test_in_bf16_policy_and_reference_begin_alike(precision: str) -> None:
     ours = adapted()
@@ -322,6 +332,7 @@ def on_pairs(ours: DPOModule, path: Path, **options: Any) -> dict[str, float]:
     return {name: float(trainer.callback_metrics[name]) for name in names}
 
 
+@pytest.mark.slow
 def test_a_cache_is_that_of_the_model_without_adapters(tmp_path: Path) -> None:
     """So a full run and one with adapters share it, and training is that with the switch."""
     path, cache = precomputed.write_pairs(tmp_path / "pairs.jsonl"), tmp_path / "cache"

@@ -50,7 +50,7 @@ def watched(accumulate: int = 1, **options: Any) -> tuple[list[torch.Tensor], Wa
     return first, watch
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_reference_is_mixed_every_so_many_optimizer_steps(accumulate: int) -> None:
     expected, watch = watched(accumulate, ref_model_mixup_alpha=0.25)
     assert len(watch.policies) == 10 // accumulate
@@ -96,7 +96,7 @@ def test_one_replaces_and_the_mixture_is_that_of_the_paper() -> None:
     assert [float(p) for p in reference.parameters()] == [6.0, 6.0]
 
 
-@pytest.mark.parametrize("step", [2, 3])
+@pytest.mark.parametrize("step", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_resumed_run_goes_on_with_the_reference_of_its_checkpoint(
     step: int, tmp_path: Path
 ) -> None:
@@ -128,6 +128,7 @@ def test_a_resumed_run_goes_on_with_the_reference_of_its_checkpoint(
     assert all(torch.equal(one, other) for one, other in pairs_of)
 
 
+@pytest.mark.slow
 def test_a_reference_that_has_moved_is_not_taken_for_one_that_has_not(tmp_path: Path) -> None:
     trainer = fit(module(**SYNC), BATCHES[:4])
     trainer.save_checkpoint(tmp_path / "a.ckpt")
