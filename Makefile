@@ -56,7 +56,7 @@ test: $(STAMP)
 ifneq ($(ARGS),)
 	$(BIN)/pytest -m "not slow and not peer and not gpu" $(ARGS)
 else
-	$(BIN)/pytest $(PARALLEL) -m "not slow and not peer and not gpu and not alone" tests $(SNIPPETS)
+	$(BIN)/pytest $(PARALLEL) -m "not slow and not peer and not gpu and not alone" --ignore=tests/helpers tests $(SNIPPETS)
 	$(BIN)/pytest -m "alone and not slow and not peer and not gpu" $(call FILES,alone)
 endif
 

@@ -47,8 +47,11 @@ def _shared_and_trained(model: nn.Module, ref_model: nn.Module) -> str | None:
 
 
 def _memory(parameter: Tensor) -> int:
-    """Address of its memory; 0 for what has none, as on "meta", or wraps another tensor."""
-    try:
-        return parameter.untyped_storage().data_ptr()
-    except RuntimeError:
+    """Address of its memory; 0 for what has none here.
+
+    That is what lies on "meta", and every subclass: it wraps another tensor, or is away and would
+    be brought by asking.
+    """
+    if type(parameter) not in (Tensor, nn.Parameter):
         return 0
+    return parameter.untyped_storage().data_ptr()

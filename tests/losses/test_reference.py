@@ -5,6 +5,7 @@ import torch
 
 from lightning_align.layers import find_layers
 from lightning_align.losses.reference import reference_layers
+from lightning_align.offload.away import go_away
 from tests.helpers.tiny_models import TINY_MODELS, VOCAB_SIZE
 
 
@@ -41,6 +42,14 @@ def test_one_memory_under_two_names_is_found():
     one.model.norm.weight = torch.nn.Parameter(model.model.norm.weight.detach())
     with pytest.raises(ValueError, match=r"shares 'model.norm.weight' with model"):
         reference_layers("here", find_layers(model), one)
+
+
+def test_weights_that_are_away_are_not_brought_to_be_compared():
+    """Those that are brought have the memory of those that were brought before."""
+    model, reference = llama(), llama()
+    for parameter in (*model.parameters(), *reference.parameters()):
+        go_away(parameter, "away", torch.full((), torch.nan).expand(parameter.shape))
+    assert reference_layers("here", find_layers(model), reference).model is reference
 
 
 def test_another_vocabulary():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -82,7 +83,7 @@ SEVERAL = {"schedule": "Interleaved1F1B", "num_microbatches": 4}
             "clip": 0.5,
         },  # from a window that is open, into another one
         {"model": "gpt2", "accumulate": 2},
-        {"model": "llama", "optimizer": lambda groups: Muon(groups, lr=0.01)},
+        {"model": "llama", "optimizer": partial(Muon, lr=0.01)},
     ],
     ids=str,
 )
