@@ -25,3 +25,15 @@ def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]
     pages = {page.name for page in (ROOT / "docs").glob("*.md")}
     assert set(re.findall(r"[\w_]+\.md", navigation)) == pages
+
+
+def test_options_of_a_snippet_are_in_braces():
+    """Written as ```python notest, the site reads no fence there, and one where it ends."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    wrong = [
+        (page.name, line)
+        for page in pages
+        for line in page.read_text().splitlines()
+        if re.match(r"\s*```\w+ ", line)
+    ]
+    assert wrong == []
