@@ -60,5 +60,4 @@ class Stateful(Loads):
 @pytest.mark.parametrize("name", ["plain", "workers"])
 def test_in_torchdatas_loader_a_curriculum_is_resumed(name: str, tmp_path: Path) -> None:
     """Amid the levels, behind the last and in a later epoch."""
-    pytest.importorskip("torchdata.stateful_dataloader")
     resumes(Fit(tmp_path, lambda: Stateful(name), model_checkpoint), 3, 8)
