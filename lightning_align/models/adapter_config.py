@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from difflib import get_close_matches
@@ -15,6 +16,11 @@ from lightning_align._errors import argument_error
 # forward runs them, and without them it is what it was.
 KINDS = ("LORA", "LOHA", "LOKR", "OFT", "IA3")
 _SET_BY_PEFT = ("peft_type", "auto_mapping", "peft_version", "runtime_config", "inference_mode")
+
+# What names and shapes of weights tell already, or decides nothing once there are values.
+_TOLD = re.compile(
+    r"base_model_name_or_path|revision|task_type|r|init_.*|.*dropout.*|.*modules.*|layers_.*"
+)
 
 
 def import_peft(where: str) -> Any:
@@ -95,6 +101,33 @@ def build_config(plain: Mapping[str, Any], where: str) -> Any:
     except (TypeError, ValueError, ImportError) as error:
         rule = f"{kind.__name__} cannot be built from it ({error})"
         raise argument_error(where, "peft_config", dict(plain), rule) from error
+
+
+def refuse_another_adapter(config: Any, saved: Mapping[str, Any] | None, where: str) -> None:
+    """Refuse to go on with an adapter that makes another model of the weights of a checkpoint.
+
+    What LoRA's product is multiplied by is in its configuration alone.
+
+    Args:
+        config: Of the adapter in the model.
+        saved: That of the checkpoint as plain data; None if it does not say.
+        where: Class the user called, for error messages.
+
+    Raises:
+        ValueError: If the two multiply by another number, or are of other kinds.
+    """
+    ours = plain_config(config, where)
+    if saved is None or ours is None:
+        return
+    here, there = (
+        {"class_path": each["class_path"], **each["init_args"]} for each in (ours, saved)
+    )
+    names = sorted(name for name in here.keys() | there.keys() if not _TOLD.fullmatch(name))
+    for name in names:
+        if here.get(name) != there.get(name):
+            theirs = there.get(name, "the default of PEFT")
+            rule = f"the adapter of the checkpoint has {theirs}, without which it is another model"
+            raise argument_error(where, f"peft_config.{name}", here.get(name), rule, "Take that")
 
 
 def _refuse_start(config: Any, where: str) -> None:

@@ -21,7 +21,7 @@ from typing_extensions import Self, override
 from lightning_align._compat.lightning_trainer import correct_step_value
 from lightning_align._errors import argument_error
 from lightning_align.layers import ModelLayers, checkpoint_blocks, find_layers
-from lightning_align.models.adapter_config import plain_config
+from lightning_align.models.adapter_config import plain_config, refuse_another_adapter
 from lightning_align.models.adapters import has_adapters, only_adapter, with_adapters
 from lightning_align.models.build import Loading, build_model, save_pretrained
 from lightning_align.models.rotary import rotary_in_fp32
@@ -323,3 +323,6 @@ class CausalLMModule(pl.LightningModule, ABC):
         self._tokens_seen.fill_(checkpoint.get("tokens_seen", 0))
         self._saved_groups = groups_of_an_older_run(self._trainer, checkpoint)
         refuse_another_model(self, self.model, checkpoint)
+        if has_adapters(self.model):
+            config, saved = only_adapter(self.model)[1], checkpoint.get("peft_config")
+            refuse_another_adapter(config, saved, type(self).__name__)

@@ -5,6 +5,7 @@ It has no keys in checkpoints. Two hashes in them tell whether a run goes on wit
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,10 +19,11 @@ from lightning_align._compat.peft_layers import switched_off
 from lightning_align._errors import argument_error
 from lightning_align.data.reference_cache import Values
 from lightning_align.layers import ModelLayers
+from lightning_align.layers.surgery import evaluating
 from lightning_align.losses import PreferenceOptions
 from lightning_align.losses.reference import reference_layers
 from lightning_align.models.adapters import check_reference, own_modules
-from lightning_align.modules.precomputed import PrecomputedReference, Row, evaluating, score_rows
+from lightning_align.modules.precomputed import PrecomputedReference, Row, score_rows
 from lightning_align.modules.reference import fingerprint, fingerprint_until_0_1
 from lightning_align.modules.reference_sync import ReferenceSync
 from lightning_align.run.protocols import (
@@ -31,7 +33,7 @@ from lightning_align.run.protocols import (
     datamodule_of,
     has_replicas,
 )
-from lightning_align.run.replicas import is_spread
+from lightning_align.run.replicas import is_spread, of_every_rank
 
 if TYPE_CHECKING:
     from lightning_align.modules.dpo import DPOModule
@@ -132,6 +134,11 @@ class FrozenReference:
             rule = f"under {name} no rank has all weights of the model and its reference"
             way_out = "Use one device or DDP, or leave sync_ref_model out"
             raise argument_error(self.where, "sync_ref_model", True, rule, way_out)
+        ranks = of_every_rank(module.trainer, self.fingerprint)
+        if len({json.dumps(each) for each in ranks}) > 1:  # a strategy makes policies alike alone
+            rule = "the ranks hold different references, as random weights without a seed are"
+            way_out = "Call seed_everything before the models are built"
+            raise argument_error(self.where, "ref_model", None, rule, way_out)
         if self.cached is None:
             self.probe()
             return
@@ -154,6 +161,7 @@ class FrozenReference:
             raise argument_error(where, argument, True, rule, "Build the models without empty_init")
         if self.is_policy:  # also where weights were loaded since
             self.is_policy = fingerprint(module.model) == self.fingerprint
+        self.cached.forget_data()
         if isinstance(strategy, SpreadsModel):  # it need not run, if all values are there
             self.precompute(module)
 

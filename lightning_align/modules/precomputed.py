@@ -7,10 +7,8 @@ Shapes: B rows of a batch, P samples in it, K rows of a sample, T tokens in the 
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import ref
 
@@ -18,7 +16,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from fsspec.core import url_to_fs
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from lightning_align._errors import argument_error
@@ -87,6 +85,10 @@ class PrecomputedReference:
         """Whether it has the values of this datamodule."""
         return self._data is not None and self._data() is data
 
+    def forget_data(self) -> None:
+        """Ask the datamodule anew: a run begins, and it may have other data by now."""
+        self._data = None
+
     def fill(
         self,
         trainer: pl.Trainer,
@@ -105,8 +107,7 @@ class PrecomputedReference:
             score: Log-probabilities of the predicted tokens of each row.
 
         Raises:
-            ValueError: What ``prepare`` or ``score`` raises, on every rank; or if ranks hold
-                different references.
+            ValueError: What ``prepare`` or ``score`` raises, on every rank.
         """
         samples = data.completions()
         keys_PK = [[completion_key(*row) for row in sample] for sample in samples]
@@ -117,10 +118,6 @@ class PrecomputedReference:
         cache = ReferenceCache(self.url, reference)
         lengths = {key: num_predicted(*row) for key, row in rows.items()}
         values = self._values | cache.read(lengths)
-        if len({json.dumps(each) for each in of_every_rank(trainer, dict(reference))}) > 1:
-            rule = "the ranks hold different references, as random weights without a seed are"
-            way_out = "Call seed_everything before the models are built"
-            raise argument_error(self.where, "precompute_ref_log_probs", True, rule, way_out)
         if lacking := _lacking(trainer, rows, values):
             prepare()
             values |= self._computed(trainer, cache, lacking, score)
@@ -280,15 +277,3 @@ def _collate(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         ids_BT[i, :end] = torch.from_numpy(np.concatenate([prompt, completion]))
         mask_BT[i, begin:end] = 1
     return ids_BT, mask_BT
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """A model in evaluation mode, and then in the modes that its modules were in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

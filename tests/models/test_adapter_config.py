@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lightning_align.models.adapter_config import build_config, plain_config
+from lightning_align.models.adapter_config import build_config, plain_config, refuse_another_adapter
 
 peft = pytest.importorskip("peft")
 
@@ -76,6 +76,30 @@ PEFT = "peft.LoraConfig"
 def test_what_is_refused(config: Any, message: str) -> None:
     with pytest.raises(ValueError, match=r"T\(peft_config=.*" + message):
         plain_config(config, "T")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "is_another"),
+    [
+        ("lora_alpha", 16, True),
+        ("use_rslora", True, True),
+        ("alpha_pattern", {"q_proj": 2}, True),
+        ("lora_dropout", 0.1, False),
+        ("init_lora_weights", "gaussian", False),
+        ("base_model_name_or_path", "moved/since", False),
+        ("target_modules", {"q_proj"}, False),  # names of weights tell
+    ],
+)
+def test_an_adapter_is_another_where_no_weight_tells(
+    name: str, value: Any, is_another: bool
+) -> None:
+    here, saved = peft.LoraConfig(**{"r": 4, name: value}), plain_config(peft.LoraConfig(r=4), "T")
+    refuse_another_adapter(here, None, "T")
+    if is_another:
+        with pytest.raises(ValueError, match=rf"T\(peft_config.{name}=.*the default of PEFT"):
+            refuse_another_adapter(here, saved, "T")
+    else:
+        refuse_another_adapter(here, saved, "T")
 
 
 def test_without_the_library_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

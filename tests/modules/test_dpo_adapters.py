@@ -148,6 +148,18 @@ def test_a_run_moves_adapters_alone_and_its_checkpoint_goes_on(tmp_path: Path) -
     assert_same(again, whole)
 
 
+def test_a_checkpoint_does_not_go_on_with_another_scaling() -> None:
+    """Names and shapes are the same, and the model is not."""
+    ours = adapted()
+    checkpoint: dict[str, Any] = {"state_dict": ours.state_dict()}
+    ours.on_save_checkpoint(checkpoint)
+    adapted().on_load_checkpoint(checkpoint)
+    scaled = {**LORA, "init_args": {"r": 2, "lora_alpha": 64}}
+    other = module(CONFIGS["llama"], peft_config=scaled)
+    with pytest.raises(ValueError, match=r"DPOModule\(peft_config.lora_alpha=64\): the adapter of"):
+        other.on_load_checkpoint(checkpoint)
+
+
 def assert_same(ours: DPOModule, theirs: DPOModule) -> None:
     mine, other = ours.state_dict(), theirs.state_dict()
     assert mine.keys() == other.keys()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -20,7 +21,7 @@ from transformers import MixtralConfig
 from lightning_align import DPOModule, PreferenceDataModule, ZeROInfinityStrategy
 from lightning_align.data import reference_cache
 from lightning_align.layers import ModelLayers
-from lightning_align.modules import frozen_reference
+from lightning_align.modules import frozen_reference, precomputed
 from lightning_align.modules.reference import fingerprint_until_0_1
 from lightning_align.run.plain import Encoder
 from tests.helpers.byte_tokenizer import ByteTokenizer
@@ -268,6 +269,19 @@ def test_a_cache_that_cannot_be_written_is_said_once(tmp_path: Path, pairs: Path
     torch.testing.assert_close(weights(ours), weights(theirs), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("rank", "wanted", "shown"), [(0, True, 1), (1, True, 0), (0, False, 0)])
+def test_one_rank_shows_how_far_it_is_if_the_trainer_has_a_bar(
+    rank: int, wanted: bool, shown: int, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.setattr(precomputed, "BAR_DELAY_S", 0)
+    trainer: Any = SimpleNamespace(
+        global_rank=rank, progress_bar_callback=object() if wanted else None
+    )
+    with precomputed._bar(trainer, 3) as bar:
+        bar.update(3)
+    assert capsys.readouterr().err.count("3/3") == shown
+
+
 def test_no_second_model_is_ever_made(tmp_path: Path, pairs: Path, monkeypatch: Any) -> None:
     deepcopy = copy.deepcopy
 
@@ -426,6 +440,17 @@ def test_a_second_fit_on_other_data_needs_the_reference(tmp_path: Path, pairs: P
 
 
 @pytest.mark.slow
+def test_other_data_in_the_same_datamodule_are_noticed(tmp_path: Path, pairs: Path) -> None:
+    """Other prompts before the same completions, so that numbers and lengths fit."""
+    ours, datamodule = module(tmp_path / "cache"), data(pairs)
+    fit(ours, datamodule)
+    datamodule.paths = [str(write_pairs(tmp_path / "other.jsonl", 10, 36))]
+    datamodule.train_dataset = None
+    with pytest.raises(ValueError, match="has moved on"):
+        fit(ours, datamodule)
+
+
+@pytest.mark.slow
 def test_a_checkpoint_of_an_older_version_goes_on(tmp_path: Path, pairs: Path) -> None:
     path = started(tmp_path, pairs)
     checkpoint = torch.load(path, weights_only=True)
@@ -479,9 +504,12 @@ def test_ranks_need_no_common_folder(tmp_path: Path, pairs: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ranks_with_different_references_are_refused(tmp_path: Path, pairs: Path) -> None:
+@pytest.mark.parametrize("cached", [True, False])
+def test_ranks_with_different_references_are_refused(
+    cached: bool, tmp_path: Path, pairs: Path
+) -> None:
     def other_weights(rank: int) -> Any:
-        ours = module(tmp_path / "cache")
+        ours = module(tmp_path / "cache" if cached else None)
         ours._reference.fingerprint = {"weights": str(rank)}
         with pytest.raises(ValueError, match="the ranks hold different references"):
             fit(ours, data(pairs), devices=2, strategy="ddp", plugins=[ForkedRanks(rank, 2)])
