@@ -159,13 +159,19 @@ class ReferenceCache:
 
     def _write(self, path: str, data: bytes) -> None:
         writer = f"{socket.gethostname()}-{os.getpid()}"
-        self._files.makedirs(self.folder, exist_ok=True)
         if isinstance(self._files, LocalFileSystem):
+            self._files.makedirs(self.folder, exist_ok=True)
             write_whole_file(Path(path), data, writer)
             return
         temporary = f"{path}.{writer}.tmp"
-        self._files.pipe_file(temporary, data)
-        self._files.mv(temporary, path)
+        try:
+            self._files.makedirs(self.folder, exist_ok=True)
+            self._files.pipe_file(temporary, data)
+            self._files.mv(temporary, path)
+        except OSError:
+            raise
+        except Exception as error:  # clouds have errors of their own, and some only read
+            raise OSError(str(error) or type(error).__name__) from error
 
 
 def warn_unusable(path: str, error: Exception) -> None:

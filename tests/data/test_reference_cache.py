@@ -140,6 +140,20 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: Any) -> 
     assert cache.read(lengths(values)) == {}
 
 
+@pytest.mark.parametrize("error", [NotImplementedError(), RuntimeError("403, forbidden")])
+def test_errors_that_clouds_have_of_their_own_are_errors_of_writing(
+    error: Exception, monkeypatch: Any
+) -> None:
+    cache = ReferenceCache("memory://reference-cache-that-fails", REFERENCE)
+
+    def fails(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(cache._files, "pipe_file", fails)
+    with pytest.raises(OSError, match=r"NotImplementedError|403"):
+        cache.write(values_of(3))
+
+
 def test_a_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
     cache = ReferenceCache(str(tmp_path), REFERENCE)
     Path(cache.folder).write_text("")
