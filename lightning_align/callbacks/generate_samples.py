@@ -14,6 +14,7 @@ from lightning_align._errors import argument_error, check_least
 from lightning_align.data.tokenizer import encode, load_tokenizer, pad_token_id
 from lightning_align.layers.find import find_held_model
 from lightning_align.layers.surgery import evaluating
+from lightning_align.models.sampling import continue_prompts
 from lightning_align.reports.texts import log_rows
 from lightning_align.run.protocols import one_rank_runs_model, tokenizer_of
 from lightning_align.run.rng import reseed
@@ -94,20 +95,18 @@ class GenerateSamples(Callback):
 
         Called on rank zero in eval mode, without gradients and with seeded generators.
         """
-        model = _find_model(pl_module)
         ids = encode(self._tokenizer, [prompt], add_special_tokens=True)[0]
-        input_ids = torch.tensor([ids], device=pl_module.device)
-        output: Any = model.generate(  # type: ignore[operator]
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
+        rows = continue_prompts(
+            _find_model(pl_module),
+            [ids],
             max_new_tokens=self.max_new_tokens,
             eos_token_id=self._tokenizer.eos_token_id,
             pad_token_id=pad_token_id(self._tokenizer),
             top_k=0,  # transformers would keep the 50 likeliest
-            use_cache=True,
             **self.options,
         )
-        return str(self._tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))
+        written = rows["input_ids"][0, len(ids) :]
+        return str(self._tokenizer.decode(written, skip_special_tokens=True))
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -9,7 +9,12 @@ those of single completions in ``UNPAIRED_LOSSES``;
 
 from lightning_align.losses.combined import pair_losses, preference_loss
 from lightning_align.losses.difficulty import ReferenceLoss, ReferenceMargin
-from lightning_align.losses.dpo import check_sharing, dpo_loss_from_batch, preference_step
+from lightning_align.losses.dpo import (
+    check_sharing,
+    dpo_loss_from_batch,
+    objective_step,
+    preference_step,
+)
 from lightning_align.losses.first_loss import FirstLoss, first_losses, theoretical_first_losses
 from lightning_align.losses.linear_cross_entropy import CrossEntropy, linear_cross_entropy
 from lightning_align.losses.linear_logprobs import TokenLogprobs, linear_logprobs
@@ -88,6 +93,7 @@ __all__ = [
     "margin_counts",
     "margin_edges",
     "no_router_error",
+    "objective_step",
     "padding_arguments",
     "pair_layout",
     "pair_losses",

@@ -94,6 +94,36 @@ def preference_step(
     return weighted_sum(terms, options), metrics
 
 
+def objective_step(
+    policy: CompletionLogps,
+    reference: CompletionLogps | None,
+    options: PreferenceOptions,
+    labels_P: Tensor | None = None,
+    kl: Tensor | float = 0.0,
+) -> tuple[Tensor, Tensor, dict[str, Mean]]:
+    """``preference_step`` of pairs, or ``unpaired_step`` of records that have labels.
+
+    Args:
+        policy: As in either.
+        reference: As in either.
+        options: Which losses, and their constants; they say which of the two it is.
+        labels_P: Of records.
+        kl: Of records, for kto.
+
+    Returns:
+        Loss of each pair or record, (P,), which of them count in means, (P,), and the metrics.
+
+    Raises:
+        ValueError: As either.
+    """
+    if not options.is_unpaired:
+        losses_P, metrics = preference_step(policy, reference, options)
+        return losses_P, pairs_that_count(policy), metrics
+    assert labels_P is not None
+    losses_P, metrics = unpaired_step(policy, reference, labels_P, options, kl)
+    return losses_P, policy.lengths_B > 0, metrics
+
+
 @torch.no_grad()
 def _metrics(
     policy: CompletionLogps,
@@ -219,21 +249,17 @@ def dpo_loss_from_batch(
     router_logits: list[Tensor] | None = [] if router else None
     policy = score(model, keys, weights=checked.use_weighting, router_logits=router_logits)
     reference = score_frozen(keys)
-    if checked.is_unpaired:
-        kl: Tensor | float = 0.0
-        if with_kl:
-            with torch.no_grad():
-                kl = kl_of_scored(score(model, with_kl), score_frozen(with_kl))
-        losses_P, metrics = unpaired_step(policy, reference, batch["label"], checked, kl)
-        counted_P = counted_B = policy.lengths_B > 0
-    else:
-        losses_P, metrics = preference_step(policy, reference, checked)
-        counted_P = pairs_that_count(policy)
-        counted_B = counted_P.repeat(2)
+    kl: Tensor | float = 0.0
+    if with_kl:
+        with torch.no_grad():
+            kl = kl_of_scored(score(model, with_kl), score_frozen(with_kl))
+    labels_P = batch["label"] if checked.is_unpaired else None
+    losses_P, counted_P, metrics = objective_step(policy, reference, checked, labels_P, kl)
     loss = (losses_P * counted_P).sum() / counted_P.sum().clamp(min=1)
     if router and not router_logits and checked.router_aux_loss_coef:
         raise no_router_error(model, checked.router_aux_loss_coef, where)
     if router_logits:
+        counted_B = counted_P if checked.is_unpaired else counted_P.repeat(2)
         mask_BT = batch["attention_mask"] * counted_B[:, None]
         aux_loss = load_balancing_loss(router_logits, experts_per_token(model), mask_BT)
         loss = loss + router * aux_loss

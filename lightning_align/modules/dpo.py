@@ -27,11 +27,9 @@ from lightning_align.losses import (
     kl_of_scored,
     load_balancing_loss,
     no_router_error,
+    objective_step,
     pair_scores,
-    pairs_that_count,
-    preference_step,
     router_coefficient,
-    unpaired_step,
     with_margins,
 )
 from lightning_align.models.adapter_config import plain_config
@@ -291,10 +289,11 @@ class DPOModule(CausalLMModule):
             self._rows.set_up(self.layers, beside)
         parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
         if stage == "fit" and self._coupled and parts > 1:
+            alike = ", but for the KL of kto, its mean over ranks" * ("kto" in self._coupled)
             rank_zero_info(
                 f"DPOModule(loss_type={self.options.loss_type!r}): {' and '.join(self._coupled)} of"
                 " a batch depends on all of its pairs together. It is taken of each micro-batch on"
-                " each rank alone, as TRL does, so it is not that of the one big batch."
+                f" each rank alone, as TRL does{alike}, so it is not that of the one big batch."
             )
 
     @property
@@ -345,7 +344,8 @@ class DPOModule(CausalLMModule):
         if self._coupled:
             return (
                 f"{' and '.join(self._coupled)} of a batch depends on all of its pairs together."
-                " Losses that are sums over pairs train, sft with sft_mean='pairs' among them"
+                " Losses that are sums over pairs train, sft with sft_mean='pairs' among them, and"
+                " a mixture of experts with router_aux_loss_coef=0"
             )
         if self.reference_layers is not None:
             return (
@@ -429,17 +429,12 @@ class DPOModule(CausalLMModule):
     @override
     def loss_from_hidden(self, hidden_BTD: Tensor, batch: dict[str, Any]) -> tuple[Tensor, Sums]:
         policy, reference = self.score(hidden_BTD, batch)
-        if self.options.is_unpaired:
-            kl = self._kl(batch) if "kto" in self.options.loss_types else 0.0
-            step = unpaired_step(policy, reference, batch["label"], self.options, kl)
-            counted_P = counted_B = policy.lengths_B > 0
-        else:
-            step = preference_step(policy, reference, self.options)
-            counted_P = pairs_that_count(policy)
-            counted_B = counted_P.repeat(2)
-        losses_P, metrics = step
+        kl = self._kl(batch) if "kto" in self.options.loss_types else 0.0
+        scored = policy, reference, self.options
+        losses_P, counted_P, metrics = objective_step(*scored, batch.get("label"), kl)
         loss, num_pairs = (losses_P * counted_P).sum(), counted_P.sum()
         if self.router_coefficient:
+            counted_B = counted_P if self.options.is_unpaired else counted_P.repeat(2)
             aux_loss = self._router_loss(batch, counted_B)
             loss = loss + self.router_coefficient * aux_loss * num_pairs
             metrics["aux_loss"] = Mean(aux_loss.detach() * num_pairs, num_pairs)

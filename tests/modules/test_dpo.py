@@ -175,6 +175,12 @@ def test_kto_needs_other_records_in_a_batch(tmp_path: Path) -> None:
         pl.Trainer(max_epochs=1, accelerator="cpu", logger=False).fit(ours, data)
 
 
+def test_kto_says_that_its_kl_is_of_each_micro_batch(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        fit(module(loss_type="kto"), [UNPAIRED, UNPAIRED], accumulate_grad_batches=2)
+    assert caplog.text.count("as TRL does, but for the KL of kto, its mean over ranks") == 1
+
+
 def test_unpaired_records_accumulate_exactly_without_a_kl() -> None:
     parts = [{name: rows[part] for name, rows in UNPAIRED.items()} for part in ([0], [1, 2])]
     options = {"loss_type": "apo_zero_unpaired", "undesirable_weight": 2.0}
@@ -269,6 +275,8 @@ def test_a_router_loss_is_on_by_default_and_can_be_switched_off() -> None:
     on = module(mixture_of_experts(router_aux_loss_coef=0.25))
     off = module(mixture_of_experts(), router_aux_loss_coef=0.0)
     assert on.router_coefficient == 0.25
+    assert "with router_aux_loss_coef=0" in str(on.pipeline_refusal)
+    assert "reference would have to run" in str(off.pipeline_refusal)
     loss, sums = step(on, pairs(0, 1))
     without, no_sums = step(off, pairs(0, 1))
     torch.testing.assert_close(loss - without, 0.25 * sums["aux_loss"][0])
