@@ -20,6 +20,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning"
 
 SEPARATE: dict[str, Any] = {"prefix_sharing": False}
 LAYOUTS = {"shared": SHARED, "packed": PACKED}
+LORA: dict[str, Any] = {"peft_config": {"class_path": "peft.LoraConfig", "init_args": {"r": 2}}}
+SYNC: dict[str, Any] = {"sync_ref_model": True, "ref_model_sync_steps": 2}
 BATCHES = [pairs(0, 1, 2), pairs(3, 4), pairs(5, 6, 7), pairs(8)]
 BACKWARDS = [pairs(2, 1, 0), pairs(4, 3), pairs(7, 6, 5), pairs(8)]
 OPTIMIZERS: dict[str, Any] = {
@@ -79,13 +81,15 @@ def test_lisa(layout: str) -> None:
     torch.testing.assert_close(trained(**LAYOUTS[layout]), trained(**SEPARATE), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_async_checkpoint_resumes_to_the_same_bits(layout: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [*LAYOUTS.values(), SYNC], ids=[*LAYOUTS, "TR-DPO"])
+def test_async_checkpoint_resumes_to_the_same_bits(options: dict[str, Any], tmp_path: Path) -> None:
     saving = AsyncCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1)
-    whole = run(callbacks=[saving], **LAYOUTS[layout])
+    whole = run(callbacks=[saving], **options)
     (checkpoint,) = tmp_path.glob("*step=2.ckpt")
-    resumed = run(ckpt_path=str(checkpoint), **LAYOUTS[layout])
+    resumed = run(ckpt_path=str(checkpoint), **options)
     assert torch.equal(weights(resumed), weights(whole))
+    references = [each.frozen_modules()["reference"] for each in (resumed, whole)]
+    assert torch.equal(*map(weights, references))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -96,18 +100,21 @@ def test_activation_checkpointing(layout: str) -> None:
     assert torch.equal(weights(plain), weights(recomputed))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_ranks_with_unequal_numbers_of_pairs_equal_one_big_batch(layout: str) -> None:
+@pytest.mark.parametrize("options", [*LAYOUTS.values(), LORA], ids=[*LAYOUTS, "LoRA"])
+def test_ranks_with_unequal_numbers_of_pairs_equal_one_big_batch(options: dict[str, Any]) -> None:
     """Two ranks with two batches each, of 1 to 4 pairs, are one window of 10 pairs."""
+    if options is LORA:
+        pytest.importorskip("peft")
     parts = [[pairs(0, 1, 2), pairs(3)], [pairs(4, 5), pairs(6, 7, 8, 9)]]
 
     def on_rank(rank: int) -> torch.Tensor:
         spread = {"devices": 2, "strategy": "ddp", "plugins": [ForkedRanks(rank, 2)]}
-        ours = run(batches=parts[rank], accumulate_grad_batches=2, **spread, **LAYOUTS[layout])
+        ours = run(batches=parts[rank], accumulate_grad_batches=2, **spread, **options)
         return weights(ours)
 
     one, other = run_ranks(on_rank, timeout_s=90)
-    theirs = run(batches=[pairs(*range(10))], **SEPARATE)
+    plain = {**options, **SEPARATE, "packing": False}
+    theirs = run(batches=[pairs(*range(10))], **plain)
     assert torch.equal(one, other)
     torch.testing.assert_close(one, weights(theirs), rtol=0, atol=1e-5)
 
