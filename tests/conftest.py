@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 import torch
+from torch import distributed
 from torch.utils.data import DataLoader
 
 # Lightning gives a forked process as many threads as there are cores, unless this says otherwise;
@@ -44,6 +45,14 @@ def _no_test_leaves_its_environment() -> Iterator[None]:
             os.environ[name] = before[name]
         else:
             del os.environ[name]
+
+
+@pytest.fixture(autouse=True)
+def _no_test_leaves_a_process_group() -> Iterator[None]:
+    """Lightning leaves the one of a run, and a process that is forked later could make no other."""
+    yield
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)
