@@ -16,9 +16,7 @@ Otherwise as in the demo: 128 steps of 16 pairs, AdamW at 2e-4, beta 0.5.
 
 from __future__ import annotations
 
-import logging
 import sys
-import warnings
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -34,7 +32,7 @@ sys.path.append(str(Path(__file__).parents[1] / "spikes"))
 
 from demo_seeds import CACHE as DEMOS
 from demo_seeds import report_of
-from runs import Runs, arguments
+from runs import Runs, arguments, given_to
 
 from lightning_align import DPOModule, PreferenceDataModule
 from lightning_align.cli.difficulty import OneByOne
@@ -154,13 +152,7 @@ def report(runs: Runs) -> None:
 
 
 def main() -> None:
-    parser = arguments(__doc__)
-    parser.set_defaults(runs=CACHE)
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    print(f"torch {torch.__version__}, lightning {pl.__version__}")
+    given = given_to(arguments(__doc__), CACHE)
     runs = Runs(given.runs / "pairs.jsonl")
     runs.finish([f"{arm}/{seed}" for seed in SEEDS for arm in ARMS], run, given.limit)
     report(runs)

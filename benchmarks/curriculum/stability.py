@@ -22,9 +22,7 @@ is within 5 % of the best that whole rows reach with that batch.
 
 from __future__ import annotations
 
-import logging
 import math
-import warnings
 from collections.abc import Callable
 from functools import partial
 from statistics import fmean, median
@@ -41,6 +39,7 @@ from study import (  # the script beside this one
     arguments,
     curriculum_of,
     fit,
+    given_to,
     module_of,
     schedule_of,
     text,
@@ -190,13 +189,7 @@ def report(runs: Runs) -> None:
 
 
 def main() -> None:
-    parser = arguments(__doc__)
-    parser.set_defaults(runs=CACHE)
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    print(f"torch {torch.__version__}, lightning {pl.__version__}")
+    given = given_to(arguments(__doc__), CACHE)
     runs = Runs(given.runs / "stability.jsonl")
     # Small batches first, and a seed at a time: tables of what is finished are comparable.
     settings = [

@@ -29,11 +29,9 @@ same seed, whose whole run is 1.
 from __future__ import annotations
 
 import json
-import logging
 import re
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -49,7 +47,7 @@ from transformers import LlamaConfig
 
 sys.path.append(str(Path(__file__).parents[1] / "spikes"))
 
-from runs import NOVELS, Runs, arguments
+from runs import NOVELS, Runs, arguments, given_to
 
 from lightning_align import (
     Curriculum,
@@ -481,14 +479,10 @@ def draw(study: Study, tuned: dict[str, Setting], path: Path) -> None:
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.set_defaults(runs=CACHE)
     parser.add_argument("--plot", type=Path, help="PNG to draw of what is finished")
     parser.add_argument("--tokens", type=int, default=600_000, help="that a run learns from")
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    print(f"torch {torch.__version__}, lightning {pl.__version__}, {given.tokens:,} tokens a run")
+    given = given_to(parser, CACHE)
+    print(f"{given.tokens:,} tokens a run")
     study = Study(Runs(given.runs / f"study_{given.tokens}.jsonl"), given.tokens, given.limit)
     base, tuned = study.go_on()
     report(study, base, tuned)

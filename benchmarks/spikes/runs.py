@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
+import logging
 import lzma
 import sys
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
@@ -116,3 +119,19 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=int, help="run so many at most, then report")
     parser.add_argument("--report", action="store_const", const=0, dest="limit", help="run nothing")
     return parser
+
+
+def given_to(parser: argparse.ArgumentParser, cache: Path) -> argparse.Namespace:
+    """What the command line says; from then on one thread, no chatter, and versions are printed.
+
+    Args:
+        parser: That of ``arguments``, with the options of the study.
+        cache: Folder of its finished runs, if the command line names no other.
+    """
+    parser.set_defaults(runs=cache)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    print(f"torch {torch.__version__}, lightning {pl.__version__}")
+    return given
