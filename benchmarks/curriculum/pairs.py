@@ -28,7 +28,6 @@ import torch
 from torch.utils.data import DataLoader
 
 sys.path.append(str(Path(__file__).parents[1]))
-sys.path.append(str(Path(__file__).parents[1] / "spikes"))
 
 from demo_seeds import CACHE as DEMOS
 from demo_seeds import report_of

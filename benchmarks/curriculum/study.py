@@ -45,7 +45,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import LlamaConfig
 
-sys.path.append(str(Path(__file__).parents[1] / "spikes"))
+sys.path.append(str(Path(__file__).parents[1]))
 
 from runs import NOVELS, Runs, arguments, given_to
 

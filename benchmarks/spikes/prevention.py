@@ -17,17 +17,22 @@ of the best that the plain run reaches without plants, in the median of two desi
 
 from __future__ import annotations
 
+import sys
 import warnings
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from runs import Runs, arguments, or_inf, read_novels  # the script beside this one
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from runs import Runs, arguments, or_inf, read_novels
 
 from lightning_align import StableAdamW
 from lightning_align.optimizers.clipping import ZClip, clip_units_, units

@@ -34,9 +34,9 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig
 
-sys.path.append(str(Path(__file__).parents[2]))  # tests.helpers
+sys.path += [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]  # tests.helpers
 
-from runs import Runs, arguments, or_inf, read_novels  # the script beside this one
+from runs import Runs, arguments, or_inf, read_novels
 
 from lightning_align import Muon, PretrainModule, SpikeGuard
 from lightning_align.optimizers.clipping import ZClip

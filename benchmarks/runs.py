@@ -1,4 +1,4 @@
-"""What the studies share: the novels as bytes, and runs that are kept once finished.
+"""What studies share: the novels as bytes, and runs that are kept once finished.
 
 A run is a line of JSON in the file of its study. What is there is not run again.
 """
@@ -24,8 +24,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-CACHE = Path(__file__).parents[1] / "cache/spikes"
-NOVELS = Path(__file__).parents[1] / "data"
+CACHE = Path(__file__).parent / "cache/spikes"
+NOVELS = Path(__file__).parent / "data"
 
 
 def as_tokens(text: bytes) -> Tensor:
