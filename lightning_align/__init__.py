@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         modules,
         optimizers,
         pipelining,
+        planner,
         run,
         strategies,
     )
@@ -45,6 +46,10 @@ if TYPE_CHECKING:
         TextDataModule,
     )
     from lightning_align.optimizers import GaLoreAdamW, Muon, StableAdamW, build_param_groups
+    from lightning_align.planner import (
+        StepReport,
+        analyze_step,
+    )
     from lightning_align.run import ExactResume
     from lightning_align.stability import SpikeDetector
     from lightning_align.strategies import PipelineStrategy, ZeROInfinityStrategy
@@ -70,9 +75,11 @@ else:
         "SpikeDetector": "stability",
         "SpikeGuard": "callbacks",
         "StableAdamW": "optimizers",
+        "StepReport": "planner",
         "TextDataModule": "modules",
         "TokenSchedule": "callbacks",
         "ZeROInfinityStrategy": "strategies",
+        "analyze_step": "planner",
         "build_param_groups": "optimizers",
         "callbacks": "callbacks",
         "checkpointing": "checkpointing",
@@ -83,6 +90,7 @@ else:
         "modules": "modules",
         "optimizers": "optimizers",
         "pipelining": "pipelining",
+        "planner": "planner",
         "run": "run",
         "strategies": "strategies",
     }
@@ -111,9 +119,11 @@ __all__ = [
     "SpikeDetector",
     "SpikeGuard",
     "StableAdamW",
+    "StepReport",
     "TextDataModule",
     "TokenSchedule",
     "ZeROInfinityStrategy",
+    "analyze_step",
     "build_param_groups",
     "callbacks",
     "checkpointing",
@@ -124,6 +134,7 @@ __all__ = [
     "modules",
     "optimizers",
     "pipelining",
+    "planner",
     "run",
     "strategies",
 ]

@@ -48,6 +48,8 @@ SAVED = (
     "lightning_align.optimizers.muon.Muon",
     "lightning_align.optimizers.param_groups.build_param_groups",
     "lightning_align.optimizers.stable_adamw.StableAdamW",
+    "lightning_align.planner.analyze.analyze_step",
+    "lightning_align.planner.report.StepReport",
     "lightning_align.pretrained.build_model",
     "lightning_align.pretrained.save_pretrained",
     "lightning_align.pretrained_weights.parameters_on_meta",

@@ -43,7 +43,7 @@ def test_public_classes_load_no_heavy_library_that_lightning_does_not():
 
 ROOMS = {
     room: importlib.import_module(f"lightning_align.{room}")
-    for room in ("callbacks", "data", "modules", "optimizers", "run", "strategies")
+    for room in ("callbacks", "data", "modules", "optimizers", "planner", "run", "strategies")
 }
 PACKAGES = pytest.mark.parametrize("package", [lightning_align, *ROOMS.values()])
 

@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_align import LISA, PretrainModule
+from lightning_align.planner.live_bytes import LiveBytes
 
 WIDTH, BLOCKS, MLP, VOCABULARY, TOKENS = 128, 8, 344, 512, 512
 VOCABULARIES = (512, 2048, 8192, 32_000, 128_000)
@@ -99,87 +100,27 @@ SIDES = {
 }
 
 
-class Saved:
-    """What autograd holds in place of a tensor; counts it as live while it is held."""
-
-    def __init__(self, live: "Live", tensor: torch.Tensor) -> None:
-        self.live, self.tensor = live, tensor
-        live.add(tensor)
-
-    def __del__(self) -> None:
-        self.live.remove(self.tensor)
-
-
 class Live(pl.Callback):
     """Live bytes by kind, at the worst moment of all steps."""
 
-    def __init__(self) -> None:
-        self.storages: dict[int, list[int]] = {}  # address -> [bytes, how many hold it]
-        self.bytes = self.weights = self.optimizer = self.peak = 0
-        self.own: set[int] = set()
-        self.gradients: dict[Any, torch.Tensor] = {}
-        self.saved_peak = self.gradient_peak = self.optimizer_peak = 0
-
-    def add(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() in self.own:
-            return
-        entry = self.storages.setdefault(storage.data_ptr(), [storage.nbytes(), 0])
-        entry[1] += 1
-        self.bytes += entry[0] if entry[1] == 1 else 0
-        self.peak = max(self.peak, self.weights + self.optimizer + self.bytes)
-
-    def remove(self, tensor: torch.Tensor) -> None:
-        address = tensor.untyped_storage().data_ptr()
-        if address not in self.own:
-            entry = self.storages[address]
-            entry[1] -= 1
-            if not entry[1]:
-                self.bytes -= self.storages.pop(address)[0]
-
-    def look(self, pl_module: Any, optimizer: Any = None) -> None:
-        """Follow gradients that came and went."""
-        now = {p: p.grad for p in pl_module.parameters() if p.grad is not None}
-        for parameter in [p for p, held in self.gradients.items() if now.get(p) is not held]:
-            self.remove(self.gradients.pop(parameter))
-        for parameter in now.keys() - self.gradients.keys():
-            self.gradients[parameter] = now[parameter]
-            self.add(now[parameter])
-        self.gradient_peak = max(self.gradient_peak, sum(g.nbytes for g in now.values()))
-        if optimizer is not None:
-            states = [s for state in optimizer.state.values() for s in state.values()]
-            self.optimizer = sum(s.nbytes for s in states if isinstance(s, torch.Tensor))
-            self.optimizer_peak = max(self.optimizer_peak, self.optimizer)
-        self.peak = max(self.peak, self.weights + self.optimizer + self.bytes)
+    live: LiveBytes
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        tensors = [*pl_module.parameters()]
-        self.weights = sum(tensor.nbytes for tensor in tensors)
-        self.own = {t.untyped_storage().data_ptr() for t in [*tensors, *pl_module.buffers()]}
+        self.live = live = LiveBytes(pl_module)
         step = type(pl_module).training_step
 
         def measured(batch: Any, batch_idx: int) -> Any:
-            self.look(pl_module, trainer.optimizers[0])
-            self.own |= {t.untyped_storage().data_ptr() for t in batch.values()}
-            with torch.autograd.graph.saved_tensors_hooks(
-                lambda tensor: Saved(self, tensor), lambda saved: saved.tensor
-            ):
-                loss = step(pl_module, batch, batch_idx)
-            held = {p.untyped_storage().data_ptr() for p in self.gradients.values()}
-            saved = sum(size for place, (size, _) in self.storages.items() if place not in held)
-            self.saved_peak = max(self.saved_peak, saved)
-            return loss
+            live.look(trainer.optimizers[0])
+            with live.saving(batch.values()):
+                return step(pl_module, batch, batch_idx)
 
         vars(pl_module)["training_step"] = measured
-        for parameter in tensors:
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(lambda _: self.look(pl_module))
 
-    def on_before_backward(self, _: Any, pl_module: Any, *__: Any) -> None:
-        self.look(pl_module)  # zero_grad has been called
+    def on_before_backward(self, *_: Any) -> None:
+        self.live.look()  # zero_grad has been called
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        self.look(pl_module, trainer.optimizers[0])  # first in line: before LISA frees gradients
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        self.live.look(trainer.optimizers[0])  # first in line: before LISA frees gradients
 
 
 def batches(vocabulary: int, tokens: int) -> Any:
@@ -189,10 +130,10 @@ def batches(vocabulary: int, tokens: int) -> Any:
     return DataLoader([{"input_ids": row, "labels": row} for row in ids], batch_size=None)
 
 
-def memory(side: Side, vocabulary: int, tokens: int, steps: int) -> Live:
-    live = Live()
-    side.trainer(steps, live).fit(side.module(vocabulary), batches(vocabulary, tokens))
-    return live
+def memory(side: Side, vocabulary: int, tokens: int, steps: int) -> LiveBytes:
+    watch = Live()
+    side.trainer(steps, watch).fit(side.module(vocabulary), batches(vocabulary, tokens))
+    return watch.live
 
 
 class CpuTime(pl.Callback):

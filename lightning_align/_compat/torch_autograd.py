@@ -1,0 +1,73 @@
+"""Private parts of torch's autograd engine and of its attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointFunction, _recomputation_hook
+
+_AGAIN = _recomputation_hook
+_OF_LEAVES = 2**64 - 1  # what torch gives to the nodes that accumulate a leaf's gradient
+
+
+def next_sequence_number() -> int:
+    """What the next node of the graph will be numbered with on this thread; it only grows."""
+    return int(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
+
+
+def running_backward() -> int:
+    """Number of the backward that runs on this thread; -1 outside."""
+    return int(torch._C._current_graph_task_id())
+
+
+def running_node() -> tuple[int | None, Tensor | None]:
+    """Number of the node whose backward runs, or the leaf whose gradient is accumulated.
+
+    Returns:
+        Both None where the engine itself is at work.
+    """
+    node: Any = torch._C._current_autograd_node()
+    if node is None:
+        return None, None
+    number = int(node._sequence_nr())
+    return (None, node.variable) if number == _OF_LEAVES else (number, None)
+
+
+def is_recomputing() -> bool:
+    """Whether a checkpoint calls forward again, on this thread and inside of a backward."""
+    node: Any = torch._C._current_autograd_node()
+    if node is not None and node.name() == f"{CheckpointFunction.__name__}Backward":
+        return True  # use_reentrant=True; what it computes has other nodes
+    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and _is_of_recomputation(hooks[0])
+
+
+def _is_of_recomputation(pack: Any) -> bool:
+    name = getattr(pack, "__qualname__", "")
+    return getattr(pack, "__module__", None) == _AGAIN.__module__ and name.startswith(
+        f"{_AGAIN.__name__}."
+    )
+
+
+def takes_flash_attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> bool:
+    """Whether the processor would take its flash kernel for tensors of such shapes.
+
+    Args:
+        query: Of any size and device: only its shape and dtype are looked at.
+        key: Likewise.
+        value: Likewise.
+        options: Of ``torch.nn.functional.scaled_dot_product_attention``.
+    """
+    choice: Any = torch._fused_sdp_choice
+    with torch._C._DisableTorchDispatch():
+        given = {n: _stand_in(v) if isinstance(v, Tensor) else v for n, v in options.items()}
+        chosen = int(choice(*map(_stand_in, (query, key, value)), **given))
+    return chosen == int(torch.nn.attention.SDPBackend.FLASH_ATTENTION.value)
+
+
+def _stand_in(tensor: Tensor) -> Tensor:
+    """A tensor of that shape, a row of which is all the memory that it takes."""
+    row = torch.empty(tensor.shape[-1:], dtype=tensor.dtype, device="cpu")
+    return row.expand(tensor.shape).requires_grad_(tensor.requires_grad)

@@ -1,0 +1,60 @@
+"""The least that a region of a step moves, if it were one perfect kernel.
+
+It reads what comes from outside once, keeps all that is made inside where it is computed, and
+writes what is used outside. Forward, recomputation, backward and update are regions of their own:
+what forward leaves for backward goes through memory.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from lightning_align.planner.trace import Record, Region
+
+Uses = Mapping[int, Sequence[int]]
+
+
+def reads_of(records: Sequence[Record]) -> Uses:
+    """Storage -> numbers of the operations that read it."""
+    found: dict[int, list[int]] = defaultdict(list)
+    for number, record in enumerate(records):
+        for region in record.reads:
+            found[region.storage].append(number)
+    return found
+
+
+def least_bytes(
+    records: Sequence[Record], inside: Sequence[int], reads: Uses, sizes: Sequence[int]
+) -> int:
+    """Bytes that the operations ``inside`` would move if they were one.
+
+    Args:
+        records: All operations of the step.
+        inside: Numbers of those of the region, in order.
+        reads: As ``reads_of`` gives it.
+        sizes: Bytes of each storage.
+    """
+    members, made = set(inside), set()
+    taken: dict[int, set[Region]] = defaultdict(set)
+    given: dict[int, set[Region]] = defaultdict(set)
+    for number in inside:
+        for region in records[number].reads:
+            if region.storage not in made:
+                taken[region.storage].add(region)
+        for region in records[number].writes:
+            made.add(region.storage)
+            given[region.storage].add(region)
+    first = min(members, default=0)
+    leaves = {
+        storage: regions
+        for storage, regions in given.items()
+        if any(n > first and n not in members for n in reads.get(storage, ()))
+        or not any(n in members for n in reads.get(storage, ()))
+        or storage in taken
+    }
+    return sum(
+        min(sum(region.bytes for region in regions), sizes[storage])
+        for uses in (taken, leaves)
+        for storage, regions in uses.items()
+    )

@@ -1,0 +1,178 @@
+"""Live bytes: how much memory tensors take at a time, each storage once, and the most there was.
+
+``Storages`` follows every storage from the operation that makes it to the moment it is freed.
+``LiveBytes`` counts by kind what a step must hold: weights, gradients, optimizer state, and what
+autograd saves for backward. Neither needs values: tensors on meta have storages, too.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_align._compat.torch_modules import storage_key
+
+
+class Storages:
+    """Every storage that was seen, numbered in that order, and the bytes of those that live.
+
+    Attributes:
+        now: Bytes of those that live.
+        peak: The most there ever were.
+        sizes: Bytes of each, also of those that are gone.
+        there: Numbers of those that nothing made since this began.
+    """
+
+    def __init__(self) -> None:
+        self.now = self.peak = 0
+        self.sizes: list[int] = []
+        self.there: set[int] = set()
+        self._numbers: dict[int, int] = {}
+        self._followed: dict[int, weakref.ref[Any]] = {}
+
+    def number(self, tensor: Tensor, *, was_there: bool = False) -> int:
+        """Number of the tensor's storage, which is followed from now on; -1 if it has none.
+
+        Args:
+            tensor: Any tensor.
+            was_there: Whether a storage that is new here has lived from the beginning.
+        """
+        key = storage_key(tensor)
+        if key is None:
+            return -1
+        known = self._numbers.get(key)
+        return self._follow(key, tensor, was_there) if known is None else known
+
+    def _follow(self, key: int, tensor: Tensor, was_there: bool) -> int:
+        storage = tensor.untyped_storage()
+        size, number = storage.nbytes(), len(self.sizes)
+        self.sizes.append(size)
+        self._numbers[key] = number
+        self._followed[key] = weakref.ref(storage, partial(self._gone, key, size))
+        self.now += size
+        if was_there:
+            self.there.add(number)
+        # What has always lived did so at the peak, too.
+        self.peak = self.peak + size if was_there else max(self.peak, self.now)
+        return number
+
+    def _gone(self, key: int, size: int, _: Any) -> None:
+        self.now -= size
+        del self._numbers[key], self._followed[key]
+
+    def close(self) -> None:
+        """Follow nothing any longer."""
+        self._followed.clear()
+        self._numbers.clear()
+
+
+class Held:
+    """Bytes of the storages that somebody holds, each once however many do."""
+
+    def __init__(self) -> None:
+        self.bytes = self.peak = 0
+        self._holders: dict[int, list[int]] = {}  # storage -> [bytes, how many hold it]
+
+    def hold(self, tensor: Tensor) -> None:
+        """Count the tensor's storage."""
+        key = storage_key(tensor)
+        if key is not None:
+            entry = self._holders.setdefault(key, [tensor.untyped_storage().nbytes(), 0])
+            entry[1] += 1
+            self.bytes += entry[0] if entry[1] == 1 else 0
+            self.peak = max(self.peak, self.bytes)
+
+    def release(self, tensor: Tensor) -> None:
+        """Undo one ``hold``."""
+        key = storage_key(tensor)
+        if key is not None:
+            entry = self._holders[key]
+            entry[1] -= 1
+            if not entry[1]:
+                self.bytes -= self._holders.pop(key)[0]
+
+
+class Saved:
+    """What autograd holds in place of a tensor: counted as long as it lives."""
+
+    def __init__(self, held: Held, tensor: Tensor) -> None:
+        self.held, self.tensor = held, tensor
+        held.hold(tensor)
+
+    def __del__(self) -> None:
+        self.held.release(self.tensor)
+
+
+class LiveBytes:
+    """Weights, gradients, optimizer state and what autograd saves, at the worst moment of steps.
+
+    Temporary tensors of the optimizer and inside of operations are not in it.
+
+    Args:
+        model: Whose parameters are trained.
+
+    Attributes:
+        weights: Bytes of the parameters.
+        optimizer: Bytes of the optimizer's state when it was last looked at.
+        peak: The most of all kinds at once.
+        saved_peak: The most that autograd held.
+        gradient_peak: The most of gradients.
+        optimizer_peak: The most of the optimizer's state.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.weights = sum(parameter.nbytes for parameter in model.parameters())
+        self.optimizer = self.peak = self.gradient_peak = self.optimizer_peak = 0
+        self.saved = Held()
+        self._own = {storage_key(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda _: self.look())  # type: ignore[no-untyped-call]
+
+    @property
+    def saved_peak(self) -> int:
+        """The most that autograd held."""
+        return self.saved.peak
+
+    @contextmanager
+    def saving(self, inputs: Iterable[Tensor] = ()) -> Iterator[None]:
+        """Context of a forward: what is saved in it counts, less the model's own and ``inputs``."""
+        self._own |= {storage_key(tensor) for tensor in inputs}
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
+            yield
+        self.look()
+
+    def _pack(self, tensor: Tensor) -> Tensor | Saved:
+        if storage_key(tensor) in self._own:
+            return tensor
+        saved = Saved(self.saved, tensor)
+        self._total()
+        return saved
+
+    def look(self, optimizer: Optimizer | None = None) -> None:
+        """Follow gradients, and the state of ``optimizer``, that came and went."""
+        self.gradient_peak = max(self.gradient_peak, self._gradients())
+        if optimizer is not None:
+            states = [value for state in optimizer.state.values() for value in state.values()]
+            self.optimizer = sum(value.nbytes for value in states if isinstance(value, Tensor))
+            self.optimizer_peak = max(self.optimizer_peak, self.optimizer)
+        self._total()
+
+    def _gradients(self) -> int:
+        return sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
+
+    def _total(self) -> None:
+        held = self.weights + self.optimizer + self._gradients() + self.saved.bytes
+        self.peak = max(self.peak, held)
+
+
+def _unpack(held: Tensor | Saved) -> Tensor:
+    return held.tensor if isinstance(held, Saved) else held

@@ -1,0 +1,204 @@
+"""The operations of a step as they run: FLOPs, bytes, modules, phase and live memory of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from typing_extensions import override
+
+from lightning_align.planner.live_bytes import Held, Saved, Storages
+from lightning_align.planner.meta_attention import attention_of_processor
+from lightning_align.planner.module_scopes import ModuleScopes, Scope
+from lightning_align.planner.op_bytes import Part, traffic
+from lightning_align.planner.op_flops import (
+    UNKNOWN,
+    VIEW,
+    Op,
+    describe,
+    pointwise_flops,
+    product_flops,
+    repeated_flops,
+    tensors_of,
+)
+
+IS_TRACING = ContextVar("is_tracing", default=False)
+
+
+class Region(NamedTuple):
+    """Memory that an operation reads or writes: of which storage, from where on, how much."""
+
+    storage: int
+    offset: int
+    bytes: int
+
+
+class Record(NamedTuple):
+    """One operation.
+
+    Attributes:
+        name: Of it, ``"aten.mm"``.
+        kind: What bounds its speed, as ``op_flops`` has it.
+        phase: Forward, recompute, backward or optimizer.
+        scope: Names of the modules that were called, the innermost last.
+        flops: Of products.
+        repeated_flops: Those of them that forward has done before.
+        pointwise_flops: Of all else.
+        bytes: Read and written.
+        reads: From where.
+        writes: Where to.
+        dtype: Of what it computes with.
+        tensors: How many it is given, for what is launched once for each.
+    """
+
+    name: str
+    kind: str
+    phase: str
+    scope: Scope
+    flops: int
+    repeated_flops: int
+    pointwise_flops: int
+    bytes: int
+    reads: tuple[Region, ...]
+    writes: tuple[Region, ...]
+    dtype: torch.dtype | None
+    tensors: int
+
+
+@dataclass
+class Trace:
+    """What a step did.
+
+    Attributes:
+        records: Its operations, in order.
+        storages: All memory that they used.
+        saved: What autograd holds for backward.
+        saved_by: Scope -> numbers of the storages that were saved in it.
+        uncounted: Operations whose FLOPs are not known, and how often they ran.
+    """
+
+    records: list[Record] = field(default_factory=list)
+    storages: Storages = field(default_factory=Storages)
+    saved: Held = field(default_factory=Held)
+    saved_by: dict[Scope, set[int]] = field(default_factory=dict)
+    uncounted: dict[str, int] = field(default_factory=dict)
+
+
+@contextmanager
+def tracing(model: nn.Module, there: list[Tensor]) -> Iterator[Trace]:
+    """Context whose operations are written down.
+
+    Compiled parts run as they were written, because what compilers make of them cannot be seen.
+
+    Args:
+        model: Whose modules are named.
+        there: Tensors that live from the beginning, used or not.
+    """
+    trace, scopes = Trace(), ModuleScopes(model)
+    for tensor in there:
+        trace.storages.number(tensor, was_there=True)
+    token = IS_TRACING.set(True)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(scopes.following())
+            stack.enter_context(attention_of_processor())
+            saving = _Saving(trace, scopes)
+            hooks = torch.autograd.graph.saved_tensors_hooks(saving.pack, saving.unpack)
+            stack.enter_context(hooks)
+            stack.enter_context(_Tracer(trace, scopes))
+            yield trace
+    finally:
+        IS_TRACING.reset(token)
+        trace.storages.close()
+
+
+class _Saving:
+    """Counts what autograd saves, less what was there before the step."""
+
+    def __init__(self, trace: Trace, scopes: ModuleScopes) -> None:
+        self._trace, self._scopes = trace, scopes
+
+    def pack(self, tensor: Tensor) -> Tensor | Saved:
+        # Inputs are saved before the operation is seen here, results after it: so what is new now
+        # is an input that nothing has made.
+        number = self._trace.storages.number(tensor, was_there=True)
+        if number in self._trace.storages.there:
+            return tensor
+        self._trace.saved_by.setdefault(self._scopes.current()[1], set()).add(number)
+        return Saved(self._trace.saved, tensor)
+
+    @staticmethod
+    def unpack(held: Tensor | Saved) -> Tensor:
+        return held.tensor if isinstance(held, Saved) else held
+
+
+class _Tracer(TorchDispatchMode):
+    supports_higher_order_operators = True
+
+    def __init__(self, trace: Trace, scopes: ModuleScopes) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._trace, self._scopes = trace, scopes
+
+    @override
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        named = kwargs or {}
+        op = describe(func)
+        if op.kind == VIEW:
+            return func(*args, **named)
+        if op.kind == UNKNOWN and hasattr(func, "decompose"):
+            with self:  # in inference mode, operations come here whole
+                parts = func.decompose(*args, **named)
+            if parts is not NotImplemented:
+                return parts
+        number = self._trace.storages.number
+        for tensor in tensors_of([args, *named.values()]):
+            number(tensor, was_there=True)
+        phase, scope = self._scopes.current()
+        out = func(*args, **named)
+        for tensor in tensors_of(out):
+            number(tensor)
+        self._write_down(op, phase, scope, args, named, out)
+        return out
+
+    def _write_down(
+        self, op: Op, phase: str, scope: Scope, args: Any, named: dict[str, Any], out: Any
+    ) -> None:
+        moved = traffic(op, args, named, out)
+        if op.kind == UNKNOWN:
+            self._trace.uncounted[op.name] = self._trace.uncounted.get(op.name, 0) + 1
+        is_list = bool(args) and isinstance(args[0], (list, tuple))
+        record = Record(
+            name=op.name,
+            kind=op.kind,
+            phase=phase,
+            scope=scope,
+            flops=product_flops(op, args, named, out),
+            repeated_flops=repeated_flops(op, args),
+            pointwise_flops=pointwise_flops(op, args, out),
+            bytes=moved.bytes,
+            reads=tuple(map(self._region, moved.reads)),
+            writes=tuple(map(self._region, moved.writes)),
+            dtype=_dtype(args, out),
+            tensors=len(args[0]) if is_list else 1,
+        )
+        self._trace.records.append(record)
+
+    def _region(self, part: Part) -> Region:
+        tensor = part.tensor
+        number = self._trace.storages.number(tensor)
+        offset = 0 if number < 0 else int(tensor.storage_offset()) * tensor.element_size()
+        return Region(number, offset, part.bytes)
+
+
+def _dtype(args: Any, out: Any) -> torch.dtype | None:
+    floating = (t.dtype for t in tensors_of([args, out]) if t.dtype.is_floating_point)
+    return next(floating, None)

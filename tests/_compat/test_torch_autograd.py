@@ -1,0 +1,94 @@
+"""What is private in autograd and attention is still there, and means what we take it to mean."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+from lightning_align._compat.torch_autograd import (
+    is_recomputing,
+    next_sequence_number,
+    running_backward,
+    running_node,
+    takes_flash_attention,
+)
+
+
+class Noted(torch.autograd.Function):
+    """Notes what its backward sees."""
+
+    seen: tuple[bool, Any]
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 1
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        Noted.seen = running_backward() >= 0, running_node()
+        return gradients[0]
+
+
+def test_the_node_that_runs_has_the_number_it_was_made_with() -> None:
+    x = torch.ones(2, requires_grad=True)
+    y = x * 2
+    before = next_sequence_number()
+    z = Noted.apply(y)
+    assert next_sequence_number() == before + 1
+    z.sum().backward()
+    assert Noted.seen == (True, (before, None))
+    assert running_backward() == -1
+    assert running_node() == (None, None)
+
+
+def test_where_a_gradient_is_accumulated_the_leaf_is_known() -> None:
+    x = torch.ones(2, requires_grad=True)
+    seen: list[Any] = []
+    x.register_post_accumulate_grad_hook(lambda _: seen.append(running_node()))
+    (x * 2).sum().backward()
+    ((number, leaf),) = seen
+    assert number is None
+    assert leaf is x
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpoint_that_computes_again_is_seen(use_reentrant: bool) -> None:
+    seen: list[bool] = []
+
+    def block(x: Tensor) -> Tensor:
+        seen.append(is_recomputing())
+        return x.exp().sin()
+
+    class Looks(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x * 1
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> Any:
+            seen.append(is_recomputing())
+            return gradients[0]
+
+    x = torch.ones(2, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        Looks.apply(checkpoint(block, Looks.apply(x), use_reentrant=use_reentrant)).sum().backward()
+    assert seen == [False, False, True, False]  # forward, after it, again, before it
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_which_kernel_attention_gets(device: str) -> None:
+    query = torch.ones(1, 2, 8, 4, device=device)
+    assert takes_flash_attention(query, query, query, is_causal=True)
+    mask = torch.ones(8, 8, dtype=torch.bool, device=device)
+    assert takes_flash_attention(query, query, query, attn_mask=mask)
+    assert not takes_flash_attention(query, query, query, dropout_p=0.1)
+    with sdpa_kernel(SDPBackend.MATH):
+        assert not takes_flash_attention(query, query, query)
+
+
+def test_it_takes_no_memory() -> None:
+    long = torch.empty(8, 64, 2**20, 128, device="meta")  # a quarter of a terabyte
+    assert takes_flash_attention(long, long, long)

@@ -1,0 +1,40 @@
+"""What is written down of each operation."""
+
+import torch
+from torch import nn
+
+from lightning_align.planner.trace import IS_TRACING, Region, tracing
+
+
+def test_operations_are_written_down_in_order() -> None:
+    model = nn.Linear(4, 3, bias=False)
+    x = torch.ones(2, 8)
+    with tracing(model, list(model.parameters())) as trace:
+        model(x[:, 4:]).exp()
+    product, exponential = trace.records
+    assert (product.name, product.kind, product.phase) == ("aten.mm", "product", "forward")
+    assert product.scope == ("",)
+    assert product.flops == 2 * 2 * 4 * 3
+    assert product.dtype is torch.float32
+    assert set(product.reads) == {Region(0, 0, 48), Region(1, 16, 32)}  # the weight came first
+    assert product.writes == (Region(2, 0, 24),)
+    assert exponential.reads == product.writes
+    assert (exponential.flops, exponential.pointwise_flops, exponential.bytes) == (0, 6, 48)
+
+
+def test_lists_of_tensors_are_one_operation() -> None:
+    with tracing(nn.Identity(), []) as trace:
+        torch._foreach_mul([torch.ones(4)] * 3, 2.0)
+    last = trace.records[-1]
+    assert (last.tensors, last.pointwise_flops) == (3, 12)
+
+
+def test_tracing_ends_with_its_context() -> None:
+    assert not IS_TRACING.get()
+    with tracing(nn.Identity(), []) as trace:
+        assert IS_TRACING.get()
+        kept = torch.ones(4)
+    kept + kept
+    assert len(trace.records) == 1
+    del kept
+    assert trace.storages.peak == 16
