@@ -47,8 +47,10 @@ if TYPE_CHECKING:
     )
     from lightning_align.optimizers import GaLoreAdamW, Muon, StableAdamW, build_param_groups
     from lightning_align.planner import (
+        MachineBalance,
         StepReport,
         analyze_step,
+        predict_step_time,
     )
     from lightning_align.run import ExactResume
     from lightning_align.stability import SpikeDetector
@@ -64,6 +66,7 @@ else:
         "GaLoreAdamW": "optimizers",
         "GenerateSamples": "callbacks",
         "MetricPlot": "callbacks",
+        "MachineBalance": "planner",
         "ModelLayers": "layers",
         "Muon": "optimizers",
         "OptimizerSwap": "callbacks",
@@ -91,6 +94,7 @@ else:
         "optimizers": "optimizers",
         "pipelining": "pipelining",
         "planner": "planner",
+        "predict_step_time": "planner",
         "run": "run",
         "strategies": "strategies",
     }
@@ -107,6 +111,7 @@ __all__ = [
     "ExactResume",
     "GaLoreAdamW",
     "GenerateSamples",
+    "MachineBalance",
     "MetricPlot",
     "ModelLayers",
     "Muon",
@@ -135,6 +140,7 @@ __all__ = [
     "optimizers",
     "pipelining",
     "planner",
+    "predict_step_time",
     "run",
     "strategies",
 ]

@@ -58,7 +58,7 @@ def takes_flash_attention(query: Tensor, key: Tensor, value: Tensor, **options: 
         query: Of any size and device: only its shape and dtype are looked at.
         key: Likewise.
         value: Likewise.
-        options: Of ``torch.nn.functional.scaled_dot_product_attention``.
+        **options: Of ``torch.nn.functional.scaled_dot_product_attention``.
     """
     choice: Any = torch._fused_sdp_choice
     with torch._C._DisableTorchDispatch():

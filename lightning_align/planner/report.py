@@ -6,11 +6,16 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_align.planner.least_traffic import least_bytes, reads_of
 from lightning_align.planner.module_scopes import BACKWARD, FORWARD, OPTIMIZER, RECOMPUTE, Scope
 from lightning_align.planner.trace import Record, Trace
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from lightning_align.planner.balance import MachineBalance
 
 PHASES = (FORWARD, RECOMPUTE, BACKWARD, OPTIMIZER)
 
@@ -226,6 +231,17 @@ class StepReport:
             names = ", ".join(f"{name} ({times})" for name, times in self.uncounted.items())
             lines += ["", f"Not counted: {names}"]
         return "\n".join(lines)
+
+    def plot(self, hardware: MachineBalance, *, top_k: int = 20) -> Figure:
+        """The operations under the roofline of a machine; see ``roofline_figure``.
+
+        Args:
+            hardware: What the step would run on.
+            top_k: How many operations, those that take longest.
+        """
+        from lightning_align.planner.roofline_plot import roofline_figure
+
+        return roofline_figure(self, hardware, top_k=top_k)
 
 
 def _plain(cost: Cost) -> dict[str, float]:

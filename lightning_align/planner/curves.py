@@ -1,0 +1,52 @@
+"""Seconds of an operation by how much it has to do: a curve for each class of operations."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import TypeAlias
+
+from lightning_align.planner.op_flops import ATTENTION, NORM, POINTWISE, PRODUCT, REDUCTION, words
+from lightning_align.planner.trace import Record
+
+# Work of a call (FLOPs of products, bytes of all else) and its seconds, by growing work.
+Curve: TypeAlias = Sequence[tuple[float, float]]
+FUNCTIONS = "functions"  # pointwise operations that compute an exponential or the like
+MOVE = "move"
+_FUNCTIONS = words(
+    """
+    gelu gelu_backward silu silu_backward exp tanh sigmoid pow log erf sin cos logsumexp softplus
+    mish log_sigmoid_forward
+    """
+)
+_CLASSES = (ATTENTION, NORM, POINTWISE, PRODUCT, REDUCTION)
+
+
+def class_of(record: Record) -> str:
+    """Class of an operation, whose members take about as long for the same work."""
+    base = record.name.rpartition(".")[2].rstrip("_").removeprefix("_foreach_")
+    if record.kind == POINTWISE and base in _FUNCTIONS:
+        return FUNCTIONS
+    if record.kind in (ATTENTION, NORM) and "backward" in base:
+        return f"{record.kind} backward"
+    return record.kind if record.kind in (ATTENTION, NORM, POINTWISE, PRODUCT, REDUCTION) else MOVE
+
+
+def interpolated(curve: Curve, work: float) -> float:
+    """Seconds of some work: between two points a power law, outside at the speed of the last one.
+
+    Args:
+        curve: Points, by growing work.
+        work: Not negative.
+    """
+    first_work, first_s = curve[0]
+    last_work, last_s = curve[-1]
+    if work <= first_work:
+        return first_s  # what little there is to do is not what it costs
+    if work >= last_work:
+        return last_s * work / last_work
+    place = bisect_left(curve, work, key=lambda point: point[0])
+    (low, low_s), (high, high_s) = curve[place - 1], curve[place]
+    slope = math.log(high_s / low_s) / math.log(high / low)
+    return float(low_s * (work / low) ** slope)

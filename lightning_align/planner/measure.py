@@ -1,0 +1,317 @@
+"""Measuring a machine: how long operations of each class take, by how much they have to do.
+
+A curve of each class is measured on tensors from a few kilobytes to more than the caches hold, and
+a small model's step for what Python and autograd add to an operation. Nothing is fitted to steps
+that are predicted later.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice, pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from lightning_align._errors import argument_error
+from lightning_align.offload import tuning
+from lightning_align.planner.analyze import analyze_step
+from lightning_align.planner.curves import FUNCTIONS, MOVE, Curve, class_of, interpolated
+from lightning_align.planner.module_scopes import BACKWARD, FORWARD, OPTIMIZER, RECOMPUTE
+from lightning_align.planner.op_flops import ATTENTION, NORM, POINTWISE, PRODUCT, REDUCTION
+from lightning_align.planner.report import StepReport
+
+WHERE = "MachineBalance.measure"
+SAMPLES, SAMPLE_S = 5, 0.012  # of which the median counts; seconds of each
+ROWS = (1, 32, 256, 2048, 16_384)  # of 256 elements
+PRODUCTS = (8, 32, 64, 128, 256, 512, 1024)
+TOKENS = (8, 32, 128, 512)
+# Calls take turns on tensors of as many bytes in all, and results stay as long: in a step, too,
+# what an operation reads and writes is not where the last one of its kind has left it.
+TURNS_BYTES, MOST_TURNS = 24 << 20, 64
+CACHED_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of a call: the median, and the shortest and longest that there was."""
+
+    seconds: float
+    low: float
+    high: float
+
+
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """A clock for what a device does, in seconds."""
+    if device.type != "cpu":
+
+        def synchronized() -> float:
+            torch.accelerator.synchronize(device)
+            return time.perf_counter()
+
+        return synchronized
+    return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
+def timed(
+    run: Callable[..., object], clock: Callable[[], float], inputs: Sequence[Any] = ((),)
+) -> Timing:
+    """Seconds of a call, over as many as are long enough for the clock.
+
+    Args:
+        run: Called again and again.
+        clock: Seconds.
+        inputs: Its arguments, in turns.
+    """
+    results: deque[object] = deque(maxlen=len(inputs))
+    turns = cycle(inputs)
+    for _ in inputs:
+        results.append(run(*next(turns)))
+    start = clock()
+    results.append(run(*next(turns)))
+    calls = max(1, int(SAMPLE_S / max(clock() - start, 1e-7)))
+    found = []
+    for _ in range(SAMPLES):
+        start = clock()
+        for given in islice(turns, calls):
+            results.append(run(*given))
+        found.append((clock() - start) / calls)
+    return Timing(median(found), min(found), max(found))
+
+
+def in_turns(*shapes: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> list[Any]:
+    """Tensors of these shapes, as often as calls take turns on them.
+
+    Args:
+        *shapes: Of the arguments of a call.
+        device: Where they are.
+        dtype: Of them.
+    """
+    nbytes = sum(math.prod(shape) for shape in shapes) * dtype.itemsize
+    turns = min(max(TURNS_BYTES // nbytes, 1), MOST_TURNS)
+    return [
+        [torch.randn(shape, device=device, dtype=dtype) for shape in shapes] for _ in range(turns)
+    ]
+
+
+def measured(
+    device: str | torch.device, dtype: torch.dtype, disk: str | Path | None
+) -> dict[str, Any]:
+    """What a ``MachineBalance`` is made of.
+
+    Args:
+        device: Which one.
+        dtype: Of all that is computed.
+        disk: Folder on a drive, or None.
+
+    Raises:
+        ValueError: If there is no such device, or it does not compute with that dtype.
+    """
+    place = _usable(device, dtype)
+    clock = clock_of(place)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        products = _products(place, dtype, clock)
+        curves = _curves(place, dtype, clock)
+        streams = {rows: _stream(rows, place, dtype, clock) for rows in (CACHED_ROWS, ROWS[-1])}
+    curves[PRODUCT] = [(2.0 * n**3, timing.seconds) for n, timing in products.items()]
+    size = min(products, key=lambda n: products[n].seconds / n**3)
+    flops, peak = 2.0 * size**3, products[size]
+    cached, stream = streams.values()
+    cached_bytes, stream_bytes = (3.0 * rows * 256 * dtype.itemsize for rows in streams)
+    folder = None if disk is None else Path(disk)
+    threads = f"cpu, {torch.get_num_threads()} threads"
+    return {
+        "name": threads if place.type == "cpu" else str(place),
+        "peak_flops": flops / peak.seconds,
+        "mem_bandwidth": stream_bytes / stream.seconds,
+        "source": "measured",
+        "dtype": str(dtype).removeprefix("torch."),
+        "curves": curves,
+        "overheads": _overheads(curves, place, dtype, clock),
+        "is_asynchronous": place.type != "cpu",
+        "cache_bandwidth": cached_bytes / cached.seconds,
+        "disk_bandwidth": None if folder is None else _disk(folder),
+        "intervals": {
+            "peak_flops": (flops / peak.high, flops / peak.low),
+            "mem_bandwidth": (stream_bytes / stream.high, stream_bytes / stream.low),
+        },
+    }
+
+
+def _usable(device: str | torch.device, dtype: torch.dtype) -> torch.device:
+    try:
+        place = torch.device(device)
+        one = torch.ones(2, 2, device=place, dtype=dtype)
+        (one @ one).sum().item()
+    except (RuntimeError, NotImplementedError, AssertionError, TypeError) as error:
+        rule = f"it does not compute with {dtype}: {str(error).splitlines()[0]}"
+        raise argument_error(WHERE, "device", device, rule) from error
+    return place
+
+
+_LAYOUTS: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
+    lambda a, b: a @ b.t(),
+    lambda a, b: a @ b,
+    lambda a, b: a.t() @ b,
+)
+
+
+def _products(
+    device: torch.device, dtype: torch.dtype, clock: Callable[[], float]
+) -> dict[int, Timing]:
+    """Square matrices, as forward and as the two of backward have them laid out."""
+    sizes = PRODUCTS if device.type == "cpu" else (*PRODUCTS, 4096)
+    found = {}
+    for n in sizes:
+        inputs = in_turns((n, n), (n, n), device=device, dtype=dtype)
+        ways = [timed(run, clock, inputs) for run in _LAYOUTS]
+        found[n] = Timing(
+            *(sum(getattr(way, name) for way in ways) / 3 for name in ("seconds", "low", "high"))
+        )
+    return found
+
+
+def _stream(
+    rows: int, device: torch.device, dtype: torch.dtype, clock: Callable[[], float]
+) -> Timing:
+    """A sum of vectors into memory that is there already."""
+    a, b, c = (torch.ones(rows, 256, device=device, dtype=dtype) for _ in range(3))
+    return timed(lambda: torch.add(a, b, out=c), clock)
+
+
+Run = Callable[[Tensor, Tensor], object]
+
+
+def _curves(
+    device: torch.device, dtype: torch.dtype, clock: Callable[[], float]
+) -> dict[str, Curve]:
+    """Class -> curve."""
+    aten: Any = torch.ops.aten
+    gain = torch.ones(256, device=device, dtype=dtype)
+    # class -> what runs, tensors that it reads and writes
+    classes: dict[str, tuple[Run, int]] = {
+        POINTWISE: (torch.add, 3),
+        FUNCTIONS: (lambda x, _: F.gelu(x), 2),
+        REDUCTION: (lambda x, _: x.sum(0), 1),
+        NORM: (lambda x, _: F.layer_norm(x, (256,), gain, gain), 2),
+        f"{NORM} backward": (lambda x, y: aten._softmax_backward_data(x, y, -1, dtype), 3),
+        MOVE: (lambda x, _: x.clone(), 2),
+    }
+    curves: dict[str, Curve] = {}
+    for name, (run, tensors) in classes.items():
+        points = []
+        for rows in ROWS:
+            inputs = in_turns((rows, 256), (rows, 256), device=device, dtype=dtype)
+            timing = timed(run, clock, inputs)
+            points.append((float(tensors * rows * 256 * dtype.itemsize), timing.seconds))
+        curves[name] = points
+    return {**curves, **_attention(device, dtype, clock)}
+
+
+def _attention(
+    device: torch.device, dtype: torch.dtype, clock: Callable[[], float]
+) -> dict[str, Curve]:
+    """Fused attention and its backward: the whole of both, less forward."""
+    forward, backward = [], []
+    for tokens in TOKENS:
+        shape = (4, 4, tokens, 32)
+        query = torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+
+        def attend(query: Tensor = query) -> Tensor:
+            return F.scaled_dot_product_attention(query, query, query, is_causal=True)
+
+        def both() -> None:
+            with torch.enable_grad():
+                torch.autograd.grad(attend().sum(), query)  # noqa: B023
+
+        flops = 4.0 * 4 * 4 * tokens * tokens * 32
+        once = timed(attend, clock).seconds
+        forward.append((flops, once))
+        backward.append((2.5 * flops, max(timed(both, clock).seconds - once, once)))
+    return {ATTENTION: forward, f"{ATTENTION} backward": backward}
+
+
+class _Small(nn.Module):
+    """Next to nothing to compute, in the operations that models are made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(16), nn.Linear(16, 48), nn.Linear(16, 16)
+        self.mlp = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        changed: Tensor = x + self.mlp(x)
+        return changed
+
+
+def _overheads(
+    curves: Mapping[str, Curve],
+    device: torch.device,
+    dtype: torch.dtype,
+    clock: Callable[[], float],
+) -> dict[str | None, float]:
+    """What a small step takes beyond its kernels, an operation of each phase."""
+    with torch.random.fork_rng(devices=[]):
+        model = nn.Sequential(*(_Small() for _ in range(4))).to(device, dtype)
+        x = torch.randn(1, 8, 16, device=device, dtype=dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    parts: Sequence[Callable[[], None]] = _parts(model, x, optimizer)
+    report = analyze_step(model, lambda: model(x).square().mean(), optimizer=optimizer)
+    samples: list[list[float]] = []
+    for _ in range(60):
+        marks = [clock()]
+        for part in parts:
+            part()
+            marks.append(clock())
+        samples.append([later - earlier for earlier, later in pairwise(marks)])
+    seconds = dict(
+        zip((FORWARD, BACKWARD, OPTIMIZER), map(median, zip(*samples, strict=True)), strict=True)
+    )
+    overheads: dict[str | None, float] = {
+        phase: _left(report, curves, phase, total, waits=device.type == "cpu")
+        for phase, total in seconds.items()
+    }
+    overheads[RECOMPUTE] = overheads[FORWARD]
+    overheads[None] = sum(overheads[phase] for phase in seconds) / len(seconds)
+    return overheads
+
+
+def _parts(
+    model: nn.Module, x: Tensor, optimizer: torch.optim.Optimizer
+) -> tuple[Callable[[], None], ...]:
+    kept: list[Tensor] = []
+
+    def forward() -> None:
+        kept.append(model(x).square().mean())
+
+    def backward() -> None:
+        kept.pop().backward()  # type: ignore[no-untyped-call]
+
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return forward, backward, update
+
+
+def _left(
+    report: StepReport, curves: Mapping[str, Curve], phase: str, seconds: float, *, waits: bool
+) -> float:
+    records = [record for record in report.trace.records if record.phase == phase]
+    kernels = [interpolated(curves[class_of(r)], r.flops or r.bytes) for r in records]
+    return max(0.0, seconds - waits * sum(kernels)) / len(records)
+
+
+def _disk(folder: Path) -> float | None:
+    return tuning.measured(folder, [tuning.DEFAULT], "auto").bandwidth

@@ -1,0 +1,82 @@
+"""What a measurement consists of; never how fast a machine is."""
+
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_align.planner import MachineBalance, measure
+from lightning_align.planner.measure import in_turns, timed
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything is measured, on next to nothing."""
+    monkeypatch.setattr(measure, "SAMPLE_S", 1e-5)
+    monkeypatch.setattr(measure, "SAMPLES", 2)
+    monkeypatch.setattr(measure, "ROWS", (1, 8, 16))
+    monkeypatch.setattr(measure, "CACHED_ROWS", 8)
+    monkeypatch.setattr(measure, "PRODUCTS", (8, 16))
+    monkeypatch.setattr(measure, "TOKENS", (8, 16))
+    monkeypatch.setattr(measure, "TURNS_BYTES", 1 << 16)
+
+
+def test_a_machine_is_measured(quick: None, tmp_path: Path) -> None:
+    generator = torch.get_rng_state()
+    balance = MachineBalance.measure("cpu", disk=tmp_path)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert (balance.dtype, balance.source, balance.is_asynchronous) == (
+        "float32",
+        "measured",
+        False,
+    )
+    for figure in ("peak_flops", "mem_bandwidth"):
+        low, high = balance.intervals[figure]
+        assert 0 < low <= getattr(balance, figure) <= high
+    assert balance.cache_bandwidth
+    assert balance.disk_bandwidth
+    assert not list(tmp_path.iterdir())
+    assert set(balance.overheads) == {None, "forward", "recompute", "backward", "optimizer"}
+    assert {"product", "pointwise", "functions", "reduction", "norm", "norm backward"} | {
+        "move",
+        "attention",
+        "attention backward",
+    } == set(balance.curves)
+    for curve in balance.curves.values():
+        assert [work for work, _ in curve] == sorted(work for work, _ in curve)
+        assert all(seconds > 0 for _, seconds in curve)
+
+
+def _ticking(step: float) -> Iterator[float]:
+    return (step * n for n in count())
+
+
+def test_a_timing_is_of_one_call() -> None:
+    """A clock that moves by a second each time it is looked at, over many calls."""
+    clock, calls = _ticking(measure.SAMPLE_S / 7), count()
+    timing = timed(lambda: next(calls), lambda: next(clock))
+    assert next(calls) == 2 + 7 * measure.SAMPLES
+    assert timing.seconds == pytest.approx(measure.SAMPLE_S / 49)
+    assert timing.low <= timing.seconds <= timing.high
+
+
+def test_calls_take_turns_on_as_many_tensors_as_caches_do_not_hold() -> None:
+    device = torch.device("cpu")
+    small = in_turns((4, 4), device=device, dtype=torch.float32)
+    assert len(small) == measure.MOST_TURNS
+    large = in_turns((1024, 1024), (1024, 1024), device=device, dtype=torch.float32)
+    assert len(large) == measure.TURNS_BYTES // (8 << 20)
+    assert [tensor.shape for tensor in large[0]] == [(1024, 1024)] * 2
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "abacus"])
+def test_a_device_that_is_not_there_is_refused(device: str) -> None:
+    with pytest.raises(ValueError, match=rf"MachineBalance.measure\(device='{device}'\)"):
+        MachineBalance.measure(device)
+
+
+def test_a_dtype_that_does_not_multiply_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"does not compute with torch\.float8_e4m3fn"):
+        MachineBalance.measure(dtype=torch.float8_e4m3fn)
