@@ -8,7 +8,6 @@ counts the rows that it touches; the same tensor given twice is read once. Cache
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +37,7 @@ class Traffic(NamedTuple):
     @property
     def bytes(self) -> int:
         """Of both."""
-        return sum(part.bytes for part in chain(self.reads, self.writes))
+        return sum(part.bytes for part in [*self.reads, *self.writes])
 
 
 # Operations that write into an argument without looking at what was there.
@@ -131,7 +130,7 @@ def _writes(op: Op, given: dict[str, Any], out: Any) -> Iterator[Part]:
     if op.base in _EMPTY:
         return
     seen = set()
-    for tensor in chain(tensors_of([given.get(name) for name in op.written]), tensors_of(out)):
+    for tensor in tensors_of([[given.get(name) for name in op.written], out]):
         if id(tensor) not in seen:  # in place, the result is the argument
             seen.add(id(tensor))
             yield Part(tensor, stored_bytes(tensor))

@@ -11,7 +11,7 @@ yields or sums up, and as written below for those that do more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -207,13 +207,18 @@ def pointwise_flops(op: Op, args: Any, out: Any) -> int:
     return _PER_ELEMENT.get(op.base.removeprefix("_foreach_"), 1) * elements
 
 
-def tensors_of(value: Any) -> Iterator[Tensor]:
+def tensors_of(value: Any) -> list[Tensor]:
     """Tensors in an argument or result, in order."""
     if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
+        return [value]
+    found: list[Tensor] = []
+    if isinstance(value, (list, tuple)):
         for each in value:
-            yield from tensors_of(each)
+            if isinstance(each, Tensor):
+                found.append(each)
+            elif isinstance(each, (list, tuple)):
+                found += tensors_of(each)
+    return found
 
 
 def _numel(value: Any) -> int:

@@ -200,5 +200,7 @@ class _Tracer(TorchDispatchMode):
 
 
 def _dtype(args: Any, out: Any) -> torch.dtype | None:
-    floating = (t.dtype for t in tensors_of([args, out]) if t.dtype.is_floating_point)
-    return next(floating, None)
+    for tensor in tensors_of([args, out]):
+        if tensor.dtype.is_floating_point:
+            return tensor.dtype
+    return None

@@ -1,4 +1,4 @@
-"""FLOPs of forward against DeepSpeed's profiler, which replaces torch's functions by counting ones."""
+"""FLOPs of forward against DeepSpeed's profiler, which counts in torch's functions."""
 
 from collections.abc import Callable
 from typing import Any
