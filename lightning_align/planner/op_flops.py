@@ -40,7 +40,7 @@ def _each(**groups: str) -> dict[str, int]:
 _PER_ELEMENT = _each(
     _1="cumsum cumprod floor_divide threshold_backward",
     _2="native_dropout _fused_dropout",
-    _3="addcmul addcdiv lerp softplus_backward",
+    _3="addcmul addcdiv lerp softplus_backward log_sigmoid_forward log_sigmoid_backward",
     _4="silu",
     _7="silu_backward",
     _8="gelu",
@@ -49,7 +49,7 @@ _PER_ELEMENT = _each(
 # Of the largest tensor it is given. Softmax: maximum, difference, exponential, sum, quotient.
 _NORMS = _each(
     _4="_softmax_backward_data _log_softmax_backward_data",
-    _5="_softmax _safe_softmax _log_softmax _fused_rms_norm",
+    _5="softmax _softmax _safe_softmax log_softmax _log_softmax _fused_rms_norm",
     _7="native_layer_norm native_group_norm native_batch_norm _native_batch_norm_legit",
     _10="_fused_rms_norm_backward",
     _12="native_layer_norm_backward native_batch_norm_backward native_group_norm_backward",
@@ -123,7 +123,9 @@ def describe(func: Any) -> Op:
     base = last.rstrip("_") if not last.startswith("__") else last
     schema = getattr(func, "_schema", None)
     arguments = () if schema is None else schema.arguments
-    formula = _torchs().get(packet) or OURS.get(name)
+    # In place torch has no formulas, and what is computed is the same.
+    same = packet if base == last else getattr(torch.ops.aten, base, packet)
+    formula = _torchs().get(packet) or _torchs().get(same) or OURS.get(name)
     return Op(
         name,
         base,

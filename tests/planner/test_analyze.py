@@ -369,3 +369,39 @@ def test_what_is_no_model_or_optimizer_is_refused() -> None:
         analyze_step(MODEL, fn, optimizer="adam")
     with pytest.raises(ValueError, match=r"model='DataParallel'.*Pass model\.module"):
         analyze_step(nn.DataParallel(MODEL), fn)
+
+
+def test_our_chunked_head_counts_what_the_plain_one_does() -> None:
+    """Its gradients are made in forward, by products in place."""
+    from lightning_align import PretrainModule
+
+    model = llama()
+    plain = analyze_step(model, loss_of(model))
+    module = PretrainModule(model, chunk_size=16)
+    ids = torch.zeros(2, 49, dtype=torch.long)
+    report = analyze_step(
+        module, lambda: module.training_step({"input_ids": ids, "labels": ids}, 0)
+    )
+    blocks = sum(cost.flops for cost in report.blocks.values())
+    assert blocks == sum(cost.flops for cost in plain.blocks.values())
+    assert report.total_flops - blocks == 3 * 2 * (2 * 48) * 64 * 211
+    assert not report.uncounted
+
+
+def test_a_reference_model_has_its_forward_counted() -> None:
+    from lightning_align import DPOModule
+
+    ids = torch.ones(4, 20, dtype=torch.long)
+    completion = torch.zeros_like(ids)
+    completion[:, 10:] = 1
+    batch = {"input_ids": ids, "attention_mask": ids, "completion_mask": completion}
+
+    module = DPOModule(llama())
+    report = analyze_step(module, lambda: module.training_step(batch, 0))
+    matrices = 2 * (4 * 20) * 3 * (64 * (64 + 2 * 16 + 64) + 3 * 64 * 176)
+    attention, head = 3 * 4 * 2 * 20 * 20 * 64, 2 * (4 * 10) * 64 * 211
+    assert report.total_flops == 4 * matrices + (2 + 5 + 2) * attention + 4 * head
+    assert report.model_flops == report.total_flops - attention
+    policy = sum(cost.flops for cost in report.blocks.values())
+    assert policy == 3 * matrices + (2 + 5) * attention
+    assert not report.uncounted

@@ -74,6 +74,18 @@ def test_products_of_vectors() -> None:
     assert flops == {"aten.mv": 30, "aten.dot": 10, "aten.addmv": 30}
 
 
+def test_products_in_place_are_products() -> None:
+    """torch's counter passes over them, and our chunked loss makes its gradients with them."""
+    c, a = torch.zeros(4, 4), torch.ones(4, 8)
+    with tracing(nn.Identity(), []) as trace, FlopCounterMode(display=False) as theirs:
+        c.addmm_(a, a.t())
+        c[None].baddbmm_(a[None], a.t()[None])
+        torch.mm(a, a.t(), out=c)
+    assert [record.flops for record in trace.records] == [256] * 3
+    assert theirs.get_total_flops() == 256
+    assert not trace.uncounted
+
+
 def test_experts_multiply_each_row_once() -> None:
     op = describe(aten._grouped_mm.default)
     rows, experts = torch.ones(6, 8), torch.ones(4, 8, 16)
