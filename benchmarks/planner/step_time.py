@@ -1,0 +1,207 @@
+"""Predicted against measured time of steps that nothing was fitted to, and what an analysis costs.
+
+    python benchmarks/planner/step_time.py            # minutes on one core
+    python benchmarks/planner/step_time.py --smoke    # seconds; the figures then mean nothing
+
+The machine is measured first (``MachineBalance.measure``), from curves of single operations and a
+step of next to nothing. The models below were drawn by ``drawn(18)`` before the first prediction
+of any of them. Times are CPU time of one thread, medians of interleaved repeats. Beside it 6 N D
+over the peak: N parameters, D tokens, and the best that products reach.
+"""
+
+import argparse
+import platform
+import random
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import mean, median
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from lightning_align import (
+    DPOModule,
+    GaLoreAdamW,
+    MachineBalance,
+    Muon,
+    PretrainModule,
+    analyze_step,
+    build_param_groups,
+    predict_step_time,
+)
+from lightning_align.planner.step_time import StepTime
+
+WIDTHS, BLOCKS, HEADS = (64, 96, 128, 192, 256, 320, 384), (2, 3, 4, 6, 8), (2, 4, 8)
+VOCABULARIES, ROWS, TOKENS = (512, 1024, 4096, 8192), (1, 2, 4, 8), (64, 96, 128, 256)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A step: its kind and sizes."""
+
+    kind: str
+    width: int
+    blocks: int
+    heads: int
+    vocabulary: int
+    rows: int
+    tokens: int
+
+
+KINDS = ("gpt", "llama", "dpo", "checkpointed", "muon", "galore", "gpt", "llama", "llama", "gpt")
+
+
+def drawn(seed: int) -> tuple[Case, ...]:
+    """One case of each kind."""
+    draw = random.Random(seed).choice
+    sizes = (WIDTHS, BLOCKS, HEADS, VOCABULARIES, ROWS, TOKENS)
+    return tuple(Case(kind, *map(draw, sizes)) for kind in KINDS)  # type: ignore[arg-type]
+
+
+CASES = drawn(18)
+
+
+def language_model(case: Case) -> Any:
+    torch.manual_seed(0)
+    if case.kind == "gpt":
+        config = GPT2Config(
+            vocab_size=case.vocabulary,
+            n_embd=case.width,
+            n_layer=case.blocks,
+            n_head=case.heads,
+            n_positions=512,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
+        return GPT2LMHeadModel(config)
+    config = LlamaConfig(
+        vocab_size=case.vocabulary,
+        hidden_size=case.width,
+        intermediate_size=case.width * 8 // 3,
+        num_hidden_layers=case.blocks,
+        num_attention_heads=case.heads,
+        num_key_value_heads=max(1, case.heads // 2),
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+    )
+    return LlamaForCausalLM(config)
+
+
+def step_of(case: Case) -> tuple[nn.Module, Callable[[], None]]:
+    """A module of ours and a whole step of it."""
+    model = language_model(case)
+    ids = torch.randint(
+        1, case.vocabulary, (case.rows * (2 if case.kind == "dpo" else 1), case.tokens)
+    )
+    batch: dict[str, torch.Tensor] = {"input_ids": ids, "labels": ids}
+    module: Any
+    if case.kind == "dpo":
+        module = DPOModule(model)
+        completion = torch.zeros_like(ids)
+        completion[:, case.tokens // 2 :] = 1
+        ones = torch.ones_like(ids)
+        batch = {"input_ids": ids, "attention_mask": ones, "completion_mask": completion}
+    else:
+        module = PretrainModule(model, activation_checkpointing=case.kind == "checkpointed")
+    groups = build_param_groups(module)
+    optimizers: dict[str, Callable[[], torch.optim.Optimizer]] = {
+        "muon": lambda: Muon(groups, lr=1e-3),
+        "galore": lambda: GaLoreAdamW(groups, lr=1e-3, rank=case.width // 4),
+    }
+    adamw = lambda: torch.optim.AdamW(module.parameters(), lr=1e-3)  # noqa: E731
+    optimizer = optimizers.get(case.kind, adamw)()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        module.training_step(batch, 0).backward()
+        optimizer.step()
+
+    return module, step
+
+
+def cpu_seconds(run: Callable[[], object]) -> float:
+    start = time.thread_time()
+    run()
+    return time.thread_time() - start
+
+
+@dataclass(frozen=True)
+class Row:
+    case: Case
+    parameters: int
+    measured: list[float]
+    predicted: StepTime
+    six_n_d: float
+    analysis: float
+
+
+def row(case: Case, hardware: MachineBalance, repeats: int) -> Row:
+    module, step = step_of(case)
+    step()
+    step()
+    predicted = predict_step_time(module, step, hardware)
+    measured, analyses = [], []
+    for _ in range(repeats):
+        measured.append(cpu_seconds(step))
+        analyses.append(cpu_seconds(lambda: analyze_step(module, step)))
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    tokens = case.rows * case.tokens * (2 if case.kind == "dpo" else 1)
+    six_n_d = 6 * parameters * tokens / hardware.peak_flops
+    return Row(case, parameters, measured, predicted, six_n_d, median(analyses) / median(measured))
+
+
+def report(rows: list[Row]) -> None:
+    print(
+        "| step | parameters | measured ms, median [min, max] | predicted / measured | "
+        "6ND / measured | bound by | analysis / step |"
+    )
+    print("|---|---:|---:|---:|---:|---|---:|")
+    ours, theirs = [], []
+    for found in rows:
+        case, seconds = found.case, median(found.measured)
+        ours.append(found.predicted.seconds / seconds)
+        theirs.append(found.six_n_d / seconds)
+        name = (
+            f"{case.kind}, {case.blocks} x {case.width}, vocabulary {case.vocabulary}, "
+            f"{case.rows} x {case.tokens}"
+        )
+        spread = f"{1e3 * seconds:.1f} [{1e3 * min(found.measured):.1f}, {1e3 * max(found.measured):.1f}]"
+        print(
+            f"| {name} | {found.parameters / 1e6:.2f} M | {spread} | {ours[-1]:.3f} | "
+            f"{theirs[-1]:.3f} | {found.predicted.bound} | {found.analysis:.2f} |"
+        )
+    errors, naive = ([abs(ratio - 1) for ratio in ratios] for ratios in (ours, theirs))
+    print(f"\nMAPE {100 * mean(errors):.1f} % (bar 10), worst {100 * max(errors):.1f} % (bar 25); ")
+    print(
+        f"of 6ND / peak {100 * mean(naive):.1f} %; ours / 6ND {mean(errors) / mean(naive):.2f} (bar 0.3)"
+    )
+    costs = sorted(found.analysis for found in rows)
+    print(f"analysis over its step: median {median(costs):.2f}, worst {costs[-1]:.2f} (bar 2.5)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--smoke", action="store_true", help="two steps, few repeats")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    print(f"torch {torch.__version__}, {platform.machine()}, 1 thread")
+    hardware = MachineBalance.measure()
+    overheads = {phase: f"{1e6 * s:.2f} us" for phase, s in hardware.overheads.items() if phase}
+    print(
+        f"{hardware.peak_flops / 1e9:.1f} GFLOP/s, {hardware.mem_bandwidth / 1e9:.1f} GB/s, "
+        f"an operation {overheads}\n"
+    )
+    cases = CASES[:2] if arguments.smoke else CASES
+    report([row(case, hardware, 2 if arguments.smoke else 9) for case in cases])
+
+
+if __name__ == "__main__":
+    main()
