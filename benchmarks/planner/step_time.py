@@ -62,9 +62,6 @@ def drawn(seed: int) -> tuple[Case, ...]:
     return tuple(Case(kind, *map(draw, sizes)) for kind in KINDS)  # type: ignore[arg-type]
 
 
-CASES = drawn(18)
-
-
 def language_model(case: Case) -> Any:
     torch.manual_seed(0)
     if case.kind == "gpt":
@@ -74,6 +71,8 @@ def language_model(case: Case) -> Any:
             n_layer=case.blocks,
             n_head=case.heads,
             n_positions=512,
+            bos_token_id=1,
+            eos_token_id=2,
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
@@ -132,6 +131,8 @@ def cpu_seconds(run: Callable[[], object]) -> float:
 
 @dataclass(frozen=True)
 class Row:
+    """A step as it was measured and predicted."""
+
     case: Case
     parameters: int
     measured: list[float]
@@ -170,16 +171,16 @@ def report(rows: list[Row]) -> None:
             f"{case.kind}, {case.blocks} x {case.width}, vocabulary {case.vocabulary}, "
             f"{case.rows} x {case.tokens}"
         )
-        spread = f"{1e3 * seconds:.1f} [{1e3 * min(found.measured):.1f}, {1e3 * max(found.measured):.1f}]"
+        low, middle, high = (1e3 * s for s in (min(found.measured), seconds, max(found.measured)))
+        spread = f"{middle:.1f} [{low:.1f}, {high:.1f}]"
         print(
             f"| {name} | {found.parameters / 1e6:.2f} M | {spread} | {ours[-1]:.3f} | "
             f"{theirs[-1]:.3f} | {found.predicted.bound} | {found.analysis:.2f} |"
         )
     errors, naive = ([abs(ratio - 1) for ratio in ratios] for ratios in (ours, theirs))
     print(f"\nMAPE {100 * mean(errors):.1f} % (bar 10), worst {100 * max(errors):.1f} % (bar 25); ")
-    print(
-        f"of 6ND / peak {100 * mean(naive):.1f} %; ours / 6ND {mean(errors) / mean(naive):.2f} (bar 0.3)"
-    )
+    ratio = mean(errors) / mean(naive)
+    print(f"of 6ND / peak {100 * mean(naive):.1f} %; ours / 6ND {ratio:.2f} (bar 0.3)")
     costs = sorted(found.analysis for found in rows)
     print(f"analysis over its step: median {median(costs):.2f}, worst {costs[-1]:.2f} (bar 2.5)")
 
@@ -188,6 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--seed", type=int, default=18, help="of the cases; 18 is the test set")
     parser.add_argument("--smoke", action="store_true", help="two steps, few repeats")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -199,7 +201,7 @@ def main() -> None:
         f"{hardware.peak_flops / 1e9:.1f} GFLOP/s, {hardware.mem_bandwidth / 1e9:.1f} GB/s, "
         f"an operation {overheads}\n"
     )
-    cases = CASES[:2] if arguments.smoke else CASES
+    cases = drawn(arguments.seed)[: 2 if arguments.smoke else None]
     report([row(case, hardware, 2 if arguments.smoke else 9) for case in cases])
 
 

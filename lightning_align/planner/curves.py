@@ -12,22 +12,24 @@ from lightning_align.planner.trace import Record
 
 # Work of a call (FLOPs of products, bytes of all else) and its seconds, by growing work.
 Curve: TypeAlias = Sequence[tuple[float, float]]
-FUNCTIONS = "functions"  # pointwise operations that compute an exponential or the like
+FUNCTIONS = "functions"  # pointwise operations that compute an exponential, a root or the like
+TANH = "tanh"  # and what takes as long
 MOVE = "move"
 _FUNCTIONS = words(
     """
-    gelu gelu_backward silu silu_backward exp tanh sigmoid pow log erf sin cos logsumexp softplus
-    mish log_sigmoid_forward
+    gelu gelu_backward silu silu_backward exp sigmoid log logsumexp softplus mish
+    log_sigmoid_forward sqrt rsqrt
     """
 )
+_TANH = words("tanh erf sin cos atan2 asin acos lgamma digamma")
 _CLASSES = (ATTENTION, NORM, POINTWISE, PRODUCT, REDUCTION)
 
 
 def class_of(record: Record) -> str:
     """Class of an operation, whose members take about as long for the same work."""
     base = record.name.rpartition(".")[2].rstrip("_").removeprefix("_foreach_")
-    if record.kind == POINTWISE and base in _FUNCTIONS:
-        return FUNCTIONS
+    if record.kind == POINTWISE and base in _FUNCTIONS | _TANH:
+        return FUNCTIONS if base in _FUNCTIONS else TANH
     if record.kind in (ATTENTION, NORM) and "backward" in base:
         return f"{record.kind} backward"
     return record.kind if record.kind in (ATTENTION, NORM, POINTWISE, PRODUCT, REDUCTION) else MOVE

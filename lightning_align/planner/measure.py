@@ -24,7 +24,7 @@ from torch.nn import functional as F  # noqa: N812
 from lightning_align._errors import argument_error
 from lightning_align.offload import tuning
 from lightning_align.planner.analyze import analyze_step
-from lightning_align.planner.curves import FUNCTIONS, MOVE, Curve, class_of, interpolated
+from lightning_align.planner.curves import FUNCTIONS, MOVE, TANH, Curve, class_of, interpolated
 from lightning_align.planner.module_scopes import BACKWARD, FORWARD, OPTIMIZER, RECOMPUTE
 from lightning_align.planner.op_flops import ATTENTION, NORM, POINTWISE, PRODUCT, REDUCTION
 from lightning_align.planner.report import StepReport
@@ -200,6 +200,7 @@ def _curves(
     classes: dict[str, tuple[Run, int]] = {
         POINTWISE: (torch.add, 3),
         FUNCTIONS: (lambda x, _: F.gelu(x), 2),
+        TANH: (lambda x, _: x.tanh(), 2),
         REDUCTION: (lambda x, _: x.sum(0), 1),
         NORM: (lambda x, _: F.layer_norm(x, (256,), gain, gain), 2),
         f"{NORM} backward": (lambda x, y: aten._softmax_backward_data(x, y, -1, dtype), 3),
@@ -309,8 +310,9 @@ def _left(
     report: StepReport, curves: Mapping[str, Curve], phase: str, seconds: float, *, waits: bool
 ) -> float:
     records = [record for record in report.trace.records if record.phase == phase]
+    views = sum(n for (when, _), n in report.trace.views.items() if when == phase)
     kernels = [interpolated(curves[class_of(r)], r.flops or r.bytes) for r in records]
-    return max(0.0, seconds - waits * sum(kernels)) / len(records)
+    return max(0.0, seconds - waits * sum(kernels)) / (len(records) + views)
 
 
 def _disk(folder: Path) -> float | None:

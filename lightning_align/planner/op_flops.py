@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-PRODUCT, ATTENTION, POINTWISE, REDUCTION, NORM, MOVE, VIEW, UNKNOWN = (
-    *("product", "attention", "pointwise", "reduction", "norm", "move", "view", "unknown"),
-)
+PRODUCT, ATTENTION, POINTWISE, REDUCTION = "product", "attention", "pointwise", "reduction"
+NORM, MOVE, VIEW, QUERY, UNKNOWN = "norm", "move", "view", "query", "unknown"
 Formula = Callable[..., int]
 
 
@@ -80,11 +79,12 @@ _MOVES = words(
     diagonal_backward bucketize _chunk_cat sort topk argsort searchsorted unique_consecutive
     """
 )
-_FREE = words(
+_VIEWS = words("_unsafe_view lift_fresh lift _reshape_alias alias detach")
+_QUERIES = words(
     """
-    _unsafe_view lift_fresh lift _reshape_alias alias detach _record_function_enter_new
-    _record_function_exit device sym_size size stride storage_offset numel dim layout is_pinned
-    is_contiguous sym_is_contiguous is_same_size _version set_data
+    _record_function_enter_new _record_function_exit device sym_size size stride storage_offset
+    sym_stride sym_storage_offset sym_numel numel dim layout is_pinned is_contiguous
+    sym_is_contiguous is_strides_like_format is_non_overlapping_and_dense is_same_size _version
     """
 )
 
@@ -137,7 +137,9 @@ def describe(func: Any) -> Op:
 
 
 def _kind(func: Any, name: str, base: str, formula: Formula | None) -> str:
-    if getattr(func, "is_view", False) or base in _FREE or _has_tag(func, "inplace_view"):
+    if base in _QUERIES:
+        return QUERY
+    if getattr(func, "is_view", False) or base in _VIEWS or _has_tag(func, "inplace_view"):
         return VIEW
     if formula is not None:
         return ATTENTION if "attention" in name else PRODUCT

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lightning_align.planner.balance import MachineBalance
-from lightning_align.planner.report import StepReport
+from lightning_align.planner.report import Cost, StepReport
 from lightning_align.planner.step_time import COMPUTE, MEMORY, OVERHEAD, StepTime
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def roofline_points(
     times = StepTime(report, hardware)
     found = []
     for name, cost in list(times.ops.items())[:top_k]:
-        op = report.ops[name]
+        op = report.ops.get(name, Cost())  # those that make views have no cost but time
         flops = op.flops + op.pointwise_flops
         if flops and op.bytes and cost.seconds:
             share = cost.seconds / times.seconds

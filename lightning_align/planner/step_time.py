@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightning_align._errors import argument_error
 from lightning_align.planner.analyze import analyze_step
 from lightning_align.planner.balance import MachineBalance
+from lightning_align.planner.module_scopes import Scope
 from lightning_align.planner.report import StepReport, enclosing
 from lightning_align.planner.trace import Record
 
@@ -25,11 +26,24 @@ COMPUTE, MEMORY, OVERHEAD = "compute", "memory", "overhead"
 _FIGURES = {COMPUTE: "peak_flops", MEMORY: "mem_bandwidth"}
 
 
+VIEWS = "views"  # the name of all operations that make one
+
+
 @dataclass(frozen=True)
 class OpTime:
-    """Seconds of an operation, and what bounds it: compute, memory or overhead."""
+    """Seconds of an operation, and what bounds it: compute, memory or overhead.
 
-    record: Record
+    Attributes:
+        name: Of it.
+        phase: Of the step.
+        scope: Modules that it belongs to.
+        seconds: That it takes.
+        bound: By what.
+    """
+
+    name: str
+    phase: str
+    scope: Scope
     seconds: float
     bound: str
 
@@ -59,9 +73,11 @@ def time_of(record: Record, hardware: MachineBalance) -> OpTime:
     overhead, kernel = hardware.overhead(record.phase), hardware.kernel_seconds(record)
     seconds = max(overhead, kernel) if hardware.is_asynchronous else overhead + kernel
     if overhead >= kernel:
-        return OpTime(record, seconds, OVERHEAD)
-    is_compute = hardware.compute_seconds(record) >= hardware.memory_seconds(record)
-    return OpTime(record, seconds, COMPUTE if is_compute else MEMORY)
+        bound = OVERHEAD
+    else:
+        is_compute = hardware.compute_seconds(record) >= hardware.memory_seconds(record)
+        bound = COMPUTE if is_compute else MEMORY
+    return OpTime(record.name, record.phase, record.scope, seconds, bound)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,8 +94,14 @@ class StepTime:
 
     @cached_property
     def op_times(self) -> list[OpTime]:
-        """Of each operation, in order."""
-        return [time_of(record, self.hardware) for record in self.report.trace.records]
+        """Of each operation, in order; then of those that make views, by where they do."""
+        trace, hardware = self.report.trace, self.hardware
+        found = [time_of(record, hardware) for record in trace.records]
+        if not hardware.is_asynchronous:  # which is busy while they are made
+            for (phase, scope), count in trace.views.items():
+                seconds = count * hardware.overhead(phase)
+                found.append(OpTime(VIEWS, phase, scope, seconds, OVERHEAD))
+        return found
 
     @cached_property
     def total(self) -> TimeCost:
@@ -111,17 +133,17 @@ class StepTime:
     @cached_property
     def phases(self) -> dict[str, TimeCost]:
         """Forward, recompute, backward and optimizer."""
-        return self._grouped(lambda record: [record.phase])
+        return self._grouped(lambda op: [op.phase])
 
     @cached_property
     def ops(self) -> dict[str, TimeCost]:
         """Operations by name, those that take longest first."""
-        return self._grouped(lambda record: [record.name])
+        return self._grouped(lambda op: [op.name])
 
     @cached_property
     def modules(self) -> dict[str, TimeCost]:
         """Modules by name, with all that runs inside of them."""
-        found = self._grouped(lambda record: enclosing(record.scope))
+        found = self._grouped(lambda op: enclosing(op.scope))
         return {name: found.get(name, _summed([])) for name in self.report.module_names}
 
     @property
@@ -129,10 +151,10 @@ class StepTime:
         """Those of ``modules`` that are blocks."""
         return {name: self.modules[name] for name in self.report.block_names}
 
-    def _grouped(self, groups: Callable[[Record], Iterable[str]]) -> dict[str, TimeCost]:
+    def _grouped(self, groups: Callable[[OpTime], Iterable[str]]) -> dict[str, TimeCost]:
         members: dict[str, list[OpTime]] = defaultdict(list)
         for op in self.op_times:
-            for group in groups(op.record):
+            for group in groups(op):
                 members[group].append(op)
         found = {group: _summed(ops) for group, ops in members.items()}
         return dict(sorted(found.items(), key=lambda item: -item[1].seconds))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -18,6 +19,7 @@ from lightning_align.planner.meta_attention import attention_of_processor
 from lightning_align.planner.module_scopes import ModuleScopes, Scope
 from lightning_align.planner.op_bytes import Part, traffic
 from lightning_align.planner.op_flops import (
+    QUERY,
     UNKNOWN,
     VIEW,
     Op,
@@ -80,6 +82,7 @@ class Trace:
         storages: All memory that they used.
         saved: What autograd holds for backward.
         saved_by: Scope -> numbers of the storages that were saved in it.
+        views: Phase and scope -> how many operations made a view, which only costs its call.
         uncounted: Operations whose FLOPs are not known, and how often they ran.
     """
 
@@ -87,6 +90,7 @@ class Trace:
     storages: Storages = field(default_factory=Storages)
     saved: Held = field(default_factory=Held)
     saved_by: dict[Scope, set[int]] = field(default_factory=dict)
+    views: Counter[tuple[str, Scope]] = field(default_factory=Counter)
     uncounted: dict[str, int] = field(default_factory=dict)
 
 
@@ -152,7 +156,10 @@ class _Tracer(TorchDispatchMode):
     ) -> Any:
         named = kwargs or {}
         op = describe(func)
+        if op.kind == QUERY:
+            return func(*args, **named)
         if op.kind == VIEW:
+            self._trace.views[self._scopes.current()] += 1
             return func(*args, **named)
         if op.kind == UNKNOWN and hasattr(func, "decompose"):
             with self:  # in inference mode, operations come here whole

@@ -24,8 +24,10 @@ def test_time_grows_with_work() -> None:
     ("name", "kind", "expected"),
     [
         ("aten.gelu_backward", "pointwise", "functions"),
-        ("aten._foreach_pow", "pointwise", "functions"),
+        ("aten._foreach_sqrt", "pointwise", "functions"),
         ("aten.exp_", "pointwise", "functions"),
+        ("aten.tanh", "pointwise", "tanh"),
+        ("aten.pow", "pointwise", "pointwise"),  # small powers are products
         ("aten.add_", "pointwise", "pointwise"),
         ("aten._scaled_dot_product_flash_attention_for_cpu", "attention", "attention"),
         ("aten._softmax_backward_data", "norm", "norm backward"),

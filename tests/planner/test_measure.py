@@ -41,6 +41,7 @@ def test_a_machine_is_measured(quick: None, tmp_path: Path) -> None:
     assert set(balance.overheads) == {None, "forward", "recompute", "backward", "optimizer"}
     assert {"product", "pointwise", "functions", "reduction", "norm", "norm backward"} | {
         "move",
+        "tanh",
         "attention",
         "attention backward",
     } == set(balance.curves)

@@ -52,9 +52,21 @@ def test_without_the_overhead_a_small_step_would_take_next_to_nothing() -> None:
     times = StepTime(report, spec)
     launches = len(report.trace.records) * spec.overhead("forward")
     assert times.bound == "overhead"
-    assert launches <= times.seconds < 1.1 * launches
+    assert 0.999 * launches <= times.seconds < 1.1 * launches
     free = MachineBalance("free", spec.peak_flops, spec.mem_bandwidth, is_asynchronous=True)
     assert StepTime(report, free).seconds < 0.1 * launches
+
+
+def test_views_cost_their_calls_where_nothing_runs_beside_them() -> None:
+    model = nn.Linear(2, 2, bias=False)
+    report = analyze_step(model, lambda: model(torch.ones(2, 2)).t().sum())
+    made = sum(report.trace.views.values())
+    assert made > 3
+    times = StepTime(report, machine(overheads=SLOW_CALLS))
+    assert times.ops["views"].seconds == made
+    assert times.ops["views"].bound == "overhead"
+    ahead = StepTime(report, machine(overheads=SLOW_CALLS, is_asynchronous=True))
+    assert "views" not in ahead.ops
 
 
 @pytest.fixture(scope="module")
