@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from lightning_align._errors import argument_error, check_choice, finite_number
-from lightning_align.planner.curves import Curve, class_of, interpolated
+from lightning_align.planner.curves import Curve, class_of, interpolated, work_of
 from lightning_align.planner.measure import measured
 from lightning_align.planner.spec_sheets import check_dense, spec_sheet
 from lightning_align.planner.trace import Record
@@ -33,6 +33,7 @@ class MachineBalance:
         peaks: FLOP/s of products by dtype, as far as known.
         overheads: Seconds of an operation that has nothing to do, by phase of a step; None for all.
         curves: Class of operation -> seconds by work, as measured.
+        softmax: Class of attention -> FLOPs of products that take as long as one of its softmax.
         is_asynchronous: Whether the next operation is prepared while one runs.
         cache_bandwidth: Bytes a second of what fits the caches, if measured.
         disk_bandwidth: Bytes a second of a drive, half of them written, if measured.
@@ -47,6 +48,7 @@ class MachineBalance:
     peaks: Mapping[str, float] = field(default_factory=dict)
     overheads: Mapping[str | None, float] = field(default_factory=lambda: {None: 0.0})
     curves: Mapping[str, Curve] = field(default_factory=dict, repr=False)
+    softmax: Mapping[str, float] = field(default_factory=dict, repr=False)
     is_asynchronous: bool = False
     cache_bandwidth: float | None = None
     disk_bandwidth: float | None = None
@@ -161,4 +163,4 @@ class MachineBalance:
         curve = self.curves.get(class_of(record))
         if curve is None:
             return max(self.compute_seconds(record), self.memory_seconds(record))
-        return interpolated(curve, record.flops or record.bytes)
+        return interpolated(curve, work_of(record, self.softmax))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 from lightning_align.planner.op_flops import ATTENTION, NORM, POINTWISE, PRODUCT, REDUCTION, words
@@ -33,6 +33,18 @@ def class_of(record: Record) -> str:
     if record.kind in (ATTENTION, NORM) and "backward" in base:
         return f"{record.kind} backward"
     return record.kind if record.kind in (ATTENTION, NORM, POINTWISE, PRODUCT, REDUCTION) else MOVE
+
+
+def work_of(record: Record, softmax: Mapping[str, float]) -> float:
+    """How much an operation has to do: FLOPs of products, bytes of all else.
+
+    Args:
+        record: The operation.
+        softmax: Class of attention -> FLOPs of products that take as long as one of its softmax.
+    """
+    if record.kind == ATTENTION:
+        return record.flops + softmax.get(class_of(record), 0.0) * record.pointwise_flops
+    return record.flops or record.bytes
 
 
 def interpolated(curve: Curve, work: float) -> float:

@@ -24,16 +24,25 @@ from torch.nn import functional as F  # noqa: N812
 from lightning_align._errors import argument_error
 from lightning_align.offload import tuning
 from lightning_align.planner.analyze import analyze_step
-from lightning_align.planner.curves import FUNCTIONS, MOVE, TANH, Curve, class_of, interpolated
+from lightning_align.planner.curves import (
+    FUNCTIONS,
+    MOVE,
+    TANH,
+    Curve,
+    class_of,
+    interpolated,
+    work_of,
+)
 from lightning_align.planner.module_scopes import BACKWARD, FORWARD, OPTIMIZER, RECOMPUTE
 from lightning_align.planner.op_flops import ATTENTION, NORM, POINTWISE, PRODUCT, REDUCTION
 from lightning_align.planner.report import StepReport
+from lightning_align.planner.trace import Record
 
 WHERE = "MachineBalance.measure"
 SAMPLES, SAMPLE_S = 5, 0.012  # of which the median counts; seconds of each
 ROWS = (1, 32, 256, 2048, 16_384)  # of 256 elements
-PRODUCTS = (8, 32, 64, 128, 256, 512, 1024)
-TOKENS = (8, 32, 128, 512)
+PRODUCTS, TALL = (8, 32, 64, 128, 256, 512), 4  # n, of a product of (TALL n, n) and (n, n)
+TOKENS, WIDTHS, ROWS_OF_HEADS = (8, 32, 128, 512), (16, 64), 16  # of attention
 # Calls take turns on tensors of as many bytes in all, and results stay as long: in a step, too,
 # what an operation reads and writes is not where the last one of its kind has left it.
 TURNS_BYTES, MOST_TURNS = 24 << 20, 64
@@ -119,11 +128,12 @@ def measured(
     clock = clock_of(place)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         products = _products(place, dtype, clock)
-        curves = _curves(place, dtype, clock)
+        attention, softmax = _attention(place, dtype, clock)
+        curves = {**_curves(place, dtype, clock), **attention}
         streams = {rows: _stream(rows, place, dtype, clock) for rows in (CACHED_ROWS, ROWS[-1])}
-    curves[PRODUCT] = [(2.0 * n**3, timing.seconds) for n, timing in products.items()]
+    curves[PRODUCT] = [(2.0 * TALL * n**3, timing.seconds) for n, timing in products.items()]
     size = min(products, key=lambda n: products[n].seconds / n**3)
-    flops, peak = 2.0 * size**3, products[size]
+    flops, peak = 2.0 * TALL * size**3, products[size]
     cached, stream = streams.values()
     cached_bytes, stream_bytes = (3.0 * rows * 256 * dtype.itemsize for rows in streams)
     folder = None if disk is None else Path(disk)
@@ -135,7 +145,8 @@ def measured(
         "source": "measured",
         "dtype": str(dtype).removeprefix("torch."),
         "curves": curves,
-        "overheads": _overheads(curves, place, dtype, clock),
+        "softmax": softmax,
+        "overheads": _overheads(curves, softmax, place, dtype, clock),
         "is_asynchronous": place.type != "cpu",
         "cache_bandwidth": cached_bytes / cached.seconds,
         "disk_bandwidth": None if folder is None else _disk(folder),
@@ -157,22 +168,24 @@ def _usable(device: str | torch.device, dtype: torch.dtype) -> torch.device:
     return place
 
 
-_LAYOUTS: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
-    lambda a, b: a @ b.t(),
-    lambda a, b: a @ b,
-    lambda a, b: a.t() @ b,
+_LAYOUTS: tuple[tuple[Any, ...], ...] = (  # what runs, and shapes in units of n
+    (lambda x, weight: x @ weight.t(), (TALL, 1), (1, 1)),
+    (lambda gradient, weight: gradient @ weight, (TALL, 1), (1, 1)),
+    (lambda gradient, x: gradient.t() @ x, (TALL, 1), (TALL, 1)),
 )
 
 
 def _products(
     device: torch.device, dtype: torch.dtype, clock: Callable[[], float]
 ) -> dict[int, Timing]:
-    """Square matrices, as forward and as the two of backward have them laid out."""
+    """More tokens than features, as forward and the two of backward have them laid out."""
     sizes = PRODUCTS if device.type == "cpu" else (*PRODUCTS, 4096)
     found = {}
     for n in sizes:
-        inputs = in_turns((n, n), (n, n), device=device, dtype=dtype)
-        ways = [timed(run, clock, inputs) for run in _LAYOUTS]
+        ways = []
+        for run, *shapes in _LAYOUTS:
+            sizes_n = [(rows * n, columns * n) for rows, columns in shapes]
+            ways.append(timed(run, clock, in_turns(*sizes_n, device=device, dtype=dtype)))
         found[n] = Timing(
             *(sum(getattr(way, name) for way in ways) / 3 for name in ("seconds", "low", "high"))
         )
@@ -214,61 +227,100 @@ def _curves(
             timing = timed(run, clock, inputs)
             points.append((float(tensors * rows * 256 * dtype.itemsize), timing.seconds))
         curves[name] = points
-    return {**curves, **_attention(device, dtype, clock)}
+    return curves
 
 
 def _attention(
     device: torch.device, dtype: torch.dtype, clock: Callable[[], float]
-) -> dict[str, Curve]:
-    """Fused attention and its backward: the whole of both, less forward."""
-    forward, backward = [], []
-    for tokens in TOKENS:
-        shape = (4, 4, tokens, 32)
-        query = torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+) -> tuple[dict[str, Curve], dict[str, float]]:
+    """Curves of fused attention and its backward, and what a FLOP of softmax is worth in each.
 
-        def attend(query: Tensor = query) -> Tensor:
-            return F.scaled_dot_product_attention(query, query, query, is_causal=True)
+    What a pair of tokens takes grows with the width of a head, and is not zero for none: from two
+    widths follows how much of it is softmax.
+    """
+    narrow, wide = (_attention_times(device, dtype, clock, TOKENS[-1], width) for width in WIDTHS)
+    curves: dict[str, Curve] = {}
+    softmax = {}
+    several = [_attention_times(device, dtype, clock, tokens, WIDTHS[0]) for tokens in TOKENS[:-1]]
+    for place, (name, products, functions) in enumerate(
+        ((ATTENTION, 4, 5), (f"{ATTENTION} backward", 10, 6))
+    ):
+        # seconds = (products * width + functions * softmax) * pairs / rate, for both widths
+        slope = (wide[place] - narrow[place]) / (WIDTHS[1] - WIDTHS[0])
+        rest = narrow[place] / slope - WIDTHS[0] if slope > 0 else 0.0
+        softmax[name] = min(max(0.0, rest), WIDTHS[1]) * products / functions
+        pairs = [ROWS_OF_HEADS * tokens**2 for tokens in TOKENS]
+        work = [n * (products * WIDTHS[0] + functions * softmax[name]) for n in pairs]
+        curves[name] = [(w, t[place]) for w, t in zip(work, [*several, narrow], strict=True)]
+    return curves, softmax
 
-        def both() -> None:
-            with torch.enable_grad():
-                torch.autograd.grad(attend().sum(), query)  # noqa: B023
 
-        flops = 4.0 * 4 * 4 * tokens * tokens * 32
-        once = timed(attend, clock).seconds
-        forward.append((flops, once))
-        backward.append((2.5 * flops, max(timed(both, clock).seconds - once, once)))
-    return {ATTENTION: forward, f"{ATTENTION} backward": backward}
+def _attention_times(
+    device: torch.device,
+    dtype: torch.dtype,
+    clock: Callable[[], float],
+    tokens: int,
+    width: int,
+) -> tuple[float, float]:
+    """Seconds of forward and of backward."""
+    shape = (4, ROWS_OF_HEADS // 4, tokens, width)
+    query = torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+
+    def attend() -> Tensor:
+        return F.scaled_dot_product_attention(query, query, query, is_causal=True)
+
+    with torch.enable_grad():
+        mixed = attend()
+
+    def backward() -> None:
+        torch.autograd.grad(mixed, query, mixed, retain_graph=True)
+
+    return timed(attend, clock).seconds, timed(backward, clock).seconds
 
 
-class _Small(nn.Module):
-    """Next to nothing to compute, in the operations that models are made of."""
+def _small_step(device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """A model of next to nothing, and its loss.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.qkv, self.out = nn.LayerNorm(16), nn.Linear(16, 48), nn.Linear(16, 16)
-        self.mlp = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+    It is transformers' Llama: what Python adds to an operation depends on whose modules call it,
+    and theirs are what is trained. Modules that do less around their operations cost less.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM  # loads for a second
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).flatten(2))
-        changed: Tensor = x + self.mlp(x)
-        return changed
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    with torch.random.fork_rng(devices=[]):
+        model = LlamaForCausalLM(config).to(device, dtype)
+    tokens = torch.zeros(1, 8, dtype=torch.long, device=device)
+
+    def loss() -> Tensor:
+        found: Tensor = model(tokens).logits.square().mean()
+        return found
+
+    return model, loss
 
 
 def _overheads(
     curves: Mapping[str, Curve],
+    softmax: Mapping[str, float],
     device: torch.device,
     dtype: torch.dtype,
     clock: Callable[[], float],
 ) -> dict[str | None, float]:
     """What a small step takes beyond its kernels, an operation of each phase."""
-    with torch.random.fork_rng(devices=[]):
-        model = nn.Sequential(*(_Small() for _ in range(4))).to(device, dtype)
-        x = torch.randn(1, 8, 16, device=device, dtype=dtype)
+    model, loss = _small_step(device, dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    parts: Sequence[Callable[[], None]] = _parts(model, x, optimizer)
-    report = analyze_step(model, lambda: model(x).square().mean(), optimizer=optimizer)
+
+    def kernel(record: Record) -> float:
+        return interpolated(curves[class_of(record)], work_of(record, softmax))
+
+    parts: Sequence[Callable[[], None]] = _parts(loss, optimizer)
+    report = analyze_step(model, loss, optimizer=optimizer)
     samples: list[list[float]] = []
     for _ in range(60):
         marks = [clock()]
@@ -280,7 +332,7 @@ def _overheads(
         zip((FORWARD, BACKWARD, OPTIMIZER), map(median, zip(*samples, strict=True)), strict=True)
     )
     overheads: dict[str | None, float] = {
-        phase: _left(report, curves, phase, total, waits=device.type == "cpu")
+        phase: _left(report, kernel, phase, total, waits=device.type == "cpu")
         for phase, total in seconds.items()
     }
     overheads[RECOMPUTE] = overheads[FORWARD]
@@ -289,12 +341,12 @@ def _overheads(
 
 
 def _parts(
-    model: nn.Module, x: Tensor, optimizer: torch.optim.Optimizer
+    loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer
 ) -> tuple[Callable[[], None], ...]:
     kept: list[Tensor] = []
 
     def forward() -> None:
-        kept.append(model(x).square().mean())
+        kept.append(loss())
 
     def backward() -> None:
         kept.pop().backward()  # type: ignore[no-untyped-call]
@@ -307,12 +359,16 @@ def _parts(
 
 
 def _left(
-    report: StepReport, curves: Mapping[str, Curve], phase: str, seconds: float, *, waits: bool
+    report: StepReport,
+    kernel: Callable[[Record], float],
+    phase: str,
+    seconds: float,
+    *,
+    waits: bool,
 ) -> float:
     records = [record for record in report.trace.records if record.phase == phase]
     views = sum(n for (when, _), n in report.trace.views.items() if when == phase)
-    kernels = [interpolated(curves[class_of(r)], r.flops or r.bytes) for r in records]
-    return max(0.0, seconds - waits * sum(kernels)) / (len(records) + views)
+    return max(0.0, seconds - waits * sum(map(kernel, records))) / (len(records) + views)
 
 
 def _disk(folder: Path) -> float | None:

@@ -182,18 +182,35 @@ def product_flops(op: Op, args: Any, kwargs: Any, out: Any) -> int:
 
 def repeated_flops(op: Op, args: Any) -> int:
     """Those of ``product_flops`` that forward has done before: scores, in a fused backward."""
-    if op.kind != ATTENTION or not op.name.endswith("_backward") or len(args) < 3:
+    if op.kind != ATTENTION or not op.name.endswith("_backward"):
         return 0
-    query, key = args[1], args[2]
-    if op.name == "aten._efficient_attention_backward":  # (batch, tokens, heads, width)
+    pairs, width = _pairs_and_width(op, args)
+    return pairs * 2 * width
+
+
+def _softmax_of_pairs(op: Op, args: Any) -> int:
+    """As softmax by itself; a fused backward has its exponentials once more, too."""
+    pairs, _ = _pairs_and_width(op, args)
+    if op.name.endswith("_backward"):
+        return (2 + _NORMS["_softmax_backward_data"]) * pairs
+    return _NORMS["_softmax"] * pairs
+
+
+def _pairs_and_width(op: Op, args: Any) -> tuple[int, int]:
+    """Pairs of tokens in all heads, and the width of a head; 0 for batches that are ragged."""
+    first = 1 if op.name.endswith("_backward") else 0  # behind the gradient
+    query, key = args[first], args[first + 1]
+    if query.dim() != 4:  # lengths are in other arguments
+        return 0, 0
+    if op.base.startswith("_efficient_attention"):  # (batch, tokens, heads, width)
         query, key = query.transpose(1, 2), key.transpose(1, 2)
-    if query.dim() != 4:  # ragged batches, whose lengths are in other arguments
-        return 0
-    return _pairs(query, key) * 2 * int(query.shape[-1])
+    return _pairs(query, key), int(query.shape[-1])
 
 
 def pointwise_flops(op: Op, args: Any, out: Any) -> int:
     """FLOPs of what is no product; 0 for operations that are not known."""
+    if op.kind == ATTENTION:
+        return _softmax_of_pairs(op, args)
     if op.kind == NORM:
         return _NORMS[op.base] * _largest(args)
     if op.base in _SUMMED_INTO and op.kind == REDUCTION:
