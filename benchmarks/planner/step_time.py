@@ -4,8 +4,8 @@
     python benchmarks/planner/step_time.py --smoke    # seconds; the figures then mean nothing
 
 The machine is measured first (``MachineBalance.measure``), from curves of single operations and a
-step of next to nothing. The models below were drawn by ``drawn(18)`` before the first prediction
-of any of them. Times are CPU time of one thread, medians of interleaved repeats. Beside it 6 N D
+small step. The models are those of ``drawn(19)``, none of which was predicted or timed before the
+form of the prediction was fixed; ``--seed 16``, 17 and 18 are the ones that it was made with. Times are CPU time of one thread, medians of interleaved repeats. Beside it 6 N D
 over the peak: N parameters, D tokens, and the best that products reach.
 """
 
@@ -189,7 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seed", type=int, default=18, help="of the cases; 18 is the test set")
+    parser.add_argument("--seed", type=int, default=19, help="of the cases; 19 is the test set")
     parser.add_argument("--smoke", action="store_true", help="two steps, few repeats")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -279,24 +279,25 @@ def _attention_times(
 
 
 def _small_step(device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Callable[[], Tensor]]:
-    """A model of next to nothing, and its loss.
+    """A small model and its loss.
 
     It is transformers' Llama: what Python adds to an operation depends on whose modules call it,
-    and theirs are what is trained. Modules that do less around their operations cost less.
+    and theirs are what is trained. It is as large that its kernels drive Python's own code and data
+    out of the inner caches, as those of any real step do: with nothing in between, calls cost half.
     """
     from transformers import LlamaConfig, LlamaForCausalLM  # loads for a second
 
     config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=172,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
     )
     with torch.random.fork_rng(devices=[]):
         model = LlamaForCausalLM(config).to(device, dtype)
-    tokens = torch.zeros(1, 8, dtype=torch.long, device=device)
+    tokens = torch.arange(64, device=device)[None]
 
     def loss() -> Tensor:
         found: Tensor = model(tokens).logits.square().mean()
@@ -322,7 +323,7 @@ def _overheads(
     parts: Sequence[Callable[[], None]] = _parts(loss, optimizer)
     report = analyze_step(model, loss, optimizer=optimizer)
     samples: list[list[float]] = []
-    for _ in range(60):
+    for _ in range(40):
         marks = [clock()]
         for part in parts:
             part()
