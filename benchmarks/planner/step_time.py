@@ -5,8 +5,9 @@
 
 The machine is measured first (``MachineBalance.measure``), from curves of single operations and a
 small step. The models are those of ``drawn(19)``, none of which was predicted or timed before the
-form of the prediction was fixed; ``--seed 16``, 17 and 18 are the ones that it was made with. Times are CPU time of one thread, medians of interleaved repeats. Beside it 6 N D
-over the peak: N parameters, D tokens, and the best that products reach.
+form of the prediction was fixed; ``--seed 16``, 17 and 18 are the ones that it was made with.
+Times are CPU time of one thread, medians of interleaved repeats. Beside it 6 N D over the peak: N
+parameters, D tokens, and the best that products reach.
 """
 
 import argparse

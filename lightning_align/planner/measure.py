@@ -40,6 +40,7 @@ from lightning_align.planner.trace import Record
 
 WHERE = "MachineBalance.measure"
 SAMPLES, SAMPLE_S = 5, 0.012  # of which the median counts; seconds of each
+STEPS = 40  # of the small model, likewise
 ROWS = (1, 32, 256, 2048, 16_384)  # of 256 elements
 PRODUCTS, TALL = (8, 32, 64, 128, 256, 512), 4  # n, of a product of (TALL n, n) and (n, n)
 TOKENS, WIDTHS, ROWS_OF_HEADS = (8, 32, 128, 512), (16, 64), 16  # of attention
@@ -296,7 +297,8 @@ def _small_step(device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Ca
         num_key_value_heads=2,
     )
     with torch.random.fork_rng(devices=[]):
-        model = LlamaForCausalLM(config).to(device, dtype)
+        model: Any = LlamaForCausalLM(config)
+    model.to(device, dtype)
     tokens = torch.arange(64, device=device)[None]
 
     def loss() -> Tensor:
@@ -323,7 +325,7 @@ def _overheads(
     parts: Sequence[Callable[[], None]] = _parts(loss, optimizer)
     report = analyze_step(model, loss, optimizer=optimizer)
     samples: list[list[float]] = []
-    for _ in range(40):
+    for _ in range(STEPS):
         marks = [clock()]
         for part in parts:
             part()

@@ -16,6 +16,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is measured, on next to nothing."""
     monkeypatch.setattr(measure, "SAMPLE_S", 1e-5)
     monkeypatch.setattr(measure, "SAMPLES", 2)
+    monkeypatch.setattr(measure, "STEPS", 2)
     monkeypatch.setattr(measure, "ROWS", (1, 8, 16))
     monkeypatch.setattr(measure, "CACHED_ROWS", 8)
     monkeypatch.setattr(measure, "PRODUCTS", (8, 16))
