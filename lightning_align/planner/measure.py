@@ -10,37 +10,30 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice, pairwise
+from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from lightning_align._errors import argument_error
 from lightning_align.offload import tuning
-from lightning_align.planner.analyze import analyze_step
+from lightning_align.planner.call_costs import call_costs
 from lightning_align.planner.curves import (
     FUNCTIONS,
     MOVE,
     TANH,
     Curve,
-    class_of,
-    interpolated,
-    work_of,
 )
-from lightning_align.planner.module_scopes import BACKWARD, FORWARD, OPTIMIZER, RECOMPUTE
 from lightning_align.planner.op_flops import ATTENTION, NORM, POINTWISE, PRODUCT, REDUCTION
-from lightning_align.planner.report import StepReport
-from lightning_align.planner.trace import Record
 
 WHERE = "MachineBalance.measure"
 SAMPLES, SAMPLE_S = 5, 0.012  # of which the median counts; seconds of each
-STEPS = 40  # of the small model, likewise
 ROWS = (1, 32, 256, 2048, 16_384)  # of 256 elements
 PRODUCTS, TALL = (8, 32, 64, 128, 256, 512), 4  # n, of a product of (TALL n, n) and (n, n)
 TOKENS, WIDTHS, ROWS_OF_HEADS = (8, 32, 128, 512), (16, 64), 16  # of attention
@@ -147,7 +140,7 @@ def measured(
         "dtype": str(dtype).removeprefix("torch."),
         "curves": curves,
         "softmax": softmax,
-        "overheads": _overheads(curves, softmax, place, dtype, clock),
+        "overheads": call_costs(curves, softmax, place, dtype, clock),
         "is_asynchronous": place.type != "cpu",
         "cache_bandwidth": cached_bytes / cached.seconds,
         "disk_bandwidth": None if folder is None else _disk(folder),
@@ -277,101 +270,6 @@ def _attention_times(
         torch.autograd.grad(mixed, query, mixed, retain_graph=True)
 
     return timed(attend, clock).seconds, timed(backward, clock).seconds
-
-
-def _small_step(device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Callable[[], Tensor]]:
-    """A small model and its loss.
-
-    It is transformers' Llama: what Python adds to an operation depends on whose modules call it,
-    and theirs are what is trained. It is as large that its kernels drive Python's own code and data
-    out of the inner caches, as those of any real step do: with nothing in between, calls cost half.
-    """
-    from transformers import LlamaConfig, LlamaForCausalLM  # loads for a second
-
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=172,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    with torch.random.fork_rng(devices=[]):
-        model: Any = LlamaForCausalLM(config)
-    model.to(device, dtype)
-    tokens = torch.arange(64, device=device)[None]
-
-    def loss() -> Tensor:
-        found: Tensor = model(tokens).logits.square().mean()
-        return found
-
-    return model, loss
-
-
-def _overheads(
-    curves: Mapping[str, Curve],
-    softmax: Mapping[str, float],
-    device: torch.device,
-    dtype: torch.dtype,
-    clock: Callable[[], float],
-) -> dict[str | None, float]:
-    """What a small step takes beyond its kernels, an operation of each phase."""
-    model, loss = _small_step(device, dtype)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-
-    def kernel(record: Record) -> float:
-        return interpolated(curves[class_of(record)], work_of(record, softmax))
-
-    parts: Sequence[Callable[[], None]] = _parts(loss, optimizer)
-    report = analyze_step(model, loss, optimizer=optimizer)
-    samples: list[list[float]] = []
-    for _ in range(STEPS):
-        marks = [clock()]
-        for part in parts:
-            part()
-            marks.append(clock())
-        samples.append([later - earlier for earlier, later in pairwise(marks)])
-    seconds = dict(
-        zip((FORWARD, BACKWARD, OPTIMIZER), map(median, zip(*samples, strict=True)), strict=True)
-    )
-    overheads: dict[str | None, float] = {
-        phase: _left(report, kernel, phase, total, waits=device.type == "cpu")
-        for phase, total in seconds.items()
-    }
-    overheads[RECOMPUTE] = overheads[FORWARD]
-    overheads[None] = sum(overheads[phase] for phase in seconds) / len(seconds)
-    return overheads
-
-
-def _parts(
-    loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer
-) -> tuple[Callable[[], None], ...]:
-    kept: list[Tensor] = []
-
-    def forward() -> None:
-        kept.append(loss())
-
-    def backward() -> None:
-        kept.pop().backward()  # type: ignore[no-untyped-call]
-
-    def update() -> None:
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return forward, backward, update
-
-
-def _left(
-    report: StepReport,
-    kernel: Callable[[Record], float],
-    phase: str,
-    seconds: float,
-    *,
-    waits: bool,
-) -> float:
-    records = [record for record in report.trace.records if record.phase == phase]
-    views = sum(n for (when, _), n in report.trace.views.items() if when == phase)
-    return max(0.0, seconds - waits * sum(map(kernel, records))) / (len(records) + views)
 
 
 def _disk(folder: Path) -> float | None:

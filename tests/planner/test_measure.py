@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_align.planner import MachineBalance, measure
+from lightning_align.planner import MachineBalance, call_costs, measure
 from lightning_align.planner.measure import in_turns, timed
 
 
@@ -16,7 +16,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is measured, on next to nothing."""
     monkeypatch.setattr(measure, "SAMPLE_S", 1e-5)
     monkeypatch.setattr(measure, "SAMPLES", 2)
-    monkeypatch.setattr(measure, "STEPS", 2)
+    monkeypatch.setattr(call_costs, "STEPS", 2)
     monkeypatch.setattr(measure, "ROWS", (1, 8, 16))
     monkeypatch.setattr(measure, "CACHED_ROWS", 8)
     monkeypatch.setattr(measure, "PRODUCTS", (8, 16))

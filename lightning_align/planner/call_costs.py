@@ -1,0 +1,114 @@
+"""What it costs to call an operation: Python, autograd and the dispatcher, from a small step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_align.planner.analyze import analyze_step
+from lightning_align.planner.curves import Curve, class_of, interpolated, work_of
+from lightning_align.planner.module_scopes import BACKWARD, FORWARD, OPTIMIZER, RECOMPUTE
+from lightning_align.planner.report import StepReport
+from lightning_align.planner.trace import Record
+
+STEPS = 40  # of which the median counts
+
+
+def _small_step(device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """A small model and its loss.
+
+    It is transformers' Llama: what Python adds to an operation depends on whose modules call it,
+    and theirs are what is trained. It is as large that its kernels drive Python's own code and data
+    out of the inner caches, as those of any real step do: with nothing in between, calls cost half.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM  # loads for a second
+
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=172,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        model: Any = LlamaForCausalLM(config)
+    model.to(device, dtype)
+    tokens = torch.arange(64, device=device)[None]
+
+    def loss() -> Tensor:
+        found: Tensor = model(tokens).logits.square().mean()
+        return found
+
+    return model, loss
+
+
+def call_costs(
+    curves: Mapping[str, Curve],
+    softmax: Mapping[str, float],
+    device: torch.device,
+    dtype: torch.dtype,
+    clock: Callable[[], float],
+) -> dict[str | None, float]:
+    """What a small step takes beyond its kernels, an operation of each phase."""
+    model, loss = _small_step(device, dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    def kernel(record: Record) -> float:
+        return interpolated(curves[class_of(record)], work_of(record, softmax))
+
+    parts: Sequence[Callable[[], None]] = _parts(loss, optimizer)
+    report = analyze_step(model, loss, optimizer=optimizer)
+    samples: list[list[float]] = []
+    for _ in range(STEPS):
+        marks = [clock()]
+        for part in parts:
+            part()
+            marks.append(clock())
+        samples.append([later - earlier for earlier, later in pairwise(marks)])
+    seconds = dict(
+        zip((FORWARD, BACKWARD, OPTIMIZER), map(median, zip(*samples, strict=True)), strict=True)
+    )
+    overheads: dict[str | None, float] = {
+        phase: _left(report, kernel, phase, total, waits=device.type == "cpu")
+        for phase, total in seconds.items()
+    }
+    overheads[RECOMPUTE] = overheads[FORWARD]
+    overheads[None] = sum(overheads[phase] for phase in seconds) / len(seconds)
+    return overheads
+
+
+def _parts(
+    loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer
+) -> tuple[Callable[[], None], ...]:
+    kept: list[Tensor] = []
+
+    def forward() -> None:
+        kept.append(loss())
+
+    def backward() -> None:
+        kept.pop().backward()  # type: ignore[no-untyped-call]
+
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return forward, backward, update
+
+
+def _left(
+    report: StepReport,
+    kernel: Callable[[Record], float],
+    phase: str,
+    seconds: float,
+    *,
+    waits: bool,
+) -> float:
+    records = [record for record in report.trace.records if record.phase == phase]
+    views = sum(n for (when, _), n in report.trace.views.items() if when == phase)
+    return max(0.0, seconds - waits * sum(map(kernel, records))) / (len(records) + views)
