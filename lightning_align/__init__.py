@@ -47,7 +47,12 @@ if TYPE_CHECKING:
     )
     from lightning_align.optimizers import GaLoreAdamW, Muon, StableAdamW, build_param_groups
     from lightning_align.planner import (
+        HardwareSpec,
         MachineBalance,
+        ModelSpec,
+        ParallelSpec,
+        Plan,
+        Planner,
         StepReport,
         analyze_step,
         predict_step_time,
@@ -57,6 +62,7 @@ if TYPE_CHECKING:
     from lightning_align.strategies import PipelineStrategy, ZeROInfinityStrategy
 else:
     _HOMES = {
+        "HardwareSpec": "planner",
         "LISA": "callbacks",
         "AsyncCheckpoint": "callbacks",
         "ConversationDataModule": "modules",
@@ -68,9 +74,13 @@ else:
         "MetricPlot": "callbacks",
         "MachineBalance": "planner",
         "ModelLayers": "layers",
+        "ModelSpec": "planner",
         "Muon": "optimizers",
         "OptimizerSwap": "callbacks",
+        "ParallelSpec": "planner",
         "PipelineStrategy": "strategies",
+        "Plan": "planner",
+        "Planner": "planner",
         "PreferenceDataModule": "modules",
         "PreferenceDiagnostics": "callbacks",
         "PretrainModule": "modules",
@@ -111,12 +121,17 @@ __all__ = [
     "ExactResume",
     "GaLoreAdamW",
     "GenerateSamples",
+    "HardwareSpec",
     "MachineBalance",
     "MetricPlot",
     "ModelLayers",
+    "ModelSpec",
     "Muon",
     "OptimizerSwap",
+    "ParallelSpec",
     "PipelineStrategy",
+    "Plan",
+    "Planner",
     "PreferenceDataModule",
     "PreferenceDiagnostics",
     "PretrainModule",

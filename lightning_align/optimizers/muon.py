@@ -229,7 +229,7 @@ class Muon(safety._SafeOptimizer):
         ours = self.param_groups
 
         def check(state_dict: Mapping[str, Any]) -> None:
-            refuse_other_shapes(self, state_dict, _expected_state)
+            refuse_other_shapes(self, state_dict, state_shapes)
             for own, group in zip(ours, state_dict["param_groups"], strict=True):
                 _check_settings({**own, **group})
 
@@ -292,7 +292,8 @@ def _batches(parameters: list[Tensor]) -> list[list[Tensor]]:
     return batches
 
 
-def _expected_state(group: dict[str, Any], parameter: Tensor) -> dict[str, torch.Size]:
+def state_shapes(group: dict[str, Any], parameter: Tensor) -> dict[str, torch.Size]:
+    """Every tensor that the state of a parameter of this group holds."""
     if group["use_muon"]:
         return {"momentum_buffer": parameter.shape}
     return {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}

@@ -109,12 +109,13 @@ class StableAdamW(safety._SafeOptimizer):
             super().load_state_dict(dict(state_dict))
 
     def _check_state(self, state_dict: Mapping[str, Any]) -> None:
-        refuse_other_shapes(self, state_dict, _expected_state)
+        refuse_other_shapes(self, state_dict, state_shapes)
         for group in state_dict["param_groups"]:
             _check_settings({**self.defaults, **group})
 
 
-def _expected_state(_: dict[str, Any], parameter: Tensor) -> dict[str, torch.Size]:
+def state_shapes(_: dict[str, Any], parameter: Tensor) -> dict[str, torch.Size]:
+    """Every tensor that the state of a parameter of this group holds."""
     return {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
 
 

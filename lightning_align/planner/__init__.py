@@ -7,15 +7,34 @@ from lightning_align._lazy import lazy
 if TYPE_CHECKING:
     from lightning_align.planner.analyze import analyze_step
     from lightning_align.planner.balance import MachineBalance
+    from lightning_align.planner.hardware_spec import HardwareSpec
+    from lightning_align.planner.model_spec import ModelSpec
+    from lightning_align.planner.parallel_spec import ParallelSpec
+    from lightning_align.planner.planner import Plan, Planner
     from lightning_align.planner.report import StepReport
     from lightning_align.planner.step_time import predict_step_time
 else:
     _HOMES = {
+        "HardwareSpec": "hardware_spec",
         "MachineBalance": "balance",
+        "ModelSpec": "model_spec",
+        "ParallelSpec": "parallel_spec",
+        "Plan": "planner",
+        "Planner": "planner",
         "StepReport": "report",
         "analyze_step": "analyze",
         "predict_step_time": "step_time",
     }
     __getattr__, __dir__ = lazy(__name__, _HOMES)
 
-__all__ = ["MachineBalance", "StepReport", "analyze_step", "predict_step_time"]
+__all__ = [
+    "HardwareSpec",
+    "MachineBalance",
+    "ModelSpec",
+    "ParallelSpec",
+    "Plan",
+    "Planner",
+    "StepReport",
+    "analyze_step",
+    "predict_step_time",
+]

@@ -1,0 +1,136 @@
+"""Ways to train a model on given devices, and which are worth a look."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from typing import TYPE_CHECKING
+
+from lightning_align.planner.model_spec import ModelSpec
+from lightning_align.planner.parallel_spec import ParallelSpec
+
+if TYPE_CHECKING:
+    from lightning_align.planner.hardware_spec import HardwareSpec
+    from lightning_align.planner.planner import Plan, Planner
+
+MOST_MICROBATCH = 64
+MOST_PIPELINE = 64
+# Where parameters and optimizer state lie, with ZeRO's stage: what is near comes first.
+_TIERS = (
+    (0, "none", "none"),
+    (1, "none", "none"),
+    (2, "none", "none"),
+    (3, "none", "none"),
+    (2, "none", "cpu"),
+    (3, "cpu", "cpu"),
+    (2, "none", "nvme"),
+    (3, "cpu", "nvme"),
+    (3, "nvme", "nvme"),
+)
+
+
+def candidates(
+    model: ModelSpec, base: ParallelSpec, hardware: HardwareSpec
+) -> Iterator[ParallelSpec]:
+    """Every split that the numbers allow, with what the user chose kept.
+
+    Tensor parallelism stays in a node; micro-batches are powers of two; with one device nothing is
+    divided, and state may lie elsewhere.
+
+    Args:
+        model: What is trained.
+        base: Devices, batch, objective, optimizer, precision.
+        hardware: On what.
+    """
+    tensor = [t for t in _powers(hardware.devices_per_node) if base.devices % t == 0]
+    pipeline = [p for p in _divisors(base.devices) if p <= min(MOST_PIPELINE, model.num_layers)]
+    checkpointing = (
+        ("none", "full") if model.attention == "fused" else ("none", "selective", "full")
+    )
+    for t, p, recompute, tier in product(tensor, pipeline, checkpointing, _TIERS):
+        if base.devices % (t * p):
+            continue
+        replicas = base.devices // (t * p)
+        if not _is_sensible(tier, p, t, replicas, hardware):
+            continue
+        schedules = [("1F1B", 1)]
+        if p > 1 and model.num_layers >= 2 * p:
+            schedules.append(("Interleaved1F1B", 2))
+        for micro, (schedule, chunks) in product(_powers(MOST_MICROBATCH), schedules):
+            if base.batch_size % (micro * replicas):
+                continue
+            yield from _made(
+                model,
+                base,
+                data_parallel=None,
+                tensor_parallel=t,
+                sequence_parallel=t > 1 and model.seq_len % t == 0,
+                pipeline_parallel=p,
+                schedule=schedule,
+                num_model_chunks=chunks,
+                micro_batch_size=micro,
+                global_batch_size=base.batch_size,
+                activation_checkpointing=recompute,
+                zero_stage=tier[0],
+                offload_param=tier[1],
+                offload_optimizer=tier[2],
+            )
+
+
+def _is_sensible(
+    tier: tuple[int, str, str], p: int, t: int, replicas: int, hardware: HardwareSpec
+) -> bool:
+    stage, *places = tier
+    away = [place for place in places if place != "none"]
+    if p > 1 and (stage > 1 or away):
+        return False
+    if away and t > 1:  # nobody runs both
+        return False
+    if stage and not away and replicas == 1:
+        return False
+    no_drives = not hardware.nvme_read_bandwidth
+    return not ("nvme" in away and no_drives)
+
+
+def _made(model: ModelSpec, base: ParallelSpec, **changes: object) -> Iterator[ParallelSpec]:
+    """The split, if model and schedule allow it."""
+    try:
+        made = replace(base, **changes)  # type: ignore[arg-type]
+        made.check_model(model)
+    except ValueError:
+        return
+    if made.schedule == "Interleaved1F1B":
+        rounds = max(1, made.num_microbatches // made.pipeline_parallel)
+        if made.num_microbatches % rounds:
+            return
+    yield made
+
+
+def ranked(
+    planner: Planner, model: ModelSpec, base: ParallelSpec, limit: float | None
+) -> list[Plan]:
+    """All candidates: those that fit by their time, then the others by what is missing.
+
+    Args:
+        planner: Who predicts.
+        model: What is trained.
+        base: Devices, batch, objective, optimizer, precision.
+        limit: Bytes of a device that may be used.
+
+    Raises:
+        ValueError: If no split is possible at all.
+    """
+    scoped = planner.limited(limit)
+    plans = [scoped.predict(model, each) for each in candidates(model, base, planner.hw)]
+    if not plans:
+        return [scoped.predict(model, base)]  # raises, if it is impossible, with the reason
+    return sorted(plans, key=lambda plan: (plan.missing_bytes, plan.step_time))
+
+
+def _powers(most: int) -> list[int]:
+    return [2**n for n in range(most.bit_length()) if 2**n <= most]
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
