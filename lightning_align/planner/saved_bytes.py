@@ -24,7 +24,9 @@ def block_saved_bytes(model: ModelSpec, parallel: ParallelSpec) -> float:
     if parallel.activation_checkpointing == "full":
         return z.narrow * z.h * z.el  # its input
     if model.analysis is not None and parallel.tensor_parallel == 1:
-        return model.analysis.saved_bytes(z.rows, z.s, parallel.is_half)
+        counted = model.analysis.saved_bytes(z.rows, z.s, parallel.is_half)
+        if counted is not None:
+            return counted
     scores = 0.0 if parallel.activation_checkpointing == "selective" else _scores(z)
     return _attention(z) + scores + _feed_forward(z) + _norms(z)
 

@@ -125,7 +125,15 @@ def ranked(
     plans = [scoped.predict(model, each) for each in candidates(model, base, planner.hw)]
     if not plans:
         return [scoped.predict(model, base)]  # raises, if it is impossible, with the reason
-    return sorted(plans, key=lambda plan: (plan.missing_bytes, plan.step_time))
+    return sorted(plans, key=_rank)
+
+
+def _rank(plan: Plan) -> tuple[float, float, int, float]:
+    """What is missing, seconds to three digits, how many tiers take part, bytes."""
+    spec = plan.parallel
+    away = sum(place != "none" for place in (spec.offload_param, spec.offload_optimizer))
+    seconds = float(f"{plan.step_time:.3g}")
+    return plan.missing_bytes, seconds, away, plan.memory_per_device
 
 
 def _powers(most: int) -> list[int]:

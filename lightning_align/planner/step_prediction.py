@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
+from typing import NamedTuple
 
 from lightning_align.offload.bandwidth import (
     BACKWARD,
@@ -14,7 +16,6 @@ from lightning_align.offload.bandwidth import (
     Moved,
     StepLayout,
     step_bytes,
-    total,
     transfer_s,
 )
 from lightning_align.planner.collectives import Group, all_reduce_s, bandwidth
@@ -74,13 +75,16 @@ def predict_step(
     parts = _busiest(stages, parallel)
     parts[BUBBLE] = max(0.0, running - sum(parts.values()))
     phases = _moved(model, parallel)
-    waits = _waiting_s(phases, stages, parallel, hardware, constants)
-    parts[TRANSFERS] = max(0.0, waits - running) if phases else 0.0
+    if phases:
+        waits = _waiting_s(phases, stages, parallel, hardware, constants)
+        parts[TRANSFERS] = max(0.0, waits - running)
     parts[REPLICAS] = _exposed_reduce_s(model, parallel, hardware, constants, stages)
     parts[UPDATE] = _update_s(model, parallel, hardware, constants)
     parts[OVERHEAD] += constants.step_s
     breakdown = {name: parts.get(name, 0.0) for name in PARTS}
-    return StepPrediction(sum(breakdown.values()), breakdown, total(phases.get(NVME, [])))
+    nvme = phases.get(NVME, [])
+    drives = Moved(*(sum(n * moved[part] for _, moved, n in nvme) for part in range(3)))
+    return StepPrediction(sum(breakdown.values()), breakdown, drives)
 
 
 def _busiest(stages: StageTimes, parallel: ParallelSpec) -> dict[str, float]:
@@ -122,8 +126,6 @@ def _update_s(
     """Seconds of the optimizer: its bytes, and the products of Muon and GaLore."""
     blocks, beside = max(rank_shapes(model, parallel), key=lambda rank: rank[0])
     trained = blocks if parallel.lisa_layers is None else min(blocks, parallel.lisa_layers)
-    if parallel.offload_optimizer != "none":
-        trained = 0  # what it costs is to bring it: see _moved
     divided = parallel.tensor_parallel * (parallel.replicas if parallel.zero_stage else 1)
     own = [(trained, model.block_shapes), (1, beside)]
     nbytes = sum(many * _update_bytes(shapes, parallel) for many, shapes in own) / divided
@@ -150,68 +152,78 @@ def _update_flops(shapes: Shapes, parallel: ParallelSpec) -> float:
     return 0.0
 
 
-def _moved(model: ModelSpec, parallel: ParallelSpec) -> dict[str, list[tuple[str, Moved]]]:
-    """Phases of a step with the bytes of one rank, by tier; what replicas exchange is HOST's."""
-    tiers = (parallel.offload_param, parallel.offload_optimizer, parallel.offload_activations)
-    if parallel.zero_stage < 3 and tiers == ("none",) * 3:
-        return {}
+class Tier(NamedTuple):
+    """What a tier holds, in bytes of a block.
+
+    Attributes:
+        parameters: That are fetched, or exchanged between replicas.
+        states: Of the optimizer.
+        gradients: That wait for the update.
+        is_stored: Whether the parameters lie there.
+        activations: Of a micro-batch, of all blocks.
+    """
+
+    parameters: float
+    states: float
+    gradients: float
+    is_stored: bool
+    activations: float
+
+
+Phases = list[tuple[str, Moved, int]]  # name, bytes of one rank, how often it comes
+
+
+def _moved(model: ModelSpec, parallel: ParallelSpec) -> dict[str, Phases]:
+    """Phases of a step by tier; what replicas exchange at ZeRO's third stage rides on HOST's."""
+    places = (parallel.offload_param, parallel.offload_optimizer, parallel.offload_activations)
+    width = parallel.weight_bytes * count(model.block_shapes)
+    waits = parallel.zero_stage >= 2 and parallel.num_microbatches > 1
     found = {}
-    for tier in (HOST, NVME):
-        layout = _layout(model, parallel, tier)
-        if layout is not None:
-            found[tier] = step_bytes(layout)
+    for name in (HOST, NVME):
+        stored, has_states, has_activations = (place == name for place in places)
+        moves = stored or (name == HOST and parallel.zero_stage == 3)
+        if not (moves or has_states or has_activations):
+            continue
+        saved = model.num_layers * block_saved_bytes(model, parallel) if has_activations else 0.0
+        tier = Tier(
+            width if moves else 0.0,
+            state_bytes(model.block_shapes, parallel) if has_states else 0.0,
+            width if has_states and waits else 0.0,
+            stored,
+            saved,
+        )
+        trained = parallel.lisa_layers or model.num_layers
+        many = parallel.num_microbatches
+        found[name] = _phases(tier, model.num_layers, trained, many, parallel.replicas)
     return found
 
 
-def _layout(model: ModelSpec, parallel: ParallelSpec, tier: str) -> StepLayout | None:
-    """What one tier holds; exchanges of ZeRO's third stage ride on host memory's."""
-    exchanges = tier == HOST and parallel.zero_stage == 3
-    holds = [
-        what == tier
-        for what in (
-            parallel.offload_param,
-            parallel.offload_optimizer,
-            parallel.offload_activations,
-        )
-    ]
-    if not (any(holds) or exchanges):
-        return None
-    width, block = parallel.weight_bytes, count(model.block_shapes)
-    states = state_bytes(model.block_shapes, parallel) if holds[1] else 0
-    waits = parallel.zero_stage >= 2 and parallel.num_microbatches > 1 and holds[1]
-    trained = model.num_layers if parallel.lisa_layers is None else parallel.lisa_layers
-    moves = holds[0] or exchanges
+@lru_cache(maxsize=4096)
+def _phases(tier: Tier, num_layers: int, trained: int, many: int, ranks: int) -> Phases:
+    """Phases of all micro-batches, of which those between the second and the last are alike."""
     blocks = [
         BlockBytes(
-            parameters=width * block if moves or holds[1] else 0,
-            states=states,
-            gradients=width * block if waits else 0,
-            trains=number >= model.num_layers - trained or not moves,
-            stays=not moves,
-            is_stored=holds[0],
+            *(tier.parameters, tier.states, tier.gradients),  # type: ignore[arg-type]
+            trains=number >= num_layers - trained,
+            stays=not tier.parameters,
+            is_stored=tier.is_stored,
         )
-        for number in range(model.num_layers)
+        for number in range(num_layers)
     ]
-    saved = block_saved_bytes(model, parallel) * model.num_layers if holds[2] else 0.0
-    return StepLayout(
-        blocks,
-        resident=FETCHED_BLOCKS,
-        batches=parallel.num_microbatches,
-        activation_bytes=saved,
-        ranks=parallel.replicas,
-    )
+    few = min(many, 4)
+    layout = StepLayout(blocks, FETCHED_BLOCKS, few, activation_bytes=tier.activations, ranks=ranks)
+    times = [1] * 2 + [1 + many - few] * 2 + [1] * (2 * few)
+    return [(name, moved, n) for (name, moved), n in zip(step_bytes(layout), times, strict=False)]
 
 
 def _waiting_s(
-    phases: Mapping[str, list[tuple[str, Moved]]],
+    phases: Mapping[str, Phases],
     stages: StageTimes,
     parallel: ParallelSpec,
     hardware: HardwareSpec,
     constants: Efficiencies,
 ) -> float:
     """Seconds of all phases where transfers run beside arithmetic: the longer of both, each."""
-    if not phases:
-        return 0.0
     arithmetic = {
         FORWARD: sum(each.seconds for each in stages.forward),
         BACKWARD: sum(each.seconds for each in stages.backward),
@@ -226,9 +238,12 @@ def _waiting_s(
             max(hardware.nvme_write_bandwidth, 1.0) / near,
         ),
     }
-    order = [name for name, _ in next(iter(phases.values()))]
     seconds = 0.0
-    for number, name in enumerate(order):
-        transfers = [transfer_s(moved[number][1], rates[tier]) for tier, moved in phases.items()]
-        seconds += max(arithmetic.get(name, 0.0), *transfers)
+    for together in zip(*phases.values(), strict=True):
+        name, _, times = together[0]
+        transfers = [
+            transfer_s(moved, rates[tier])
+            for tier, (_, moved, _) in zip(phases, together, strict=True)
+        ]
+        seconds += times * max(arithmetic[name], *transfers)
     return seconds

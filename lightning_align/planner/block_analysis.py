@@ -1,0 +1,191 @@
+"""What a block of a real model holds and keeps, read from the model itself on the meta device."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_align._errors import argument_error
+from lightning_align.layers import ModelLayers, find_layers
+from lightning_align.layers.find import find_language_models
+from lightning_align.optimizers.param_groups import parameter_kinds
+from lightning_align.planner.analyze import analyze_step
+from lightning_align.planner.model_spec import Shapes, count
+
+WHERE = "ModelSpec.from_module"
+SHORT, LONG = 32, 96  # tokens of the rows of which saved bytes are counted
+UNLIKE = 0.25  # of a block's parameters, from which on it is no decoder block of its sizes
+
+
+@dataclass(frozen=True)
+class BlockAnalysis:
+    """Parameters of a real model, and what one of its blocks keeps for backward.
+
+    Attributes:
+        block_shapes: Kind and shape of each parameter of a block.
+        first_shapes: Of those before the first block.
+        last_shapes: Of those after the last one that are not tied.
+        saved_a_token: Bytes that a block keeps of a token, in fp32; None if that is not known.
+        saved_a_pair: Bytes that it keeps of a pair of tokens of a row besides.
+        saved_mask: Bytes that it keeps of such a pair for all rows together.
+    """
+
+    block_shapes: Shapes
+    first_shapes: Shapes
+    last_shapes: Shapes
+    saved_a_token: float | None = None
+    saved_a_pair: float = 0.0
+    saved_mask: float = 0.0
+
+    def saved_bytes(self, rows: float, seq_len: int, is_half: bool) -> float | None:
+        """Bytes that a block keeps of a micro-batch; None if that is not known.
+
+        Args:
+            rows: Of the micro-batch.
+            seq_len: Tokens of each.
+            is_half: Whether activations have 16 bits.
+        """
+        if self.saved_a_token is None:
+            return None
+        a_row = self.saved_a_token * seq_len + self.saved_a_pair * seq_len**2
+        nbytes = rows * a_row + self.saved_mask * seq_len**2
+        return nbytes * (0.5 if is_half else 1.0)
+
+
+def on_meta(module: nn.Module) -> nn.Module:
+    """A copy without memory for its tensors.
+
+    Args:
+        module: Stays as it is.
+    """
+    memo: dict[int, Any] = {}
+    for tensor in [*module.parameters(), *module.buffers()]:
+        empty = torch.empty_like(tensor, device="meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+    return copy.deepcopy(module, memo)
+
+
+def sizes_of_module(module: nn.Module, seq_len: int) -> dict[str, Any]:
+    """Arguments of ``ModelSpec`` for a real model, with what its blocks keep.
+
+    Args:
+        module: A language model, or a module that holds one.
+        seq_len: Tokens of a row.
+
+    Raises:
+        ValueError: If its layers cannot be found, or it does not run on the meta device.
+    """
+    if not isinstance(module, nn.Module):
+        raise argument_error(WHERE, "module", module, "must be a torch.nn.Module")
+    models = list(find_language_models(module).values()) or [module]
+    model = on_meta(models[0])
+    layers = find_layers(model)
+    short = _saved(model, layers, 1, SHORT)
+    long, two_rows = (_saved(model, layers, rows, LONG) for rows in (1, 2))
+    # One row of t tokens keeps a t + (b + c) t^2, and each further one a t + b t^2.
+    both = (long / LONG - short / SHORT) / (LONG - SHORT)
+    token = short / SHORT - both * SHORT
+    pair = (two_rows - long - token * LONG) / LONG**2
+    saved = {"saved_a_token": token, "saved_a_pair": pair, "saved_mask": both - pair}
+    return {**sizes_of_layers(layers, **saved), "seq_len": seq_len}
+
+
+def _saved(model: nn.Module, layers: ModelLayers, rows: int, tokens: int) -> float:
+    """Bytes that a block in the middle keeps of a micro-batch."""
+    ids = torch.zeros(rows, tokens, dtype=torch.long, device="meta")
+
+    def loss() -> Tensor:
+        found: Any = model(ids)
+        logits: Tensor = found if isinstance(found, Tensor) else found.logits
+        return logits.float().sum()
+
+    try:
+        report = analyze_step(model.train(), loss)
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        rule = f"does not run on the meta device ({str(error).splitlines()[0]})"
+        way_out = "Use ModelSpec.from_config, or give its sizes"
+        name = type(model).__name__
+        raise argument_error(WHERE, "module", name, rule, way_out) from error
+    names = layers.block_names
+    return float(report.modules[names[len(names) // 2]].saved_bytes)
+
+
+def sizes_of_layers(layers: ModelLayers, **saved: float) -> dict[str, Any]:
+    """Arguments of ``ModelSpec`` for a model whose layers are known, but for ``seq_len``.
+
+    Args:
+        layers: Map of the model.
+        saved: What is known of the bytes that a block keeps.
+
+    Raises:
+        ValueError: If its blocks differ, or are not of a decoder of its sizes.
+    """
+    kinds = parameter_kinds(layers.model, layers)
+    blocks = [_shapes(kinds, block) for block in layers.blocks]
+    held = {id(parameter) for block in layers.blocks for parameter in block.parameters()}
+    beside = [p for p in layers.model.parameters() if id(p) not in held]
+    after = {id(p) for p in layers.head_module.parameters()}
+    if layers.final_norm is not None:
+        after |= {id(p) for p in layers.final_norm.parameters()}
+    after -= {id(p) for p in layers.embedding.parameters()}
+    sizes = [count(block) for block in blocks]
+    typical = sorted(blocks, key=count)[len(blocks) // 2]
+    if max(sizes) > 1.02 * min(sizes):
+        rule = f"has blocks of {min(sizes):,} to {max(sizes):,} parameters, which must be alike"
+        raise argument_error(WHERE, "module", type(layers.model).__name__, rule)
+    analysis = BlockAnalysis(
+        block_shapes=typical,
+        first_shapes=_shapes_of(kinds, [p for p in beside if id(p) not in after]),
+        last_shapes=_shapes_of(kinds, [p for p in beside if id(p) in after]),
+        **saved,
+    )
+    tied = layers.embedding.weight is layers.head_module.weight
+    return {
+        "num_layers": len(blocks),
+        "hidden_size": layers.hidden_size,
+        "vocab_size": layers.vocab_size,
+        "tied_embeddings": bool(tied),
+        "analysis": analysis,
+        **_attention(layers, typical),
+    }
+
+
+def _attention(layers: ModelLayers, block: Shapes) -> dict[str, Any]:
+    """Heads and widths: from the configuration of transformers, or by the shapes of matrices."""
+    h = layers.hidden_size
+    config: Any = getattr(layers.model, "config", None)
+    matrices = [shape for kind, shape in block if kind.startswith("matrices")]
+    wide = max((max(shape) for shape in matrices), default=h)
+    heads = getattr(config, "num_attention_heads", None)
+    known = {
+        "num_heads": heads or 1,
+        "num_kv_heads": getattr(config, "num_key_value_heads", None) or heads or 1,
+        "head_dim": getattr(config, "head_dim", None) or h // (heads or 1),
+    }
+    ffn = getattr(config, "intermediate_size", None) or wide
+    width = known["head_dim"] * (2 * known["num_heads"] + 2 * known["num_kv_heads"])
+    held = sum(prod(s) for kind, s in block if len(s) > 1)
+    by_gate = {gated: h * (width + (2 + gated) * ffn) for gated in (False, True)}
+    gated, expected = min(by_gate.items(), key=lambda item: abs(item[1] - held))
+    if abs(held / expected - 1) > UNLIKE:
+        rule = (
+            f"has blocks with {held:,} elements in matrices, and a decoder of its sizes has "
+            f"{expected:,}; mixtures of experts are not planned"
+        )
+        raise argument_error(WHERE, "module", type(layers.model).__name__, rule)
+    return {**known, "ffn_hidden_size": ffn, "gated_ffn": gated}
+
+
+def _shapes(kinds: Mapping[nn.Parameter, str], module: nn.Module) -> Shapes:
+    return _shapes_of(kinds, list(module.parameters()))
+
+
+def _shapes_of(kinds: Mapping[nn.Parameter, str], parameters: list[nn.Parameter]) -> Shapes:
+    return tuple((kinds[parameter], tuple(parameter.shape)) for parameter in parameters)

@@ -1,0 +1,67 @@
+"""Sizes read from real models, and what their blocks keep, against what was kept."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from lightning_align.planner import ModelSpec, analyze_step
+from lightning_align.planner.block_analysis import on_meta
+from tests.helpers.step_models import gpt, gpt2, llama, loss_of
+
+
+@pytest.mark.parametrize(("build", "gated", "ffn"), [(gpt, False, 192), (llama, True, 176)])
+def test_what_blocks_keep_at_sizes_that_were_not_analysed(
+    build: Any, gated: bool, ffn: int
+) -> None:
+    model = build()
+    spec = ModelSpec.from_module(model, seq_len=48)
+    assert spec.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert (spec.gated_ffn, spec.ffn_width, spec.num_layers) == (gated, ffn, 3)
+    report = analyze_step(model, loss_of(model, batch=3, tokens=57))
+    name = report.block_names[1]
+    assert spec.analysis is not None
+    ours = spec.analysis.saved_bytes(3, 57, is_half=False)
+    assert ours == pytest.approx(report.modules[name].saved_bytes, rel=0.01)
+
+
+def test_the_module_stays_as_it_is() -> None:
+    model = gpt()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert all(p.is_meta for p in on_meta(model).parameters())
+    ModelSpec.from_module(model, seq_len=16)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.training
+
+
+def test_tied_weights_come_once() -> None:
+    model = gpt2()
+    spec = ModelSpec.from_module(model, seq_len=16)
+    assert spec.tied_embeddings
+    assert spec.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_experts_are_refused() -> None:
+    config = MixtralConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    with torch.device("meta"):
+        model = MixtralForCausalLM(config)
+    with pytest.raises(ValueError, match="mixtures of experts are not planned"):
+        ModelSpec.from_config(config)
+    del model
+
+
+def test_what_is_no_model_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"from_module\(module='gpt'\): must be a torch\.nn"):
+        ModelSpec.from_module("gpt", seq_len=8)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="find_layers"):
+        ModelSpec.from_module(nn.Linear(2, 2), seq_len=8)

@@ -1,0 +1,74 @@
+"""Hardware by name and by figures."""
+
+import math
+from typing import Any
+
+import pytest
+
+from lightning_align.planner import HardwareSpec
+from lightning_align.planner.spec_sheets import SPEC_SHEETS
+
+GIVEN = {"peak_flops": "989TFLOPS", "mem_bandwidth": "3.35TB/s", "memory": "80GB"}
+
+
+def test_figures_with_units() -> None:
+    spec = HardwareSpec(**GIVEN, cpu_memory="2TB", intra_bandwidth="450GB/s")  # type: ignore[arg-type]
+    assert (spec.peak_flops, spec.memory, spec.cpu_memory) == (989e12, 80e9, 2e12)
+    assert spec.intra_bandwidth == 450e9
+
+
+def test_a_name_has_a_number_before_it() -> None:
+    spec = HardwareSpec.from_name("16xH100")
+    assert (spec.name, spec.devices, spec.devices_per_node, spec.nodes) == ("h100-sxm", 16, 8, 2)
+    assert spec.source
+    assert HardwareSpec.from_name("l40s").devices == 1
+    assert HardwareSpec.from_name("h100-sxm", price_per_hour=2.5).price_per_hour == 2.5
+
+
+@pytest.mark.parametrize("name", SPEC_SHEETS)
+def test_every_sheet_has_a_node_with_a_source(name: str) -> None:
+    spec = HardwareSpec.from_name(name)
+    assert spec.intra_bandwidth >= spec.inter_bandwidth > 0
+    assert spec.cpu_memory > 0
+    assert ";" in spec.source
+
+
+def test_a_ring_inside_a_node_is_faster() -> None:
+    spec = HardwareSpec.from_name("h100-sxm")
+    assert spec.bandwidth(8) == 450e9
+    assert spec.bandwidth(16) == spec.bandwidth(2, stride=8) == 50e9
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"memory": "80"}, ""),
+        ({"memory": "80GB/s"}, "memory='80GB/s'.*finite number of bytes"),
+        ({"peak_flops": 0}, "peak_flops=0.*must be positive"),
+        ({"peak_flops": math.nan}, "peak_flops=nan.*finite"),
+        ({"mem_bandwidth": -1}, "mem_bandwidth=-1.*must be positive"),
+        ({"devices_per_node": 0}, "devices_per_node=0.*at least 1"),
+        ({"devices": 2.5}, "devices=2.5.*whole number"),
+        ({"price_per_hour": -1}, "price_per_hour=-1.*not negative"),
+    ],
+)
+def test_impossible_figures_are_refused(changes: dict[str, Any], told: str) -> None:
+    if not told:  # a bare number is in bytes
+        assert HardwareSpec(**{**GIVEN, **changes}).memory == 80
+        return
+    with pytest.raises(ValueError, match=told):
+        HardwareSpec(**{**GIVEN, **changes})
+
+
+def test_unknown_names_and_keys() -> None:
+    with pytest.raises(ValueError, match="Did you mean 'h100-sxm'"):
+        HardwareSpec.from_name("8xh10-sxm")
+    with pytest.raises(ValueError, match="at least one device"):
+        HardwareSpec.from_name("0xh100")
+    with pytest.raises(ValueError, match="nvlink_bandwidth.*must be one of peak_flops"):
+        HardwareSpec.from_name("h100", nvlink_bandwidth=1)
+
+
+def test_a_peak_of_sparse_matrices_is_recognised() -> None:
+    with pytest.raises(ValueError, match="for sparse matrices; that of dense ones is"):
+        HardwareSpec.from_name("h100", peak_flops="1979TFLOPS")

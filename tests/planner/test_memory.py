@@ -1,0 +1,121 @@
+"""Bytes of a rank: Megatron's figures, and real steps of each technique."""
+
+from dataclasses import replace
+
+import pytest
+
+from lightning_align.planner import ModelSpec, ParallelSpec
+from lightning_align.planner.memory import (
+    device_memory,
+    elsewhere,
+    memory_by_rank,
+    saved_by_rank,
+)
+
+GIB = 2**30
+MEGATRON = {"precision": "16-master", "chunked_loss": False}
+MODEL = ModelSpec(8, 64, 4, vocab_size=1000, seq_len=32, tied_embeddings=False)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "split", "none", "selective"),
+    [
+        # blocks, width, heads; ranks of the pipeline, chunks, batch, micro-batch; GiB of Figure 1
+        ((48, 6144, 64), (1, 1, 4, 4), 59.25, 9.5625),
+        ((96, 12288, 96), (8, 3, 64, 1), 66.84375, 12.3515625),
+        ((105, 20480, 128), (35, 3, 280, 1), 114.0234375, 23.076171875),
+        ((128, 25600, 160), (64, 1, 512, 1), 131.25, 26.5625),
+    ],
+)
+def test_activations_of_megatron(
+    sizes: tuple[int, int, int],
+    split: tuple[int, int, int, int],
+    none: float,
+    selective: float,
+) -> None:
+    """Blocks of the first rank, without and with sequence parallelism and selective recomputation.
+
+    Interleaving holds 1 + (p - 1) / (p m) times as many (arXiv:2205.05198, section 4.2.3).
+    """
+    pp, chunks, batch, micro = split
+    model = ModelSpec(*sizes, vocab_size=51200, seq_len=2048, attention="unfused", dropout=True)
+    spec = ParallelSpec(
+        devices=8 * pp,
+        tensor_parallel=8,
+        pipeline_parallel=pp,
+        num_model_chunks=chunks,
+        schedule="Interleaved1F1B" if chunks > 1 else "1F1B",
+        micro_batch_size=micro,
+        global_batch_size=batch,
+        **MEGATRON,
+    )
+    recomputing = replace(spec, sequence_parallel=True, activation_checkpointing="selective")
+    s, h = 2048, sizes[1]
+    # What else the first rank holds of each micro-batch that its first stage has in flight (two
+    # rounds where stages are interleaved): a mask of dropout and 8 bytes a token; without a
+    # pipeline also norm, head and logits.
+    held = 2 * pp if chunks > 1 else pp
+    for each, expected, narrow in ((spec, none, 1), (recomputing, selective, 8)):
+        beside = held * micro * s * (h / narrow + 8)
+        if pp == 1:
+            beside += micro * s * (4 * h / narrow + 4 * 51200 / 8)
+        ours = (saved_by_rank(model, each)[0] - beside) / GIB
+        assert ours == pytest.approx(expected, rel=0.01)
+
+
+def total(**given: object) -> float:
+    return sum(device_memory(MODEL, ParallelSpec(**given)).values())  # type: ignore[arg-type]
+
+
+def test_weights_gradients_and_moments_are_sixteen_bytes_a_parameter() -> None:
+    parts = device_memory(MODEL, ParallelSpec(precision="32-true"))
+    n = MODEL.parameters
+    assert (parts["weights"], parts["gradients"]) == (4 * n, 4 * n)
+    assert parts["optimizer"] == pytest.approx(8 * n, rel=1e-3)
+
+
+def test_zero_divides_what_its_stage_says() -> None:
+    eight = [device_memory(MODEL, ParallelSpec(devices=8, zero_stage=stage)) for stage in range(4)]
+    plain = eight[0]
+    assert eight[1]["optimizer"] < plain["optimizer"] / 2
+    assert eight[1]["gradients"] == plain["gradients"] > eight[2]["gradients"]
+    assert eight[2]["weights"] == plain["weights"] > eight[3]["weights"]
+
+
+def test_what_lies_elsewhere_is_not_on_the_device() -> None:
+    spec = ParallelSpec(zero_stage=3, offload_param="nvme", offload_optimizer="cpu")
+    near, far = device_memory(MODEL, spec), elsewhere(MODEL, spec)
+    plain = device_memory(MODEL, ParallelSpec())
+    assert near["weights"] < plain["weights"]
+    assert near["optimizer"] < plain["optimizer"] / 2
+    assert far["nvme"] > plain["weights"] / 3
+    assert far["cpu"] > 2 * far["nvme"]  # moments and gradients
+
+
+def test_techniques_that_save_memory_do() -> None:
+    plain = total()
+    assert total(optimizer="muon") < plain
+    assert total(optimizer="galore_adamw", rank=4) < plain
+    assert total(lisa_layers=2) < plain
+    assert total(precision="bf16-true") < plain
+    long = replace(MODEL, seq_len=4096)
+    some, none = (
+        device_memory(long, ParallelSpec(activation_checkpointing=kind))["activations"]
+        for kind in ("full", "none")
+    )
+    assert some < none / 4
+
+
+def test_a_reference_is_a_second_set_of_weights() -> None:
+    parts = device_memory(MODEL, ParallelSpec(objective="dpo"))
+    assert parts["reference"] == parts["weights"]
+    precomputed = device_memory(MODEL, ParallelSpec(objective="dpo", reference="precomputed"))
+    assert "reference" not in precomputed
+
+
+def test_ranks_of_a_pipeline_hold_their_own_layers() -> None:
+    spec = ParallelSpec(devices=4, pipeline_parallel=4, global_batch_size=8)
+    ranks = memory_by_rank(MODEL, spec)
+    assert len(ranks) == 4
+    assert sum(parts["weights"] for parts in ranks) == 4 * MODEL.parameters
+    assert ranks[0]["activations"] > ranks[2]["activations"]  # four micro-batches against two

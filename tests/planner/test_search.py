@@ -1,0 +1,33 @@
+"""Candidates: all of them possible, each once, with what the user chose."""
+
+from lightning_align.planner import HardwareSpec, ModelSpec, ParallelSpec
+from lightning_align.planner.search import candidates
+
+HARDWARE = HardwareSpec.from_name("8xh100-sxm")
+GPT = ModelSpec(8, 1024, 16, vocab_size=32000, seq_len=512)
+
+
+def test_candidates_are_possible_and_different() -> None:
+    base = ParallelSpec(devices=16, global_batch_size=64, optimizer="muon", precision="bf16-true")
+    found = list(candidates(GPT, base, HARDWARE))
+    assert len(set(found)) == len(found) > 50
+    for each in found:
+        each.check_model(GPT)
+        assert each.devices == 16
+        assert each.batch_size == 64
+        assert (each.optimizer, each.precision) == ("muon", "bf16-true")
+        assert each.tensor_parallel <= HARDWARE.devices_per_node
+    assert {each.pipeline_parallel for each in found} == {1, 2, 4, 8}
+    assert {each.schedule for each in found} == {"1F1B", "Interleaved1F1B"}
+
+
+def test_without_drives_nothing_lies_on_them() -> None:
+    bare = HardwareSpec.from_name("h100-sxm", nvme_read_bandwidth=0)
+    found = candidates(GPT, ParallelSpec(), bare)
+    assert not any("nvme" in (each.offload_param, each.offload_optimizer) for each in found)
+
+
+def test_batches_that_no_split_divides_have_no_candidates() -> None:
+    base = ParallelSpec(devices=1, global_batch_size=7)
+    found = list(candidates(GPT, base, HARDWARE))
+    assert {each.micro_batch_size for each in found} == {1}
