@@ -54,6 +54,7 @@ COMMANDS = {
     "generate": Command("Write text with a trained model.", "lightning_align.cli.generate"),
     "export": Command("Write a checkpoint as a Hugging Face folder.", "lightning_align.cli.export"),
     "schedule": Command("Simulate and draw a pipeline.", "lightning_align.cli.schedule"),
+    "plan": Command("What fits, how fast, and why.", "lightning_align.cli.plan"),
     "spikes": Command("Read reports of loss spikes, or find spikes.", "lightning_align.cli.spikes"),
     "difficulty": Command(
         "Compute how difficult samples are, for a curriculum.", "lightning_align.cli.difficulty"

@@ -275,10 +275,8 @@ class Planner:
         where = f"{WHERE}.recommend"
         if type(top_k) is not int or top_k < 1:
             raise argument_error(where, "top_k", top_k, "must be a whole number of at least 1")
-        limit = None
-        if memory_limit is not None:
-            limit = quantity(where, "memory_limit", memory_limit, BYTES)
-        plans = ranked(self, model, base or ParallelSpec(devices=self.hw.devices), limit)
+        scoped = self.limited_to(memory_limit)
+        plans = ranked(scoped, model, base or ParallelSpec(devices=self.hw.devices))
         if plans[0].fits:
             return [plan for plan in plans if plan.fits][:top_k]
         nearest = plans[0]
@@ -291,16 +289,20 @@ class Planner:
         way_out = f"Most of it is {largest} ({size}); {_FREES[largest]}"
         raise argument_error(where, "model", f"{model.parameters / 1e9:.3g}B", rule, way_out)
 
-    def limited(self, memory: float | None) -> Planner:
+    def limited_to(self, memory: float | str | None) -> Planner:
         """The same planner for devices of which only so much memory may be used.
 
         Args:
-            memory: Bytes; None for all.
+            memory: Bytes, or a text such as ``"40GB"``; None for all.
+
+        Raises:
+            ValueError: If it is no number of bytes.
         """
         if memory is None:
             return self
+        nbytes = quantity(WHERE, "memory_limit", memory, BYTES)
         other = copy(self)
-        other.hw = replace(self.hw, memory=min(self.hw.memory, memory / USABLE))
+        other.hw = replace(self.hw, memory=min(self.hw.memory, nbytes / USABLE))
         return other
 
     def _check(self, where: str, model: object, parallel: object) -> None:

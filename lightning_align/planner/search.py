@@ -107,24 +107,20 @@ def _made(model: ModelSpec, base: ParallelSpec, **changes: object) -> Iterator[P
     yield made
 
 
-def ranked(
-    planner: Planner, model: ModelSpec, base: ParallelSpec, limit: float | None
-) -> list[Plan]:
+def ranked(planner: Planner, model: ModelSpec, base: ParallelSpec) -> list[Plan]:
     """All candidates: those that fit by their time, then the others by what is missing.
 
     Args:
         planner: Who predicts.
         model: What is trained.
         base: Devices, batch, objective, optimizer, precision.
-        limit: Bytes of a device that may be used.
 
     Raises:
         ValueError: If no split is possible at all.
     """
-    scoped = planner.limited(limit)
-    plans = [scoped.predict(model, each) for each in candidates(model, base, planner.hw)]
+    plans = [planner.predict(model, each) for each in candidates(model, base, planner.hw)]
     if not plans:
-        return [scoped.predict(model, base)]  # raises, if it is impossible, with the reason
+        return [planner.predict(model, base)]  # raises, if it is impossible, with the reason
     return sorted(plans, key=_rank)
 
 

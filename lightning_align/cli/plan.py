@@ -1,0 +1,394 @@
+"""``lightning-align plan``: what fits, how fast, at what price, and what would change it."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_align._errors import argument_error
+from lightning_align.cli import plan_yaml
+from lightning_align.cli.commands import CommandParser
+from lightning_align.planner import HardwareSpec, ModelSpec, ParallelSpec, Plan, Planner
+from lightning_align.planner.quantities import shown
+from lightning_align.planner.search import ranked
+
+BAR = 40  # characters of the longest bar
+DAY = 86400
+
+
+def plan(
+    model: str,
+    hardware: list[str],
+    *,
+    tokens_per_batch: int | None = None,
+    seq_len: int | None = None,
+    optimizer: str = "adamw",
+    rank: int | None = None,
+    lisa_layers: int | None = None,
+    objective: str = "pretrain",
+    reference: str = "model",
+    precision: str = "bf16-mixed",
+    memory_limit: str | None = None,
+    top_k: int = 5,
+    train_tokens: float | None = None,
+    price_per_hour: float | None = None,
+    runnable: bool = False,
+    output: str | Path | None = None,
+    json_file: str | Path | None = None,
+    png: str | Path | None = None,
+) -> str:
+    """Rank the ways to train a model on given hardware; returns tables as text.
+
+    Args:
+        model: Hugging Face name, folder, or the YAML of a run.
+        hardware: Number and name of devices, such as 8xh100-sxm; may be given several times.
+        tokens_per_batch: Tokens of a step, over all devices; default a row on each.
+        seq_len: Tokens of a row; default what the model or its file says, at most 4096.
+        optimizer: adamw, stable_adamw, muon, galore_adamw or sgd.
+        rank: Rank of GaLore's projections; default 128.
+        lisa_layers: Blocks that LISA trains at a time; default all.
+        objective: pretrain or dpo, whose rows are pairs.
+        reference: Of dpo, model, precomputed or none.
+        precision: 32-true, bf16-mixed, 16-mixed, bf16-true, bf16-master or 16-master.
+        memory_limit: Memory of a device that may be used, such as 40GB.
+        top_k: Lines of the table.
+        train_tokens: Tokens of the whole run, for its days and its price.
+        price_per_hour: Of one device, in any currency.
+        runnable: Whether to rank only what this suite and Lightning run.
+        output: YAML to write for the best plan, which fit takes.
+        json_file: File to write all figures to.
+        png: Picture to write of the memory and the time of each plan (extra: plot).
+
+    Raises:
+        ValueError: If a value is out of its range, nothing fits, or a file cannot be written.
+    """
+    spec = ModelSpec.from_config(model, seq_len=seq_len)
+    chosen = {
+        "optimizer": optimizer,
+        "rank": rank,
+        "lisa_layers": lisa_layers,
+        "objective": objective,
+        "reference": reference,
+        "precision": precision,
+    }
+    lines = [_told(spec)]
+    best: list[Plan] = []
+    for name in hardware:
+        changes = {} if price_per_hour is None else {"price_per_hour": price_per_hour}
+        planner = Planner(HardwareSpec.from_name(name, **changes)).limited_to(memory_limit)
+        base = _base(spec, planner.hw, tokens_per_batch, chosen)
+        everything = ranked(planner, spec, base)
+        if runnable:
+            everything = [p for p in everything if not plan_yaml.unrunnable(p.parallel)]
+        fitting = [each for each in everything if each.fits]
+        if not fitting:
+            planner.recommend(spec, base=base)  # says what is nearest
+            rule = "nothing that this suite or Lightning runs fits"
+            raise argument_error("plan", "runnable", True, rule, "Leave it out to see what does")
+        best.append(fitting[0])
+        lines += _report(planner, fitting, everything, top_k, train_tokens)
+    if len(best) > 1:
+        lines += ["", *_side_by_side(best, train_tokens)]
+    lines += _written(model, best, output, json_file, png)
+    return "\n".join(lines)
+
+
+def _told(spec: ModelSpec) -> str:
+    sizes = f"{spec.num_layers} blocks of width {spec.hidden_size}, rows of {spec.seq_len} tokens"
+    return f"{spec.parameters / 1e9:.3g} B parameters: {sizes}"
+
+
+def _base(
+    spec: ModelSpec, hw: HardwareSpec, tokens: int | None, chosen: dict[str, Any]
+) -> ParallelSpec:
+    rows = hw.devices
+    if tokens is not None:
+        a_row = spec.seq_len * (2 if chosen["objective"] == "dpo" else 1)
+        rows = tokens // a_row
+        if rows < 1:
+            rule = f"must hold at least one row of {a_row} tokens"
+            raise argument_error("plan", "tokens_per_batch", tokens, rule)
+    try:
+        return ParallelSpec(devices=hw.devices, global_batch_size=rows, **chosen)
+    except ValueError:
+        if rows % hw.devices == 0:
+            raise
+    # Fewer rows than devices: only splits with fewer replicas can take them.
+    parts = next((p for p in range(2, hw.devices + 1) if _divides(p, rows, hw.devices)), None)
+    if parts is None:
+        rule = f"is {rows} rows, which no split of {hw.devices} devices divides"
+        raise argument_error("plan", "tokens_per_batch", tokens, rule)
+    wide = (
+        {"tensor_parallel": parts} if parts <= hw.devices_per_node else {"pipeline_parallel": parts}
+    )
+    return ParallelSpec(devices=hw.devices, global_batch_size=rows, **wide, **chosen)
+
+
+def _divides(parts: int, rows: int, devices: int) -> bool:
+    return devices % parts == 0 and rows % (devices // parts) == 0
+
+
+def _report(
+    planner: Planner,
+    fitting: Sequence[Plan],
+    everything: Sequence[Plan],
+    top_k: int,
+    train_tokens: float | None,
+) -> list[str]:
+    winner = fitting[0]
+    rows = [["#", "split", "s a step", "tokens/s", "MFU", "memory", "bound by", "runs here"]]
+    for number, each in enumerate(fitting[:top_k], start=1):
+        rows.append(
+            [
+                str(number),
+                split_of(each.parallel),
+                f"{each.step_time:.3g}",
+                f"{each.tokens_per_second:,.0f}",
+                f"{each.mfu:.1%}",
+                shown(each.memory_per_device),
+                each.bound,
+                "no" if plan_yaml.unrunnable(each.parallel) else "yes",
+            ]
+        )
+    low, high = winner.interval
+    return [
+        "",
+        f"{planner.hw.devices} x {planner.hw.name}",
+        *_columns(rows),
+        f"the first takes {low:.3g} to {high:.3g} s a step, nine times in ten",
+        *_others(fitting, everything, top_k),
+        "",
+        f"memory of a device ({shown(planner.hw.memory)})",
+        *_bars(winner.memory_breakdown, lambda size: shown(size)),
+        "",
+        "time of a step",
+        *_bars(winner.breakdown, lambda seconds: f"{seconds:.3g} s"),
+        *_whole_run(winner, train_tokens),
+        "",
+        "what if",
+        *_columns(what_if(planner, winner)),
+    ]
+
+
+def split_of(parallel: ParallelSpec) -> str:
+    """A split in a few words."""
+    words = [f"dp {parallel.replicas}"]
+    if parallel.tensor_parallel > 1:
+        words.append(f"tp {parallel.tensor_parallel}")
+    if parallel.pipeline_parallel > 1:
+        chunks = f" x {parallel.chunks}" if parallel.chunks > 1 else ""
+        words.append(f"pp {parallel.pipeline_parallel}{chunks}")
+    words.append(f"micro-batch {parallel.micro_batch_size}")
+    if parallel.zero_stage:
+        words.append(f"ZeRO {parallel.zero_stage}")
+    for what, tier in (
+        ("parameters", parallel.offload_param),
+        ("states", parallel.offload_optimizer),
+    ):
+        if tier != "none":
+            words.append(f"{what} on {tier}")
+    if parallel.activation_checkpointing != "none":
+        words.append(f"{parallel.activation_checkpointing} recomputation")
+    return ", ".join(words)
+
+
+def _others(fitting: Sequence[Plan], everything: Sequence[Plan], top_k: int) -> list[str]:
+    """Why the rest is not in the table."""
+    lines = []
+    slower = fitting[top_k:]
+    if slower:
+        factors = [each.step_time / fitting[0].step_time for each in slower]
+        lines.append(
+            f"{len(slower)} others fit and take {min(factors):.2f} to {max(factors):.2f} times as "
+            "long"
+        )
+    large = [each for each in everything if not each.fits]
+    if large:
+        nearest = min(large, key=lambda each: each.missing_bytes)
+        faster = min(large, key=lambda each: each.step_time)
+        told = f"{split_of(nearest.parallel)} lacks {shown(nearest.missing_bytes)}"
+        lines.append(f"{len(large)} do not fit; nearest is {told}")
+        if faster.step_time < fitting[0].step_time:
+            lacks = f"{faster.step_time:.3g} s, and lacks {shown(faster.missing_bytes)}"
+            lines.append(f"the fastest of them would take {lacks}: {split_of(faster.parallel)}")
+    return lines
+
+
+def _bars(parts: Any, text: Any) -> list[str]:
+    largest = max(parts.values())
+    rows = [
+        [name, text(value), "#" * round(BAR * value / largest)]
+        for name, value in parts.items()
+        if value > 0.001 * largest
+    ]
+    return _columns(rows)
+
+
+def _whole_run(winner: Plan, train_tokens: float | None) -> list[str]:
+    lines = []
+    price = winner.hardware.price_per_hour
+    if price is not None:
+        lines.append(f"{price_of(winner, 1e9):,.2f} for a billion tokens")
+    if train_tokens is not None:
+        days = train_tokens / winner.tokens_per_second / DAY
+        cost = "" if price is None else f", {price_of(winner, train_tokens):,.0f} in all"
+        lines.append(f"{days:,.3g} days for {train_tokens:.3g} tokens{cost}")
+    return ["", *lines] if lines else []
+
+
+def price_of(plan: Plan, tokens: float) -> float:
+    """Of some tokens, in the currency of the price of an hour."""
+    hours = tokens / plan.tokens_per_second / 3600
+    return hours * plan.parallel.devices * (plan.hardware.price_per_hour or 0.0)
+
+
+def what_if(planner: Planner, winner: Plan) -> list[list[str]]:
+    """What one change of the winner would give."""
+    parallel, model = winner.parallel, winner.model
+    changes: list[tuple[str, ModelSpec, dict[str, Any]]] = [
+        ("twice the batch", model, {"global_batch_size": 2 * parallel.batch_size}),
+        ("twice the micro-batch", model, {"micro_batch_size": 2 * parallel.micro_batch_size}),
+        ("rows half as long", model.with_seq_len(max(1, model.seq_len // 2)), {}),
+        ("bf16-true", model, {"precision": "bf16-true"}),
+        ("Muon", model, {"optimizer": "muon", "rank": None}),
+        ("no recomputation", model, {"activation_checkpointing": "none"}),
+        ("full recomputation", model, {"activation_checkpointing": "full"}),
+    ]
+    if parallel.pipeline_parallel == parallel.tensor_parallel == 1:
+        near = {"zero_stage": 3, "offload_param": "cpu", "offload_optimizer": "cpu"}
+        far = dict.fromkeys(("offload_param", "offload_optimizer"), "nvme")
+        changes.append(("everything in host memory", model, near))
+        changes.append(("everything on NVMe", model, {"zero_stage": 3, **far}))
+    rows = [["change", "tokens/s", "memory", ""]]
+    for name, other, change in changes:
+        if all(getattr(parallel, key) == value for key, value in change.items()) and change:
+            continue
+        try:
+            found = planner.predict(other, replace(parallel, **change))
+        except ValueError as error:
+            rows.append([name, "", "", f"impossible: {_rule(error)}"])
+            continue
+        ratio = found.tokens_per_second / winner.tokens_per_second - 1
+        lacks = "" if found.fits else f"does not fit: lacks {shown(found.missing_bytes)}"
+        rows.append([name, f"{ratio:+.1%}", shown(found.memory_per_device), lacks])
+    return rows
+
+
+def _rule(error: ValueError) -> str:
+    return str(error).split("): ", 1)[-1].split(". ", 1)[0].rstrip(".")
+
+
+def _side_by_side(best: Sequence[Plan], train_tokens: float | None) -> list[str]:
+    rows = [["hardware", "split", "tokens/s", "MFU", "a billion tokens", "days"]]
+    for each in best:
+        priced = each.hardware.price_per_hour is not None
+        days = train_tokens / each.tokens_per_second / DAY if train_tokens else None
+        rows.append(
+            [
+                f"{each.parallel.devices} x {each.hardware.name}",
+                split_of(each.parallel),
+                f"{each.tokens_per_second:,.0f}",
+                f"{each.mfu:.1%}",
+                f"{price_of(each, 1e9):,.2f}" if priced else "-",
+                "-" if days is None else f"{days:,.3g}",
+            ]
+        )
+    return _columns(rows)
+
+
+def _written(
+    model: str,
+    best: Sequence[Plan],
+    output: str | Path | None,
+    json_file: str | Path | None,
+    png: str | Path | None,
+) -> list[str]:
+    lines = []
+    if output is not None:
+        winner = max(best, key=lambda each: each.tokens_per_second)
+        content = plan_yaml.configuration(winner, _run(model, winner))
+        told = f"{winner.step_time:.3g} s a step on {winner.parallel.devices} x"
+        head = f"Planned: {split_of(winner.parallel)}; {told} {winner.hardware.name}.\n"
+        plan_yaml.write(output, content, f"{head}  lightning-align fit -c {Path(output).name}")
+        refused = plan_yaml.checked(output)
+        if refused:
+            raise argument_error("plan", "output", str(output), f"fit does not take it: {refused}")
+        lines.append(f"wrote {output}")
+    if json_file is not None:
+        text = json.dumps([each.to_dict() for each in best], indent=1)
+        lines.append(_save("json_file", json_file, lambda path: path.write_text(text)))
+    if png is not None:
+        from lightning_align.planner.plan_plot import draw_plans
+
+        lines.append(_save("png", png, lambda path: draw_plans(path, best)))
+    return ["", *lines] if lines else []
+
+
+def _save(argument: str, path: str | Path, write: Any) -> str:
+    try:
+        write(Path(path))
+    except (OSError, ValueError, ImportError) as error:
+        rule = f"cannot be written: {str(error).rstrip('.')}"
+        raise argument_error("plan", argument, str(path), rule) from error
+    return f"wrote {path}"
+
+
+def _run(model: str, winner: Plan) -> dict[str, Any]:
+    """The run that the plan is laid over: the user's file, or a first one for the model."""
+    if model.endswith((".yaml", ".yml")):
+        content: dict[str, Any] = yaml.safe_load(Path(model).read_text())
+        return content
+    is_dpo = winner.parallel.objective == "dpo"
+    return {
+        "model": {
+            "class_path": "DPOModule" if is_dpo else "PretrainModule",
+            "init_args": {"model": model},
+        },
+        "data": {
+            "class_path": "PreferenceDataModule" if is_dpo else "TextDataModule",
+            "init_args": {
+                "tokenizer": model,
+                "paths": "pairs.jsonl" if is_dpo else "pride_and_prejudice",
+            },
+        },
+    }
+
+
+def _columns(rows: Iterable[Sequence[str]]) -> list[str]:
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+def parser() -> CommandParser:
+    """Options of ``lightning-align plan``."""
+    about = "Rank the ways to train a model on given hardware: what fits, how fast, and why."
+    made = CommandParser("lightning-align plan", about)
+    types: dict[str, Any] = dict.fromkeys(
+        ("tokens_per_batch", "seq_len", "rank", "lisa_layers", "top_k"), int
+    )
+    types |= {"train_tokens": float, "price_per_hour": float, "runnable": bool}
+    described = re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", inspect.getdoc(plan) or "", re.M)
+    texts = {name: " ".join(text.split()) for name, text in described}
+    for name, parameter in inspect.signature(plan).parameters.items():
+        more: dict[str, Any] = {"type": types.get(name, str), "help": texts[name]}
+        if name == "hardware":
+            more["action"] = "append"
+        if parameter.default is inspect.Parameter.empty:
+            more["required"] = True
+        else:
+            more["default"] = parameter.default
+        made.add_argument(f"--{name}", **more)
+    return made
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run ``lightning-align plan``."""
+    print(plan(**parser().parse_args(list(arguments)).as_dict()))  # noqa: T201

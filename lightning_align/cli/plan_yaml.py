@@ -1,0 +1,187 @@
+"""A plan as a configuration that ``fit`` takes, or which part of it nobody here runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_align._errors import argument_error
+from lightning_align.cli.given import over
+from lightning_align.planner import ParallelSpec, Plan
+
+_OPTIMIZERS = {
+    "adamw": "torch.optim.AdamW",
+    "stable_adamw": "lightning_align.StableAdamW",
+    "muon": "lightning_align.Muon",
+    "galore_adamw": "lightning_align.GaLoreAdamW",
+    "sgd": "torch.optim.SGD",
+}
+_LR = {"adamw": 3e-4, "stable_adamw": 3e-4, "muon": 3e-4, "galore_adamw": 3e-3, "sgd": 1e-2}
+_RUNNERS = {
+    "tensor": "tensor parallelism is Megatron-LM's or torchtitan's",
+    "grid": "a pipeline of which there are several copies is Megatron-LM's or torchtitan's",
+    "selective": "recomputing attention's scores alone is Megatron-LM's",
+    "master": "16-bit weights with fp32 ones in the optimizer are DeepSpeed's or Megatron-LM's",
+    "pairs": "a pipeline would tear pairs apart",
+    "schedule": "pipelines here run GPipe, 1F1B and Interleaved1F1B",
+    "lisa": "LISA freezes blocks, which only one process and DDP follow",
+}
+
+
+def unrunnable(parallel: ParallelSpec) -> str | None:
+    """Which part of a split neither this suite nor Lightning runs; None if they run all of it.
+
+    Args:
+        parallel: The split.
+    """
+    p = parallel.pipeline_parallel
+    is_plain = parallel.zero_stage == 0 and p == 1
+    found = [
+        ("tensor", parallel.tensor_parallel > 1),
+        ("grid", p > 1 and parallel.replicas > 1),
+        ("selective", parallel.activation_checkpointing == "selective"),
+        ("master", parallel.precision.endswith("master")),
+        ("pairs", p > 1 and parallel.objective == "dpo"),
+        ("schedule", p > 1 and parallel.schedule not in ("GPipe", "1F1B", "Interleaved1F1B")),
+        ("lisa", parallel.lisa_layers is not None and not is_plain),
+    ]
+    return next((_RUNNERS[name] for name, is_so in found if is_so), None)
+
+
+def configuration(plan: Plan, run: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a run with the split of a plan.
+
+    Args:
+        plan: What is to run.
+        run: A configuration that it is laid over; its model and data stay.
+
+    Raises:
+        ValueError: If nobody here runs such a split.
+    """
+    parallel = plan.parallel
+    if reason := unrunnable(parallel):
+        raise argument_error("plan", "output", parallel.told(), f"nobody here runs it: {reason}")
+    made = over(dict(run), {"model": _model(parallel, run), "data": _data(plan, run)})
+    trainer = {**(made.get("trainer") or {}), **_trainer(plan)}
+    if parallel.lisa_layers is not None:
+        own = {
+            "class_path": "LISA",
+            "init_args": {"activated_layers": parallel.lisa_layers, "filename": None},
+        }
+        trainer["callbacks"] = [*(trainer.get("callbacks") or []), own]
+    return {"seed_everything": 0, **made, "trainer": trainer}
+
+
+def _model(parallel: ParallelSpec, run: Mapping[str, Any]) -> dict[str, Any]:
+    is_dpo = parallel.objective == "dpo"
+    named = {"class_path": "DPOModule" if is_dpo else "PretrainModule"}
+    given = (run.get("model") or {}).get("init_args") or {}
+    arguments: dict[str, Any] = {
+        "activation_checkpointing": parallel.activation_checkpointing == "full"
+    }
+    path = _OPTIMIZERS[parallel.optimizer]
+    known = (given.get("optimizer") or {}) if isinstance(given.get("optimizer"), Mapping) else {}
+    if str(known.get("class_path")).rpartition(".")[2] != path.rpartition(".")[2]:
+        arguments["optimizer"] = {"class_path": path, "init_args": {"lr": _LR[parallel.optimizer]}}
+    else:
+        arguments["optimizer"] = {"class_path": known["class_path"], "init_args": {}}
+    own = arguments["optimizer"]["init_args"]
+    if parallel.optimizer == "galore_adamw":
+        own["rank"] = parallel.galore_rank
+    if parallel.optimizer == "muon" and "lr" in own:
+        own["adjust_lr_fn"] = "match_rms_adamw"
+    if parallel.precision == "bf16-true":
+        arguments["dtype"] = "bfloat16"
+    if is_dpo and parallel.reference == "precomputed":
+        arguments["precompute_ref_log_probs"] = True
+    if is_dpo and parallel.reference == "none":
+        arguments["reference_free"] = True
+    return {**named, "init_args": arguments}
+
+
+def _data(plan: Plan, run: Mapping[str, Any]) -> dict[str, Any]:
+    parallel = plan.parallel
+    rows = parallel.micro_batch_size
+    if parallel.pipeline_parallel > 1:  # which cuts the batch itself
+        rows *= parallel.num_microbatches
+    is_dpo = parallel.objective == "dpo"
+    length = "max_length" if is_dpo else "block_size"
+    given = run.get("data") or {}
+    named = given.get("class_path") or ("PreferenceDataModule" if is_dpo else "TextDataModule")
+    return {"class_path": named, "init_args": {"batch_size": rows, length: plan.model.seq_len}}
+
+
+def _trainer(plan: Plan) -> dict[str, Any]:
+    parallel, hardware = plan.parallel, plan.hardware
+    near = min(parallel.devices, hardware.devices_per_node)
+    is_pipeline = parallel.pipeline_parallel > 1
+    return {
+        "accelerator": "gpu" if hardware.is_asynchronous else "cpu",
+        "devices": near,
+        "num_nodes": -(-parallel.devices // near),
+        "precision": parallel.precision,
+        "accumulate_grad_batches": 1 if is_pipeline else parallel.num_microbatches,
+        "strategy": _strategy(parallel),
+    }
+
+
+def _strategy(parallel: ParallelSpec) -> str | dict[str, Any]:
+    if parallel.pipeline_parallel > 1:
+        arguments: dict[str, Any] = {
+            "schedule": parallel.schedule,
+            "num_microbatches": parallel.num_microbatches,
+            "num_stages_per_rank": parallel.chunks,
+            "partition_method": "uniform",
+        }
+        return {"class_path": "PipelineStrategy", "init_args": arguments}
+    if parallel.zero_stage:
+        arguments = {
+            "stage": parallel.zero_stage,
+            "offload_params_device": parallel.offload_param,
+            "offload_optimizer_device": parallel.offload_optimizer,
+            "offload_activations": parallel.offload_activations,
+        }
+        return {"class_path": "ZeROInfinityStrategy", "init_args": arguments}
+    return "ddp" if parallel.replicas > 1 else "auto"
+
+
+def write(path: str | Path, content: Mapping[str, Any], head: str) -> None:
+    """Write a configuration with a comment above it.
+
+    Args:
+        path: Of the file.
+        content: What it says.
+        head: The comment.
+
+    Raises:
+        ValueError: If it cannot be written.
+    """
+    text = "".join(f"# {line}\n" for line in head.splitlines())
+    text += yaml.safe_dump(dict(content), sort_keys=False)
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        rule = f"cannot be written: {error.strerror or error}"
+        raise argument_error("plan", "output", str(path), rule) from error
+
+
+def checked(path: str | Path) -> str:
+    """What ``fit`` says of a file: empty if it takes it, or the first line of its refusal.
+
+    Args:
+        path: Of the file.
+    """
+    from jsonargparse import ArgumentError
+
+    from lightning_align.cli.app import build_parser
+
+    parser = build_parser()
+    parser.exit_on_error = False
+    try:
+        parser.parse_args(["fit", "-c", str(path)])
+    except (ArgumentError, ValueError, TypeError, SystemExit) as error:
+        return str(error).splitlines()[0]
+    return ""
