@@ -135,12 +135,20 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def regret(rows: Sequence[Row], predicted: Sequence[float]) -> float:
-    """How much slower the split is that a prediction picks than the best one, on average."""
+    """How much slower the split is that a prediction picks than the best one, on average.
+
+    Of splits that it finds equal, the mean.
+    """
     groups: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
     for row, seconds in zip(rows, predicted, strict=True):
         groups[row.group, row.batch].append((seconds, row.seconds))
     several = [pairs for pairs in groups.values() if len(pairs) > 1]
-    return float(np.mean([min(p)[1] / min(s for _, s in p) - 1 for p in several]))
+    return float(np.mean([_picked(pairs) / min(s for _, s in pairs) - 1 for pairs in several]))
+
+
+def _picked(pairs: Sequence[tuple[float, float]]) -> float:
+    least = min(predicted for predicted, _ in pairs)
+    return float(np.mean([s for predicted, s in pairs if predicted <= least * (1 + 1e-9)]))
 
 
 def drawn(rows: Sequence[Row], count: int, seed: int) -> list[Row]:

@@ -102,7 +102,7 @@ def plan(
 
 def _told(spec: ModelSpec) -> str:
     sizes = f"{spec.num_layers} blocks of width {spec.hidden_size}, rows of {spec.seq_len} tokens"
-    return f"{spec.parameters / 1e9:.3g} B parameters: {sizes}"
+    return f"{shown(spec.parameters, '')} parameters: {sizes}"
 
 
 def _base(
@@ -115,24 +115,9 @@ def _base(
         if rows < 1:
             rule = f"must hold at least one row of {a_row} tokens"
             raise argument_error("plan", "tokens_per_batch", tokens, rule)
-    try:
-        return ParallelSpec(devices=hw.devices, global_batch_size=rows, **chosen)
-    except ValueError:
-        if rows % hw.devices == 0:
-            raise
-    # Fewer rows than devices: only splits with fewer replicas can take them.
-    parts = next((p for p in range(2, hw.devices + 1) if _divides(p, rows, hw.devices)), None)
-    if parts is None:
-        rule = f"is {rows} rows, which no split of {hw.devices} devices divides"
-        raise argument_error("plan", "tokens_per_batch", tokens, rule)
-    wide = (
-        {"tensor_parallel": parts} if parts <= hw.devices_per_node else {"pipeline_parallel": parts}
-    )
-    return ParallelSpec(devices=hw.devices, global_batch_size=rows, **wide, **chosen)
-
-
-def _divides(parts: int, rows: int, devices: int) -> bool:
-    return devices % parts == 0 and rows % (devices // parts) == 0
+    if rows % hw.devices:  # only splits with fewer replicas can take them
+        chosen = {**chosen, "pipeline_parallel": hw.devices}
+    return ParallelSpec(devices=hw.devices, global_batch_size=rows, **chosen)
 
 
 def _report(

@@ -139,7 +139,7 @@ class Planner:
         if isinstance(hw, str):
             hw = HardwareSpec.from_name(hw)
         if not isinstance(hw, HardwareSpec):
-            rule = "must be a HardwareSpec, or the name of hardware"
+            rule = "must be a HardwareSpec, or the name of hardware"  # type: ignore[unreachable]
             raise argument_error(WHERE, "hw", hw, rule)
         self.hw = hw
         self.efficiencies = efficiencies or efficiencies_of(hw.overhead_s, hw.is_asynchronous)

@@ -65,4 +65,4 @@ def shown(number: float, unit: str = "B") -> str:
     for prefix, factor in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(number) >= 0.9995 * factor:
             return f"{number / factor:.3g} {prefix}{unit}"
-    return f"{number:.3g} {unit}"
+    return f"{number:.3g} {unit}".rstrip()

@@ -44,8 +44,9 @@ def sizes_of(config: Any, seq_len: int | None) -> dict[str, Any]:
     if not isinstance(config, PretrainedConfig):
         rule = "must be a Hugging Face name or folder, a YAML file, or a configuration"
         raise argument_error(WHERE, "config", config, rule)
+    builder: Any = AutoModelForCausalLM
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = builder.from_config(config)
     positions = getattr(config, "max_position_embeddings", None) or MOST_TOKENS
     tokens = seq_len or min(int(positions), MOST_TOKENS)
     return {**sizes_of_layers(find_layers(model)), "seq_len": tokens}

@@ -212,8 +212,8 @@ def simulated(
         backward: Cost of each stage.
         message: Cost of each message.
     """
-    costs = {"forward_cost": forward, "backward_cost": backward}
-    found = simulate(built_schedule(*order), **costs, comm_latency=message)
+    schedule = built_schedule(*order)
+    found = simulate(schedule, forward_cost=forward, backward_cost=backward, comm_latency=message)
     return found.step_time, max(found.busy)
 
 

@@ -1,0 +1,137 @@
+"""lightning-align plan: tables, files, and mistakes."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import LlamaConfig
+
+from lightning_align.__main__ import main
+from lightning_align.cli import plan_yaml
+from lightning_align.cli.plan import price_of, split_of, what_if
+from lightning_align.planner import ModelSpec, ParallelSpec, Planner
+
+GPT = ModelSpec(8, 1024, 16, vocab_size=32000, seq_len=512)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("llama")
+    LlamaConfig(
+        vocab_size=1000,
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+    ).save_pretrained(path)
+    return str(path)
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    main(["plan", *arguments])
+    return capsys.readouterr().out
+
+
+def test_it_ranks_says_why_and_what_if(capsys: pytest.CaptureFixture[str], folder: str) -> None:
+    text = run(capsys, "--model", folder, "--hardware", "4xh100-sxm", "--top_k", "2")
+    lines = text.splitlines()
+    assert lines[0].startswith("962 k parameters: 4 blocks of width 128")
+    assert "4 x h100-sxm" in lines
+    assert any(line.startswith("1  dp") for line in lines)
+    assert not any(line.startswith("3  dp") for line in lines)
+    assert "others fit and take" in text
+    for head in ("memory of a device (80 GB)", "time of a step", "what if"):
+        assert head in lines
+    assert "weights" in text
+    assert "twice the batch" in text
+
+
+def test_hardware_stands_side_by_side_with_its_price(
+    capsys: pytest.CaptureFixture[str], folder: str, tmp_path: Path
+) -> None:
+    figures = tmp_path / "plans.json"
+    text = run(
+        capsys,
+        *("--model", folder, "--hardware", "2xh100", "--hardware", "2xa100"),
+        *("--price_per_hour", "2", "--train_tokens", "1e12", "--tokens_per_batch", "1024"),
+        *("--json_file", str(figures)),
+    )
+    last = [line for line in text.splitlines() if line.startswith(("2 x h100", "2 x a100"))][-2:]
+    assert len(last) == 2
+    assert "days for 1e+12 tokens" in text
+    assert [each["hardware"] for each in json.loads(figures.read_text())] == [
+        "h100-sxm",
+        "a100-sxm-80gb",
+    ]
+
+
+def test_the_price_of_tokens_is_that_of_all_devices() -> None:
+    planner = Planner("8xh100")
+    plan = planner.predict(GPT, ParallelSpec(devices=8))
+    assert price_of(plan, 1e9) == 0
+    priced = replace(plan, hardware=replace(planner.hw, price_per_hour=3.0))
+    hours = 1e9 / plan.tokens_per_second / 3600
+    assert price_of(priced, 1e9) == pytest.approx(24 * hours)
+
+
+def test_changes_that_are_impossible_say_so() -> None:
+    planner = Planner("8xh100")
+    plan = planner.predict(GPT, ParallelSpec(devices=8, micro_batch_size=3, global_batch_size=24))
+    told = {row[0]: row for row in what_if(planner, plan)[1:]}
+    assert told["twice the micro-batch"][3].startswith("impossible: must be a multiple")
+    assert told["full recomputation"][1].startswith("-")
+
+
+def test_few_rows_are_for_splits_with_few_replicas(
+    capsys: pytest.CaptureFixture[str], folder: str
+) -> None:
+    text = run(capsys, "--model", folder, "--hardware", "8xh100", "--tokens_per_batch", "768")
+    assert "1  dp 1," in text
+
+
+def test_splits_in_words() -> None:
+    spec = ParallelSpec(
+        devices=8, pipeline_parallel=4, schedule="Interleaved1F1B", global_batch_size=8
+    )
+    assert split_of(spec) == "dp 2, pp 4 x 2, micro-batch 1"
+    away = ParallelSpec(zero_stage=3, offload_param="nvme", activation_checkpointing="full")
+    told = "dp 1, micro-batch 1, ZeRO 3, parameters on nvme, full recomputation"
+    assert split_of(away) == told
+
+
+@pytest.mark.slow  # fit's parser needs Lightning
+def test_the_best_plan_becomes_a_file_that_fit_takes(
+    capsys: pytest.CaptureFixture[str], folder: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.yaml"
+    text = run(
+        capsys,
+        *("--model", folder, "--hardware", "xeon-8480", "--seq_len", "64"),
+        *("--precision", "32-true", "--optimizer", "muon", "--runnable", "true"),
+        *("--output", str(path)),
+    )
+    assert f"wrote {path}" in text
+    assert plan_yaml.checked(path) == ""
+    content = yaml.safe_load(path.read_text())
+    assert content["model"]["init_args"]["optimizer"]["class_path"] == "lightning_align.Muon"
+    assert content["data"]["init_args"]["block_size"] == 64
+    assert content["trainer"]["accelerator"] == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--hardware", "8xh10"], "Did you mean 'h100-sxm'"),
+        (["--hardware", "h100", "--tokens_per_batch", "3"], "at least one row of 256 tokens"),
+        (["--hardware", "h100", "--memory_limit", "1KB"], "nothing fits.*which lacks"),
+        (["--hardware", "h100", "--optimizer", "lion"], "must be one of 'adamw'"),
+        (["--hardware", "h100", "--json_file", "/no/such/folder/a.json"], "cannot be written"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(folder: str, given: list[str], told: str) -> None:
+    with pytest.raises(SystemExit, match=told):
+        main(["plan", "--model", folder, *given])
