@@ -38,7 +38,6 @@ def plan(
     memory_limit: str | None = None,
     top_k: int = 5,
     train_tokens: float | None = None,
-    price_per_hour: float | None = None,
     runnable: bool = False,
     output: str | Path | None = None,
     json_file: str | Path | None = None,
@@ -48,7 +47,8 @@ def plan(
 
     Args:
         model: Hugging Face name, folder, or the YAML of a run.
-        hardware: Number and name of devices, such as 8xh100-sxm; may be given several times.
+        hardware: Number and name of devices, such as 8xh100-sxm, and the price of an hour of one,
+            8xh100-sxm@2.5, in any currency; may be given several times.
         tokens_per_batch: Tokens of a step, over all devices; default a row on each.
         seq_len: Tokens of a row; default what the model or its file says, at most 4096.
         optimizer: adamw, stable_adamw, muon, galore_adamw or sgd.
@@ -60,7 +60,6 @@ def plan(
         memory_limit: Memory of a device that may be used, such as 40GB.
         top_k: Lines of the table.
         train_tokens: Tokens of the whole run, for its days and its price.
-        price_per_hour: Of one device, in any currency.
         runnable: Whether to rank only what this suite and Lightning run.
         output: YAML to write for the best plan, which fit takes.
         json_file: File to write all figures to.
@@ -81,8 +80,7 @@ def plan(
     lines = [_told(spec)]
     best: list[Plan] = []
     for name in hardware:
-        changes = {} if price_per_hour is None else {"price_per_hour": price_per_hour}
-        planner = Planner(HardwareSpec.from_name(name, **changes)).limited_to(memory_limit)
+        planner = Planner(_hardware(name)).limited_to(memory_limit)
         base = _base(spec, planner.hw, tokens_per_batch, chosen)
         everything = ranked(planner, spec, base)
         if runnable:
@@ -98,6 +96,20 @@ def plan(
         lines += ["", *_side_by_side(best, train_tokens)]
     lines += _written(model, best, output, json_file, png)
     return "\n".join(lines)
+
+
+def _hardware(text: str) -> HardwareSpec:
+    """Hardware by its name, with the price after an @."""
+    name, _, price = text.partition("@")
+    if not price:
+        return HardwareSpec.from_name(name)
+    try:
+        return HardwareSpec.from_name(name, price_per_hour=float(price))
+    except ValueError as error:
+        if "could not convert" not in str(error):
+            raise
+        rule = "what is after @ must be the price of an hour of one device"
+        raise argument_error("plan", "hardware", text, rule, "Such as 8xh100-sxm@2.5") from error
 
 
 def _told(spec: ModelSpec) -> str:
@@ -237,9 +249,12 @@ def price_of(plan: Plan, tokens: float) -> float:
 def what_if(planner: Planner, winner: Plan) -> list[list[str]]:
     """What one change of the winner would give."""
     parallel, model = winner.parallel, winner.model
+    wider = {"micro_batch_size": 2 * parallel.micro_batch_size}
+    if parallel.num_microbatches % 2:
+        wider["global_batch_size"] = 2 * parallel.batch_size
     changes: list[tuple[str, ModelSpec, dict[str, Any]]] = [
         ("twice the batch", model, {"global_batch_size": 2 * parallel.batch_size}),
-        ("twice the micro-batch", model, {"micro_batch_size": 2 * parallel.micro_batch_size}),
+        ("twice the micro-batch", model, wider),
         ("rows half as long", model.with_seq_len(max(1, model.seq_len // 2)), {}),
         ("bf16-true", model, {"precision": "bf16-true"}),
         ("Muon", model, {"optimizer": "muon", "rank": None}),
@@ -359,7 +374,7 @@ def parser() -> CommandParser:
     types: dict[str, Any] = dict.fromkeys(
         ("tokens_per_batch", "seq_len", "rank", "lisa_layers", "top_k"), int
     )
-    types |= {"train_tokens": float, "price_per_hour": float, "runnable": bool}
+    types |= {"train_tokens": float, "runnable": bool}
     described = re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", inspect.getdoc(plan) or "", re.M)
     texts = {name: " ".join(text.split()) for name, text in described}
     for name, parameter in inspect.signature(plan).parameters.items():

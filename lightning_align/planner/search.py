@@ -121,7 +121,21 @@ def ranked(planner: Planner, model: ModelSpec, base: ParallelSpec) -> list[Plan]
     plans = [planner.predict(model, each) for each in candidates(model, base, planner.hw)]
     if not plans:
         return [planner.predict(model, base)]  # raises, if it is impossible, with the reason
-    return sorted(plans, key=_rank)
+    return _worth_it(sorted(plans, key=_rank))
+
+
+def _worth_it(plans: list[Plan]) -> list[Plan]:
+    """Those that fit, but for tiers and stages of ZeRO that gain nothing; and all others."""
+    seen = set()
+    found = []
+    for plan in plans:
+        near = {"zero_stage": 0, "offload_param": "none", "offload_optimizer": "none"}
+        same = (replace(plan.parallel, **near), f"{plan.step_time:.3g}")  # type: ignore[arg-type]
+        if plan.fits and same in seen:
+            continue
+        seen.add(same)
+        found.append(plan)
+    return found
 
 
 def _rank(plan: Plan) -> tuple[float, float, int, float]:

@@ -245,5 +245,7 @@ def _waiting_s(
             transfer_s(moved, rates[tier])
             for tier, (_, moved, _) in zip(phases, together, strict=True)
         ]
-        seconds += times * max(arithmetic[name], *transfers)
+        crossed = sum(moved.read + moved.written for _, moved, _ in together)
+        link_s = crossed / hardware.host_bandwidth  # what is on drives comes this way, too
+        seconds += times * max(arithmetic[name], link_s, *transfers)
     return seconds

@@ -56,12 +56,13 @@ def test_hardware_stands_side_by_side_with_its_price(
     figures = tmp_path / "plans.json"
     text = run(
         capsys,
-        *("--model", folder, "--hardware", "2xh100", "--hardware", "2xa100"),
-        *("--price_per_hour", "2", "--train_tokens", "1e12", "--tokens_per_batch", "1024"),
+        *("--model", folder, "--hardware", "2xh100@3", "--hardware", "2xa100@1.5"),
+        *("--train_tokens", "1e12", "--tokens_per_batch", "1024"),
         *("--json_file", str(figures)),
     )
     last = [line for line in text.splitlines() if line.startswith(("2 x h100", "2 x a100"))][-2:]
     assert len(last) == 2
+    assert not any(" -  " in line for line in last)
     assert "days for 1e+12 tokens" in text
     assert [each["hardware"] for each in json.loads(figures.read_text())] == [
         "h100-sxm",
@@ -80,9 +81,12 @@ def test_the_price_of_tokens_is_that_of_all_devices() -> None:
 
 def test_changes_that_are_impossible_say_so() -> None:
     planner = Planner("8xh100")
-    plan = planner.predict(GPT, ParallelSpec(devices=8, micro_batch_size=3, global_batch_size=24))
+    odd = replace(GPT, seq_len=510)
+    spec = ParallelSpec(devices=8, tensor_parallel=2, sequence_parallel=True)
+    plan = planner.predict(odd, spec)
     told = {row[0]: row for row in what_if(planner, plan)[1:]}
-    assert told["twice the micro-batch"][3].startswith("impossible: must be a multiple")
+    assert told["rows half as long"][3].startswith("impossible: must divide seq_len=255")
+    assert told["twice the micro-batch"][1].startswith("+")
     assert told["full recomputation"][1].startswith("-")
 
 
@@ -126,6 +130,8 @@ def test_the_best_plan_becomes_a_file_that_fit_takes(
     ("given", "told"),
     [
         (["--hardware", "8xh10"], "Did you mean 'h100-sxm'"),
+        (["--hardware", "h100@cheap"], "must be the price of an hour"),
+        (["--hardware", "h100@-1"], "price_per_hour=-1.0.*not negative"),
         (["--hardware", "h100", "--tokens_per_batch", "3"], "at least one row of 256 tokens"),
         (["--hardware", "h100", "--memory_limit", "1KB"], "nothing fits.*which lacks"),
         (["--hardware", "h100", "--optimizer", "lion"], "must be one of 'adamw'"),

@@ -1,7 +1,7 @@
 """Candidates: all of them possible, each once, with what the user chose."""
 
-from lightning_align.planner import HardwareSpec, ModelSpec, ParallelSpec
-from lightning_align.planner.search import candidates
+from lightning_align.planner import HardwareSpec, ModelSpec, ParallelSpec, Planner
+from lightning_align.planner.search import candidates, ranked
 
 HARDWARE = HardwareSpec.from_name("8xh100-sxm")
 GPT = ModelSpec(8, 1024, 16, vocab_size=32000, seq_len=512)
@@ -31,3 +31,18 @@ def test_batches_that_no_split_divides_have_no_candidates() -> None:
     base = ParallelSpec(devices=1, global_batch_size=7)
     found = list(candidates(GPT, base, HARDWARE))
     assert {each.micro_batch_size for each in found} == {1}
+
+
+def test_tiers_that_gain_nothing_are_left_out() -> None:
+    """Of splits that take the same time the one that keeps most on the device is named."""
+    plans = ranked(Planner(HARDWARE), GPT, ParallelSpec(devices=8, global_batch_size=8))
+    assert all(plan.fits for plan in plans)
+    assert plans[0].parallel.offload_param == "none"
+    told = [(plan.parallel.micro_batch_size, f"{plan.step_time:.3g}") for plan in plans]
+    splits = [
+        (p.parallel.tensor_parallel, p.parallel.pipeline_parallel, p.parallel.schedule)
+        for p in plans
+    ]
+    recomputed = [plan.parallel.activation_checkpointing for plan in plans]
+    rows = list(zip(told, splits, recomputed, strict=True))
+    assert len(set(rows)) == len(rows)
