@@ -1,6 +1,7 @@
 """lightning-align plan: tables, files, and mistakes."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -141,3 +142,34 @@ def test_the_best_plan_becomes_a_file_that_fit_takes(
 def test_mistakes_are_told_in_a_line(folder: str, given: list[str], told: str) -> None:
     with pytest.raises(SystemExit, match=told):
         main(["plan", "--model", folder, *given])
+
+
+CONFIGS = {
+    "meta-llama/Llama-3.1-8B": (4096, 14336, 32, 32),
+    "meta-llama/Llama-3.1-70B": (8192, 28672, 80, 64),
+}
+
+
+@pytest.mark.slow
+def test_the_answers_in_the_docs_are_what_the_command_prints(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    docs = Path(__file__).parents[2] / "docs" / "planner.md"
+    answers = re.findall(r"```console\n\$ lightning-align (.+)\n((?:.*\n)+?)```", docs.read_text())
+    assert len(answers) == 10
+    monkeypatch.chdir(tmp_path)
+    for name, (width, ffn, blocks, heads) in CONFIGS.items():
+        LlamaConfig(
+            hidden_size=width,
+            intermediate_size=ffn,
+            num_hidden_layers=blocks,
+            num_attention_heads=heads,
+            num_key_value_heads=8,
+            vocab_size=128256,
+            max_position_embeddings=131072,
+        ).save_pretrained(name)
+    for command, shown in answers:
+        main(command.split())
+        printed = iter(capsys.readouterr().out.splitlines())
+        for line in shown.splitlines():
+            assert line == "..." or line in printed, f"{command} does not print {line!r}"
