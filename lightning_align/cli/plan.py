@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from lightning_align._errors import argument_error
 from lightning_align.cli import plan_yaml
 from lightning_align.cli.commands import CommandParser
 from lightning_align.planner import HardwareSpec, ModelSpec, ParallelSpec, Plan, Planner
+from lightning_align.planner.plan_plot import draw_plans
 from lightning_align.planner.quantities import shown
 from lightning_align.planner.search import ranked
 
@@ -42,8 +43,8 @@ def plan(
     output: str | Path | None = None,
     json_file: str | Path | None = None,
     png: str | Path | None = None,
-) -> str:
-    """Rank the ways to train a model on given hardware; returns tables as text.
+) -> Iterator[str]:
+    """Rank the ways to train a model on given hardware; yields lines of text.
 
     Args:
         model: Hugging Face name, folder, or the YAML of a run.
@@ -77,7 +78,7 @@ def plan(
         "reference": reference,
         "precision": precision,
     }
-    lines = [_told(spec)]
+    yield _told(spec)
     best: list[Plan] = []
     for name in hardware:
         planner = Planner(_hardware(name)).limited_to(memory_limit)
@@ -91,11 +92,10 @@ def plan(
             rule = "nothing that this suite or Lightning runs fits"
             raise argument_error("plan", "runnable", True, rule, "Leave it out to see what does")
         best.append(fitting[0])
-        lines += _report(planner, fitting, everything, top_k, train_tokens)
+        yield from _report(planner, fitting, everything, top_k, train_tokens)
     if len(best) > 1:
-        lines += ["", *_side_by_side(best, train_tokens)]
-    lines += _written(model, best, output, json_file, png)
-    return "\n".join(lines)
+        yield from ["", *_side_by_side(best, train_tokens)]
+    yield from _written(model, best, output, json_file, png)
 
 
 def _hardware(text: str) -> HardwareSpec:
@@ -309,8 +309,7 @@ def _written(
     output: str | Path | None,
     json_file: str | Path | None,
     png: str | Path | None,
-) -> list[str]:
-    lines = []
+) -> Iterator[str]:
     if output is not None:
         winner = max(best, key=lambda each: each.tokens_per_second)
         content = plan_yaml.configuration(winner, _run(model, winner))
@@ -320,15 +319,12 @@ def _written(
         refused = plan_yaml.checked(output)
         if refused:
             raise argument_error("plan", "output", str(output), f"fit does not take it: {refused}")
-        lines.append(f"wrote {output}")
+        yield f"wrote {output}"
     if json_file is not None:
         text = json.dumps([each.to_dict() for each in best], indent=1)
-        lines.append(_save("json_file", json_file, lambda path: path.write_text(text)))
+        yield _save("json_file", json_file, lambda path: path.write_text(text))
     if png is not None:
-        from lightning_align.planner.plan_plot import draw_plans
-
-        lines.append(_save("png", png, lambda path: draw_plans(path, best)))
-    return ["", *lines] if lines else []
+        yield _save("png", png, lambda path: draw_plans(path, best))
 
 
 def _save(argument: str, path: str | Path, write: Any) -> str:
@@ -391,4 +387,5 @@ def parser() -> CommandParser:
 
 def main(arguments: Sequence[str]) -> None:
     """Run ``lightning-align plan``."""
-    print(plan(**parser().parse_args(list(arguments)).as_dict()))  # noqa: T201
+    for line in plan(**parser().parse_args(list(arguments)).as_dict()):
+        print(line)  # noqa: T201

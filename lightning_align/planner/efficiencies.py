@@ -78,6 +78,22 @@ PRIORS: dict[str, Prior] = {
 }
 
 
+# What no hardware falls short of, for the least that a step can take.
+IDEAL = Efficiencies(
+    matmul=1.0,
+    half_depth=1e-9,
+    memory=1.0,
+    kernel_s=0.0,
+    launch_s=0.0,
+    overlap=32.0,
+    collective_s=0.0,
+    link=1.0,
+    latency_s=0.0,
+    microbatch_s=0.0,
+    step_s=0.0,
+)
+
+
 def efficiencies_of(overhead_s: float, is_asynchronous: bool) -> Efficiencies:
     """Constants of hardware on which nothing was measured.
 

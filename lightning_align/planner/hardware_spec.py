@@ -196,16 +196,6 @@ class HardwareSpec:
             return self.peak_flops
         return self.peak_flops / 8 if self.fp32_flops is None else self.fp32_flops
 
-    def bandwidth(self, ranks: int, stride: int = 1) -> float:
-        """Bytes a second, one way, of a ring of ranks: that of its slowest link.
-
-        Args:
-            ranks: In the ring.
-            stride: Devices from one rank to the next.
-        """
-        is_inside = ranks * stride <= self.devices_per_node
-        return self.intra_bandwidth if is_inside else self.inter_bandwidth
-
 
 def _check_known(where: str, changes: Mapping[str, Any]) -> None:
     known = [each.name for each in fields(HardwareSpec)]

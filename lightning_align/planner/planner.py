@@ -12,7 +12,7 @@ import numpy as np
 
 from lightning_align._errors import argument_error, finite_number
 from lightning_align.planner.calibration import fitted
-from lightning_align.planner.efficiencies import Efficiencies, efficiencies_of
+from lightning_align.planner.efficiencies import IDEAL, Efficiencies, efficiencies_of
 from lightning_align.planner.hardware_spec import HardwareSpec
 from lightning_align.planner.memory import HOST, NVME, device_memory, elsewhere
 from lightning_align.planner.model_spec import ModelSpec
@@ -164,7 +164,7 @@ class Planner:
         for number, row in enumerate(rows):
             self._check_row(number, row)
         if len({(model, parallel) for model, parallel, _ in rows}) < LEAST_ROWS:
-            self._warn(f"{len(rows)} rows, and {LEAST_ROWS} different ones are needed", rows)
+            self._warn(f"{len(rows)} rows, and {LEAST_ROWS} different ones are needed")
             return self
 
         def predict(constants: Efficiencies) -> list[float]:
@@ -172,7 +172,7 @@ class Planner:
 
         found = fitted(predict, [seconds for _, _, seconds in rows], self.efficiencies)
         if found.directions < 2:
-            self._warn("the rows say one thing only, as if of one step", rows)
+            self._warn("the rows say one thing only, as if of one step")
             return self
         worst = int(np.argmax(np.abs(np.log1p(found.errors))))
         if not 1 / FAR < 1 + found.errors[worst] < FAR:
@@ -190,8 +190,7 @@ class Planner:
         if (finite_number(seconds) or 0) <= 0:
             rule = f"the seconds of row {number} must be a positive, finite number"
             raise argument_error(where, "rows", seconds, rule)
-        ideal = Efficiencies(1.0, 1e-9, 1.0, 0.0, 0.0, 32.0, 0.0, 1.0, 0.0, 0.0, 0.0)
-        least = predict_step(model, parallel, self.hw, ideal).breakdown["compute"]
+        least = predict_step(model, parallel, self.hw, IDEAL).breakdown["compute"]
         if seconds < least:
             rule = (
                 f"row {number} took less than the {least:.3g} s that {self.hw.name}'s peak allows"
@@ -199,8 +198,7 @@ class Planner:
             way_out = "It may be of other hardware, or in other units"
             raise argument_error(where, "rows", seconds, rule, way_out)
 
-    def _warn(self, why: str, rows: Sequence[Row]) -> None:
-        del rows
+    def _warn(self, why: str) -> None:
         told = f"{WHERE}.calibrate: {why}; nothing was learned, and what is known of hardware"
         warnings.warn(f"{told} like {self.hw.name} is used.", stacklevel=3)
 

@@ -127,6 +127,15 @@ def test_the_best_plan_becomes_a_file_that_fit_takes(
     assert content["trainer"]["accelerator"] == "cpu"
 
 
+def test_tables_are_there_before_a_file_cannot_be_written(
+    capsys: pytest.CaptureFixture[str], folder: str, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "no" / "plans.json")
+    with pytest.raises(SystemExit, match="json_file=.*cannot be written"):
+        main(["plan", "--model", folder, "--hardware", "h100", "--json_file", path])
+    assert "what if" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [
@@ -136,7 +145,6 @@ def test_the_best_plan_becomes_a_file_that_fit_takes(
         (["--hardware", "h100", "--tokens_per_batch", "3"], "at least one row of 256 tokens"),
         (["--hardware", "h100", "--memory_limit", "1KB"], "nothing fits.*which lacks"),
         (["--hardware", "h100", "--optimizer", "lion"], "must be one of 'adamw'"),
-        (["--hardware", "h100", "--json_file", "/no/such/folder/a.json"], "cannot be written"),
     ],
 )
 def test_mistakes_are_told_in_a_line(folder: str, given: list[str], told: str) -> None:

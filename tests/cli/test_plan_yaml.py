@@ -130,7 +130,6 @@ def test_what_nobody_here_runs_is_said(given: dict[str, Any], told: str) -> None
 def test_a_plan_of_each_kind_trains_a_step(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "plan.yaml"
     plan_yaml.write(path, content(**KINDS[kind]), "a plan")
-    assert plan_yaml.checked(path) == ""
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     short: dict[str, Any] = {"max_steps": 1, "default_root_dir": str(tmp_path), **quiet}
     strategy = yaml.safe_load(path.read_text())["trainer"]["strategy"]

@@ -4,12 +4,11 @@ import pytest
 
 from lightning_align.planner import HardwareSpec
 from lightning_align.planner.collectives import Group, all_gather_s, all_reduce_s, bandwidth
-from lightning_align.planner.efficiencies import Efficiencies
+from lightning_align.planner.efficiencies import IDEAL, Efficiencies
 
 HARDWARE = HardwareSpec(
     1e12, 1e12, 1e9, intra_bandwidth=100.0, inter_bandwidth=10.0, devices_per_node=8
 )
-IDEAL = Efficiencies(link=1.0, latency_s=0.0)
 
 
 def test_a_ring_moves_all_but_one_share_twice() -> None:

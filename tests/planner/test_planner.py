@@ -103,7 +103,7 @@ def test_times_must_be_positive(seconds: Any) -> None:
 
 def test_rows_of_other_hardware() -> None:
     planner = Planner(HARDWARE)
-    with pytest.raises(ValueError, match="row 0 took less than the .* peak allows"):
+    with pytest.raises(ValueError, match=r"row 0 took less than the .* peak allows"):
         planner.calibrate([(LARGE, EIGHT, 1e-3)])
     measured = rows(planner)
     measured[1] = (*measured[1][:2], 30 * measured[1][2])

@@ -7,7 +7,7 @@ import pytest
 from lightning_align.pipelining import simulate
 from lightning_align.planner import HardwareSpec, ModelSpec, ParallelSpec
 from lightning_align.planner.block_work import Pass, Piece
-from lightning_align.planner.efficiencies import Efficiencies
+from lightning_align.planner.efficiencies import IDEAL, Efficiencies
 from lightning_align.planner.step_cost import (
     PassTime,
     StageTimes,
@@ -19,7 +19,6 @@ from lightning_align.planner.step_cost import (
 
 # 100 FLOPs and 10 bytes a second
 HARDWARE = HardwareSpec(100.0, 10.0, 1e9)
-IDEAL = Efficiencies(1.0, 1e-9, 1.0, 0.0, 0.0, 32.0, 0.0, 1.0, 0.0, 0.0, 0.0)
 ONE = ParallelSpec()
 MODEL = ModelSpec(8, 64, 4, vocab_size=100, seq_len=32)
 
