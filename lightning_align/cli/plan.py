@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,10 @@ import yaml
 from lightning_align._errors import argument_error
 from lightning_align.cli import plan_yaml
 from lightning_align.cli.commands import CommandParser
+from lightning_align.cli.plan_report import report, side_by_side, split_of, told_model
 from lightning_align.planner import HardwareSpec, ModelSpec, ParallelSpec, Plan, Planner
 from lightning_align.planner.plan_plot import draw_plans
-from lightning_align.planner.quantities import shown
 from lightning_align.planner.search import ranked
-
-BAR = 40  # characters of the longest bar
-DAY = 86400
 
 
 def plan(
@@ -78,7 +74,7 @@ def plan(
         "reference": reference,
         "precision": precision,
     }
-    yield _told(spec)
+    yield told_model(spec)
     best: list[Plan] = []
     for name in hardware:
         planner = Planner(_hardware(name)).limited_to(memory_limit)
@@ -92,9 +88,9 @@ def plan(
             rule = "nothing that this suite or Lightning runs fits"
             raise argument_error("plan", "runnable", True, rule, "Leave it out to see what does")
         best.append(fitting[0])
-        yield from _report(planner, fitting, everything, top_k, train_tokens)
+        yield from report(planner, fitting, everything, top_k, train_tokens)
     if len(best) > 1:
-        yield from ["", *_side_by_side(best, train_tokens)]
+        yield from ["", *side_by_side(best, train_tokens)]
     yield from _written(model, best, output, json_file, png)
 
 
@@ -112,11 +108,6 @@ def _hardware(text: str) -> HardwareSpec:
         raise argument_error("plan", "hardware", text, rule, "Such as 8xh100-sxm@2.5") from error
 
 
-def _told(spec: ModelSpec) -> str:
-    sizes = f"{spec.num_layers} blocks of width {spec.hidden_size}, rows of {spec.seq_len} tokens"
-    return f"{shown(spec.parameters, '')} parameters: {sizes}"
-
-
 def _base(
     spec: ModelSpec, hw: HardwareSpec, tokens: int | None, chosen: dict[str, Any]
 ) -> ParallelSpec:
@@ -130,177 +121,6 @@ def _base(
     if rows % hw.devices:  # only splits with fewer replicas can take them
         chosen = {**chosen, "pipeline_parallel": hw.devices}
     return ParallelSpec(devices=hw.devices, global_batch_size=rows, **chosen)
-
-
-def _report(
-    planner: Planner,
-    fitting: Sequence[Plan],
-    everything: Sequence[Plan],
-    top_k: int,
-    train_tokens: float | None,
-) -> list[str]:
-    winner = fitting[0]
-    rows = [["#", "split", "s a step", "tokens/s", "MFU", "memory", "bound by", "runs here"]]
-    for number, each in enumerate(fitting[:top_k], start=1):
-        rows.append(
-            [
-                str(number),
-                split_of(each.parallel),
-                f"{each.step_time:.3g}",
-                f"{each.tokens_per_second:,.0f}",
-                f"{each.mfu:.1%}",
-                shown(each.memory_per_device),
-                each.bound,
-                "no" if plan_yaml.unrunnable(each.parallel) else "yes",
-            ]
-        )
-    low, high = winner.interval
-    return [
-        "",
-        f"{planner.hw.devices} x {planner.hw.name}",
-        *_columns(rows),
-        f"the first takes {low:.3g} to {high:.3g} s a step, nine times in ten",
-        *_others(fitting, everything, top_k),
-        "",
-        f"memory of a device ({shown(planner.hw.memory)})",
-        *_bars(winner.memory_breakdown, lambda size: shown(size)),
-        "",
-        "time of a step",
-        *_bars(winner.breakdown, lambda seconds: f"{seconds:.3g} s"),
-        *_whole_run(winner, train_tokens),
-        "",
-        "what if",
-        *_columns(what_if(planner, winner)),
-    ]
-
-
-def split_of(parallel: ParallelSpec) -> str:
-    """A split in a few words."""
-    words = [f"dp {parallel.replicas}"]
-    if parallel.tensor_parallel > 1:
-        words.append(f"tp {parallel.tensor_parallel}")
-    if parallel.pipeline_parallel > 1:
-        chunks = f" x {parallel.chunks}" if parallel.chunks > 1 else ""
-        words.append(f"pp {parallel.pipeline_parallel}{chunks}")
-    words.append(f"micro-batch {parallel.micro_batch_size}")
-    if parallel.zero_stage:
-        words.append(f"ZeRO {parallel.zero_stage}")
-    for what, tier in (
-        ("parameters", parallel.offload_param),
-        ("states", parallel.offload_optimizer),
-    ):
-        if tier != "none":
-            words.append(f"{what} on {tier}")
-    if parallel.activation_checkpointing != "none":
-        words.append(f"{parallel.activation_checkpointing} recomputation")
-    return ", ".join(words)
-
-
-def _others(fitting: Sequence[Plan], everything: Sequence[Plan], top_k: int) -> list[str]:
-    """Why the rest is not in the table."""
-    lines = []
-    slower = fitting[top_k:]
-    if slower:
-        factors = [each.step_time / fitting[0].step_time for each in slower]
-        lines.append(
-            f"{len(slower)} others fit and take {min(factors):.2f} to {max(factors):.2f} times as "
-            "long"
-        )
-    large = [each for each in everything if not each.fits]
-    if large:
-        nearest = min(large, key=lambda each: each.missing_bytes)
-        faster = min(large, key=lambda each: each.step_time)
-        told = f"{split_of(nearest.parallel)} lacks {shown(nearest.missing_bytes)}"
-        lines.append(f"{len(large)} do not fit; nearest is {told}")
-        if faster.step_time < fitting[0].step_time:
-            lacks = f"{faster.step_time:.3g} s, and lacks {shown(faster.missing_bytes)}"
-            lines.append(f"the fastest of them would take {lacks}: {split_of(faster.parallel)}")
-    return lines
-
-
-def _bars(parts: Any, text: Any) -> list[str]:
-    largest = max(parts.values())
-    rows = [
-        [name, text(value), "#" * round(BAR * value / largest)]
-        for name, value in parts.items()
-        if value > 0.001 * largest
-    ]
-    return _columns(rows)
-
-
-def _whole_run(winner: Plan, train_tokens: float | None) -> list[str]:
-    lines = []
-    price = winner.hardware.price_per_hour
-    if price is not None:
-        lines.append(f"{price_of(winner, 1e9):,.2f} for a billion tokens")
-    if train_tokens is not None:
-        days = train_tokens / winner.tokens_per_second / DAY
-        cost = "" if price is None else f", {price_of(winner, train_tokens):,.0f} in all"
-        lines.append(f"{days:,.3g} days for {train_tokens:.3g} tokens{cost}")
-    return ["", *lines] if lines else []
-
-
-def price_of(plan: Plan, tokens: float) -> float:
-    """Of some tokens, in the currency of the price of an hour."""
-    hours = tokens / plan.tokens_per_second / 3600
-    return hours * plan.parallel.devices * (plan.hardware.price_per_hour or 0.0)
-
-
-def what_if(planner: Planner, winner: Plan) -> list[list[str]]:
-    """What one change of the winner would give."""
-    parallel, model = winner.parallel, winner.model
-    wider = {"micro_batch_size": 2 * parallel.micro_batch_size}
-    if parallel.num_microbatches % 2:
-        wider["global_batch_size"] = 2 * parallel.batch_size
-    changes: list[tuple[str, ModelSpec, dict[str, Any]]] = [
-        ("twice the batch", model, {"global_batch_size": 2 * parallel.batch_size}),
-        ("twice the micro-batch", model, wider),
-        ("rows half as long", model.with_seq_len(max(1, model.seq_len // 2)), {}),
-        ("bf16-true", model, {"precision": "bf16-true"}),
-        ("Muon", model, {"optimizer": "muon", "rank": None}),
-        ("no recomputation", model, {"activation_checkpointing": "none"}),
-        ("full recomputation", model, {"activation_checkpointing": "full"}),
-    ]
-    if parallel.pipeline_parallel == parallel.tensor_parallel == 1:
-        near = {"zero_stage": 3, "offload_param": "cpu", "offload_optimizer": "cpu"}
-        far = dict.fromkeys(("offload_param", "offload_optimizer"), "nvme")
-        changes.append(("everything in host memory", model, near))
-        changes.append(("everything on NVMe", model, {"zero_stage": 3, **far}))
-    rows = [["change", "tokens/s", "memory", ""]]
-    for name, other, change in changes:
-        if all(getattr(parallel, key) == value for key, value in change.items()) and change:
-            continue
-        try:
-            found = planner.predict(other, replace(parallel, **change))
-        except ValueError as error:
-            rows.append([name, "", "", f"impossible: {_rule(error)}"])
-            continue
-        ratio = found.tokens_per_second / winner.tokens_per_second - 1
-        lacks = "" if found.fits else f"does not fit: lacks {shown(found.missing_bytes)}"
-        rows.append([name, f"{ratio:+.1%}", shown(found.memory_per_device), lacks])
-    return rows
-
-
-def _rule(error: ValueError) -> str:
-    return str(error).split("): ", 1)[-1].split(". ", 1)[0].rstrip(".")
-
-
-def _side_by_side(best: Sequence[Plan], train_tokens: float | None) -> list[str]:
-    rows = [["hardware", "split", "tokens/s", "MFU", "a billion tokens", "days"]]
-    for each in best:
-        priced = each.hardware.price_per_hour is not None
-        days = train_tokens / each.tokens_per_second / DAY if train_tokens else None
-        rows.append(
-            [
-                f"{each.parallel.devices} x {each.hardware.name}",
-                split_of(each.parallel),
-                f"{each.tokens_per_second:,.0f}",
-                f"{each.mfu:.1%}",
-                f"{price_of(each, 1e9):,.2f}" if priced else "-",
-                "-" if days is None else f"{days:,.3g}",
-            ]
-        )
-    return _columns(rows)
 
 
 def _written(
@@ -355,12 +175,6 @@ def _run(model: str, winner: Plan) -> dict[str, Any]:
             },
         },
     }
-
-
-def _columns(rows: Iterable[Sequence[str]]) -> list[str]:
-    rows = list(rows)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def parser() -> CommandParser:
