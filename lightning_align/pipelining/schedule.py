@@ -49,12 +49,24 @@ def build_schedule(
     name = names[schedule.lower()]
     if num_stages_per_rank is None:
         num_stages_per_rank = 1 if name in _SINGLE else 2
-    _check_numbers(name, pp, num_microbatches, num_stages_per_rank, where)
+    check_numbers(name, pp, num_microbatches, num_stages_per_rank, where)
     rows = [SCHEDULES[name](rank, pp, num_microbatches, num_stages_per_rank) for rank in range(pp)]
     return Schedule(name, pp * num_stages_per_rank, num_microbatches, rows)
 
 
-def _check_numbers(name: str, pp: int, m: int, v: int, where: str) -> None:
+def check_numbers(name: str, pp: int, m: int, v: int, where: str) -> None:
+    """Refuse a schedule that cannot have these numbers.
+
+    Args:
+        name: Of the schedule, as torch writes it.
+        pp: Pipeline ranks.
+        m: Microbatches of a step.
+        v: Stages on each rank.
+        where: Class or function that the user called.
+
+    Raises:
+        ValueError: If it cannot.
+    """
     for argument, value in (("pp", pp), ("num_microbatches", m), ("num_stages_per_rank", v)):
         if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
             raise argument_error(where, argument, value, "must be an integer of at least 1")

@@ -147,11 +147,13 @@ def sizes_of_layers(layers: ModelLayers, **saved: float) -> dict[str, Any]:
         **saved,
     )
     tied = layers.embedding.weight is layers.head_module.weight
+    parts = [part for block in layers.blocks for part in block.modules()]
     return {
         "num_layers": len(blocks),
         "hidden_size": layers.hidden_size,
         "vocab_size": layers.vocab_size,
         "tied_embeddings": bool(tied),
+        "dropout": any(isinstance(part, nn.Dropout) and part.p > 0 for part in parts),
         "analysis": analysis,
         **_attention(layers, typical),
     }

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from lightning_align._errors import argument_error, check_choice
-from lightning_align.pipelining.schedule import SCHEDULES
+from lightning_align.pipelining.schedule import SCHEDULES, check_numbers
 from lightning_align.planner.model_spec import ModelSpec
 
 WHERE = "ParallelSpec"
@@ -138,6 +138,9 @@ class ParallelSpec:
         if self.pipeline_parallel == 1 and stages > 1:
             rule = "counts in a pipeline only"
             raise argument_error(WHERE, "num_model_chunks", stages, rule)
+        if self.pipeline_parallel > 1:
+            numbers = (self.pipeline_parallel, self.num_microbatches, self.chunks)
+            check_numbers(self.schedule, *numbers, WHERE)
         if self.sequence_parallel and self.tensor_parallel == 1:
             rule = "divides tokens among the ranks of tensor_parallel, which is 1"
             raise argument_error(WHERE, "sequence_parallel", True, rule)

@@ -100,10 +100,6 @@ def _made(model: ModelSpec, base: ParallelSpec, **changes: object) -> Iterator[P
         made.check_model(model)
     except ValueError:
         return
-    if made.schedule == "Interleaved1F1B":
-        rounds = max(1, made.num_microbatches // made.pipeline_parallel)
-        if made.num_microbatches % rounds:
-            return
     yield made
 
 

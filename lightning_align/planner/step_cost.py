@@ -170,8 +170,9 @@ def simulated_microbatches(parallel: ParallelSpec) -> int:
 
     After them the busiest rank is never idle, and each further one costs what it computes.
     """
-    pp, many = parallel.pipeline_parallel, parallel.num_microbatches
-    return min(many, SETTLED * pp + many % pp) if parallel.schedule.endswith("1F1B") else many
+    many, few = parallel.num_microbatches, SETTLED * parallel.pipeline_parallel
+    settles = {"1F1B": True, "Interleaved1F1B": many % parallel.pipeline_parallel == 0}
+    return min(many, few) if settles.get(parallel.schedule, False) else many
 
 
 def pipeline_s(times: StageTimes, parallel: ParallelSpec) -> float:

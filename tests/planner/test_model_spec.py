@@ -37,7 +37,10 @@ def test_parameters_are_those_of_a_real_llama(tied: bool) -> None:
 def test_parameters_are_those_of_gpt2() -> None:
     ours = ModelSpec(12, 768, 12, vocab_size=50257, seq_len=1024)
     assert ours.parameters == 124_439_808  # as its own table has it
-    assert ModelSpec.from_config(GPT2Config()).parameters == ours.parameters
+    theirs = ModelSpec.from_config(GPT2Config())
+    assert theirs.parameters == ours.parameters
+    assert theirs.dropout
+    assert not ModelSpec.from_config(GPT2Config(resid_pdrop=0, attn_pdrop=0)).dropout
 
 
 def test_gpt_has_twelve_squares_of_its_width_a_block() -> None:

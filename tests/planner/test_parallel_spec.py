@@ -46,6 +46,15 @@ def test_pairs_are_two_rows_less_what_they_share() -> None:
         ({"shared_prefix": 0.5}, "is of the two of a pair"),
         ({"num_model_chunks": 2}, "counts in a pipeline only"),
         ({"devices": 2, "pipeline_parallel": 2, "num_model_chunks": 2}, "Use Interleaved1F1B"),
+        (
+            {
+                "devices": 4,
+                "pipeline_parallel": 4,
+                "schedule": "Interleaved1F1B",
+                "global_batch_size": 27,
+            },
+            r"num_microbatches=27\): .*6 rounds of equally many",
+        ),
         ({"sequence_parallel": True}, "tensor_parallel, which is 1"),
         ({"rank": 8}, "is GaLore's"),
         ({"offload_param": "nvme"}, "needs zero_stage=3"),
