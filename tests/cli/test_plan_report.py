@@ -48,7 +48,7 @@ def test_products_are_on_one_side_of_the_ridge_and_norms_on_the_other() -> None:
     sides = {name: side for name, _, side, _ in rows}
     assert sides["feed-forward in"] == "compute"
     assert all(float(flops) < 153 for name, flops, side, _ in rows if side == "memory")
-    unfused = replace(big, attention="unfused", seq_len=4096)
+    unfused = replace(GPT, hidden_size=512, attention="unfused", seq_len=4096)
     plan = Planner("a100").predict(unfused, ParallelSpec(micro_batch_size=8))
     assert {name: side for name, _, side, _ in roofline(plan)[1:]}["softmax"] == "memory"
 

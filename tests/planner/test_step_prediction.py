@@ -106,7 +106,8 @@ def test_drives_move_what_the_strategy_moves() -> None:
     blocks = deep.num_layers * count(deep.block_shapes)
     assert found.nvme.read + found.nvme.written == pytest.approx(28 * blocks, rel=0.02)
     assert found.breakdown["transfers"] > 0
-    away = replace(HARDWARE, nvme_read_bandwidth=1e15, nvme_write_bandwidth=1e15)
+    rates = ("nvme_read_bandwidth", "nvme_write_bandwidth", "host_bandwidth")
+    away = replace(HARDWARE, **dict.fromkeys(rates, 1e15))
     fast = predicted(deep, away, zero_stage=3, offload_param="nvme", offload_optimizer="nvme")
     assert fast.breakdown["transfers"] == 0
 
