@@ -12,7 +12,10 @@ from lightning_align.planner.block_analysis import on_meta
 from tests.helpers.step_models import gpt, gpt2, llama, loss_of
 
 
-@pytest.mark.parametrize(("build", "gated", "ffn"), [(gpt, False, 192), (llama, True, 176)])
+@pytest.mark.parametrize(
+    ("build", "gated", "ffn"),
+    [pytest.param(gpt, False, 192, marks=pytest.mark.slow), (llama, True, 176)],
+)
 def test_what_blocks_keep_at_sizes_that_were_not_analysed(
     build: Any, gated: bool, ffn: int
 ) -> None:

@@ -143,7 +143,13 @@ RUNS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+BY_DEFAULT = ("llama", "galore")  # each is a second; the others are of the slow ones
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in BY_DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in RUNS],
+)
 def test_the_peak_of_real_steps_at_sizes_that_were_not_analysed(name: str) -> None:
     """In the order of Lightning: gradients of the step before go after the next forward.
 

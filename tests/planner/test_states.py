@@ -23,7 +23,7 @@ MADE: dict[str, Callable[..., Optimizer]] = {
 
 
 @pytest.mark.parametrize("name", MADE)
-@pytest.mark.parametrize("build", [gpt, llama])
+@pytest.mark.parametrize("build", [gpt, pytest.param(llama, marks=pytest.mark.slow)])
 def test_states_are_those_of_the_optimizer_itself(name: str, build: Any) -> None:
     model = build()
     optimizer = MADE[name](build_param_groups(model), lr=1e-3)
