@@ -122,7 +122,7 @@ def sizes_of_layers(layers: ModelLayers, **saved: float) -> dict[str, Any]:
 
     Args:
         layers: Map of the model.
-        saved: What is known of the bytes that a block keeps.
+        **saved: What is known of the bytes that a block keeps.
 
     Raises:
         ValueError: If its blocks differ, or are not of a decoder of its sizes.

@@ -107,7 +107,7 @@ class HardwareSpec:
 
         Args:
             name: For example ``"a100-sxm-80gb"`` or ``"8xh100-sxm"``.
-            changes: Arguments of ``HardwareSpec`` in place of the sheets'.
+            **changes: Arguments of ``HardwareSpec`` in place of the sheets'.
 
         Raises:
             ValueError: If it is not known, or a peak is one of sparse matrices.
@@ -151,7 +151,7 @@ class HardwareSpec:
         Args:
             device: Which one.
             disk: A folder on a drive to measure as well.
-            changes: Arguments of ``HardwareSpec`` in place of what was measured.
+            **changes: Arguments of ``HardwareSpec`` in place of what was measured.
 
         Raises:
             ValueError: If there is no such device.
