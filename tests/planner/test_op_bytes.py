@@ -88,9 +88,9 @@ def test_the_pair_of_the_lecture() -> None:
 
 
 def test_views_that_counted_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(op_flops, "VIEW", "a kind that nothing is of")
-    monkeypatch.setattr(op_bytes, "VIEW", "a kind that nothing is of")
     op = op_flops.describe(torch.ops.aten.t.default)
+    assert op_bytes.traffic(op, (A,), {}, A.t()).bytes == 0
+    monkeypatch.setattr(op_bytes, "VIEW", "a kind that nothing is of")
     assert op_bytes.traffic(op, (A,), {}, A.t()).bytes == 2 * N
 
 
