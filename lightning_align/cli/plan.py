@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lightning_align._errors import argument_error
+from lightning_align._errors import argument_error, finite_number
 from lightning_align.cli import plan_yaml
 from lightning_align.cli.commands import CommandParser
 from lightning_align.cli.plan_report import report, side_by_side, split_of, told_model
@@ -65,6 +66,10 @@ def plan(
     Raises:
         ValueError: If a value is out of its range, nothing fits, or a file cannot be written.
     """
+    if top_k < 1:
+        raise argument_error("plan", "top_k", top_k, "must be at least 1")
+    if train_tokens is not None and (finite_number(train_tokens) or 0) <= 0:
+        raise argument_error("plan", "train_tokens", train_tokens, "must be positive and finite")
     spec = ModelSpec.from_config(model, seq_len=seq_len)
     chosen = {
         "optimizer": optimizer,
@@ -79,7 +84,8 @@ def plan(
     for name in hardware:
         planner = Planner(_hardware(name)).limited_to(memory_limit)
         base = _base(spec, planner.hw, tokens_per_batch, chosen)
-        everything = ranked(planner, spec, base)
+        refused: Counter[str] = Counter()
+        everything = ranked(planner, spec, base, refused)
         if runnable:
             everything = [p for p in everything if not plan_yaml.unrunnable(p.parallel)]
         fitting = [each for each in everything if each.fits]
@@ -88,7 +94,7 @@ def plan(
             rule = "nothing that this suite or Lightning runs fits"
             raise argument_error("plan", "runnable", True, rule, "Leave it out to see what does")
         best.append(fitting[0])
-        yield from report(planner, fitting, everything, top_k, train_tokens)
+        yield from report(planner, fitting, everything, refused, top_k, train_tokens)
     if len(best) > 1:
         yield from ["", *side_by_side(best, train_tokens)]
     yield from _written(model, best, output, json_file, png)

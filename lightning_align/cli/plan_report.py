@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from lightning_align.planner.step_cost import all_passes
 
 BAR = 40  # characters of the longest bar
 DAY = 86400  # seconds
+MOST_REASONS = 3  # why splits are impossible
 
 
 def told_model(spec: ModelSpec) -> str:
@@ -25,6 +27,7 @@ def report(
     planner: Planner,
     fitting: Sequence[Plan],
     everything: Sequence[Plan],
+    refused: Counter[str],
     top_k: int,
     train_tokens: float | None,
 ) -> list[str]:
@@ -34,6 +37,7 @@ def report(
         planner: Who predicted.
         fitting: Plans that fit, the fastest first.
         everything: These and all others.
+        refused: Why others are impossible, and how many.
         top_k: Lines of the table.
         train_tokens: Tokens of the whole run, if it is to be priced.
     """
@@ -59,6 +63,7 @@ def report(
         *_columns(rows),
         f"the first takes {low:.3g} to {high:.3g} s a step, nine times in ten",
         *_others(fitting, everything, top_k),
+        *_impossible(refused),
         "",
         f"memory of a device ({shown(planner.hw.memory)})",
         *_bars(winner.memory_breakdown, shown),
@@ -117,6 +122,13 @@ def _others(fitting: Sequence[Plan], everything: Sequence[Plan], top_k: int) -> 
             lacks = f"{faster.step_time:.3g} s, and lacks {shown(faster.missing_bytes)}"
             lines.append(f"the fastest of them would take {lacks}: {split_of(faster.parallel)}")
     return lines
+
+
+def _impossible(refused: Counter[str]) -> list[str]:
+    if not refused:
+        return []
+    told = "; ".join(f"{why} ({many})" for why, many in refused.most_common(MOST_REASONS))
+    return [f"{refused.total()} are impossible: {told}"]
 
 
 def _bars(parts: Mapping[str, float], text: Callable[[float], str]) -> list[str]:

@@ -25,9 +25,11 @@ _RUNNERS = {
     "grid": "a pipeline of which there are several copies is Megatron-LM's or torchtitan's",
     "selective": "recomputing attention's scores alone is Megatron-LM's",
     "master": "16-bit weights with fp32 ones in the optimizer are DeepSpeed's or Megatron-LM's",
-    "pairs": "a pipeline would tear pairs apart",
+    "asked": "no rank of a pipeline has a whole model to ask for a reference's log-probabilities",
+    "computed": "ZeRO-Infinity's ranks ask no reference before training",
+    "scaler": "ZeRO-Infinity takes no loss scaler",
     "schedule": "pipelines here run GPipe, 1F1B and Interleaved1F1B",
-    "lisa": "LISA freezes blocks, which only one process and DDP follow",
+    "lisa": "LISA draws among all blocks, and a rank of a pipeline has some",
 }
 
 
@@ -37,16 +39,18 @@ def unrunnable(parallel: ParallelSpec) -> str | None:
     Args:
         parallel: The split.
     """
-    p = parallel.pipeline_parallel
-    is_plain = parallel.zero_stage == 0 and p == 1
+    p, has_zero = parallel.pipeline_parallel, parallel.zero_stage > 0
+    is_dpo, reference = parallel.objective == "dpo", parallel.reference
     found = [
         ("tensor", parallel.tensor_parallel > 1),
         ("grid", p > 1 and parallel.replicas > 1),
         ("selective", parallel.activation_checkpointing == "selective"),
         ("master", parallel.precision.endswith("master")),
-        ("pairs", p > 1 and parallel.objective == "dpo"),
+        ("asked", p > 1 and is_dpo and reference != "none"),
+        ("computed", has_zero and is_dpo and reference == "precomputed"),
+        ("scaler", has_zero and parallel.precision == "16-mixed"),
         ("schedule", p > 1 and parallel.schedule not in ("GPipe", "1F1B", "Interleaved1F1B")),
-        ("lisa", parallel.lisa_layers is not None and not is_plain),
+        ("lisa", p > 1 and parallel.lisa_layers is not None),
     ]
     return next((_RUNNERS[name] for name, is_so in found if is_so), None)
 

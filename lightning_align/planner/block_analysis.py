@@ -19,6 +19,7 @@ from lightning_align.planner.analyze import analyze_step
 from lightning_align.planner.model_spec import Shapes, count
 
 WHERE = "ModelSpec.from_module"
+MODULE = "module"  # the argument of from_module; from_config has one of that name, too
 SHORT, LONG = 32, 96  # tokens of the rows of which saved bytes are counted
 UNLIKE = 0.25  # of a block's parameters, from which on it is no decoder block of its sizes
 
@@ -87,6 +88,7 @@ def sizes_of_module(module: nn.Module, seq_len: int) -> dict[str, Any]:
     models = list(find_language_models(module).values()) or [module]
     model = on_meta(models[0])
     layers = find_layers(model)
+    refuse_experts(layers, MODULE)  # which may not run on meta
     short = _saved(model, layers, 1, SHORT)
     long, two_rows = (_saved(model, layers, rows, LONG) for rows in (1, 2))
     # One row of t tokens keeps a t + (b + c) t^2, and each further one a t + b t^2.
@@ -94,7 +96,7 @@ def sizes_of_module(module: nn.Module, seq_len: int) -> dict[str, Any]:
     token = short / SHORT - both * SHORT
     pair = (two_rows - long - token * LONG) / LONG**2
     saved = {"saved_a_token": token, "saved_a_pair": pair, "saved_mask": both - pair}
-    return {**sizes_of_layers(layers, **saved), "seq_len": seq_len}
+    return {**sizes_of_layers(layers, MODULE, **saved), "seq_len": seq_len}
 
 
 def _saved(model: nn.Module, layers: ModelLayers, rows: int, tokens: int) -> float:
@@ -117,16 +119,40 @@ def _saved(model: nn.Module, layers: ModelLayers, rows: int, tokens: int) -> flo
     return float(report.modules[names[len(names) // 2]].saved_bytes)
 
 
-def sizes_of_layers(layers: ModelLayers, **saved: float) -> dict[str, Any]:
+def refuse_experts(layers: ModelLayers, argument: str) -> None:
+    """Refuse blocks of which a token takes a part only: neither time nor memory is that of all.
+
+    Args:
+        layers: Map of the model.
+        argument: What the user gave it as, module or config.
+
+    Raises:
+        ValueError: If there are experts in a block.
+    """
+    for name, _ in layers.model.named_modules():
+        if name.rpartition(".")[2] == "experts":
+            rule = f"is a mixture of experts ({name}), whose tokens have a part of a block each"
+            way_out = "Such models are not planned; analyze_step counts a step of one"
+            raise argument_error(*_asked(layers, argument), rule, way_out)
+
+
+def _asked(layers: ModelLayers, argument: str) -> tuple[str, str, str]:
+    """What the user called, with which argument, and what that was."""
+    return f"ModelSpec.from_{argument}", argument, type(layers.model).__name__
+
+
+def sizes_of_layers(layers: ModelLayers, argument: str, **saved: float) -> dict[str, Any]:
     """Arguments of ``ModelSpec`` for a model whose layers are known, but for ``seq_len``.
 
     Args:
         layers: Map of the model.
+        argument: What the user gave it as, module or config.
         **saved: What is known of the bytes that a block keeps.
 
     Raises:
         ValueError: If its blocks differ, or are not of a decoder of its sizes.
     """
+    refuse_experts(layers, argument)
     kinds = parameter_kinds(layers.model, layers)
     blocks = [_shapes(kinds, block) for block in layers.blocks]
     held = {id(parameter) for block in layers.blocks for parameter in block.parameters()}
@@ -139,7 +165,7 @@ def sizes_of_layers(layers: ModelLayers, **saved: float) -> dict[str, Any]:
     typical = sorted(blocks, key=count)[len(blocks) // 2]
     if max(sizes) > 1.02 * min(sizes):
         rule = f"has blocks of {min(sizes):,} to {max(sizes):,} parameters, which must be alike"
-        raise argument_error(WHERE, "module", type(layers.model).__name__, rule)
+        raise argument_error(*_asked(layers, argument), rule)
     analysis = BlockAnalysis(
         block_shapes=typical,
         first_shapes=_shapes_of(kinds, [p for p in beside if id(p) not in after]),
@@ -155,11 +181,11 @@ def sizes_of_layers(layers: ModelLayers, **saved: float) -> dict[str, Any]:
         "tied_embeddings": bool(tied),
         "dropout": any(isinstance(part, nn.Dropout) and part.p > 0 for part in parts),
         "analysis": analysis,
-        **_attention(layers, typical),
+        **_attention(layers, typical, argument),
     }
 
 
-def _attention(layers: ModelLayers, block: Shapes) -> dict[str, Any]:
+def _attention(layers: ModelLayers, block: Shapes, argument: str) -> dict[str, Any]:
     """Heads and widths: from the configuration of transformers, or by the shapes of matrices."""
     h = layers.hidden_size
     config: Any = getattr(layers.model, "config", None)
@@ -179,9 +205,9 @@ def _attention(layers: ModelLayers, block: Shapes) -> dict[str, Any]:
     if abs(held / expected - 1) > UNLIKE:
         rule = (
             f"has blocks with {held:,} elements in matrices, and a decoder of its sizes has "
-            f"{expected:,}; mixtures of experts are not planned"
+            f"{expected:,}: what else is in them would not be planned"
         )
-        raise argument_error(WHERE, "module", type(layers.model).__name__, rule)
+        raise argument_error(*_asked(layers, argument), rule)
     return {**known, "ffn_hidden_size": ffn, "gated_ffn": gated}
 
 

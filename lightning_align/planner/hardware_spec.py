@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Mapping
@@ -202,7 +203,9 @@ def _check_known(where: str, changes: Mapping[str, Any]) -> None:
     for argument, value in changes.items():
         if argument not in known:
             rule = f"must be one of {', '.join(known)}"
-            raise argument_error(where, argument, value, rule)
+            close = difflib.get_close_matches(argument, known, n=1)
+            way_out = f"Did you mean {close[0]}" if close else ""
+            raise argument_error(where, argument, value, rule, way_out)
 
 
 assert set(NODES) == set(SPEC_SHEETS), "a sheet without a node, or the other way round"

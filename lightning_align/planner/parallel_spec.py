@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
-from lightning_align._errors import argument_error, check_choice
+from lightning_align._errors import argument_error, check_choice, finite_number
 from lightning_align.pipelining.schedule import SCHEDULES, check_numbers
 from lightning_align.planner.model_spec import ModelSpec
 
@@ -106,7 +106,11 @@ class ParallelSpec:
             ("schedule", tuple(SCHEDULES)),
         ):
             check_choice(WHERE, argument, getattr(self, argument), choices)
-        if not 0 <= self.shared_prefix < 1:
+        for argument in ("sequence_parallel", "chunked_loss", "overlap_grad_reduce"):
+            if not isinstance(getattr(self, argument), bool):
+                raise argument_error(WHERE, argument, getattr(self, argument), "must be a bool")
+        share = finite_number(self.shared_prefix)
+        if share is None or not 0 <= share < 1:
             rule = "must be a share of a row, from 0 to below 1"
             raise argument_error(WHERE, "shared_prefix", self.shared_prefix, rule)
         self._check_split()
@@ -163,9 +167,12 @@ class ParallelSpec:
         if self.offload_optimizer != "none" and self.zero_stage < 1:
             rule = "needs zero_stage of at least 1"
             raise argument_error(WHERE, "offload_optimizer", self.offload_optimizer, rule)
-        if self.objective != "dpo" and self.shared_prefix:
-            rule = "is of the two of a pair, and the objective is 'pretrain'"
-            raise argument_error(WHERE, "shared_prefix", self.shared_prefix, rule)
+        if self.objective != "dpo":
+            for argument, plain in (("shared_prefix", 0.0), ("reference", "model")):
+                value = getattr(self, argument)
+                if value != plain:
+                    rule = f"is of the pairs of 'dpo', and the objective is {self.objective!r}"
+                    raise argument_error(WHERE, argument, value, rule)
 
     def check_model(self, model: ModelSpec) -> None:
         """Refuse a model that cannot be split so.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lightning_align._errors import argument_error, finite_number
+from lightning_align.planner.block_work import Pass, frozen
 from lightning_align.planner.calibration import fitted
 from lightning_align.planner.efficiencies import IDEAL, Efficiencies, efficiencies_of
 from lightning_align.planner.hardware_spec import HardwareSpec
@@ -72,14 +73,25 @@ class Plan:
 
     @property
     def model_flops(self) -> float:
-        """FLOPs of a step that its mathematics asks for, on all devices."""
+        """FLOPs of a step that its mathematics asks for, on all devices.
+
+        They are counted as in ``StepReport.model_flops``: all pairs of tokens, masked or not.
+        """
+        spec = self.parallel
         plain = ParallelSpec(
-            micro_batch_size=self.parallel.micro_batch_size, objective=self.parallel.objective
+            micro_batch_size=spec.micro_batch_size,
+            objective=spec.objective,
+            shared_prefix=spec.shared_prefix,
         )
-        block, first, last = all_passes(self.model, plain)
-        per_block, ends = _flops(block), _flops(first) + _flops(last)
-        micro_batches = self.parallel.batch_size / self.parallel.micro_batch_size
-        return micro_batches * (self.model.num_layers * per_block + ends)
+        # Of unfused attention no product is repeated, and none is left out.
+        model = replace(self.model, attention="unfused")
+        (forward, backward), *ends = all_passes(model, plain)
+        forwards = 1 + spec.has_reference
+        trained = model.num_layers if spec.lisa_layers is None else spec.lisa_layers
+        flops = model.num_layers * (forwards * _flops(forward) + _flops(frozen(backward)))
+        flops += trained * (_flops(backward) - _flops(frozen(backward)))
+        flops += sum(forwards * _flops(first) + _flops(second) for first, second in ends)
+        return spec.batch_size / spec.micro_batch_size * flops
 
     @property
     def mfu(self) -> float:
@@ -108,8 +120,8 @@ class Plan:
         }
 
 
-def _flops(passes: Sequence[Any]) -> float:
-    return float(sum(piece.flops for each in passes for piece in each.pieces))
+def _flops(work: Pass) -> float:
+    return float(sum(piece.flops for piece in work.pieces))
 
 
 class Planner:
@@ -183,8 +195,11 @@ class Planner:
         self._factor = float(np.exp(max(spread, 0.02)))
         return self
 
-    def _check_row(self, number: int, row: Row) -> None:
+    def _check_row(self, number: int, row: Any) -> None:
         where = f"{WHERE}.calibrate"
+        if not isinstance(row, tuple) or len(row) != 3:
+            rule = f"row {number} must be a ModelSpec, a ParallelSpec and the seconds of a step"
+            raise argument_error(where, "rows", row, rule)
         model, parallel, seconds = row
         self._check(where, model, parallel)
         if (finite_number(seconds) or 0) <= 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def sizes_of(config: Any, seq_len: int | None) -> dict[str, Any]:
 
     if isinstance(config, (str, Path)) and str(config).endswith((".yaml", ".yml")):
         config, given = _of_yaml(Path(config))
-        seq_len = seq_len or given
+        seq_len = given if seq_len is None else seq_len
     if isinstance(config, (str, Path)):
         resolve_pretrained(WHERE, "config", str(config))
         try:
@@ -45,11 +46,17 @@ def sizes_of(config: Any, seq_len: int | None) -> dict[str, Any]:
         rule = "must be a Hugging Face name or folder, a YAML file, or a configuration"
         raise argument_error(WHERE, "config", config, rule)
     builder: Any = AutoModelForCausalLM
-    with torch.device("meta"):
-        model = builder.from_config(config)
+    try:
+        with torch.device("meta"):
+            model = builder.from_config(config)
+    except ValueError as error:  # its message names a hundred other configurations
+        rule = "is no decoder that transformers can build"
+        way_out = "Use ModelSpec.from_module, or give its sizes"
+        name = type(config).__name__
+        raise argument_error(WHERE, "config", name, rule, way_out) from error
     positions = getattr(config, "max_position_embeddings", None) or MOST_TOKENS
-    tokens = seq_len or min(int(positions), MOST_TOKENS)
-    return {**sizes_of_layers(find_layers(model)), "seq_len": tokens}
+    tokens = min(int(positions), MOST_TOKENS) if seq_len is None else seq_len
+    return {**sizes_of_layers(find_layers(model), "config"), "seq_len": tokens}
 
 
 def _of_yaml(path: Path) -> tuple[Any, int | None]:
@@ -72,7 +79,7 @@ def _built(model: Mapping[str, Any], path: Path) -> Any:
     import transformers
 
     module, _, name = str(model.get("class_path")).rpartition(".")
-    made = getattr(transformers, name, None)
+    made: Any = getattr(transformers, name, None)
     is_config = isinstance(made, type) and issubclass(made, transformers.PretrainedConfig)
     if not is_config or module not in ("", "transformers"):
         rule = (
@@ -80,7 +87,20 @@ def _built(model: Mapping[str, Any], path: Path) -> Any:
         )
         way_out = "Use ModelSpec.from_module"
         raise argument_error(WHERE, "config", str(path), rule, way_out)
-    return made(**model.get("init_args", {}))  # type: ignore[misc]
+    given = model.get("init_args") or {}
+    config = made(**given)
+    _check_known(config, made(), given, path)
+    return config
+
+
+def _check_known(config: Any, plain: Any, given: Mapping[str, Any], path: Path) -> None:
+    """Refuse what a configuration keeps and nothing will ever read."""
+    for key, value in given.items():
+        if hasattr(config, key) and not hasattr(plain, key):
+            close = difflib.get_close_matches(key, plain.to_dict(), n=1)
+            rule = f"{type(plain).__name__} has no {key}={value!r}"
+            way_out = f"Did you mean {close[0]}" if close else ""
+            raise argument_error(WHERE, "config", str(path), rule, way_out)
 
 
 def _inside(content: Any, *keys: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
@@ -31,7 +32,10 @@ _TIERS = (
 
 
 def candidates(
-    model: ModelSpec, base: ParallelSpec, hardware: HardwareSpec
+    model: ModelSpec,
+    base: ParallelSpec,
+    hardware: HardwareSpec,
+    refused: Counter[str] | None = None,
 ) -> Iterator[ParallelSpec]:
     """Every split that the numbers allow, with what the user chose kept.
 
@@ -42,7 +46,9 @@ def candidates(
         model: What is trained.
         base: Devices, batch, objective, optimizer, precision.
         hardware: On what.
+        refused: Gets why other splits are impossible, and how many are by that.
     """
+    refused = Counter() if refused is None else refused
     tensor = [t for t in _powers(hardware.devices_per_node) if base.devices % t == 0]
     pipeline = [p for p in _divisors(base.devices) if p <= min(MOST_PIPELINE, model.num_layers)]
     checkpointing = (
@@ -59,10 +65,13 @@ def candidates(
             schedules.append(("Interleaved1F1B", 2))
         for micro, (schedule, chunks) in product(_powers(MOST_MICROBATCH), schedules):
             if base.batch_size % (micro * replicas):
+                rule = "must be a multiple of micro_batch_size * data_parallel"
+                refused[f"global_batch_size={base.batch_size} {rule}"] += 1
                 continue
             yield from _made(
                 model,
                 base,
+                refused,
                 data_parallel=None,
                 tensor_parallel=t,
                 sequence_parallel=t > 1 and model.seq_len % t == 0,
@@ -93,28 +102,35 @@ def _is_sensible(
     return not ("nvme" in away and no_drives)
 
 
-def _made(model: ModelSpec, base: ParallelSpec, **changes: object) -> Iterator[ParallelSpec]:
+def _made(
+    model: ModelSpec, base: ParallelSpec, refused: Counter[str], **changes: object
+) -> Iterator[ParallelSpec]:
     """The split, if model and schedule allow it."""
     try:
         made = replace(base, **changes)  # type: ignore[arg-type]
         made.check_model(model)
-    except ValueError:
+    except ValueError as error:
+        given, _, rule = str(error).partition("): ")
+        refused[f"{given.partition('(')[2]} {rule.partition('. ')[0].rstrip('.')}"] += 1
         return
     yield made
 
 
-def ranked(planner: Planner, model: ModelSpec, base: ParallelSpec) -> list[Plan]:
+def ranked(
+    planner: Planner, model: ModelSpec, base: ParallelSpec, refused: Counter[str] | None = None
+) -> list[Plan]:
     """All candidates: those that fit by their time, then the others by what is missing.
 
     Args:
         planner: Who predicts.
         model: What is trained.
         base: Devices, batch, objective, optimizer, precision.
+        refused: Gets why other splits are impossible, and how many are by that.
 
     Raises:
         ValueError: If no split is possible at all.
     """
-    plans = [planner.predict(model, each) for each in candidates(model, base, planner.hw)]
+    plans = [planner.predict(model, each) for each in candidates(model, base, planner.hw, refused)]
     if not plans:
         return [planner.predict(model, base)]  # raises, if it is impossible, with the reason
     return _worth_it(sorted(plans, key=_rank))

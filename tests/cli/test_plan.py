@@ -110,6 +110,9 @@ def test_tables_are_there_before_a_file_cannot_be_written(
         (["--hardware", "h100", "--tokens_per_batch", "3"], "at least one row of 256 tokens"),
         (["--hardware", "h100", "--memory_limit", "1KB"], "nothing fits.*which lacks"),
         (["--hardware", "h100", "--optimizer", "lion"], "must be one of 'adamw'"),
+        (["--hardware", "h100", "--top_k", "0"], "top_k=0.*at least 1"),
+        (["--hardware", "h100", "--train_tokens", "0"], "train_tokens=0.*positive and finite"),
+        (["--hardware", "h100", "--seq_len", "0"], "seq_len=0"),
     ],
 )
 def test_mistakes_are_told_in_a_line(folder: str, given: list[str], told: str) -> None:

@@ -1,5 +1,6 @@
 """What is said of plans: prices, words, changes, and the roofline of a block."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -57,6 +58,9 @@ def test_what_does_not_fit_is_told_with_what_is_missing() -> None:
     planner = Planner("a100")
     fits = planner.predict(GPT, ParallelSpec(micro_batch_size=1, activation_checkpointing="full"))
     large = planner.predict(replace(GPT, seq_len=65536), ParallelSpec(micro_batch_size=64))
-    text = "\n".join(report(planner, [fits], [fits, large], 3, None))
+    refused = Counter({"tensor_parallel=8 must divide the model's num_heads=4": 7})
+    text = "\n".join(report(planner, [fits], [fits, large], refused, 3, None))
     assert "1 do not fit; nearest is dp 1, micro-batch 64 lacks" in text
     assert "others fit" not in text
+    told = "7 are impossible: tensor_parallel=8 must divide the model's num_heads=4 (7)"
+    assert told in text

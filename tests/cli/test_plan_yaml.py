@@ -10,6 +10,8 @@ from transformers import LlamaConfig
 from lightning_align.__main__ import main
 from lightning_align.cli import plan_yaml
 from lightning_align.planner import HardwareSpec, ModelSpec, ParallelSpec, Planner
+from tests.helpers.checkpoints import small_tokenizer
+from tests.modules.test_precomputed import write_pairs
 
 SIZES = {
     "vocab_size": 512,
@@ -33,12 +35,24 @@ RUN: dict[str, Any] = {
 HARDWARE = HardwareSpec.from_name("2xxeon-8480")
 
 
-def content(**given: Any) -> dict[str, Any]:
+def of_pairs(folder: Path) -> dict[str, Any]:
+    """A run on pairs, which are written into the folder."""
+    small_tokenizer().save_pretrained(folder / "tokenizer")
+    given = {"paths": str(write_pairs(folder / "pairs.jsonl", number=18))}
+    given["tokenizer"] = str(folder / "tokenizer")
+    return {
+        "model": {**RUN["model"], "class_path": "DPOModule"},
+        "data": {"class_path": "PreferenceDataModule", "init_args": given},
+    }
+
+
+def content(run: dict[str, Any] = RUN, **given: Any) -> dict[str, Any]:
     model = ModelSpec.from_config(LlamaConfig(**SIZES), seq_len=32)
     spec = ParallelSpec(**{"precision": "32-true", "micro_batch_size": 2, **given})
-    return plan_yaml.configuration(Planner(HARDWARE).predict(model, spec), RUN)
+    return plan_yaml.configuration(Planner(HARDWARE).predict(model, spec), run)
 
 
+PIPELINE = {"devices": 2, "pipeline_parallel": 2, "global_batch_size": 8}
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "accumulated": {"global_batch_size": 4},
@@ -58,8 +72,16 @@ KINDS: dict[str, dict[str, Any]] = {
         "offload_activations": "nvme",
         "activation_checkpointing": "full",
     },
+    "sgd": {"optimizer": "sgd"},
+    "bf16-mixed": {"precision": "bf16-mixed"},
+    "lisa, stage 3": {"lisa_layers": 1, "zero_stage": 3, "offload_param": "cpu"},
     "replicas": {"devices": 2},
-    "pipeline": {"devices": 2, "pipeline_parallel": 2, "global_batch_size": 8},
+    "pipeline": PIPELINE,
+    "GPipe": {**PIPELINE, "schedule": "GPipe"},
+    "pairs": {"objective": "dpo"},
+    "pairs, precomputed": {"objective": "dpo", "reference": "precomputed"},
+    "pairs, stage 3": {"objective": "dpo", "zero_stage": 3, "offload_param": "nvme"},
+    "pairs in a pipeline": {**PIPELINE, "objective": "dpo", "reference": "none"},
     "interleaved": {
         "devices": 2,
         "pipeline_parallel": 2,
@@ -113,11 +135,14 @@ def test_what_the_user_wrote_stays() -> None:
             {"devices": 4, "pipeline_parallel": 2, "global_batch_size": 4},
             "several copies",
         ),
-        ({"lisa_layers": 1, "zero_stage": 1}, "LISA freezes blocks"),
+        ({**PIPELINE, "lisa_layers": 1}, "LISA draws among all blocks"),
+        ({**PIPELINE, "objective": "dpo"}, "has a whole model to ask"),
+        ({**PIPELINE, "objective": "dpo", "reference": "precomputed"}, "has a whole model to ask"),
         (
-            {"devices": 2, "pipeline_parallel": 2, "objective": "dpo"},
-            "would tear pairs apart",
+            {"zero_stage": 1, "objective": "dpo", "reference": "precomputed"},
+            "ask no reference before training",
         ),
+        ({"zero_stage": 1, "precision": "16-mixed"}, "takes no loss scaler"),
     ],
 )
 def test_what_nobody_here_runs_is_said(given: dict[str, Any], told: str) -> None:
@@ -127,9 +152,13 @@ def test_what_nobody_here_runs_is_said(given: dict[str, Any], told: str) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_plan_of_each_kind_trains_a_step(kind: str, tmp_path: Path) -> None:
-    path = tmp_path / "plan.yaml"
-    plan_yaml.write(path, content(**KINDS[kind]), "a plan")
+def test_a_plan_of_each_kind_trains_a_step(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path, given = tmp_path / "plan.yaml", KINDS[kind]
+    run = of_pairs(tmp_path) if "objective" in given else RUN
+    plan_yaml.write(path, content(run, **given), "a plan")
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     short: dict[str, Any] = {"max_steps": 1, "default_root_dir": str(tmp_path), **quiet}
     strategy = yaml.safe_load(path.read_text())["trainer"]["strategy"]

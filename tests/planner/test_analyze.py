@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
@@ -17,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_align.layers import checkpoint_blocks, find_layers
 from lightning_align.optimizers import Muon
 from lightning_align.planner import analyze_step, op_flops
+from tests.helpers.ranks import run_ranks
 from tests.helpers.step_models import CLOSED_FORMS, closed_form, gpt, llama, loss_of
 from tests.helpers.tiny_models import TINY_MODELS
 
@@ -369,6 +371,22 @@ def test_what_is_no_model_or_optimizer_is_refused() -> None:
         analyze_step(MODEL, fn, optimizer="adam")
     with pytest.raises(ValueError, match=r"model='DataParallel'.*Pass model\.module"):
         analyze_step(nn.DataParallel(MODEL), fn)
+
+
+def test_models_that_are_spread_over_ranks_are_refused() -> None:
+    def refusals(_: int) -> list[str]:
+        found = []
+        for wrap in (nn.parallel.DistributedDataParallel, fully_shard):
+            model = wrap(nn.Linear(2, 2))
+            with pytest.raises(ValueError, match="analyze_step") as caught:
+                analyze_step(model, lambda: model(torch.ones(2)).sum())  # noqa: B023
+            found.append(str(caught.value))
+        return found
+
+    ((wrapped, sharded),) = run_ranks(refusals, world_size=1)
+    assert "model='DistributedDataParallel'" in wrapped
+    assert "Pass model.module" in wrapped
+    assert "has parameters that are sharded" in sharded
 
 
 def test_our_chunked_head_counts_what_the_plain_one_does() -> None:

@@ -56,11 +56,28 @@ def test_experts_are_refused() -> None:
         num_key_value_heads=2,
         num_local_experts=4,
     )
+    rule = r"is a mixture of experts \(model\.layers\.0\.mlp\.experts\).*analyze_step counts"
+    with pytest.raises(ValueError, match=rf"from_config\(config='MixtralForCausalLM'\): {rule}"):
+        ModelSpec.from_config(config)
     with torch.device("meta"):
         model = MixtralForCausalLM(config)
-    with pytest.raises(ValueError, match="mixtures of experts are not planned"):
-        ModelSpec.from_config(config)
-    del model
+    with pytest.raises(ValueError, match=rf"from_module\(module='MixtralForCausalLM'\): {rule}"):
+        ModelSpec.from_module(model, seq_len=16)
+
+
+def test_blocks_that_differ_are_refused() -> None:
+    model = gpt()
+    model.layers[1].mlp.append(nn.Linear(64, 64))
+    with pytest.raises(ValueError, match=r"has blocks of .* parameters, which must be alike"):
+        ModelSpec.from_module(model, seq_len=16)
+
+
+def test_blocks_with_more_than_a_decoders_are_refused() -> None:
+    model = llama()
+    for block in model.model.layers:
+        block.mlp.more = nn.Linear(400, 64)
+    with pytest.raises(ValueError, match="what else is in them would not be planned"):
+        ModelSpec.from_module(model, seq_len=16)
 
 
 def test_what_is_no_model_is_refused() -> None:

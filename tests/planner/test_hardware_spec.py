@@ -59,8 +59,10 @@ def test_unknown_names_and_keys() -> None:
         HardwareSpec.from_name("8xh10-sxm")
     with pytest.raises(ValueError, match="at least one device"):
         HardwareSpec.from_name("0xh100")
-    with pytest.raises(ValueError, match=r"nvlink_bandwidth.*must be one of peak_flops"):
-        HardwareSpec.from_name("h100", nvlink_bandwidth=1)
+    with pytest.raises(ValueError, match=r"vram=1.*must be one of peak_flops.*source\.$"):
+        HardwareSpec.from_name("h100", vram=1)
+    with pytest.raises(ValueError, match="Did you mean mem_bandwidth"):
+        HardwareSpec.from_name("h100", memory_bandwith=1)
 
 
 def test_a_peak_of_sparse_matrices_is_recognised() -> None:

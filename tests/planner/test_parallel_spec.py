@@ -43,7 +43,10 @@ def test_pairs_are_two_rows_less_what_they_share() -> None:
         ({"zero_stage": 4}, "zero_stage=4"),
         ({"offload_param": "disk"}, "offload_param='disk'"),
         ({"shared_prefix": 1.0, "objective": "dpo"}, "from 0 to below 1"),
-        ({"shared_prefix": 0.5}, "is of the two of a pair"),
+        ({"shared_prefix": "half", "objective": "dpo"}, "from 0 to below 1"),
+        ({"shared_prefix": 0.5}, "shared_prefix=0.5.*is of the pairs of 'dpo'"),
+        ({"reference": "none"}, "reference='none'.*is of the pairs of 'dpo'"),
+        ({"chunked_loss": 1}, "chunked_loss=1.*must be a bool"),
         ({"num_model_chunks": 2}, "counts in a pipeline only"),
         ({"devices": 2, "pipeline_parallel": 2, "num_model_chunks": 2}, "Use Interleaved1F1B"),
         (

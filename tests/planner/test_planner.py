@@ -6,9 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
-from lightning_align.planner import HardwareSpec, ModelSpec, ParallelSpec, Planner
+from lightning_align import find_layers
+from lightning_align.planner import HardwareSpec, ModelSpec, ParallelSpec, Planner, analyze_step
 from lightning_align.planner.efficiencies import Efficiencies
+from tests.helpers.step_models import BATCH, TOKENS, gpt, llama, loss_of
 
 GPT = ModelSpec(8, 1024, 16, vocab_size=32000, seq_len=512)
 LARGE = ModelSpec(80, 8192, 64, vocab_size=32000, seq_len=2048)
@@ -35,6 +38,34 @@ def test_pairs_are_two_rows_of_tokens() -> None:
     spec = ParallelSpec(objective="dpo")
     plan = planner.predict(GPT, spec)
     assert plan.tokens_per_second == pytest.approx(2 * 512 / plan.step_time)
+
+
+@pytest.mark.parametrize("build", [pytest.param(gpt, marks=pytest.mark.slow), llama])
+def test_model_flops_are_those_of_the_analysed_step(build: Any) -> None:
+    """Also where blocks are frozen: the first one trains, so that backward goes through all."""
+    with torch.device("meta"):
+        model = build()
+    spec = ModelSpec.from_module(model, seq_len=TOKENS)
+    planner, split = Planner(HARDWARE), ParallelSpec(micro_batch_size=BATCH)
+    plain = analyze_step(model, loss_of(model)).model_flops
+    assert planner.predict(spec, split).model_flops == plain
+    twice = replace(split, global_batch_size=2 * BATCH, activation_checkpointing="full")
+    assert planner.predict(spec, twice).model_flops == 2 * plain
+    for block in list(find_layers(model).blocks)[1:]:
+        block.requires_grad_(False)
+    frozen = analyze_step(model, loss_of(model)).model_flops
+    assert planner.predict(spec, replace(split, lisa_layers=1)).model_flops == frozen < plain
+
+
+def test_model_flops_have_the_reference_and_no_shared_tokens() -> None:
+    planner = Planner(HARDWARE)
+
+    def flops(**given: Any) -> float:
+        return planner.predict(GPT, ParallelSpec(objective="dpo", **given)).model_flops
+
+    alone = flops(reference="none")
+    assert flops() == pytest.approx(alone * 4 / 3)  # a forward, of one and two of backward
+    assert flops(reference="none", shared_prefix=0.5) == pytest.approx(alone * 3 / 4)
 
 
 def test_what_is_missing_is_said() -> None:
@@ -93,6 +124,11 @@ def test_rows_that_say_one_thing_only_warn() -> None:
     with pytest.warns(UserWarning, match="one thing only"):
         planner.calibrate(measured)
     assert planner.efficiencies == known
+
+
+def test_rows_have_three_parts() -> None:
+    with pytest.raises(ValueError, match=r"row 0 must be a ModelSpec, a ParallelSpec and"):
+        Planner(HARDWARE).calibrate([(GPT, 0.5)])  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize("seconds", [0, -1.0, math.nan, math.inf, "1", None])

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from transformers import LlamaConfig
+from transformers import LlamaConfig, T5Config
 
 from lightning_align.planner import ModelSpec
 
@@ -54,6 +54,26 @@ def test_files_without_a_model_are_refused(tmp_path: Path, text: str, told: str)
     path.write_text(text)
     with pytest.raises(ValueError, match=told):
         ModelSpec.from_config(path)
+
+
+def test_sizes_that_a_configuration_does_not_have_are_refused(tmp_path: Path) -> None:
+    """It would keep them, and have its default where the user thought to have said something."""
+    path = tmp_path / "run.yaml"
+    model = "{class_path: transformers.LlamaConfig, init_args: {hiden_size: 64}}"
+    path.write_text(f"model: {{init_args: {{model: {model}}}}}")
+    with pytest.raises(ValueError, match=r"has no hiden_size=64\. Did you mean hidden_size"):
+        ModelSpec.from_config(path)
+
+
+def test_no_tokens_are_no_default() -> None:
+    with pytest.raises(ValueError, match="seq_len=0"):
+        ModelSpec.from_config(LlamaConfig(**SIZES), seq_len=0)
+
+
+@pytest.mark.slow
+def test_encoders_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"config='T5Config'\): is no decoder that transformers"):
+        ModelSpec.from_config(T5Config())
 
 
 def test_what_is_no_configuration_is_refused() -> None:

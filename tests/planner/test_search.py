@@ -1,5 +1,8 @@
 """Candidates: all of them possible, each once, with what the user chose."""
 
+from collections import Counter
+from dataclasses import replace
+
 from lightning_align.planner import HardwareSpec, ModelSpec, ParallelSpec, Planner
 from lightning_align.planner.search import candidates, ranked
 
@@ -19,6 +22,17 @@ def test_candidates_are_possible_and_different() -> None:
         assert each.tensor_parallel <= HARDWARE.devices_per_node
     assert {each.pipeline_parallel for each in found} == {1, 2, 4, 8}
     assert {each.schedule for each in found} == {"1F1B", "Interleaved1F1B"}
+
+
+def test_impossible_splits_are_counted_by_what_forbids_them() -> None:
+    refused: Counter[str] = Counter()
+    grouped = replace(GPT, num_kv_heads=2)
+    base = ParallelSpec(devices=8, global_batch_size=24)
+    found = list(candidates(grouped, base, HARDWARE, refused))
+    assert {each.tensor_parallel for each in found} == {1, 2}
+    assert refused["tensor_parallel=4 must divide the model's num_kv_heads=2"] > 0
+    rule = "must be a multiple of micro_batch_size * data_parallel"
+    assert refused[f"global_batch_size=24 {rule}"] > 0
 
 
 def test_without_drives_nothing_lies_on_them() -> None:
