@@ -1,11 +1,17 @@
 """What every test is given and gives back."""
 
 import os
+import shutil
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch.utils.data import DataLoader
+
+from tests.helpers.children import in_child
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_runs_set_an_environment() -> None:
@@ -35,3 +41,36 @@ def test_lightning_watches_loaders_for_ever_once_a_hook_has_raised() -> None:
 def test_the_next_test_has_loaders_that_nobody_watches() -> None:
     assert not hasattr(DataLoader.__init__, "__wrapped__")
     assert not [name for name in vars(DataLoader) if name.startswith("__old__")]
+
+
+LEAVES = """
+```python
+import os
+from torch import distributed
+
+os.environ["MASTER_PORT"] = "1"
+store = distributed.HashStore()
+distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+```
+"""
+FINDS_NONE = """
+```python
+import os
+from torch import distributed
+
+assert "MASTER_PORT" not in os.environ
+assert not distributed.is_initialized()
+```
+"""
+
+
+def test_snippets_leave_nothing_to_tests_either(tmp_path: Path) -> None:
+    """They run beside the tests, in their processes."""
+    shutil.copy(ROOT / "conftest.py", tmp_path)
+    (tmp_path / "page.md").write_text(LEAVES + FINDS_NONE)
+    options = ["--markdown-docs", "-p", "no:cacheprovider", "-c", os.devnull]
+
+    def run() -> None:
+        assert pytest.main([*options, f"--rootdir={tmp_path}", f"{tmp_path}"]) == 0
+
+    assert in_child(run) == 0

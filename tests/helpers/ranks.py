@@ -50,7 +50,7 @@ def run_ranks(
     """``fn(rank)`` in ``world_size`` forked processes; returns what each returned, by rank.
 
     Forked, so ``fn`` may be a closure; what it returns is pickled. Call it where no multi-threaded
-    backward has run (tests/conftest.py sees to that).
+    backward has run (conftest.py sees to that).
 
     Args:
         fn: Called with the rank.
