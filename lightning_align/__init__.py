@@ -47,15 +47,20 @@ if TYPE_CHECKING:
     )
     from lightning_align.optimizers import GaLoreAdamW, Muon, StableAdamW, build_param_groups
     from lightning_align.planner import (
+        GenerationCost,
         HardwareSpec,
         MachineBalance,
         ModelSpec,
         ParallelSpec,
         Plan,
         Planner,
+        Reliability,
         StepReport,
+        TimeToTrain,
         analyze_step,
+        predict_generation,
         predict_step_time,
+        time_to_train,
     )
     from lightning_align.run import ExactResume
     from lightning_align.stability import SpikeDetector
@@ -71,6 +76,7 @@ else:
         "ExactResume": "run",
         "GaLoreAdamW": "optimizers",
         "GenerateSamples": "callbacks",
+        "GenerationCost": "planner",
         "MetricPlot": "callbacks",
         "MachineBalance": "planner",
         "ModelLayers": "layers",
@@ -84,12 +90,14 @@ else:
         "PreferenceDataModule": "modules",
         "PreferenceDiagnostics": "callbacks",
         "PretrainModule": "modules",
+        "Reliability": "planner",
         "SavePretrained": "callbacks",
         "SpikeDetector": "stability",
         "SpikeGuard": "callbacks",
         "StableAdamW": "optimizers",
         "StepReport": "planner",
         "TextDataModule": "modules",
+        "TimeToTrain": "planner",
         "TokenSchedule": "callbacks",
         "ZeROInfinityStrategy": "strategies",
         "analyze_step": "planner",
@@ -104,9 +112,11 @@ else:
         "optimizers": "optimizers",
         "pipelining": "pipelining",
         "planner": "planner",
+        "predict_generation": "planner",
         "predict_step_time": "planner",
         "run": "run",
         "strategies": "strategies",
+        "time_to_train": "planner",
     }
     __getattr__, __dir__ = lazy(__name__, _HOMES)
 
@@ -121,6 +131,7 @@ __all__ = [
     "ExactResume",
     "GaLoreAdamW",
     "GenerateSamples",
+    "GenerationCost",
     "HardwareSpec",
     "MachineBalance",
     "MetricPlot",
@@ -135,12 +146,14 @@ __all__ = [
     "PreferenceDataModule",
     "PreferenceDiagnostics",
     "PretrainModule",
+    "Reliability",
     "SavePretrained",
     "SpikeDetector",
     "SpikeGuard",
     "StableAdamW",
     "StepReport",
     "TextDataModule",
+    "TimeToTrain",
     "TokenSchedule",
     "ZeROInfinityStrategy",
     "analyze_step",
@@ -155,9 +168,11 @@ __all__ = [
     "optimizers",
     "pipelining",
     "planner",
+    "predict_generation",
     "predict_step_time",
     "run",
     "strategies",
+    "time_to_train",
 ]
 
 find_moved(__name__)

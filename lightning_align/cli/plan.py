@@ -15,8 +15,10 @@ import yaml
 from lightning_align._errors import argument_error, finite_number
 from lightning_align.cli import plan_yaml
 from lightning_align.cli.commands import CommandParser
+from lightning_align.cli.plan_generation import generation_report
 from lightning_align.cli.plan_report import report, side_by_side, split_of, told_model
 from lightning_align.planner import HardwareSpec, ModelSpec, ParallelSpec, Plan, Planner
+from lightning_align.planner.failures import Reliability
 from lightning_align.planner.plan_plot import draw_plans
 from lightning_align.planner.search import ranked
 
@@ -36,6 +38,11 @@ def plan(
     memory_limit: str | None = None,
     top_k: int = 5,
     train_tokens: float | None = None,
+    mtbf: str | None = None,
+    checkpoint_time: str = "1min",
+    restart_time: str = "10min",
+    checkpoint_interval: str | None = None,
+    new_tokens: int | None = None,
     runnable: bool = False,
     output: str | Path | None = None,
     json_file: str | Path | None = None,
@@ -58,6 +65,13 @@ def plan(
         memory_limit: Memory of a device that may be used, such as 40GB.
         top_k: Lines of the table.
         train_tokens: Tokens of the whole run, for its days and its price.
+        mtbf: Mean time between failures of one device, such as 5y, for the days that they take;
+            default nothing fails.
+        checkpoint_time: Time that a checkpoint stops training.
+        restart_time: Time from a failure until training goes on.
+        checkpoint_interval: Time between checkpoints, such as 1h; default the best.
+        new_tokens: Tokens to generate for prompts of seq_len tokens: generation is planned by batch
+            in place of training, on the devices of a node as ranks of tensor parallelism.
         runnable: Whether to rank only what this suite and Lightning run.
         output: YAML to write for the best plan, which fit takes.
         json_file: File to write all figures to.
@@ -71,6 +85,16 @@ def plan(
     if train_tokens is not None and (finite_number(train_tokens) or 0) <= 0:
         raise argument_error("plan", "train_tokens", train_tokens, "must be positive and finite")
     spec = ModelSpec.from_config(model, seq_len=seq_len)
+    if new_tokens is not None:
+        yield told_model(spec)
+        for name in hardware:
+            yield from generation_report(spec, _hardware(name), new_tokens, precision)
+        return
+    if mtbf is not None and train_tokens is None:
+        rule = "says how long a run takes, whose tokens are not given"
+        raise argument_error("plan", "mtbf", mtbf, rule, "Add --train_tokens")
+    times = (checkpoint_time, restart_time, checkpoint_interval)
+    reliability = None if mtbf is None else Reliability(mtbf, *times)
     chosen = {
         "optimizer": optimizer,
         "rank": rank,
@@ -94,9 +118,10 @@ def plan(
             rule = "nothing that this suite or Lightning runs fits"
             raise argument_error("plan", "runnable", True, rule, "Leave it out to see what does")
         best.append(fitting[0])
-        yield from report(planner, fitting, everything, refused, top_k, train_tokens)
+        told = (planner, fitting, everything, refused, top_k, train_tokens, reliability)
+        yield from report(*told)
     if len(best) > 1:
-        yield from ["", *side_by_side(best, train_tokens)]
+        yield from ["", *side_by_side(best, train_tokens, reliability)]
     yield from _written(model, best, output, json_file, png)
 
 
@@ -188,7 +213,7 @@ def parser() -> CommandParser:
     about = "Rank the ways to train a model on given hardware: what fits, how fast, and why."
     made = CommandParser("lightning-align plan", about)
     types: dict[str, Any] = dict.fromkeys(
-        ("tokens_per_batch", "seq_len", "rank", "lisa_layers", "top_k"), int
+        ("tokens_per_batch", "seq_len", "rank", "lisa_layers", "top_k", "new_tokens"), int
     )
     types |= {"train_tokens": float, "runnable": bool}
     described = re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", inspect.getdoc(plan) or "", re.M)

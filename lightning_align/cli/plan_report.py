@@ -9,7 +9,8 @@ from typing import Any
 
 from lightning_align.cli.plan_yaml import unrunnable
 from lightning_align.planner import ModelSpec, ParallelSpec, Plan, Planner
-from lightning_align.planner.quantities import shown
+from lightning_align.planner.failures import Reliability, TimeToTrain
+from lightning_align.planner.quantities import shown, shown_time
 from lightning_align.planner.step_cost import all_passes
 
 BAR = 40  # characters of the longest bar
@@ -30,6 +31,7 @@ def report(
     refused: Counter[str],
     top_k: int,
     train_tokens: float | None,
+    reliability: Reliability | None = None,
 ) -> list[str]:
     """All that is said of one kind of hardware.
 
@@ -40,6 +42,7 @@ def report(
         refused: Why others are impossible, and how many.
         top_k: Lines of the table.
         train_tokens: Tokens of the whole run, if it is to be priced.
+        reliability: How often devices fail, if they do.
     """
     winner = fitting[0]
     rows = [["#", "split", "s a step", "tokens/s", "MFU", "memory", "bound by", "runs here"]]
@@ -60,7 +63,7 @@ def report(
     return [
         "",
         f"{planner.hw.devices} x {planner.hw.name}",
-        *_columns(rows),
+        *columns(rows),
         f"the first takes {low:.3g} to {high:.3g} s a step, nine times in ten",
         *_others(fitting, everything, top_k),
         *_impossible(refused),
@@ -70,13 +73,13 @@ def report(
         "",
         "time of a step",
         *_bars(winner.breakdown, lambda seconds: f"{seconds:.3g} s"),
-        *_whole_run(winner, train_tokens),
+        *_whole_run(winner, train_tokens, reliability),
         "",
         "roofline of a block",
-        *_columns(roofline(winner)),
+        *columns(roofline(winner)),
         "",
         "what if",
-        *_columns(what_if(planner, winner)),
+        *columns(what_if(planner, winner)),
     ]
 
 
@@ -138,7 +141,7 @@ def _bars(parts: Mapping[str, float], text: Callable[[float], str]) -> list[str]
         for name, value in parts.items()
         if value > 0.001 * largest
     ]
-    return _columns(rows)
+    return columns(rows)
 
 
 def roofline(winner: Plan) -> list[list[str]]:
@@ -166,16 +169,48 @@ def roofline(winner: Plan) -> list[list[str]]:
     return rows
 
 
-def _whole_run(winner: Plan, train_tokens: float | None) -> list[str]:
+def _whole_run(
+    winner: Plan, train_tokens: float | None, reliability: Reliability | None
+) -> list[str]:
     lines = []
     price = winner.hardware.price_per_hour
     if price is not None:
         lines.append(f"{price_of(winner, 1e9):,.2f} for a billion tokens")
     if train_tokens is not None:
-        days = train_tokens / winner.tokens_per_second / DAY
-        cost = "" if price is None else f", {price_of(winner, train_tokens):,.0f} in all"
+        days = _days(winner, train_tokens, reliability)
+        hours = 24 * days * winner.parallel.devices
+        cost = "" if price is None else f", {hours * price:,.0f} in all"
         lines.append(f"{days:,.3g} days for {train_tokens:.3g} tokens{cost}")
+        if reliability is not None:
+            lines += _failures(_run(winner, train_tokens, reliability), winner.parallel.devices)
     return ["", *lines] if lines else []
+
+
+def _run(plan: Plan, tokens: float, reliability: Reliability) -> TimeToTrain:
+    work_s = tokens / plan.tokens_per_second
+    return reliability.time_to_train(work_s, devices=plan.parallel.devices)
+
+
+def _days(plan: Plan, tokens: float, reliability: Reliability | None) -> float:
+    if reliability is None:
+        return tokens / plan.tokens_per_second / DAY
+    return _run(plan, tokens, reliability).seconds / DAY
+
+
+def _failures(run: TimeToTrain, devices: int) -> list[str]:
+    """What fails, how often to save, and what both take of the run."""
+    parts = {
+        "work that stays": run.work_s,
+        "checkpoints": run.checkpoints_s,
+        "work lost": run.lost_s,
+        "restarts": run.restarts_s,
+    }
+    each = shown_time(run.seconds / run.failures)
+    every = shown_time(run.interval_s)
+    return [
+        f"one of {devices} devices fails every {each}; a checkpoint every {every}",
+        *_bars(parts, lambda seconds: f"{seconds / run.seconds:.1%}"),
+    ]
 
 
 def price_of(plan: Plan, tokens: float) -> float:
@@ -223,17 +258,20 @@ def _rule(error: ValueError) -> str:
     return str(error).split("): ", 1)[-1].split(". ", 1)[0].rstrip(".")
 
 
-def side_by_side(best: Sequence[Plan], train_tokens: float | None) -> list[str]:
+def side_by_side(
+    best: Sequence[Plan], train_tokens: float | None, reliability: Reliability | None = None
+) -> list[str]:
     """The best plan of each kind of hardware, a line each.
 
     Args:
         best: These plans.
         train_tokens: Tokens of the whole run, for its days.
+        reliability: How often devices fail, if they do.
     """
     rows = [["hardware", "split", "tokens/s", "MFU", "a billion tokens", "days"]]
     for each in best:
         priced = each.hardware.price_per_hour is not None
-        days = train_tokens / each.tokens_per_second / DAY if train_tokens else None
+        days = _days(each, train_tokens, reliability) if train_tokens else None
         rows.append(
             [
                 f"{each.parallel.devices} x {each.hardware.name}",
@@ -244,10 +282,15 @@ def side_by_side(best: Sequence[Plan], train_tokens: float | None) -> list[str]:
                 "-" if days is None else f"{days:,.3g}",
             ]
         )
-    return _columns(rows)
+    return columns(rows)
 
 
-def _columns(rows: Iterable[Sequence[str]]) -> list[str]:
+def columns(rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a table, each column as wide as its widest cell.
+
+    Args:
+        rows: Of cells.
+    """
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]

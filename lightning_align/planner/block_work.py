@@ -16,6 +16,7 @@ from lightning_align.planner.parallel_spec import ParallelSpec
 # Passes over fp32 logits of an unfused cross-entropy: cast, maximum, difference, exponential, sum
 # and quotient; the gradient reads and writes once and is cast.
 LOSS_BYTES, LOSS_GRADIENT_BYTES = 34, 14
+ATTENTION, CACHE = "attention", "cache"
 FUSED_BACKWARD = 2.5  # of a fused attention's forward: five products in place of two
 
 
@@ -142,6 +143,25 @@ def last_passes(model: ModelSpec, parallel: ParallelSpec) -> tuple[Pass, Pass]:
     return Pass(forward), Pass(backward, reduces, z.N * z.h * z.el)
 
 
+def decoding_pass(model: ModelSpec, parallel: ParallelSpec, context: float) -> Pass:
+    """Forward of one block for a new token of each row, whose keys and values join the cache.
+
+    Args:
+        model: What generates.
+        parallel: How it is split; a micro-batch are the rows.
+        context: Tokens that it attends to, itself among them.
+    """
+    z = sizes(model.with_seq_len(1), parallel)
+    cached, added = (2 * z.k * z.rows * tokens * z.el for tokens in (context, 1))
+    scores = Piece(
+        ATTENTION, 4 * z.rows * context * z.q, z.head_width, cached + 2 * z.rows * z.q * z.el, 2
+    )
+    joined = Piece(CACHE, bytes=2 * added, kernels=2)
+    reduces = 2 if parallel.tensor_parallel > 1 else 0
+    pieces = (*_projections(z), joined, scores, *_feed_forward(z), *_stream(z))
+    return Pass(pieces, reduces, z.N * z.h * z.el)
+
+
 def _products(z: Sizes) -> list[tuple[str, float, float, float]]:
     """Name, rows, inputs and outputs of the products with weights of a block."""
     return [
@@ -185,7 +205,7 @@ def _attention(z: Sizes) -> tuple[list[Piece], list[Piece]]:
     flops = 4 * z.N * z.s * z.q
     moved = (2 * z.q + 2 * z.k) * z.N * z.el
     if z.fused:  # which leaves out the half of the blocks that the causal mask hides
-        ahead = Piece("attention", flops / 2, z.head_width, moved, 2)
+        ahead = Piece(ATTENTION, flops / 2, z.head_width, moved, 2)
         back = Piece(
             *("attention's gradient", FUSED_BACKWARD * flops / 2, z.head_width, 2 * moved, 4)
         )

@@ -1,4 +1,4 @@
-"""Numbers with units, as users write them: 80GB, 3.35TB/s, 989 TFLOPS; bare numbers are in SI."""
+"""Numbers with units as users write them: 80GB, 3.35TB/s, 989 TFLOPS, 30min; bare, in SI."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 
 from lightning_align._errors import argument_error, finite_number
 
-BYTES, BYTES_A_SECOND, FLOPS = "bytes", "bytes a second", "FLOP/s"
+BYTES, BYTES_A_SECOND, FLOPS, SECONDS = "bytes", "bytes a second", "FLOP/s", "seconds"
 _PREFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}
 _BINARY = {f"{prefix}i": 1024.0**power for power, prefix in enumerate("kmgtp", start=1)}
 _NAMES = {
@@ -15,7 +15,13 @@ _NAMES = {
     BYTES_A_SECOND: ("b/s", "bps", "byte/s", "bytes/s"),
     FLOPS: ("flops", "flop/s", "flops/s"),
 }
-_EXAMPLES = {BYTES: "'80GB'", BYTES_A_SECOND: "'3.35TB/s'", FLOPS: "'989TFLOPS'"}
+_TIMES = {"ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "y": 365.25 * 86400}
+_EXAMPLES = {
+    BYTES: "'80GB'",
+    BYTES_A_SECOND: "'3.35TB/s'",
+    FLOPS: "'989TFLOPS'",
+    SECONDS: "'30min' (ms, s, min, h, d, y)",
+}
 
 
 def quantity(
@@ -27,7 +33,7 @@ def quantity(
         where: What the user called.
         argument: Its argument.
         value: A number, or a text such as ``"80GB"`` or ``"24GiB"``.
-        unit: Bytes, bytes a second or FLOP/s.
+        unit: Bytes, bytes a second, FLOP/s or seconds.
         zero: Whether there may be none.
 
     Raises:
@@ -54,6 +60,8 @@ def _parsed(text: str, unit: str) -> float | None:
     written = found[2].lower()
     if not written:
         return number
+    if unit == SECONDS:
+        return number * _TIMES[written] if written in _TIMES else None
     for prefix, factor in (_PREFIXES | _BINARY).items():
         if written in {f"{prefix}{name}" for name in _NAMES[unit]}:
             return number * factor
@@ -66,3 +74,11 @@ def shown(number: float, unit: str = "B") -> str:
         if abs(number) >= 0.9995 * factor:
             return f"{number / factor:.3g} {prefix}{unit}"
     return f"{number:.3g} {unit}".rstrip()
+
+
+def shown_time(seconds: float) -> str:
+    """A time with three digits and the largest unit of which there is one: 5400 s are 1.5 h."""
+    for unit in ("y", "d", "h", "min", "s"):
+        if seconds >= 0.9995 * _TIMES[unit]:
+            return f"{seconds / _TIMES[unit]:.3g} {unit}"
+    return f"{seconds / _TIMES['ms']:.3g} ms"

