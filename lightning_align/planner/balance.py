@@ -163,4 +163,6 @@ class MachineBalance:
         curve = self.curves.get(class_of(record))
         if curve is None:
             return max(self.compute_seconds(record), self.memory_seconds(record))
-        return interpolated(curve, work_of(record, self.softmax))
+        seconds = interpolated(curve, work_of(record, self.softmax))
+        # Curves of products are of many rows; of a few, as in decoding, the weights are what takes.
+        return max(seconds, self.memory_seconds(record)) if record.flops else seconds

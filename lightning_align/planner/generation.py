@@ -189,7 +189,7 @@ def predict_generation(
         filling = _launched_apart(filling, prompt * copied)
         step = _launched_apart(step, context * copied)
     else:
-        constants = replace(constants, launch_s=0.0)
+        constants = replace(constants, launch_s=0.0, collective_s=0.0)
     ridge = hardware.product_flops(spec.is_half) / hardware.mem_bandwidth
     one, two = (_decoding(model, replace(spec, micro_batch_size=rows), context) for rows in (1, 2))
     return GenerationCost(

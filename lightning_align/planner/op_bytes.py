@@ -59,6 +59,8 @@ _NOT_READ = {
     **dict.fromkeys(_SHAPES_ALONE, ("self",)),
     "native_layer_norm_backward": ("bias",),
 }
+# They write into gradients if these have to be unscaled, and only then.
+_FUSED_STEPS = words("_fused_sgd _fused_adam _fused_adamw _fused_adagrad")
 # Lookups: of this argument as many elements are read as another one has, or the result (None).
 _LOOKUPS: dict[str, tuple[str, str | None]] = {
     **dict.fromkeys(words("gather index index_select take _unsafe_index"), ("self", None)),
@@ -129,8 +131,10 @@ def _looked_up(op: Op, name: str, tensor: Tensor, given: dict[str, Any], out: An
 def _writes(op: Op, given: dict[str, Any], out: Any) -> Iterator[Part]:
     if op.base in _EMPTY:
         return
+    unscaled = op.base in _FUSED_STEPS and given.get("grad_scale") is None
+    written = op.written - {"grads"} if unscaled else op.written
     seen = set()
-    for tensor in tensors_of([[given.get(name) for name in op.written], out]):
+    for tensor in tensors_of([[given.get(name) for name in written], out]):
         if id(tensor) not in seen:  # in place, the result is the argument
             seen.add(id(tensor))
             yield Part(tensor, stored_bytes(tensor))

@@ -156,7 +156,7 @@ def test_the_answers_in_the_docs_are_what_the_command_prints(
 ) -> None:
     docs = Path(__file__).parents[2] / "docs" / "planner.md"
     answers = re.findall(r"```console\n\$ lightning-align (.+)\n((?:.*\n)+?)```", docs.read_text())
-    assert len(answers) == 10
+    assert len(answers) == 12
     monkeypatch.chdir(tmp_path)
     for name, (width, ffn, blocks, heads) in CONFIGS.items():
         LlamaConfig(

@@ -56,6 +56,7 @@ def test_operations_have_the_curve_of_their_class() -> None:
     assert balance.kernel_seconds(norm) == 7
     assert balance.kernel_seconds(record("aten.clone", "move", bytes=1)) == 3
     assert balance.kernel_seconds(record(flops=2, bytes=10**9)) == 10  # by its FLOPs
+    assert balance.kernel_seconds(record(flops=1, bytes=7 * 10**9)) == 7  # few rows: by its bytes
     assert balance.kernel_seconds(record("aten.add", "pointwise", bytes=10**9)) == 1  # no curve
 
 

@@ -28,6 +28,7 @@ A, B, ROW, TABLE = ones(8, 16), ones(8, 16), ones(16), ones(100, 16)
 N = A.nbytes  # 512
 GRAD, GAIN = ones(4, 16), ones(16)
 Q = ones(2, 4, 8, 16)  # 4 kB
+STATES, COUNT = [ones(8, 16) for _ in range(4)], ones()
 # name -> what runs, bytes by hand
 HAND: dict[str, tuple[Callable[[], Any], int]] = {
     "sum of vectors": (lambda: A + B, 3 * N),
@@ -68,6 +69,21 @@ HAND: dict[str, tuple[Callable[[], Any], int]] = {
         800 + 800 + 400 + 4 + 4,  # targets are made; they and a logit each are read; two sums
     ),
     "lists": (lambda: torch._foreach_add_([A, B], [B, A]), 4 * N),
+    "fused AdamW": (  # parameters, gradients and two moments; no gradient is written
+        lambda: torch._fused_adamw_(
+            *([ones_] for ones_ in STATES),
+            [],
+            [COUNT],
+            lr=1e-3,
+            beta1=0.9,
+            beta2=0.99,
+            weight_decay=0.0,
+            eps=1e-8,
+            amsgrad=False,
+            maximize=False,
+        ),
+        7 * N + 4,
+    ),
     "scalar": (lambda: A[0, 0].item(), 4),
 }
 
