@@ -112,7 +112,7 @@ def operations(sizes: Sizes) -> list[Operation]:
     n, s, d = sizes.side, sizes.tokens, 64
     flat = (sizes.vector // 1024, 1024)
     gain = torch.ones(1024)
-    square, thin, some = ((rows, n) for rows in (n, 1, 16))
+    square = (n, n)
     heads = (1, 8, s, d)
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -135,15 +135,15 @@ def operations(sizes: Sizes) -> list[Operation]:
         ),
         Operation("GELU", "8 / 8", 1.0, F.gelu, turns(flat)),
         Operation("matrix product", "n / 6", n / 6, product, turns(square, square)),
-        Operation(
-            "product, 16 rows",
-            "16 n / (2 (n + 32))",
-            16 * n / (2 * (n + 32)),
-            product,
-            turns(some, square),
-        ),
-        Operation(
-            "product, 1 row", "n / (2 (n + 2))", n / (2 * (n + 2)), product, turns(thin, square)
+        *(
+            Operation(
+                f"product, {rows} row{'s' * (rows > 1)}",
+                f"{rows} n / (2 (n + {2 * rows}))",
+                rows * n / (2 * (n + 2 * rows)),
+                product,
+                turns((rows, n), (n, n)),
+            )
+            for rows in (16, 4, 2, 1)
         ),
         Operation("attention, fused", "s / 4", s / 4, attend, turns(*[heads] * 3)),
         Operation(

@@ -159,7 +159,8 @@ def predict_generation(
         efficiencies: Constants of the hardware; None takes those that the planner begins with.
 
     Raises:
-        ValueError: If a number is below 1, the precision is another, or heads cannot be divided.
+        ValueError: If a number is below 1, the precision is another, heads cannot be divided, or
+            learned positions do not suffice.
 
     Example:
         >>> llama = ModelSpec(32, 4096, 32, 8, 14336, vocab_size=128256, seq_len=1024,
@@ -171,7 +172,7 @@ def predict_generation(
     if isinstance(hardware, str):
         hardware = HardwareSpec.from_name(hardware)
     prompt = model.seq_len if prompt_length is None else prompt_length
-    _check(batch_size=batch_size, prompt_length=prompt, new_tokens=new_tokens)
+    _check(model, hardware, batch_size=batch_size, prompt_length=prompt, new_tokens=new_tokens)
     check_choice(WHERE, "precision", precision, PRECISIONS)
     spec = ParallelSpec(
         devices=tensor_parallel,
@@ -295,7 +296,16 @@ def _held(model: ModelSpec, spec: ParallelSpec) -> float:
     return (2 * model.hidden_size + inside) * spec.element_bytes
 
 
-def _check(**counts: int) -> None:
+def _check(model: object, hardware: object, **counts: int) -> None:
+    if not isinstance(model, ModelSpec):
+        raise argument_error(WHERE, "model", model, "must be a ModelSpec")
+    if not isinstance(hardware, HardwareSpec):
+        rule = "must be a HardwareSpec, or the name of hardware"
+        raise argument_error(WHERE, "hardware", hardware, rule)
     for argument, value in counts.items():
         if type(value) is not int or value < 1:
             raise argument_error(WHERE, argument, value, "must be a whole number of at least 1")
+    tokens, learned = counts["prompt_length"] + counts["new_tokens"] - 1, model.num_positions
+    if learned and tokens > learned:
+        rule = f"with the prompt that is {tokens} tokens, and the model has positions for {learned}"
+        raise argument_error(WHERE, "new_tokens", counts["new_tokens"], rule)

@@ -5,7 +5,7 @@ import pytest
 from lightning_align.cli.plan_generation import BATCHES, generation_report
 from lightning_align.planner import HardwareSpec, ModelSpec
 
-MODEL = ModelSpec(32, 4096, 32, 8, 14336, vocab_size=128256, seq_len=512, gated_ffn=True)
+MODEL = ModelSpec(32, 4096, 32, 8, 14336, vocab_size=128256, seq_len=512, num_positions=0)
 
 
 def test_a_line_for_each_batch_and_where_the_wall_ends() -> None:

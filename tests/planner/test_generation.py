@@ -247,6 +247,20 @@ def test_bad_arguments(given: dict[str, Any], told: str) -> None:
         cost(**given)
 
 
+def test_learned_positions_must_suffice() -> None:
+    gpt = ModelSpec(2, 64, 4, vocab_size=100, seq_len=32, num_positions=64)
+    assert cost(gpt, new_tokens=33).kv_cache_bytes == 64 * 2 * 2 * 64 * 2
+    with pytest.raises(ValueError, match=r"new_tokens=34\).*65 tokens, .* positions for 64"):
+        cost(gpt, new_tokens=34)
+
+
+def test_what_is_no_spec_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"hardware=3\): must be a HardwareSpec"):
+        predict_generation(LLAMA_8B, 3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"model='gpt2'\): must be a ModelSpec"):
+        predict_generation("gpt2", H100, prompt_length=1)  # type: ignore[arg-type]
+
+
 def test_hardware_by_name() -> None:
     assert predict_generation(LLAMA_8B, "h100").decode == cost().decode
     with pytest.raises(ValueError, match="Did you mean 'h100-sxm'"):
