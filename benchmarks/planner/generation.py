@@ -7,7 +7,9 @@
 The machine is measured first (``HardwareSpec.measure``): the best that products and a stream reach,
 and what an operation costs. Nothing is fitted to what is predicted: FLOPs over the one, bytes over
 the other, and the calls, as ``predict_generation(..., eager=True)`` adds them up. Beside it the
-naive figures: 2 N FLOPs a token over the peak, and the bytes of the weights over the bandwidth.
+naive figures: 2 N FLOPs a token over the peak, and the bytes of the weights over the bandwidth; and
+what decoding takes if weights are read as fast as products of so few rows do by themselves, which
+is no prediction, but says whose the difference is.
 
 Models run in fp32 with transformers' default cache, which is copied as it grows; times are CPU time
 of one thread: a prefill of up to three, and the median of the steps of decoding after the first.
@@ -32,6 +34,7 @@ from typing import Any
 import torch
 import transformers
 import yaml
+from torch.nn import functional as F  # noqa: N812
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -41,11 +44,13 @@ from hardware import hardware
 
 from lightning_align import GenerationCost, HardwareSpec, ModelSpec, predict_generation
 from lightning_align.planner.efficiencies import Efficiencies
+from lightning_align.planner.measure import in_turns, timed
 from tests.helpers.smollm2 import smollm2_folder
 
 CACHE = Path(__file__).parents[1] / "cache/generation"
 RECIPE = Path(__file__).parents[2] / "lightning_align/recipes/pretrain.yaml"
 BATCHES, STEPS, SHORT_S = (1, 2, 4, 8, 16), 10, 1.5
+CPU = torch.device("cpu")
 Row = dict[str, Any]
 
 
@@ -98,6 +103,18 @@ def machine(path: Path) -> HardwareSpec:
         found = HardwareSpec.measure("cpu")
         path.write_text(json.dumps(asdict(found)))
     return HardwareSpec(**json.loads(path.read_text()))
+
+
+def few_rows(path: Path) -> dict[int, float]:
+    """Bytes of weights a second of products of few rows by themselves, weights not in caches."""
+    if not path.exists():
+        found = {}
+        for rows in BATCHES:
+            inputs = in_turns((rows, 576), (1536, 576), device=CPU, dtype=torch.float32)
+            seconds = timed(F.linear, time.thread_time, inputs).seconds
+            found[rows] = 4 * 576 * 1536 / seconds
+        path.write_text(json.dumps(found))
+    return {int(rows): speed for rows, speed in json.loads(path.read_text()).items()}
 
 
 def constants(of: HardwareSpec) -> Efficiencies:
@@ -155,6 +172,8 @@ def run(path: Path, of: HardwareSpec, batches: tuple[int, ...]) -> None:
                     "step_predicted_s": found.decode.seconds,
                     "by_bound": dict(found.decode.by_bound),
                     "intensity": found.decode.intensity,
+                    "bytes": found.decode.bytes,
+                    "weight_bytes": found.weight_bytes,
                     "cache_predicted": found.kv_cache_bytes,
                     **measured(model, batch, prompt),
                 }
@@ -163,19 +182,29 @@ def run(path: Path, of: HardwareSpec, batches: tuple[int, ...]) -> None:
                 print(f"{name}, {batch} x {prompt}: {sum(row['steps_s']):.2f} s", flush=True)
 
 
-def report(rows: list[Row], of: HardwareSpec) -> None:
+def as_products_are(row: Row, of: HardwareSpec, speeds: dict[int, float]) -> float:
+    """Seconds of a step if its weights are read as fast as such products do by themselves."""
+    weights = row["weight_bytes"] / speeds[row["batch"]]
+    rest = max(0.0, row["bytes"] - row["weight_bytes"]) / of.mem_bandwidth
+    return float(row["by_bound"]["overhead"] + weights + rest)
+
+
+def report(rows: list[Row], of: HardwareSpec, speeds: dict[int, float]) -> None:
     print(
         f"{of.peak_flops / 1e9:.1f} GFLOP/s, {of.mem_bandwidth / 1e9:.1f} GB/s, "
         f"an operation {1e6 * of.overhead_s:.2f} us: ridge {of.peak_flops / of.mem_bandwidth:.2f} "
-        "FLOPs a byte\n"
+        "FLOPs a byte"
     )
+    told = ", ".join(f"{speed / 1e9:.1f} of {rows}" for rows, speed in speeds.items())
+    print(f"GB/s of weights in products of few rows by themselves: {told} rows\n")
     print(
         "| model | batch | prompt | prefill s | predicted | decoding ms, median [min, max] | "
-        "predicted | FLOP/B | bound by | tokens/s | cache MB |"
+        "predicted | as products are | FLOP/B | bound by | tokens/s | cache MB |"
     )
-    print("|---|---:|---:|---:|---:|---:|---:|---:|---|---:|---:|")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---|---:|---:|")
     errors: dict[str, list[float]] = {"prefill": [], "decoding": []}
     naive: dict[str, list[float]] = {"prefill": [], "decoding": []}
+    known = []
     for row in rows:
         step, tokens = median(row["steps_s"]), row["batch"] * row["prompt"]
         n = row["parameters"]
@@ -191,12 +220,14 @@ def report(rows: list[Row], of: HardwareSpec) -> None:
             errors[phase].append(abs(ours / real - 1))
             naive[phase].append(abs(simple[phase] / real - 1))
         ratios = [f"{ours / real:.2f}" for ours, real in pairs.values()]
+        known.append(as_products_are(row, of, speeds) / step)
         low, high = (1e3 * end(row["steps_s"]) for end in (min, max))
         equal = row["cache_bytes"] == row["cache_predicted"]
+        bound = max(row["by_bound"], key=row["by_bound"].get)
         print(
             f"| {row['model']} | {row['batch']} | {row['prompt']} | {row['prefill_s']:.3f} | "
             f"{ratios[0]} | {1e3 * step:.2f} [{low:.2f}, {high:.2f}] | {ratios[1]} | "
-            f"{row['intensity']:.2g} | {max(row['by_bound'], key=row['by_bound'].get)} | "
+            f"{known[-1]:.2f} | {row['intensity']:.2g} | {bound} | "
             f"{row['batch'] / step:,.0f} | {row['cache_bytes'] / 1e6:.2f}"
             f"{', as predicted' if equal else ' **other than predicted**'} |"
         )
@@ -207,6 +238,10 @@ def report(rows: list[Row], of: HardwareSpec) -> None:
             f"{100 * max(found):.1f} % at worst; the naive figure by "
             f"{100 * mean(naive[phase]):.1f} %"
         )
+    off = 100 * mean(abs(ratio - 1) for ratio in known)
+    print(
+        f"decoding, with weights as fast as products by themselves: off by {off:.1f} % in the mean"
+    )
 
 
 def main() -> None:
@@ -223,9 +258,10 @@ def main() -> None:
     of = machine(folder / "machine.json")
     if not arguments.report:
         run(folder / "rows.jsonl", of, BATCHES[:2] if arguments.smoke else BATCHES)
+    speeds = few_rows(folder / "few_rows.json")
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, 1 thread, fp32")
     print(f"{hardware()}; {time.strftime('%F')}")
-    report(rows_of(folder / "rows.jsonl"), of)
+    report(rows_of(folder / "rows.jsonl"), of, speeds)
 
 
 if __name__ == "__main__":
