@@ -138,7 +138,7 @@ def operations(sizes: Sizes) -> list[Operation]:
         *(
             Operation(
                 f"product, {rows} row{'s' * (rows > 1)}",
-                f"{rows} n / (2 (n + {2 * rows}))",
+                f"{rows} n / (2 (n + {2 * rows}))".removeprefix("1 "),
                 rows * n / (2 * (n + 2 * rows)),
                 product,
                 turns((rows, n), (n, n)),

@@ -160,6 +160,9 @@ class Reliability:
     Raises:
         ValueError: If one is no time.
 
+    Note: a checkpoint that is written beside training stops it for a copy alone. Until it is whole,
+    a failure goes back to the one before: add the time of writing to ``restart_time``.
+
     Example:
         >>> run = Reliability("5.8y").time_to_train(54 * 86400, devices=16384)
         >>> round(run.failures / (run.seconds / 86400))  # a day
