@@ -34,6 +34,7 @@ def plan(
     lisa_layers: int | None = None,
     objective: str = "pretrain",
     reference: str = "model",
+    shared_prefix: float = 0.0,
     precision: str = "bf16-mixed",
     memory_limit: str | None = None,
     top_k: int = 5,
@@ -61,6 +62,8 @@ def plan(
         lisa_layers: Blocks that LISA trains at a time; default all.
         objective: pretrain or dpo, whose rows are pairs.
         reference: Of dpo, model, precomputed or none.
+        shared_prefix: Of dpo, share of a row that both of a pair have in common, their prompt;
+            it is computed once where DPOModule shares prefixes.
         precision: 32-true, bf16-mixed, 16-mixed, bf16-true, bf16-master or 16-master.
         memory_limit: Memory of a device that may be used, such as 40GB.
         top_k: Lines of the table.
@@ -101,6 +104,7 @@ def plan(
         "lisa_layers": lisa_layers,
         "objective": objective,
         "reference": reference,
+        "shared_prefix": shared_prefix,
         "precision": precision,
     }
     yield told_model(spec)
@@ -215,7 +219,7 @@ def parser() -> CommandParser:
     types: dict[str, Any] = dict.fromkeys(
         ("tokens_per_batch", "seq_len", "rank", "lisa_layers", "top_k", "new_tokens"), int
     )
-    types |= {"train_tokens": float, "runnable": bool}
+    types |= {"train_tokens": float, "shared_prefix": float, "runnable": bool}
     described = re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", inspect.getdoc(plan) or "", re.M)
     texts = {name: " ".join(text.split()) for name, text in described}
     for name, parameter in inspect.signature(plan).parameters.items():

@@ -19,6 +19,7 @@ from lightning_align.planner.meta_attention import attention_of_processor
 from lightning_align.planner.module_scopes import ModuleScopes, Scope
 from lightning_align.planner.op_bytes import Part, traffic
 from lightning_align.planner.op_flops import (
+    MATRIX_PRODUCTS,
     QUERY,
     UNKNOWN,
     VIEW,
@@ -149,6 +150,7 @@ class _Tracer(TorchDispatchMode):
     def __init__(self, trace: Trace, scopes: ModuleScopes) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._trace, self._scopes = trace, scopes
+        self._products: dict[tuple[str, tuple[torch.Size, ...]], int] = {}  # FLOPs by shapes
 
     @override
     def __torch_dispatch__(
@@ -188,7 +190,7 @@ class _Tracer(TorchDispatchMode):
             kind=op.kind,
             phase=phase,
             scope=scope,
-            flops=product_flops(op, args, named, out),
+            flops=self._product_flops(op, args, named, out),
             repeated_flops=repeated_flops(op, args),
             pointwise_flops=pointwise_flops(op, args, out),
             bytes=moved.bytes,
@@ -198,6 +200,16 @@ class _Tracer(TorchDispatchMode):
             tensors=len(args[0]) if is_list else 1,
         )
         self._trace.records.append(record)
+
+    def _product_flops(self, op: Op, args: Any, named: dict[str, Any], out: Any) -> int:
+        if op.name not in MATRIX_PRODUCTS:
+            return product_flops(op, args, named, out)
+        # torch's formulas look through all arguments for shapes, which takes as long as all else.
+        key = op.name, tuple(each.shape for each in args if isinstance(each, Tensor))
+        found = self._products.get(key)
+        if found is None:
+            found = self._products[key] = product_flops(op, args, named, out)
+        return found
 
     def _region(self, part: Part) -> Region:
         tensor = part.tensor

@@ -143,6 +143,7 @@ def test_tables_are_there_before_a_file_cannot_be_written(
         (["--hardware", "h100", "--mtbf", "5y"], "mtbf='5y'.*Add --train_tokens"),
         (["--hardware", "h100", "--mtbf", "5", "--train_tokens", "1e9"], "without a failure"),
         (["--hardware", "h100", "--new_tokens", "0"], "new_tokens=0"),
+        (["--hardware", "h100", "--objective", "dpo", "--shared_prefix", "1"], "to below 1"),
     ],
 )
 def test_mistakes_are_told_in_a_line(folder: str, given: list[str], told: str) -> None:

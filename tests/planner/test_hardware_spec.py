@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lightning_align.planner import HardwareSpec
+from lightning_align.planner import HardwareSpec, MachineBalance
 from lightning_align.planner.spec_sheets import SPEC_SHEETS
 
 GIVEN = {"peak_flops": "989TFLOPS", "mem_bandwidth": "3.35TB/s", "memory": "80GB"}
@@ -52,6 +52,26 @@ def test_impossible_figures_are_refused(changes: dict[str, Any], told: str) -> N
         return
     with pytest.raises(ValueError, match=told):
         HardwareSpec(**{**GIVEN, **changes})
+
+
+def test_what_was_measured_is_what_is_planned_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+
+    def measure(device: Any, **given: Any) -> MachineBalance:
+        asked.update(device=str(device), **given)
+        overheads = {None: 1e-6, "forward": 3e-6}
+        return MachineBalance("m", 1e11, 5e10, overheads=overheads, disk_bandwidth=2e9)
+
+    monkeypatch.setattr(MachineBalance, "measure", measure)
+    spec = HardwareSpec.measure("cpu", disk="here", devices=2, price_per_hour=1.5)
+    assert asked == {"device": "cpu", "disk": "here"}
+    assert (spec.peak_flops, spec.fp32_flops, spec.mem_bandwidth) == (1e11, 1e11, 5e10)
+    assert (spec.nvme_read_bandwidth, spec.nvme_write_bandwidth) == (2e9, 2e9)
+    assert (spec.overhead_s, spec.is_asynchronous) == (3e-6, False)
+    assert (spec.devices, spec.price_per_hour, spec.source) == (2, 1.5, "measured")
+    assert spec.memory == spec.cpu_memory > 1e8
+    with pytest.raises(ValueError, match="Did you mean devices"):
+        HardwareSpec.measure("cpu", device_count=2)
 
 
 def test_unknown_names_and_keys() -> None:
