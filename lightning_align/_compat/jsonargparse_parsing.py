@@ -6,6 +6,7 @@ The dependency is capped below the next minor version, because functions are rep
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -116,3 +117,27 @@ def short_names_at_home() -> Iterator[None]:
         yield
     finally:
         _typehints.resolve_class_path_by_name = resolve
+
+
+@contextmanager
+def subclasses_found_once() -> Iterator[None]:
+    """Look for the subclasses of a type once, until another module has been imported.
+
+    jsonargparse looks for them wherever it meets a short name, through everything that is imported:
+    most of the time that parsing takes.
+    """
+    find = _typehints.get_all_subclass_paths
+    known: dict[Any, tuple[int, list[str]]] = {}
+
+    def found(*args: Any, **options: Any) -> list[str]:
+        asked = (args, tuple(options.items()))
+        modules, paths = known.get(asked, (0, []))
+        if modules != len(sys.modules):
+            modules, paths = known[asked] = len(sys.modules), find(*args, **options)
+        return list(paths)
+
+    _typehints.get_all_subclass_paths = found
+    try:
+        yield
+    finally:
+        _typehints.get_all_subclass_paths = find

@@ -20,7 +20,11 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
-from lightning_align._compat.jsonargparse_parsing import short_names_at_home, whole_class_switches
+from lightning_align._compat.jsonargparse_parsing import (
+    short_names_at_home,
+    subclasses_found_once,
+    whole_class_switches,
+)
 from lightning_align.cli.given import read_layer
 from lightning_align.cli.mistakes import PROGRAM, report
 
@@ -84,7 +88,7 @@ class AlignParser(LightningArgumentParser):
                 told.add((old, new))
                 tell_switch(old, new, names)
 
-        with short_names_at_home(), whole_class_switches(notice):
+        with short_names_at_home(), subclasses_found_once(), whole_class_switches(notice):
             return super().parse_args(*args, **kwargs)
 
     @override

@@ -1,10 +1,12 @@
 """One test for each private API of jsonargparse: what we rely on, on the pinned version."""
 
+import sys
 from collections.abc import Callable, Iterable
+from types import ModuleType
 
 import pytest
 import torch
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, _typehints
 
 from lightning_align._compat import jsonargparse_parsing
 from tests.helpers import namesake
@@ -77,3 +79,31 @@ def test_class_path_of_a_short_name() -> None:
     assert jsonargparse_parsing.class_path(base, "some.Where") == "some.Where"
     with pytest.raises(ValueError, match="Multiple subclasses"):
         jsonargparse_parsing.class_path(base, "Adagrad")
+
+
+def test_subclasses_are_found_once_and_once_more_behind_an_import(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    find, asked = _typehints.get_all_subclass_paths, list[object]()
+    counted = lambda *args, **options: asked.append(args) or find(*args, **options)  # noqa: E731
+    monkeypatch.setattr(_typehints, "get_all_subclass_paths", counted)
+
+    def imported(name: str, *bases: type) -> type:
+        module = ModuleType(name.lower())
+        cls = type(name, bases, {"__module__": module.__name__})
+        setattr(module, name, cls)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        return cls
+
+    base = imported("Base")
+    imported("Early", base)
+    with jsonargparse_parsing.subclasses_found_once():
+        for _ in range(3):
+            assert jsonargparse_parsing.class_path(base, "Early") == "early.Early"
+        assert len(asked) == 1
+        imported("Late", base)
+        for name in ("Late", "Early", "Late"):
+            assert jsonargparse_parsing.class_path(base, name) == f"{name.lower()}.{name}"
+        assert len(asked) == 2
+    jsonargparse_parsing.class_path(base, "Late")
+    assert len(asked) == 3, "jsonargparse as it was"

@@ -10,7 +10,10 @@ import yaml
 from jsonargparse import ArgumentParser
 from torch.optim import Optimizer
 
-from lightning_align._compat.jsonargparse_parsing import short_names_at_home
+from lightning_align._compat.jsonargparse_parsing import (
+    short_names_at_home,
+    subclasses_found_once,
+)
 from lightning_align.cli.app import build_parser
 from lightning_align.cli.mistakes import argument_names, did_you_mean, explain, refusal, report
 
@@ -46,7 +49,7 @@ CLASS = "a class is given by class_path and init_args."
 @pytest.fixture(autouse=True)
 def as_in_the_command() -> Iterator[None]:
     """Where another test has imported bitsandbytes, SGD is torch's none the less."""
-    with short_names_at_home():
+    with short_names_at_home(), subclasses_found_once():
         yield
 
 
