@@ -1,5 +1,7 @@
 """Private APIs of Lightning's Trainer, modules and DDP."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -27,6 +29,24 @@ def restart_train_iteration(trainer: pl.Trainer) -> None:
     fetcher = trainer.fit_loop._data_fetcher
     if fetcher is not None:
         iter(fetcher)
+
+
+def run_steps_in(
+    trainer: pl.Trainer, context: Callable[[], AbstractContextManager[Any]]
+) -> Callable[[], None]:
+    """Let each training batch, from forward to optimizer step, run in a context of its own.
+
+    Hooks before and behind the batch are outside. Returns what undoes it.
+    """
+    loop = trainer.fit_loop.epoch_loop.automatic_optimization
+    run = loop.run
+
+    def within(*args: Any, **kwargs: Any) -> Any:
+        with context():
+            return run(*args, **kwargs)
+
+    vars(loop)["run"] = within
+    return lambda: vars(loop).pop("run", None)
 
 
 def leave_step_to_no_average(trainer: pl.Trainer) -> None:

@@ -47,7 +47,7 @@ def analyze_step(
             inside of another analysis.
     """
     _check(model, fn, optimizer)
-    there = _tensors(model, optimizer)
+    there = tensors_there(model, optimizer)
     with as_before(model, optimizer) as change, tracing(model, there) as trace:
         loss = _run(fn)
         change.stays = loss is None
@@ -57,6 +57,16 @@ def analyze_step(
             rule = "returned None and ran no backward"
             way_out = "Return the loss, or call analyze_step under torch.no_grad()"
             raise argument_error(WHERE, "fn", fn, rule, way_out)
+    return report_of(trace, model)
+
+
+def report_of(trace: Trace, model: nn.Module) -> StepReport:
+    """What a trace comes to.
+
+    Args:
+        trace: Of a step.
+        model: Whose modules it names.
+    """
     return StepReport(trace, tuple(name for name, _ in model.named_modules()), _block_names(model))
 
 
@@ -102,7 +112,8 @@ def _check(model: nn.Module, fn: object, optimizer: object) -> None:
         raise argument_error(WHERE, "model", name, rule, "Pass it before fully_shard, or on meta")
 
 
-def _tensors(model: nn.Module, optimizer: Optimizer | None) -> list[Tensor]:
+def tensors_there(model: nn.Module, optimizer: Optimizer | None) -> list[Tensor]:
+    """What lives before a step: parameters, buffers, gradients and the optimizer's state."""
     states = [] if optimizer is None else list(optimizer.state.values())
     values = [value for state in states for value in state.values()]
     gradients = [parameter.grad for parameter in model.parameters()]

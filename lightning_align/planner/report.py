@@ -119,6 +119,15 @@ class StepReport:
         """Bytes if forward, recomputation, backward and update were a perfect kernel each."""
         return self._least(range(len(self.trace.records)))
 
+    def least_bytes_of(self, phase: str) -> int:
+        """Bytes of one phase if it were a perfect kernel.
+
+        Args:
+            phase: Of the step.
+        """
+        records = enumerate(self.trace.records)
+        return self._least([number for number, record in records if record.phase == phase])
+
     @property
     def intensity(self) -> float:
         """FLOPs of all kinds for each byte that moves."""

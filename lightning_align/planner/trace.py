@@ -96,7 +96,9 @@ class Trace:
 
 
 @contextmanager
-def tracing(model: nn.Module, there: list[Tensor]) -> Iterator[Trace]:
+def tracing(
+    model: nn.Module, there: list[Tensor], into: Trace | None = None
+) -> Iterator[Trace]:
     """Context whose operations are written down.
 
     Compiled parts run as they were written, because what compilers make of them cannot be seen.
@@ -104,8 +106,10 @@ def tracing(model: nn.Module, there: list[Tensor]) -> Iterator[Trace]:
     Args:
         model: Whose modules are named.
         there: Tensors that live from the beginning, used or not.
+        into: A trace that goes on with what runs here, as of a step in several parts; whoever made
+            it closes its storages.
     """
-    trace, scopes = Trace(), ModuleScopes(model)
+    trace, scopes = Trace() if into is None else into, ModuleScopes(model)
     for tensor in there:
         trace.storages.number(tensor, was_there=True)
     token = IS_TRACING.set(True)
@@ -121,7 +125,8 @@ def tracing(model: nn.Module, there: list[Tensor]) -> Iterator[Trace]:
             yield trace
     finally:
         IS_TRACING.reset(token)
-        trace.storages.close()
+        if into is None:
+            trace.storages.close()
 
 
 class _Saving:
