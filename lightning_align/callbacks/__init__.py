@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lightning_align.callbacks.metric_plot import MetricPlot
     from lightning_align.callbacks.optimizer_swap import OptimizerSwap
     from lightning_align.callbacks.preference_diagnostics import PreferenceDiagnostics
+    from lightning_align.callbacks.roofline import RooflineMonitor
     from lightning_align.callbacks.save_pretrained import SavePretrained
     from lightning_align.callbacks.spikes.guard import SpikeGuard
     from lightning_align.callbacks.token_schedule import TokenSchedule
@@ -24,6 +25,7 @@ else:
         "MetricPlot": "metric_plot",
         "OptimizerSwap": "optimizer_swap",
         "PreferenceDiagnostics": "preference_diagnostics",
+        "RooflineMonitor": "roofline",
         "SavePretrained": "save_pretrained",
         "SpikeGuard": "spikes.guard",
         "TokenSchedule": "token_schedule",
@@ -38,6 +40,7 @@ __all__ = [
     "MetricPlot",
     "OptimizerSwap",
     "PreferenceDiagnostics",
+    "RooflineMonitor",
     "SavePretrained",
     "SpikeGuard",
     "TokenSchedule",

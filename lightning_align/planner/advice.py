@@ -148,9 +148,7 @@ def fused_optimizer(
     if not setting.can_fuse or not records:
         return None
     least = report.least_bytes_of(OPTIMIZER)
-    kernel = Record(
-        "fused", POINTWISE, OPTIMIZER, (), 0, 0, 0, least, (), (), records[0].dtype, 1
-    )
+    kernel = Record("fused", POINTWISE, OPTIMIZER, (), 0, 0, 0, least, (), (), records[0].dtype, 1)
     now = _total(report, hardware)
     update = _seconds(records, hardware)
     update += _views(report, hardware, lambda phase: phase == OPTIMIZER)
@@ -183,9 +181,7 @@ def chunked_loss(report: StepReport, hardware: MachineBalance, setting: Setting)
     return Advice("chunked loss", f"{text} are then never whole", _gain(now, now - faster))
 
 
-def half_precision(
-    report: StepReport, hardware: MachineBalance, setting: Setting
-) -> Advice | None:
+def half_precision(report: StepReport, hardware: MachineBalance, setting: Setting) -> Advice | None:
     """Products in bf16, where the machine has units for them.
 
     Args:
@@ -251,9 +247,7 @@ def _seconds(records: Iterable[Record], hardware: MachineBalance) -> float:
     return sum(time_of(record, hardware).seconds for record in records)
 
 
-def _views(
-    report: StepReport, hardware: MachineBalance, chosen: Callable[[str], bool]
-) -> float:
+def _views(report: StepReport, hardware: MachineBalance, chosen: Callable[[str], bool]) -> float:
     """Seconds of making views, whose calls alone cost; nothing where a device does not wait."""
     if hardware.is_asynchronous:
         return 0.0

@@ -96,9 +96,7 @@ class Trace:
 
 
 @contextmanager
-def tracing(
-    model: nn.Module, there: list[Tensor], into: Trace | None = None
-) -> Iterator[Trace]:
+def tracing(model: nn.Module, there: list[Tensor], into: Trace | None = None) -> Iterator[Trace]:
     """Context whose operations are written down.
 
     Compiled parts run as they were written, because what compilers make of them cannot be seen.

@@ -55,6 +55,15 @@ class SaysWhatStateTakes(Protocol):
 
 
 @runtime_checkable
+class TellsWaits(Protocol):
+    """Its steps wait for something beside their device: a drive, or other ranks."""
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds that this rank has waited so far."""
+
+
+@runtime_checkable
 class GathersState(Protocol):
     """It has to put the state of the module together."""
 

@@ -387,6 +387,11 @@ class ZeROInfinityStrategy(BlockCheckpoints):
         self._engine.updates.forget_state(dropped)
 
     @property
+    def waited_s(self) -> float:
+        """Seconds that steps have waited for transfers so far."""
+        return 0.0 if self._engine is None else self._engine.threads.traffic.stalled_s
+
+    @property
     def one_rank_runs_model(self) -> bool:
         """Whether rank 0 can call the model while others wait: not if they hold parts of it."""
         return self.world_size == 1

@@ -1,0 +1,67 @@
+"""What the time of training steps goes to."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from lightning.pytorch.strategies import Strategy
+
+from lightning_align.planner.advice import DATA, WAITING
+from lightning_align.planner.module_scopes import BACKWARD, FORWARD, OPTIMIZER
+from lightning_align.run.protocols import TellsWaits
+
+PARTS = (DATA, FORWARD, BACKWARD, OPTIMIZER, WAITING)
+
+
+class StepClock:
+    """Adds up seconds by what runs.
+
+    A device that computes while the next operation is prepared is waited for at the borders of
+    parts, but only while ``splits`` is set: to wait costs time.
+
+    Args:
+        strategy: Where steps run; if it tells how long it has waited, that is a part of its own.
+
+    Attributes:
+        seconds: Of all that counted.
+        split: Seconds by part, while ``splits`` was set.
+        splits: Whether parts are told apart.
+    """
+
+    def __init__(self, strategy: Strategy) -> None:
+        self._device = strategy.root_device
+        self._waiting = strategy if isinstance(strategy, TellsWaits) else None
+        self.splits = self.always_splits = self._device.type == "cpu"
+        self._part: str | None = None
+        self._since = self._waited_before = 0.0
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin to add up anew."""
+        self.seconds = 0.0
+        self.split = dict.fromkeys(PARTS, 0.0)
+
+    def enter(self, part: str | None) -> None:
+        """What runs from now on; None does not count.
+
+        Args:
+            part: One of ``PARTS``.
+        """
+        if self.splits and not self.always_splits:
+            torch.accelerator.synchronize(self._device)
+        now = time.perf_counter()
+        waited = 0.0 if self._waiting is None else self._waiting.waited_s
+        if self._part is not None:
+            spent = now - self._since
+            self.seconds += spent
+            if self.splits:
+                idle = min(waited - self._waited_before, spent)
+                self.split[self._part] += spent - idle
+                self.split[WAITING] += idle
+        self._part, self._since, self._waited_before = part, now, waited
+
+    def shares(self) -> dict[str, float]:
+        """Shares of the time by part; empty if nothing was told apart."""
+        total = sum(self.split.values())
+        return {part: spent / total for part, spent in self.split.items()} if total else {}

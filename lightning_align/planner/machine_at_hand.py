@@ -1,0 +1,70 @@
+"""The machine that a run is on: by its maker's sheet where the device has one, else measured."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+import torch
+
+from lightning_align.planner.balance import MachineBalance
+
+# Words of a device's name, as drivers tell it, and the sheet; the first that fits is taken.
+_NAMES = (
+    (("h100", "pcie"), "h100-pcie"),
+    (("h100",), "h100-sxm"),
+    (("h200",), "h200-sxm"),
+    (("b200",), "b200-sxm"),
+    (("a100", "sxm", "40gb"), "a100-sxm-40gb"),
+    (("a100", "pcie", "80gb"), "a100-pcie-80gb"),
+    (("a100", "sxm"), "a100-sxm-80gb"),
+    (("mi300x",), "mi300x"),
+    (("l40s",), "l40s"),
+    (("4090",), "rtx-4090"),
+    (("v100", "sxm2"), "v100-sxm2"),
+)
+
+
+def sheet_of(device_name: str) -> str | None:
+    """Name of the sheet of a device; None if there is none, or it is not clear which.
+
+    Args:
+        device_name: As its driver tells it, ``"NVIDIA H100 80GB HBM3"``.
+    """
+    name = device_name.lower()
+    if "gh200" in name or "gb200" in name:  # a processor in one module with it; other figures
+        return None
+    return next((sheet for words, sheet in _NAMES if all(word in name for word in words)), None)
+
+
+@cache
+def machine_at_hand(device: torch.device, dtype: torch.dtype) -> MachineBalance:
+    """What a device can do. Measuring takes about ten seconds, once in a process.
+
+    Args:
+        device: Which one.
+        dtype: Of the inputs of products.
+    """
+    if device.type == "cuda":
+        sheet = sheet_of(torch.cuda.get_device_name(device))
+        if sheet is not None:
+            return MachineBalance.from_spec(sheet, products_of(dtype))
+    return MachineBalance.measure(device, dtype)
+
+
+def products_of(dtype: torch.dtype) -> str:
+    """In what products of a dtype are computed, in the words of a sheet: fp32 may be tf32."""
+    name = str(dtype).removeprefix("torch.")
+    is_tf32 = torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if name == "float32" and is_tf32 else name
+
+
+def memory_of(device: torch.device) -> float:
+    """Bytes of a device's memory.
+
+    Args:
+        device: Which one.
+    """
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

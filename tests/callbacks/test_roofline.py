@@ -1,0 +1,192 @@
+"""RooflineMonitor: the run's own steps are analysed, to the same bits; what is told of them."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import FSDPStrategy
+
+from lightning_align import MachineBalance, RooflineMonitor
+from lightning_align.planner.trace import IS_TRACING
+from tests.helpers.resume import VOCABULARY, HandWritten, SequenceData, weights_hash
+
+# Of a batch of 4 rows with 12 tokens to predict: the first Linear and the head.
+FORWARD = 2 * 4 * 12 * (16 * 32 + 32 * VOCABULARY)
+MACHINE = MachineBalance("m", peak_flops=1e9, mem_bandwidth=1e8, overheads={None: 1e-6})
+
+
+def fit(folder: Path, *callbacks: pl.Callback, module: Any = None, **options: Any) -> Any:
+    pl.seed_everything(5, verbose=False)
+    module = module or HandWritten()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        default_root_dir=str(folder),
+        callbacks=list(callbacks),
+        **{
+            "max_epochs": 2,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "log_every_n_steps": 1,
+            **options,
+        },
+    )
+    trainer.fit(module, SequenceData())
+    return trainer
+
+
+def monitor(**options: Any) -> RooflineMonitor:
+    return RooflineMonitor(**{"hardware": MACHINE, "plot": False, **options})
+
+
+class Analyses(RooflineMonitor):
+    """Notes what each analysis came to."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"hardware": MACHINE, "plot": False, **options})
+        self.found: list[tuple[int, int]] = []  # number of the step, FLOPs
+
+    def _finish_analysis(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super()._finish_analysis(trainer, pl_module)
+        assert self.report is not None
+        self.found.append((trainer.global_step, self.report.total_flops))
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_with_and_without_it_training_is_the_same_bits(tmp_path: Path, accumulate: int) -> None:
+    runs = [
+        fit(tmp_path, *callbacks, accumulate_grad_batches=accumulate, gradient_clip_val=0.1)
+        for callbacks in ([Analyses(every_n_steps=1)], [])
+    ]
+    ours, theirs = (weights_hash(run.lightning_module) for run in runs)
+    assert ours == theirs
+    assert len(runs[0].callbacks[0].found) >= 6
+
+
+def test_a_window_of_accumulation_is_a_step(tmp_path: Path) -> None:
+    """10 batches, the last one of 2 rows: windows of 3, 3, 3 and 1 batches."""
+    seen = Analyses(every_n_steps=1)
+    fit(tmp_path, seen, accumulate_grad_batches=3, max_epochs=1, limit_val_batches=0)
+    batch = 3 * FORWARD  # backward has two products for one of forward
+    assert seen.found == [(2, 3 * batch), (3, 3 * batch), (4, batch // 2)]
+    assert seen.report is not None
+    assert seen.report.modules["head"].flops == 3 * 2 * 2 * 12 * 32 * VOCABULARY
+
+
+def test_the_second_step_is_analysed_and_then_every_so_many(tmp_path: Path) -> None:
+    seen = Analyses(every_n_steps=4)
+    fit(tmp_path, seen, max_epochs=1)
+    assert [step for step, _ in seen.found] == [2, 6, 10]
+
+
+class Changes(pl.Callback):
+    """Says that something else trains from batch 3 on."""
+
+    def planned_change(self, position: int) -> str | None:
+        return "another" if position == 3 else None
+
+
+def test_what_trains_has_changed_and_is_analysed_anew(tmp_path: Path) -> None:
+    seen = Analyses(every_n_steps=20)
+    fit(tmp_path, seen, Changes(), max_epochs=1)
+    assert [step for step, _ in seen.found] == [2, 5]
+
+
+def test_what_is_logged(tmp_path: Path) -> None:
+    logger = CSVLogger(str(tmp_path), flush_logs_every_n_steps=1)
+    callback = monitor(every_n_steps=3, available_flops=2e9)
+    fit(tmp_path, callback, logger=logger, max_epochs=1)
+    values = callback.values
+    assert callback.report is not None
+    flops_s = callback.report.model_flops / values["step_s"]
+    assert values["mfu"] == pytest.approx(flops_s / 2e9)
+    assert values["hfu"] == values["mfu"]  # nothing is computed again
+    assert sum(v for k, v in values.items() if k.endswith("_share")) == pytest.approx(1)
+    assert values["tokens_per_s"] > 0
+    text = (Path(logger.log_dir) / "metrics.csv").read_text()
+    assert "roofline/mfu" in text
+    assert "roofline/backward_share" in text
+    assert '"module": "head"' in (tmp_path / "roofline.jsonl").read_text()
+
+
+def test_the_roofline_is_drawn(tmp_path: Path) -> None:
+    fit(tmp_path, monitor(plot=True), max_epochs=1, limit_train_batches=3)
+    assert (tmp_path / "roofline.png").stat().st_size > 1000
+
+
+def test_advice_comes_at_the_end_most_first(tmp_path: Path) -> None:
+    """Calls cost a thousand times what they do, so that twice the rows nearly double the speed."""
+    slow = MachineBalance("m", 1e12, 1e12, overheads={None: 1e-3})
+    callback = monitor(hardware=slow)
+    fit(tmp_path, callback, max_epochs=1)
+    gains = [each.gain for each in callback.advice]
+    assert gains == sorted(gains, reverse=True)
+    assert "fused optimizer" in [each.name for each in callback.advice]
+    larger = next(each for each in callback.advice if each.name == "larger micro-batch")
+    assert larger.gain == pytest.approx(1, abs=0.01)
+
+
+class Fails(HandWritten):
+    """Whose second step fails."""
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        if batch_idx == 1:
+            raise RuntimeError("no second step")
+        return super().training_step(batch, batch_idx)
+
+
+def test_after_an_exception_nothing_is_wrapped_any_longer(tmp_path: Path) -> None:
+    callback = monitor()
+    with pytest.raises(RuntimeError, match="no second step"):
+        fit(tmp_path, callback, module=Fails())
+    assert not IS_TRACING.get()
+    assert not callback._undo
+    fit(tmp_path, callback, max_epochs=1)
+    assert callback.report is not None
+
+
+class Manual(HandWritten):
+    """Which optimizes by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+def test_what_cannot_be_analysed_is_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="it optimizes manually"):
+        fit(tmp_path, monitor(), module=Manual())
+    with pytest.raises(ValueError, match="the Trainer has 2 of them"):
+        fit(tmp_path, monitor(), Analyses())
+
+
+def test_a_strategy_whose_steps_are_not_whole_is_refused() -> None:
+    module = HandWritten()
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer._accelerator_connector.strategy = FSDPStrategy(
+        parallel_devices=[torch.device("cpu")], accelerator=trainer.accelerator
+    )
+    with pytest.raises(ValueError, match="its ranks hold parts of a model"):
+        monitor().setup(trainer, module, "fit")
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        ({"every_n_steps": 0}, "every_n_steps=0.*at least 1"),
+        ({"every_n_steps": 1.5}, "must be a whole number"),
+        ({"top_k": 0}, "top_k=0.*at least 1"),
+        ({"available_flops": float("nan")}, "positive, finite number"),
+        ({"hardware": "h10"}, "Did you mean 'h100-sxm'"),
+        ({"hardware": 7}, "or a MachineBalance"),
+        ({"hardware": "h100-sxm", "available_flops": 1979e12}, "sparse matrices"),
+    ],
+)
+def test_bad_arguments(options: dict[str, Any], rule: str) -> None:
+    with pytest.raises(ValueError, match=rule):
+        RooflineMonitor(**options)

@@ -1,0 +1,61 @@
+"""What time goes to, by a clock that is told."""
+
+import time
+from typing import Any
+
+import pytest
+from lightning.pytorch.strategies import SingleDeviceStrategy
+
+from lightning_align.callbacks.step_clock import StepClock
+
+
+class Waits(SingleDeviceStrategy):
+    """A strategy that tells how long it has waited."""
+
+    waited_s = 0.0
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    at = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: at[0])
+    return at
+
+
+def entered(clock: StepClock, now: list[float], *parts: tuple[Any, float]) -> None:
+    """Run parts one after the other, for so many seconds."""
+    for part, seconds in parts:
+        clock.enter(part)
+        now[0] += seconds
+    clock.enter(None)
+
+
+def test_seconds_go_to_what_runs(now: list[float]) -> None:
+    clock = StepClock(SingleDeviceStrategy("cpu"))
+    entered(clock, now, ("forward", 1), ("backward", 2), (None, 50), ("forward", 1), ("data", 4))
+    assert clock.seconds == 8
+    assert clock.split["forward"] == 2
+    shares = {"data": 0.5, "forward": 0.25, "backward": 0.25, "optimizer": 0, "waiting": 0}
+    assert clock.shares() == shares
+    clock.forget()
+    assert clock.seconds == 0
+    assert clock.shares() == {}
+
+
+def test_what_a_strategy_has_waited_is_a_part_of_its_own(now: list[float]) -> None:
+    strategy = Waits("cpu")
+    clock = StepClock(strategy)
+    clock.enter("forward")
+    now[0], strategy.waited_s = 5, 3
+    clock.enter("backward")
+    now[0] = 6
+    clock.enter(None)
+    assert clock.split == {"data": 0, "forward": 2, "backward": 1, "optimizer": 0, "waiting": 3}
+
+
+def test_parts_that_are_not_told_apart_count_all_the_same(now: list[float]) -> None:
+    clock = StepClock(SingleDeviceStrategy("cpu"))
+    clock.splits = False
+    entered(clock, now, ("forward", 1), ("backward", 2))
+    assert clock.seconds == 3
+    assert clock.shares() == {}
