@@ -19,6 +19,7 @@ SAVED = (
     "lightning_align.callbacks.metric_plot.MetricPlot",
     "lightning_align.callbacks.optimizer_swap.OptimizerSwap",
     "lightning_align.callbacks.preference_diagnostics.PreferenceDiagnostics",
+    "lightning_align.callbacks.roofline.RooflineMonitor",
     "lightning_align.callbacks.save_pretrained.SavePretrained",
     "lightning_align.callbacks.spike_guard.SpikeGuard",
     "lightning_align.callbacks.token_schedule.TokenSchedule",

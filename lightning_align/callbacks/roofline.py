@@ -54,6 +54,7 @@ class RooflineMonitor(Callback):
         plot: Whether to draw the roofline (extra: plot).
 
     Attributes:
+        machine: What it runs on, from the beginning of training on.
         report: Of the latest step that was analysed.
         values: What was logged last.
         advice: At the end of the run, what would help most first.
@@ -69,6 +70,8 @@ class RooflineMonitor(Callback):
     ``ZeROInfinityStrategy``, are refused at set-up. Of a compiled module the steps that are
     analysed run as they are written, and round as such.
     """
+
+    machine: MachineBalance
 
     def __init__(
         self,
@@ -114,7 +117,7 @@ class RooflineMonitor(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.report, self.values, self.advice = None, {}, []
-        self._machine = roofline_run.machine_of(trainer, self.hardware)
+        self.machine = roofline_run.machine_of(trainer, self.hardware)
         self._clock = StepClock(trainer.strategy)
         self._tokens = roofline_run.TokenCount(pl_module)
         self._windows = self._counted = self._micro_batches = 0
@@ -230,11 +233,11 @@ class RooflineMonitor(Callback):
     def _log_report(self, trainer: Trainer) -> None:
         if self.report is None or not trainer.is_global_zero:
             return
-        step = StepTime(self.report, self._machine)
+        step = StepTime(self.report, self.machine)
         rows = roofline_run.module_rows(step, self.top_k)
         log_rows(trainer, "roofline/modules", rows, filename="roofline.jsonl")
         if self.plot:
-            figure = self.report.plot(self._machine, top_k=self.top_k)
+            figure = self.report.plot(self.machine, top_k=self.top_k)
             log_figure(trainer, "roofline", figure)
 
     def _log_values(self, trainer: Trainer) -> None:
@@ -245,7 +248,7 @@ class RooflineMonitor(Callback):
             self.values = roofline_run.values_of(
                 self.report,
                 self._clock.seconds / self._counted,
-                self.available_flops or self._machine.peak_flops,
+                self.available_flops or self.machine.peak_flops,
             )
             if tokens is not None:
                 self.values["tokens_per_s"] = tokens / self._clock.seconds
@@ -284,7 +287,7 @@ class RooflineMonitor(Callback):
             rank_zero_warn(f"{WHERE}: no step was analysed; the second one is the first that is.")
             return
         setting = roofline_run.setting_of(trainer, self.values, self._micro_batches)
-        self.advice = advise(self.report, self._machine, setting)
+        self.advice = advise(self.report, self.machine, setting)
         for each in self.advice:
             rank_zero_info(f"{WHERE}: {each}")
         if self.advice:

@@ -55,6 +55,7 @@ COMMANDS = {
     "export": Command("Write a checkpoint as a Hugging Face folder.", "lightning_align.cli.export"),
     "schedule": Command("Simulate and draw a pipeline.", "lightning_align.cli.schedule"),
     "plan": Command("What fits, how fast, and why.", "lightning_align.cli.plan"),
+    "profile": Command("What bounds the steps of a run.", "lightning_align.cli.profile"),
     "spikes": Command("Read reports of loss spikes, or find spikes.", "lightning_align.cli.spikes"),
     "difficulty": Command(
         "Compute how difficult samples are, for a curriculum.", "lightning_align.cli.difficulty"

@@ -3,6 +3,8 @@
 import inspect
 import json
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -237,3 +239,48 @@ def test_a_module_that_was_compiled_as_a_whole() -> None:
     assert "orig_module._compiler_ctx = {" in inspect.getsource(from_compiled)
     module._compiler_ctx = {"compiler": "dynamo"}
     assert lightning_trainer.is_compiled_whole(module)
+
+
+class InContext(pl.Callback):
+    """Has the second batch run in a context; notes when it was entered."""
+
+    def __init__(self) -> None:
+        self.happened: list[str] = []
+
+    @contextmanager
+    def _context(self) -> Iterator[None]:
+        self.happened.append("enter")
+        yield
+        self.happened.append("leave")
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.happened.append("batch")
+        if args[-1] == 1:
+            self.undo = lightning_trainer.run_steps_in(trainer, self._context)
+
+    def on_before_backward(self, *args: Any) -> None:
+        self.happened.append("backward")
+
+    def on_before_optimizer_step(self, *args: Any) -> None:
+        self.happened.append("step")
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if args[-1] == 1:
+            self.undo()
+
+
+def test_a_batch_runs_in_a_context_from_forward_to_update() -> None:
+    seen = InContext()
+    trainer = pl.Trainer(
+        max_steps=3,
+        limit_val_batches=0,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[seen],
+    )
+    trainer.fit(HandWritten(), SequenceData())
+    plain = ["batch", "backward", "step"]
+    assert seen.happened == [*plain, "batch", "enter", "backward", "step", "leave", *plain]

@@ -71,6 +71,7 @@ ANSWER: dict[str, Callable[[], Any]] = {
     "SaysWhoRuns": Answers,
     "SaysHowParametersLie": Answers,
     "FollowsFreezing": Answers,
+    "TellsWaits": la.ZeROInfinityStrategy,
     "HasStorageOptions": la.AsyncCheckpoint,
     "WithdrawsCheckpoints": la.AsyncCheckpoint,
     "PlansChanges": la.LISA,

@@ -1,0 +1,257 @@
+"""The run behind ``lightning-align profile``: a ``fit`` that leaves nothing, and what it tells."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers.logger import DummyLogger
+from typing_extensions import override
+
+from lightning_align._errors import argument_error
+from lightning_align.callbacks import RooflineMonitor, SavePretrained
+from lightning_align.callbacks.roofline_run import machine_of
+from lightning_align.cli.app import AlignCLI
+from lightning_align.cli.profile import Profile
+from lightning_align.models.weights import parameters_on_meta
+from lightning_align.planner.advice import Advice, Setting, advise
+from lightning_align.planner.analyze import analyze_step
+from lightning_align.planner.chrome_trace import write_chrome_trace
+from lightning_align.planner.machine_at_hand import machine_at_hand
+from lightning_align.planner.report import StepReport
+from lightning_align.planner.step_time import StepTime
+from lightning_align.run.protocols import ComputesBatchLoss
+
+NEVER = 10**9
+_WRITE = (Checkpoint, SavePretrained, RooflineMonitor)  # the last one has its own place here
+
+
+class ProfileCLI(AlignCLI):
+    """``AlignCLI`` whose ``fit`` makes a few steps.
+
+    The length of the run is left as it is, so that schedules and checks are those of the real one;
+    it ends early.
+
+    Args:
+        args: Those of ``fit``.
+        profile: What is asked for.
+        folder: For whatever the run writes; its end is up to the caller.
+    """
+
+    def __init__(self, args: Sequence[str], profile: Profile, folder: str) -> None:
+        self.profile, self.folder = profile, folder
+        self._drives: list[str] = []
+        try:
+            super().__init__(args)
+        finally:
+            for drive in self._drives:
+                shutil.rmtree(drive, ignore_errors=True)
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        super().before_instantiate_classes()
+        options = self.config[self.subcommand]
+        options["ckpt_path"] = None  # a finished run would have no steps left
+        options.trainer.logger = False
+        strategy = options.trainer.strategy
+        if isinstance(strategy, Namespace) and strategy.get("init_args.nvme_path"):
+            given = strategy["init_args.nvme_path"]
+            folders = [given] if isinstance(given, str) else given
+            fresh = [self._on_drive(each) for each in folders]
+            strategy["init_args.nvme_path"] = fresh[0] if isinstance(given, str) else fresh
+
+    def _on_drive(self, folder: str) -> str:
+        """A folder on the drive of the user's one, which may hold the real run."""
+        place = Path(folder).absolute()
+        while not place.is_dir():
+            place = place.parent
+        self._drives.append(tempfile.mkdtemp(prefix=".profile-", dir=place))
+        return self._drives[-1]
+
+    @override
+    def instantiate_classes(self) -> None:
+        with parameters_on_meta() if self.profile.meta else nullcontext():
+            super().instantiate_classes()
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        given = self._get(self.config_init, "trainer", default={})["callbacks"] or []
+        callbacks = given if isinstance(given, list) else [given]
+        kept = [each for each in callbacks if not isinstance(each, _WRITE)]
+        monitor = RooflineMonitor(NEVER, hardware=self.profile.hardware, plot=False)
+        quiet: dict[str, Any] = {
+            "callbacks": [*kept, monitor, Steps(self.profile, monitor)],
+            "logger": DummyLogger(),  # callbacks that ask for one find it
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "limit_val_batches": 0,
+            "min_steps": None,
+            "min_epochs": None,
+            "fast_dev_run": False,
+            "log_every_n_steps": NEVER,  # at the end, of all steps
+            "default_root_dir": self.folder,
+        }
+        return super().instantiate_trainer(**{**kwargs, **quiet})
+
+    def fit(self, model: pl.LightningModule, datamodule: Any = None, **options: Any) -> None:
+        """What runs in the place of ``Trainer.fit``."""
+        if self.profile.meta:
+            tell(self.profile, *_on_meta(self.trainer, model, datamodule, self.profile))
+        else:
+            self.trainer.fit(model, datamodule=datamodule, **options)
+
+
+class Steps(pl.Callback):
+    """Ends a run after some steps, and tells what the monitor has found, in the process that has.
+
+    Args:
+        profile: What is asked for.
+        monitor: Stands before this one.
+    """
+
+    def __init__(self, profile: Profile, monitor: RooflineMonitor) -> None:
+        self.profile, self.monitor = profile, monitor
+
+    @override
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step >= self.profile.steps + 2:
+            trainer.should_stop = True
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Tell it.
+
+        Raises:
+            ValueError: If the run was too short.
+        """
+        report, machine = self.monitor.report, self.monitor.machine
+        if report is None or not self.monitor.values:
+            rule = f"the run has only {trainer.global_step}, and the first two are not timed"
+            way_out = "Raise max_steps or max_epochs, or give it more data"
+            raise argument_error("profile", "steps", self.profile.steps, rule, way_out)
+        if trainer.is_global_zero:
+            values = self.monitor.values
+            tell(self.profile, StepTime(report, machine), values, self.monitor.advice)
+
+
+def _on_meta(
+    trainer: pl.Trainer, module: pl.LightningModule, data: Any, profile: Profile
+) -> tuple[StepTime, dict[str, float], list[Advice]]:
+    """A step of a model without weights, on a batch without tokens."""
+    report = meta_report(trainer, module, data)
+    if profile.hardware is None:
+        machine = machine_at_hand(torch.device("cpu"), torch.float32)
+    else:
+        machine = machine_of(trainer, profile.hardware)
+    return StepTime(report, machine), {}, advise(report, machine, Setting())
+
+
+def meta_report(trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> StepReport:
+    """What a step computes and moves, from shapes alone.
+
+    Args:
+        trainer: Of the run.
+        module: Whose parameters are on meta.
+        data: The datamodule, which is not set up.
+
+    Raises:
+        ValueError: If the shape of a batch is not known beforehand, or what trains differs from
+            what would be analysed.
+    """
+    tokens = getattr(data, "block_size", None)
+    if not isinstance(module, ComputesBatchLoss) or tokens is None:
+        rule = f"the shape of a batch of {type(data).__name__} is only known with its data"
+        raise argument_error("profile", "meta", True, rule, "Leave --meta out")
+    precision = str(trainer.precision)
+    if "mixed" in precision:
+        rule = f"precision {precision} casts on a device, and there is none"
+        way_out = "Set trainer.precision to 32-true, and the model's dtype to bfloat16"
+        raise argument_error("profile", "meta", True, rule, way_out)
+    module.to("meta")  # buffers, which were computed
+    ids = torch.zeros(data.batch_size, tokens + 1, dtype=torch.long, device="meta")
+    batch = {"input_ids": ids, "labels": ids}
+    made: Any = module.configure_optimizers()
+    optimizer = made["optimizer"] if isinstance(made, dict) else made
+    return analyze_step(module, lambda: module.batch_loss(batch), optimizer=optimizer)
+
+
+def tell(
+    profile: Profile, step: StepTime, values: dict[str, float], advice: Sequence[Advice]
+) -> None:
+    """Print what was found, and write the files.
+
+    Args:
+        profile: What is asked for.
+        step: The one that was analysed.
+        values: Measured; empty on meta.
+        advice: What would help.
+    """
+    lines = [*told(step, values), "", step.to_table(profile.top_k)]
+    if advice:
+        lines += ["", "what would help", *(f"  {each}" for each in advice)]
+    if step.report.uncounted:
+        lines += ["", f"FLOPs not known, taken for 0: {', '.join(step.report.uncounted)}"]
+    content = {
+        "measured": values,
+        "report": step.report.to_dict(),
+        "time": step.to_dict(),
+        "advice": [{"name": a.name, "text": a.text, "gain": a.gain} for a in advice],
+    }
+    ways: dict[str, Callable[[str], object]] = {
+        "json_file": lambda path: Path(path).write_text(json.dumps(content, indent=1)),
+        "png": lambda path: step.report.plot(step.hardware, top_k=profile.top_k).savefig(path),
+        "trace": lambda path: write_chrome_trace(step, path),
+    }
+    for argument, write in ways.items():
+        path = getattr(profile, argument)
+        if path is not None:
+            lines.append(_written(path, write))
+    print("\n".join(lines))  # noqa: T201
+
+
+def told(step: StepTime, values: dict[str, float]) -> list[str]:
+    """A step in a few lines.
+
+    Args:
+        step: Analysed.
+        values: Measured; empty on meta.
+    """
+    report, machine = step.report, step.hardware
+    lines = [
+        f"{machine.name}: {machine.peak_flops / 1e9:,.4g} GFLOP/s,"
+        f" {machine.mem_bandwidth / 1e9:,.4g} GB/s, ridge at {machine.ridge_point:.3g} FLOP/B",
+        f"a step: {report.total_flops / 1e9:,.4g} GFLOP, {report.bytes / 1e9:,.4g} GB moved,"
+        f" {report.intensity:.3g} FLOP/B, {report.peak_bytes / 1e9:,.4g} GB at the peak",
+        f"predicted {1e3 * step.seconds:,.4g} ms, bound by {step.bound}",
+    ]
+    if values:
+        lines.append(f"measured  {1e3 * values['step_s']:,.4g} ms: {_rates(values)}")
+        shares = {k.removesuffix("_share"): v for k, v in values.items() if k.endswith("_share")}
+        lines.append(", ".join(f"{part} {share:.1%}" for part, share in shares.items()))
+    return lines
+
+
+def _rates(values: dict[str, float]) -> str:
+    rates = [f"MFU {values['mfu']:.1%}", f"HFU {values['hfu']:.1%}"]
+    if "tokens_per_s" in values:
+        rates.append(f"{values['tokens_per_s']:,.0f} tokens/s")
+    return ", ".join(rates)
+
+
+def _written(path: str, write: Callable[[str], object]) -> str:
+    try:
+        write(path)
+    except (OSError, ValueError, ImportError) as error:  # a path never ends a run
+        return f"{path} was not written: {error}"
+    return f"wrote {path}"

@@ -1,0 +1,117 @@
+"""What RooflineMonitor asks of a run: tokens, machine, compiled modules, figures."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import nn
+
+from lightning_align import MachineBalance
+from lightning_align.callbacks.roofline_run import (
+    TokenCount,
+    dtype_of,
+    is_compiled,
+    machine_of,
+    module_rows,
+    setting_of,
+    values_of,
+)
+from lightning_align.planner import predict_step_time
+from tests.helpers.resume import HandWritten
+
+RUN: Any = SimpleNamespace(
+    strategy=SingleDeviceStrategy("cpu"), precision="32-true", is_global_zero=True
+)
+
+
+class Counts(HandWritten):
+    """A module that counts what it learns."""
+
+    tokens_seen = 100
+
+
+def batch(tokens: int) -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.zeros(2, tokens, dtype=torch.long)}
+
+
+def test_tokens_are_those_of_the_batches_of_windows_that_count() -> None:
+    count = TokenCount(HandWritten())
+    count.add(batch(3))
+    count.add(batch(4))
+    count.close()
+    count.add(batch(50))
+    count.leave_out()
+    assert count.total(RUN) == 14
+    assert count.total(RUN) is None  # since then
+    count.add(torch.zeros(3))
+    count.close()
+    assert count.total(RUN) is None  # it has none
+
+
+def test_a_module_that_counts_is_believed() -> None:
+    module = Counts()
+    count = TokenCount(module)
+    module.tokens_seen = 140
+    count.add(batch(5))
+    count.close()
+    assert count.total(RUN) == 40
+    module.tokens_seen = 180
+    count.add(batch(5))
+    count.close()
+    count.add(batch(5))
+    count.leave_out()
+    assert count.total(RUN) == 20  # the other half was of a step that was analysed
+
+
+def test_the_machine_is_in_the_precision_of_the_run() -> None:
+    assert dtype_of(SimpleNamespace(precision="bf16-mixed")) == torch.bfloat16
+    assert dtype_of(SimpleNamespace(precision="16-true")) == torch.float16
+    assert dtype_of(RUN) == torch.float32
+    assert machine_of(RUN, "h100-sxm").dtype == "float32"
+    half = SimpleNamespace(**{**vars(RUN), "precision": "bf16-true"})
+    assert machine_of(half, "h100-sxm").peak_flops == 989.4e12
+    own = MachineBalance("m", 1.0, 1.0)
+    assert machine_of(RUN, own) is own
+
+
+def test_compiled_modules_are_known() -> None:
+    module = HandWritten()
+    assert not is_compiled(module)
+    module.body[0].compile(backend="eager")
+    assert is_compiled(module)
+    module = HandWritten()
+    module.head = torch.compile(module.head, backend="eager")
+    assert is_compiled(module)
+
+
+def step() -> Any:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+    hardware = MachineBalance("m", 1e6, 1e6)
+    return predict_step_time(model, lambda: model(torch.ones(4, 8)).mean(), hardware)
+
+
+def test_utilisation_is_of_one_device() -> None:
+    """Two products of 4 x 8 x 8: forward, and for the weight; 1024 FLOPs in 2 ms."""
+    values = values_of(step().report, 2e-3, 1e6)
+    assert values["mfu"] == pytest.approx(2 * 2 * 4 * 8 * 8 / 2e-3 / 1e6)
+
+
+def test_rows_of_the_table_are_those_that_take_longest() -> None:
+    rows = module_rows(step(), 2)
+    assert [row["module"] for row in rows] == ["(all)", "0"]
+    assert rows[0]["share"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("fused", "can"), [(None, True), (True, False)])
+def test_what_advice_has_to_know(fused: bool | None, can: bool) -> None:
+    optimizer = torch.optim.AdamW(nn.Linear(2, 2).parameters(), fused=fused)
+    run: Any = SimpleNamespace(
+        **vars(RUN), optimizers=[optimizer], train_dataloader=SimpleNamespace(num_workers=3)
+    )
+    setting = setting_of(run, {"step_s": 2.0, "data_share": 0.25, "mfu": 0.1}, 4)
+    assert setting.measured == {"data": 0.5}
+    assert (setting.can_fuse, setting.num_workers, setting.micro_batches) == (can, 3, 4)
+    run.optimizers = [torch.optim.Rprop(nn.Linear(2, 2).parameters())]
+    assert not setting_of(run, {}, 0).can_fuse  # it has no fused update

@@ -1,0 +1,57 @@
+"""Which sheet a device has, by the name that its driver tells."""
+
+import pytest
+import torch
+
+from lightning_align.planner import MachineBalance
+from lightning_align.planner.machine_at_hand import (
+    machine_at_hand,
+    memory_of,
+    products_of,
+    sheet_of,
+)
+from lightning_align.planner.spec_sheets import SPEC_SHEETS
+
+
+@pytest.mark.parametrize(
+    ("name", "sheet"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100-sxm"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H200", "h200-sxm"),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA A100-SXM4-40GB", "a100-sxm-40gb"),
+        ("NVIDIA A100-SXM4-80GB", "a100-sxm-80gb"),
+        ("NVIDIA A100 80GB PCIe", "a100-pcie-80gb"),
+        ("Tesla V100-SXM2-32GB", "v100-sxm2"),
+        ("Tesla V100-PCIE-16GB", None),
+        ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA T4", None),
+    ],
+)
+def test_the_sheet_of_a_device(name: str, sheet: str | None) -> None:
+    assert sheet_of(name) == sheet
+    assert sheet is None or sheet in SPEC_SHEETS
+
+
+def test_products_in_fp32_may_be_tf32() -> None:
+    assert products_of(torch.bfloat16) == "bfloat16"
+    assert products_of(torch.float32) == "float32"
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert products_of(torch.float32) == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_a_machine_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+    balance = MachineBalance("m", 1.0, 1.0)
+    monkeypatch.setattr(MachineBalance, "measure", lambda *given: made.append(given) or balance)
+    machine_at_hand.cache_clear()
+    found = [machine_at_hand(torch.device("cpu"), torch.float32) for _ in range(2)]
+    machine_at_hand.cache_clear()
+    assert found == [balance, balance]
+    assert made == [(torch.device("cpu"), torch.float32)]
+    assert memory_of(torch.device("cpu")) > 1e8
