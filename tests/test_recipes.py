@@ -73,10 +73,17 @@ LAYERS = {
     "galore": "pretrain",
     "muon": "ddp",
     "preference_diagnostics": "dpo",
+    "roofline": "pretrain",
     "spike_guard": "pretrain",
     "stable_adamw": "ddp",
 }
-OF_CALLBACKS = {"curriculum", "curriculum_difficulty", "preference_diagnostics", "spike_guard"}
+OF_CALLBACKS = {
+    "curriculum",
+    "curriculum_difficulty",
+    "preference_diagnostics",
+    "roofline",
+    "spike_guard",
+}
 
 TINY = [
     "--model.model.hidden_size=20",
@@ -295,6 +302,18 @@ def test_finetune_hub(folder: Path, base: str) -> None:
 
 
 @pytest.mark.slow
+def test_roofline_over_pretrain(folder: Path) -> None:
+    for name in ("pretrain", "roofline"):
+        main(["recipes", "copy", name])
+    layers = ["-c", "pretrain.yaml", "-c", "roofline.yaml"]
+    hardware = ["--trainer.callbacks.hardware=cpu"]  # the last callback's: nothing is measured
+    main(["fit", *layers, *QUIET, *TINY, *hardware, "--trainer.max_steps=3"])
+    written = (folder / "outputs/pretrain/roofline.jsonl").read_text()
+    assert '"module": "model.lm_head"' in written or '"module": "(all)"' in written
+    assert list((folder / "outputs/pretrain").rglob("roofline.png"))
+
+
+@pytest.mark.slow
 def test_ddp_in_two_processes(folder: Path) -> None:
     """The command starts the second process itself: itself again."""
     main(["recipes", "copy", "ddp"])
@@ -340,6 +359,7 @@ def test_every_recipe_is_run_here() -> None:
         "muon",
         "preference_diagnostics",
         "pretrain",
+        "roofline",
         "sft_chat",
         "spike_guard",
         "stable_adamw",
