@@ -60,6 +60,7 @@ class ProfileCLI(AlignCLI):
     def before_instantiate_classes(self) -> None:
         super().before_instantiate_classes()
         options = self.config[self.subcommand]
+        self.save_config_callback = None
         options["ckpt_path"] = None  # a finished run would have no steps left
         options.trainer.logger = False
         strategy = options.trainer.strategy
