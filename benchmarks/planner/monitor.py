@@ -4,9 +4,9 @@
 
 A Llama whose step takes about 20 ms, by our PretrainModule; one thread, CPU time. The same run
 without the monitor, with one that analyses a single step, and with one that analyses each, in
-turns; medians of steps. Beside it the monitor's hooks by themselves, timed where the Trainer calls them:
-what they add is less than the spread of a step. Bars: 1 % of the step between analyses, 2.5 times
-the step for one that is analysed, and the same weights to the bit.
+turns; medians of steps. Beside it the monitor's hooks by themselves, timed where the Trainer calls
+them: what they add is less than the spread of a step. Bars: 1 % of the step between analyses, 2.5
+times the step for one that is analysed, and the same weights to the bit.
 """
 
 import argparse

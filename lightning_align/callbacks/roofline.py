@@ -151,7 +151,7 @@ class RooflineMonitor(Callback):
 
     def _is_due(self, step: int) -> bool:
         if self._analysed_at is None:
-            return self._windows > 0  # the first step makes states and caches
+            return self._windows > 0
         since = step - self._analysed_at
         if since < 0:  # the run has gone back
             self._analysed_at = step
@@ -199,6 +199,9 @@ class RooflineMonitor(Callback):
         self._windows += 1
         if self._trace is not None:
             self._finish_analysis(trainer, pl_module)
+            self._tokens.leave_out()
+        elif self._windows == 1:  # which has made states and caches
+            self._clock.forget()
             self._tokens.leave_out()
         else:
             self._counted += 1

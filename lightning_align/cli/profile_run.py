@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers.logger import DummyLogger
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_align._errors import argument_error
@@ -100,7 +101,7 @@ class ProfileCLI(AlignCLI):
             "min_steps": None,
             "min_epochs": None,
             "fast_dev_run": False,
-            "log_every_n_steps": NEVER,  # at the end, of all steps
+            "log_every_n_steps": self.profile.steps + 2,  # once, of all steps
             "default_root_dir": self.folder,
         }
         return super().instantiate_trainer(**{**kwargs, **quiet})
@@ -184,7 +185,33 @@ def meta_report(trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> S
     batch = {"input_ids": ids, "labels": ids}
     made: Any = module.configure_optimizers()
     optimizer = made["optimizer"] if isinstance(made, dict) else made
-    return analyze_step(module, lambda: module.batch_loss(batch), optimizer=optimizer)
+    try:
+        with everything_holds():
+            return analyze_step(module, lambda: module.batch_loss(batch), optimizer=optimizer)
+    except (RuntimeError, NotImplementedError) as error:
+        rule = f"the model does not run without values ({str(error).splitlines()[0]})"
+        raise argument_error("profile", "meta", True, rule, "Leave --meta out") from error
+
+
+@contextmanager
+def everything_holds() -> Iterator[None]:
+    """Context in which ``all`` of a tensor on meta is true.
+
+    So models ask whether rows have padding, or several documents; those of a block have neither. A
+    ``TorchFunctionMode`` would not do: it is not there where a checkpoint calls forward again.
+    """
+    theirs = torch.Tensor.all
+
+    def of_values(tensor: Tensor, *args: Any, **options: Any) -> Any:
+        if tensor.is_meta and not args and not options:
+            return torch.ones((), dtype=torch.bool)
+        return theirs(tensor, *args, **options)
+
+    torch.Tensor.all = of_values  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        del torch.Tensor.all  # it is a base class's
 
 
 def tell(

@@ -190,3 +190,20 @@ def test_a_strategy_whose_steps_are_not_whole_is_refused() -> None:
 def test_bad_arguments(options: dict[str, Any], rule: str) -> None:
     with pytest.raises(ValueError, match=rule):
         RooflineMonitor(**options)
+
+
+class Counts(RooflineMonitor):
+    """Notes of how many steps, and of how many tokens, times are."""
+
+    def _log_values(self, trainer: pl.Trainer) -> None:
+        self.counted = self._counted
+        super()._log_values(trainer)
+
+
+def test_the_first_step_and_what_is_analysed_are_not_timed(tmp_path: Path) -> None:
+    """Of steps 1 to 9 the first, and 2, 5 and 8: five are left, of 4 rows with 13 tokens."""
+    counts = Counts(every_n_steps=3, hardware=MACHINE, plot=False)
+    fit(tmp_path, counts, max_steps=9, max_epochs=-1, log_every_n_steps=50)
+    assert counts.counted == 5
+    tokens = counts.values["tokens_per_s"] * 5 * counts.values["step_s"]
+    assert tokens == pytest.approx(5 * 4 * 13)
