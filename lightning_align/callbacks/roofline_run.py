@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_align._compat.lightning_trainer import is_compiled_whole
+from lightning_align._compat.torch_modules import is_compiled
 from lightning_align._errors import argument_error
 from lightning_align.planner.advice import Setting
 from lightning_align.planner.balance import MachineBalance
@@ -68,19 +69,11 @@ def check_run(trainer: Trainer, module: LightningModule, kind: type[Callback]) -
         rule = "its ranks hold parts of a model, and it does not tell how long they wait"
         way_out = "Train in one process, or with strategy='ddp' or 'zero_infinity'"
         raise argument_error(WHERE, "strategy", type(strategy).__name__, rule, way_out)
-    if is_compiled(module):
+    if is_compiled_whole(module) or any(map(is_compiled, module.modules())):
         rank_zero_warn(
             f"{WHERE}: the module is compiled. Steps that are analysed run as they are written:"
             " they take longer, and round otherwise than compiled ones."
         )
-
-
-def is_compiled(module: LightningModule) -> bool:
-    """Whether the module, or one in it, was given to ``torch.compile``."""
-    return is_compiled_whole(module) or any(
-        isinstance(each, torch._dynamo.OptimizedModule) or each._compiled_call_impl is not None
-        for each in module.modules()
-    )
 
 
 def dtype_of(trainer: Trainer) -> torch.dtype:

@@ -182,7 +182,8 @@ def meta_report(trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> S
         raise argument_error("profile", "meta", True, rule, way_out)
     module.to("meta")  # buffers, which were computed
     ids = torch.zeros(data.batch_size, tokens + 1, dtype=torch.long, device="meta")
-    batch = {"input_ids": ids, "labels": ids}
+    # Labels have values: which rows are learned decides what is computed.
+    batch = {"input_ids": ids, "labels": torch.zeros_like(ids, device="cpu")}
     made: Any = module.configure_optimizers()
     optimizer = made["optimizer"] if isinstance(made, dict) else made
     try:

@@ -10,6 +10,7 @@ Shapes: N rows, R rows of one chunk, D hidden size, V vocabulary (``logits_RV``)
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -45,8 +46,9 @@ def head_arithmetic(hidden: Tensor, head: Head) -> HeadArithmetic:
     """Choose precisions: logits are never rounded to 16 bits, which costs 0.4 nats a sequence."""
     operand = torch.promote_types(hidden.dtype, head.weight.dtype)
     dtype = torch.promote_types(operand, torch.float32)
-    if torch.is_autocast_enabled(hidden.device.type):
-        operand = torch.get_autocast_dtype(hidden.device.type)
+    device = hidden.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # not on meta
+        operand = torch.get_autocast_dtype(device)
     if operand is not torch.bfloat16 or hidden.device.type != "cuda":
         # Only CUDA multiplies 16 bits into fp32 (a CPU would be some 500 times slower, too), and
         # fp16 would flush small probabilities to zero, for no loss scale reaches them here.
@@ -212,7 +214,10 @@ def refuse_second_derivative(where: str) -> None:
 
 def _matmul(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """Matrix product with a result in ``dtype``, even if the operands have 16 bits."""
-    with torch.autocast(left.device.type, enabled=False):  # It would choose other precisions.
+    device = left.device.type
+    # It would choose other precisions; on meta there is none.
+    is_there = torch.amp.is_autocast_available(device)
+    with torch.autocast(device, enabled=False) if is_there else nullcontext():
         if left.dtype == dtype:
             return torch.mm(left, right, out=out)
         return torch.mm(left, right, out_dtype=dtype, out=out)

@@ -1,5 +1,6 @@
 """What RooflineMonitor asks of a run: tokens, machine, compiled modules, figures."""
 
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,11 +9,11 @@ import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
-from lightning_align import MachineBalance
+from lightning_align import MachineBalance, RooflineMonitor
 from lightning_align.callbacks.roofline_run import (
     TokenCount,
+    check_run,
     dtype_of,
-    is_compiled,
     machine_of,
     module_rows,
     setting_of,
@@ -76,16 +77,6 @@ def test_the_machine_is_in_the_precision_of_the_run() -> None:
     assert machine_of(RUN, own) is own
 
 
-def test_compiled_modules_are_known() -> None:
-    module = HandWritten()
-    assert not is_compiled(module)
-    module.body[0].compile(backend="eager")
-    assert is_compiled(module)
-    module = HandWritten()
-    module.head = torch.compile(module.head, backend="eager")
-    assert is_compiled(module)
-
-
 def step() -> Any:
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
     hardware = MachineBalance("m", 1e6, 1e6)
@@ -115,3 +106,13 @@ def test_what_advice_has_to_know(fused: bool | None, can: bool) -> None:
     assert (setting.can_fuse, setting.num_workers, setting.micro_batches) == (can, 3, 4)
     run.optimizers = [torch.optim.Rprop(nn.Linear(2, 2).parameters())]
     assert not setting_of(run, {}, 0).can_fuse  # it has no fused update
+
+
+def test_a_compiled_module_is_warned_of() -> None:
+    module, run = HandWritten(), SimpleNamespace(**vars(RUN), callbacks=[])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_run(run, module, RooflineMonitor)
+    module.head = torch.compile(module.head, backend="eager")
+    with pytest.warns(UserWarning, match="round otherwise than compiled ones"):
+        check_run(run, module, RooflineMonitor)
