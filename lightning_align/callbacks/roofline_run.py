@@ -13,7 +13,7 @@ from lightning_align._compat.torch_modules import is_compiled
 from lightning_align._errors import argument_error
 from lightning_align.planner.advice import Setting
 from lightning_align.planner.balance import MachineBalance
-from lightning_align.planner.machine_at_hand import machine_at_hand, memory_of, products_of
+from lightning_align.planner.machine_at_hand import by_sheet, machine_at_hand, memory_of
 from lightning_align.planner.report import StepReport
 from lightning_align.planner.spec_sheets import SPEC_SHEETS, check_dense, spec_sheet
 from lightning_align.planner.step_time import StepTime
@@ -95,11 +95,7 @@ def machine_of(trainer: Trainer, hardware: str | MachineBalance | None) -> Machi
         return hardware
     dtype = dtype_of(trainer)
     if isinstance(hardware, str):
-        _, sheet = spec_sheet(WHERE, hardware)
-        wanted = products_of(dtype)
-        return MachineBalance.from_spec(
-            hardware, wanted if wanted in sheet.peak_flops else "float32"
-        )
+        return by_sheet(hardware, dtype)
     found = None
     if trainer.is_global_zero:
         rank_zero_info(f"{WHERE}: looking at the machine; hardware=... says what it is.")

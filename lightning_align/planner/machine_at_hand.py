@@ -8,6 +8,7 @@ from functools import cache
 import torch
 
 from lightning_align.planner.balance import MachineBalance
+from lightning_align.planner.spec_sheets import spec_sheet
 
 # Words of a device's name, as drivers tell it, and the sheet; the first that fits is taken.
 _NAMES = (
@@ -48,15 +49,27 @@ def machine_at_hand(device: torch.device, dtype: torch.dtype) -> MachineBalance:
     if device.type == "cuda":
         sheet = sheet_of(torch.cuda.get_device_name(device))
         if sheet is not None:
-            return MachineBalance.from_spec(sheet, products_of(dtype))
+            return by_sheet(sheet, dtype)
     return MachineBalance.measure(device, dtype)
 
 
-def products_of(dtype: torch.dtype) -> str:
-    """In what products of a dtype are computed, in the words of a sheet: fp32 may be tf32."""
-    name = str(dtype).removeprefix("torch.")
+def by_sheet(name: str, dtype: torch.dtype) -> MachineBalance:
+    """What the maker of hardware says, for products of a dtype; those in fp32 may be tf32.
+
+    Args:
+        name: Of the hardware.
+        dtype: Of the inputs of products; where the sheet has none of it, fp32.
+
+    Raises:
+        ValueError: If the hardware is not known.
+    """
+    _, sheet = spec_sheet("MachineBalance.from_spec", name)
+    key = str(dtype).removeprefix("torch.")
+    if key in sheet.peak_flops and key != "float32":
+        return MachineBalance.from_spec(name, key)
     is_tf32 = torch.get_float32_matmul_precision() != "highest"
-    return "tf32" if name == "float32" and is_tf32 else name
+    peak = sheet.peak_flops.get("tf32") if is_tf32 else None
+    return MachineBalance.from_spec(name, "float32", peak_flops=peak)
 
 
 def memory_of(device: torch.device) -> float:

@@ -5,9 +5,9 @@ import torch
 
 from lightning_align.planner import MachineBalance
 from lightning_align.planner.machine_at_hand import (
+    by_sheet,
     machine_at_hand,
     memory_of,
-    products_of,
     sheet_of,
 )
 from lightning_align.planner.spec_sheets import SPEC_SHEETS
@@ -36,13 +36,17 @@ def test_the_sheet_of_a_device(name: str, sheet: str | None) -> None:
 
 
 def test_products_in_fp32_may_be_tf32() -> None:
-    assert products_of(torch.bfloat16) == "bfloat16"
-    assert products_of(torch.float32) == "float32"
+    """A record in fp32 then takes what its peak says."""
+    assert by_sheet("h100", torch.bfloat16).peak_flops == 989.4e12
+    assert by_sheet("h100", torch.float32).peak_flops == 66.9e12
+    assert by_sheet("v100", torch.bfloat16).dtype == "float32"  # it has no units for that
     torch.set_float32_matmul_precision("high")
     try:
-        assert products_of(torch.float32) == "tf32"
+        found = by_sheet("h100", torch.float32)
+        assert by_sheet("v100", torch.float32).peak_flops == 15.7e12
     finally:
         torch.set_float32_matmul_precision("highest")
+    assert (found.dtype, found.peak_flops) == ("float32", 494.7e12)
 
 
 def test_a_machine_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
