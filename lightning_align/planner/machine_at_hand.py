@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -67,9 +68,10 @@ def by_sheet(name: str, dtype: torch.dtype) -> MachineBalance:
     key = str(dtype).removeprefix("torch.")
     if key in sheet.peak_flops and key != "float32":
         return MachineBalance.from_spec(name, key)
-    is_tf32 = torch.get_float32_matmul_precision() != "highest"
-    peak = sheet.peak_flops.get("tf32") if is_tf32 else None
-    return MachineBalance.from_spec(name, "float32", peak_flops=peak)
+    found = MachineBalance.from_spec(name, "float32")
+    if torch.get_float32_matmul_precision() == "highest" or "tf32" not in sheet.peak_flops:
+        return found
+    return replace(found, peak_flops=sheet.peak_flops["tf32"])
 
 
 def memory_of(device: torch.device) -> float:

@@ -44,6 +44,7 @@ def test_products_in_fp32_may_be_tf32() -> None:
     try:
         found = by_sheet("h100", torch.float32)
         assert by_sheet("v100", torch.float32).peak_flops == 15.7e12
+        assert by_sheet("l40s", torch.float32).peak_flops == 183e12  # twice that of fp32, and dense
     finally:
         torch.set_float32_matmul_precision("highest")
     assert (found.dtype, found.peak_flops) == ("float32", 494.7e12)
