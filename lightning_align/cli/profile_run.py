@@ -30,7 +30,6 @@ from lightning_align.planner.chrome_trace import write_chrome_trace
 from lightning_align.planner.machine_at_hand import machine_at_hand
 from lightning_align.planner.report import StepReport
 from lightning_align.planner.step_time import StepTime
-from lightning_align.run.protocols import ComputesBatchLoss
 
 NEVER = 10**9
 _WRITE = (Checkpoint, SavePretrained, RooflineMonitor)  # the last one has its own place here
@@ -172,7 +171,7 @@ def meta_report(trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> S
             what would be analysed.
     """
     tokens = getattr(data, "block_size", None)
-    if not isinstance(module, ComputesBatchLoss) or tokens is None:
+    if tokens is None:
         rule = f"the shape of a batch of {type(data).__name__} is only known with its data"
         raise argument_error("profile", "meta", True, rule, "Leave --meta out")
     precision = str(trainer.precision)
@@ -188,7 +187,8 @@ def meta_report(trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> S
     optimizer = made["optimizer"] if isinstance(made, dict) else made
     try:
         with everything_holds():
-            return analyze_step(module, lambda: module.batch_loss(batch), optimizer=optimizer)
+            # Nothing is attached to the module, so that what it logs goes nowhere.
+            return analyze_step(module, lambda: module.training_step(batch, 0), optimizer=optimizer)
     except (RuntimeError, NotImplementedError) as error:
         rule = f"the model does not run without values ({str(error).splitlines()[0]})"
         raise argument_error("profile", "meta", True, rule, "Leave --meta out") from error

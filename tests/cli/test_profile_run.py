@@ -56,17 +56,11 @@ def test_figures_of_a_run_that_leaves_nothing(
     assert {"name", "text", "gain"} <= set(found["advice"][0])
 
 
-def test_on_meta_it_is_the_same_step(tmp_path: Path) -> None:
-    """Neither weights nor data: the corpus is not there, and the numbers are those of the run."""
-    content = config(tmp_path, max_steps=100)
-    real = profiled(tmp_path, content, "--steps", "1")["report"]
-    (tmp_path / "figures.json").unlink()
-    content["data"]["init_args"]["paths"] = "not/there.txt"
-    content["data"]["init_args"]["cache_dir"] = "nor/this"
-    meta = profiled(tmp_path, content, "--meta")
-    assert meta["measured"] == {}
-    assert meta["report"]["model_flops"] == real["model_flops"]
-    assert meta["report"]["forward_flops"] == real["forward_flops"]
+def test_on_meta_our_losses_are_refused(tmp_path: Path) -> None:
+    """They look at which labels count, which has no answer without values."""
+    recipe = write(tmp_path, config(tmp_path, max_steps=100))
+    with pytest.raises(SystemExit, match="the model does not run without values"):
+        main(["profile", "-c", recipe, "--hardware", "cpu", "--meta"])
 
 
 def test_what_cannot_be_profiled(tmp_path: Path) -> None:
