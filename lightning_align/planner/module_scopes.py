@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,6 +55,7 @@ class ModuleScopes:
         self._node: tuple[int | None, Scope] = (None, ())
         self._thread = threading.get_ident()
         self._optimizer_steps = 0
+        self._is_before_backward = False  # in a closure, which an optimizer's step calls
 
     @contextmanager
     def following(self) -> Iterator[None]:
@@ -74,8 +75,10 @@ class ModuleScopes:
     def current(self) -> tuple[str, Scope]:
         """Phase and modules of the operation that is about to run."""
         if running_backward() < 0:
-            is_update = self._optimizer_steps and not self._calls and not torch.is_grad_enabled()
+            is_step = self._optimizer_steps and not self._is_before_backward
+            is_update = is_step and not self._calls and not torch.is_grad_enabled()
             return (OPTIMIZER if is_update else FORWARD), self._now
+        self._is_before_backward = False
         if self._calls and self._calls[-1][1]:
             return RECOMPUTE, self._now
         number, leaf = running_node()
@@ -115,8 +118,24 @@ class ModuleScopes:
         inside = running_backward() >= 0 and not recomputes
         self._scopes.append(self._recomputed if inside else self._now)
 
-    def _begin_step(self, *_: Any) -> None:
+    def _begin_step(self, _: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """A closure, by which Lightning runs forward and backward, is no update."""
         self._optimizer_steps += 1
+        if callable(named.get("closure")):
+            return args, {**named, "closure": self._as_forward(named["closure"])}
+        if len(args) > 1 and callable(args[1]):
+            return (args[0], self._as_forward(args[1]), *args[2:]), named
+        return None
+
+    def _as_forward(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def followed() -> Any:
+            self._is_before_backward = True
+            try:
+                return closure()
+            finally:
+                self._is_before_backward = False
+
+        return followed
 
     def _end_step(self, *_: Any) -> None:
         self._optimizer_steps -= 1

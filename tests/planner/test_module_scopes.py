@@ -1,5 +1,6 @@
 """Where an operation belongs, in forward, in backward and in between."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -104,3 +105,23 @@ def test_a_module_that_is_not_the_models_has_no_name() -> None:
     model, other = Scaled(), nn.Linear(4, 4, bias=False)
     trace = traced(model, lambda: other(torch.ones(2, 4)))
     assert scopes(trace, "aten.mm") == [("forward", "-")]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_forward_in_the_closure_of_a_step_is_no_update(named: bool) -> None:
+    """A custom function that no module calls runs without gradients, as an update does."""
+    model = nn.Linear(4, 4, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=False)
+
+    def closure() -> Tensor:
+        loss = Doubled.apply(model(torch.ones(2, 4))).sum()
+        loss.backward()
+        with torch.no_grad():
+            model.weight.grad.mul_(2)  # as clipping does
+        return loss
+
+    options = {"closure": closure} if named else {}
+    trace = traced(model, partial(optimizer.step, *(() if named else (closure,)), **options))
+    assert scopes(trace, "aten.add") == [("backward", "-"), ("forward", "-")]
+    assert scopes(trace, "aten.mul_") == [("optimizer", "-")]
+    assert [phase for phase, _ in scopes(trace, "aten.add_")] == ["optimizer"]
