@@ -1,11 +1,13 @@
-"""Private parts of torch's autograd engine and of its attention."""
+"""Private parts of torch's autograd engine, of its attention, and of tensors without values."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental import _config
 from torch.utils.checkpoint import CheckpointFunction, _recomputation_hook
 
 _AGAIN = _recomputation_hook
@@ -71,3 +73,9 @@ def _stand_in(tensor: Tensor) -> Tensor:
     """A tensor of that shape, a row of which is all the memory that it takes."""
     row = torch.empty(tensor.shape[-1:], dtype=tensor.dtype, device="cpu")
     return row.expand(tensor.shape).requires_grad_(tensor.requires_grad)
+
+
+def nothing_is_zero_on_meta() -> AbstractContextManager[Any]:
+    """Context in which ``nonzero`` of a tensor on meta finds all of its places."""
+    found: Any = _config
+    return found.patch(meta_nonzero_assume_all_nonzero=True)  # type: ignore[no-any-return]

@@ -5,30 +5,25 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers.logger import DummyLogger
-from torch import Tensor
 from typing_extensions import override
 
 from lightning_align._errors import argument_error
 from lightning_align.callbacks import RooflineMonitor, SavePretrained
-from lightning_align.callbacks.roofline_run import machine_of
 from lightning_align.cli.app import AlignCLI
 from lightning_align.cli.profile import Profile
+from lightning_align.cli.profile_meta import on_meta
 from lightning_align.models.weights import parameters_on_meta
-from lightning_align.planner.advice import Advice, Setting, advise
-from lightning_align.planner.analyze import analyze_step
+from lightning_align.planner.advice import Advice
 from lightning_align.planner.chrome_trace import write_chrome_trace
-from lightning_align.planner.machine_at_hand import machine_at_hand
-from lightning_align.planner.report import StepReport
 from lightning_align.planner.step_time import StepTime
 
 NEVER = 10**9
@@ -108,7 +103,7 @@ class ProfileCLI(AlignCLI):
     def fit(self, model: pl.LightningModule, datamodule: Any = None, **options: Any) -> None:
         """What runs in the place of ``Trainer.fit``."""
         if self.profile.meta:
-            tell(self.profile, *_on_meta(self.trainer, model, datamodule, self.profile))
+            tell(self.profile, *on_meta(self.trainer, model, datamodule, self.profile.hardware))
         else:
             self.trainer.fit(model, datamodule=datamodule, **options)
 
@@ -144,75 +139,6 @@ class Steps(pl.Callback):
         if trainer.is_global_zero:
             values = self.monitor.values
             tell(self.profile, StepTime(report, machine), values, self.monitor.advice)
-
-
-def _on_meta(
-    trainer: pl.Trainer, module: pl.LightningModule, data: Any, profile: Profile
-) -> tuple[StepTime, dict[str, float], list[Advice]]:
-    """A step of a model without weights, on a batch without tokens."""
-    report = meta_report(trainer, module, data)
-    if profile.hardware is None:
-        machine = machine_at_hand(torch.device("cpu"), torch.float32)
-    else:
-        machine = machine_of(trainer, profile.hardware)
-    return StepTime(report, machine), {}, advise(report, machine, Setting())
-
-
-def meta_report(trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> StepReport:
-    """What a step computes and moves, from shapes alone.
-
-    Args:
-        trainer: Of the run.
-        module: Whose parameters are on meta.
-        data: The datamodule, which is not set up.
-
-    Raises:
-        ValueError: If the shape of a batch is not known beforehand, or what trains differs from
-            what would be analysed.
-    """
-    tokens = getattr(data, "block_size", None)
-    if tokens is None:
-        rule = f"the shape of a batch of {type(data).__name__} is only known with its data"
-        raise argument_error("profile", "meta", True, rule, "Leave --meta out")
-    precision = str(trainer.precision)
-    if "mixed" in precision:
-        rule = f"precision {precision} casts on a device, and there is none"
-        way_out = "Set trainer.precision to 32-true, and the model's dtype to bfloat16"
-        raise argument_error("profile", "meta", True, rule, way_out)
-    module.to("meta")  # buffers, which were computed
-    ids = torch.zeros(data.batch_size, tokens + 1, dtype=torch.long, device="meta")
-    # Labels have values: which rows are learned decides what is computed.
-    batch = {"input_ids": ids, "labels": torch.zeros_like(ids, device="cpu")}
-    made: Any = module.configure_optimizers()
-    optimizer = made["optimizer"] if isinstance(made, dict) else made
-    try:
-        with everything_holds():
-            # Nothing is attached to the module, so that what it logs goes nowhere.
-            return analyze_step(module, lambda: module.training_step(batch, 0), optimizer=optimizer)
-    except (RuntimeError, NotImplementedError) as error:
-        rule = f"the model does not run without values ({str(error).splitlines()[0]})"
-        raise argument_error("profile", "meta", True, rule, "Leave --meta out") from error
-
-
-@contextmanager
-def everything_holds() -> Iterator[None]:
-    """Context in which ``all`` of a tensor on meta is true.
-
-    So models ask whether rows have padding, or several documents; those of a block have neither. A
-    ``TorchFunctionMode`` would not do: it is not there where a checkpoint calls forward again.
-    """
-    theirs = torch.Tensor.all
-
-    def of_values(tensor: Tensor, *args: Any, **options: Any) -> Any:
-        if tensor.is_meta and not args and not options:
-            return torch.ones((), dtype=torch.bool)
-        return theirs(tensor, *args, **options)
-
-    torch.Tensor.all = of_values  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        del torch.Tensor.all  # it is a base class's
 
 
 def tell(
@@ -268,6 +194,8 @@ def told(step: StepTime, values: dict[str, float]) -> list[str]:
         lines.append(f"measured  {1e3 * values['step_s']:,.4g} ms: {_rates(values)}")
         shares = {k.removesuffix("_share"): v for k, v in values.items() if k.endswith("_share")}
         lines.append(", ".join(f"{part} {share:.1%}" for part, share in shares.items()))
+    else:
+        lines.append("nothing measured; rows as long as they may be, and all of it learned")
     return lines
 
 

@@ -79,7 +79,7 @@ def check_vocabulary(where: str, ids: Tensor, head: Head, ids_name: str, way_out
     Raises:
         ValueError: If an id is negative or not below the size of the vocabulary.
     """
-    if ids.numel() == 0:
+    if ids.numel() == 0 or ids.is_meta:
         return
     vocab_size = head.weight.shape[0]
     smallest, largest = torch.stack(ids.aminmax()).tolist()

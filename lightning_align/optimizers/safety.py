@@ -185,7 +185,7 @@ def check_parameters(where: str, group: Group) -> None:
 def are_usable(gradients: list[Tensor]) -> bool:
     """Whether every gradient is finite and of a norm below 1e19; waits for the device once.
 
-    Of a DTensor only this rank's part is looked at.
+    On meta, where there are no values, they are. Of a DTensor only this rank's part is looked at.
     """
     filled = [part for part in map(_local, gradients) if part.numel()]
     if not filled:
@@ -193,7 +193,9 @@ def are_usable(gradients: list[Tensor]) -> bool:
     # The norm over all is one fused pass, but several may exceed together what none does alone,
     # and that of fp16 overflows: then look at each.
     total = nn.utils.get_total_norm(filled)
-    return bool(total < LARGEST) or all(norm < LARGEST for norm in map(_norm, filled))
+    return (
+        total.is_meta or bool(total < LARGEST) or all(norm < LARGEST for norm in map(_norm, filled))
+    )
 
 
 def _local(gradient: Tensor) -> Tensor:

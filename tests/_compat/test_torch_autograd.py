@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_align._compat.torch_autograd import (
     is_recomputing,
     next_sequence_number,
+    nothing_is_zero_on_meta,
     running_backward,
     running_node,
     takes_flash_attention,
@@ -92,3 +93,12 @@ def test_which_kernel_attention_gets(device: str) -> None:
 def test_it_takes_no_memory() -> None:
     long = torch.empty(8, 64, 2**20, 128, device="meta")  # a quarter of a terabyte
     assert takes_flash_attention(long, long, long)
+
+
+def test_on_meta_all_places_are_found() -> None:
+    mask = torch.zeros(2, 3, dtype=torch.bool, device="meta")
+    with nothing_is_zero_on_meta():
+        rows, columns = mask.nonzero(as_tuple=True)
+    assert len(rows) == len(columns) == 6
+    with pytest.raises(NotImplementedError):
+        mask.nonzero()

@@ -35,6 +35,10 @@ def test_chunks_are_as_asked_for_or_fit_the_buffer():
         rows_per_chunk("here", 10, HEAD, 0, torch.float32)
 
 
+def test_on_meta_there_are_no_ids_to_check():
+    check_vocabulary("here", torch.full((2,), 99, device="meta"), HEAD, "ids", "")
+
+
 def test_logits_of_rows_are_those_of_the_head():
     hidden = torch.randn(5, 4)
     chunked = ChunkedHead(hidden, HEAD.weight, HEAD.bias, head_arithmetic(hidden, HEAD), 3)
