@@ -17,7 +17,7 @@ from lightning_align._compat.lightning_trainer import is_accumulating, run_steps
 from lightning_align._errors import argument_error, check_least, check_whole, finite_number
 from lightning_align.callbacks import roofline_run
 from lightning_align.callbacks.step_clock import StepClock
-from lightning_align.planner.advice import DATA, Advice, advise
+from lightning_align.planner.advice import DATA, Advice
 from lightning_align.planner.analyze import report_of, tensors_there
 from lightning_align.planner.balance import MachineBalance
 from lightning_align.planner.module_scopes import BACKWARD, FORWARD, OPTIMIZER
@@ -66,9 +66,9 @@ class RooflineMonitor(Callback):
     Example:
         >>> callback = RooflineMonitor(every_n_steps=500, hardware="h100-sxm")
 
-    Note: manual optimization, and strategies other than those of one device, DDP and
-    ``ZeROInfinityStrategy``, are refused at set-up. Of a compiled module the steps that are
-    analysed run as they are written, and round as such.
+    Note: manual optimization, and strategies other than those of one device, DDP,
+    ``PipelineStrategy`` and ``ZeROInfinityStrategy``, are refused at set-up. Of a compiled module
+    the steps that are analysed run as they are written, and round as such.
     """
 
     machine: MachineBalance
@@ -101,6 +101,7 @@ class RooflineMonitor(Callback):
         self._windows = 0  # of this process
         self._counted = 0  # of them since values were logged, less what was analysed
         self._micro_batches = 0  # of the window that was analysed
+        self._works: list[roofline_run.Work] = []  # of the ranks that ran it together
         self._analysed_at: int | None = None  # global_step before it
         self._is_changed = False  # since then
         self._position = 0  # of the batch that is trained
@@ -117,9 +118,10 @@ class RooflineMonitor(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.report, self.values, self.advice = None, {}, []
+        self._works = []
         self.machine = roofline_run.machine_of(trainer, self.hardware)
         self._clock = StepClock(trainer.strategy)
-        self._tokens = roofline_run.TokenCount(pl_module)
+        self._learned = roofline_run.Learned(pl_module)
         self._windows = self._counted = self._micro_batches = 0
         self._analysed_at, self._is_changed = None, False
 
@@ -134,7 +136,7 @@ class RooflineMonitor(Callback):
         accumulated: int = trainer.accumulate_grad_batches  # type: ignore[attr-defined]
         if batch_idx % accumulated == 0:
             self._begin_window(trainer, pl_module)
-        self._tokens.add(batch)
+        self._learned.add(batch)
         if self._trace is not None:
             self._clock.enter(None)
 
@@ -199,13 +201,13 @@ class RooflineMonitor(Callback):
         self._windows += 1
         if self._trace is not None:
             self._finish_analysis(trainer, pl_module)
-            self._tokens.leave_out()
+            self._learned.leave_out()
         elif self._windows == 1:  # which has made states and caches
             self._clock.forget()
-            self._tokens.leave_out()
+            self._learned.leave_out()
         else:
             self._counted += 1
-            self._tokens.close()
+            self._learned.close()
         interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if interval and trainer.global_step % interval == 0:
             self._log_values(trainer)
@@ -214,12 +216,17 @@ class RooflineMonitor(Callback):
     def _finish_analysis(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trace = self._trace
         self._stop_analysis()
-        if trace is None or not any(record.phase == BACKWARD for record in trace.records):
+        assert trace is not None
+        has_run = any(record.phase == BACKWARD for record in trace.records)
+        if not has_run and not roofline_run.shares_batch(trainer):
             return  # the module's step has returned None
         step, before = trainer.global_step - 1, self._analysed_at
         # Whenever other blocks train a picture would be too many.
         is_regular = before is None or step - before >= self.every_n_steps
         self.report = report_of(trace, pl_module)
+        analysed = StepTime(self.report, self.machine)
+        top_k = self.top_k if is_regular else 0
+        self._works = roofline_run.works_of(trainer, analysed, top_k)  # collective
         self._analysed_at, self._is_changed = step, False
         if is_regular and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._log_report(trainer)
@@ -236,8 +243,7 @@ class RooflineMonitor(Callback):
     def _log_report(self, trainer: Trainer) -> None:
         if self.report is None or not trainer.is_global_zero:
             return
-        step = StepTime(self.report, self.machine)
-        rows = roofline_run.module_rows(step, self.top_k)
+        rows = roofline_run.one_table(self._works)
         log_rows(trainer, "roofline/modules", rows, filename="roofline.jsonl")
         if self.plot:
             figure = self.report.plot(self.machine, top_k=self.top_k)
@@ -246,15 +252,14 @@ class RooflineMonitor(Callback):
     def _log_values(self, trainer: Trainer) -> None:
         """Since the last time; not by ``self.log``: times are no part of a run that is resumed."""
         self._clock.enter(None)
-        tokens = self._tokens.total(trainer)  # collective
+        learned = self._learned.total(trainer)  # collective
         if self._counted and self.report is not None:
             self.values = roofline_run.values_of(
-                self.report,
+                self._works,
                 self._clock.seconds / self._counted,
                 self.available_flops or self.machine.peak_flops,
             )
-            if tokens is not None:
-                self.values["tokens_per_s"] = tokens / self._clock.seconds
+            self.values |= {f"{of}_per_s": n / self._clock.seconds for of, n in learned.items()}
             self.values |= {f"{part}_share": x for part, x in self._clock.shares().items()}
             metrics = {f"roofline/{name}": value for name, value in self.values.items()}
             for logger in trainer.loggers:
@@ -290,7 +295,8 @@ class RooflineMonitor(Callback):
             rank_zero_warn(f"{WHERE}: no step was analysed; the second one is the first that is.")
             return
         setting = roofline_run.setting_of(trainer, self.values, self._micro_batches)
-        self.advice = advise(self.report, self.machine, setting)
+        step = StepTime(self.report, self.machine)
+        self.advice = roofline_run.advice_of(trainer, step, setting)  # collective
         for each in self.advice:
             rank_zero_info(f"{WHERE}: {each}")
         if self.advice:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections import Counter
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.optim import Optimizer
 
 from lightning_align._compat.lightning_trainer import is_compiled_whole
 from lightning_align._compat.torch_modules import is_compiled
 from lightning_align._errors import argument_error
-from lightning_align.planner.advice import Setting
+from lightning_align.planner.advice import Advice, Setting, advise
 from lightning_align.planner.balance import MachineBalance
 from lightning_align.planner.machine_at_hand import by_sheet, machine_at_hand, memory_of
-from lightning_align.planner.report import StepReport
 from lightning_align.planner.spec_sheets import SPEC_SHEETS, check_dense, spec_sheet
 from lightning_align.planner.step_time import StepTime
 from lightning_align.reports.texts import Row
 from lightning_align.run.callbacks import callbacks_of
 from lightning_align.run.protocols import CountsTokens, TellsWaits, has_replicas
+from lightning_align.run.replicas import of_every_rank, replica
 
 WHERE = "RooflineMonitor"
 
@@ -67,7 +69,7 @@ def check_run(trainer: Trainer, module: LightningModule, kind: type[Callback]) -
     strategy: Any = trainer.strategy
     if not has_replicas(strategy) and not isinstance(strategy, TellsWaits):
         rule = "its ranks hold parts of a model, and it does not tell how long they wait"
-        way_out = "Train in one process, or with strategy='ddp' or 'zero_infinity'"
+        way_out = "Train in one process, or with strategy 'ddp', 'zero_infinity' or 'pipeline_1f1b'"
         raise argument_error(WHERE, "strategy", type(strategy).__name__, rule, way_out)
     if is_compiled_whole(module) or any(map(is_compiled, module.modules())):
         rank_zero_warn(
@@ -104,8 +106,8 @@ def machine_of(trainer: Trainer, hardware: str | MachineBalance | None) -> Machi
     return machine
 
 
-class TokenCount:
-    """Tokens of steps, over all ranks; nothing where neither module nor batches tell.
+class Learned:
+    """Tokens and pairs of steps, over all ranks, as far as module or batches tell of them.
 
     Args:
         module: That is trained; if it counts tokens, what it says.
@@ -114,7 +116,7 @@ class TokenCount:
     def __init__(self, module: LightningModule) -> None:
         self._module = module if isinstance(module, CountsTokens) else None
         self._before = self._seen()
-        self._open = self._closed = 0  # of this rank: of the open window, and before
+        self._open, self._closed = Counter[str](), Counter[str]()  # of this rank
         self._left_out = 0
 
     def _seen(self) -> int:
@@ -123,46 +125,102 @@ class TokenCount:
     def add(self, batch: Any) -> None:
         """A batch of the open window."""
         ids = batch.get("input_ids") if isinstance(batch, dict) else None
-        self._open += ids.numel() if isinstance(ids, torch.Tensor) else 0
+        if isinstance(ids, torch.Tensor):
+            is_paired = "completion_mask" in batch and "label" not in batch
+            self._open.update(tokens=ids.numel(), pairs=len(ids) // 2 if is_paired else 0)
 
     def close(self) -> None:
         """The open window counts."""
-        self._closed, self._open = self._closed + self._open, 0
+        self._closed.update(self._open)
+        self._open.clear()
 
     def leave_out(self) -> None:
         """It does not."""
-        self._left_out, self._open = self._left_out + self._open, 0
+        self._left_out += self._open["tokens"]
+        self._open.clear()
 
-    def total(self, trainer: Trainer) -> float | None:
-        """Tokens since the last time; collective."""
-        closed, left_out, self._closed, self._left_out = self._closed, self._left_out, 0, 0
+    def total(self, trainer: Trainer) -> dict[str, float]:
+        """What there was since the last time; collective."""
+        ours = self._closed["tokens"], self._closed["pairs"]
+        places, (self._closed, self._left_out) = ours[0] + self._left_out, (Counter(), 0)
+        sent = torch.tensor(ours, device=trainer.strategy.root_device)
+        tokens, pairs = trainer.strategy.reduce(sent, reduce_op="sum").tolist()
         if self._module is not None:
             before, self._before = self._before, self._seen()
             # What was left out is told by its share of the batches' places.
-            share = closed / (closed + left_out) if closed + left_out else 0.0
-            return max(0, self._before - before) * share
-        device = trainer.strategy.root_device
-        counted = torch.tensor(float(closed), device=device)
-        found = float(trainer.strategy.reduce(counted, reduce_op="sum"))
-        return found or None
+            tokens = max(0, self._before - before) * (ours[0] / places if places else 0.0)
+        return {name: n for name, n in (("tokens", tokens), ("pairs", pairs)) if n}
 
 
-def values_of(report: StepReport, step_s: float, peak_flops: float) -> dict[str, float]:
+class Work(NamedTuple):
+    """What a step computes and moves on one rank, in numbers that can be sent.
+
+    Attributes:
+        model_flops: As of the report.
+        total_flops: Likewise.
+        all_flops: With those of what is no product.
+        bytes: Likewise.
+        peak_bytes: Likewise.
+        rows: Of the table of modules.
+    """
+
+    model_flops: int
+    total_flops: int
+    all_flops: int
+    bytes: int
+    peak_bytes: int
+    rows: list[Row]
+
+
+def shares_batch(trainer: Trainer) -> bool:
+    """Whether several ranks run one batch together, each a part of the model."""
+    return replica(trainer)[0] < trainer.world_size
+
+
+def works_of(trainer: Trainer, step: StepTime, top_k: int) -> list[Work]:
+    """Of each rank that runs the batch of this one; collective where there are several.
+
+    Args:
+        trainer: Of the run.
+        step: Of this rank, analysed.
+        top_k: Rows of a table; 0 for none.
+    """
+    report = step.report
+    all_flops = report.total_flops + report.pointwise_flops
+    numbers = report.model_flops, report.total_flops, all_flops, report.bytes
+    own = Work(*numbers, report.peak_bytes, module_rows(step, top_k) if top_k else [])
+    return of_every_rank(trainer, own) if shares_batch(trainer) else [own]
+
+
+def one_table(works: list[Work]) -> list[Row]:
+    """The modules of all ranks, each with its rank if there are several.
+
+    Args:
+        works: Of these ranks.
+    """
+    if len(works) == 1:
+        return works[0].rows
+    return [{"rank": rank, **row} for rank, work in enumerate(works) for row in work.rows]
+
+
+def values_of(works: list[Work], step_s: float, peak_flops: float) -> dict[str, float]:
     """What is logged of a step.
 
     Args:
-        report: Of what it computes and moves, of this rank.
+        works: Of the ranks that run it together.
         step_s: Seconds that one takes.
         peak_flops: FLOP/s of a device.
     """
+    at_peak = step_s * peak_flops * len(works)
+    total_flops, moved = sum(w.total_flops for w in works), sum(w.bytes for w in works)
     return {
         "step_s": step_s,
-        "mfu": report.model_flops / step_s / peak_flops,
-        "hfu": report.total_flops / step_s / peak_flops,
-        "tflop": report.total_flops / 1e12,
-        "intensity": report.intensity,
-        "moved_gb": report.bytes / 1e9,
-        "peak_gb": report.peak_bytes / 1e9,
+        "mfu": sum(work.model_flops for work in works) / at_peak,
+        "hfu": total_flops / at_peak,
+        "tflop": total_flops / 1e12,
+        "intensity": sum(work.all_flops for work in works) / moved if moved else 0.0,
+        "moved_gb": moved / 1e9,
+        "peak_gb": max(work.peak_bytes for work in works) / 1e9,
     }
 
 
@@ -193,6 +251,27 @@ def module_rows(step: StepTime, top_k: int) -> list[Row]:
     return rows
 
 
+def can_fuse(optimizer: Optimizer) -> bool:
+    """Whether an optimizer has a fused update that is not in use."""
+    settings = [*optimizer.param_groups, optimizer.defaults]
+    return all("fused" in each and not each["fused"] for each in settings)
+
+
+def advice_of(trainer: Trainer, step: StepTime, setting: Setting) -> list[Advice]:
+    """What would help; of stages that of the slowest one, which sets the pace. Collective there.
+
+    Args:
+        trainer: Of the run.
+        step: Of this rank, analysed.
+        setting: What else is known.
+    """
+    own = step.seconds, advise(step.report, step.hardware, setting)
+    if not shares_batch(trainer):
+        return own[1]
+    slowest: tuple[float, list[Advice]] = max(of_every_rank(trainer, own), key=lambda one: one[0])
+    return slowest[1]
+
+
 def setting_of(trainer: Trainer, values: dict[str, float], micro_batches: int) -> Setting:
     """What advice has to know of a run.
 
@@ -203,13 +282,13 @@ def setting_of(trainer: Trainer, values: dict[str, float], micro_batches: int) -
     """
     seconds = values.get("step_s", 0.0)
     shares = {k.removesuffix("_share"): v for k, v in values.items() if k.endswith("_share")}
-    settings = [*trainer.optimizers[0].param_groups, trainer.optimizers[0].defaults]
     loader: Any = trainer.train_dataloader
     return Setting(
         measured={part: share * seconds for part, share in shares.items()},
         memory_bytes=memory_of(trainer.strategy.root_device),
         micro_batches=max(1, micro_batches),
-        can_fuse=all("fused" in each and not each["fused"] for each in settings),
+        can_fuse=can_fuse(trainer.optimizers[0]),
         num_workers=getattr(loader, "num_workers", None),
-        is_offloaded=isinstance(trainer.strategy, TellsWaits),
+        is_offloaded=isinstance(trainer.strategy, TellsWaits) and not shares_batch(trainer),
+        shares_batch=shares_batch(trainer),
     )

@@ -9,7 +9,7 @@ from lightning.pytorch.strategies import Strategy
 
 from lightning_align.planner.advice import DATA, WAITING
 from lightning_align.planner.module_scopes import BACKWARD, FORWARD, OPTIMIZER
-from lightning_align.run.protocols import TellsWaits
+from lightning_align.run.protocols import TellsBackward, TellsWaits
 
 PARTS = (DATA, FORWARD, BACKWARD, OPTIMIZER, WAITING)
 
@@ -32,9 +32,10 @@ class StepClock:
     def __init__(self, strategy: Strategy) -> None:
         self._device = strategy.root_device
         self._waiting = strategy if isinstance(strategy, TellsWaits) else None
+        self._backward = strategy if isinstance(strategy, TellsBackward) else None
         self.splits = self.always_splits = self._device.type == "cpu"
         self._part: str | None = None
-        self._since = self._waited_before = 0.0
+        self._since = self._waited_before = self._backward_before = 0.0
         self.forget()
 
     def forget(self) -> None:
@@ -52,14 +53,18 @@ class StepClock:
             torch.accelerator.synchronize(self._device)
         now = time.perf_counter()
         waited = 0.0 if self._waiting is None else self._waiting.waited_s
+        backward = 0.0 if self._backward is None else self._backward.backward_s
         if self._part is not None:
             spent = now - self._since
             self.seconds += spent
             if self.splits:
                 idle = min(waited - self._waited_before, spent)
-                self.split[self._part] += spent - idle
+                within = min(backward - self._backward_before, spent - idle)
                 self.split[WAITING] += idle
-        self._part, self._since, self._waited_before = part, now, waited
+                self.split[BACKWARD] += within
+                self.split[self._part] += spent - idle - within
+        self._part, self._since = part, now
+        self._waited_before, self._backward_before = waited, backward
 
     def shares(self) -> dict[str, float]:
         """Shares of the time by part; empty if nothing was told apart."""

@@ -52,6 +52,7 @@ class Setting:
         can_fuse: Whether the optimizer has a fused update that is not in use.
         num_workers: Processes that load data; None if that is not known.
         is_offloaded: Whether the strategy brings values from another tier.
+        shares_batch: Whether other ranks have other stages of the model, which see it in parts.
     """
 
     measured: Mapping[str, float] = field(default_factory=dict)
@@ -60,6 +61,7 @@ class Setting:
     can_fuse: bool = False
     num_workers: int | None = None
     is_offloaded: bool = False
+    shares_batch: bool = False
 
 
 def advise(report: StepReport, hardware: MachineBalance, setting: Setting) -> list[Advice]:
@@ -95,7 +97,8 @@ def larger_micro_batch(
         setting: Micro-batches and memory.
     """
     needed = report.peak_bytes + report.saved_bytes
-    if setting.memory_bytes is not None and needed > setting.memory_bytes:
+    lacks = setting.memory_bytes is not None and needed > setting.memory_bytes
+    if lacks or setting.shares_batch:  # whose schedule decides
         return None
     there = report.trace.storages.there
     records = report.trace.records

@@ -32,6 +32,7 @@ from lightning_align.planner.op_flops import (
 )
 
 IS_TRACING = ContextVar("is_tracing", default=False)
+_IS_PAUSED = ContextVar("is_paused", default=False)
 
 
 class Region(NamedTuple):
@@ -103,13 +104,13 @@ def tracing(model: nn.Module, there: list[Tensor], into: Trace | None = None) ->
 
     Args:
         model: Whose modules are named.
-        there: Tensors that live from the beginning, used or not.
+        there: Tensors that live from the beginning, used or not; the list is emptied.
         into: A trace that goes on with what runs here, as of a step in several parts; whoever made
             it closes its storages.
     """
     trace, scopes = Trace() if into is None else into, ModuleScopes(model)
-    for tensor in there:
-        trace.storages.number(tensor, was_there=True)
+    while there:  # not held any longer: gradients of the last step may be let go of meanwhile
+        trace.storages.number(there.pop(), was_there=True)
     token = IS_TRACING.set(True)
     try:
         with ExitStack() as stack:
@@ -127,6 +128,16 @@ def tracing(model: nn.Module, there: list[Tensor], into: Trace | None = None) ->
             trace.storages.close()
 
 
+@contextmanager
+def not_traced() -> Iterator[None]:
+    """Context whose operations are no part of the step that is being analysed, if one is."""
+    token = _IS_PAUSED.set(True)
+    try:
+        yield
+    finally:
+        _IS_PAUSED.reset(token)
+
+
 class _Saving:
     """Counts what autograd saves, less what was there before the step."""
 
@@ -134,6 +145,8 @@ class _Saving:
         self._trace, self._scopes = trace, scopes
 
     def pack(self, tensor: Tensor) -> Tensor | Saved:
+        if _IS_PAUSED.get():
+            return tensor
         # Inputs are saved before the operation is seen here, results after it: so what is new now
         # is an input that nothing has made.
         number = self._trace.storages.number(tensor, was_there=True)
@@ -161,7 +174,7 @@ class _Tracer(TorchDispatchMode):
     ) -> Any:
         named = kwargs or {}
         op = describe(func)
-        if op.kind == QUERY:
+        if op.kind == QUERY or _IS_PAUSED.get():
             return func(*args, **named)
         if op.kind == VIEW:
             self._trace.views[self._scopes.current()] += 1

@@ -20,7 +20,7 @@ MACHINE = MachineBalance("m", peak_flops=1e9, mem_bandwidth=1e8, overheads={None
 
 def fit(folder: Path, *callbacks: pl.Callback, module: Any = None, **options: Any) -> Any:
     pl.seed_everything(5, verbose=False)
-    module = module or HandWritten()
+    module = HandWritten() if module is None else module
     trainer = pl.Trainer(
         accelerator="cpu",
         default_root_dir=str(folder),

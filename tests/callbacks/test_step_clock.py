@@ -53,6 +53,24 @@ def test_what_a_strategy_has_waited_is_a_part_of_its_own(now: list[float]) -> No
     assert clock.split == {"data": 0, "forward": 2, "backward": 1, "optimizer": 0, "waiting": 3}
 
 
+class Both(SingleDeviceStrategy):
+    """Whose training step runs backward, too, and waits."""
+
+    waited_s = backward_s = 0.0
+
+
+def test_backward_within_the_training_step_is_told_apart(now: list[float]) -> None:
+    strategy = Both("cpu")
+    clock = StepClock(strategy)
+    clock.enter("forward")
+    now[0], strategy.waited_s, strategy.backward_s = 10, 3, 4
+    clock.enter("optimizer")
+    now[0] = 11
+    clock.enter(None)
+    expected = {"data": 0, "forward": 3, "backward": 4, "optimizer": 1, "waiting": 3}
+    assert clock.split == expected
+
+
 def test_parts_that_are_not_told_apart_count_all_the_same(now: list[float]) -> None:
     clock = StepClock(SingleDeviceStrategy("cpu"))
     clock.splits = False

@@ -341,7 +341,6 @@ CALLBACKS = [
     Member(
         "RooflineMonitor",
         spec(OURS + "RooflineMonitor", every_n_steps=2, hardware="xeon-8480", plot=False),
-        refuses={"pipeline": "its ranks hold parts of a model, and it does not tell how long"},
     ),
     Member("SpikeGuard", spec(OURS + "SpikeGuard", action=["clip", "skip", "stop"])),
     Member(

@@ -93,6 +93,11 @@ def test_there_is_no_larger_batch_without_memory() -> None:
     assert larger_micro_batch(step, machine(1), Setting(memory_bytes=160)) is not None
 
 
+def test_stages_have_the_micro_batches_of_their_schedule() -> None:
+    step = report(op(bytes=10))
+    assert larger_micro_batch(step, machine(1), Setting(shares_batch=True)) is None
+
+
 def test_what_is_not_computed_again_is_saved() -> None:
     """30 s, of which 10 are a repetition that leaves 7 bytes."""
     again = op(phase="recompute", flops=10, writes=(Region(1, 0, 7),))

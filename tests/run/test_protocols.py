@@ -72,6 +72,7 @@ ANSWER: dict[str, Callable[[], Any]] = {
     "SaysHowParametersLie": Answers,
     "FollowsFreezing": Answers,
     "TellsWaits": la.ZeROInfinityStrategy,
+    "TellsBackward": la.PipelineStrategy,
     "HasStorageOptions": la.AsyncCheckpoint,
     "WithdrawsCheckpoints": la.AsyncCheckpoint,
     "PlansChanges": la.LISA,

@@ -64,6 +64,15 @@ class TellsWaits(Protocol):
 
 
 @runtime_checkable
+class TellsBackward(Protocol):
+    """Its training step runs backward, too."""
+
+    @property
+    def backward_s(self) -> float:
+        """Seconds that backward has taken so far on this rank."""
+
+
+@runtime_checkable
 class GathersState(Protocol):
     """It has to put the state of the module together."""
 

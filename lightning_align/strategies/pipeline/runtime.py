@@ -7,6 +7,7 @@ stage does in one of its places, is drawn in ``steps.py``, whose numbers are tho
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -50,6 +51,7 @@ class Runtime:
         current: The batch that the stages are at; ``running.py`` fills it.
         schedule_in_use: Name of the schedule that the last batch ran under.
         timeline: Actions of this rank in the last training batch, if they are recorded.
+        waited_s: Seconds of training batches, so far, in which none of this rank's actions ran.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Runtime:
         self.current = BatchInProgress(device=device)
         self.record_timeline = record_timeline
         self.timeline: list[Event] = []
+        self.waited_s = 0.0
         self.schedule, self.schedule_csv = schedule, schedule_csv
         self.schedule_in_use = schedule
         self.group, self.device = group, device
@@ -109,7 +112,7 @@ class Runtime:
         # target; the keyword argument comes to all.
         numbers = torch.arange(count)
         inputs = (numbers,) if self.has_first else ()
-        with self._named_failures(), self._recorded():
+        with self._named_failures(), self._recorded(), self._waits_counted():
             schedule.step(*inputs, target=numbers, microbatch=numbers, return_outputs=False)
         self._drop_gradients_of_nothing(("train", key, count))
 
@@ -202,6 +205,14 @@ class Runtime:
         self.timeline = self.current.events = []
         yield
         self.current.events = None
+
+    @contextmanager
+    def _waits_counted(self) -> Iterator[None]:
+        busy_s, is_timed = self.current.busy_s, self.current.is_timed
+        start, before = time.perf_counter(), sum(busy_s.values())
+        yield
+        if is_timed:
+            self.waited_s += time.perf_counter() - start - (sum(busy_s.values()) - before)
 
     def _fetch(self, key: Hashable, make: Callable[[], Any]) -> Any:
         if key not in self._made:

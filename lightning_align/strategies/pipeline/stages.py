@@ -43,6 +43,8 @@ class BatchInProgress:
         events: What was run, if a list.
         stages: Those of this rank, for errors.
         device: Where they run.
+        busy_s: Seconds of forward and of backward so far, ``"F"`` and ``"B"``; of a device that
+            computes while the next is prepared only while events are noted.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -54,6 +56,7 @@ class BatchInProgress:
     events: list[Event] | None = None
     stages: tuple[int, ...] = ()
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    busy_s: dict[str, float] = field(default_factory=lambda: {"F": 0.0, "B": 0.0})
 
     @property
     def place(self) -> str:
@@ -70,13 +73,20 @@ class BatchInProgress:
     def action(self, kind: str, stage: int, microbatch: int) -> Iterator[None]:
         """Around an action; where it raises, ``doing`` keeps saying what it was."""
         self.doing = (kind, stage, microbatch)
-        if self.events is None:
+        if not self.is_timed:
             yield
             return
         start = self._now()
         yield
-        rank = distributed.get_rank()
-        self.events.append(Event(rank, kind, stage, microbatch, start, self._now()))
+        end = self._now()
+        self.busy_s[kind] += end - start
+        if self.events is not None:
+            self.events.append(Event(distributed.get_rank(), kind, stage, microbatch, start, end))
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether actions have ended when they return, so that their times are known."""
+        return self.events is not None or self.device.type == "cpu"
 
     def _now(self) -> float:
         """Wall clock, which machines agree on, once the device has done what it was given."""

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_align.planner.trace import not_traced
 from lightning_align.strategies.pipeline import comparison
 from lightning_align.strategies.pipeline.batch_step import BatchStep
 from lightning_align.strategies.pipeline.joining import Joiner
@@ -104,7 +105,7 @@ class StepComparisons:
             return None
         joiner.comparisons += not again
         in_one_piece, failures = replace(sample, count=1), list[str]()
-        with comparison.leaving_no_trace(self._module):
+        with comparison.leaving_no_trace(self._module), not_traced():
             try:
                 whole = self._runner.forward(in_one_piece, failures)
                 pieces = self._runner.forward(sample, failures)

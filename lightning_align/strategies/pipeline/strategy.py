@@ -283,6 +283,20 @@ class PipelineStrategy(StageCheckpoints):
         assert self._ownership is not None
         return self._ownership.total_norm()
 
+    @property
+    def waited_s(self) -> float:
+        """Seconds of training steps, so far, in which this rank waited for others and messages.
+
+        On a device that computes while the next operation is prepared, only with
+        ``record_timeline``; without, waiting is a part of forward.
+        """
+        return 0.0 if self._steps is None else self._steps.runtime.waited_s
+
+    @property
+    def backward_s(self) -> float:
+        """Seconds of backward, so far, which runs within the training step; see ``waited_s``."""
+        return 0.0 if self._steps is None else self._steps.runtime.current.busy_s["B"]
+
     def timeline(self) -> list[Event]:
         """When each action of the latest training batch ran, on all ranks; collective.
 
