@@ -133,7 +133,7 @@ class RooflineMonitor(Callback):
     ) -> None:
         self._clock.enter(FORWARD)  # before anything of ours, so that it is not loading data
         self._position = batches_consumed(trainer)
-        accumulated: int = trainer.accumulate_grad_batches  # type: ignore[attr-defined]
+        accumulated: int = trainer.accumulate_grad_batches
         if batch_idx % accumulated == 0:
             self._begin_window(trainer, pl_module)
         self._learned.add(batch)

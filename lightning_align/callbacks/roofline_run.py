@@ -102,7 +102,8 @@ def machine_of(trainer: Trainer, hardware: str | MachineBalance | None) -> Machi
     if trainer.is_global_zero:
         rank_zero_info(f"{WHERE}: looking at the machine; hardware=... says what it is.")
         found = machine_at_hand(trainer.strategy.root_device, dtype)
-    machine: MachineBalance = trainer.strategy.broadcast(found)
+    agreed: Any = trainer.strategy.broadcast(found)
+    machine: MachineBalance = agreed
     return machine
 
 

@@ -49,7 +49,7 @@ def on_meta(
     Raises:
         ValueError: As ``meta_report``.
     """
-    micro_batches: int = trainer.accumulate_grad_batches  # type: ignore[attr-defined]
+    micro_batches: int = trainer.accumulate_grad_batches
     module.to("meta")  # buffers, which were computed
     optimizer = _optimizer(module)
     report = meta_report(trainer, module, data, optimizer)
@@ -82,13 +82,14 @@ def meta_report(
         way_out = "Set trainer.precision to 32-true, and the model's dtype to bfloat16"
         raise argument_error("profile", "meta", True, rule, way_out)
     batch = full_batch(module, data)
-    micro_batches: int = trainer.accumulate_grad_batches  # type: ignore[attr-defined]
+    micro_batches: int = trainer.accumulate_grad_batches
 
     def step() -> None:
         optimizer.zero_grad()
         for number in range(micro_batches):
             # Nothing is attached to the module, so that what it logs goes nowhere.
-            module.training_step(batch, number).backward()
+            loss: Any = module.training_step(batch, number)
+            loss.backward()
         optimizer.step()
 
     try:
