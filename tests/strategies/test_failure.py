@@ -12,6 +12,7 @@ import pytest
 from torch import distributed
 
 from lightning_align.strategies import failure
+from tests.helpers.covers import cover
 from tests.helpers.pipelines import Run
 from tests.helpers.ranks import end_of_ranks, run_ranks
 
@@ -30,8 +31,7 @@ class FailIn(pl.Callback):
         setattr(self, hook, fail)
 
 
-@pytest.mark.parametrize("failing", [0, 1])
-@pytest.mark.parametrize("hook", HOOKS_OF_THE_END)
+@cover(hook=HOOKS_OF_THE_END, failing=[0, 1])
 def test_a_rank_that_fails_after_its_last_step_fails_the_run(hook: str, failing: int) -> None:
     run = replace(RUN, callbacks=[lambda: FailIn(failing, hook)])
     ended = end_of_ranks(lambda rank: run.fit(rank), timeout_s=60)

@@ -1,5 +1,4 @@
-import subprocess
-import sys
+import importlib
 
 from tests.helpers.children import forget_package, in_child
 
@@ -7,14 +6,16 @@ NAMES = ["pipeline_1f1b", "pipeline_gpipe", "pipeline_interleaved_1f1b"]
 
 
 def test_names_are_known_where_our_package_comes_first() -> None:
-    code = (
-        "import lightning_align; from lightning.pytorch.strategies import StrategyRegistry;"
-        " print(*(n for n in StrategyRegistry if n.startswith('pipeline')),"
-        " StrategyRegistry.get('pipeline_interleaved_1f1b').schedule)"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert sorted(run.stdout.split()[:-1]) == NAMES
-    assert run.stdout.split()[-1] == "Interleaved1F1B"
+    def run() -> None:
+        forget_package("lightning")
+        forget_package()
+        importlib.import_module("lightning_align")
+        from lightning.pytorch.strategies import StrategyRegistry
+
+        assert sorted(n for n in StrategyRegistry if n.startswith("pipeline")) == NAMES
+        assert StrategyRegistry.get("pipeline_interleaved_1f1b").schedule == "Interleaved1F1B"
+
+    assert in_child(run) == 0
 
 
 def test_names_are_known_where_our_package_comes_last() -> None:

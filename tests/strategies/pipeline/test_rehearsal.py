@@ -17,6 +17,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 from lightning_align import ExactResume
 from lightning_align.strategies.pipeline import strategy
 from lightning_align.strategies.pipeline.rehearsal import check_training_step
+from tests.helpers.covers import with_slow
 from tests.helpers.linear_chain import LINEAR, WIDTH, Foreign, InPlace, Trains, rows
 from tests.helpers.pipelines import Batches, Chained, Run
 from tests.helpers.ranks import run_ranks
@@ -104,7 +105,10 @@ def loader(kind: str) -> DataLoader[Any]:
     return DataLoader(Noisy(), 8, shuffle=True)
 
 
-@pytest.mark.parametrize("kind", ["own generator", "batch sampler", "workers", "ExactResume"])
+KINDS = ["own generator", "batch sampler", "workers", "ExactResume"]
+
+
+@pytest.mark.parametrize("kind", with_slow(KINDS, ["own generator", "workers"]))
 def test_set_up_takes_nothing_from_the_data(kind: str) -> None:
     """The bits are the same without it, though every row depends on all draws before it."""
     run = replace(RUN, callbacks=[ExactResume] if kind == "ExactResume" else [])

@@ -26,7 +26,7 @@ def test_dropout_is_drawn_by_layer_and_alike_under_every_schedule_and_cut() -> N
     cuts = [(GPIPE, [3, 3]), (ONE_F_ONE_B, [3, 3]), (ONE_F_ONE_B, [2, 4])]
     cuts.append((INTERLEAVED, [2, 2, 1, 1]))
     runs = [
-        replace(RUN, strategy={**how, "partition_method": cut}, overrides={"dropout": 0.5})
+        replace(RUN, steps=2, strategy={**how, "partition_method": cut}, overrides={"dropout": 0.5})
         for how, cut in cuts
     ]
 

@@ -11,6 +11,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 
 from lightning_align import StableAdamW
+from tests.helpers.covers import with_slow
 from tests.helpers.pipelines import Batches, Chained, Run
 from tests.helpers.ranks import run_ranks
 
@@ -47,7 +48,7 @@ class Overflow(pl.Callback):
         self.weights.append(float(sum(p.detach().double().sum() for p in here)))
 
 
-@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("failing", with_slow([0, 1], ["0"]))
 def test_an_overflow_on_one_stage_skips_the_step_on_all(failing: int) -> None:
     def train(rank: int) -> tuple[list[float], float]:
         scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
@@ -63,7 +64,7 @@ def test_an_overflow_on_one_stage_skips_the_step_on_all(failing: int) -> None:
         assert scale == 32.0
 
 
-@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("failing", with_slow([0, 1], ["1"]))
 def test_a_step_that_our_optimizer_skips_on_one_stage_is_skipped_on_all(failing: int) -> None:
     def train(rank: int) -> list[float]:
         overflow = Overflow(failing)

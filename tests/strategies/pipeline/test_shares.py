@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_align.strategies.pipeline.chain import Step
 from lightning_align.strategies.pipeline.shares import loss_is_sum, shares_of
+from tests.helpers.covers import with_slow
 from tests.helpers.pipelines import Chained, Run
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_models import TINY_MODELS
@@ -95,7 +96,7 @@ def test_a_module_without_such_a_model_is_not_run() -> None:
     assert shares_of(module, steps_of(module, LABELS[:2])) == [0.5, 0.5]
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", with_slow(SCHEDULES, ["Interleaved1F1B"]))
 def test_weights_of_microbatches_make_the_mean_of_the_batch(schedule: str) -> None:
     class Weighted(Chained):
         def pipeline_microbatch_weight(self, batch: dict[str, Tensor]) -> Tensor:

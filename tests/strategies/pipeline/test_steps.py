@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_align import PipelineStrategy
 from lightning_align.pipelining import simulate
 from lightning_align.strategies.pipeline import steps
+from tests.helpers.covers import with_slow
 from tests.helpers.pipelines import Batches, Chained, Run, one_process, pipeline
 from tests.helpers.ranks import run_ranks
 
@@ -61,7 +62,7 @@ def test_validate_test_and_predict_without_fit() -> None:
     assert ours[0][0] == pytest.approx(theirs[0], rel=2e-5)
 
 
-@pytest.mark.parametrize("model", ["chain", "llama"])
+@pytest.mark.parametrize("model", with_slow(["chain", "llama"], ["llama"]))
 def test_bf16_mixed(model: str) -> None:
     run = replace(RUN, model=model, data={"masked": model != "chain"})
     run = replace(run, trainer={"precision": "bf16-mixed"})

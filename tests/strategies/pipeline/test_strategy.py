@@ -72,8 +72,6 @@ def check(run: Run) -> None:
 
 
 COVER = [
-    (GPIPE, "plain", "llama"),
-    (INTERLEAVED, "varying length", "llama"),
     (INTERLEAVED, "accumulation", "gemma2"),
     (ONE_F_ONE_B, "tied", "gpt2"),
     (ONE_F_ONE_B, "muon", "chain"),

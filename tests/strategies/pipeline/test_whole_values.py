@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm
 
 from lightning_align.strategies.pipeline.whole_values import WholeValues
+from tests.helpers.covers import cover
 from tests.helpers.pipelines import Chained, Run
 from tests.helpers.ranks import run_ranks
 
@@ -79,8 +80,7 @@ def fit(make: type[Chained], rank: int | None, ranks: int = 2, **options: Any) -
     return seen.losses, metrics, hooks
 
 
-@pytest.mark.parametrize("make", [OwnClipping, ByHand])
-@pytest.mark.parametrize("ranks", [2, 3])
+@cover(ranks=[3, 2], make=[ByHand, OwnClipping])
 def test_hooks_see_the_gradients_and_weights_of_all_stages(make: Any, ranks: int) -> None:
     callbacks = [Watcher] if make is OwnClipping else []
     theirs = fit(make, None, callbacks=callbacks)
