@@ -9,11 +9,14 @@ outputs, those of one depth in a run, so that none has another's hooks inside: f
 return, backward from the gradient of the output to that of the input. Times are CPU time of one
 thread, medians of interleaved repeats. Counted are modules that take 2 % of the measured step;
 those without a gradient of their input (the embedding) or whose output is no tensor are not timed.
-Beside it the share of a step by parameters: what is had without any analysis.
+Beside it the share of a step by parameters: what is had without any analysis. Then blocks once more
+as ``PipelineStrategy`` times them, each by itself, to cut a model into stages.
 """
 
 import argparse
+import os
 import platform
+import tempfile
 import time
 import warnings
 from collections import defaultdict
@@ -22,12 +25,15 @@ from contextlib import contextmanager
 from statistics import mean, median
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from step_time import Case, cpu_seconds, drawn, step_of
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+from torch.utils.data import DataLoader
 
-from lightning_align import MachineBalance, predict_step_time
+from lightning_align import MachineBalance, PipelineStrategy, predict_step_time
+from lightning_align.strategies.pipeline import layer_costs
 
 LEAST_SHARE = 0.02
 
@@ -124,12 +130,55 @@ def compared(case: Case, hardware: MachineBalance, repeats: int) -> list[tuple[s
     return found
 
 
+def against_pipeline(case: Case, hardware: MachineBalance, folder: str) -> float:
+    """Predicted over measured time of a block, as ``PipelineStrategy`` times it to cut the model.
+
+    It times one of a kind. Its clock is the thread's here, so that what else runs is not in it.
+    """
+    module, _ = step_of(case)
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.0)
+    ids = torch.randint(1, case.vocabulary, (case.rows, case.tokens))
+    batch = {"input_ids": ids, "labels": ids}
+    predicted = predict_step_time(module, lambda: module.training_step(batch, 0), hardware)
+    found: list[layer_costs.LayerCosts] = []
+    theirs, clock = layer_costs.time_layers, layer_costs._Timing._now
+
+    def kept(*args: Any) -> layer_costs.LayerCosts:
+        found.append(theirs(*args))
+        return found[-1]
+
+    layer_costs.time_layers = kept
+    layer_costs._Timing._now = lambda _: time.thread_time()
+    try:
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_steps=1,
+            strategy=PipelineStrategy(  # two stages: with one there would be nothing to cut
+                "Interleaved1F1B", num_microbatches=1, partition_method="profile"
+            ),
+            default_root_dir=folder,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, DataLoader([batch], batch_size=None))
+    finally:
+        layer_costs.time_layers, layer_costs._Timing._now = theirs, clock
+    blocks = [cost.seconds for cost in predicted.blocks.values()]
+    return 1e3 * blocks[1] / found[0].layers[1]
+
+
+def named(case: Case) -> str:
+    return f"{case.kind}, {case.blocks} x {case.width}, {case.rows} x {case.tokens}"
+
+
 def report(case: Case, found: list[tuple[str, float, float]]) -> None:
     worst = max(found, key=lambda row: abs(row[1] - 1))
     ours, naive = (100 * mean(abs(row[place] - 1) for row in found) for place in (1, 2))
-    name = f"{case.kind}, {case.blocks} x {case.width}, {case.rows} x {case.tokens}"
     print(
-        f"| {name} | {len(found)} | {ours:.1f} % | {worst[0].removeprefix('model.')}, "
+        f"| {named(case)} | {len(found)} | {ours:.1f} % | {worst[0].removeprefix('model.')}, "
         f"{worst[1]:.2f} | {naive:.0f} % |",
         flush=True,
     )
@@ -143,6 +192,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="one step, few repeats")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # or Lightning sets another number
     warnings.simplefilter("ignore")
     print(f"torch {torch.__version__}, {platform.machine()}, 1 thread")
     start = time.process_time()
@@ -158,7 +208,13 @@ def main() -> None:
         everything += found
     ours, naive = (100 * mean(abs(row[place] - 1) for row in everything) for place in (1, 2))
     print(f"\n{len(everything)} modules: MAPE {ours:.1f} % (bar 25, aim 15); ", end="")
-    print(f"by parameters {naive:.0f} %")
+    print(f"by parameters {naive:.0f} %\n")
+    print("blocks, predicted / as PipelineStrategy times them:")
+    with tempfile.TemporaryDirectory() as folder:
+        for case in [case for case in cases if case.kind in ("gpt", "llama")]:
+            print(f"- {named(case)}: {against_pipeline(case, hardware, folder):.2f}", flush=True)
+            if arguments.smoke:
+                break
 
 
 if __name__ == "__main__":

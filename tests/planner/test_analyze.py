@@ -215,6 +215,14 @@ def test_a_mixture_of_experts_counts_the_experts_that_a_token_has() -> None:
     assert not report.uncounted
 
 
+def test_a_sliding_window_counts_all_pairs() -> None:
+    """Kernels that skip what a window hides are none of the processor's; masks take nothing off."""
+    models = [TINY_MODELS["mistral"](sliding_window=size) for size in (8, None)]
+    window, whole = (analyze_step(model, loss_of(model)).to_dict() for model in models)
+    assert window["ops"][FLASH]["flops"] == whole["ops"][FLASH]["flops"] > 0
+    assert window["total_flops"] == whole["total_flops"]
+
+
 def test_what_has_no_formula_is_listed() -> None:
     @torch.library.custom_op("lightning_align_tests::twice", mutates_args=())
     def twice(x: Tensor) -> Tensor:
