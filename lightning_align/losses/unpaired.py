@@ -74,12 +74,18 @@ def kl_estimate(kl_logps: Tensor, ref_kl_logps: Tensor) -> Tensor:
     return logratios.sum().div(max(1, len(logratios))).clamp(min=0)
 
 
-def kl_of_scored(policy: CompletionLogps, reference: CompletionLogps | None) -> Tensor:
+def kl_of_scored(
+    policy: CompletionLogps,
+    reference: CompletionLogps | None,
+    over_ranks: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """``kl_estimate`` of rows with completions that belong to other prompts.
 
     Args:
         policy: Scored by the model in training; rows without a completion token do not count.
         reference: Scored by the reference; None with ``reference_free``.
+        over_ranks: Adds up a vector (2,), the log-ratios and how many there are, over the ranks
+            that make one estimate together; None for these rows alone.
 
     Raises:
         ValueError: If a log-probability of the reference is not finite.
@@ -88,7 +94,10 @@ def kl_of_scored(policy: CompletionLogps, reference: CompletionLogps | None) -> 
     frozen_P = torch.zeros_like(policy.logps_B)
     if reference is not None:
         frozen_P = frozen_logps(reference, "kl_of_scored")
-    return kl_estimate(policy.logps_B[counted_P], frozen_P[counted_P])
+    logratios = (policy.logps_B.detach() - frozen_P)[counted_P]
+    sums = torch.stack([logratios.sum(), counted_P.sum().to(logratios)])
+    total, count = sums if over_ranks is None else over_ranks(sums)
+    return total.div(count.clamp(min=1)).clamp(min=0)
 
 
 def with_margins(means: dict[str, Tensor]) -> dict[str, Tensor]:

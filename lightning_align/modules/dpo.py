@@ -41,17 +41,21 @@ from lightning_align.modules.continued import save_plain_hyperparameters
 from lightning_align.modules.frozen_reference import (
     FrozenReference,
     check_reference_arguments,
+    revision_of,
     turn_off_dropout,
 )
 from lightning_align.modules.pair_rows import PairRows, by_pair, by_sequence
 from lightning_align.modules.precomputed import PrecomputedReference
 from lightning_align.modules.reference_sync import sync_of
+from lightning_align.modules.step_sums import sum_of_step, sums_without_steps
 from lightning_align.modules.window import Sums
 from lightning_align.run.protocols import datamodule_of
 from lightning_align.run.replicas import is_spread
 
 # Keys of completions that belong to other prompts, and what they are among the rows of a batch.
 KL_KEYS = {f"KL_{name}": name for name in ("input_ids", "attention_mask", "completion_mask")}
+# In the batch of a step: adds up over ranks. Who tries a batch out by itself leaves them alone.
+OVER_RANKS = "KL_over_ranks"
 
 
 class DPOModule(CausalLMModule):
@@ -125,6 +129,8 @@ class DPOModule(CausalLMModule):
         sync_ref_model: Whether the reference follows the model (TR-DPO).
         ref_model_mixup_alpha: How much of the model it then takes on, in (0, 1].
         ref_model_sync_steps: Optimizer steps from one time to the next.
+        ref_model_revision: Branch, tag or commit when the reference is a hub name; None for that of
+            the model where both have one name, and else main.
 
     Raises:
         ValueError: If a value is out of its range or would do nothing, a model cannot be loaded or
@@ -177,6 +183,7 @@ class DPOModule(CausalLMModule):
         sync_ref_model: bool = False,
         ref_model_mixup_alpha: float = 0.6,
         ref_model_sync_steps: int = 512,
+        ref_model_revision: str | None = None,
     ) -> None:
         options = PreferenceOptions(
             loss_type,
@@ -206,6 +213,7 @@ class DPOModule(CausalLMModule):
         both: Loading = {"dtype": dtype, "attn_implementation": attn_implementation}
         both["trust_remote_code"] = trust_remote_code
         loading: Loading = {**both, "revision": revision}
+        at = revision_of("DPOModule", ref_model, ref_model_revision, model, revision)
         super().__init__(
             model,
             optimizer,
@@ -237,7 +245,8 @@ class DPOModule(CausalLMModule):
         )
         self._reference = FrozenReference("DPOModule", cached, sync)
         if ref_model is not None:
-            built = build_model(ref_model, where="DPOModule", argument="ref_model", **both)
+            named = {"where": "DPOModule", "argument": "ref_model"}
+            built = build_model(ref_model, revision=at, **named, **both)
             self._reference.adopt(built, self.layers)
         elif options.needs_reference and has_adapters(self.model):
             self._reference.adopt_without_adapters(self.layers)
@@ -287,13 +296,15 @@ class DPOModule(CausalLMModule):
         if not self.options.is_unpaired:
             beside = None if self._reference.cached else self.reference_layers
             self._rows.set_up(self.layers, beside)
-        parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        parts = self.trainer.accumulate_grad_batches
+        if self._coupled != ["kto"]:
+            parts *= self.trainer.world_size
         if stage == "fit" and self._coupled and parts > 1:
-            alike = ", but for the KL of kto, its mean over ranks" * ("kto" in self._coupled)
+            of_all = ", the KL of kto of that of all ranks," * ("kto" in self._coupled)
             rank_zero_info(
                 f"DPOModule(loss_type={self.options.loss_type!r}): {' and '.join(self._coupled)} of"
                 " a batch depends on all of its pairs together. It is taken of each micro-batch on"
-                f" each rank alone, as TRL does{alike}, so it is not that of the one big batch."
+                f" each rank alone{of_all} as TRL does, so it is not that of the one big batch."
             )
 
     @property
@@ -311,7 +322,10 @@ class DPOModule(CausalLMModule):
     def _check_router(self) -> None:
         """A weight that the user gave must weigh something; one of a configuration may not."""
         if not self.router_coefficient or is_spread(self) or self.layers.gives_router_logits():
-            return
+            return  # a model that is spread is seen in its first step
+        self._go_without_router()
+
+    def _go_without_router(self) -> None:
         if self.options.router_aux_loss_coef is not None:
             raise no_router_error(self.model, self.router_coefficient, "DPOModule")
         rank_zero_warn(
@@ -335,6 +349,21 @@ class DPOModule(CausalLMModule):
     @override
     def on_predict_start(self) -> None:
         self._reference.precompute(self)
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self._sums_of_others()
+        super().on_validation_epoch_end()
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self._sums_of_others()
+        super().on_test_epoch_end()
+
+    def _sums_of_others(self) -> None:
+        """Until no rank has a batch left, for a step's KL is a sum over all ranks."""
+        if "kto" in self.options.loss_types:
+            sums_without_steps(self.trainer, 2, self.device)
 
     # Pipelines
 
@@ -433,6 +462,8 @@ class DPOModule(CausalLMModule):
         scored = policy, reference, self.options
         losses_P, counted_P, metrics = objective_step(*scored, batch.get("label"), kl)
         loss, num_pairs = (losses_P * counted_P).sum(), counted_P.sum()
+        if self.router_coefficient and not self._router_logits:
+            self._go_without_router()
         if self.router_coefficient:
             counted_B = counted_P if self.options.is_unpaired else counted_P.repeat(2)
             aux_loss = self._router_loss(batch, counted_B)
@@ -451,6 +482,12 @@ class DPOModule(CausalLMModule):
         mask_BT = batch["attention_mask"] * counted_B[:, None]
         return load_balancing_loss(router_logits, experts_per_token(self.model), mask_BT)
 
+    @override
+    def _step(self, batch: dict[str, Any], into: dict[str, Tensor]) -> Tensor:
+        if "kto" in self.options.loss_types and self._trainer is not None:
+            batch = {**batch, OVER_RANKS: partial(sum_of_step, self._trainer)}
+        return super()._step(batch, into)
+
     @torch.no_grad()
     def _kl(self, batch: dict[str, Any]) -> Tensor:
         """KTO's estimate, from completions that belong to other prompts of the batch."""
@@ -460,7 +497,7 @@ class DPOModule(CausalLMModule):
             raise argument_error("DPOModule", "loss_type", "kto", rule)
         others = {name: batch[key] for key, name in KL_KEYS.items()}
         hidden_BTD = super().forward_hidden(**self.model_inputs(others))  # no router has a say here
-        return kl_of_scored(*self.score(hidden_BTD, others))
+        return kl_of_scored(*self.score(hidden_BTD, others), batch.get(OVER_RANKS))
 
     @override
     def optimizer_step(self, *args: Any, **options: Any) -> None:

@@ -172,9 +172,11 @@ class FrozenReference:
             ValueError: If values are lacking and it cannot be asked, or one is not finite.
         """
         values, data = self.cached, datamodule_of(module._trainer)
-        if values is None or values.is_of(data):
+        if values is None:
             return
         about = {**self.fingerprint, "precision": str(module.trainer.precision)}
+        if values.is_of(data, about):
+            return
 
         def score(rows: Sequence[Row]) -> list[Values]:
             return self._asked(module, rows)
@@ -195,11 +197,13 @@ class FrozenReference:
         layers = self.layers or (module.layers if is_policy else None)
         if layers is None:
             rule = (
-                f"{self.cached.url} lacks values of the reference, which is no longer at"
-                " hand: it was released, or was the policy, which has moved on"
+                f"{self.cached.url} lacks values of the reference (precision"
+                f" {module.trainer.precision!r}), which is no longer at hand: it was released, or"
+                " was the policy, which has moved on"
             )
             way_out = (
-                "Pass the model that training began with as ref_model, or bring the cache back"
+                "Pass the model that training began with as ref_model, bring the cache back, or run"
+                " with the data and the precision that it was filled with"
             )
             raise argument_error(self.where, "ref_model", None, rule, way_out)
         precision = module.trainer.strategy.precision_plugin
@@ -317,6 +321,28 @@ def check_reference_arguments(
             " anew for each batch"
         )
         raise argument_error(where, argument, True, rule, "Use 'apo_zero_unpaired'")
+
+
+def revision_of(
+    where: str, ref_model: object, revision: str | None, model: object, of_model: str
+) -> str:
+    """At which branch, tag or commit a reference is read that is a name on the hub.
+
+    Args:
+        where: Class the user called.
+        ref_model: As the user gave it.
+        revision: The same; None for the model's own where both have one name, and else main.
+        model: The policy, as the user gave it.
+        of_model: Its revision.
+
+    Raises:
+        ValueError: If there is one, and no name.
+    """
+    if revision is not None and not isinstance(ref_model, str):
+        rule = f"serves a name on the hub alone, and ref_model is {type(ref_model).__name__}"
+        raise argument_error(where, "ref_model_revision", revision, rule)
+    is_same = isinstance(ref_model, str) and ref_model == model
+    return revision or (of_model if is_same else "main")
 
 
 def turn_off_dropout(model: nn.Module) -> None:

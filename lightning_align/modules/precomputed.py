@@ -51,7 +51,10 @@ class PrecomputedReference:
     """
 
     # No __dict__: who looks for state in the attributes of a module must not go through all values.
-    __slots__ = ("__weakref__", "_data", "_has_warned", "_keys_PK", "_values", "url", "where")
+    __slots__ = (
+        *("__weakref__", "_about", "_data", "_has_warned", "_keys_PK", "_values"),
+        *("url", "where"),
+    )
 
     def __init__(self, where: str, url: str) -> None:
         try:
@@ -63,6 +66,7 @@ class PrecomputedReference:
         self.url = url
         self._data: ref[Any] | None = None
         self._values: dict[bytes, Values] = {}
+        self._about: dict[str, str] = {}
         self._keys_PK: list[list[bytes]] = []
         self._has_warned = False
 
@@ -81,9 +85,9 @@ class PrecomputedReference:
         for name, value in state.items():
             setattr(self, name, value)
 
-    def is_of(self, data: Any) -> bool:
-        """Whether it has the values of this datamodule."""
-        return self._data is not None and self._data() is data
+    def is_of(self, data: Any, reference: Mapping[str, str]) -> bool:
+        """Whether it has the values of this datamodule, and this reference said them."""
+        return self._data is not None and self._data() is data and self._about == reference
 
     def forget_data(self) -> None:
         """Ask the datamodule anew: a run begins, and it may have other data by now."""
@@ -117,12 +121,13 @@ class PrecomputedReference:
         }
         cache = ReferenceCache(self.url, reference)
         lengths = {key: num_predicted(*row) for key, row in rows.items()}
-        values = self._values | cache.read(lengths)
+        kept = self._values if self._about == reference else {}
+        values = kept | cache.read(lengths)
         if lacking := _lacking(trainer, rows, values):
             prepare()
             values |= self._computed(trainer, cache, lacking, score)
         self._values = {key: values[key] for key in rows}
-        self._keys_PK, self._data = keys_PK, ref(data)
+        self._keys_PK, self._data, self._about = keys_PK, ref(data), dict(reference)
 
     def _computed(
         self,
@@ -168,8 +173,9 @@ class PrecomputedReference:
         """The completions of a batch under the reference; what only the policy is asked is nan.
 
         Args:
-            batch: ``number`` (P,) and ``completion_mask`` (B, T), B = K P rows: the first row of
-                each sample, then the second. A row without completion stays so.
+            batch: ``number`` (P,), and ``input_ids``, ``attention_mask`` and ``completion_mask``
+                (B, T), B = K P rows: the first row of each sample, then the second. A row without
+                completion stays so.
 
         Raises:
             ValueError: If the batch is of other data.
@@ -177,15 +183,20 @@ class PrecomputedReference:
         if "number" not in batch:
             rule = "needs the 'number' of each sample in a batch"
             raise argument_error(self.where, "precompute_ref_log_probs", True, rule)
-        completion_BT = batch["completion_mask"][:, 1:].bool()
-        keys_PK = [self._keys_PK[number] for number in batch["number"].tolist()]
+        numbers = [n for n in batch["number"].tolist() if n < len(self._keys_PK)]
+        keys_PK = [self._keys_PK[number] for number in numbers]
         keys_B = [key for keys_P in zip(*keys_PK, strict=True) for key in keys_P]
+        own_B = _keys_of_rows(batch)
+        is_other = len(own_B) != len(keys_B) or any(
+            own not in (None, key) for own, key in zip(own_B, keys_B, strict=False)
+        )
+        if is_other:  # the Trainer's datamodule may not be whom its loaders are of
+            rule = "a batch has other tokens than the data that the reference was asked about"
+            way_out = "Give the Trainer the datamodule, as datamodule=..., in the place of loaders"
+            raise argument_error(self.where, "precompute_ref_log_probs", True, rule, way_out)
+        completion_BT = batch["completion_mask"][:, 1:].bool()
         mask_BT = completion_BT.cpu()
-        counts = mask_BT.sum(1).tolist()
-        parts = [self._values[key] for key, count in zip(keys_B, counts, strict=True) if count]
-        if [len(part) for part in parts] != [count for count in counts if count]:
-            rule = "the completions of a batch have other lengths than those of its numbers"
-            raise argument_error(self.where, "precompute_ref_log_probs", True, rule)
+        parts = [self._values[key] for key in own_B if key is not None]
         logps_BT = torch.zeros(mask_BT.shape, dtype=torch.float32)  # default may be bf16
         logps_BT[mask_BT] = torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *parts]))
         logps_BT = logps_BT.to(completion_BT.device)
@@ -199,6 +210,17 @@ class PrecomputedReference:
             token_logps_BT=logps_BT,
             completion_BT=completion_BT,
         )
+
+
+def _keys_of_rows(batch: Mapping[str, Tensor]) -> list[bytes | None]:
+    """What each row's completion is found by; None of rows without one."""
+    names = "input_ids", "attention_mask", "completion_mask"
+    keys: list[bytes | None] = []
+    for ids_T, *masks in zip(*(batch[name].cpu().numpy() for name in names), strict=True):
+        is_row_T, is_completion_T = (mask_T != 0 for mask_T in masks)
+        prompt, completion = ids_T[is_row_T & ~is_completion_T], ids_T[is_completion_T]
+        keys.append(completion_key(prompt, completion) if len(completion) else None)
+    return keys
 
 
 def _lacking(trainer: pl.Trainer, rows: Piece, values: Mapping[bytes, Values]) -> list[Piece]:

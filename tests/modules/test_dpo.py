@@ -178,7 +178,7 @@ def test_kto_needs_other_records_in_a_batch(tmp_path: Path) -> None:
 def test_kto_says_that_its_kl_is_of_each_micro_batch(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
         fit(module(loss_type="kto"), [UNPAIRED, UNPAIRED], accumulate_grad_batches=2)
-    assert caplog.text.count("as TRL does, but for the KL of kto, its mean over ranks") == 1
+    assert caplog.text.count("on each rank alone, the KL of kto of that of all ranks, as TRL") == 1
 
 
 def test_unpaired_records_accumulate_exactly_without_a_kl() -> None:

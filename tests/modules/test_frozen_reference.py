@@ -6,6 +6,7 @@ import torch
 
 from lightning_align import DPOModule
 from lightning_align.layers import find_layers
+from lightning_align.modules import causal_lm, dpo
 from lightning_align.modules.frozen_reference import FrozenReference
 from tests.helpers.tiny_models import TINY_MODELS
 
@@ -49,3 +50,33 @@ def test_arguments_that_do_nothing_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         DPOModule(TINY_MODELS["llama"](), **options)
+
+
+@pytest.mark.parametrize(
+    ("ref_model", "asked", "expected"),
+    [
+        ("a/policy", None, "v2"),
+        ("a/policy", "v1", "v1"),
+        ("a/reference", None, "main"),
+        ("a/reference", "v1", "v1"),
+    ],
+)
+def test_a_reference_of_the_hub_is_read_at_its_own_revision(
+    ref_model: str, asked: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[tuple[str, str]] = []
+
+    def build(name: str, *, revision: str = "main", **_: Any) -> torch.nn.Module:
+        read.append((name, revision))
+        return TINY_MODELS["llama"]()
+
+    for module in (causal_lm, dpo):
+        monkeypatch.setattr(module, "build_model", build)
+    DPOModule("a/policy", ref_model, revision="v2", ref_model_revision=asked)
+    assert read == [("a/policy", "v2"), (ref_model, expected)]
+
+
+def test_a_revision_without_a_name_is_refused() -> None:
+    rule = r"ref_model_revision='v1'\): serves a name on the hub alone, and ref_model is NoneType"
+    with pytest.raises(ValueError, match=rule):
+        DPOModule(TINY_MODELS["llama"](), ref_model_revision="v1")

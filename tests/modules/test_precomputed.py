@@ -380,6 +380,47 @@ def test_unpaired_records(tmp_path: Path) -> None:
     torch.testing.assert_close(weights(ours), weights(theirs), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("at_hand", [False, True])
+def test_values_of_another_precision_are_not_taken(
+    at_hand: bool, tmp_path: Path, pairs: Path
+) -> None:
+    """Which a reference that is gone cannot give; in the folder they are apart."""
+    datamodule = data(pairs, val_fraction=0.3)
+    ours = module(tmp_path / "cache")
+    if at_hand:
+        trainer_of().validate(module(tmp_path / "cache"), datamodule, verbose=False)
+    fit(ours, datamodule, precision="bf16-mixed", max_epochs=1)
+    with counted() as asked:
+        trainer_of(precision="bf16-mixed").validate(ours, datamodule, verbose=False)
+        if at_hand:
+            (metrics,) = trainer_of().validate(ours, datamodule, verbose=False)
+            beside = module(ref_model=module().model)
+            beside.load_state_dict(ours.state_dict())
+            (expected,) = trainer_of().validate(beside, datamodule, verbose=False)
+            assert metrics["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-6)
+        else:
+            rule = r"lacks values of the reference \(precision '32-true'\).*run with the data and"
+            with pytest.raises(ValueError, match=rule):
+                trainer_of().validate(ours, datamodule, verbose=False)
+    assert asked == []
+
+
+@pytest.mark.slow
+def test_loaders_of_another_datamodule_are_noticed(tmp_path: Path, pairs: Path) -> None:
+    """The Trainer keeps the datamodule of the run before; lengths and numbers are the same."""
+    ours = module(tmp_path / "cache")
+    trainer = fit(ours, data(pairs, val_fraction=0.3), max_epochs=1)
+    other, same = (
+        data(path, val_fraction=0.3) for path in (write_pairs(tmp_path / "o.jsonl", 10, 36), pairs)
+    )
+    for each in (other, same):
+        each.setup()
+    trainer.validate(ours, same.val_dataloader(), verbose=False)
+    with pytest.raises(ValueError, match="a batch has other tokens than the data that"):
+        trainer.validate(ours, other.val_dataloader(), verbose=False)
+
+
 # Resuming
 
 

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from transformers import DogeConfig, MixtralConfig
 
 from lightning_align.modules import DPOModule
 from lightning_align.offload.away import Away
@@ -24,6 +25,17 @@ BUILDS = {
         TINY_MODELS[name]().config, TINY_MODELS[name](hidden_size=48).config, optimizer=ADAMW
     ),
 }
+
+
+SILENT = "gives no router logits"
+GIVEN = {"router_aux_loss_coef": 0.1}
+REFUSED = pytest.raises(ValueError, match=SILENT)
+
+
+def mixture_of_experts():
+    sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": 16, "intermediate_size": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    return MixtralConfig(**sizes, **heads, num_local_experts=4, num_experts_per_tok=2)
 
 
 def pairs():
@@ -68,6 +80,36 @@ def test_training_is_that_of_memory(tmp_path, kind, name, clip):
     assert len(frozen) == len(engine.blocks) / 2
     assert all(isinstance(p, Away) for b in frozen if not b.kept for p in b.parameters.values())
     strategy.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss_type", ["sigmoid", ["simpo", "sft"]])
+def test_a_router_is_trained_as_in_memory(tmp_path, loss_type):
+    """By a loss of its own, which is on in each step."""
+    found = []
+    build = partial(DPOModule, mixture_of_experts(), loss_type=loss_type, optimizer=ADAMW)
+    for strategy in (None, small(nvme_path=str(tmp_path / "nvme"))):
+        trainer = trainer_of(tmp_path, strategy)
+        module = built(trainer, partial(build, router_aux_loss_coef=0.5))
+        found.append(ends(trainer, module))
+    assert found[0][2]["aux_loss"] > 0
+    assert_same(found[1], found[0])
+    strategy.close()
+
+
+@pytest.mark.slow
+def test_a_router_that_says_nothing_is_named(tmp_path):
+    sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": 16, "intermediate_size": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    config = DogeConfig(**sizes, **heads, pad_token_id=0)
+    for options, told in (({}, pytest.warns(UserWarning, match=SILENT)), (GIVEN, REFUSED)):
+        strategy = small(nvme_path=str(tmp_path / f"nvme{len(options)}"))
+        trainer = trainer_of(tmp_path, strategy, max_steps=2)
+        module = built(trainer, partial(DPOModule, config, **options), empty=True)
+        with told:
+            _, _, logged = ends(trainer, module)
+            assert "aux_loss" not in logged
+        strategy.close()
 
 
 HOST = {"offload_params_device": "cpu", "offload_optimizer_device": "cpu"}
