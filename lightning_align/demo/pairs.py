@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lightning_align._errors import argument_error
+from lightning_align.models.sampling import continue_prompts
 
 Tokens = npt.NDArray[np.integer[Any]]
 SPARE_TOKENS = 8  # sampled beyond the completion, because re-tokenising a sample may merge tokens
@@ -59,10 +60,11 @@ def make_pairs(
     with tqdm(total=num_pairs, desc="sampling pairs", unit="pair") as progress:
         for _ in range(20 * max(1, num_pairs // batch_size)):
             batch = [next(passages) for _ in range(batch_size)]
-            prompts = torch.as_tensor(np.stack([prompt for prompt, _ in batch]), dtype=torch.long)
-            samples = continue_prompts(model, tokenizer, prompts, completion_tokens + SPARE_TOKENS)
-            for (prompt, chosen), sample in zip(batch, samples.tolist(), strict=True):
-                rejected = _canonical(tokenizer, sample, completion_tokens)
+            prompts = [prompt.tolist() for prompt, _ in batch]
+            new_tokens = completion_tokens + SPARE_TOKENS
+            rows = continue_without_end(model, tokenizer, prompts, new_tokens)
+            for (prompt, chosen), row in zip(batch, rows["input_ids"].tolist(), strict=True):
+                rejected = _canonical(tokenizer, row[prompt_tokens:], completion_tokens)
                 if rejected is not None and len(pairs) < num_pairs:
                     texts = (tokenizer.decode(ids) for ids in (prompt, chosen, rejected))
                     pairs.append(dict(zip(("prompt", "chosen", "rejected"), texts, strict=True)))
@@ -115,18 +117,17 @@ def _canonical(tokenizer: Any, ids: list[int], length: int) -> list[int] | None:
     return spelled if len(spelled) == length and again == spelled else None
 
 
-@torch.no_grad()
-def continue_prompts(
-    model: nn.Module, tokenizer: Any, prompts_BT: Tensor, new_tokens: int
-) -> Tensor:
-    """Plain samples at temperature 1, end of text excluded; only the new tokens."""
-    output = model.generate(  # type: ignore[operator]
-        prompts_BT,
-        attention_mask=torch.ones_like(prompts_BT),
+def continue_without_end(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], new_tokens: int
+) -> dict[str, Tensor]:
+    """Rows of plain samples at temperature 1, in which no text ends; see ``continue_prompts``."""
+    return continue_prompts(
+        model,
+        prompts,
+        max_new_tokens=new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
         do_sample=True,
         top_k=0,
-        max_new_tokens=new_tokens,
         suppress_tokens=[tokenizer.eos_token_id],
-        pad_token_id=tokenizer.eos_token_id,
     )
-    return output[:, prompts_BT.shape[1] :]  # type: ignore[no-any-return]

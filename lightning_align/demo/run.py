@@ -24,7 +24,7 @@ from lightning_align.cli.commands import CommandParser
 from lightning_align.data import PackedDataset, PreferenceDataset
 from lightning_align.data.token_cache import TokenSplit
 from lightning_align.demo import ngram
-from lightning_align.demo.pairs import Tokens, continue_prompts, make_pairs, write_jsonl
+from lightning_align.demo.pairs import Tokens, continue_without_end, make_pairs, write_jsonl
 from lightning_align.demo.report import before_after_table, sample_block
 from lightning_align.layers import find_layers
 from lightning_align.losses import completion_logps, kl_from_sums, kl_sums, sequence_logps
@@ -232,8 +232,8 @@ def kl_divergence(
 ) -> float:
     """KL(policy || reference) in nats per token, estimated on the policy's own samples."""
     torch.manual_seed(seed)
-    new_BT = continue_prompts(policy.eval(), tokenizer, prompts_BT, COMPLETION_TOKENS)
-    rows, completion = _completed(prompts_BT, new_BT)
+    written = continue_without_end(policy.eval(), tokenizer, prompts_BT.tolist(), COMPLETION_TOKENS)
+    rows, completion = written["input_ids"], written["completion_mask"]
     with torch.no_grad():
         layers = [find_layers(model.eval()) for model in (policy, reference)]
         ours, theirs = (
@@ -299,8 +299,8 @@ def _samples(
     texts = []
     for title, model in (("before", before), ("after", after)):
         torch.manual_seed(seed)
-        new = continue_prompts(model.eval(), tokenizer, torch.tensor([prompt]), COMPLETION_TOKENS)
-        texts.append((title, tokenizer.decode(new[0])))
+        rows = continue_without_end(model.eval(), tokenizer, [prompt], COMPLETION_TOKENS)
+        texts.append((title, tokenizer.decode(rows["input_ids"][0, len(prompt) :])))
     return sample_block(tokenizer.decode(prompt), texts)
 
 

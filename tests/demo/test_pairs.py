@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_align import TextDataModule
-from lightning_align.demo.pairs import continue_prompts, make_pairs, write_jsonl
+from lightning_align.demo.pairs import continue_without_end, make_pairs, write_jsonl
 from lightning_align.demo.run import documents, longer_text_accuracy, token_split
 
 PROMPT, COMPLETION = 8, 12
@@ -75,8 +75,10 @@ def test_seed_decides_and_the_mode_of_the_model_is_kept(text: TextDataModule, mo
 def test_samples_never_end_the_text(model: Any, text: TextDataModule) -> None:
     with torch.no_grad():
         model.lm_head.weight[0] += 10.0 * model.lm_head.weight.std()
-    prompts = torch.randint(1, 512, (4, PROMPT))
-    new = continue_prompts(model, text.tokenizer, prompts, COMPLETION)
+    prompts = torch.randint(1, 512, (4, PROMPT)).tolist()
+    rows = continue_without_end(model, text.tokenizer, prompts, COMPLETION)
+    assert rows["completion_mask"].sum() == 4 * COMPLETION
+    new = rows["input_ids"][:, PROMPT:]
     assert new.shape == (4, COMPLETION)
     assert not (new == 0).any()
 
