@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lightning_align import PretrainModule
+from lightning_align import DPOModule, PretrainModule
 from lightning_align.__main__ import main
 from lightning_align.cli.generate import stream
 from lightning_align.data.tokenizer import train_tokenizer
@@ -156,6 +156,31 @@ def test_a_checkpoint_generates(
     main(["generate", f"--ckpt={checkpoint}", "--prompt=hello", *options])
     ours = text(model, tokenizer, "hello", chat=True, temperature=0.9, seed=3)
     assert capsys.readouterr().out == f"{ours}\n"
+
+
+@pytest.mark.slow  # `make test-laws` runs it
+def test_the_folder_of_an_adapter_generates(
+    tmp_path: Path, folder: str, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What its model writes with it, which is another text than without."""
+    pytest.importorskip("peft")
+    lora = {"class_path": "peft.LoraConfig", "init_args": {"r": 2}}
+    module = DPOModule(folder, peft_config=lora)
+    with torch.no_grad():
+        for name, parameter in module.model.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(1.0)
+    options = ["--max_new_tokens=24", "--device=cpu"]
+    module.save_pretrained(str(tmp_path / "bare"))
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    module.save_pretrained(str(tmp_path / "adapter"))
+    expected = f"It is{text(module.model.eval(), tokenizer)}\n"
+    for place in (["--ckpt", "adapter"], ["--ckpt", "bare", "--tokenizer", folder]):
+        place[1] = str(tmp_path / place[1])
+        main(["generate", *place, "--prompt=It is", *options])
+        assert capsys.readouterr().out == expected
+    main(["generate", "--ckpt", folder, "--prompt=It is", *options])
+    assert capsys.readouterr().out != expected
 
 
 @pytest.mark.slow  # `make test-laws` runs it

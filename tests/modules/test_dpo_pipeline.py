@@ -1,5 +1,6 @@
 """DPOModule under PipelineStrategy: the same training as in one process, or refused at set-up."""
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,26 @@ pytestmark = [
 
 ADAMW = partial(torch.optim.AdamW, lr=3e-3)
 STEPS = 20
+RECORDS = "records.jsonl"
+LORA = {"class_path": "peft.LoraConfig", "init_args": {"r": 2}}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: Any) -> Path:
-    """A file of pairs, and a cache that one process has filled."""
+    """Files of pairs and of records, and a cache that one process has filled."""
     path: Path = tmp_path_factory.mktemp("pairs")
     write_pairs(path / "pairs.jsonl", number=18)
+    write_records(path / RECORDS)
     fit(module(path, **CASES["cached"]), path, max_steps=1)
     return path
+
+
+def write_records(path: Path) -> None:
+    rows = [
+        {"prompt": chr(65 + i) * (1 + i % 4), "completion": "so" * (1 + i % 3), "label": i % 3 > 0}
+        for i in range(18)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def module(path: Path, **options: Any) -> DPOModule:
@@ -43,7 +55,12 @@ def module(path: Path, **options: Any) -> DPOModule:
 
 
 def fit(
-    ours: DPOModule, path: Path, rank: int | None = None, ckpt_path: Any = None, **options: Any
+    ours: DPOModule,
+    path: Path,
+    rank: int | None = None,
+    ckpt_path: Any = None,
+    val_fraction: float = 0.0,
+    **options: Any,
 ) -> dict[str, Any]:
     """Train on batches of 4 pairs, the last one of an epoch of 2; in a pipeline of two ranks if
     there is a rank."""
@@ -70,9 +87,18 @@ def fit(
             **options,
         },
     )
-    data = PreferenceDataModule(str(path / "pairs.jsonl"), ByteTokenizer(), batch_size=4)
+    file = RECORDS if ours.options.is_unpaired else "pairs.jsonl"
+    data = PreferenceDataModule(
+        str(path / file), ByteTokenizer(), batch_size=4, val_fraction=val_fraction
+    )
     trainer.fit(ours, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
-    return {"losses": seen.losses, "logged": seen.logged, "layout": ours.layout}
+    validated = {n: v for n, v in trainer.callback_metrics.items() if n.startswith("val_")}
+    return {
+        "losses": seen.losses,
+        "logged": seen.logged,
+        "validated": validated,
+        "layout": ours.layout,
+    }
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -80,6 +106,9 @@ CASES: dict[str, dict[str, Any]] = {
     "separate": {"prefix_sharing": False, "precompute_ref_log_probs": True},
     "auto": {"precompute_ref_log_probs": True, "loss_type": ["ipo", "sft"], "sft_mean": "pairs"},
     "no reference": {"prefix_sharing": True, "loss_type": "simpo"},
+    "adapters": {"precompute_ref_log_probs": True, "peft_config": LORA},
+    "unpaired": {"precompute_ref_log_probs": True, "loss_type": "apo_zero_unpaired"},
+    "unpaired, free": {"reference_free": True, "loss_type": "apo_zero_unpaired", "beta": 0.01},
 }
 SLOW = pytest.mark.slow
 
@@ -92,11 +121,16 @@ SLOW = pytest.mark.slow
         pytest.param("separate", "1F1B", marks=SLOW),
         pytest.param("auto", "GPipe", marks=SLOW),
         pytest.param("no reference", "1F1B", marks=SLOW),
+        pytest.param("adapters", "1F1B", marks=SLOW),
+        pytest.param("unpaired", "1F1B", marks=SLOW),
+        pytest.param("unpaired, free", "Interleaved1F1B", marks=SLOW),
     ],
 )
 def test_trains_as_in_one_process(folder: Path, case: str, schedule: str) -> None:
     """20 steps: losses, and all that is logged."""
-    theirs = fit(module(folder, **CASES[case]), folder)
+    if "peft_config" in CASES[case]:
+        pytest.importorskip("peft")
+    theirs = fit(module(folder, **CASES[case]), folder)  # and fills the cache
 
     def piped(rank: int) -> Any:
         return fit(module(folder, **CASES[case]), folder, rank, schedule=schedule)
@@ -109,6 +143,25 @@ def test_trains_as_in_one_process(folder: Path, case: str, schedule: str) -> Non
             for name in one:
                 torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-4, msg=name)
         assert ours["layout"] == theirs["layout"]
+
+
+@SLOW
+@pytest.mark.parametrize("case", ["cached", "unpaired"])
+def test_validates_in_mid_fit_as_in_one_process(folder: Path, case: str) -> None:
+    """After each of six epochs, of which the last one is the most moved."""
+    theirs = fit(module(folder, **CASES[case]), folder, val_fraction=0.3, max_steps=24)
+
+    def piped(rank: int) -> Any:
+        return fit(module(folder, **CASES[case]), folder, rank, val_fraction=0.3, max_steps=24)
+
+    for ours in run_ranks(piped, timeout_s=90):
+        torch.testing.assert_close(ours["losses"], theirs["losses"], rtol=2e-5, atol=2e-5)
+        assert ours["validated"].keys() == theirs["validated"].keys()
+        assert {"val_loss", "val_rewards/margins"} <= ours["validated"].keys()
+        for name, value in theirs["validated"].items():
+            torch.testing.assert_close(
+                ours["validated"][name], value, rtol=1e-4, atol=1e-4, msg=name
+            )
 
 
 @SLOW
