@@ -170,19 +170,57 @@ MIXTRAL = spec(
 )
 
 
-def objective(name: str, why_not: str = "", model: Any = GPT2, **options: Any) -> Member:
+def objective(
+    name: str,
+    why_not: str = "",
+    model: Any = GPT2,
+    refuses: Mapping[str, str] | None = None,
+    **options: Any,
+) -> Member:
     exempt = {"accumulates": why_not} if why_not else {}
     described = spec(OURS + "DPOModule", model=model, **options)
     batches = "records" if name in ("kto", "apo_zero_unpaired") else "pairs"
-    return Member(f"DPOModule, {name}", described, batches=batches, exempt=exempt)
+    refuses = {"Curriculum": "its rows end with what is learned, the answers", **(refuses or {})}
+    called = f"DPOModule, {name}"
+    return Member(called, described, batches=batches, refuses=refuses, exempt=exempt)
 
+
+# These three are asked about callbacks and strategies, too (test_references.py).
+CACHED = objective(
+    "cached",
+    precompute_ref_log_probs=True,
+    ref_cache_dir="{data}/reference",
+    refuses={
+        "PreferenceDiagnostics": "its reference is released once it is precomputed",
+        "zero_infinity": "does not go with ZeROInfinityStrategy",
+        "zero_infinity_cpu": "does not go with ZeROInfinityStrategy",
+    },
+)
+ADAPTED = objective(
+    "LoRA",
+    peft_config=LORA,
+    refuses={
+        "LISA": "it holds adapters of PEFT",
+        "pipeline": "its reference would have to run beside it",
+    },
+)
+FOLLOWED = objective(
+    "TR-DPO",
+    sync_ref_model=True,
+    ref_model_sync_steps=2,
+    refuses={
+        "pipeline": "no rank has all weights of the model and its reference",
+        "zero_infinity": "no rank has all weights of the model and its reference",
+        "zero_infinity_cpu": "no rank has all weights of the model and its reference",
+    },
+)
 
 OBJECTIVES = [
     objective("list", loss_type=["sigmoid", "sft", "orpo"], sft_mean="pairs", use_weighting=True),
     objective("options", loss_type="ipo", ld_alpha=0.5, length_alpha=0.1),
-    objective("cached", precompute_ref_log_probs=True, ref_cache_dir="{data}/reference"),
-    objective("LoRA", peft_config=LORA),
-    objective("TR-DPO", sync_ref_model=True, ref_model_sync_steps=2),
+    CACHED,
+    ADAPTED,
+    FOLLOWED,
     objective("no reference", loss_type=["simpo", "cpo"]),
     objective("router off", model=MIXTRAL, router_aux_loss_coef=0.0),
     objective("sft", "it is a mean over the tokens of a batch", loss_type="sft"),

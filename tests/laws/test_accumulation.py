@@ -48,8 +48,11 @@ def test_objectives(module: Member, tmp_path: Path, material: Path) -> None:
     if "accumulates" in module.exempt:
         with pytest.raises(AssertionError, match="not the big batch"):
             equals_one_big_batch(run, tmp_path, material)
+        finding = f"accumulates not: {module.exempt['accumulates']}"
     else:
         equals_one_big_batch(run, tmp_path, material)
+        finding = "accumulates"
+    note("Modules and datamodules", module.name, run.data.name, finding)
 
 
 def test_the_law_fails_where_it_is_broken(tmp_path: Path, material: Path) -> None:

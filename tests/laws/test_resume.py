@@ -62,6 +62,7 @@ def test_datamodules(
 def test_objectives(module: Member, tmp_path: Path, material: Path, reference: Reference) -> None:
     run = replace(on_its_data(module), accumulate=2)
     resumes(run, tmp_path, material, reference(run), position=3)
+    note("Modules and datamodules", module.name, run.data.name, "resumes")
 
 
 @pytest.mark.parametrize("module", MODULES, ids=str)
