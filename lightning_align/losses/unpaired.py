@@ -96,8 +96,9 @@ def kl_of_scored(
         frozen_P = frozen_logps(reference, "kl_of_scored")
     logratios = (policy.logps_B.detach() - frozen_P)[counted_P]
     sums = torch.stack([logratios.sum(), counted_P.sum().to(logratios)])
-    total, count = sums if over_ranks is None else over_ranks(sums)
-    return total.div(count.clamp(min=1)).clamp(min=0)
+    if over_ranks is not None:
+        sums = over_ranks(sums)
+    return sums[0].div(sums[1].clamp(min=1)).clamp(min=0)
 
 
 def with_margins(means: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -210,10 +210,11 @@ class DPOModule(CausalLMModule):
         asked_of = options, ref_model, precompute_ref_log_probs, ref_cache_dir
         check_reference_arguments("DPOModule", *asked_of)
         peft_config = plain_config(peft_config, "DPOModule")
-        both: Loading = {"dtype": dtype, "attn_implementation": attn_implementation}
-        both["trust_remote_code"] = trust_remote_code
-        loading: Loading = {**both, "revision": revision}
-        at = revision_of("DPOModule", ref_model, ref_model_revision, model, revision)
+        loading: Loading = {"dtype": dtype, "attn_implementation": attn_implementation}
+        loading |= {"revision": revision, "trust_remote_code": trust_remote_code}
+        of_reference: Loading = {**loading}
+        asked = ref_model, ref_model_revision
+        of_reference["revision"] = revision_of("DPOModule", *asked, model, revision)
         super().__init__(
             model,
             optimizer,
@@ -245,8 +246,7 @@ class DPOModule(CausalLMModule):
         )
         self._reference = FrozenReference("DPOModule", cached, sync)
         if ref_model is not None:
-            named = {"where": "DPOModule", "argument": "ref_model"}
-            built = build_model(ref_model, revision=at, **named, **both)
+            built = build_model(ref_model, where="DPOModule", argument="ref_model", **of_reference)
             self._reference.adopt(built, self.layers)
         elif options.needs_reference and has_adapters(self.model):
             self._reference.adopt_without_adapters(self.layers)
