@@ -1,5 +1,6 @@
 """The picture of a preference run: margins of its pairs over time, and the KL beside them."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -104,10 +105,21 @@ def _draw_margins(axes: "Axes", history: MarginHistory, all_counts: Tensor) -> N
         axes.plot(middles, values, color=COLOURS[1], linewidth=width, label=label)
     axes.axhline(0, color="0.35", linewidth=0.8, linestyle="--")
     axes.set_yscale("asinh", linear_width=0.5)
-    axes.set_ylim(float(edges[low]), float(edges[high]))
+    ends = float(edges[low]), float(edges[high])
+    axes.set_ylim(*ends)
+    if len(ticks := margin_ticks(*ends)) > 1:
+        axes.set_yticks(ticks, labels=[f"{tick:g}" for tick in ticks])
     axes.set_ylabel("margin of rewards")
     axes.legend(frameon=False, fontsize="small", loc="upper left")
     axes.figure.colorbar(mesh, ax=axes, label="share of pairs", pad=0.01)
+
+
+def margin_ticks(low: float, high: float) -> list[float]:
+    """0 and powers of ten, without those that would stand on it."""
+    furthest = max(-low, high)
+    last = math.floor(math.log10(furthest))
+    sizes = [10.0**power for power in range(min(0, last), last + 1)]
+    return [tick for tick in (*(-size for size in sizes[::-1]), 0.0, *sizes) if low <= tick <= high]
 
 
 def _draw_kl(axes: "Axes", kl: Sequence[tuple[int, KLEstimate]]) -> None:

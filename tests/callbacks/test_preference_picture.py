@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_align.callbacks.preference_picture import MarginHistory, draw_diagnostics, quantile
+from lightning_align.callbacks.preference_picture import (
+    MarginHistory,
+    draw_diagnostics,
+    margin_ticks,
+    quantile,
+)
 from lightning_align.losses import MARGIN_BINS, KLEstimate, margin_counts, margin_edges
 
 
@@ -67,3 +72,22 @@ def test_the_colour_is_the_share_of_pairs():
     figure = draw_diagnostics({"training pairs": history(0.0, 4.0)}, [])
     drawn = np.asarray(figure.axes[0].collections[0].get_array())
     np.testing.assert_allclose(drawn.sum(axis=0), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (-3.0, 3.0, [-1, 0, 1]),
+        (-2.0, 30.0, [-1, 0, 1, 10]),
+        (-0.3, 0.05, [-0.1, 0]),
+        (2.0, 300.0, [10, 100]),
+        (28.0, 33.0, []),
+    ],
+)
+def test_numbers_beside_margins_are_those_that_do_not_stand_on_zero(low, high, ticks):
+    assert margin_ticks(low, high) == ticks
+
+
+def test_numbers_beside_margins_are_plain():
+    axes = draw_diagnostics({"training pairs": history(0.0)}, []).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["-1", "0", "1"]
