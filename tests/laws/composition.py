@@ -48,6 +48,7 @@ without any class of ours, and under the pipeline with plain Lightning in one pr
 | resumes | a process killed with SIGKILL in mid-epoch or mid-accumulation, and resumed, ends bit-identical to one never stopped |
 | equal | two ranks give the losses of one process with the same global batch, up to the order of summation (1e-5) |
 | accumulates | micro-batches with unequal numbers of tokens give the losses of the one big batch (1e-5) |
+| accumulates not | they do not, for the reason that stands behind it |
 | any order | bit-identical whichever of the two callbacks comes first |
 | own order | ExactResume draws the order of rows from (seed, epoch), so it is another one than plain Lightning's |
 | ranks drift apart | what is thawed after DDP has wrapped the module is not averaged, in plain Lightning neither; a checkpoint has rank 0's |
