@@ -7,6 +7,7 @@ from torch import nn
 from lightning_align.strategies.zero_infinity.blocks import find_blocks
 from lightning_align.strategies.zero_infinity.budget import Buffers, held_nbytes, parse_bytes, plan
 from lightning_align.strategies.zero_infinity.strategy import ZeROInfinityStrategy
+from tests.helpers.covers import cover
 from tests.helpers.offloaded import ADAMW, Regression, compare, fit, points
 
 GROUPS = Buffers(sub_group_size=512)
@@ -59,8 +60,7 @@ class Wide(Regression):
         )
 
 
-@pytest.mark.parametrize("clip", [None, 0.5])
-@pytest.mark.parametrize("extra", [0, 2_000_000, 10_000_000])
+@cover(clip=[None, 0.5], extra=[0, 2_000_000, 10_000_000])
 def test_what_is_held_keeps_to_the_limit(tmp_path, clip, extra):
     blocks, _ = find_blocks(Wide(), None)
     with pytest.raises(ValueError, match="must be at least") as error:
@@ -86,8 +86,10 @@ def least_of(module, buffers, **options):
     return int(str(error.value).split("at least ")[1].split(" ")[0].replace(",", ""))
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_clip_val": 0.05}], ids=["plain", "clipped"])
-@pytest.mark.parametrize("extra", [20_000, 10**7], ids=["gradients on disk", "in memory"])
+@cover(
+    options={"plain": {}, "clipped": {"gradient_clip_val": 0.05}},
+    extra={"gradients on disk": 20_000, "in memory": 10**7},
+)
 def test_blocks_that_fit_stay_and_train_as_in_memory(tmp_path, extra, options):
     limit = least_of(Regression(), GROUPS) + extra
     blocks, _ = find_blocks(Regression(), None)

@@ -20,6 +20,7 @@ from lightning_align.mapped import source_of
 from lightning_align.modules import PretrainModule
 from lightning_align.offload import linked
 from lightning_align.offload.record import read_record
+from tests.helpers.covers import cover
 from tests.helpers.offloaded import (
     ADAMW,
     Both,
@@ -35,8 +36,7 @@ from tests.helpers.rewinds import Rewinds
 from tests.helpers.tiny_models import TINY_MODELS
 
 
-@pytest.mark.parametrize("window", [1, 2])
-@pytest.mark.parametrize("first", ["ours", "theirs"])
+@cover(window=[1, 2], first=["ours", "theirs"])
 def test_checkpoints_are_read_by_either_side(tmp_path, first, window):
     """Written in mid-epoch, with a window of accumulation that is open where it has two batches."""
     options = {"val_check_interval": 3, "accumulate_grad_batches": window}

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -18,6 +19,7 @@ from lightning_align.offload.record import read_record
 from lightning_align.strategies import ZeROInfinityStrategy
 from lightning_align.strategies.zero_infinity.commits import load_payload
 from tests.helpers.children import in_child
+from tests.helpers.covers import cover
 from tests.helpers.offloaded import ADAMW, Regression, assert_same, fit, points, small, text
 from tests.helpers.tiny_models import PlainDecoder
 
@@ -82,9 +84,15 @@ def resumed(tmp_path, kill_at, **arguments):
     return torch.load(result)
 
 
-@pytest.mark.parametrize("name", BOTH)
+AT_ONCE = {(0, "clipped"), (1, "early")}
+
+
 @pytest.mark.parametrize(
-    "number", [n if n < 3 else pytest.param(n, marks=pytest.mark.slow) for n in range(15)]
+    ("number", "name"),
+    [
+        pytest.param(*run, marks=() if run in AT_ONCE else pytest.mark.slow)
+        for run in product(range(15), BOTH)
+    ],
 )
 def test_a_run_that_was_killed_ends_as_if_it_had_not_been(tmp_path, whole, number, name):
     """Every second one is killed in an update: before a block is written."""
@@ -96,14 +104,7 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(tmp_path, whole, numbe
         assert_same(found[part], whole[name][part], part)
 
 
-@pytest.mark.parametrize("name", BOTH)
-@pytest.mark.parametrize(
-    "operation",
-    [
-        "replace",
-        *(pytest.param(o, marks=pytest.mark.slow) for o in ("fsync", "fsync of the folder")),
-    ],
-)
+@cover(operation=["replace", "fsync", "fsync of the folder"], name=list(BOTH))
 def test_a_kill_in_the_middle_of_a_commit_leaves_one_step(tmp_path, whole, operation, name):
     """Before the new record is durable, between that and its renaming, and behind both."""
     operations = [done for done, _ in whole[name]["operations"]]

@@ -131,8 +131,7 @@ def test_activations_may_be_on_a_drive_where_nothing_else_is(tmp_path, offload_a
     compare(tmp_path, Regression, data, strategy)
 
 
-@pytest.mark.parametrize("state", ["drop", "keep"])
-@pytest.mark.parametrize("arguments", [HOST, {"offload_fraction": 0.5}], ids=["cpu", "half"])
+@cover(state=["drop", "keep"], arguments={"cpu": HOST, "half": {"offload_fraction": 0.5}})
 def test_lisa_in_host_memory(tmp_path, arguments, state):
     found = []
     for strategy in ("auto", small(**arguments)):
@@ -161,8 +160,7 @@ def test_validation_comes_first_and_fit_twice(tmp_path, arguments):
     trainer.strategy.close()
 
 
-@pytest.mark.parametrize("saves_links", [True, False])
-@pytest.mark.parametrize("arguments", [HOST, {"offload_fraction": 0.5}, {"stage": 2}], ids=str)
+@cover(saves_links=[True, False], arguments=[HOST, {"offload_fraction": 0.5}, {"stage": 2}])
 def test_checkpoints_are_of_their_moment_and_read_by_either_side(tmp_path, arguments, saves_links):
     """Written in mid-window, while training goes on."""
     data, options = points(), {"accumulate_grad_batches": 2}

@@ -18,6 +18,7 @@ from lightning_align import GaLoreAdamW, Muon, StableAdamW
 from lightning_align.offload import store
 from lightning_align.offload.record import read_record
 from tests.helpers.children import fork, in_child
+from tests.helpers.covers import cover
 from tests.helpers.offloaded import Regression, assert_same, fit, points, small
 
 CODES = {"preadv": errno.EIO, "pwritev": errno.EIO, "fdatasync": errno.EIO, "replace": errno.ENOSPC}
@@ -39,8 +40,7 @@ def whole(tmp_path, **options):
     return module.state_dict()
 
 
-@pytest.mark.parametrize("early", ["auto", False])
-@pytest.mark.parametrize("call", CODES)
+@cover(early=["auto", False], call=list(CODES))
 def test_an_error_of_the_disk_ends_the_run_at_a_whole_step(tmp_path, monkeypatch, call, early):
     """In the threads of the store, and where the record takes the place of the one before."""
     count = Count()

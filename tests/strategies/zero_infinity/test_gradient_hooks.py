@@ -145,7 +145,7 @@ def test_what_it_costs_is_told_and_counted(tmp_path):
 @pytest.mark.parametrize(
     "kind", [Clips, pytest.param(ClipsByLightning, marks=SLOW), pytest.param(Replaces, marks=SLOW)]
 )
-@pytest.mark.parametrize("window", [1, 2])
+@pytest.mark.parametrize("window", [pytest.param(1, marks=SLOW), 2])
 def test_two_ranks_that_handle_gradients_train_as_under_ddp(tmp_path, kind, window):
     options = {"accumulate_grad_batches": window}
     compare_ranks(tmp_path, lambda: kind(ADAMW), partial(points, 4), **options)

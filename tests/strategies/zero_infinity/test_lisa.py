@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import lightning.pytorch as pl
-import pytest
 
 from lightning_align import LISA
 from lightning_align.modules import PretrainModule
 from lightning_align.offload.files import DirectFile
+from tests.helpers.covers import cover
 from tests.helpers.offloaded import ADAMW, fit, small, text
 from tests.helpers.tiny_models import TINY_MODELS
 
@@ -43,8 +43,7 @@ class Steps(pl.Callback):
         )
 
 
-@pytest.mark.parametrize("state", ["drop", "keep"])
-@pytest.mark.parametrize("clip", [None, 0.5], ids=["early", "waits"])
+@cover(state=["drop", "keep"], clip={"early": None, "waits": 0.5})
 def test_a_frozen_block_is_only_read_for_its_weights(tmp_path, monkeypatch, state, clip):
     steps = Steps(monkeypatch)
     lisa = LISA(1, interval_steps=3, optimizer_state=state, filename=None)

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_align import GaLoreAdamW, Muon, StableAdamW
 from lightning_align.modules import PretrainModule
+from tests.helpers.covers import cover
 from tests.helpers.offloaded import (
     ADAMW,
     Regression,
@@ -26,8 +27,7 @@ from tests.helpers.tiny_models import TINY_MODELS
 from tests.strategies.zero_infinity import test_ranks as ranks
 
 
-@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])
-@pytest.mark.parametrize("recompute", [False, True])
+@cover(precision=["64-true", "bf16-mixed"], recompute=[False, True])
 def test_a_language_model_trains_as_in_memory(tmp_path, precision, recompute):
     data = text()
     compare(
@@ -49,8 +49,7 @@ def test_a_module_written_by_hand_trains_as_in_memory(tmp_path, precision):
     compare(tmp_path, lambda: Regression(build), data, **options)
 
 
-@pytest.mark.parametrize("build", [ADAMW, partial(Muon, lr=1e-2)])
-@pytest.mark.parametrize("kind", ["commit", "checkpoint"])
+@cover(build={"AdamW": ADAMW, "Muon": partial(Muon, lr=1e-2)}, kind=["commit", "checkpoint"])
 def test_masters_are_gone_on_with(tmp_path, kind, build):
     data = points()
     run = {"precision": "bf16-true", "enable_checkpointing": kind == "checkpoint"}

@@ -13,6 +13,7 @@ import torch
 from lightning_align import GaLoreAdamW, GenerateSamples, Muon, StableAdamW
 from lightning_align.modules import PretrainModule
 from lightning_align.offload.files import DirectFile
+from tests.helpers.covers import cover
 from tests.helpers.offloaded import ADAMW, STEPS, Both, Regression, assert_same, points, small, text
 from tests.helpers.ranks import ForkedRanks, end_of_ranks, run_ranks
 from tests.helpers.tiny_models import TINY_MODELS
@@ -89,16 +90,14 @@ def largest_difference(found, expected):
 points_of = partial(points, 4)  # of a rank
 
 
-@pytest.mark.parametrize("early", ["auto", False])
-@pytest.mark.parametrize("window", [1, 2])
+@cover(early=["auto", False], window=[1, 2])
 def test_a_module_written_by_hand_trains_as_under_ddp(tmp_path, window, early):
     build = lambda: Regression(width=48, schedule=True)  # noqa: E731
     arguments = {"update_in_backward": early}
     compare(tmp_path, build, points_of, arguments=arguments, accumulate_grad_batches=window)
 
 
-@pytest.mark.parametrize("name", ["llama", pytest.param("llama_tied", marks=SLOW), "gpt2"])
-@pytest.mark.parametrize("window", [1, 3])
+@cover(name=["llama", "gpt2", "llama_tied"], window=[1, 3])
 def test_language_models_train_as_under_ddp(tmp_path, name, window):
     """The last window of an epoch is shorter, and tokens are not counted equally."""
     build = lambda: PretrainModule(TINY_MODELS[name](), optimizer=ADAMW)  # noqa: E731

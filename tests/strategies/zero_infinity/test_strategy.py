@@ -30,10 +30,7 @@ from tests.helpers.offloaded import (
 from tests.helpers.tiny_models import TINY_MODELS, PlainDecoder, TiedDecoder
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"accumulate_grad_batches": 2}], ids=["plain", "accumulation"]
-)
-@pytest.mark.parametrize("early", ["auto", False])
+@cover(options={"plain": {}, "accumulation": {"accumulate_grad_batches": 2}}, early=["auto", False])
 def test_a_module_written_by_hand_trains_as_in_memory(tmp_path, options, early):
     data = points()
     strategy = small(update_in_backward=early)

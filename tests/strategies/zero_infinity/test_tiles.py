@@ -11,6 +11,7 @@ from torch import nn
 from lightning_align import ExactResume, Muon
 from lightning_align.modules import PretrainModule
 from lightning_align.strategies import ZeROInfinityStrategy
+from tests.helpers.covers import cover
 from tests.helpers.offloaded import Both, Regression, fit, points, small, text, trainer_of
 from tests.helpers.tiny_models import TINY_MODELS
 from tests.strategies.zero_infinity.test_ranks import both, largest_difference
@@ -51,8 +52,7 @@ def test_a_language_model_in_tiles_trains_as_in_memory(tmp_path, options, recomp
         assert_close(ours["state"][index], state, 1e-12)
 
 
-@pytest.mark.parametrize("window", [1, 2])
-@pytest.mark.parametrize("first", ["tiles", "whole"])
+@cover(window=[1, 2], first=["tiles", "whole"])
 def test_checkpoints_are_read_with_and_without_tiles(tmp_path, first, window):
     """Of two batches a window is open where the checkpoint is written."""
     data = Both(points())
