@@ -52,7 +52,11 @@ class CausalLMModule(pl.LightningModule, ABC):
         lr_scheduler: Builds a scheduler from the optimizer; it steps after every optimizer step.
         activation_checkpointing: Whether blocks recompute their activations in backward.
         chunk_size: Rows of logits computed at a time; None picks about 24 MB worth on a CPU.
-        loading: How the model is loaded or built, if it is not given as a module.
+        dtype: Data type of the parameters when a model is loaded or built here.
+        attn_implementation: Attention kernel by transformers' name; None leaves the choice to
+            transformers.
+        revision: Branch, tag or commit when the model is a hub name.
+        trust_remote_code: Whether code that comes with the model may run.
         peft_config: Plain data of the adapters that the model gets, which then train alone; None
             for none but those that it has.
 
@@ -72,15 +76,24 @@ class CausalLMModule(pl.LightningModule, ABC):
         lr_scheduler: LRSchedulerCallable | None,
         activation_checkpointing: bool,
         chunk_size: int | None,
-        loading: Loading,
+        *,
+        dtype: str = "float32",
+        attn_implementation: str | None = None,
+        revision: str = "main",
+        trust_remote_code: bool = False,
         peft_config: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         where = type(self).__name__
         if chunk_size is not None and chunk_size < 1:
             raise argument_error(where, "chunk_size", chunk_size, "must be at least 1 row")
-        built = build_model(model, where=where, **loading)
-        revision = loading.get("revision", "main")
+        # Of any model beside it, too; which revision is a matter of each one's name.
+        self.loading: Loading = {
+            "dtype": dtype,
+            "attn_implementation": attn_implementation,
+            "trust_remote_code": trust_remote_code,
+        }
+        built = build_model(model, where=where, revision=revision, **self.loading)
         self.model = with_adapters(built, peft_config, where=where, revision=revision)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler

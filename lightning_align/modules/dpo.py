@@ -1,6 +1,5 @@
 """Direct preference optimisation (arXiv:2305.18290) and its relatives."""
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -8,13 +7,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from typing_extensions import Self, override
 
 from lightning_align._errors import argument_error
-from lightning_align.data.token_cache import default_cache_dir
 from lightning_align.layers import ModelLayers
 from lightning_align.losses import (
     CompletionLogps,
@@ -22,31 +20,24 @@ from lightning_align.losses import (
     PreferenceOptions,
     check_sharing,
     completion_logps,
-    experts_per_token,
     implicit_rewards,
     kl_of_scored,
-    load_balancing_loss,
-    no_router_error,
     objective_step,
     pair_scores,
-    router_coefficient,
     with_margins,
 )
 from lightning_align.models.adapter_config import plain_config
-from lightning_align.models.adapters import has_adapters
-from lightning_align.models.build import Loading, build_model
 from lightning_align.models.rotary import rotary_in_fp32
 from lightning_align.modules.causal_lm import CausalLMModule
 from lightning_align.modules.continued import save_plain_hyperparameters
 from lightning_align.modules.frozen_reference import (
-    FrozenReference,
+    build_reference,
     check_reference_arguments,
     revision_of,
     turn_off_dropout,
 )
 from lightning_align.modules.pair_rows import PairRows, by_pair, by_sequence
-from lightning_align.modules.precomputed import PrecomputedReference
-from lightning_align.modules.reference_sync import sync_of
+from lightning_align.modules.router_loss import RouterLoss
 from lightning_align.modules.step_sums import sum_of_step, sums_without_steps
 from lightning_align.modules.window import Sums
 from lightning_align.run.protocols import datamodule_of
@@ -210,50 +201,36 @@ class DPOModule(CausalLMModule):
         asked_of = options, ref_model, precompute_ref_log_probs, ref_cache_dir
         check_reference_arguments("DPOModule", *asked_of)
         peft_config = plain_config(peft_config, "DPOModule")
-        loading: Loading = {"dtype": dtype, "attn_implementation": attn_implementation}
-        loading |= {"revision": revision, "trust_remote_code": trust_remote_code}
-        of_reference: Loading = {**loading}
-        asked = ref_model, ref_model_revision
-        of_reference["revision"] = revision_of("DPOModule", *asked, model, revision)
+        asked = ref_model, ref_model_revision, model, revision
+        its_revision = revision_of("DPOModule", *asked)
         super().__init__(
             model,
             optimizer,
             lr_scheduler,
             activation_checkpointing,
             chunk_size,
-            loading,
-            peft_config,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            peft_config=peft_config,
         )
         save_plain_hyperparameters(self, model=model, ref_model=ref_model)
         self.options = options
         self.layout = "separate"
         self._rows = PairRows("DPOModule", prefix_sharing, packing)
-        self.router_coefficient = router_coefficient(self.model, router_aux_loss_coef, "DPOModule")
-        self._router_logits: list[Tensor] = []
+        self._router = RouterLoss("DPOModule", self.model, router_aux_loss_coef)
         turn_off_dropout(self.model)
-        cached: PrecomputedReference | None = None
-        if precompute_ref_log_probs:
-            url = ref_cache_dir or str(default_cache_dir() / "reference")
-            cached = PrecomputedReference("DPOModule", url)
-        sync = sync_of(
-            sync_ref_model,
-            ref_model_mixup_alpha,
-            ref_model_sync_steps,
-            where="DPOModule",
+        self._reference = build_reference(
+            "DPOModule",
+            self.layers,
+            ref_model,
+            {**self.loading, "revision": its_revision},
             needs_reference=options.needs_reference,
-            precomputed=cached is not None,
-            adapters=has_adapters(self.model),
+            precompute=precompute_ref_log_probs,
+            cache_dir=ref_cache_dir,
+            sync=(sync_ref_model, ref_model_mixup_alpha, ref_model_sync_steps),
         )
-        self._reference = FrozenReference("DPOModule", cached, sync)
-        if ref_model is not None:
-            built = build_model(ref_model, where="DPOModule", argument="ref_model", **of_reference)
-            self._reference.adopt(built, self.layers)
-        elif options.needs_reference and has_adapters(self.model):
-            self._reference.adopt_without_adapters(self.layers)
-        elif cached is not None:
-            self._reference.adopt_policy(self.model)
-        elif options.needs_reference:
-            self._reference.adopt(copy.deepcopy(self.model), self.layers, is_copy=True)
 
     # The reference, for strategies
 
@@ -291,7 +268,8 @@ class DPOModule(CausalLMModule):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         self._refuse_single_records()
-        self._check_router()
+        if not is_spread(self):
+            self._router.set_up(self.layers)
         self._reference.set_up(self)
         if not self.options.is_unpaired:
             beside = None if self._reference.cached else self.reference_layers
@@ -310,7 +288,7 @@ class DPOModule(CausalLMModule):
     @property
     def _coupled(self) -> list[str]:
         """Terms of the loss that are no sum over the pairs of a batch."""
-        return self.options.coupled_losses + ["aux_loss"] * bool(self.router_coefficient)
+        return self.options.coupled_losses + ["aux_loss"] * bool(self._router.coefficient)
 
     def _refuse_single_records(self) -> None:
         data = datamodule_of(self.trainer)
@@ -318,21 +296,6 @@ class DPOModule(CausalLMModule):
             rule = "estimates a KL from completions of other records, and a batch has one record"
             way_out = "Set batch_size to 2 or more, or use 'apo_zero_unpaired'"
             raise argument_error("DPOModule", "loss_type", "kto", rule, way_out)
-
-    def _check_router(self) -> None:
-        """A weight that the user gave must weigh something; one of a configuration may not."""
-        if not self.router_coefficient or is_spread(self) or self.layers.gives_router_logits():
-            return  # a model that is spread is seen in its first step
-        self._go_without_router()
-
-    def _go_without_router(self) -> None:
-        if self.options.router_aux_loss_coef is not None:
-            raise no_router_error(self.model, self.router_coefficient, "DPOModule")
-        rank_zero_warn(
-            f"DPOModule(model={type(self.model).__name__!r}): its configuration has a weight for"
-            " the load-balancing loss, and it gives no router logits. It trains without that loss."
-        )
-        self.router_coefficient = 0.0
 
     @override
     def on_fit_start(self) -> None:
@@ -420,16 +383,14 @@ class DPOModule(CausalLMModule):
     ) -> Tensor:
         """As in every module; the router of a mixture of experts is heard, too, for its loss."""
         inputs = input_ids, position_ids, attention_mask
-        if not self.router_coefficient:
+        if not self._router.coefficient:
             return super().forward_hidden(*inputs)
-        heard = self.layers.hidden_states_and_router_logits(*inputs)
-        hidden_BTD, self._router_logits = heard
-        return hidden_BTD
+        return self._router.hidden_states(self.layers, *inputs)
 
     @override
     def forward(self, input_ids: Tensor, **inputs: Tensor) -> Tensor:
         logits_BTV = super().forward(input_ids, **inputs)
-        self._router_logits = []  # attributes are saved, and hold memory
+        self._router.forget()
         return logits_BTV
 
     def score(
@@ -462,25 +423,17 @@ class DPOModule(CausalLMModule):
         scored = policy, reference, self.options
         losses_P, counted_P, metrics = objective_step(*scored, batch.get("label"), kl)
         loss, num_pairs = (losses_P * counted_P).sum(), counted_P.sum()
-        if self.router_coefficient and not self._router_logits:
-            self._go_without_router()
-        if self.router_coefficient:
+        if self._router.coefficient and not self._router.is_heard:
+            self._router.go_without(self.model)
+        if self._router.coefficient:
             counted_B = counted_P if self.options.is_unpaired else counted_P.repeat(2)
-            aux_loss = self._router_loss(batch, counted_B)
-            loss = loss + self.router_coefficient * aux_loss * num_pairs
+            aux_loss = self._router.take(self.layers, batch, counted_B)
+            loss = loss + self._router.coefficient * aux_loss * num_pairs
             metrics["aux_loss"] = Mean(aux_loss.detach() * num_pairs, num_pairs)
         sums: Sums = {name: (mean.total, mean.count) for name, mean in metrics.items()}
         sums["loss"] = (loss, num_pairs)
         sums["tokens"] = (policy.lengths_B.sum(), torch.ones_like(num_pairs))
         return loss, sums
-
-    def _router_loss(self, batch: dict[str, Any], counted_B: Tensor) -> Tensor:
-        router_logits, self._router_logits = self._router_logits, []
-        layout = batch.get("layout")
-        if layout is not None:  # as in separate rows: what is shared counts for both sequences
-            router_logits = [of_places[layout.index_BT.flatten()] for of_places in router_logits]
-        mask_BT = batch["attention_mask"] * counted_B[:, None]
-        return load_balancing_loss(router_logits, experts_per_token(self.model), mask_BT)
 
     @override
     def _step(self, batch: dict[str, Any], into: dict[str, Tensor]) -> Tensor:

@@ -5,6 +5,7 @@ It has no keys in checkpoints. Two hashes in them tell whether a run goes on wit
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Sequence
@@ -14,18 +15,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
+from transformers import PretrainedConfig
 
 from lightning_align._compat.peft_layers import switched_off
 from lightning_align._errors import argument_error
 from lightning_align.data.reference_cache import Values
+from lightning_align.data.token_cache import default_cache_dir
 from lightning_align.layers import ModelLayers
 from lightning_align.layers.surgery import evaluating
 from lightning_align.losses import PreferenceOptions
 from lightning_align.losses.reference import reference_layers
-from lightning_align.models.adapters import check_reference, own_modules
+from lightning_align.models.adapters import check_reference, has_adapters, own_modules
+from lightning_align.models.build import Loading, build_model
 from lightning_align.modules.precomputed import PrecomputedReference, Row, score_rows
 from lightning_align.modules.reference import fingerprint, fingerprint_until_0_1
-from lightning_align.modules.reference_sync import ReferenceSync
+from lightning_align.modules.reference_sync import ReferenceSync, sync_of
 from lightning_align.run.protocols import (
     HoldsGradients,
     NumbersCompletions,
@@ -294,6 +298,50 @@ class FrozenReference:
         way_out = "Pass the model that training began with as ref_model"
         name = None if self.layers is None else type(self.layers.model).__name__
         return argument_error(self.where, "ref_model", name, rule, way_out)
+
+
+def build_reference(
+    where: str,
+    policy: ModelLayers,
+    ref_model: nn.Module | str | PretrainedConfig | None,
+    loading: Loading,
+    *,
+    needs_reference: bool,
+    precompute: bool,
+    cache_dir: str | None,
+    sync: tuple[bool, float, int],
+) -> FrozenReference:
+    """The reference that a module's arguments ask for, of a policy that has not learned yet.
+
+    Args:
+        where: Class the user called.
+        policy: The model in training.
+        ref_model: What it is to be; None for what the policy is now.
+        loading: How it is loaded or built, if it is not given as a module.
+        needs_reference: Whether the loss asks for one.
+        precompute: Whether it runs before training alone.
+        cache_dir: Where what it then says is kept; None for a folder of the user's.
+        sync: Whether it follows the policy, with which weight and how often.
+
+    Raises:
+        ValueError: If it cannot be loaded, cannot follow, or is none for this policy.
+    """
+    cached: PrecomputedReference | None = None
+    if precompute:
+        cached = PrecomputedReference(where, cache_dir or str(default_cache_dir() / "reference"))
+    adapters = has_adapters(policy.model)
+    asked = {"needs_reference": needs_reference, "precomputed": precompute, "adapters": adapters}
+    reference = FrozenReference(where, cached, sync_of(*sync, where=where, **asked))
+    if ref_model is not None:
+        built = build_model(ref_model, where=where, argument="ref_model", **loading)
+        reference.adopt(built, policy)
+    elif needs_reference and adapters:
+        reference.adopt_without_adapters(policy)
+    elif cached is not None:
+        reference.adopt_policy(policy.model)
+    elif needs_reference:
+        reference.adopt(copy.deepcopy(policy.model), policy, is_copy=True)
+    return reference
 
 
 def check_reference_arguments(

@@ -11,7 +11,6 @@ from typing_extensions import override
 from lightning_align._errors import argument_error
 from lightning_align.losses import linear_cross_entropy
 from lightning_align.models.adapter_config import plain_config
-from lightning_align.models.build import Loading
 from lightning_align.modules.causal_lm import CausalLMModule
 from lightning_align.modules.continued import save_plain_hyperparameters
 from lightning_align.modules.window import Sums, perplexity
@@ -83,16 +82,17 @@ class PretrainModule(CausalLMModule):
             rule = "must lie in [0, 1)"
             raise argument_error("PretrainModule", "label_smoothing", label_smoothing, rule)
         peft_config = plain_config(peft_config, "PretrainModule")
-        hub: Loading = {"revision": revision, "trust_remote_code": trust_remote_code}
-        loading: Loading = {"dtype": dtype, "attn_implementation": attn_implementation, **hub}
         super().__init__(
             model,
             optimizer,
             lr_scheduler,
             activation_checkpointing,
             chunk_size,
-            loading,
-            peft_config,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            peft_config=peft_config,
         )
         save_plain_hyperparameters(self, model=model)
         self.z_loss = z_loss
