@@ -20,6 +20,7 @@ from lightning_align.layers import ModelLayers
 from lightning_align.layers.hugging_face import argument_names, base_model, is_hugging_face
 from lightning_align.layers.probe import difference, probe_tokens, tolerance, undisturbed
 from lightning_align.losses.pair_layout import PairLayout, lay_out_pairs, sees
+from lightning_align.losses.pair_mask import PairMask
 
 # What the mask of each attention kernel of transformers is made of.
 _FORMS = {"sdpa": "boolean", "eager": "additive", "flex_attention": "blocks"}
@@ -66,6 +67,9 @@ class PairAttention:
     def _mask(self, layout: PairLayout, window: int | None, dtype: torch.dtype) -> Any:
         if self.form == "blocks":
             return _block_mask(layout, window)
+        hides = window is not None and int(layout.position_ids_RL.max()) >= window
+        if self.form == "boolean" and layout.pair_RL.device.type == "cpu" and not hides:
+            return PairMask.of(layout)
         visible = layout.visible(window)
         if self.form == "boolean":
             return visible
