@@ -6,7 +6,7 @@ import torch
 
 from lightning_align import DPOModule
 from lightning_align.layers import find_layers
-from lightning_align.modules import causal_lm, dpo
+from lightning_align.modules import causal_lm, frozen_reference
 from lightning_align.modules.frozen_reference import FrozenReference
 from tests.helpers.tiny_models import TINY_MODELS
 
@@ -70,7 +70,7 @@ def test_a_reference_of_the_hub_is_read_at_its_own_revision(
         read.append((name, revision))
         return TINY_MODELS["llama"]()
 
-    for module in (causal_lm, dpo):
+    for module in (causal_lm, frozen_reference):
         monkeypatch.setattr(module, "build_model", build)
     DPOModule("a/policy", ref_model, revision="v2", ref_model_revision=asked)
     assert read == [("a/policy", "v2"), (ref_model, expected)]
