@@ -1,6 +1,7 @@
 """The plain Python examples run as a user would run them, on fewer steps and pairs."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,21 @@ def test_rows_grow(tmp_path: Path) -> None:
     assert len(losses) == 2
     assert losses["whole"] != losses["growing"]
     assert (tmp_path / "curriculum.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_advice_on_a_run_is_followed(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "roofline.py"), "--steps=12"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    machine, step, *advice, outcome = run.stdout.splitlines()
+    assert machine.startswith("this processor: ")
+    assert step.startswith("a step: ")
+    assert any("recomput" in line or "activation_checkpointing" in line for line in advice)
+    found = re.fullmatch(r"without recomputation: predicted \+(.+)%, measured .+%", outcome)
+    assert found is not None
+    assert 5 < float(found[1]) < 40
+    assert (tmp_path / "outputs/roofline/roofline.jsonl").stat().st_size > 100
 
 
 def test_yaml_examples_are_those_of_the_demo() -> None:
