@@ -8,8 +8,8 @@ The machine is measured first (``HardwareSpec.measure``): the best that products
 and what an operation costs. Nothing is fitted to what is predicted: FLOPs over the one, bytes over
 the other, and the calls, as ``predict_generation(..., eager=True)`` adds them up. Beside it the
 naive figures: 2 N FLOPs a token over the peak, and the bytes of the weights over the bandwidth; and
-what decoding takes if weights are read as fast as products of so few rows do by themselves, which
-is no prediction, but says whose the difference is.
+decoding again with weights that are read as fast as products of so few rows do by themselves, which
+are measured on one matrix.
 
 Models run in fp32 with transformers' default cache, which is copied as it grows; times are CPU time
 of one thread: a prefill of up to three, and the median of the steps of decoding after the first.
@@ -199,7 +199,7 @@ def report(rows: list[Row], of: HardwareSpec, speeds: dict[int, float]) -> None:
     print(f"GB/s of weights in products of few rows by themselves: {told} rows\n")
     print(
         "| model | batch | prompt | prefill s | predicted | decoding ms, median [min, max] | "
-        "predicted | as products are | FLOP/B | bound by | tokens/s | cache MB |"
+        "by the roofline | by products of few rows | FLOP/B | bound by | tokens/s | cache MB |"
     )
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---|---:|---:|")
     errors: dict[str, list[float]] = {"prefill": [], "decoding": []}

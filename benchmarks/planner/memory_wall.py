@@ -7,12 +7,15 @@
 Each operation stands with its FLOPs a byte by formula and as ``analyze_step`` counts them, and with
 the FLOP/s that it reaches, under the roofline of the machine as measured. Formulas count a kernel's
 inputs and outputs once. Times are CPU time of one thread in fp32, medians; operands take turns, so
-that they are not in caches. Parts that were run are kept under benchmarks/cache/memory_wall.
+that they are not in caches. Memory that was freed is used again, as GPUs' caching allocators do it:
+glibc gives large blocks back, and the kernel then hands out and clears each page anew; what that
+costs is measured, too. Parts that were run are kept under benchmarks/cache/memory_wall.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import math
 import sys
@@ -440,6 +443,30 @@ def precision(sizes: Sizes) -> list[Found]:
     return found
 
 
+def keep_pages(keep: bool) -> None:
+    """Whether memory that was freed stays with the process; glibc's, others do as they do."""
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # of malloc.h
+    options = (
+        {trim_threshold: 2**31 - 1, mmap_max: 0}
+        if keep
+        else {trim_threshold: 1 << 17, mmap_threshold: 1 << 17, mmap_max: 1 << 16}
+    )
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)
+    for option, value in options.items():
+        mallopt(option, value)
+
+
+def pages(sizes: Sizes) -> list[Found]:
+    """A sum of vectors into memory that is there, and into pages that the kernel clears first."""
+    inputs, found = turns(*[(sizes.vector // 1024, 1024)] * 2), []
+    for keep in (True, False):
+        keep_pages(keep)
+        seconds = timed(torch.add, time.thread_time, inputs).seconds
+        found.append({"keep": keep, "bytes_s": 12 * sizes.vector / seconds})
+    keep_pages(True)
+    return found
+
+
 # Tables
 
 
@@ -492,6 +519,10 @@ def show(results: dict[str, Any], of: MachineBalance) -> None:
     for name in dict.fromkeys(row["name"] for row in results["precision"]):
         wide, half = (row["seconds"] for row in results["precision"] if row["name"] == name)
         print(f"| {name} | {1e3 * wide:.3f} | {1e3 * half:.3f} | {half / wide:.2f} |")
+    there, anew = (row["bytes_s"] / 1e9 for row in results["pages"])
+    print(
+        f"\na sum of vectors: {there:.1f} GB/s into memory that is there, {anew:.1f} into new pages"
+    )
 
 
 def draw(results: dict[str, Any], of: MachineBalance) -> None:
@@ -537,6 +568,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    keep_pages(True)
     warnings.simplefilter("ignore")
     sizes = SMOKE if arguments.smoke else Sizes()
     folder = CACHE / ("smoke" if arguments.smoke else "full")
@@ -552,6 +584,7 @@ def main() -> None:
         "fusion": lambda: fusion(sizes),
         "recomputation": lambda: recomputation(sizes),
         "precision": lambda: precision(sizes),
+        "pages": lambda: pages(sizes),
     }
     for name, run in every.items():
         if name not in results and not arguments.report:
