@@ -43,7 +43,6 @@ from hardware import hardware
 
 from lightning_align import MachineBalance, ModelSpec, Muon, analyze_step
 from lightning_align.layers import checkpoint_blocks, find_layers
-from lightning_align.losses.linear_cross_entropy import linear_cross_entropy
 from lightning_align.planner import predict_generation
 from lightning_align.planner.measure import in_turns, timed
 from lightning_align.planner.module_scopes import OPTIMIZER
@@ -385,10 +384,7 @@ def fusion(sizes: Sizes) -> list[Found]:
     x = torch.randn(sizes.vector // 1024, 1024, requires_grad=True)
     gain = nn.Parameter(torch.ones(1024))
     rms = transformers.models.llama.modeling_llama.LlamaRMSNorm(1024)
-    module, model = nn.Identity(), llama(sizes)
-    head = find_layers(model).head
-    hidden = torch.randn(sizes.rows * sizes.row_tokens, sizes.width, requires_grad=True)
-    labels = torch.randint(0, 4096, (hidden.shape[0],))
+    module = nn.Identity()
 
     def attention(backend: SDPBackend) -> Tensor:
         with sdpa_kernel(backend):
@@ -405,11 +401,6 @@ def fusion(sizes: Sizes) -> list[Found]:
             "norm, forward and backward",
             RMSNorm_in_pieces=(rms, lambda: rms(x).sum()),
             LayerNorm_in_one_kernel=(module, lambda: F.layer_norm(x, (1024,), gain).sum()),
-        ),
-        *compared(
-            "head and loss",
-            whole_logits=(model, lambda: F.cross_entropy(head.logits(hidden), labels)),
-            in_chunks=(model, lambda: linear_cross_entropy(hidden, head, labels).loss),
         ),
     ]
 
@@ -459,11 +450,10 @@ def keep_pages(keep: bool) -> None:
 def pages(sizes: Sizes) -> list[Found]:
     """A sum of vectors into memory that is there, and into pages that the kernel clears first."""
     inputs, found = turns(*[(sizes.vector // 1024, 1024)] * 2), []
-    for keep in (True, False):
+    for keep in (False, True):
         keep_pages(keep)
         seconds = timed(torch.add, time.thread_time, inputs).seconds
         found.append({"keep": keep, "bytes_s": 12 * sizes.vector / seconds})
-    keep_pages(True)
     return found
 
 
@@ -519,7 +509,7 @@ def show(results: dict[str, Any], of: MachineBalance) -> None:
     for name in dict.fromkeys(row["name"] for row in results["precision"]):
         wide, half = (row["seconds"] for row in results["precision"] if row["name"] == name)
         print(f"| {name} | {1e3 * wide:.3f} | {1e3 * half:.3f} | {half / wide:.2f} |")
-    there, anew = (row["bytes_s"] / 1e9 for row in results["pages"])
+    anew, there = (row["bytes_s"] / 1e9 for row in results["pages"])
     print(
         f"\na sum of vectors: {there:.1f} GB/s into memory that is there, {anew:.1f} into new pages"
     )
@@ -533,13 +523,20 @@ def draw(results: dict[str, Any], of: MachineBalance) -> None:
     ends = [0.04, of.ridge_point, 600]
     axes.plot(ends, [of.attainable_flops(end) for end in ends], color="black", lw=1.2)
     axes.axvline(of.ridge_point, color="#999999", lw=0.8, ls=":")
+    labels: list[tuple[float, float]] = []
     for row in [*results["single"], *results["decoding"]]:
         side = "#0072b2" if row["counted"] > of.ridge_point else "#d55e00"
         axes.scatter(row["counted"], row["flops_s"], color=side, s=28)
         place = (row["counted"], row["flops_s"])
-        axes.annotate(row["name"], place, (4, 3), textcoords="offset points", fontsize=7)
+        at = (math.log10(place[0]), math.log10(place[1]))
+        near = [x for x, y in labels if abs(at[0] - x) < 0.35 and abs(at[1] - y) < 0.045]
+        labels.append(at)
+        offset, side = ((-4, 3 if at[0] < near[0] else -8), "right") if near else ((4, 3), "left")
+        options = {"textcoords": "offset points", "fontsize": 7, "ha": side}
+        axes.annotate(row["name"], place, offset, **options)
     for side, color in (("memory", "#d55e00"), ("arithmetic", "#0072b2")):
         axes.scatter([], [], color=color, label=f"bound by {side}")
+    axes.set_xlim(0.02, 1500)
     axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="FLOP/s, measured")
     axes.set_title(
         f"one thread, fp32: {of.peak_flops / 1e9:.0f} GFLOP/s, {of.mem_bandwidth / 1e9:.0f} GB/s, "
@@ -550,7 +547,9 @@ def draw(results: dict[str, Any], of: MachineBalance) -> None:
     figure.savefig(PICTURE)
 
 
-def machine(path: Path) -> MachineBalance:
+def machine(folder: Path) -> MachineBalance:
+    """Measured once for all parts."""
+    path = folder / "machine.json"
     if not path.exists():
         found = asdict(MachineBalance.measure())
         found["overheads"] = list(found["overheads"].items())
@@ -573,18 +572,17 @@ def main() -> None:
     sizes = SMOKE if arguments.smoke else Sizes()
     folder = CACHE / ("smoke" if arguments.smoke else "full")
     folder.mkdir(parents=True, exist_ok=True)
-    of = machine(folder / "machine.json")
     path = folder / "results.json"
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     every: dict[str, Callable[[], list[Found]]] = {
+        "pages": lambda: pages(sizes),  # while there is no free memory yet
         "single": lambda: single(sizes),
         "decoding": lambda: decoding(sizes),
-        "parts": lambda: parts(sizes, of),
+        "parts": lambda: parts(sizes, machine(folder)),
         "batch": lambda: batch(sizes),
         "fusion": lambda: fusion(sizes),
         "recomputation": lambda: recomputation(sizes),
         "precision": lambda: precision(sizes),
-        "pages": lambda: pages(sizes),
     }
     for name, run in every.items():
         if name not in results and not arguments.report:
@@ -593,9 +591,9 @@ def main() -> None:
             print(f"{name}: done", flush=True)
     print(f"torch {torch.__version__}, transformers {transformers.__version__}; {hardware()}")
     print(time.strftime("%F"))
-    show(results, of)
+    show(results, machine(folder))
     if not arguments.smoke:
-        draw(results, of)
+        draw(results, machine(folder))
 
 
 if __name__ == "__main__":
