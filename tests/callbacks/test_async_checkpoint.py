@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_align import AsyncCheckpoint, ExactResume
 from lightning_align.checkpointing import SnapshotEngine, committed_checkpoints, load_checkpoint
+from tests.helpers.covers import cover
 from tests.helpers.faulty_files import FaultyFileSystem, faulty
 from tests.helpers.foreign import Stranger
 from tests.helpers.ranks import ForkedRanks, run_ranks
@@ -364,8 +365,7 @@ def test_signals_save_the_batch_they_came_in(tmp_path: Path, number: int) -> Non
     fit(AsyncCheckpoint(tmp_path), folder=tmp_path, ckpt_path="last")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
-@pytest.mark.parametrize("signalled", [0, 1])
+@cover(number={"SIGTERM": signal.SIGTERM, "Ctrl-C": signal.SIGINT}, signalled=[0, 1])
 def test_a_signal_to_one_rank_saves_the_batch_that_all_are_in(
     tmp_path: Path, number: int, signalled: int
 ) -> None:

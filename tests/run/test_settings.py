@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import (
 )
 from torch import nn
 
+from tests.helpers.covers import cover
 from tests.helpers.ranks import ForkedRanks, run_ranks
 from tests.helpers.resumable import (
     Fit,
@@ -105,8 +106,7 @@ FINETUNING = {
 }
 
 
-@pytest.mark.parametrize("name", FINETUNING)
-@pytest.mark.parametrize("savers", [model_checkpoint, async_checkpoint])
+@cover(name=list(FINETUNING), savers=[model_checkpoint, async_checkpoint])
 def test_finetuning_goes_on(tmp_path: Path, savers: Any, name: str) -> None:
     resumes(Fit(tmp_path, WithBackbone, savers, FINETUNING[name]), 4, 9, 15)
 

@@ -52,7 +52,7 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize(
     "step", [1, *(pytest.param(step, marks=pytest.mark.slow) for step in (3, STEPS))]
 )
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_kill_between_two_commits_takes_one_of_them_back(tmp_path, whole, victim, step):
     """The other rank has committed the step already, and goes back to the one before."""
     own, other = (record_of(tmp_path, rank) for rank in (victim, 1 - victim))

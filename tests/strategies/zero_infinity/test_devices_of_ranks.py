@@ -8,7 +8,7 @@ import torch
 from lightning_align import Muon
 from lightning_align.modules import PretrainModule
 from lightning_align.offload import striped
-from tests.helpers.covers import cover
+from tests.helpers.covers import cover, with_slow
 from tests.helpers.offloaded import ADAMW, Regression, small, text
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_models import TINY_MODELS
@@ -43,20 +43,22 @@ def test_wherever_it_lies_ranks_train_as_under_ddp(tmp_path, arguments, options)
     assert largest_difference(*pair) < 1e-5
 
 
-@pytest.mark.parametrize("arguments", [HOST, {"stage": 2}], ids=str)
+@pytest.mark.parametrize(
+    "arguments", with_slow({"cpu": HOST, "stage 2": {"stage": 2}}, ["stage 2"])
+)
 def test_a_tied_language_model(tmp_path, arguments):
     build = lambda: PretrainModule(TINY_MODELS["llama_tied"](), optimizer=ADAMW)  # noqa: E731
     compare(tmp_path, build, text, arguments=arguments, accumulate_grad_batches=2)
 
 
-@pytest.mark.parametrize("arguments", [HOST, {"stage": 2}], ids=str)
+@pytest.mark.parametrize("arguments", with_slow({"cpu": HOST, "stage 2": {"stage": 2}}, ["cpu"]))
 def test_whole_matrices_in_sections_of_memory(tmp_path, arguments):
     build = partial(Muon, lr=1e-2)
     module = lambda: PretrainModule(TINY_MODELS["llama"](), optimizer=build)  # noqa: E731
     assert largest_difference(*both(tmp_path, module, text, arguments=arguments)) < 1e-5
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", with_slow([2, 4], ["4"]))
 def test_drives_are_taken_rank_by_rank(tmp_path, monkeypatch, count):
     """With more of them than ranks each stripes its files over two."""
     monkeypatch.setattr(striped, "STRIPE", 4096)

@@ -18,6 +18,7 @@ from lightning_align.offload.away import Away
 from lightning_align.offload.record import read_record
 from lightning_align.run.protocols import gathered
 from lightning_align.strategies import ZeROInfinityStrategy
+from tests.helpers.covers import with_slow
 from tests.helpers.offloaded import ADAMW, assert_same, small, text, trainer_of
 from tests.helpers.pipelines import Run
 from tests.helpers.ranks import run_ranks
@@ -67,7 +68,7 @@ def ends(trainer, module, ckpt_path=None):
     return copy.deepcopy(found), copy.deepcopy(states)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "llama_tied"])
+@pytest.mark.parametrize("name", with_slow(["gpt2", "llama", "llama_tied"], ["gpt2", "llama_tied"]))
 def test_what_init_module_builds_trains_as_built_in_memory(tmp_path, name):
     found = []
     for strategy in (None, small(nvme_path=str(tmp_path / "nvme"))):
@@ -151,7 +152,7 @@ def test_a_checkpoint_is_loaded_into_what_is_on_disk(tmp_path, empty):
     assert_same(ends(trainer, module, path), whole)
 
 
-@pytest.mark.parametrize("empty", [True, False])
+@pytest.mark.parametrize("empty", with_slow([True, False], ["True"]))
 def test_a_committed_step_is_gone_on_with(tmp_path, empty):
     """Where the values are; what is built anew does not matter."""
     ended = []
@@ -179,7 +180,9 @@ def evaluated(trainer, module, what, **options):
     return dict(trainer.callback_metrics)
 
 
-@pytest.mark.parametrize("what", ["validate", "test", "predict"])
+@pytest.mark.parametrize(
+    "what", with_slow(["validate", "test", "predict"], ["validate", "predict"])
+)
 def test_without_a_fit_blocks_are_read_and_have_one_file(tmp_path, what):
     path, _ = save(tmp_path, 3)
     found = []
@@ -245,7 +248,7 @@ def test_a_committed_step_is_validated_and_left_as_it_is(tmp_path):
     assert not torch.equal(found[1], found[2])
 
 
-@pytest.mark.parametrize("empty", [True, False])
+@pytest.mark.parametrize("empty", with_slow([True, False], ["False"]))
 def test_two_ranks_start_from_the_values_of_one(tmp_path, empty):
     def begun(rank, size):
         strategy = small(nvme_path=str(tmp_path / f"nvme{size}"))
