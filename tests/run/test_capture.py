@@ -3,6 +3,7 @@
 import logging
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -143,15 +144,19 @@ def fit(
 Parts = tuple[pl.LightningModule, list[pl.Callback], Any]  # module, callbacks, datamodule
 
 
+def run(build: Callable[[], Parts], *last: pl.Callback, **options: Any) -> list[str]:
+    pl.seed_everything(3, verbose=False)
+    module, callbacks, data = build()
+    return fit(module, *callbacks, *last, data=data, **options)
+
+
+undisturbed = cache(run)  # what many rewinds are compared with
+
+
 def rewinds(build: Callable[[], Parts], at: int, until: int, **options: Any) -> list[str]:
     """The law: a run that goes back twice records what followed each time, bit for bit."""
-
-    def run(*last: pl.Callback) -> list[str]:
-        pl.seed_everything(3, verbose=False)
-        module, callbacks, data = build()
-        return fit(module, *callbacks, *last, data=data, **options)
-
-    whole, ours = run(), run(Rewinds(at, until, times=2))
+    whole = undisturbed(build, **options)
+    ours = run(build, Rewinds(at, until, times=2), **options)
     places = [line.split()[:2] for line in whole]
     begins, ends = (places.index([str(n), "batch"]) + 1 for n in (at, until))
     expected = [*whole[:ends], *whole[begins:ends], *whole[begins:]]
@@ -207,8 +212,9 @@ def test_in_the_epoch_that_a_resumed_run_begins_in(tmp_path: Path, plateau: str)
     pl.seed_everything(3, verbose=False)
     fit(*everything(plateau=plateau)[:1], Counts(), saves, max_steps=2)
     resumed = {"ckpt_path": tmp_path / "ckpt"}
-    rewinds(lambda: everything(plateau=plateau), 4, 5, **resumed)
-    rewinds(lambda: everything(plateau=plateau), 4, 9, **resumed)
+    build = lambda: everything(plateau=plateau)  # noqa: E731
+    rewinds(build, 4, 5, **resumed)
+    rewinds(build, 4, 9, **resumed)
 
 
 class Freezes(Everything):
@@ -222,8 +228,9 @@ class Freezes(Everything):
 
 def test_what_hooks_of_a_later_epoch_have_set() -> None:
     more = GradientAccumulationScheduler({0: 1, 1: 2})
-    rewinds(lambda: (Freezes(), [more], None), 4, 8)
-    rewinds(lambda: (Freezes(), [more], None), 9, 14)
+    build = lambda: (Freezes(), [more], None)  # noqa: E731
+    rewinds(build, 4, 8)
+    rewinds(build, 9, 14)
 
 
 def test_max_steps() -> None:
@@ -261,7 +268,7 @@ def test_on_two_ranks(build: Callable[[], Parts]) -> None:
     """In mid-window, and across an epoch's end."""
 
     def on(rank: int) -> None:
-        ranks = {"devices": 2, "strategy": "ddp", "plugins": [ForkedRanks(rank, 2)]}
+        ranks = {"devices": 2, "strategy": "ddp", "plugins": ForkedRanks(rank, 2)}
         rewinds(build, 1, 3, accumulate_grad_batches=2, max_epochs=2, **ranks)
         rewinds(build, 2, 5, accumulate_grad_batches=2, max_epochs=2, **ranks)
 
@@ -270,7 +277,7 @@ def test_on_two_ranks(build: Callable[[], Parts]) -> None:
 
 def test_on_two_ranks_that_shuffle_by_themselves_with_a_validation_in_mid_epoch() -> None:
     def on(rank: int) -> None:
-        ranks = {"devices": 2, "strategy": "ddp", "plugins": [ForkedRanks(rank, 2)]}
+        ranks = {"devices": 2, "strategy": "ddp", "plugins": ForkedRanks(rank, 2)}
         rewinds(everything, 2, 4, max_epochs=2, val_check_interval=2, **ranks)
 
     run_ranks(on)
@@ -408,7 +415,7 @@ def test_ranks_that_hold_parts_of_the_optimizer_are_refused() -> None:
             return Sharded(self.parameters(), lr=0.1)
 
     def on(rank: int) -> str:
-        ranks = {"devices": 2, "strategy": "ddp", "plugins": [ForkedRanks(rank, 2)]}
+        ranks = {"devices": 2, "strategy": "ddp", "plugins": ForkedRanks(rank, 2)}
         with pytest.raises(ValueError, match=r"^capture\(|^restore\(") as raised:
             fit(Theirs(), Calls(AT_END, capture), **ranks)
         return str(raised.value)

@@ -61,15 +61,26 @@ def resume(run: Run, checkpoint: Path, folder: Path) -> tuple[list[str], str]:
         pytest.param(AT_VALIDATION, {"val_check_interval": 0.5}, id="mid-epoch-validation"),
     ],
 )
-@pytest.mark.parametrize("module", ["hand-written", pytest.param("gpt2", marks=pytest.mark.slow)])
-def test_resume_from_every_checkpoint_repeats_the_run(
-    tmp_path: Path, module: str, checkpoint: dict[str, Any], trainer: dict[str, Any]
+@pytest.mark.parametrize(
+    ("module", "every"),
+    [
+        ("hand-written", 4),
+        pytest.param("hand-written", 1, marks=pytest.mark.slow),
+        pytest.param("gpt2", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_resume_from_checkpoints_repeats_the_run(
+    tmp_path: Path, module: str, every: int, checkpoint: dict[str, Any], trainer: dict[str, Any]
 ) -> None:
+    """From all of them, or from those of each epoch's end and each fourth one."""
     run = Run(str(tmp_path), module=module, checkpoint=checkpoint, trainer=trainer, max_epochs=2)
+    epoch = trainer.get("limit_train_batches", 10)
     losses, digest = run.fit()
     written = checkpoints(run.folder)
     assert len(written) >= 2
-    for path in written:
+    for number, path in enumerate(written):
+        if number % every and position_of(path) % epoch:
+            continue
         resumed, resumed_digest = resume(run, path, tmp_path / "resumed")
         assert resumed == losses[position_of(path) :], path.name
         assert resumed_digest == digest, path.name
