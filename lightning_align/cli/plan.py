@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from lightning_align._errors import argument_error, finite_number
@@ -54,7 +55,8 @@ def plan(
     Args:
         model: Hugging Face name, folder, or the YAML of a run.
         hardware: Number and name of devices, such as 8xh100-sxm, and the price of an hour of one,
-            8xh100-sxm@2.5, in any currency; may be given several times.
+            8xh100-sxm@2.5, in any currency; may be given several times. 2xhere is two of this
+            machine, which is measured in ten seconds; of a CPU each is a core.
         tokens_per_batch: Tokens of a step, over all devices; default a row on each.
         seq_len: Tokens of a row; default what the model or its file says, at most 4096.
         optimizer: adamw, stable_adamw, muon, galore_adamw or sgd.
@@ -132,10 +134,13 @@ def plan(
 def _hardware(text: str) -> HardwareSpec:
     """Hardware by its name, with the price after an @."""
     name, _, price = text.partition("@")
-    if not price:
-        return HardwareSpec.from_name(name)
+    here = re.fullmatch(r"(?:([1-9]\d*)x)?here", name)
     try:
-        return HardwareSpec.from_name(name, price_per_hour=float(price))
+        changes = {"price_per_hour": float(price)} if price else {}
+        if here:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            return HardwareSpec.measure(device, disk=".", devices=int(here[1] or 1), **changes)
+        return HardwareSpec.from_name(name, **changes)
     except ValueError as error:
         if "could not convert" not in str(error):
             raise

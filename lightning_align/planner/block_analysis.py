@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -34,7 +34,11 @@ class BlockAnalysis:
         last_shapes: Of those after the last one that are not tied.
         saved_a_token: Bytes that a block keeps of a token, in fp32; None if that is not known.
         saved_a_pair: Bytes that it keeps of a pair of tokens of a row besides.
-        saved_mask: Bytes that it keeps of such a pair for all rows together.
+        shared_a_token: Bytes that it keeps of a token for all rows and blocks together.
+        shared_a_pair: The same of a pair of tokens, as of a mask.
+        trained_a_token: Bytes of those of a token that it keeps for gradients of its weights alone,
+            and not where they are frozen.
+        ends_a_token: Bytes of a token that is kept before and after all blocks, up to the head.
     """
 
     block_shapes: Shapes
@@ -42,7 +46,10 @@ class BlockAnalysis:
     last_shapes: Shapes
     saved_a_token: float | None = None
     saved_a_pair: float = 0.0
-    saved_mask: float = 0.0
+    shared_a_token: float = 0.0
+    shared_a_pair: float = 0.0
+    trained_a_token: float = 0.0
+    ends_a_token: float | None = None
 
     def saved_bytes(self, rows: float, seq_len: int, is_half: bool) -> float | None:
         """Bytes that a block keeps of a micro-batch; None if that is not known.
@@ -55,7 +62,16 @@ class BlockAnalysis:
         if self.saved_a_token is None:
             return None
         a_row = self.saved_a_token * seq_len + self.saved_a_pair * seq_len**2
-        nbytes = rows * a_row + self.saved_mask * seq_len**2
+        return rows * a_row * (0.5 if is_half else 1.0) + self.shared_bytes(seq_len, is_half)
+
+    def shared_bytes(self, seq_len: int, is_half: bool) -> float:
+        """Bytes of those that all blocks keep together, as rotary embeddings and masks.
+
+        Args:
+            seq_len: Tokens of a row.
+            is_half: Whether activations have 16 bits.
+        """
+        nbytes = self.shared_a_token * seq_len + self.shared_a_pair * seq_len**2
         return nbytes * (0.5 if is_half else 1.0)
 
 
@@ -89,18 +105,34 @@ def sizes_of_module(module: nn.Module, seq_len: int) -> dict[str, Any]:
     model = on_meta(models[0])
     layers = find_layers(model)
     refuse_experts(layers, MODULE)  # which may not run on meta
-    short = _saved(model, layers, 1, SHORT)
-    long, two_rows = (_saved(model, layers, rows, LONG) for rows in (1, 2))
-    # One row of t tokens keeps a t + (b + c) t^2, and each further one a t + b t^2.
-    both = (long / LONG - short / SHORT) / (LONG - SHORT)
-    token = short / SHORT - both * SHORT
-    pair = (two_rows - long - token * LONG) / LONG**2
-    saved = {"saved_a_token": token, "saved_a_pair": pair, "saved_mask": both - pair}
-    return {**sizes_of_layers(layers, MODULE, **saved), "seq_len": seq_len}
+    short, whole = _saved(model, layers, 1, SHORT)
+    (long, _), (two_long, _) = (_saved(model, layers, rows, LONG) for rows in (1, 2))
+    two_short, _ = _saved(model, layers, 2, SHORT)
+    a_row = two_short - short
+    own = _of_tokens(a_row, two_long - long)
+    shared = _of_tokens(short - a_row, 2 * long - two_long)
+    found = sizes_of_layers(layers, MODULE, saved_a_token=own[0])
+    blocks = layers.blocks
+    blocks[len(blocks) // 2].requires_grad_(False)
+    frozen, _ = _saved(model, layers, 1, SHORT)
+    kept = {
+        "saved_a_pair": own[1],
+        "shared_a_token": shared[0],
+        "shared_a_pair": shared[1],
+        "trained_a_token": (short - frozen) / SHORT,
+        "ends_a_token": (whole - (len(blocks) - 1) * a_row - short) / SHORT,
+    }
+    return {**found, "analysis": replace(found["analysis"], **kept), "seq_len": seq_len}
 
 
-def _saved(model: nn.Module, layers: ModelLayers, rows: int, tokens: int) -> float:
-    """Bytes that a block in the middle keeps of a micro-batch."""
+def _of_tokens(short: float, long: float) -> tuple[float, float]:
+    """Of bytes of two rows, how many are a token's and how many a pair of tokens'."""
+    pair = (long / LONG - short / SHORT) / (LONG - SHORT)
+    return short / SHORT - pair * SHORT, pair
+
+
+def _saved(model: nn.Module, layers: ModelLayers, rows: int, tokens: int) -> tuple[float, float]:
+    """Bytes that a block in the middle keeps of a micro-batch, and that the whole model keeps."""
     ids = torch.zeros(rows, tokens, dtype=torch.long, device="meta")
 
     def loss() -> Tensor:
@@ -116,7 +148,7 @@ def _saved(model: nn.Module, layers: ModelLayers, rows: int, tokens: int) -> flo
         name = type(model).__name__
         raise argument_error(WHERE, "module", name, rule, way_out) from error
     names = layers.block_names
-    return float(report.modules[names[len(names) // 2]].saved_bytes)
+    return float(report.modules[names[len(names) // 2]].saved_bytes), float(report.saved_bytes)
 
 
 def refuse_experts(layers: ModelLayers, argument: str) -> None:

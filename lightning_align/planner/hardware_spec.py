@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lightning_align._errors import argument_error, check_least, finite_number
+from lightning_align._errors import argument_error, check_least, check_whole, finite_number
 from lightning_align.planner.balance import MachineBalance
 from lightning_align.planner.efficiencies import Efficiencies
 from lightning_align.planner.nodes import NODES
@@ -149,27 +149,37 @@ class HardwareSpec:
     ) -> HardwareSpec:
         """Of the machine at hand; takes about ten seconds.
 
+        Several devices of a processor are processes that share its threads and its memory.
+
         Args:
             device: Which one.
             disk: A folder on a drive to measure as well.
             **changes: Arguments of ``HardwareSpec`` in place of what was measured.
 
         Raises:
-            ValueError: If there is no such device.
+            ValueError: If there is no such device, or their number is none.
         """
         _check_known(f"{WHERE}.measure", changes)
         device = torch.device(device)
         is_cpu = device.type == "cpu"
-        found = MachineBalance.measure(device, disk=disk)
+        count, threads = changes.get("devices", 1), torch.get_num_threads()
+        check_whole(f"{WHERE}.measure", devices=count)
+        check_least(f"{WHERE}.measure", 1, devices=count)
+        shares = count if is_cpu else 1
+        torch.set_num_threads(max(1, threads // shares))
+        try:
+            found = MachineBalance.measure(device, disk=disk)
+        finally:
+            torch.set_num_threads(threads)
         host = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
         memory = host if is_cpu else float(torch.cuda.get_device_properties(device).total_memory)
         drive = found.disk_bandwidth or 0.0
         figures: dict[str, Any] = {
             "peak_flops": found.peak_flops,
             "mem_bandwidth": found.mem_bandwidth,
-            "memory": memory,
+            "memory": memory / shares,
             "intra_bandwidth": found.mem_bandwidth / 2 if is_cpu else 32e9,
-            "devices_per_node": 1 if is_cpu else torch.cuda.device_count(),
+            "devices_per_node": count if is_cpu else torch.cuda.device_count(),
             "cpu_memory": host,
             "nvme_read_bandwidth": drive,
             "nvme_write_bandwidth": drive,

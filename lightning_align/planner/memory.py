@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from math import prod
 
 from lightning_align.planner.model_spec import ModelSpec, Shapes, count
 from lightning_align.planner.parallel_spec import ParallelSpec
 from lightning_align.planner.saved_bytes import (
+    backward_temporary,
     block_saved_bytes,
     first_saved_bytes,
+    frozen_saved_bytes,
+    handed_on_bytes,
     last_saved_bytes,
+    loss_bytes,
+    shared_bytes,
 )
 from lightning_align.planner.states import state_bytes
 from lightning_align.planner.step_cost import (
     ROUNDED,
     layers_of_stages,
-    peak_saved,
+    pipeline_peaks,
     simulated_microbatches,
 )
 
 WEIGHTS, GRADIENTS, OPTIMIZER = "weights", "gradients", "optimizer"
 ACTIVATIONS, REFERENCE, TEMPORARY = "activations", "reference", "temporary"
 FETCHED_BLOCKS = 3  # blocks of parameters in memory where they come and go
-CHUNK_BYTES = 24 * 2**20  # of logits that a loss in chunks has at a time
 HOST, NVME = "cpu", "nvme"
+GROUP_BYTES = 16 * 2**20  # of optimizer state that is read from drives at a time
 
 
 def rank_shapes(model: ModelSpec, parallel: ParallelSpec) -> list[tuple[int, Shapes]]:
@@ -41,39 +48,87 @@ def rank_shapes(model: ModelSpec, parallel: ParallelSpec) -> list[tuple[int, Sha
     return list(zip(blocks, beside, strict=True))
 
 
-def saved_by_rank(model: ModelSpec, parallel: ParallelSpec) -> list[float]:
-    """Bytes of activations that each rank of the pipeline holds at its worst moment."""
-    block = block_saved_bytes(model, parallel)
-    stages = [
-        (end - begin) * block for begin, end in layers_of_stages(model.num_layers, parallel.stages)
-    ]
+def saved_by_stage(model: ModelSpec, parallel: ParallelSpec) -> list[float]:
+    """Bytes that each stage keeps of a micro-batch until its backward."""
+    block, frozen = (each(model, parallel) for each in (block_saved_bytes, frozen_saved_bytes))
+    still = 0 if parallel.lisa_layers is None else model.num_layers - parallel.lisa_layers
+    mean = block - (block - frozen) * still / model.num_layers
+    ranges = layers_of_stages(model.num_layers, parallel.stages)
+    shared = shared_bytes(model, parallel)
+    stages = [(end - begin) * (mean - shared) + shared for begin, end in ranges]
     stages[0] += first_saved_bytes(model, parallel)
     stages[-1] += last_saved_bytes(model, parallel)
-    pp = parallel.pipeline_parallel
-    if pp == 1:
-        return stages
-    order = (parallel.schedule, pp, simulated_microbatches(parallel), parallel.chunks)
-    unit = max(stages) * ROUNDED
-    return [unit * held for held in peak_saved(order, tuple(round(s / unit) for s in stages))]
+    return stages
+
+
+def saved_by_rank(model: ModelSpec, parallel: ParallelSpec) -> list[float]:
+    """Bytes of activations that each rank of the pipeline holds at its worst moment."""
+    saved = saved_by_stage(model, parallel)
+    return [held for held, _ in _pipelined(saved, [0.0] * len(saved), parallel)]
+
+
+def _pipelined(
+    saved: list[float], gradients: list[float], parallel: ParallelSpec
+) -> list[tuple[float, float]]:
+    """What each rank holds of activations and of gradients, when both together are the most."""
+    if parallel.pipeline_parallel == 1:
+        return [(saved[0], gradients[0])]
+    few = simulated_microbatches(parallel)
+    order = (parallel.schedule, parallel.pipeline_parallel, few, parallel.chunks)
+    unit = max(saved) * ROUNDED
+    told = [tuple(float(round(each / unit)) for each in both) for both in (saved, gradients)]
+    return [(unit * held, unit * made) for held, made in pipeline_peaks(order, *told)]
 
 
 def memory_by_rank(model: ModelSpec, parallel: ParallelSpec) -> list[dict[str, float]]:
-    """What each rank of the pipeline needs on its device, by what it is for."""
-    saved = saved_by_rank(model, parallel)
-    return [
-        _rank(model, parallel, blocks, beside, held)
-        for (blocks, beside), held in zip(rank_shapes(model, parallel), saved, strict=True)
-    ]
+    """What each rank of the pipeline needs on its device at its worst moment, by what it is for."""
+    shapes = rank_shapes(model, parallel)
+    ranks = [_rank(model, parallel, *each) for each in shapes]
+    if parallel.pipeline_parallel == 1:
+        return [max(_moments(model, parallel, ranks[0]), key=_sum)]
+    saved, own = saved_by_stage(model, parallel), _gradients_of_stages(model, parallel)
+    kept, chunk = loss_bytes(model, parallel)
+    saved[-1] += kept
+    # What a stage hands on stays where it was made, too; where it arrives it is a block's input.
+    saved[:-1] = [each + handed_on_bytes(model, parallel) for each in saved[:-1]]
+    peaks = _pipelined(saved, own, parallel)
+    largest = max(prod(shape) for _, shape in model.block_shapes) / parallel.tensor_parallel
+    found = []
+    for rank, (held, gradients) in enumerate(peaks):
+        # The gradient of a weight is there beside the sum that it is added to.
+        moment = _recomputed(model, parallel) + backward_temporary(model, parallel)
+        moment += largest * parallel.weight_bytes
+        is_last = rank == len(peaks) - 1
+        moment = max(moment, chunk) if is_last else moment
+        changed = {GRADIENTS: gradients, ACTIVATIONS: held, TEMPORARY: moment}
+        busy = {**ranks[rank], **changed}
+        found.append(max(busy, _updated(model, parallel, ranks[rank]), key=_sum))
+    return found
 
 
 def device_memory(model: ModelSpec, parallel: ParallelSpec) -> dict[str, float]:
     """What the fullest rank needs on its device, by what it is for."""
-    return max(memory_by_rank(model, parallel), key=lambda parts: sum(parts.values()))
+    return max(memory_by_rank(model, parallel), key=_sum)
+
+
+def _sum(parts: Mapping[str, float]) -> float:
+    return sum(parts.values())
+
+
+def _gradients_of_stages(model: ModelSpec, parallel: ParallelSpec) -> list[float]:
+    ranges = layers_of_stages(model.num_layers, parallel.stages)
+    width = parallel.weight_bytes / parallel.tensor_parallel
+    own = [(end - begin) * count(model.block_shapes) * width for begin, end in ranges]
+    shapes = rank_shapes(model, parallel)
+    own[0] += count(shapes[0][1]) * width
+    own[-1] += count(shapes[-1][1]) * width
+    return own
 
 
 def _rank(
-    model: ModelSpec, parallel: ParallelSpec, blocks: int, beside: Shapes, saved: float
+    model: ModelSpec, parallel: ParallelSpec, blocks: int, beside: Shapes
 ) -> dict[str, float]:
+    """What a rank has from step to step, and its gradients when all of them are there."""
     t, width, stage = parallel.tensor_parallel, parallel.weight_bytes, parallel.zero_stage
     block, rest = count(model.block_shapes) / t, count(beside) / t
     shares = [parallel.replicas if stage >= least else 1 for least in (1, 2, 3)]
@@ -90,19 +145,62 @@ def _rank(
     if parallel.offload_optimizer != "none" and stage >= 2:
         gradients = min(trained, 2) * block + rest  # of the block that is in backward, and one more
     states = trained * state_bytes(model.block_shapes, parallel) / (t * shares[0])
-    if parallel.offload_optimizer != "none":
-        states = 0.0
     states += state_bytes(beside, parallel) / t
-    parts = {
-        WEIGHTS: width * (held + rest),
-        GRADIENTS: width * gradients,
-        OPTIMIZER: states,
-        ACTIVATIONS: saved if parallel.offload_activations == "none" else saved / max(blocks, 1),
-        TEMPORARY: _temporary(model, parallel),
-    }
+    if parallel.offload_optimizer != "none":  # where it lies it is stepped, also what stays here
+        states = 0.0
+    parts = {WEIGHTS: width * (held + rest), GRADIENTS: width * gradients, OPTIMIZER: states}
     if parallel.has_reference:
         parts[REFERENCE] = width * (held + rest)
     return parts
+
+
+def _moments(
+    model: ModelSpec, parallel: ParallelSpec, rank: Mapping[str, float]
+) -> Iterator[dict[str, float]]:
+    """What is there when forward ends, when backward begins and ends, and in the update.
+
+    In Lightning's order gradients of the step before go after the next forward; LISA lets them go
+    at once.
+    """
+    kept, chunk = loss_bytes(model, parallel)
+    saved = saved_by_stage(model, parallel)[0]
+    if parallel.offload_activations != "none":
+        saved /= model.num_layers
+    held = parallel.lisa_layers is None or parallel.num_microbatches > 1
+    ends = {GRADIENTS: rank[GRADIENTS] * held, ACTIVATIONS: saved + kept, TEMPORARY: chunk}
+    yield {**rank, **ends}
+    passing = _recomputed(model, parallel) + backward_temporary(model, parallel)
+    width = parallel.weight_bytes / parallel.tensor_parallel
+    head, first = model.vocab_size * model.hidden_size, count(model.first_shapes)
+    before = rank[GRADIENTS] * (parallel.num_microbatches > 1)
+    begins = {GRADIENTS: before + width * head, ACTIVATIONS: saved, TEMPORARY: passing}
+    yield {**rank, **begins}
+    # The block that is in backward has no gradients yet, unless it is frozen, and gets none.
+    trained = _trained_blocks(parallel, model.num_layers)
+    left = (model.num_layers - trained) * frozen_saved_bytes(model, parallel)
+    missing = first + count(model.block_shapes) * (not left)
+    made = max(before, rank[GRADIENTS] - width * missing)
+    yield {**rank, GRADIENTS: made, ACTIVATIONS: left, TEMPORARY: passing}
+    yield _updated(model, parallel, rank)
+
+
+def _updated(
+    model: ModelSpec, parallel: ParallelSpec, rank: Mapping[str, float]
+) -> dict[str, float]:
+    """In the update, AdamW has two copies of a weight for a moment, on a CPU."""
+    shapes = (*model.first_shapes, *model.block_shapes, *model.last_shapes)
+    largest = max(prod(shape) for _, shape in shapes) / parallel.tensor_parallel
+    return {**rank, ACTIVATIONS: 0.0, TEMPORARY: 2 * parallel.weight_bytes * largest}
+
+
+def _recomputed(model: ModelSpec, parallel: ParallelSpec) -> float:
+    """What a block keeps that is computed again, and 16-bit copies of its weights."""
+    found = 0.0
+    if parallel.activation_checkpointing == "full":
+        found += block_saved_bytes(model, replace(parallel, activation_checkpointing="none"))
+    if parallel.precision.endswith("mixed"):
+        found += 2 * count(model.block_shapes) / parallel.tensor_parallel
+    return found
 
 
 def _trained_blocks(parallel: ParallelSpec, blocks: int) -> float:
@@ -110,32 +208,40 @@ def _trained_blocks(parallel: ParallelSpec, blocks: int) -> float:
     return blocks if parallel.lisa_layers is None else min(blocks, parallel.lisa_layers)
 
 
-def _temporary(model: ModelSpec, parallel: ParallelSpec) -> float:
-    """What is there for a moment: of a block that is computed again, of the loss, of autocast."""
-    found = 0.0
-    if parallel.activation_checkpointing == "full":
-        found += block_saved_bytes(model, replace(parallel, activation_checkpointing="none"))
-    tokens = parallel.rows * model.seq_len
-    logits = 4 * tokens * model.vocab_size / parallel.tensor_parallel
-    found += min(CHUNK_BYTES, logits) if parallel.chunked_loss else logits
-    if parallel.precision.endswith("mixed"):  # 16-bit copies of the weights of a block
-        found += 2 * count(model.block_shapes) / parallel.tensor_parallel
-    return found
-
-
 def elsewhere(model: ModelSpec, parallel: ParallelSpec) -> dict[str, float]:
-    """Bytes of a replica of the model in host memory and on drives, by tier."""
+    """Bytes of a replica of the model in host memory and on drives, by tier.
+
+    Everything on drives is there twice: a step counts once it is whole. Gradients are there only
+    while they wait for further micro-batches.
+    """
     trained = model.num_layers if parallel.lisa_layers is None else parallel.lisa_layers
     blocks = model.num_layers * count(model.block_shapes)
+    beside = model.first_shapes + model.last_shapes
+    copies = 2 if parallel.offload_param == parallel.offload_optimizer == NVME else 1
     found = {HOST: 0.0, NVME: 0.0}
     if parallel.offload_param != "none":
-        copies = 1 + parallel.has_reference
-        found[parallel.offload_param] += copies * parallel.weight_bytes * blocks
+        on_drives = parallel.offload_param == NVME  # then also what stays in memory, for resuming
+        weights = parallel.weight_bytes * (blocks + count(beside) * on_drives)
+        found[parallel.offload_param] += (copies + parallel.has_reference) * weights
     if parallel.offload_optimizer != "none":
-        states = trained * state_bytes(model.block_shapes, parallel)
+        states = trained * state_bytes(model.block_shapes, parallel) + state_bytes(beside, parallel)
+        waits = parallel.zero_stage >= 2 and parallel.num_microbatches > 1
         gradients = parallel.weight_bytes * trained * count(model.block_shapes)
-        found[parallel.offload_optimizer] += states + gradients * (parallel.zero_stage >= 2)
+        found[parallel.offload_optimizer] += copies * states + gradients * waits
+    if parallel.offload_optimizer == NVME:
+        found[HOST] += parallel.devices * _staged(model, parallel)
     if parallel.offload_activations != "none":
         saved = sum(saved_by_rank(model, parallel)) * parallel.replicas
         found[parallel.offload_activations] += saved
     return found
+
+
+def _staged(model: ModelSpec, parallel: ParallelSpec) -> float:
+    """What a rank has in host memory of state that is on drives: two groups, and a block's sums."""
+    states = state_bytes(model.block_shapes, parallel)
+    largest = max(
+        state_bytes((each,), parallel)
+        for each in model.first_shapes + model.block_shapes + model.last_shapes
+    )
+    sums = parallel.weight_bytes * count(model.block_shapes) * (parallel.zero_stage >= 2)
+    return 2 * min(max(GROUP_BYTES, largest), max(states, largest)) + sums

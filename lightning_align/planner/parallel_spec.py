@@ -242,6 +242,12 @@ class ParallelSpec:
         return self.micro_batch_size * ((2 - self.shared_prefix) if pairs else 1)
 
     @property
+    def predicted_rows(self) -> float:
+        """Rows of a micro-batch whose tokens are predicted: of pairs, what they do not share."""
+        pairs = self.objective == "dpo"
+        return self.micro_batch_size * (2 * (1 - self.shared_prefix) if pairs else 1)
+
+    @property
     def has_reference(self) -> bool:
         """Whether a reference model is in memory and runs."""
         return self.objective == "dpo" and self.reference == "model"

@@ -10,6 +10,8 @@ from lightning_align.planner.block_work import Sizes, sizes
 from lightning_align.planner.model_spec import ModelSpec
 from lightning_align.planner.parallel_spec import ParallelSpec
 
+CHUNK_BYTES = 24 * 2**20  # of logits that a loss in chunks has at a time
+KEPT_BYTES = 64 * 2**20  # of probabilities up to which those of pairs are kept
 _LOGSUMEXP = 4  # bytes of a head and token that a fused attention keeps in place of scores
 
 
@@ -26,9 +28,32 @@ def block_saved_bytes(model: ModelSpec, parallel: ParallelSpec) -> float:
     if model.analysis is not None and parallel.tensor_parallel == 1:
         counted = model.analysis.saved_bytes(z.rows, z.s, parallel.is_half)
         if counted is not None:
-            return counted
+            return counted + mask_bytes(model, parallel)
     scores = 0.0 if parallel.activation_checkpointing == "selective" else _scores(z)
-    return _attention(z) + scores + _feed_forward(z) + _norms(z)
+    return _attention(z) + scores + _feed_forward(z) + _norms(z) + mask_bytes(model, parallel)
+
+
+def shared_bytes(model: ModelSpec, parallel: ParallelSpec) -> float:
+    """Bytes of those that all blocks of a stage keep together."""
+    if parallel.activation_checkpointing == "full" or model.analysis is None:
+        return 0.0
+    if model.analysis.saved_a_token is None or parallel.tensor_parallel > 1:
+        return 0.0
+    return model.analysis.shared_bytes(model.seq_len, parallel.is_half)
+
+
+def frozen_saved_bytes(model: ModelSpec, parallel: ParallelSpec) -> float:
+    """Bytes that a block keeps whose weights are frozen: no inputs for their gradients.
+
+    What norms and attention hand to products is not kept; what attention returns, it keeps itself.
+    """
+    trained = block_saved_bytes(model, parallel)
+    if parallel.activation_checkpointing == "full":
+        return trained
+    z = sizes(model, parallel)
+    if model.analysis is not None and model.analysis.saved_a_token is not None:
+        return trained - z.N * model.analysis.trained_a_token * (z.el / 4)
+    return trained - (z.N * z.f + 2 * z.narrow * z.h) * z.el
 
 
 def _attention(z: Sizes) -> float:
@@ -68,4 +93,49 @@ def last_saved_bytes(model: ModelSpec, parallel: ParallelSpec) -> float:
     """
     z = sizes(model, parallel)
     logits = 0.0 if parallel.chunked_loss else 4 * z.N * z.V
+    if model.analysis is not None and model.analysis.ends_a_token is not None:
+        return z.N * model.analysis.ends_a_token * (z.el / 4) + logits
     return 2 * z.narrow * z.h * z.el + logits
+
+
+def handed_on_bytes(model: ModelSpec, parallel: ParallelSpec) -> float:
+    """Bytes that one stage sends to the next of a micro-batch."""
+    z = sizes(model, parallel)
+    return z.narrow * z.h * z.el
+
+
+def loss_bytes(model: ModelSpec, parallel: ParallelSpec) -> tuple[float, float]:
+    """Bytes that the loss of a micro-batch keeps until backward, and needs for a moment.
+
+    In chunks, cross-entropy makes the gradients of hidden states and head in forward, in fp32. The
+    log-probabilities of pairs keep the probabilities, where these are not too many; beside them are
+    logits and a product of both, and a reference has three such chunks.
+    """
+    z = sizes(model, parallel)
+    logits = 4 * parallel.predicted_rows * z.s * z.V
+    if not parallel.chunked_loss:
+        return 0.0, logits
+    chunk = min(CHUNK_BYTES, logits)
+    if parallel.objective != "dpo":
+        return 4 * (z.narrow * z.h + z.V * z.h), chunk * (1 + z.h / z.V)
+    hidden = parallel.predicted_rows * z.s * z.h * z.el
+    keeps = logits <= KEPT_BYTES
+    chunks = 3 if parallel.has_reference or not keeps else 2
+    return hidden + logits * keeps, chunks * chunk
+
+
+def mask_bytes(model: ModelSpec, parallel: ParallelSpec) -> float:
+    """Bytes of a block's mask of attention, where both of a pair are in one row."""
+    if not parallel.shared_prefix:
+        return 0.0
+    width = parallel.rows * model.seq_len / parallel.micro_batch_size
+    return parallel.element_bytes * parallel.micro_batch_size * width**2
+
+
+def backward_temporary(model: ModelSpec, parallel: ParallelSpec) -> float:
+    """Bytes of gradients that are there for a moment in the backward of a feed-forward part.
+
+    Of its product, and of both factors of a gate, less the input that its last product kept.
+    """
+    z = sizes(model, parallel)
+    return z.el * (z.gates * z.N * z.f + 2 * z.narrow * z.h)

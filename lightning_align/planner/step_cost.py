@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from lightning_align.pipelining import partition, simulate
-from lightning_align.pipelining.actions import Schedule
+from lightning_align.pipelining.actions import F, I, Schedule
 from lightning_align.pipelining.schedule import build_schedule
 from lightning_align.planner.block_work import (
     Pass,
@@ -219,13 +219,33 @@ def simulated(
 
 
 @lru_cache(maxsize=4096)
-def peak_saved(order: tuple[str, int, int, int], saved: tuple[int, ...]) -> tuple[float, ...]:
-    """The most that each rank holds for backward, in thousandths of the fullest stage's.
+def pipeline_peaks(
+    order: tuple[str, int, int, int], saved: tuple[float, ...], gradients: tuple[float, ...]
+) -> tuple[tuple[float, float], ...]:
+    """What each rank holds for backward, and of gradients, when both together are the most.
+
+    Gradients of a stage are there from its first backward on.
 
     Args:
         order: Name, ranks, micro-batches and stages on each rank of the schedule.
         saved: What each stage keeps of a micro-batch.
+        gradients: Of each stage.
     """
-    found = simulate(built_schedule(*order), saved_bytes=saved).peak_saved_bytes
-    assert found is not None
+    schedule = built_schedule(*order)
+    found = []
+    for rank in range(schedule.num_ranks):
+        held = most = (0.0, 0.0)
+        begun = set()
+        for stage, kind, _ in schedule.rows[rank].tolist():
+            if kind == F:
+                held = held[0] + saved[stage], held[1]
+            most = max(most, held, key=sum)
+            if kind == F:
+                continue
+            if stage not in begun:
+                begun.add(stage)
+                held = held[0], held[1] + gradients[stage]
+            if kind != I:  # W lets go of what I still needs
+                held = held[0] - saved[stage], held[1]
+        found.append(max(most, held, key=sum))
     return tuple(found)

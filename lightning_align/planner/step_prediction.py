@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lightning_align.offload.bandwidth import (
     BACKWARD,
@@ -161,6 +161,8 @@ class Tier(NamedTuple):
         gradients: That wait for the update.
         is_stored: Whether the parameters lie there.
         activations: Of a micro-batch, of all blocks.
+        beside: Of parameters of no block, which stay in memory and are written once updated.
+        beside_states: Of their state.
     """
 
     parameters: float
@@ -168,6 +170,8 @@ class Tier(NamedTuple):
     gradients: float
     is_stored: bool
     activations: float
+    beside: float = 0.0
+    beside_states: float = 0.0
 
 
 Phases = list[tuple[str, Moved, int]]  # name, bytes of one rank, how often it comes
@@ -185,12 +189,15 @@ def _moved(model: ModelSpec, parallel: ParallelSpec) -> dict[str, Phases]:
         if not (moves or has_states or has_activations):
             continue
         saved = model.num_layers * block_saved_bytes(model, parallel) if has_activations else 0.0
+        beside = model.first_shapes + model.last_shapes
         tier = Tier(
             width if moves else 0.0,
             state_bytes(model.block_shapes, parallel) if has_states else 0.0,
             width if has_states and waits else 0.0,
             stored,
             saved,
+            parallel.weight_bytes * count(beside) if name == NVME else 0.0,
+            state_bytes(beside, parallel) if has_states and name == NVME else 0.0,
         )
         trained = parallel.lisa_layers or model.num_layers
         many = parallel.num_microbatches
@@ -201,13 +208,12 @@ def _moved(model: ModelSpec, parallel: ParallelSpec) -> dict[str, Phases]:
 @lru_cache(maxsize=4096)
 def _phases(tier: Tier, num_layers: int, trained: int, many: int, ranks: int) -> Phases:
     """Phases of all micro-batches, of which those between the second and the last are alike."""
-    blocks = [
-        BlockBytes(
-            *(tier.parameters, tier.states, tier.gradients),  # type: ignore[arg-type]
-            trains=number >= num_layers - trained,
-            stays=not tier.parameters,
-            is_stored=tier.is_stored,
-        )
+    bytes_of = partial(BlockBytes, is_stored=tier.is_stored)
+    own: tuple[Any, ...] = (tier.parameters, tier.states, tier.gradients)
+    beside: tuple[Any, ...] = (tier.beside, tier.beside_states, 0)
+    blocks = [bytes_of(*beside, stays=True)]
+    blocks += [
+        bytes_of(*own, trains=number >= num_layers - trained, stays=not tier.parameters)
         for number in range(num_layers)
     ]
     few = min(many, 4)

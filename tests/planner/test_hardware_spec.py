@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import pytest
+import torch
 
 from lightning_align.planner import HardwareSpec, MachineBalance
 from lightning_align.planner.spec_sheets import SPEC_SHEETS
@@ -88,3 +89,21 @@ def test_unknown_names_and_keys() -> None:
 def test_a_peak_of_sparse_matrices_is_recognised() -> None:
     with pytest.raises(ValueError, match="for sparse matrices; that of dense ones is"):
         HardwareSpec.from_name("h100", peak_flops="1979TFLOPS")
+
+
+def test_processes_on_a_processor_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+
+    def measured(*_: object, **__: object) -> MachineBalance:
+        threads.append(torch.get_num_threads())
+        return MachineBalance.from_spec("xeon-8480")
+
+    monkeypatch.setattr(MachineBalance, "measure", measured)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    one, two = HardwareSpec.measure(), HardwareSpec.measure(devices=2)
+    assert [each for each in threads if each != 4] == [2]
+    assert two.memory == one.memory / 2 == one.cpu_memory / 2
+    assert (two.devices, two.devices_per_node, two.nodes) == (2, 2, 1)
+    with pytest.raises(ValueError, match=r"devices=0.*at least 1"):
+        HardwareSpec.measure(devices=0)

@@ -12,7 +12,7 @@ from lightning_align.planner.step_cost import (
     PassTime,
     StageTimes,
     pass_time,
-    peak_saved,
+    pipeline_peaks,
     pipeline_s,
     stage_times,
 )
@@ -107,7 +107,17 @@ def test_long_pipelines_are_rounded_and_scaled() -> None:
 
 
 def test_one_f_one_b_holds_as_many_microbatches_as_ranks_follow() -> None:
-    assert peak_saved(("1F1B", 4, 8, 1), (1000,) * 4) == (4000, 3000, 2000, 1000)
+    peaks = pipeline_peaks(("1F1B", 4, 8, 1), (1000.0,) * 4, (0.0,) * 4)
+    assert [held for held, _ in peaks] == [4000, 3000, 2000, 1000]
+
+
+def test_gradients_are_there_from_the_first_backward_on() -> None:
+    """With more micro-batches than are in flight, while as many are held; without, not all."""
+    made, saved = (70.0, 80.0), (10.0, 10.0)
+    assert pipeline_peaks(("1F1B", 2, 4, 1), saved, made) == ((20, 70), (10, 80))
+    # Four forwards, then backwards: at the second there is one less.
+    assert pipeline_peaks(("GPipe", 2, 4, 1), saved, made) == ((30, 70), (30, 80))
+    assert pipeline_peaks(("GPipe", 2, 4, 1), saved, (5.0, 0.0)) == ((40, 0), (40, 0))
 
 
 def test_a_reference_runs_forward_and_frozen_blocks_need_less() -> None:
