@@ -241,11 +241,9 @@ class Peak(pl.Callback):
         modules = [pl_module, *frozen]
         weights = [t for m in modules for t in (*m.parameters(), *m.buffers())]
         gradients = [p.grad for p in pl_module.parameters()]
-        there = [
-            t
-            for t in (*weights, *gradients, *states, *batch.values())
-            if isinstance(t, Tensor) and not t.is_meta
-        ]
+        every = (*weights, *gradients, *states, *batch.values())
+        own = (Tensor, torch.nn.Parameter)  # in a pipeline hooks are lent weights of other ranks
+        there = [t for t in every if type(t) in own and not t.is_meta]
         self._trace = self._stack.enter_context(tracing(pl_module, there))
         there.clear()  # gradients of the step before must not live on in it
 

@@ -28,6 +28,7 @@ from lightning_align.planner.step_cost import (
 
 WEIGHTS, GRADIENTS, OPTIMIZER = "weights", "gradients", "optimizer"
 ACTIVATIONS, REFERENCE, TEMPORARY = "activations", "reference", "temporary"
+UNDER_WAY = 3  # messages of a rank: the next activations, a gradient that came, one that goes
 FETCHED_BLOCKS = 3  # blocks of parameters in memory where they come and go
 HOST, NVME = "cpu", "nvme"
 GROUP_BYTES = 16 * 2**20  # of optimizer state that is read from drives at a time
@@ -90,17 +91,18 @@ def memory_by_rank(model: ModelSpec, parallel: ParallelSpec) -> list[dict[str, f
     kept, chunk = loss_bytes(model, parallel)
     saved[-1] += kept
     # What a stage hands on stays where it was made, too; where it arrives it is a block's input.
-    saved[:-1] = [each + handed_on_bytes(model, parallel) for each in saved[:-1]]
+    message = handed_on_bytes(model, parallel)
+    saved[:-1] = [each + message for each in saved[:-1]]
     peaks = _pipelined(saved, own, parallel)
     largest = max(prod(shape) for _, shape in model.block_shapes) / parallel.tensor_parallel
     found = []
     for rank, (held, gradients) in enumerate(peaks):
         # The gradient of a weight is there beside the sum that it is added to.
-        moment = _recomputed(model, parallel) + backward_temporary(model, parallel)
-        moment += largest * parallel.weight_bytes
-        is_last = rank == len(peaks) - 1
-        moment = max(moment, chunk) if is_last else moment
-        changed = {GRADIENTS: gradients, ACTIVATIONS: held, TEMPORARY: moment}
+        again, passing = _recomputed(model, parallel), _passing(model, parallel)
+        passing += largest * parallel.weight_bytes + UNDER_WAY * message
+        if rank == len(peaks) - 1 and chunk > again + passing:
+            again, passing = 0.0, chunk
+        changed = {GRADIENTS: gradients, ACTIVATIONS: held + again, TEMPORARY: passing}
         busy = {**ranks[rank], **changed}
         found.append(max(busy, _updated(model, parallel, ranks[rank]), key=_sum))
     return found
@@ -169,18 +171,19 @@ def _moments(
     held = parallel.lisa_layers is None or parallel.num_microbatches > 1
     ends = {GRADIENTS: rank[GRADIENTS] * held, ACTIVATIONS: saved + kept, TEMPORARY: chunk}
     yield {**rank, **ends}
-    passing = _recomputed(model, parallel) + backward_temporary(model, parallel)
+    again, passing = _recomputed(model, parallel), _passing(model, parallel)
     width = parallel.weight_bytes / parallel.tensor_parallel
     head, first = model.vocab_size * model.hidden_size, count(model.first_shapes)
     before = rank[GRADIENTS] * (parallel.num_microbatches > 1)
-    begins = {GRADIENTS: before + width * head, ACTIVATIONS: saved, TEMPORARY: passing}
+    begins = {GRADIENTS: before + width * head, ACTIVATIONS: saved + again, TEMPORARY: passing}
     yield {**rank, **begins}
-    # The block that is in backward has no gradients yet, unless it is frozen, and gets none.
+    # The block that is in backward has no gradients yet, unless it is frozen, and gets none; those
+    # that are divided or leave are few at any time.
     trained = _trained_blocks(parallel, model.num_layers)
     left = (model.num_layers - trained) * frozen_saved_bytes(model, parallel)
-    missing = first + count(model.block_shapes) * (not left)
+    missing = (first + count(model.block_shapes) * (not left)) * (parallel.zero_stage < 2)
     made = max(before, rank[GRADIENTS] - width * missing)
-    yield {**rank, GRADIENTS: made, ACTIVATIONS: left, TEMPORARY: passing}
+    yield {**rank, GRADIENTS: made, ACTIVATIONS: left + again, TEMPORARY: passing}
     yield _updated(model, parallel, rank)
 
 
@@ -194,13 +197,17 @@ def _updated(
 
 
 def _recomputed(model: ModelSpec, parallel: ParallelSpec) -> float:
-    """What a block keeps that is computed again, and 16-bit copies of its weights."""
-    found = 0.0
-    if parallel.activation_checkpointing == "full":
-        found += block_saved_bytes(model, replace(parallel, activation_checkpointing="none"))
-    if parallel.precision.endswith("mixed"):
-        found += 2 * count(model.block_shapes) / parallel.tensor_parallel
-    return found
+    """What a block keeps while it is computed again for its backward."""
+    if parallel.activation_checkpointing != "full":
+        return 0.0
+    return block_saved_bytes(model, replace(parallel, activation_checkpointing="none"))
+
+
+def _passing(model: ModelSpec, parallel: ParallelSpec) -> float:
+    """What is there for a moment in the backward of a block, 16-bit copies of its weights, too."""
+    copies = 2 * parallel.precision.endswith("mixed")
+    weights = count(model.block_shapes) / parallel.tensor_parallel
+    return backward_temporary(model, parallel) + copies * weights
 
 
 def _trained_blocks(parallel: ParallelSpec, blocks: int) -> float:

@@ -109,7 +109,7 @@ def loss_bytes(model: ModelSpec, parallel: ParallelSpec) -> tuple[float, float]:
 
     In chunks, cross-entropy makes the gradients of hidden states and head in forward, in fp32. The
     log-probabilities of pairs keep the probabilities, where these are not too many; beside them are
-    logits and a product of both, and a reference has three such chunks.
+    logits and a product of both. A reference has three such chunks, and before a block's forward.
     """
     z = sizes(model, parallel)
     logits = 4 * parallel.predicted_rows * z.s * z.V
@@ -120,8 +120,11 @@ def loss_bytes(model: ModelSpec, parallel: ParallelSpec) -> tuple[float, float]:
         return 4 * (z.narrow * z.h + z.V * z.h), chunk * (1 + z.h / z.V)
     hidden = parallel.predicted_rows * z.s * z.h * z.el
     keeps = logits <= KEPT_BYTES
-    chunks = 3 if parallel.has_reference or not keeps else 2
-    return hidden + logits * keeps, chunks * chunk
+    kept, chunks = hidden + logits * keeps, chunk * (2 if keeps else 3)
+    if parallel.has_reference:
+        block = z.el * (z.N * z.f * (1 + z.gates) + 2 * z.narrow * z.h)
+        chunks = max(3 * chunk, block)
+    return kept, chunks
 
 
 def mask_bytes(model: ModelSpec, parallel: ParallelSpec) -> float:

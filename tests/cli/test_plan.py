@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -10,6 +11,7 @@ from transformers import LlamaConfig
 
 from lightning_align.__main__ import main
 from lightning_align.cli import plan_yaml
+from lightning_align.planner import HardwareSpec
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +85,22 @@ def test_new_tokens_plan_generation(capsys: pytest.CaptureFixture[str], folder: 
     text = run(capsys, "--model", folder, "--hardware", "h100", "--new_tokens", "32")
     assert "1 x h100-sxm, bf16-true: 32 new tokens for prompts of 256" in text
     assert "what if" not in text
+
+
+def test_the_machine_at_hand_is_measured(
+    capsys: pytest.CaptureFixture[str], folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, object]] = []
+
+    def measured(device: str, **given: Any) -> HardwareSpec:
+        asked.append(given)
+        return HardwareSpec.from_name("xeon-8480", name="this cpu", devices=given["devices"])
+
+    monkeypatch.setattr(HardwareSpec, "measure", measured)
+    text = run(capsys, "--model", folder, "--hardware", "2xhere", "--hardware", "here@1")
+    assert [given["devices"] for given in asked] == [2, 1]
+    assert asked[1]["price_per_hour"] == 1
+    assert "2 x this cpu" in text.splitlines()
 
 
 def test_few_rows_are_for_splits_with_few_replicas(

@@ -2,24 +2,39 @@
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
+from torch.utils.data import DataLoader
 
-from lightning_align import GaLoreAdamW, Muon, build_param_groups, find_layers
+from lightning_align import (
+    LISA,
+    DPOModule,
+    GaLoreAdamW,
+    Muon,
+    PipelineStrategy,
+    PretrainModule,
+    build_param_groups,
+    find_layers,
+)
 from lightning_align.layers.recompute import checkpoint_blocks
 from lightning_align.planner import ModelSpec, ParallelSpec
-from lightning_align.planner.live_bytes import LiveBytes
 from lightning_align.planner.memory import (
     device_memory,
     elsewhere,
     memory_by_rank,
     saved_by_rank,
 )
+from lightning_align.planner.trace import tracing
+from tests.helpers.live_peak import LivePeak, there_before
+from tests.helpers.ranks import ForkedRanks, run_ranks
 from tests.helpers.step_models import gpt, llama
+from tests.helpers.tiny_models import TINY_MODELS
 
 GIB = 2**30
 MEGATRON = {"precision": "16-master", "chunked_loss": False}
@@ -153,27 +168,156 @@ BY_DEFAULT = ("llama", "galore")  # each is a second; the others are of the slow
 def test_the_peak_of_real_steps_at_sizes_that_were_not_analysed(name: str) -> None:
     """In the order of Lightning: gradients of the step before go after the next forward.
 
-    What is there for a moment only, inside of operations and while blocks are recomputed, is on
-    neither side.
+    Everything counts, also what is there for a moment only, inside of operations and while blocks
+    are recomputed.
     """
     build, make, given = RUNS[name]
     model, rows, tokens = build(), 5, 60
     parallel = ParallelSpec(precision="32-true", chunked_loss=False, micro_batch_size=rows, **given)
     parts = device_memory(ModelSpec.from_module(model, seq_len=tokens), parallel)
-    ours = sum(parts.values()) - parts["temporary"]
 
     if name == "recomputed":
         checkpoint_blocks(find_layers(model))
-    live = LiveBytes(model)
     optimizer = make(build_param_groups(model), lr=1e-4)
     ids = torch.randint(0, 200, (rows, tokens + 1), generator=torch.Generator().manual_seed(0))
-    for _ in range(2):
-        with live.saving([ids]):
-            found = model(ids[:, :-1])
-            logits = found if isinstance(found, Tensor) else found.logits
-            loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+    def step() -> None:
+        found = model(ids[:, :-1])
+        logits = found if isinstance(found, Tensor) else found.logits
+        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        live.look(optimizer)
-    assert ours == pytest.approx(live.peak, rel=0.05)
+
+    step()
+    step()
+    there = there_before([model], optimizer, ids)
+    with tracing(model, there) as trace:
+        there.clear()
+        step()
+    assert sum(parts.values()) == pytest.approx(trace.storages.peak, rel=0.05)
+
+
+SIZES = {"hidden_size": 96, "intermediate_size": 256, "vocab_size": 600, "num_hidden_layers": 4}
+MODULES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "lisa": {"lisa_layers": 1},
+    "dpo": {"objective": "dpo"},
+    "precomputed": {"objective": "dpo", "reference": "precomputed"},
+    "shared": {"objective": "dpo", "shared_prefix": 0.75},
+    "dpo, recomputed": {"objective": "dpo", "activation_checkpointing": "full"},
+    "1F1B": {"pipeline_parallel": 2, "schedule": "1F1B"},
+    "GPipe": {"pipeline_parallel": 2, "schedule": "GPipe"},
+    "interleaved": {
+        "pipeline_parallel": 2,
+        "schedule": "Interleaved1F1B",
+        "num_model_chunks": 2,
+    },
+}
+MICRO_BATCH, MICRO_BATCHES, TOKENS, STEPS = 4, 4, 80, 3
+
+
+class Rows(pl.LightningDataModule):
+    """Random rows, or pairs of which a share is the same, that say which completions they have."""
+
+    def __init__(self, parallel: ParallelSpec) -> None:
+        super().__init__()
+        rows, is_dpo = parallel.batch_size, parallel.objective == "dpo"
+        generator = torch.Generator().manual_seed(0)
+        self.batches = []
+        for number in range(STEPS + 3):
+            size = (rows * (1 + is_dpo), TOKENS + (not is_dpo))
+            ids = torch.randint(1, 600, size, generator=generator)
+            batch = {"input_ids": ids, "labels": ids}
+            if is_dpo:
+                prompt = max(1, round(parallel.shared_prefix * TOKENS))
+                ids[rows:, :prompt] = ids[:rows, :prompt]
+                completion = torch.ones_like(ids)
+                completion[:, :prompt] = 0
+                batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+                batch["completion_mask"] = completion
+                batch["number"] = number * rows + torch.arange(rows)
+            self.batches.append(batch)
+
+    def completions(self) -> list[list[tuple[Any, Any]]]:
+        found = []
+        for batch in self.batches:
+            rows = [
+                (ids[~mask].numpy(), ids[mask].numpy())
+                for ids, mask in zip(
+                    batch["input_ids"], batch["completion_mask"].bool(), strict=True
+                )
+            ]
+            found += [list(pair) for pair in zip(*batched(rows), strict=True)]
+        return found
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(self.batches, batch_size=None)
+
+
+def batched(rows: list[Any]) -> tuple[list[Any], list[Any]]:
+    return rows[: len(rows) // 2], rows[len(rows) // 2 :]
+
+
+def module_of(parallel: ParallelSpec, folder: Path) -> pl.LightningModule:
+    recomputes = parallel.activation_checkpointing == "full"
+    if parallel.objective != "dpo":
+        return PretrainModule(TINY_MODELS["llama"](**SIZES), activation_checkpointing=recomputes)
+    options: dict[str, Any] = {"prefix_sharing": bool(parallel.shared_prefix)}
+    if parallel.reference == "precomputed":
+        options |= {"precompute_ref_log_probs": True, "ref_cache_dir": str(folder)}
+    model = TINY_MODELS["llama"](**SIZES)
+    return DPOModule(model, activation_checkpointing=recomputes, **options)
+
+
+def held(parallel: ParallelSpec, folder: Path, rank: int | None = None) -> tuple[int, int]:
+    """Bytes of states, and the peak of a step; of LISA, whose draws differ, the most of some."""
+    steps = range(2, STEPS + 3 if parallel.lisa_layers else STEPS)
+    peaks = [LivePeak(number) for number in steps]
+    callbacks: list[pl.Callback] = [*peaks]
+    if parallel.lisa_layers:
+        callbacks.append(LISA(parallel.lisa_layers, interval_steps=1, filename=None))
+    spread: dict[str, Any] = {}
+    if rank is not None:
+        strategy = PipelineStrategy(
+            schedule=parallel.schedule,
+            num_microbatches=MICRO_BATCHES,
+            num_stages_per_rank=parallel.chunks,
+            partition_method="uniform",
+        )
+        spread = {"devices": 2, "strategy": strategy, "plugins": [ForkedRanks(rank, 2)]}
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=steps.stop,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=callbacks,
+        default_root_dir=str(folder),
+        **{"devices": 1, **spread},
+    )
+    trainer.fit(module_of(parallel, folder), datamodule=Rows(parallel))
+    return max(each.states for each in peaks), max(each.peak for each in peaks)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name == "shared" else pytest.param(name, marks=pytest.mark.slow) for name in MODULES],
+)
+def test_what_our_own_runs_hold(name: str, tmp_path: Path) -> None:
+    """Of each rank: states to the byte, and the peak of a whole step, temporary tensors and all."""
+    pp = MODULES[name].get("pipeline_parallel", 1)
+    many = MICRO_BATCHES if pp > 1 else 1
+    parallel = ParallelSpec(
+        devices=pp,
+        precision="32-true",
+        micro_batch_size=MICRO_BATCH,
+        global_batch_size=MICRO_BATCH * many,
+        **MODULES[name],
+    )
+    spec = ModelSpec.from_module(TINY_MODELS["llama"](**SIZES), seq_len=TOKENS)
+    found = [held(parallel, tmp_path)] if pp == 1 else run_ranks(partial(held, parallel, tmp_path))
+    for (states, peak), parts in zip(found, memory_by_rank(spec, parallel), strict=True):
+        assert parts["optimizer"] == states
+        assert sum(parts.values()) == pytest.approx(peak, rel=0.05)
