@@ -50,7 +50,7 @@ from lightning_align.planner.trace import tracing
 
 WIDTHS, BLOCKS, HEADS = (64, 128, 192, 256, 320), (4, 6, 8, 10), (2, 4, 8)
 VOCABULARIES, ROWS, TOKENS = (512, 1024, 4096, 8192), (2, 4, 6), (48, 80, 112, 160, 224)
-MIB, STEPS, BATCHES, PEAK_BAR = 2**20, 4, 4, 0.05
+MIB, PEAK_BAR = 2**20, 0.05
 
 # What is trained how, as the planner is told it.
 CASES: dict[str, dict[str, Any]] = {
@@ -105,6 +105,10 @@ class Case:
     @property
     def pipeline(self) -> int:
         return int(self.how.get("pipeline_parallel", 1))
+
+    @property
+    def steps(self) -> int:
+        return 12 if "lisa_layers" in self.how else 4
 
     @property
     def is_dpo(self) -> bool:
@@ -193,7 +197,7 @@ class Data(pl.LightningDataModule):
         draw = partial(torch.randint, 1, case.vocabulary, generator=generator)
         rows = case.rows * (MICROBATCHES if case.pipeline > 1 else 1)
         self.batches: list[dict[str, Tensor]] = []
-        for number in range(BATCHES * case.how.get("accumulate", 1)):
+        for number in range(case.steps * case.how.get("accumulate", 1)):
             if not case.is_dpo:
                 ids = draw((rows, case.tokens + 1))
                 self.batches.append({"input_ids": ids, "labels": ids})
@@ -269,13 +273,12 @@ class Held:
 def run(case: Case, folder: str) -> list[Held]:
     """By rank."""
     accumulate = case.how.get("accumulate", 1)
-    # LISA's worst draw is one whose blocks are the last ones: all of them have their turn.
-    steps = 12 if "lisa_layers" in case.how else STEPS
-    windows = range(2, steps) if steps > STEPS else range(2, 3)
+    # Of LISA several draws, each in its second step: states of its blocks are made in the first.
+    windows = range(3, case.steps, 2) if "lisa_layers" in case.how else range(2, 3)
     peaks = [Peak(range(n * accumulate, (n + 1) * accumulate)) for n in windows]
     callbacks: list[pl.Callback] = [*peaks, Report(folder, peaks)]
     if "lisa_layers" in case.how:
-        callbacks.append(LISA(case.how["lisa_layers"], interval_steps=1, filename=None))
+        callbacks.append(LISA(case.how["lisa_layers"], interval_steps=2, filename=None))
     strategy: Any = "auto"
     if case.pipeline > 1:
         strategy = PipelineStrategy(
@@ -289,7 +292,7 @@ def run(case: Case, folder: str) -> list[Held]:
         accelerator="cpu",
         devices=case.pipeline,
         strategy=strategy,
-        max_steps=steps,
+        max_steps=case.steps,
         max_epochs=-1,
         accumulate_grad_batches=accumulate,
         logger=False,

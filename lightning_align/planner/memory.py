@@ -96,15 +96,15 @@ def memory_by_rank(model: ModelSpec, parallel: ParallelSpec) -> list[dict[str, f
     peaks = _pipelined(saved, own, parallel)
     largest = max(prod(shape) for _, shape in model.block_shapes) / parallel.tensor_parallel
     found = []
-    for rank, (held, gradients) in enumerate(peaks):
+    for number, (rank, (held, gradients)) in enumerate(zip(ranks, peaks, strict=True), start=1):
         # The gradient of a weight is there beside the sum that it is added to.
         again, passing = _recomputed(model, parallel), _passing(model, parallel)
         passing += largest * parallel.weight_bytes + UNDER_WAY * message
-        if rank == len(peaks) - 1 and chunk > again + passing:
-            again, passing = 0.0, chunk
-        changed = {GRADIENTS: gradients, ACTIVATIONS: held + again, TEMPORARY: passing}
-        busy = {**ranks[rank], **changed}
-        found.append(max(busy, _updated(model, parallel, ranks[rank]), key=_sum))
+        moments = [(held + again, passing)]
+        if number == len(peaks):  # in the loss, and when what it kept has become gradients
+            moments = [(held, chunk), (held + again - kept, passing)]
+        busy = [{**rank, GRADIENTS: gradients, ACTIVATIONS: a, TEMPORARY: b} for a, b in moments]
+        found.append(max(*busy, _updated(model, parallel, rank), key=_sum))
     return found
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +95,11 @@ def test_the_machine_at_hand_is_measured(
 
     def measured(device: str, **given: Any) -> HardwareSpec:
         asked.append(given)
-        return HardwareSpec.from_name("xeon-8480", name="this cpu", devices=given["devices"])
+        found = HardwareSpec.from_name("xeon-8480", devices=given["devices"])
+        return replace(found, name=f"this {device}")
 
     monkeypatch.setattr(HardwareSpec, "measure", measured)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     text = run(capsys, "--model", folder, "--hardware", "2xhere", "--hardware", "here@1")
     assert [given["devices"] for given in asked] == [2, 1]
     assert asked[1]["price_per_hour"] == 1

@@ -271,12 +271,15 @@ def module_of(parallel: ParallelSpec, folder: Path) -> pl.LightningModule:
 
 
 def held(parallel: ParallelSpec, folder: Path, rank: int | None = None) -> tuple[int, int]:
-    """Bytes of states, and the peak of a step; of LISA, whose draws differ, the most of some."""
-    steps = range(2, STEPS + 3 if parallel.lisa_layers else STEPS)
+    """Bytes of states, and the peak of a step; of LISA, whose draws differ, the most of some.
+
+    Its blocks have their states from the first step of an interval on.
+    """
+    steps = range(3, STEPS + 3, 2) if parallel.lisa_layers else range(2, STEPS)
     peaks = [LivePeak(number) for number in steps]
     callbacks: list[pl.Callback] = [*peaks]
     if parallel.lisa_layers:
-        callbacks.append(LISA(parallel.lisa_layers, interval_steps=1, filename=None))
+        callbacks.append(LISA(parallel.lisa_layers, interval_steps=2, filename=None))
     spread: dict[str, Any] = {}
     if rank is not None:
         strategy = PipelineStrategy(
