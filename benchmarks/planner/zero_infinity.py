@@ -1,7 +1,8 @@
 """ZeRO-Infinity as it was planned: resident memory, disk, bytes moved and seconds of a step.
 
     python benchmarks/planner/zero_infinity.py            # minutes on one core, 200 MB of disk
-    python benchmarks/planner/zero_infinity.py --smoke    # seconds; the figures then mean nothing
+    python benchmarks/planner/zero_infinity.py --no-time  # all but seconds, on a busy machine
+    python benchmarks/planner/zero_infinity.py --smoke    # two runs; the seconds mean nothing
 
 The machine is measured (``HardwareSpec.measure``, with the drive), and the planner is calibrated on
 steps in memory, of other sizes. Then each run of ``ZeROInfinityStrategy``, a process of its own, is
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -225,7 +227,8 @@ def planned(case: Case) -> tuple[Any, Any]:
     return spec, parallel
 
 
-def report(steps: int, where: Path | None, smoke: bool) -> None:
+def calibrated(steps: int, where: Path | None, smoke: bool) -> Any:
+    """A planner of this machine, with what it found of it told."""
     from lightning_align import HardwareSpec, Planner
 
     hardware = HardwareSpec.measure(disk=where or tempfile.gettempdir())
@@ -239,12 +242,17 @@ def report(steps: int, where: Path | None, smoke: bool) -> None:
         plain = planner.predict(*planned(case)).step_time / found["step_s"]
         print(f"in memory, {case.told}: {1e3 * found['step_s']:.1f} ms, predicted {plain:.2f}")
         rows.append((*planned(case), found["step_s"]))
-    planner.calibrate(rows)
-    columns = ("resident MiB", "disk MB", "MB a step", "ms")
+    return planner.calibrate(rows)
+
+
+def report(
+    planner: Any, steps: int, where: Path | None, cases: Sequence[Case], timed: bool
+) -> None:
+    columns = ("resident MiB", "disk MB", "MB a step", "ms")[: None if timed else 3]
     print(f"\n| run | {' | '.join(f'{name} | predicted / measured' for name in columns)} |")
-    print("|---|" + "---:|" * 8)
+    print("|---|" + "---:|" * 2 * len(columns))
     errors: dict[str, list[float]] = {name: [] for name in columns}
-    for case in CASES[: 2 if smoke else None]:
+    for case in cases:
         found = measured(case, steps, where)
         plan = planner.predict(*planned(case))
         pairs = {
@@ -261,6 +269,8 @@ def report(steps: int, where: Path | None, smoke: bool) -> None:
         )
         cells = [case.told]
         for (name, (value, unit)), predicted in zip(pairs.items(), predictions, strict=True):
+            if name not in columns:
+                continue
             if not value and not predicted:
                 cells += ["-", "-"]
                 continue
@@ -281,6 +291,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--smoke", action="store_true", help="two runs of few steps")
+    parser.add_argument("--no-time", action="store_true", help="leave seconds out")
+    parser.add_argument("--runs", type=int, nargs="+", help="numbers of those to make")
     parser.add_argument("--folder", type=Path, help="on the drive to measure")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -292,8 +304,16 @@ def main() -> None:
     import lightning
     import torch
 
+    import lightning_align
+
     print(f"torch {torch.__version__}, lightning {lightning.__version__}, 1 thread")
-    report(6 if arguments.smoke else 12, arguments.folder, arguments.smoke)
+    steps, where = 6 if arguments.smoke else 12, arguments.folder
+    chosen = arguments.runs or range(2 if arguments.smoke else len(CASES))
+    if arguments.no_time:
+        planner = lightning_align.Planner("xeon-8480")
+    else:
+        planner = calibrated(steps, where, arguments.smoke)
+    report(planner, steps, where, [CASES[n] for n in chosen], not arguments.no_time)
 
 
 if __name__ == "__main__":
