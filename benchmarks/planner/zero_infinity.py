@@ -174,6 +174,8 @@ def train(case: Case, folder: str, steps: int) -> dict[str, float]:
     ids = torch.randint(case.vocabulary, shape, generator=generator)
     trainer.fit(module, DataLoader([{"input_ids": x, "labels": x} for x in ids], batch_size=None))
     peak = status_bytes("VmHWM")
+    if case.stage:
+        strategy.close()
     files = Path(folder, "nvme").rglob("*")
     pairs = list(pairwise(watch.marks))[2:]
     return {
@@ -188,7 +190,7 @@ def train(case: Case, folder: str, steps: int) -> dict[str, float]:
 def child(case: Case, folder: str, steps: int) -> None:
     quiet()
     first = Case(*SMALLEST, case.stage, case.params, case.optimizer, recompute=case.recompute)
-    train(first, folder, 4)
+    train(first, str(Path(folder, "first")), 4)
     beside = status_bytes("VmRSS")
     print(json.dumps({**train(case, folder, steps), "beside": beside}))
 

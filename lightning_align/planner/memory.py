@@ -96,14 +96,18 @@ def memory_by_rank(model: ModelSpec, parallel: ParallelSpec) -> list[dict[str, f
     peaks = _pipelined(saved, own, parallel)
     largest = max(prod(shape) for _, shape in model.block_shapes) / parallel.tensor_parallel
     found = []
+    again, passing = _recomputed(model, parallel), _passing(model, parallel)
+    # The gradient of a weight is there beside the sum that it is added to.
+    passing += largest * parallel.weight_bytes
     for number, (rank, (held, gradients)) in enumerate(zip(ranks, peaks, strict=True), start=1):
-        # The gradient of a weight is there beside the sum that it is added to.
-        again, passing = _recomputed(model, parallel), _passing(model, parallel)
-        passing += largest * parallel.weight_bytes + UNDER_WAY * message
         moments = [(held + again, passing)]
-        if number == len(peaks):  # in the loss, and when what it kept has become gradients
-            moments = [(held, chunk), (held + again - kept, passing)]
-        busy = [{**rank, GRADIENTS: gradients, ACTIVATIONS: a, TEMPORARY: b} for a, b in moments]
+        if number == len(peaks):  # in the loss, and when what is behind the blocks is done
+            behind = kept + last_saved_bytes(model, parallel)
+            moments = [(held, chunk), (held + again - behind, passing)]
+        busy = [
+            {**rank, GRADIENTS: gradients, ACTIVATIONS: a, TEMPORARY: b + UNDER_WAY * message}
+            for a, b in moments
+        ]
         found.append(max(*busy, _updated(model, parallel, rank), key=_sum))
     return found
 
@@ -197,10 +201,11 @@ def _updated(
 
 
 def _recomputed(model: ModelSpec, parallel: ParallelSpec) -> float:
-    """What a block keeps while it is computed again for its backward."""
+    """What a block keeps while it is computed again for its backward, but for its input."""
     if parallel.activation_checkpointing != "full":
         return 0.0
-    return block_saved_bytes(model, replace(parallel, activation_checkpointing="none"))
+    whole = block_saved_bytes(model, replace(parallel, activation_checkpointing="none"))
+    return whole - block_saved_bytes(model, parallel)
 
 
 def _passing(model: ModelSpec, parallel: ParallelSpec) -> float:
