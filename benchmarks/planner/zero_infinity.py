@@ -190,6 +190,7 @@ def train(case: Case, folder: str, steps: int) -> dict[str, float]:
 def child(case: Case, folder: str, steps: int) -> None:
     quiet()
     first = Case(*SMALLEST, case.stage, case.params, case.optimizer, recompute=case.recompute)
+    Path(folder, "first").mkdir()
     train(first, str(Path(folder, "first")), 4)
     beside = status_bytes("VmRSS")
     print(json.dumps({**train(case, folder, steps), "beside": beside}))

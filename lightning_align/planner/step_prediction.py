@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lightning_align.offload.bandwidth import (
     BACKWARD,
@@ -208,12 +208,21 @@ def _moved(model: ModelSpec, parallel: ParallelSpec) -> dict[str, Phases]:
 @lru_cache(maxsize=4096)
 def _phases(tier: Tier, num_layers: int, trained: int, many: int, ranks: int) -> Phases:
     """Phases of all micro-batches, of which those between the second and the last are alike."""
-    bytes_of = partial(BlockBytes, is_stored=tier.is_stored)
-    own: tuple[Any, ...] = (tier.parameters, tier.states, tier.gradients)
-    beside: tuple[Any, ...] = (tier.beside, tier.beside_states, 0)
-    blocks = [bytes_of(*beside, stays=True)]
+    is_stored = tier.is_stored
+    blocks = [
+        BlockBytes(
+            *(tier.beside, tier.beside_states, 0),  # type: ignore[arg-type]
+            stays=True,
+            is_stored=is_stored,
+        )
+    ]
     blocks += [
-        bytes_of(*own, trains=number >= num_layers - trained, stays=not tier.parameters)
+        BlockBytes(
+            *(tier.parameters, tier.states, tier.gradients),  # type: ignore[arg-type]
+            trains=number >= num_layers - trained,
+            stays=not tier.parameters,
+            is_stored=is_stored,
+        )
         for number in range(num_layers)
     ]
     few = min(many, 4)

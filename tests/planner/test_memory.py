@@ -30,6 +30,8 @@ from lightning_align.planner.memory import (
     memory_by_rank,
     saved_by_rank,
 )
+from lightning_align.planner.model_spec import count
+from lightning_align.planner.states import state_bytes
 from lightning_align.planner.trace import tracing
 from tests.helpers.live_peak import LivePeak, there_before
 from tests.helpers.ranks import ForkedRanks, run_ranks
@@ -114,6 +116,21 @@ def test_what_lies_elsewhere_is_not_on_the_device() -> None:
     assert near["optimizer"] < plain["optimizer"] / 2
     assert far["nvme"] > plain["weights"] / 3
     assert far["cpu"] > 2 * far["nvme"]  # moments and gradients
+
+
+def test_a_step_is_on_drives_twice_and_states_lie_where_they_are_stepped() -> None:
+    """With everything on drives; what stays in memory is there, too, for a run that resumes."""
+    spec = ParallelSpec(
+        precision="32-true", zero_stage=3, offload_param="nvme", offload_optimizer="nvme"
+    )
+    shapes = MODEL.first_shapes + MODEL.num_layers * MODEL.block_shapes + MODEL.last_shapes
+    whole = 4 * MODEL.parameters + state_bytes(shapes, spec)
+    assert elsewhere(MODEL, spec)["nvme"] == 2 * whole
+    assert device_memory(MODEL, spec)["optimizer"] == 0
+    waits = elsewhere(MODEL, replace(spec, global_batch_size=2))
+    assert waits["nvme"] == 2 * whole + 4 * MODEL.num_layers * count(MODEL.block_shapes)
+    once = elsewhere(MODEL, replace(spec, offload_param="cpu"))
+    assert once["nvme"] == state_bytes(shapes, spec)
 
 
 def test_techniques_that_save_memory_do() -> None:
