@@ -132,7 +132,8 @@ class ChunkedHead:
         self.weight_VD = weight_VD.to(arithmetic.operand_dtype)
         self.bias_V = bias_V
         self.arithmetic = arithmetic
-        self.buffer_RV = self.new_empty(chunk_rows, len(weight_VD))
+        self.chunk_rows = chunk_rows
+        self._buffer_RV: Tensor | None = None  # backward from kept probabilities needs none
         self.gradients: list[Tensor | None] = [None, None, None]
 
     def new_empty(self, *shape: int) -> Tensor:
@@ -142,7 +143,9 @@ class ChunkedHead:
     def logits(self, rows: Tensor | slice) -> Tensor:
         """Logits of ``rows``, (R, V), in the buffer that the next call overwrites."""
         hidden_RD = self.hidden_ND[rows].to(self.weight_VD.dtype)
-        logits_RV = self.buffer_RV[: len(hidden_RD)]
+        if self._buffer_RV is None:
+            self._buffer_RV = self.new_empty(self.chunk_rows, len(self.weight_VD))
+        logits_RV = self._buffer_RV[: len(hidden_RD)]
         _matmul(hidden_RD, self.weight_VD.t(), self.arithmetic.dtype, out=logits_RV)
         if self.bias_V is not None:
             logits_RV.add_(self.bias_V)

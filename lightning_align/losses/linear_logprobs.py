@@ -30,9 +30,13 @@ _WHERE = "linear_logprobs"
 # matrix product would cost about a third of the time of the head.
 _KEPT_BYTES = 64 * 2**20
 
+_DOT_ROWS = 64  # the products of so many rows stay in a cache
+
 
 class TokenLogprobs(NamedTuple):
     """What the head says about each given token. All but ``logps_N`` is detached.
+
+    Without statistics the three after ``logps_N`` are nan, or False.
 
     Attributes:
         logps_N: Log-probability of the token, in nats. Differentiable.
@@ -57,6 +61,7 @@ def linear_logprobs(
     *,
     chunk_size: int | None = None,
     collision: bool = False,
+    statistics: bool = True,
 ) -> TokenLogprobs:
     """Log-probability of ``targets_N`` under ``head.logits(hidden_ND)``, and its company.
 
@@ -71,6 +76,8 @@ def linear_logprobs(
             only if all rows are one chunk. Default: chunks of 24 MiB (CPU), and probabilities of up
             to 64 MiB are kept.
         collision: Whether ``log_collision_N`` is wanted, which costs a pass over the probabilities.
+        statistics: Whether more than log-probabilities is wanted; without gradients they need no
+            memory but one chunk of logits.
 
     Returns:
         Log-probabilities and statistics, each (N,).
@@ -90,7 +97,7 @@ def linear_logprobs(
         keep = num_rows * vocab_size * arithmetic.dtype.itemsize <= _KEPT_BYTES
     else:
         keep = num_rows <= chunk_rows
-    options = _Options(arithmetic, chunk_rows, keep, torch.is_grad_enabled(), collision)
+    options = _Options(arithmetic, chunk_rows, keep, torch.is_grad_enabled(), collision, statistics)
     tensors = hidden_ND, head.weight, head.bias, targets_N
     return TokenLogprobs(*_LinearLogprobs.apply(*tensors, options))  # type: ignore[no-untyped-call]
 
@@ -101,6 +108,7 @@ class _Options(NamedTuple):
     keep_gradient: bool
     grad_enabled: bool  # Inside a Function it is always off.
     collision: bool
+    statistics: bool
 
 
 class _LinearLogprobs(Function):
@@ -119,17 +127,24 @@ class _LinearLogprobs(Function):
         keep = options.keep_gradient and any(wanted) and not frozen_head
         head.want_gradients((frozen_head, False, False))
         num_rows = len(targets_N)
-        probs_NV = head.new_empty(num_rows if keep else options.chunk_rows, len(weight_VD))
-        outputs = (*head.new_empty(3, num_rows), torch.empty_like(targets_N, dtype=torch.bool))
+        apart = options.statistics or any(wanted)  # probabilities, from logits that are asked again
+        probs_rows = num_rows if keep else options.chunk_rows
+        probs_NV = head.new_empty(probs_rows, len(weight_VD)) if apart else None
+        outputs = (
+            *head.new_empty(3, num_rows).fill_(torch.nan),
+            torch.zeros_like(targets_N, dtype=torch.bool),
+        )
         collision_N = head.new_empty(num_rows) if options.collision else None
         for rows in head_chunks.chunks(num_rows, options.chunk_rows):
             logits_RV, targets_R1 = head.logits(rows), targets_N[rows, None]
-            probs_RV = probs_NV[rows] if keep else probs_NV[: len(logits_RV)]
-            values = _logps_and_statistics(logits_RV, probs_RV, targets_R1)
-            for output_N, value_R in zip(outputs, values, strict=True):
+            probs_RV = logits_RV
+            if probs_NV is not None:
+                probs_RV = probs_NV[rows] if keep else probs_NV[: len(logits_RV)]
+            values = _logps_and_statistics(logits_RV, probs_RV, targets_R1, options.statistics)
+            for output_N, value_R in zip(outputs, values, strict=False):
                 output_N[rows] = value_R
             if collision_N is not None:  # before the probabilities become gradients
-                collision_N[rows] = torch.linalg.vecdot(probs_RV, probs_RV).log()
+                collision_N[rows] = _dots(probs_RV, probs_RV).log()
             if keep or frozen_head:
                 _nll_gradient_(probs_RV, logits_RV, targets_R1, options.arithmetic.softcap)
             if frozen_head:
@@ -167,18 +182,24 @@ class _LinearLogprobs(Function):
 
 
 def _logps_and_statistics(
-    logits_RV: Tensor, probs_RV: Tensor, targets_R1: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four outputs for a chunk; its probabilities are written into ``probs_RV``."""
+    logits_RV: Tensor, probs_RV: Tensor, targets_R1: Tensor, statistics: bool
+) -> tuple[Tensor, ...]:
+    """The outputs for a chunk, all or the first; its probabilities go into ``probs_RV``."""
     target_logit_R1 = logits_RV.gather(1, targets_R1)
-    mean_logit_R = logits_RV.mean(1)
     largest_R1, log_sum_R1 = head_chunks.softmax_(logits_RV, out_RV=probs_RV)
     logps_R1 = (target_logit_R1 - largest_R1) - log_sum_R1
+    if not statistics:
+        return (logps_R1.squeeze(1),)
     # Entropy = -sum(p log p) = log sum(exp(x)) - sum(p x).
-    expected_logit_R = torch.linalg.vecdot(probs_RV, logits_RV)
-    entropy_R = (largest_R1 + log_sum_R1).squeeze(1) - expected_logit_R
+    entropy_R = (largest_R1 + log_sum_R1).squeeze(1) - _dots(probs_RV, logits_RV)
     is_top1_R = (target_logit_R1 == largest_R1).squeeze(1)
-    return logps_R1.squeeze(1), entropy_R, mean_logit_R, is_top1_R
+    return logps_R1.squeeze(1), entropy_R, logits_RV.mean(1), is_top1_R
+
+
+def _dots(left_RV: Tensor, right_RV: Tensor) -> Tensor:
+    """Dot product of each two rows; their products are never there for all rows at once."""
+    rows = zip(left_RV.split(_DOT_ROWS), right_RV.split(_DOT_ROWS), strict=True)
+    return torch.cat([torch.linalg.vecdot(*of_part) for of_part in rows])
 
 
 def _nll_gradient_(

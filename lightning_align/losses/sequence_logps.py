@@ -54,6 +54,7 @@ def completion_logps(
     chunk_size: int | None = None,
     weights: bool = False,
     layout: PairLayout | None = None,
+    statistics: bool = True,
 ) -> CompletionLogps:
     """Log-probabilities of completions from hidden states.
 
@@ -68,6 +69,8 @@ def completion_logps(
         chunk_size: Rows whose logits exist at a time, see ``linear_logprobs``.
         weights: Whether ``log_weights_B`` is wanted, which costs one more sum over the logits.
         layout: Of the rows that the hidden states are of, (R, L, D); None for those of the batch.
+        statistics: Whether entropies, mean logits and likeliest tokens are wanted, as of a policy;
+            nan otherwise.
 
     Returns:
         Sums for each sequence; a sequence without completion has zeros.
@@ -88,7 +91,8 @@ def completion_logps(
     else:
         hidden_ND = hidden_BTD.flatten(0, 1)[layout.index_BT[sequence_N, position_N]]
     targets_N = input_ids_BT[sequence_N, position_N + 1]
-    tokens = linear_logprobs(hidden_ND, head, targets_N, chunk_size=chunk_size, collision=weights)
+    wanted = {"collision": weights, "statistics": statistics}
+    tokens = linear_logprobs(hidden_ND, head, targets_N, chunk_size=chunk_size, **wanted)
 
     def scattered(values_N: Tensor) -> Tensor:
         # Into a rectangle and then summed: the order of the additions never changes.
@@ -106,7 +110,7 @@ def completion_logps(
         lengths_B=lengths_B,
         entropy_B=scattered(tokens.entropy_N).sum(1),
         mean_logit_B=scattered(tokens.mean_logit_N).sum(1),
-        top1_B=scattered(tokens.is_top1_N).sum(1),
+        top1_B=scattered(tokens.is_top1_N if statistics else tokens.entropy_N).sum(1),  # nan, too
         token_logps_BT=token_logps_BT,
         completion_BT=predicted_BT,
         log_weights_B=log_weights_B,

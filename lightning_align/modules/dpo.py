@@ -414,7 +414,7 @@ class DPOModule(CausalLMModule):
         with torch.no_grad(), self._reference.asked(self.model):
             inputs = self._rows.inputs(batch, layers, of_reference=True)
             frozen_BTD = layers.hidden_states(inputs.pop("input_ids"), **inputs)
-            return policy, of_batch(frozen_BTD, layers.head)
+            return policy, of_batch(frozen_BTD, layers.head, statistics=False)
 
     @override
     def loss_from_hidden(self, hidden_BTD: Tensor, batch: dict[str, Any]) -> tuple[Tensor, Sums]:

@@ -277,7 +277,9 @@ def score_rows(
         places = longest_first[start : start + batch_size]
         ids_BT, mask_BT = (each.to(device) for each in _collate([rows[i] for i in places]))
         hidden_BTD = layers.hidden_states(ids_BT)  # padded on the right: no token looks there
-        scored = completion_logps(hidden_BTD, layers.head, ids_BT, mask_BT, chunk_size=chunk_size)
+        scored = completion_logps(
+            hidden_BTD, layers.head, ids_BT, mask_BT, chunk_size=chunk_size, statistics=False
+        )
         logps_N = scored.token_logps_BT[mask_BT[:, 1:].bool()].float().cpu().numpy()
         if not np.isfinite(logps_N).all():
             rule = (

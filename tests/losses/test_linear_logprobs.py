@@ -8,6 +8,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from lightning_align.layers import Head
 from lightning_align.losses import linear_cross_entropy, linear_logprobs
+from lightning_align.losses._head_chunks import ChunkedHead
 from tests.helpers.exact import assert_as_exact_as, assert_rounded_once, in_float64
 from tests.helpers.largest_tensor import LargestTensor
 
@@ -269,3 +270,54 @@ def test_bad_input_is_named(change, message):
     arguments = {"hidden_ND": hidden, "head": head, "targets_N": targets} | change
     with pytest.raises(ValueError, match=message):
         linear_logprobs(**arguments)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("head_name", HEADS)
+@pytest.mark.parametrize("chunk_size", [4, N])
+def test_without_statistics_the_log_probabilities_have_the_same_bits(
+    chunk_size, head_name, gradients
+):
+    """A reference agrees with its policy to the last bit until the first step."""
+    hidden, head, targets = make_inputs(**HEADS[head_name])
+    with torch.set_grad_enabled(gradients):
+        theirs, ours = (
+            linear_logprobs(hidden, head, targets, chunk_size=chunk_size, statistics=wanted)
+            for wanted in (True, False)
+        )
+    assert torch.equal(ours.logps_N, theirs.logps_N)
+    assert ours.entropy_N.isnan().all()
+    assert ours.mean_logit_N.isnan().all()
+    if gradients:
+        ours_, theirs_ = (
+            torch.autograd.grad(of.logps_N.sum(), leaves(hidden, head)) for of in (ours, theirs)
+        )
+        assert all(map(torch.equal, ours_, theirs_))
+
+
+def recording(made, new_empty):
+    def record(self, *shape):
+        made.append(shape)
+        return new_empty(self, *shape)
+
+    return record
+
+
+@pytest.mark.parametrize(("statistics", "expected"), [(True, 2), (False, 1)])
+def test_a_reference_needs_one_chunk_of_logits(statistics, expected, monkeypatch):
+    made = []
+    monkeypatch.setattr(ChunkedHead, "new_empty", recording(made, ChunkedHead.new_empty))
+    hidden, head, targets = make_inputs()
+    with torch.no_grad():
+        linear_logprobs(hidden, head, targets, chunk_size=4, statistics=statistics)
+    assert made.count((4, V)) == expected
+
+
+def test_backward_from_kept_probabilities_makes_no_logits(monkeypatch):
+    hidden, head, targets = make_inputs()
+    logps = linear_logprobs(hidden, head, targets).logps_N.sum()
+    monkeypatch.setattr(ChunkedHead, "logits", None)
+    made = []
+    monkeypatch.setattr(ChunkedHead, "new_empty", recording(made, ChunkedHead.new_empty))
+    torch.autograd.grad(logps, leaves(hidden, head))
+    assert (N, V) not in made

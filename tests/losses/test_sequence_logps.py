@@ -96,6 +96,16 @@ def scored(batch, model=None):
     return hidden, layers.head, completion_logps(hidden, layers.head, *masks, weights=True)
 
 
+def test_what_nobody_asks_of_a_reference_is_nan():
+    batch = padded("right")
+    hidden, head, theirs = scored(batch)
+    masks = batch["input_ids"], batch["completion_mask"]
+    ours = completion_logps(hidden, head, *masks, statistics=False)
+    assert torch.equal(ours.token_logps_BT, theirs.token_logps_BT)
+    for unknown_B in (ours.entropy_B, ours.mean_logit_B, ours.top1_B):
+        assert unknown_B[ours.lengths_B > 0].isnan().all()
+
+
 def test_sums_match_the_full_logits():
     batch = padded("right")
     hidden, head, ours = scored(batch)
