@@ -27,6 +27,7 @@ from lightning_align import AsyncCheckpoint
 from lightning_align.callbacks.checkpoint_monitor import score_of
 from lightning_align.callbacks.checkpoint_standing import standing
 from lightning_align.checkpointing.retention import Retention
+from tests.helpers.covers import with_slow
 
 BATCHES = 6  # of an epoch
 nan, inf = math.nan, math.inf
@@ -157,7 +158,10 @@ def kept(callback: ModelCheckpoint) -> Kept:
     )
 
 
-@pytest.mark.parametrize("run", RUNS)
+SELDOM = {"every second epoch", "ends in mid-epoch"}
+
+
+@pytest.mark.parametrize("run", with_slow(list(RUNS), RUNS.keys() - SELDOM))
 def test_keeps_and_says_what_model_checkpoint_does(tmp_path: Path, run: str) -> None:
     pairs = []
     for trigger in TRIGGERS:

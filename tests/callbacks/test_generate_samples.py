@@ -266,7 +266,7 @@ def test_file_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
     assert trainer.global_step == 5
 
 
-@pytest.mark.parametrize("name", ["gpt2", "hand-written"])
+@pytest.mark.parametrize("name", ["hand-written", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_resume_is_bit_identical(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

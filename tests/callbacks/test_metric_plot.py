@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_align.callbacks.metric_plot import MetricPlot, arrange, draw_curves, is_noisy
+from tests.helpers.covers import with_slow
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -188,7 +189,7 @@ def test_draws_the_picture_and_leaves_training_bit_identical(tmp_path, module):
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("module", [Plain, TinyGPT2])
+@pytest.mark.parametrize("module", with_slow([Plain, TinyGPT2], ["Plain"]))
 def test_a_resumed_run_draws_the_whole_curve(tmp_path, module):
     pl.seed_everything(0, verbose=False)
     straight, first, second = module(), module(), module()

@@ -18,6 +18,7 @@ from lightning_align.__main__ import main
 from lightning_align.cli.app import AlignCLI
 from lightning_align.cli.commands import COMMANDS
 from lightning_align.data.tokenizer import train_tokenizer
+from tests.helpers.covers import with_slow
 
 NOVEL = "It is a truth universally acknowledged, that a single man must be in want of a wife.\n"
 
@@ -132,7 +133,9 @@ def test_yaml_and_plain_trainer_give_the_same_run(tmp_path: Path) -> None:
     assert torch.equal(weights(ours), theirs)
 
 
-@pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
+@pytest.mark.parametrize(
+    "subcommand", with_slow(["validate", "test", "predict"], ["validate", "predict"])
+)
 def test_evaluates_a_checkpoint(tmp_path: Path, subcommand: str) -> None:
     recipe = write(tmp_path, config(tmp_path))
     run("fit", "-c", recipe, folder=tmp_path)

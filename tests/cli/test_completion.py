@@ -1,9 +1,11 @@
 """The script is what a shell takes, and answers a TAB."""
 
+import io
 import json
 import re
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from lightning_align.__main__ import main
 from lightning_align.cli.commands import COMMANDS
 from lightning_align.cli.completion import script
+from tests.helpers.children import forget_package, in_child
 
 
 @pytest.fixture(scope="module")
@@ -70,32 +73,33 @@ def test_another_shell_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "completion(shell='dos'): must be one of bash, zsh" in str(stopped.value)
 
 
-WITHOUT_SHTAB = """
-import io, json, sys
-from contextlib import redirect_stderr, redirect_stdout
-sys.modules["shtab"] = None
-from lightning_align.__main__ import main
-ends = []
-for arguments in json.loads(sys.argv[1]):
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with redirect_stdout(out), redirect_stderr(err):
-        try:
-            main(arguments)
-        except SystemExit as stopped:
-            code = stopped.code
-    ends.append((code, out.getvalue(), err.getvalue()))
-print(json.dumps(ends))
-"""
 COMPLETION, *OTHERS = [["completion", "bash"], ["--help"], ["completion", "--help"]]
 
 
 @pytest.fixture(scope="module")
-def without_shtab() -> list[tuple[object, str, str]]:
-    """What `main` exits with and writes, in one interpreter that has never had shtab."""
-    asked = json.dumps([COMPLETION, *OTHERS])
-    command = [sys.executable, "-c", WITHOUT_SHTAB, asked]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
-    return [tuple(end) for end in json.loads(run.stdout)]
+def without_shtab(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[object, str, str]]:
+    """What `main` exits with and writes, where shtab cannot be imported."""
+    result = tmp_path_factory.mktemp("without") / "result.json"
+
+    def run() -> None:
+        for package in ("jsonargparse", "lightning", "lightning_align", "shtab"):
+            forget_package(package)
+        sys.modules["shtab"] = None  # type: ignore[assignment]
+        from lightning_align.__main__ import main
+
+        ends = []
+        for arguments in (COMPLETION, *OTHERS):
+            out, err, code = io.StringIO(), io.StringIO(), None
+            with redirect_stdout(out), redirect_stderr(err):
+                try:
+                    main(arguments)
+                except SystemExit as stopped:
+                    code = stopped.code
+            ends.append((code or 0, out.getvalue(), err.getvalue()))
+        result.write_text(json.dumps(ends))
+
+    assert in_child(run) == 0
+    return [tuple(end) for end in json.loads(result.read_text())]
 
 
 def test_without_shtab_the_way_out_is_named_in_one_line(
