@@ -176,11 +176,9 @@ class FrozenReference:
             ValueError: If values are lacking and it cannot be asked, or one is not finite.
         """
         values, data = self.cached, datamodule_of(module._trainer)
-        if values is None:
+        if values is None or values.is_of(data):
             return
         about = {**self.fingerprint, "precision": str(module.trainer.precision)}
-        if values.is_of(data, about):
-            return
 
         def score(rows: Sequence[Row]) -> list[Values]:
             return self._asked(module, rows)

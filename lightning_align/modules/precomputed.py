@@ -85,9 +85,9 @@ class PrecomputedReference:
         for name, value in state.items():
             setattr(self, name, value)
 
-    def is_of(self, data: Any, reference: Mapping[str, str]) -> bool:
-        """Whether it has the values of this datamodule, and this reference said them."""
-        return self._data is not None and self._data() is data and self._about == reference
+    def is_of(self, data: Any) -> bool:
+        """Whether it has the values of this datamodule, asked in this run."""
+        return self._data is not None and self._data() is data
 
     def forget_data(self) -> None:
         """Ask the datamodule anew: a run begins, and it may have other data by now."""
