@@ -1,7 +1,9 @@
 """What a block keeps of a micro-batch for its backward, in bytes (arXiv:2205.05198, section 4).
 
 Counted are the tensors of the usual fused kernels: inputs of products and norms, queries, keys and
-values, what dropout kept. A block of a real model, analysed on meta, has its own count.
+values, what dropout kept. A block of a real model, analysed on meta, has its own count. Rows of
+pairs need no mask on a CPU, nor with FlexAttention; of other kernels on CUDA a dense one is not
+counted.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from lightning_align.planner.parallel_spec import ParallelSpec
 
 CHUNK_BYTES = 24 * 2**20  # of logits that a loss in chunks has at a time
 KEPT_BYTES = 64 * 2**20  # of probabilities up to which those of pairs are kept
+DOT_ROWS = 64  # of probabilities times logits, for entropies, at a time
 _LOGSUMEXP = 4  # bytes of a head and token that a fused attention keeps in place of scores
 
 
@@ -28,9 +31,9 @@ def block_saved_bytes(model: ModelSpec, parallel: ParallelSpec) -> float:
     if model.analysis is not None and parallel.tensor_parallel == 1:
         counted = model.analysis.saved_bytes(z.rows, z.s, parallel.is_half)
         if counted is not None:
-            return counted + mask_bytes(model, parallel)
+            return counted + repeated_bytes(z, parallel)
     scores = 0.0 if parallel.activation_checkpointing == "selective" else _scores(z)
-    return _attention(z) + scores + _feed_forward(z) + _norms(z) + mask_bytes(model, parallel)
+    return _attention(z) + scores + _feed_forward(z) + _norms(z) + repeated_bytes(z, parallel)
 
 
 def shared_bytes(model: ModelSpec, parallel: ParallelSpec) -> float:
@@ -109,7 +112,8 @@ def loss_bytes(model: ModelSpec, parallel: ParallelSpec) -> tuple[float, float]:
 
     In chunks, cross-entropy makes the gradients of hidden states and head in forward, in fp32. The
     log-probabilities of pairs keep the probabilities, where these are not too many; beside them are
-    logits and a product of both. A reference has three such chunks, and before a block's forward.
+    logits and a few rows of a product of both. A reference has one such chunk, and before it a
+    block's forward.
     """
     z = sizes(model, parallel)
     logits = 4 * parallel.predicted_rows * z.s * z.V
@@ -120,19 +124,17 @@ def loss_bytes(model: ModelSpec, parallel: ParallelSpec) -> tuple[float, float]:
         return 4 * (z.narrow * z.h + z.V * z.h), chunk * (1 + z.h / z.V)
     hidden = parallel.predicted_rows * z.s * z.h * z.el
     keeps = logits <= KEPT_BYTES
-    kept, chunks = hidden + logits * keeps, chunk * (2 if keeps else 3)
+    product = min(chunk, 4 * DOT_ROWS * z.V)
+    kept, chunks = hidden + logits * keeps, chunk * (1 if keeps else 2) + product
     if parallel.has_reference:
         block = z.el * (z.N * z.f * (1 + z.gates) + 2 * z.narrow * z.h)
-        chunks = max(3 * chunk, block)
+        chunks = max(chunks, block)
     return kept, chunks
 
 
-def mask_bytes(model: ModelSpec, parallel: ParallelSpec) -> float:
-    """Bytes of a block's mask of attention, where both of a pair are in one row."""
-    if not parallel.shared_prefix:
-        return 0.0
-    width = parallel.rows * model.seq_len / parallel.micro_batch_size
-    return parallel.element_bytes * parallel.micro_batch_size * width**2
+def repeated_bytes(z: Sizes, parallel: ParallelSpec) -> float:
+    """Bytes of keys and values once for each head of queries, as transformers has them masked."""
+    return z.N * 2 * (z.q - z.k) * z.el if parallel.shared_prefix else 0.0
 
 
 def backward_temporary(model: ModelSpec, parallel: ParallelSpec) -> float:
