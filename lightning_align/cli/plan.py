@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from lightning_align._errors import argument_error, finite_number
-from lightning_align.cli import plan_yaml
+from lightning_align.cli import plan_given, plan_yaml
 from lightning_align.cli.commands import CommandParser
 from lightning_align.cli.plan_generation import generation_report
 from lightning_align.cli.plan_report import report, side_by_side, split_of, told_model
@@ -30,13 +30,13 @@ def plan(
     *,
     tokens_per_batch: int | None = None,
     seq_len: int | None = None,
-    optimizer: str = "adamw",
+    optimizer: str | None = None,
     rank: int | None = None,
     lisa_layers: int | None = None,
-    objective: str = "pretrain",
-    reference: str = "model",
+    objective: str | None = None,
+    reference: str | None = None,
     shared_prefix: float = 0.0,
-    precision: str = "bf16-mixed",
+    precision: str | None = None,
     memory_limit: str | None = None,
     top_k: int = 5,
     train_tokens: float | None = None,
@@ -59,14 +59,16 @@ def plan(
             machine, which is measured in ten seconds; of a CPU each is a core.
         tokens_per_batch: Tokens of a step, over all devices; default a row on each.
         seq_len: Tokens of a row; default what the model or its file says, at most 4096.
-        optimizer: adamw, stable_adamw, muon, galore_adamw or sgd.
-        rank: Rank of GaLore's projections; default 128.
-        lisa_layers: Blocks that LISA trains at a time; default all.
-        objective: pretrain or dpo, whose rows are pairs.
-        reference: Of dpo, model, precomputed or none.
+        optimizer: adamw, stable_adamw, muon, galore_adamw or sgd; default what the file of a run
+            says, else adamw.
+        rank: Rank of GaLore's projections; default the file's, else 128.
+        lisa_layers: Blocks that LISA trains at a time; default the file's, else all.
+        objective: pretrain or dpo, whose rows are pairs; default the file's, else pretrain.
+        reference: Of dpo, model, precomputed or none; default the file's, else model.
         shared_prefix: Of dpo, share of a row that both of a pair have in common, their prompt;
             it is computed once where DPOModule shares prefixes.
-        precision: 32-true, bf16-mixed, 16-mixed, bf16-true, bf16-master or 16-master.
+        precision: 32-true, bf16-mixed, 16-mixed, bf16-true, bf16-master or 16-master; default the
+            file's, else bf16-mixed.
         memory_limit: Memory of a device that may be used, such as 40GB.
         top_k: Lines of the table.
         train_tokens: Tokens of the whole run, for its days and its price.
@@ -92,6 +94,7 @@ def plan(
     spec = ModelSpec.from_config(model, seq_len=seq_len)
     if new_tokens is not None:
         yield told_model(spec)
+        precision = precision or plan_given.DEFAULTS["precision"]
         for name in hardware:
             yield from generation_report(spec, _hardware(name), new_tokens, precision)
         return
@@ -100,7 +103,7 @@ def plan(
         raise argument_error("plan", "mtbf", mtbf, rule, "Add --train_tokens")
     times = (checkpoint_time, restart_time, checkpoint_interval)
     reliability = None if mtbf is None else Reliability(mtbf, *times)
-    chosen = {
+    asked = {
         "optimizer": optimizer,
         "rank": rank,
         "lisa_layers": lisa_layers,
@@ -109,7 +112,10 @@ def plan(
         "shared_prefix": shared_prefix,
         "precision": precision,
     }
+    chosen, of_file = plan_given.chosen(model, asked)
     yield told_model(spec)
+    if of_file:
+        yield "as its file has it: " + ", ".join(f"{n} {value}" for n, value in of_file.items())
     best: list[Plan] = []
     for name in hardware:
         planner = Planner(_hardware(name)).limited_to(memory_limit)

@@ -12,7 +12,7 @@ from lightning_align._errors import argument_error
 from lightning_align.cli.given import over
 from lightning_align.planner import ParallelSpec, Plan
 
-_OPTIMIZERS = {
+OPTIMIZERS = {
     "adamw": "torch.optim.AdamW",
     "stable_adamw": "lightning_align.StableAdamW",
     "muon": "lightning_align.Muon",
@@ -31,6 +31,17 @@ _RUNNERS = {
     "schedule": "pipelines here run GPipe, 1F1B and Interleaved1F1B",
     "lisa": "LISA draws among all blocks, and a rank of a pipeline has some",
 }
+
+
+def last_name(given: Any, default: str = "") -> str:
+    """Name of a class without its module, from a configuration that has one, or its path alone.
+
+    Args:
+        given: A mapping with a class_path, or a path.
+        default: Where there is none.
+    """
+    path = given.get("class_path") if isinstance(given, Mapping) else given
+    return str(path or default).rpartition(".")[2]
 
 
 def unrunnable(parallel: ParallelSpec) -> str | None:
@@ -75,6 +86,8 @@ def configuration(plan: Plan, run: Mapping[str, Any]) -> dict[str, Any]:
             "class_path": "LISA",
             "init_args": {"activated_layers": parallel.lisa_layers, "filename": None},
         }
+        for key in trainer.keys() & {"callbacks", "callbacks+"}:
+            trainer[key] = [each for each in trainer[key] or [] if last_name(each) != "LISA"]
         trainer["callbacks"] = [*(trainer.get("callbacks") or []), own]
     return {"seed_everything": 0, **made, "trainer": trainer}
 
@@ -86,9 +99,9 @@ def _model(parallel: ParallelSpec, run: Mapping[str, Any]) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "activation_checkpointing": parallel.activation_checkpointing == "full"
     }
-    path = _OPTIMIZERS[parallel.optimizer]
+    path = OPTIMIZERS[parallel.optimizer]
     known = (given.get("optimizer") or {}) if isinstance(given.get("optimizer"), Mapping) else {}
-    if str(known.get("class_path")).rpartition(".")[2] != path.rpartition(".")[2]:
+    if last_name(known) != last_name(path):
         arguments["optimizer"] = {"class_path": path, "init_args": {"lr": _LR[parallel.optimizer]}}
     else:
         arguments["optimizer"] = {"class_path": known["class_path"], "init_args": {}}

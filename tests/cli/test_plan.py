@@ -106,6 +106,17 @@ def test_the_machine_at_hand_is_measured(
     assert "2 x this cpu" in text.splitlines()
 
 
+def test_a_file_is_planned_as_it_trains(
+    capsys: pytest.CaptureFixture[str], folder: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.yaml"
+    model = {"model": folder, "optimizer": {"class_path": "lightning_align.Muon"}}
+    path.write_text(yaml.safe_dump({"model": {"class_path": "DPOModule", "init_args": model}}))
+    text = run(capsys, "--model", str(path), "--hardware", "h100")
+    assert text.splitlines()[1] == "as its file has it: objective dpo, optimizer muon"
+    assert "reference" in text
+
+
 def test_few_rows_are_for_splits_with_few_replicas(
     capsys: pytest.CaptureFixture[str], folder: str
 ) -> None:

@@ -125,6 +125,13 @@ def test_what_the_user_wrote_stays() -> None:
     assert "trainer" not in RUN
 
 
+def test_there_is_one_lisa() -> None:
+    own = [{"class_path": "lightning_align.LISA"}, {"class_path": "ExactResume"}]
+    trainer = content({**RUN, "trainer": {"callbacks+": own}}, lisa_layers=1)["trainer"]
+    assert trainer["callbacks+"] == own[1:]
+    assert [each["class_path"] for each in trainer["callbacks"]] == ["LISA"]
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [

@@ -1,0 +1,91 @@
+"""What the file of a run says of its training already, in the planner's words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_align._errors import argument_error
+from lightning_align.cli.plan_yaml import OPTIMIZERS, last_name
+
+# What is planned with where neither the user nor the file says anything.
+DEFAULTS: dict[str, Any] = {
+    "optimizer": "adamw",
+    "rank": None,
+    "lisa_layers": None,
+    "objective": "pretrain",
+    "reference": "model",
+    "precision": "bf16-mixed",
+}
+_OBJECTIVES = {"PretrainModule": "pretrain", "DPOModule": "dpo"}
+_PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}  # as Lightning reads them
+_LISA_LAYERS = 2  # LISA's own default
+
+
+def chosen(model: str, asked: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """How a model is to be trained, and what of that its file says.
+
+    Args:
+        model: What the user named: a Hugging Face name, a folder, or the YAML of a run.
+        asked: Arguments by name, None where the user said nothing.
+
+    Raises:
+        ValueError: If the file's run is none that can be planned.
+    """
+    file = said(model) if model.endswith((".yaml", ".yml")) else {}
+    found = {name: file.get(name) if given is None else given for name, given in asked.items()}
+    found = {name: DEFAULTS.get(name) if v is None else v for name, v in found.items()}
+    for name, of in (("rank", "optimizer"), ("reference", "objective")):
+        if asked[name] is None and found[of] != file.get(of, found[of]):
+            found[name] = DEFAULTS[name]  # the file's is of another one
+    return found, {name: file[name] for name in file if found[name] == file[name]}
+
+
+def said(path: str | Path) -> dict[str, Any]:
+    """Arguments of ``ParallelSpec`` that the file of a run has.
+
+    Args:
+        path: Of the file.
+
+    Raises:
+        ValueError: If it trains adapters, or a module that is none of ours.
+    """
+    content: Any = yaml.safe_load(Path(path).read_text())
+    model, trainer = content.get("model") or {}, content.get("trainer") or {}
+    given: Mapping[str, Any] = model.get("init_args") or {}
+    if given.get("peft_config"):
+        rule = "its run trains adapters (peft_config), which are not planned"
+        way_out = "Take peft_config out to plan the training of all weights"
+        raise argument_error("plan", "model", str(path), rule, way_out)
+    name = last_name(model, "PretrainModule")
+    if name not in _OBJECTIVES:
+        rule = f"its module is a {name}, and must be a PretrainModule or a DPOModule"
+        way_out = "Plan the model inside of it: by name, folder, or Planner in Python"
+        raise argument_error("plan", "model", str(path), rule, way_out)
+    found: dict[str, Any] = {"objective": _OBJECTIVES[name], **_optimizer(given.get("optimizer"))}
+    if given.get("precompute_ref_log_probs"):
+        found["reference"] = "precomputed"
+    if given.get("reference_free"):
+        found["reference"] = "none"
+    if (precision := trainer.get("precision")) is not None:
+        found["precision"] = _PRECISIONS.get(str(precision), str(precision))
+    callbacks = [*(trainer.get("callbacks") or []), *(trainer.get("callbacks+") or [])]
+    for each in callbacks:
+        if last_name(each) == "LISA":
+            found["lisa_layers"] = (each.get("init_args") or {}).get(
+                "activated_layers", _LISA_LAYERS
+            )
+    return found
+
+
+def _optimizer(given: Any) -> dict[str, Any]:
+    if given is None:
+        return {}
+    name = last_name(given)
+    ours = {path.rpartition(".")[2]: key for key, path in OPTIMIZERS.items()}
+    found = {"optimizer": ours.get(name, name)}  # another one is refused, if none is asked for
+    options = given.get("init_args") or {} if isinstance(given, Mapping) else {}
+    return {**found, "rank": options["rank"]} if options.get("rank") else found
