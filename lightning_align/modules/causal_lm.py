@@ -87,13 +87,14 @@ class CausalLMModule(pl.LightningModule, ABC):
         where = type(self).__name__
         if chunk_size is not None and chunk_size < 1:
             raise argument_error(where, "chunk_size", chunk_size, "must be at least 1 row")
-        # Of any model beside it, too; which revision is a matter of each one's name.
+        # Of any model beside it, too, but for the revision, which belongs to a name.
         self.loading: Loading = {
             "dtype": dtype,
             "attn_implementation": attn_implementation,
+            "revision": revision,
             "trust_remote_code": trust_remote_code,
         }
-        built = build_model(model, where=where, revision=revision, **self.loading)
+        built = build_model(model, where=where, **self.loading)
         self.model = with_adapters(built, peft_config, where=where, revision=revision)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
