@@ -6,7 +6,8 @@ import inspect
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from lightning_align._errors import argument_error, finite_number
 from lightning_align.cli import plan_given, plan_yaml
 from lightning_align.cli.commands import CommandParser
 from lightning_align.cli.plan_generation import generation_report
-from lightning_align.cli.plan_report import report, side_by_side, split_of, told_model
+from lightning_align.cli.plan_report import report, run_of, side_by_side, split_of, told_model
 from lightning_align.planner import HardwareSpec, ModelSpec, ParallelSpec, Plan, Planner
-from lightning_align.planner.failures import Reliability
+from lightning_align.planner.failures import Reliability, TimeToTrain
 from lightning_align.planner.plan_plot import draw_plans
 from lightning_align.planner.search import ranked
 
@@ -87,6 +88,7 @@ def plan(
     Raises:
         ValueError: If a value is out of its range, nothing fits, or a file cannot be written.
     """
+    _check_together(dict(locals()))
     if top_k < 1:
         raise argument_error("plan", "top_k", top_k, "must be at least 1")
     if train_tokens is not None and (finite_number(train_tokens) or 0) <= 0:
@@ -98,9 +100,6 @@ def plan(
         for name in hardware:
             yield from generation_report(spec, _hardware(name), new_tokens, precision)
         return
-    if mtbf is not None and train_tokens is None:
-        rule = "says how long a run takes, whose tokens are not given"
-        raise argument_error("plan", "mtbf", mtbf, rule, "Add --train_tokens")
     times = (checkpoint_time, restart_time, checkpoint_interval)
     reliability = None if mtbf is None else Reliability(mtbf, *times)
     asked = {
@@ -134,7 +133,28 @@ def plan(
         yield from report(*told)
     if len(best) > 1:
         yield from ["", *side_by_side(best, train_tokens, reliability)]
-    yield from _written(model, best, output, json_file, png)
+    runs = [run_of(each, train_tokens or 0.0, reliability) for each in best] if reliability else []
+    yield from _written(model, best, runs, output, json_file, png)
+
+
+_OF_FAILURES = ("checkpoint_time", "restart_time", "checkpoint_interval")
+_OF_GENERATION = ("model", "hardware", "seq_len", "precision", "new_tokens")
+
+
+def _check_together(given: Mapping[str, Any]) -> None:
+    """Refuse arguments that would do nothing beside the others."""
+    parameters = inspect.signature(plan).parameters
+    changed = [name for name in parameters if given[name] != parameters[name].default]
+    rules = {}
+    if given["new_tokens"] is not None:
+        rule = "is about training, and new_tokens plans generation in its place"
+        rules = {name: rule for name in changed if name not in _OF_GENERATION}
+    elif given["mtbf"] is None:
+        rules = {name: "says nothing without mtbf" for name in changed if name in _OF_FAILURES}
+    elif given["train_tokens"] is None:
+        rules = {"mtbf": "says how long a run takes, whose tokens are not given in train_tokens"}
+    for name, rule in rules.items():
+        raise argument_error("plan", name, given[name], rule)
 
 
 def _hardware(text: str) -> HardwareSpec:
@@ -172,6 +192,7 @@ def _base(
 def _written(
     model: str,
     best: Sequence[Plan],
+    runs: Sequence[TimeToTrain],
     output: str | Path | None,
     json_file: str | Path | None,
     png: str | Path | None,
@@ -187,7 +208,9 @@ def _written(
             raise argument_error("plan", "output", str(output), f"fit does not take it: {refused}")
         yield f"wrote {output}"
     if json_file is not None:
-        text = json.dumps([each.to_dict() for each in best], indent=1)
+        more = [{"time_to_train": {**asdict(run), "seconds": run.seconds}} for run in runs]
+        every = zip(best, more or [{}] * len(best), strict=True)
+        text = json.dumps([each.to_dict() | added for each, added in every], indent=1)
         yield _save("json_file", json_file, lambda path: path.write_text(text))
     if png is not None:
         yield _save("png", png, lambda path: draw_plans(path, best))

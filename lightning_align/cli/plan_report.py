@@ -182,11 +182,18 @@ def _whole_run(
         cost = "" if price is None else f", {hours * price:,.0f} in all"
         lines.append(f"{days:,.3g} days for {train_tokens:.3g} tokens{cost}")
         if reliability is not None:
-            lines += _failures(_run(winner, train_tokens, reliability), winner.parallel.devices)
+            lines += _failures(run_of(winner, train_tokens, reliability), winner.parallel.devices)
     return ["", *lines] if lines else []
 
 
-def _run(plan: Plan, tokens: float, reliability: Reliability) -> TimeToTrain:
+def run_of(plan: Plan, tokens: float, reliability: Reliability) -> TimeToTrain:
+    """Time of a whole run, with failures.
+
+    Args:
+        plan: How it is trained.
+        tokens: Of the run.
+        reliability: How often devices fail.
+    """
     work_s = tokens / plan.tokens_per_second
     return reliability.time_to_train(work_s, devices=plan.parallel.devices)
 
@@ -194,7 +201,7 @@ def _run(plan: Plan, tokens: float, reliability: Reliability) -> TimeToTrain:
 def _days(plan: Plan, tokens: float, reliability: Reliability | None) -> float:
     if reliability is None:
         return tokens / plan.tokens_per_second / DAY
-    return _run(plan, tokens, reliability).seconds / DAY
+    return run_of(plan, tokens, reliability).seconds / DAY
 
 
 def _failures(run: TimeToTrain, devices: int) -> list[str]:

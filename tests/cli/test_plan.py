@@ -69,10 +69,14 @@ def test_hardware_stands_side_by_side_with_its_price(
     ]
 
 
-def test_failures_take_their_days(capsys: pytest.CaptureFixture[str], folder: str) -> None:
+def test_failures_take_their_days(
+    capsys: pytest.CaptureFixture[str], folder: str, tmp_path: Path
+) -> None:
     given = ("--model", folder, "--hardware", "8xh100@2", "--train_tokens", "1e15")
     plain = run(capsys, *given)
-    text = run(capsys, *given, "--mtbf", "10d", "--checkpoint_time", "30s", "--restart_time", "1h")
+    figures = tmp_path / "plans.json"
+    more = ("--mtbf", "10d", "--checkpoint_time", "30s", "--restart_time", "1h")
+    text = run(capsys, *given, *more, "--json_file", str(figures))
     days, failing = (
         float(re.search(r"([\d,.e+]+) days for 1e\+15", told)[1].replace(",", ""))  # type: ignore[index]
         for told in (plain, text)
@@ -80,6 +84,9 @@ def test_failures_take_their_days(capsys: pytest.CaptureFixture[str], folder: st
     assert 1.04 * days < failing < 1.06 * days  # restarts of 1 h each 30 h, and what is lost
     assert "one of 8 devices fails every 1.25 d; a checkpoint every 42.1 min" in text
     assert "restarts" in text
+    told = json.loads(figures.read_text())[0]["time_to_train"]
+    assert told["seconds"] == pytest.approx(failing * 86400, rel=0.01)
+    assert told["interval_s"] == pytest.approx(42.1 * 60, rel=0.01)
 
 
 def test_new_tokens_plan_generation(capsys: pytest.CaptureFixture[str], folder: str) -> None:
@@ -172,7 +179,9 @@ def test_tables_are_there_before_a_file_cannot_be_written(
             ],
             "checkpoint_interval='0s'.*positive",
         ),
-        (["--hardware", "h100", "--mtbf", "5y"], "mtbf='5y'.*Add --train_tokens"),
+        (["--hardware", "h100", "--mtbf", "5y"], "mtbf='5y'.*not given in train_tokens"),
+        (["--hardware", "h100", "--restart_time", "1h"], "restart_time='1h'.*without mtbf"),
+        (["--hardware", "h100", "--new_tokens", "9", "--rank", "8"], "rank=8.*plans generation"),
         (["--hardware", "h100", "--mtbf", "5", "--train_tokens", "1e9"], "without a failure"),
         (["--hardware", "h100", "--new_tokens", "0"], "new_tokens=0"),
         (["--hardware", "h100", "--objective", "dpo", "--shared_prefix", "1"], "to below 1"),
