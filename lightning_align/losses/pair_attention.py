@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,10 +45,12 @@ class PairAttention:
         windows: Positions that each type of layers sees, None for all; a single type without a
             name for a model whose layers are all alike.
         form: Of a mask: boolean, additive or blocks (of FlexAttention).
+        pairs_alone: Whether its attention was seen to run each pair alone (``PairMask``).
     """
 
     windows: tuple[tuple[str, int | None], ...]
     form: str
+    pairs_alone: bool = False
 
     def arguments(self, layout: PairLayout, dtype: torch.dtype) -> dict[str, Any]:
         """Arguments of ``hidden_states`` for the rows of a layout.
@@ -159,7 +161,8 @@ def check_pair_attention(layers: ModelLayers) -> PairAttention:
             f" differ by {largest_error:.2g} of the largest"
         )
         raise _error(layers.model, rule)
-    return attention
+    mask = arguments["attention_mask"]
+    return replace(attention, pairs_alone=isinstance(mask, PairMask) and not mask.is_written)
 
 
 @contextmanager

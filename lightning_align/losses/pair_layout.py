@@ -85,6 +85,7 @@ def lay_out_pairs(
     packing: bool = False,
     hidden_size: int | None = None,
     only_if_cheaper: bool = False,
+    pairs_alone: bool = False,
 ) -> PairLayout | None:
     """Rows for a batch of pairs. One number of each pair is read on the host, nothing else.
 
@@ -96,6 +97,8 @@ def lay_out_pairs(
         hidden_size: Width of the model, which says what a comparison costs.
         only_if_cheaper: Whether to give none where the sequences, each in a row of its own, are
             less work: long completions behind a short prompt.
+        pairs_alone: Whether attention compares no pair with others of its row; the fewest places
+            then cost least.
 
     Returns:
         The layout, or None if separate rows are asked for and cheaper.
@@ -115,11 +118,13 @@ def lay_out_pairs(
     shared_P1 = ((chosen_PT == rejected_PT) & in_both_PT).long().cumprod(1).sum(1, keepdim=True)
 
     sizes_P1 = of_chosen_P1 + of_rejected_P1 - shared_P1
-    row_P, offset_P, num_rows, width = _rows(sizes_P1[:, 0].cpu(), packing, hidden_size)
+    sizes_P, of_rows = sizes_P1[:, 0].cpu(), None if pairs_alone else hidden_size
+    row_P, offset_P, num_rows, width = _rows(sizes_P, packing, of_rows)
     if only_if_cheaper:
         # Padded on the right, attention skips what no token sees: half of the comparisons.
         separate = work(len(input_ids_BT), T, hidden_size, comparisons=T / 2)
-        if separate <= work(num_rows, width, hidden_size):
+        compared = int(sizes_P.max()) if pairs_alone else width
+        if separate <= work(num_rows, width, hidden_size, comparisons=compared):
             return None
 
     begin_P1 = (row_P * width + offset_P).to(input_ids_BT.device)[:, None]

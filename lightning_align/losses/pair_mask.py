@@ -49,6 +49,11 @@ class PairMask(Tensor):
         mask._layout, mask._plan, mask._written = layout, plan_of(layout), None
         return mask
 
+    @property
+    def is_written(self) -> bool:
+        """Whether anybody has looked at it."""
+        return self._written is not None
+
     def written(self) -> Tensor:
         """The mask as any other."""
         if self._written is None:

@@ -259,7 +259,11 @@ def _shared(
             return None, {}
         raise
     layout = pair_layout(
-        *rows_BT, packing=packing, hidden_size=layers.hidden_size, only_if_cheaper=is_auto
+        *rows_BT,
+        packing=packing,
+        hidden_size=layers.hidden_size,
+        only_if_cheaper=is_auto,
+        pairs_alone=attention.pairs_alone,
     )
     if layout is None:
         return None, {}

@@ -68,6 +68,7 @@ class PairRows:
             packing=self.packing,
             hidden_size=hidden_size,
             only_if_cheaper=self.prefix_sharing == "auto",
+            pairs_alone=all(attention.pairs_alone for attention in self._attention),
         )
 
     def inputs(self, batch: Batch, layers: ModelLayers, *, of_reference: bool = False) -> Batch:

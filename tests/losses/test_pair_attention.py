@@ -155,6 +155,14 @@ def test_a_model_that_cannot_share_is_refused_and_auto_takes_separate_rows(name)
     assert torch.equal(sequence_logps(model, **batch, prefix_sharing="auto"), separate)
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"), [("llama", True), ("eager", False), ("mistral", False)]
+)
+def test_it_is_seen_whether_attention_runs_each_pair_alone(name, expected):
+    family, options = MODELS[name]
+    assert check_pair_attention(find_layers(TINY_MODELS[family](**options))).pairs_alone is expected
+
+
 def test_layers_and_kernels_that_look_back_in_another_way_are_refused():
     model = TINY_MODELS["llama"]()
     model.config._attn_implementation_internal = "flash_attention_2"

@@ -138,6 +138,10 @@ def test_packing_takes_as_many_rows_as_cost_least():
     one_row = lay_out_pairs(ids, mask, packing=True)
     assert one_row.input_ids_RL.shape == (1, 190)
     assert lay_out_pairs(ids, mask).input_ids_RL.shape == (4, 90)
+    alone = lay_out_pairs(ids, mask, packing=True, hidden_size=1, pairs_alone=True)
+    assert alone.input_ids_RL.shape == (1, 190)  # no pair is compared with another
+    options = {"hidden_size": 1, "only_if_cheaper": True, "pairs_alone": True}
+    assert lay_out_pairs(ids, mask, packing=True, **options).input_ids_RL.shape == (1, 190)
 
 
 def test_separate_rows_are_taken_where_they_are_cheaper():
