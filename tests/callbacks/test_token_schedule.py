@@ -335,8 +335,8 @@ SLOW = pytest.mark.slow
     [
         pytest.param({}, MODULES[0], marks=SLOW),
         ({}, MODULES[1]),
-        (WINDOWS, MODULES[0]),
-        pytest.param(WINDOWS, MODULES[1], marks=SLOW),
+        pytest.param(WINDOWS, MODULES[0], marks=SLOW),
+        (WINDOWS, MODULES[1]),
     ],
     ids=["plain-gpt2", "plain-hand-written", "windows-gpt2", "windows-hand-written"],
 )
@@ -436,7 +436,10 @@ def budget_run(folder: Path, name: str, **arguments: Any) -> Run:
 
 @pytest.mark.parametrize(
     "short",
-    [{"max_tokens": 300, "schedule": "constant"}, {"max_tokens": 500, "schedule": "wsd"}],
+    [
+        {"max_tokens": 300, "schedule": "constant"},
+        pytest.param({"max_tokens": 500, "schedule": "wsd"}, marks=SLOW),
+    ],
     ids=["from-constant", "from-wsd"],
 )
 def test_a_run_is_prolonged_until_its_decay_begins(tmp_path: Path, short: dict[str, Any]) -> None:

@@ -57,8 +57,7 @@ def train_both(folder, rank, early=False, window=1, unused=(), **memory):
 UPDATES = {"after backward": False, "in backward": True}
 
 
-@pytest.mark.parametrize("gradients", [False, True], ids=["on disk", "in memory"])
-@cover(early=UPDATES, window=[1, 2])
+@cover(gradients={"on disk": False, "in memory": True}, early=UPDATES, window=[1, 2])
 def test_two_ranks_train_as_ddp(tmp_path, early, window, gradients):
     def run(rank):
         return train_both(tmp_path, rank, early, window, gradients=gradients, group_bytes=1)
