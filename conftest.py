@@ -31,6 +31,16 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run snippets that continue each other once, in the last of them, which begins with all."""
+    codes = [getattr(item, "code", None) for item in items]
+    goes_on = [
+        code is not None and then is not None and then.startswith(code)
+        for code, then in zip(codes, [*codes[1:], None], strict=True)
+    ]
+    items[:] = [item for item, more in zip(items, goes_on, strict=True) if not more]
+
+
 @pytest.fixture(autouse=True)
 def _no_run_of_wandb_outlives_its_test() -> Iterator[None]:
     """A WandbLogger goes on with whatever run is open in the process."""

@@ -64,13 +64,39 @@ assert not distributed.is_initialized()
 """
 
 
-def test_snippets_leave_nothing_to_tests_either(tmp_path: Path) -> None:
-    """They run beside the tests, in their processes."""
-    shutil.copy(ROOT / "conftest.py", tmp_path)
-    (tmp_path / "page.md").write_text(LEAVES + FINDS_NONE)
-    options = ["--markdown-docs", "-p", "no:cacheprovider", "-c", os.devnull]
+def run_page(folder: Path, page: str) -> int:
+    """Run the snippets of a page as those of the docs are; 0 where they pass."""
+    shutil.copy(ROOT / "conftest.py", folder)
+    (folder / "page.md").write_text(page)
+    options = ["--markdown-docs", "--markdown-docs-syntax=superfences"]
+    options += ["-p", "no:cacheprovider", "-c", os.devnull, f"--rootdir={folder}"]
 
     def run() -> None:
-        assert pytest.main([*options, f"--rootdir={tmp_path}", f"{tmp_path}"]) == 0
+        assert pytest.main([*options, str(folder)]) == 0
 
-    assert in_child(run) == 0
+    return in_child(run)
+
+
+def test_snippets_leave_nothing_to_tests_either(tmp_path: Path) -> None:
+    """They run beside the tests, in their processes."""
+    assert run_page(tmp_path, LEAVES + FINDS_NONE) == 0
+
+
+COUNTS = """
+```python
+with open("{runs}", "a") as file:
+    file.write("{name} ")
+```
+"""
+
+
+def test_snippets_that_continue_each_other_run_once(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    first, second, third, alone = (COUNTS.format(runs=runs, name=name) for name in "1234")
+    page = first + "".join(
+        each.replace("```python", "```{.python continuation}") for each in (second, third)
+    )
+    assert run_page(tmp_path, page + alone) == 0
+    assert runs.read_text() == "1 2 3 4 "
+    fails = COUNTS.replace("file.write", "raise ValueError")
+    assert run_page(tmp_path, fails + second.replace("```python", "```{.python continuation}")) != 0
