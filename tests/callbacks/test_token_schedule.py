@@ -3,7 +3,6 @@ has, when training ends, over batches, windows and ranks, and what a resume keep
 
 import csv
 import json
-import subprocess
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,14 @@ from lightning_align.schedules import lr_fraction
 from tests.helpers.resume import HandWritten, Run, SequenceData
 from tests.modules.test_dpo import pairs
 from tests.modules.test_pretrain import fit, gpt2, rows, sgd_module, weights
-from tests.run.test_exact_resume import EVERY_STEP, checkpoints, kill_when, position_of, resume
+from tests.run.test_exact_resume import (
+    EVERY_STEP,
+    checkpoints,
+    kill_when,
+    position_of,
+    resume,
+    train,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:TokenSchedule.max_tokens")
 
@@ -391,7 +397,7 @@ def test_forgotten_tokens_would_show(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert resumed_digest != digest
 
 
-@pytest.mark.slow  # importing everything, once per process
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2])
 def test_sigkill_and_resume_is_bit_identical(tmp_path: Path, devices: int) -> None:
     """Killed while the rate falls, and continued by another process (or two)."""
@@ -404,18 +410,15 @@ def test_sigkill_and_resume_is_bit_identical(tmp_path: Path, devices: int) -> No
         callbacks={"TokenSchedule": WSD},
     )
     Path(whole.folder).mkdir()
-    if devices == 1:
-        whole.fit()
-    else:
-        subprocess.run(whole.command(), check=True)
+    train(whole, fresh=False)
     killed = replace(whole, folder=str(tmp_path / "killed"), checkpoint=EVERY_STEP, pause_s=0.03)
     Path(killed.folder).mkdir()
-    kill_when(killed, 24 // devices)
+    kill_when(killed, 24 // devices, fresh=False)
     path = checkpoints(killed.folder)[-1]
     saved = torch.load(path, weights_only=True)["callbacks"]["TokenSchedule"]
     assert 400 < saved["tokens_seen"] < 800
     resumed = replace(killed, name="resumed", ckpt_path=str(path), checkpoint={}, pause_s=0.0)
-    subprocess.run(resumed.command(), check=True)
+    train(resumed, fresh=False)
     for rank in range(devices):
         assert resumed.losses(rank) == whole.losses(rank)[position_of(path) :]
     hashes = [Path(run.folder, f"{run.name}.hash").read_text() for run in (whole, resumed)]

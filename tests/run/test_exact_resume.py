@@ -5,6 +5,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from lightning_align.data.sampler import PositionSampler
 from lightning_align.run import exact_resume
 from lightning_align.run.accumulation import WINDOW_KEY
 from lightning_align.run.exact_resume import ExactResume
+from tests.helpers.children import fork
 from tests.helpers.resume import HandWritten, Run, SequenceData
 
 EVERY_STEP = {"every_n_train_steps": 1, "filename": "{epoch}-{step}"}
@@ -177,38 +179,51 @@ def test_the_comparison_notices_what_is_left_out(
     assert resumed_digest != digest
 
 
-def kill_when(run: Run, lines: int) -> None:
+def started(run: Run, fresh: bool) -> int:
+    """Id of a process that trains, the first of its group: a fresh interpreter, or a forked one."""
+    if fresh:
+        return subprocess.Popen(run.command(), start_new_session=True).pid
+
+    def fit() -> None:
+        os.setsid()
+        run.fit()
+
+    return fork(fit)
+
+
+def train(run: Run, fresh: bool) -> None:
+    assert os.waitstatus_to_exitcode(os.waitpid(started(run, fresh), 0)[1]) == 0
+
+
+def kill_when(run: Run, lines: int, fresh: bool) -> None:
     """Start ``run`` as a process and send SIGKILL to all of it once it has recorded ``lines``
     batches."""
-    process = subprocess.Popen(run.command(), start_new_session=True, stderr=subprocess.PIPE)
+    pid = started(run, fresh)
     record = Path(run.folder, f"{run.name}.0")
     deadline = time.monotonic() + 120
     try:
         while not record.exists() or len(record.read_text().splitlines()) < lines:
-            if process.poll() is not None or time.monotonic() > deadline:
-                assert process.stderr is not None
-                pytest.fail(
-                    f"the run ended before it was killed:\n{process.stderr.read().decode()}"
-                )
+            if os.waitpid(pid, os.WNOHANG)[0] or time.monotonic() > deadline:
+                pytest.fail("the run ended, or did not begin, before it was killed")
             time.sleep(0.002)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    assert process.returncode == -signal.SIGKILL
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
 
 
 @pytest.mark.parametrize(
-    ("kill_at", "num_workers", "accumulate"),
+    ("kill_at", "num_workers", "accumulate", "fresh"),
     [
-        (4, 0, 1),
-        pytest.param(10, 0, 1, marks=pytest.mark.slow),
-        pytest.param(13, 2, 2, marks=pytest.mark.slow),
-        pytest.param(20, 2, 1, marks=pytest.mark.slow),
+        (4, 0, 1, False),
+        pytest.param(10, 0, 1, False, marks=pytest.mark.slow),
+        pytest.param(13, 2, 2, True, marks=pytest.mark.slow),
+        pytest.param(20, 2, 1, False, marks=pytest.mark.slow),
     ],
     ids=["mid-epoch", "epoch-end", "workers-accumulate", "workers-epoch-end"],
 )
 def test_sigkill_and_resume_is_bit_identical(
-    tmp_path: Path, kill_at: int, num_workers: int, accumulate: int
+    tmp_path: Path, kill_at: int, num_workers: int, accumulate: int, fresh: bool
 ) -> None:
     """Epochs have 10 batches; the process is killed from outside and resumed by another process."""
     whole = Run(
@@ -221,30 +236,32 @@ def test_sigkill_and_resume_is_bit_identical(
     losses, digest = whole.fit()
     killed = replace(whole, folder=str(tmp_path / "killed"), checkpoint=EVERY_STEP, pause_s=0.03)
     Path(killed.folder).mkdir()
-    kill_when(killed, kill_at)
+    kill_when(killed, kill_at, fresh)
     assert killed.losses() == losses[: len(killed.losses())]
     path = checkpoints(killed.folder)[-1]
     resumed = replace(killed, name="resumed", ckpt_path=str(path), checkpoint={}, pause_s=0.0)
-    subprocess.run(resumed.command(), check=True)
+    train(resumed, fresh)
     assert resumed.losses() == losses[position_of(path) :]
     assert Path(resumed.folder, "resumed.hash").read_text() == digest
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kill_at", [3, 5], ids=["mid-epoch", "epoch-end"])
-def test_sigkill_and_resume_on_two_ranks(tmp_path: Path, kill_at: int) -> None:
+@pytest.mark.parametrize(
+    ("kill_at", "fresh"), [(3, False), (5, True)], ids=["mid-epoch", "epoch-end"]
+)
+def test_sigkill_and_resume_on_two_ranks(tmp_path: Path, kill_at: int, fresh: bool) -> None:
     """Two forked gloo ranks; an epoch has 5 batches, the last of them uneven."""
     whole = Run(
         str(tmp_path / "whole"), module="gpt2", devices=2, trainer={"accumulate_grad_batches": 2}
     )
     Path(whole.folder).mkdir()
-    subprocess.run(whole.command(), check=True)
+    train(whole, fresh)
     killed = replace(whole, folder=str(tmp_path / "killed"), checkpoint=EVERY_STEP, pause_s=0.03)
     Path(killed.folder).mkdir()
-    kill_when(killed, kill_at)
+    kill_when(killed, kill_at, fresh)
     path = checkpoints(killed.folder)[-1]
     resumed = replace(killed, name="resumed", ckpt_path=str(path), checkpoint={}, pause_s=0.0)
-    subprocess.run(resumed.command(), check=True)
+    train(resumed, fresh)
     for rank in range(2):
         assert resumed.losses(rank) == whole.losses(rank)[position_of(path) :]
     assert whole.losses(0) != whole.losses(1)
