@@ -70,7 +70,7 @@ CASES = (
     Case(256, 8, 1024, 2, 128, accumulate=2),
     Case(256, 8, 1024, 4, 128, params="cpu", optimizer="nvme"),
     Case(256, 8, 1024, 4, 128, params="cpu", optimizer="cpu"),
-    Case(256, 8, 1024, 4, 128, stage=2, params="cpu", optimizer="nvme"),
+    Case(256, 8, 1024, 4, 128, stage=2, params="none", optimizer="nvme"),
 )
 IN_MEMORY = (  # what the planner is calibrated on
     Case(192, 4, 1024, 4, 128, 0, "none", "none"),

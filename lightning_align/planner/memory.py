@@ -178,8 +178,11 @@ def _moments(
     again, passing = _recomputed(model, parallel), _passing(model, parallel)
     width = parallel.weight_bytes / parallel.tensor_parallel
     head, first = model.vocab_size * model.hidden_size, count(model.first_shapes)
-    before = rank[GRADIENTS] * (parallel.num_microbatches > 1)
-    begins = {GRADIENTS: before + width * head, ACTIVATIONS: saved + again, TEMPORARY: passing}
+    accumulates = parallel.num_microbatches > 1  # then new gradients are there beside their sums
+    is_pooled = parallel.zero_stage >= 2 and parallel.offload_optimizer == NVME  # and used again
+    before = rank[GRADIENTS] * (accumulates or is_pooled)
+    made = before + width * head * (accumulates or not is_pooled)
+    begins = {GRADIENTS: made, ACTIVATIONS: saved + again, TEMPORARY: passing}
     yield {**rank, **begins}
     # The block that is in backward has no gradients yet, unless it is frozen, and gets none; those
     # that are divided or leave are few at any time.
@@ -249,11 +252,14 @@ def elsewhere(model: ModelSpec, parallel: ParallelSpec) -> dict[str, float]:
 
 
 def _staged(model: ModelSpec, parallel: ParallelSpec) -> float:
-    """What a rank has in host memory of state that is on drives: two groups, and a block's sums."""
+    """What a rank has in host memory of state that is on drives, and the sums of a block.
+
+    One group of states is read, one is stepped, and one is written.
+    """
     states = state_bytes(model.block_shapes, parallel)
     largest = max(
         state_bytes((each,), parallel)
         for each in model.first_shapes + model.block_shapes + model.last_shapes
     )
     sums = parallel.weight_bytes * count(model.block_shapes) * (parallel.zero_stage >= 2)
-    return 2 * min(max(GROUP_BYTES, largest), max(states, largest)) + sums
+    return 3 * min(max(GROUP_BYTES, largest), max(states, largest)) + sums

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_align.planner.model_spec import ModelSpec
 from lightning_align.planner.parallel_spec import ParallelSpec
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 MOST_MICROBATCH = 64
 MOST_PIPELINE = 64
+TOLD = 1.005  # factor from which on one plan is said to be faster: steps vary by as much
+INFINITE = float("inf")
 # Where parameters and optimizer state lie, with ZeRO's stage: what is near comes first.
 _TIERS = (
     (0, "none", "none"),
@@ -137,13 +139,19 @@ def ranked(
 
 
 def _worth_it(plans: list[Plan]) -> list[Plan]:
-    """Those that fit, but for tiers and stages of ZeRO that gain nothing; and all others."""
+    """Those that fit, but for tiers and stages of ZeRO that gain nothing; and all others.
+
+    A gain of less than ``TOLD`` is none.
+    """
+    near: dict[str, Any] = {"zero_stage": 0, "offload_param": "none", "offload_optimizer": "none"}
+    plain = {plan.parallel: plan.step_time for plan in plans if plan.fits}
     seen = set()
     found = []
     for plan in plans:
-        near = {"zero_stage": 0, "offload_param": "none", "offload_optimizer": "none"}
-        same = (replace(plan.parallel, **near), f"{plan.step_time:.3g}")  # type: ignore[arg-type]
-        if plan.fits and same in seen:
+        split = replace(plan.parallel, **near)
+        same = (split, f"{plan.step_time:.3g}")
+        is_split = plan.parallel != split and plan.step_time * TOLD > plain.get(split, INFINITE)
+        if plan.fits and (same in seen or is_split):
             continue
         seen.add(same)
         found.append(plan)

@@ -113,8 +113,8 @@ def _exposed_reduce_s(
     elements = (trained * count(model.block_shapes) + count(beside)) / parallel.tensor_parallel
     group = Group(parallel.replicas, parallel.tensor_parallel)
     seconds = all_reduce_s(elements * parallel.weight_bytes, group, hardware, constants)
-    if not parallel.overlap_grad_reduce:
-        return seconds
+    if not (parallel.overlap_grad_reduce and hardware.is_asynchronous):
+        return seconds  # a processor sends with the cores that compute
     first = parallel.pipeline_parallel  # whose backward is the last to end
     beside_s = sum(each.seconds for each in stages.backward[::first])
     return max(seconds - beside_s, seconds / (blocks + 1))  # the last bucket waits for backward
@@ -262,5 +262,8 @@ def _waiting_s(
         ]
         crossed = sum(moved.read + moved.written for _, moved, _ in together)
         link_s = crossed / hardware.host_bandwidth  # what is on drives comes this way, too
-        seconds += times * max(arithmetic[name], link_s, *transfers)
+        busy = arithmetic[name]
+        if not hardware.is_asynchronous:
+            busy += sum(moved.exchanged for _, moved, _ in together) / exchange
+        seconds += times * max(busy, link_s, *transfers)
     return seconds

@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import replace
 
 from lightning_align.planner import HardwareSpec, ModelSpec, ParallelSpec, Planner
-from lightning_align.planner.search import candidates, ranked
+from lightning_align.planner.search import TOLD, candidates, ranked
 
 HARDWARE = HardwareSpec.from_name("8xh100-sxm")
 GPT = ModelSpec(8, 1024, 16, vocab_size=32000, seq_len=512)
@@ -45,6 +45,20 @@ def test_batches_that_no_split_divides_have_no_candidates() -> None:
     base = ParallelSpec(devices=1, global_batch_size=7)
     found = list(candidates(GPT, base, HARDWARE))
     assert {each.micro_batch_size for each in found} == {1}
+
+
+def test_a_stage_of_zero_that_gains_less_than_can_be_told_is_left_out() -> None:
+    """It divides the update, which is a hundredth of the step here."""
+    planner, long = Planner(HARDWARE), replace(GPT, seq_len=2048)
+    base = ParallelSpec(devices=8, global_batch_size=512)
+    plain, divided = (
+        planner.predict(long, replace(base, micro_batch_size=64, zero_stage=stage))
+        for stage in (0, 1)
+    )
+    assert plain.step_time / TOLD < divided.step_time < plain.step_time
+    told = [plan.parallel for plan in ranked(planner, long, base)]
+    assert plain.parallel in told
+    assert divided.parallel not in told
 
 
 def test_tiers_that_gain_nothing_are_left_out() -> None:

@@ -84,6 +84,18 @@ def test_replicas_on_other_nodes_cost_messages() -> None:
     assert 0 < hidden < far.breakdown["replicas"]
 
 
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_processor_sends_with_the_cores_that_compute(stage: int) -> None:
+    def messages(hardware: HardwareSpec) -> float:
+        found = predicted(hardware=hardware, devices=8, zero_stage=stage).breakdown
+        return found["replicas"] + found["transfers"]
+
+    sent = messages(replace(HARDWARE, is_asynchronous=False))
+    fast = replace(HARDWARE, is_asynchronous=False, intra_bandwidth=HARDWARE.intra_bandwidth * 1e6)
+    assert sent > 1.5 * messages(HARDWARE)
+    assert sent > 10 * messages(fast)
+
+
 @pytest.mark.parametrize("devices", [8, 64, 512, 2048])
 def test_256_nodes_are_sane(devices: int) -> None:
     """As many rows a device take about as long on any number of nodes, and never less."""
