@@ -25,10 +25,15 @@ trl over auto 1.9; in all three auto over the better of separate and shared at m
 long prompts: shared over trl at most 0.06. These are figures of a CPU, where TRL's fused head
 scores every position; on CUDA it leaves out the rows without completions.
 
-Memory is the peak resident set of one step above its base, one fresh process for each side. Base is
-what is there before the step: imports, both models' weights, gradients, optimizer states, the
-inputs; what the allocator holds free is given back first. So above it are activations and
-temporary tensors. The largest of three steps behind one of the same shape counts.
+Memory is the peak of one step above its base, one fresh process for each side, in three measures.
+Base is what is there before the step: imports, both models' weights, gradients, optimizer states,
+the inputs. So above it are activations and temporary tensors.
+
+* tensors: bytes of all that torch allocates in the step, less what it frees, at most.
+* resident: the resident set; what the allocator holds free is given back before base is taken. The
+  largest of three steps behind one of the same shape.
+* kept heap: the same, but base is taken with what the allocator holds free from the steps before.
+  It sees little but allocations of more than 32 MiB, which glibc maps anew each time: logits.
 """
 
 from __future__ import annotations
@@ -267,25 +272,42 @@ def resident(key: str) -> int:
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
-def measure_memory_here(side: str) -> float:
-    """Peak above base of a step, in MB; Linux, and only meaningful in a fresh process."""
+def measure_memory_here(side: str) -> dict[str, float]:
+    """Peaks above base of a step, in MB; Linux, and only meaningful in a fresh process."""
     step = make_step(side, make_batch(*SHAPES[MEMORY_SHAPE]))
     step()
-    peaks = []
-    for _ in range(3):
+
+    def resident_peak(trim: bool) -> float:
         gc.collect()
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        if trim:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
         base = resident("VmRSS")
         step()
-        peaks.append((resident("VmHWM") - base) / 1e6)
-    return max(peaks)
+        return (resident("VmHWM") - base) / 1e6
+
+    kept_heap = statistics.median([resident_peak(trim=False) for _ in range(5)])
+    trimmed = max(resident_peak(trim=True) for _ in range(3))
+    return {"tensors": allocated(step) / 1e6, "resident": trimmed, "kept heap": kept_heap}
 
 
-def measure_memory(side: str, options: list[str]) -> float:
+def allocated(step: Callable[[], float]) -> int:
+    """The most bytes that torch had allocated in a step and not freed."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        step()
+    now = most = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda each: each.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
+
+
+def measure_memory(side: str, options: list[str]) -> dict[str, float]:
     arguments = [sys.executable, __file__, "--memory-of", side, *options]
     done = subprocess.run(arguments, check=True, capture_output=True, text=True)
-    return float(json.loads(done.stdout.splitlines()[-1]))
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def ratios(times: dict[str, list[float]]) -> dict[str, float]:
@@ -315,6 +337,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--no-times", action="store_true")
     parser.add_argument("--tiny", action="store_true", help="a model of no size")
     parser.add_argument("--shape", choices=list(SHAPES), help="this one alone")
     parser.add_argument("--memory-of", choices=SIDES, help="of this side alone, in this process")
@@ -336,7 +359,7 @@ def main() -> None:
     kind = f"V={V}, D={D}, 4 blocks, fp32, {arguments.repeats} alternated repeats"
     print(f"{kind}: median [min, max]\n", flush=True)
     for shape, (pairs, prompts, completions) in SHAPES.items():
-        if arguments.shape not in (None, shape):
+        if arguments.no_times or arguments.shape not in (None, shape):
             continue
         print(f"{shape}: {pairs} pairs, prompts {prompts}, completions {completions}", flush=True)
         times, apart = measure_time(shape, arguments.repeats)
@@ -349,9 +372,9 @@ def main() -> None:
         print(f"memory above base, {MEMORY_SHAPE}", flush=True)
         options = ["--tiny"] * arguments.tiny
         memory = {side: measure_memory(side, options) for side in SIDES}
-        for side, megabytes in memory.items():
-            ratio = megabytes / memory["trl"]
-            print(f"  {side:10} {megabytes:.0f} MB, over trl {ratio:.3f}x", flush=True)
+        for side, found in memory.items():
+            told = (f"{n} {mb:.0f} MB, {mb / memory['trl'][n]:.3f}x" for n, mb in found.items())
+            print(f"  {side:10} {'; '.join(told)}", flush=True)
 
 
 if __name__ == "__main__":
