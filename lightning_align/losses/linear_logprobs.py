@@ -198,8 +198,8 @@ def _logps_and_statistics(
 
 def _dots(left_RV: Tensor, right_RV: Tensor) -> Tensor:
     """Dot product of each two rows; their products are never there for all rows at once."""
-    rows = zip(left_RV.split(_DOT_ROWS), right_RV.split(_DOT_ROWS), strict=True)
-    return torch.cat([torch.linalg.vecdot(*of_part) for of_part in rows])
+    parts = head_chunks.chunks(len(left_RV), _DOT_ROWS)
+    return torch.cat([torch.linalg.vecdot(left_RV[rows], right_RV[rows]) for rows in parts])
 
 
 def _nll_gradient_(

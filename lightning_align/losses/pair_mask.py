@@ -19,14 +19,16 @@ from lightning_align._compat import torch_attention as kernel
 from lightning_align.losses.pair_layout import PairLayout
 from lightning_align.losses.row_attention import Stretch, row_attention, stretches
 
+_TENSOR: Any = Tensor  # whose properties have getters
+
 # What may be asked of a mask without it being written out.
 _FACTS = frozenset(
     {
-        Tensor.shape.__get__,
-        Tensor.dtype.__get__,
-        Tensor.device.__get__,
-        Tensor.ndim.__get__,
-        Tensor.requires_grad.__get__,
+        _TENSOR.shape.__get__,
+        _TENSOR.dtype.__get__,
+        _TENSOR.device.__get__,
+        _TENSOR.ndim.__get__,
+        _TENSOR.requires_grad.__get__,
         Tensor.size,
         Tensor.dim,
         Tensor.is_floating_point,
@@ -74,7 +76,8 @@ class PairMask(Tensor):
         if func is F.scaled_dot_product_attention and len(args) == 3:
             mask = options.get("attn_mask")
             if isinstance(mask, cls) and mask._fits(args, options):
-                return row_attention(*args, mask._plan, options.get("scale"))
+                query, key, value = args
+                return row_attention(query, key, value, mask._plan, options.get("scale"))
         return func(*_written_out(args), **_written_out(options))
 
     def _fits(self, tensors: Sequence[Tensor], options: dict[str, Any]) -> bool:
