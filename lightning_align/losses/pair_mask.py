@@ -21,6 +21,8 @@ from lightning_align.losses.row_attention import Stretch, row_attention, stretch
 
 _TENSOR: Any = Tensor  # whose properties have getters
 
+# As it was at first: who analyses a step puts another function into its place for a while.
+_ATTENTION = F.scaled_dot_product_attention
 # What may be asked of a mask without it being written out.
 _FACTS = frozenset(
     {
@@ -73,7 +75,7 @@ class PairMask(Tensor):
         options = dict(kwargs or {})
         if func in _FACTS:
             return super().__torch_function__(func, types, args, options)  # type: ignore[no-untyped-call]
-        if func is F.scaled_dot_product_attention and len(args) == 3:
+        if func is _ATTENTION and len(args) == 3:
             mask = options.get("attn_mask")
             if isinstance(mask, cls) and mask._fits(args, options):
                 query, key, value = args
