@@ -4,6 +4,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from lightning_align.losses import lay_out_pairs
 from lightning_align.losses.pair_mask import PairMask
+from lightning_align.planner.meta_attention import attention_of_processor
 from tests.losses.test_pair_attention import make_batch
 
 
@@ -39,6 +40,14 @@ def test_attention_is_that_of_the_mask_written_out(packing, empty):
         assert type(out) is torch.Tensor
     assert mask._written is None  # it was not
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
+
+
+def test_it_is_known_where_attention_is_another_function_for_a_while():
+    """As while a step is analysed, which must not round otherwise."""
+    mask = PairMask.of(layout := layout_of(packing=False))
+    with attention_of_processor():
+        F.scaled_dot_product_attention(*inputs(layout), attn_mask=mask)
+    assert mask._written is None
 
 
 def test_one_head_of_keys_serves_several_of_queries():
