@@ -233,9 +233,9 @@ def module_rows(step: StepTime, top_k: int) -> list[Row]:
         top_k: How many.
     """
     ranked = sorted(step.modules.items(), key=lambda item: -item[1].seconds)[:top_k]
-    rows = []
+    rows, counted = [], step.report.costs(name for name, _ in ranked)
     for name, cost in ranked:
-        found = step.report.modules[name]
+        found = counted[name]
         rows.append(
             {
                 "module": name or "(all)",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import TypeAlias
 
 from lightning_align.planner.op_flops import ATTENTION, NORM, POINTWISE, PRODUCT, REDUCTION, words
@@ -27,12 +28,17 @@ _CLASSES = (ATTENTION, NORM, POINTWISE, PRODUCT, REDUCTION)
 
 def class_of(record: Record) -> str:
     """Class of an operation, whose members take about as long for the same work."""
-    base = record.name.rpartition(".")[2].rstrip("_").removeprefix("_foreach_")
-    if record.kind == POINTWISE and base in _FUNCTIONS | _TANH:
+    return _class_of(record.name, record.kind)
+
+
+@cache  # of some hundred names
+def _class_of(name: str, kind: str) -> str:
+    base = name.rpartition(".")[2].rstrip("_").removeprefix("_foreach_")
+    if kind == POINTWISE and base in _FUNCTIONS | _TANH:
         return FUNCTIONS if base in _FUNCTIONS else TANH
-    if record.kind in (ATTENTION, NORM) and "backward" in base:
-        return f"{record.kind} backward"
-    return record.kind if record.kind in (ATTENTION, NORM, POINTWISE, PRODUCT, REDUCTION) else MOVE
+    if kind in (ATTENTION, NORM) and "backward" in base:
+        return f"{kind} backward"
+    return kind if kind in _CLASSES else MOVE
 
 
 def work_of(record: Record, softmax: Mapping[str, float]) -> float:

@@ -49,12 +49,21 @@ def least_bytes(
     leaves = {
         storage: regions
         for storage, regions in given.items()
-        if any(n > first and n not in members for n in reads.get(storage, ()))
-        or not any(n in members for n in reads.get(storage, ()))
-        or storage in taken
+        if storage in taken or _is_left(members, first, reads.get(storage, ()))
     }
     return sum(
         min(sum(region.bytes for region in regions), sizes[storage])
         for uses in (taken, leaves)
         for storage, regions in uses.items()
     )
+
+
+def _is_left(members: set[int], first: int, readers: Sequence[int]) -> bool:
+    """Whether a storage is read after the region began and outside of it, or not inside."""
+    is_read_inside = False
+    for number in readers:
+        if number in members:
+            is_read_inside = True
+        elif number > first:
+            return True
+    return not is_read_inside

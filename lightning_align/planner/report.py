@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from lightning_align.planner.least_traffic import least_bytes, reads_of
@@ -160,19 +160,31 @@ class StepReport:
     @cached_property
     def modules(self) -> dict[str, Cost]:
         """Modules by their names in ``named_modules()``, with all that runs inside of them."""
-        members: dict[str, list[int]] = defaultdict(list)
-        for number, record in enumerate(self.trace.records):
-            for name in enclosing(record.scope):
-                members[name].append(number)
-        saved = self._saved()
+        return self.costs(self.module_names)
+
+    def costs(self, names: Iterable[str]) -> dict[str, Cost]:
+        """Some of ``modules``; to know all takes as long as the analysis of a small step.
+
+        Args:
+            names: Of modules.
+        """
+        members, saved = self._members, self._saved()
         return {
             name: cost_of(
-                (self.trace.records[number] for number in members[name]),
+                (self.trace.records[number] for number in members.get(name, ())),
                 saved_bytes=saved[name],
-                least_bytes=self._least(members[name]),
+                least_bytes=self._least(members.get(name, ())),
             )
-            for name in self.module_names
+            for name in names
         }
+
+    @cached_property
+    def _members(self) -> Mapping[str, Sequence[int]]:
+        found: dict[str, list[int]] = defaultdict(list)
+        for number, record in enumerate(self.trace.records):
+            for name in enclosing(record.scope):
+                found[name].append(number)
+        return found
 
     @property
     def blocks(self) -> dict[str, Cost]:
@@ -257,11 +269,12 @@ def _plain(cost: Cost) -> dict[str, float]:
     return {**asdict(cost), "intensity": cost.intensity}
 
 
-def enclosing(scope: Scope) -> set[str]:
+@lru_cache(4096)  # asked for each operation, and a step has few scopes
+def enclosing(scope: Scope) -> frozenset[str]:
     """All modules around an operation: those that were called, and those that contain them."""
     found = {""}
     for name in scope:
         while name:
             found.add(name)
             name = name.rpartition(".")[0]
-    return found
+    return frozenset(found)
