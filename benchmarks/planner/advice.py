@@ -6,8 +6,8 @@
 
 For each piece a run in which it is given, and the same run with it followed, in turns; the machine
 is measured once (``MachineBalance.measure``). A gain is by how much more rows a second are trained:
-medians of steps, CPU time of one thread, but for data, which are waited for, the clock on
-the wall. The sign must be right, and the prediction within 5 points of the measured gain or a
+medians of steps, CPU time of one thread, but for data and drives, which are waited for, the clock
+on the wall. The sign must be right, and the prediction within 5 points of the measured gain or a
 third of it.
 """
 
@@ -31,7 +31,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_align import MachineBalance, PretrainModule, RooflineMonitor
+from lightning_align import MachineBalance, PretrainModule, RooflineMonitor, ZeROInfinityStrategy
 
 RESULTS = Path(__file__).parents[1] / "cache/advice.json"
 WARMUP, STEPS, ROUNDS = 4, 24, 5
@@ -97,6 +97,7 @@ class Side:
     accumulate: int = 1
     wait_s: float = 0.0
     workers: int = 0
+    strategy: Callable[[str], Any] | None = None
 
     @property
     def rows_of_step(self) -> int:
@@ -115,6 +116,14 @@ class Case:
 
 
 SMALL, WIDE, DEEP = config(), config(vocab_size=16384), config(num_hidden_layers=8)
+
+
+def drive(folder: str) -> Any:
+    return ZeROInfinityStrategy(nvme_path=folder, overwrite=True)
+
+
+def memory(_: str) -> Any:
+    return ZeROInfinityStrategy(offload_params_device="cpu", offload_optimizer_device="cpu")
 
 
 CASES = {
@@ -155,6 +164,13 @@ CASES = {
         Side(lambda: ours(SMALL), wait_s=0.015, workers=2),
         waits=True,
     ),
+    "tier": Case(
+        "another tier",
+        "ZeROInfinityStrategy: host memory for the drive",
+        Side(lambda: ours(WIDE), vocabulary=16384, strategy=drive),
+        Side(lambda: ours(WIDE), vocabulary=16384, strategy=memory),
+        waits=True,
+    ),
 }
 
 
@@ -180,6 +196,7 @@ def run(side: Side, waits: bool, steps: int, monitor: RooflineMonitor | None) ->
             max_epochs=1,
             accelerator="cpu",
             devices=1,
+            strategy=side.strategy(folder) if side.strategy else "auto",
             accumulate_grad_batches=side.accumulate,
             logger=False,
             callbacks=[clock, *([monitor] if monitor else [])],

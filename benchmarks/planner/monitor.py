@@ -14,6 +14,7 @@ import hashlib
 import time
 from functools import partial
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning.pytorch as pl
@@ -25,6 +26,7 @@ from lightning_align import PretrainModule, RooflineMonitor
 
 WARMUP, STEPS = 5, 60
 BAR, BAR_OF_ANALYSIS = 0.01, 2.5
+FOLDER = TemporaryDirectory()  # of tables, of which nothing is left
 HOOKS = (
     "on_train_batch_start",
     "on_before_zero_grad",
@@ -78,6 +80,7 @@ def run(monitor: RooflineMonitor | None) -> tuple[float, str]:
     batches = DataLoader([{"input_ids": ids, "labels": ids} for ids in rows], batch_size=None)
     clock = Clock()
     trainer = pl.Trainer(
+        default_root_dir=FOLDER.name,
         max_epochs=1,
         accelerator="cpu",
         devices=1,

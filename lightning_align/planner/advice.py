@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 from lightning_align.planner.balance import MachineBalance
 from lightning_align.planner.module_scopes import BACKWARD, OPTIMIZER, RECOMPUTE
-from lightning_align.planner.op_flops import POINTWISE
 from lightning_align.planner.report import StepReport
 from lightning_align.planner.step_time import OVERHEAD, time_of
 from lightning_align.planner.trace import Record, Region
@@ -108,11 +107,13 @@ def larger_micro_batch(
     update = _seconds((record for record in records if record.phase == OPTIMIZER), hardware)
     update += _views(report, hardware, lambda phase: phase == OPTIMIZER)
     now = _total(report, hardware)
+    calls = _of_loops(hardware, setting, now)
     if setting.micro_batches > 1:
         text = "Double the micro-batch and halve accumulate_grad_batches: the same step, in fewer"
-        return Advice("larger micro-batch", f"{text} calls", _gain(now, twice / 2 + update))
+        then = twice / 2 + update + calls / 2
+        return Advice("larger micro-batch", f"{text} calls", _gain(now + calls, then))
     text = "Double the batch size; the optimizer then takes half as many steps, of other gradients"
-    return Advice("larger micro-batch", text, _gain(2 * now, twice + update))
+    return Advice("larger micro-batch", text, _gain(2 * (now + calls), twice + update + calls))
 
 
 def no_recomputation(
@@ -147,19 +148,19 @@ def fused_optimizer(
         hardware: What it runs on.
         setting: Whether the optimizer has one.
     """
-    records = [record for record in report.trace.records if record.phase == OPTIMIZER]
-    if not setting.can_fuse or not records:
+    records = report.trace.records
+    numbers = [n for n, record in enumerate(records) if record.phase == OPTIMIZER]
+    # Clipping and its norm come before the update, and stay.
+    norms = [place for place, n in enumerate(numbers) if records[n].name.endswith("_norm")]
+    numbers = numbers[norms[-1] + 1 :] if norms else numbers
+    if not setting.can_fuse or not numbers:
         return None
-    least = report.least_bytes_of(OPTIMIZER)
-    kernel = Record("fused", POINTWISE, OPTIMIZER, (), 0, 0, 0, least, (), (), records[0].dtype, 1)
     now = _total(report, hardware)
-    update = _seconds(records, hardware)
-    update += _views(report, hardware, lambda phase: phase == OPTIMIZER)
-    return Advice(
-        "fused optimizer",
-        "Give the optimizer fused=True",
-        _gain(now, now - update + time_of(kernel, hardware).seconds),
-    )
+    update = _seconds((records[n] for n in numbers), hardware)
+    # It writes where it reads, so that no memory is made, which curves of operations include.
+    fused = hardware.overhead(OPTIMIZER) + report.least_bytes_of(numbers) / hardware.mem_bandwidth
+    gain = _gain(now, now - update + fused)
+    return Advice("fused optimizer", "Give the optimizer fused=True", gain)
 
 
 def chunked_loss(report: StepReport, hardware: MachineBalance, setting: Setting) -> Advice | None:
@@ -256,6 +257,20 @@ def _views(report: StepReport, hardware: MachineBalance, chosen: Callable[[str],
         return 0.0
     counted = report.trace.views.items()
     return sum(n * hardware.overhead(phase) for (phase, _), n in counted if chosen(phase))
+
+
+def _of_loops(hardware: MachineBalance, setting: Setting, predicted: float) -> float:
+    """Seconds of a step that no operation takes: loops, hooks, logs; as many for twice the rows.
+
+    Known only of a processor that was measured: a sheet's peak is what no operation reaches. More
+    than is predicted for all operations is no loop, but something else that the machine does.
+    """
+    if not hardware.curves or hardware.is_asynchronous:
+        return 0.0
+    outside = (DATA, WAITING)
+    computed = sum(s for part, s in setting.measured.items() if part not in outside)
+    left = computed - predicted
+    return left if 0 < left < predicted else 0.0
 
 
 def _total(report: StepReport, hardware: MachineBalance) -> float:

@@ -119,14 +119,13 @@ class StepReport:
         """Bytes if forward, recomputation, backward and update were a perfect kernel each."""
         return self._least(range(len(self.trace.records)))
 
-    def least_bytes_of(self, phase: str) -> int:
-        """Bytes of one phase if it were a perfect kernel.
+    def least_bytes_of(self, numbers: Sequence[int]) -> int:
+        """Bytes of some operations of one phase if they were a perfect kernel.
 
         Args:
-            phase: Of the step.
+            numbers: Of operations, in their order.
         """
-        records = enumerate(self.trace.records)
-        return self._least([number for number, record in records if record.phase == phase])
+        return self._least(numbers)
 
     @property
     def intensity(self) -> float:

@@ -120,6 +120,34 @@ def test_a_fused_update_reads_and_writes_everything_once() -> None:
     assert fused_optimizer(step, machine(1), Setting()) is None
 
 
+def test_norms_before_an_update_stay() -> None:
+    """5 s of a product, a norm of 1 + 30 s, and 34 s of the update, in 17 s."""
+    norm = op("aten._foreach_norm", "optimizer", kind="reduction", bytes=30)
+    first = op("aten.mul_", "optimizer", kind="pointwise", bytes=16)
+    first = first._replace(reads=(Region(1, 0, 8),), writes=(Region(1, 0, 8),))
+    step = report(op(flops=5), norm, first, first)
+    found = fused_optimizer(step, machine(1), Setting(can_fuse=True))
+    assert found is not None
+    assert found.gain == pytest.approx((6 + 31 + 34) / (6 + 31 + 17) - 1)
+
+
+def test_loops_are_the_same_for_twice_the_rows() -> None:
+    """Of 27 s 20 are predicted: 7 are not of operations, of a processor that was measured."""
+    curves = {"product": [(1.0, 1.0), (100.0, 100.0)]}
+    step = report(op(flops=10, bytes=10), op(flops=10, bytes=10))
+    measured = {"data": 3.0, "forward": 27.0}
+    found = larger_micro_batch(step, machine(curves=curves), Setting(measured))
+    assert found is not None
+    assert found.gain == pytest.approx(2 * 27 / (40 + 7) - 1)
+    found = larger_micro_batch(step, machine(curves=curves), Setting(measured, micro_batches=2))
+    assert found is not None
+    assert found.gain == pytest.approx(27 / (20 + 3.5) - 1)
+    busy = larger_micro_batch(step, machine(curves=curves), Setting({"forward": 41.0}))
+    assert busy is not None
+    assert busy.gain == 0
+    assert larger_micro_batch(step, machine(), Setting(measured)).gain == 0  # type: ignore[union-attr]
+
+
 def test_logits_in_chunks_stay_in_the_caches() -> None:
     """40 s of 50 are of the loss, and the caches are four times as fast."""
     loss = op("aten._log_softmax", kind="norm", bytes=40, reads=(Region(1, 0, 20),))
