@@ -211,7 +211,7 @@ def test_values_that_come_from_a_drive_are_waited_for(tmp_path: Path) -> None:
 def test_policy_and_reference_of_pairs_are_counted(tmp_path: Path) -> None:
     def build(**options: Any) -> DPOModule:
         pl.seed_everything(3, verbose=False)
-        return DPOModule(llama(), optimizer=ADAMW, prefix_sharing=False, **options)
+        return DPOModule(llama(), **{"optimizer": ADAMW, "prefix_sharing": False, **options})
 
     batches = [pairs(i, i + 1, i + 2) for i in range(6)]
     seen = Analyses(every_n_steps=3)
@@ -225,6 +225,7 @@ def test_policy_and_reference_of_pairs_are_counted(tmp_path: Path) -> None:
     # Of 6 steps the first, and 2 and 5, which are analysed, are not timed.
     assert seen.values["pairs_per_s"] * 3 * seen.values["step_s"] == pytest.approx(3 * 3)
     both(tmp_path, build, batches)
+    both(tmp_path, partial(build, prefix_sharing=True), batches)  # whose attention is its own
 
 
 @pytest.mark.slow
