@@ -245,7 +245,7 @@ class _Following:
         return Region(number, offset, part.bytes)
 
 
-class _Tracer(_Following, TorchDispatchMode):
+class _Tracer(_Following, TorchDispatchMode):  # type: ignore[no-untyped-call]
     supports_higher_order_operators = True
 
 
