@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lightning_align.planner.balance import MachineBalance
@@ -12,8 +14,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Point = tuple[str, float, float, float, str]  # name, FLOPs a byte, FLOP/s, share of time, bound
 # Okabe and Ito's, told apart by colour-blind readers too
 COLORS = {COMPUTE: "#0072b2", MEMORY: "#d55e00", OVERHEAD: "#999999"}
+FONT = 6  # points
+ATTENTION = re.compile("_scaled_dot_product_.*attention(_for_cpu)?")
 LARGEST = 1200  # points squared, of an operation that takes all the time
 
 
@@ -37,20 +42,18 @@ def roofline_figure(report: StepReport, hardware: MachineBalance, *, top_k: int 
     axes = figure.add_subplot()
     points = roofline_points(report, hardware, top_k=top_k)
     _draw_roof(axes, hardware, [intensity for _, intensity, _, _, _ in points])
-    for name, intensity, flops_s, share, bound in points:
+    for _, intensity, flops_s, share, bound in points:
         axes.scatter(intensity, flops_s, s=LARGEST * share, color=COLORS[bound], alpha=0.7)
-        axes.annotate(name.removeprefix("aten."), (intensity, flops_s), fontsize=6)
     for bound, color in COLORS.items():
         axes.scatter([], [], color=color, label=f"bound by {bound}")
     axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="FLOP/s")
     axes.set_title(f"{hardware.name}, {hardware.dtype}: a step of {_total(report, hardware)}")
     axes.legend(fontsize=7, loc="lower right")
+    _name(figure, axes, points, hardware.ridge_point)
     return figure
 
 
-def roofline_points(
-    report: StepReport, hardware: MachineBalance, *, top_k: int
-) -> list[tuple[str, float, float, float, str]]:
+def roofline_points(report: StepReport, hardware: MachineBalance, *, top_k: int) -> list[Point]:
     """Name, FLOPs a byte, predicted FLOP/s, share of the time and bound of operations.
 
     Operations without FLOPs have no place in the picture.
@@ -78,6 +81,29 @@ def _draw_roof(axes: Axes, hardware: MachineBalance, intensities: list[float]) -
     axes.plot(ends, roof, color="black", linewidth=1.2)
     text = f"ridge at {ridge:.3g} FLOPs a byte"
     axes.annotate(text, (ridge, hardware.peak_flops), fontsize=7, ha="right", va="bottom")
+
+
+def _name(figure: Figure, axes: Axes, points: Sequence[Point], ridge: float) -> None:
+    """Names beside the points, towards the middle, none on another."""
+    figure.draw_without_rendering()  # so that it is known where points are
+    to_points = 72 / figure.dpi
+    for is_right in (False, True):
+        side = [point for point in points if (point[1] > ridge) == is_right]
+        free = float("-inf")  # height from which on there is room
+        for name, intensity, flops_s, share, _ in sorted(side, key=lambda point: point[2]):
+            height = to_points * axes.transData.transform((intensity, flops_s))[1]
+            place = max(height, free)
+            free = place + FONT + 1
+            beside = (LARGEST * share) ** 0.5 / 2 + 3
+            axes.annotate(
+                ATTENTION.sub("attention", name.removeprefix("aten.")),
+                (intensity, flops_s),
+                xytext=(-beside if is_right else beside, place - height),
+                textcoords="offset points",
+                ha="right" if is_right else "left",
+                va="center",
+                fontsize=FONT,
+            )
 
 
 def _total(report: StepReport, hardware: MachineBalance) -> str:

@@ -1,5 +1,7 @@
 """The picture, and the points in it."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -38,3 +40,20 @@ def test_the_picture_has_a_roof_and_its_points() -> None:
     assert max(roof.get_ydata()) == HARDWARE.peak_flops
     texts = [text.get_text() for text in axes.texts]
     assert {"addmm", "mm"} <= set(texts)
+
+
+def test_no_name_stands_on_another() -> None:
+    pytest.importorskip("matplotlib")
+    model = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)
+    rows = torch.ones(2, 16, 32)
+    figure = analyze_step(model, lambda: model(rows).sum()).plot(HARDWARE)
+    (axes,) = figure.axes
+    figure.draw_without_rendering()
+    names = [text for text in axes.texts if not text.get_text().startswith("ridge")]
+    assert len(names) > 5
+    for is_right in ("left", "right"):
+        boxes = [text.get_window_extent() for text in names if text.get_ha() == is_right]
+        boxes.sort(key=lambda box: box.y0)
+        for below, above in pairwise(boxes):
+            assert below.y0 + 6 * figure.dpi / 72 <= above.y0 + 1e-6
+    assert not any("scaled_dot_product" in text.get_text() for text in names)
