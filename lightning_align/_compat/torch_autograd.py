@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -79,3 +80,33 @@ def nothing_is_zero_on_meta() -> AbstractContextManager[Any]:
     """Context in which ``nonzero`` of a tensor on meta finds all of its places."""
     found: Any = _config
     return found.patch(meta_nonzero_assume_all_nonzero=True)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def hooks_give_way() -> Iterator[None]:
+    """Context in which ``torch.func.grad`` and its kin run under hooks of saved tensors.
+
+    They refuse to otherwise. What they save is theirs: hooks do not change it.
+    """
+    graph: Any = torch.autograd.graph
+    theirs = graph.disable_saved_tensors_hooks
+    graph.disable_saved_tensors_hooks = _disabled
+    try:
+        yield
+    finally:
+        graph.disable_saved_tensors_hooks = theirs
+
+
+@contextmanager
+def _disabled(message: str) -> Iterator[None]:
+    """What torch does there, but that hooks which there are already are no error."""
+    hooks: Any = torch._C._autograd
+    before = hooks._saved_tensors_hooks_get_disabled_error_message()
+    hooks._saved_tensors_hooks_disable(message, False)
+    try:
+        yield
+    finally:
+        if before is None:
+            hooks._saved_tensors_hooks_enable()
+        else:
+            hooks._saved_tensors_hooks_disable(before, False)

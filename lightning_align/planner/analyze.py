@@ -115,7 +115,7 @@ def _check(model: nn.Module, fn: object, optimizer: object) -> None:
 def tensors_there(model: nn.Module, optimizer: Optimizer | None) -> list[Tensor]:
     """What lives before a step: parameters, buffers, gradients and the optimizer's state."""
     states = [] if optimizer is None else list(optimizer.state.values())
-    values = [value for state in states for value in state.values()]
+    values = [value for state in states if isinstance(state, dict) for value in state.values()]
     gradients = [parameter.grad for parameter in model.parameters()]
     every = [*model.parameters(), *model.buffers(), *values, *gradients]
     return [value for value in every if isinstance(value, Tensor)]

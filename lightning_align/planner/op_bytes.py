@@ -78,6 +78,8 @@ _ADDS = words("scatter_add scatter_reduce index_add")
 
 def stored_bytes(tensor: Tensor) -> int:
     """Bytes of the elements that are really there: a dimension that is broadcast has one."""
+    if tensor.is_sparse:  # of which torch tells none
+        return stored_bytes(tensor._indices()) + stored_bytes(tensor._values())
     if tensor.layout is not torch.strided or tensor.is_contiguous():
         return int(tensor.nbytes)
     elements, extent = 1, 1

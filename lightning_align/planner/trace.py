@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_align._compat.torch_autograd import hooks_give_way
 from lightning_align.planner.live_bytes import Held, Saved, Storages
 from lightning_align.planner.meta_attention import attention_of_processor
 from lightning_align.planner.module_scopes import ModuleScopes, Scope
@@ -116,6 +117,7 @@ def tracing(model: nn.Module, there: list[Tensor], into: Trace | None = None) ->
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(scopes.following())
             stack.enter_context(attention_of_processor())
+            stack.enter_context(hooks_give_way())
             saving = _Saving(trace, scopes)
             hooks = torch.autograd.graph.saved_tensors_hooks(saving.pack, saving.unpack)
             stack.enter_context(hooks)
@@ -149,7 +151,7 @@ class _Saving:
         # Inputs are saved before the operation is seen here, results after it: so what is new now
         # is an input that nothing has made.
         number = self._trace.storages.number(tensor, was_there=True)
-        if number in self._trace.storages.there:
+        if number < 0 or number in self._trace.storages.there:  # a sparse one has none
             return tensor
         self._trace.saved_by.setdefault(self._scopes.current()[1], set()).add(number)
         return Saved(self._trace.saved, tensor)

@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from lightning_align._compat.torch_autograd import (
+    hooks_give_way,
     is_recomputing,
     next_sequence_number,
     nothing_is_zero_on_meta,
@@ -102,3 +103,27 @@ def test_on_meta_all_places_are_found() -> None:
     assert len(rows) == len(columns) == 6
     with pytest.raises(NotImplementedError):
         mask.nonzero()
+
+
+def test_transforms_run_under_hooks() -> None:
+    x, seen = torch.linspace(0, 1, 3), []
+
+    def pack(tensor: Tensor) -> Tensor:
+        seen.append(tensor)
+        return tensor
+
+    def run(of: Any) -> Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            found: Tensor = of(lambda x: x.exp().square().sum())(x)
+            weight = torch.ones(3, requires_grad=True)
+            weight.square()
+        return found
+
+    with pytest.raises(RuntimeError, match="don't yet support saved tensor hooks"):
+        run(torch.func.grad)
+    with hooks_give_way():
+        torch.testing.assert_close(run(torch.func.grad), 2 * (2 * x).exp())
+        torch.testing.assert_close(run(torch.func.hessian), torch.diag(4 * (2 * x).exp()))
+    assert len(seen) >= 2  # hooks are back behind each
+    with pytest.raises(RuntimeError, match="don't yet support saved tensor hooks"):
+        run(torch.func.grad)

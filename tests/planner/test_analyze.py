@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_align.layers import checkpoint_blocks, find_layers
 from lightning_align.optimizers import Muon
 from lightning_align.planner import analyze_step, op_flops
+from lightning_align.planner.analyze import tensors_there
 from tests.helpers.ranks import run_ranks
 from tests.helpers.step_models import CLOSED_FORMS, closed_form, gpt, llama, loss_of
 from tests.helpers.tiny_models import TINY_MODELS
@@ -431,3 +432,10 @@ def test_a_reference_model_has_its_forward_counted() -> None:
     policy = sum(cost.flops for cost in report.blocks.values())
     assert policy == 3 * matrices + (2 + 5) * attention
     assert not report.uncounted
+
+
+def test_what_an_optimizer_keeps_beside_its_parameters_states_is_passed_over() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.state["steps"] = 3
+    assert len(tensors_there(model, optimizer)) == 2

@@ -119,6 +119,7 @@ def test_views_that_counted_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> No
         (torch.ones(0, 3).t(), 0),
         (torch.ones(3, 5).t(), 15),
         (torch.ones(1).expand(1000), 1),
+        (torch.tensor([0.0, 2.0, 0.0]).to_sparse(), 3),  # a place of 8 bytes, and what is there
     ],
 )
 def test_what_is_stored_of_a_tensor(tensor: Tensor, elements: int) -> None:

@@ -38,3 +38,10 @@ def test_tracing_ends_with_its_context() -> None:
     assert len(trace.records) == 1
     del kept
     assert trace.storages.peak == 16
+
+
+def test_what_is_saved_of_sparse_matrices_is_not_that_of_another_tensor() -> None:
+    x = torch.ones(3, 2, requires_grad=True)
+    with tracing(nn.Identity(), []) as trace:
+        torch.sparse.mm(torch.eye(3).to_sparse(), x).sum().backward()
+    assert -1 not in {number for numbers in trace.saved_by.values() for number in numbers}
