@@ -11,6 +11,8 @@ import torch
 from lightning_align.planner.balance import MachineBalance
 from lightning_align.planner.spec_sheets import spec_sheet
 
+# In one module with a processor, with less power, or a part of a device: other figures.
+_OTHERS = ("gh200", "gb200", " nvl", " mig ", "laptop", "4090 d")
 # Words of a device's name, as drivers tell it, and the sheet; the first that fits is taken.
 _NAMES = (
     (("h100", "pcie"), "h100-pcie"),
@@ -34,7 +36,7 @@ def sheet_of(device_name: str) -> str | None:
         device_name: As its driver tells it, ``"NVIDIA H100 80GB HBM3"``.
     """
     name = device_name.lower()
-    if "gh200" in name or "gb200" in name:  # a processor in one module with it; other figures
+    if any(word in name for word in _OTHERS):
         return None
     return next((sheet for words, sheet in _NAMES if all(word in name for word in words)), None)
 

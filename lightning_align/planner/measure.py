@@ -100,9 +100,12 @@ def in_turns(*shapes: tuple[int, ...], device: torch.device, dtype: torch.dtype)
     """
     nbytes = sum(math.prod(shape) for shape in shapes) * dtype.itemsize
     turns = min(max(TURNS_BYTES // nbytes, 1), MOST_TURNS)
-    return [
-        [torch.randn(shape, device=device, dtype=dtype) for shape in shapes] for _ in range(turns)
-    ]
+    generator = torch.Generator(device).manual_seed(0)  # those of a run stay as they are
+    return [[_random(shape, generator, dtype) for shape in shapes] for _ in range(turns)]
+
+
+def _random(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, generator=generator, device=generator.device, dtype=dtype)
 
 
 def measured(
@@ -120,7 +123,7 @@ def measured(
     """
     place = _usable(device, dtype)
     clock = clock_of(place)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad():
         products = _products(place, dtype, clock)
         attention, softmax = _attention(place, dtype, clock)
         curves = {**_curves(place, dtype, clock), **attention}
@@ -258,7 +261,7 @@ def _attention_times(
 ) -> tuple[float, float]:
     """Seconds of forward and of backward."""
     shape = (4, ROWS_OF_HEADS // 4, tokens, width)
-    query = torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+    query = _random(shape, torch.Generator(device).manual_seed(0), dtype).requires_grad_()
 
     def attend() -> Tensor:
         return F.scaled_dot_product_attention(query, query, query, is_causal=True)

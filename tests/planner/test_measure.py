@@ -65,12 +65,14 @@ def test_a_timing_is_of_one_call() -> None:
 
 
 def test_calls_take_turns_on_as_many_tensors_as_caches_do_not_hold() -> None:
-    device = torch.device("cpu")
+    device, generator = torch.device("cpu"), torch.get_rng_state()
     small = in_turns((4, 4), device=device, dtype=torch.float32)
     assert len(small) == measure.MOST_TURNS
     large = in_turns((1024, 1024), (1024, 1024), device=device, dtype=torch.float32)
     assert len(large) == measure.TURNS_BYTES // (8 << 20)
     assert [tensor.shape for tensor in large[0]] == [(1024, 1024)] * 2
+    assert torch.equal(torch.get_rng_state(), generator)  # a run draws what it would have drawn
+    assert not torch.equal(large[0][0], large[0][1])
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "abacus"])
