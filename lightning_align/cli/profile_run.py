@@ -12,7 +12,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.loggers.logger import DummyLogger
 from typing_extensions import override
 
@@ -27,7 +27,8 @@ from lightning_align.planner.chrome_trace import write_chrome_trace
 from lightning_align.planner.step_time import StepTime
 
 NEVER = 10**9
-_WRITE = (Checkpoint, SavePretrained, RooflineMonitor)  # the last one has its own place here
+# What writes, what looks at a validation that there is none of, and what has its own place here.
+_LEFT_OUT = (Checkpoint, SavePretrained, EarlyStopping, RooflineMonitor)
 
 
 class ProfileCLI(AlignCLI):
@@ -82,7 +83,7 @@ class ProfileCLI(AlignCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         given = self._get(self.config_init, "trainer", default={})["callbacks"] or []
         callbacks = given if isinstance(given, list) else [given]
-        kept = [each for each in callbacks if not isinstance(each, _WRITE)]
+        kept = [each for each in callbacks if not isinstance(each, _LEFT_OUT)]
         monitor = RooflineMonitor(NEVER, hardware=self.profile.hardware, plot=False)
         quiet: dict[str, Any] = {
             "callbacks": [*kept, monitor, Steps(self.profile, monitor)],

@@ -37,11 +37,15 @@ def profiled(folder: Path, content: dict[str, Any], *options: str) -> dict[str, 
 def test_figures_of_a_run_that_leaves_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The run would write checkpoints and logs, and validate."""
+    """The run would write checkpoints and logs, validate, and look at what validation found."""
     content = config(tmp_path, max_steps=100, logger=True, min_steps=50, log_every_n_steps=1)
     content["trainer"]["callbacks"] += [
         {"class_path": "lightning.pytorch.callbacks.LearningRateMonitor"},
         {"class_path": "RooflineMonitor"},
+        {
+            "class_path": "lightning.pytorch.callbacks.EarlyStopping",
+            "init_args": {"monitor": "val_loss"},
+        },
     ]
     options = ["--steps", "2", "--png", "roof.png", "--trace", "ops.trace"]
     found = profiled(tmp_path, content, *options)
