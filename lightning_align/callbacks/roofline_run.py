@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -78,24 +80,47 @@ def check_run(trainer: Trainer, module: LightningModule, kind: type[Callback]) -
         )
 
 
-def dtype_of(trainer: Trainer) -> torch.dtype:
-    """Of the inputs of products, by the Trainer's precision."""
+@contextmanager
+def never_ends_run() -> Iterator[None]:
+    """Context of what is told: a logger or a picture that fails is a warning."""
+    try:
+        yield
+    except Exception as error:  # whatever a logger raises
+        rank_zero_warn(f"{WHERE}: not logged ({type(error).__name__}: {error})")
+
+
+def dtype_of(trainer: Trainer, module: LightningModule) -> torch.dtype:
+    """Of the inputs of products: what the precision casts to, else that of most parameters.
+
+    Args:
+        trainer: Of the run.
+        module: That is trained.
+    """
     precision = str(trainer.precision)
     if precision.startswith("bf16"):
         return torch.bfloat16
-    return torch.float16 if precision.startswith("16") else torch.float32
+    if precision.startswith("16"):
+        return torch.float16
+    sizes = Counter[torch.dtype]()
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            sizes[parameter.dtype] += parameter.numel()
+    return max(sizes, key=sizes.__getitem__, default=torch.float32)
 
 
-def machine_of(trainer: Trainer, hardware: str | MachineBalance | None) -> MachineBalance:
+def machine_of(
+    trainer: Trainer, module: LightningModule, hardware: str | MachineBalance | None
+) -> MachineBalance:
     """The machine that a run is on, the same for all ranks; collective.
 
     Args:
         trainer: Of the run.
+        module: That is trained.
         hardware: What the user gave.
     """
     if isinstance(hardware, MachineBalance):
         return hardware
-    dtype = dtype_of(trainer)
+    dtype = dtype_of(trainer, module)
     if isinstance(hardware, str):
         return by_sheet(hardware, dtype)
     found = None

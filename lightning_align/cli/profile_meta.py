@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from lightning_align._compat.torch_autograd import nothing_is_zero_on_meta
 from lightning_align._errors import argument_error
+from lightning_align.callbacks import LISA, OptimizerSwap
 from lightning_align.callbacks.roofline_run import can_fuse, machine_of
 from lightning_align.modules import (
     ConversationDataModule,
@@ -31,6 +32,7 @@ from lightning_align.planner.analyze import analyze_step
 from lightning_align.planner.machine_at_hand import machine_at_hand
 from lightning_align.planner.report import StepReport
 from lightning_align.planner.step_time import StepTime
+from lightning_align.run.callbacks import callbacks_of
 
 Batch = dict[str, Tensor]
 
@@ -51,12 +53,13 @@ def on_meta(
     """
     micro_batches: int = trainer.accumulate_grad_batches
     module.to("meta")  # buffers, which were computed
+    trainer.precision_plugin.convert_module(module)  # as a strategy does it
     optimizer = _optimizer(module)
     report = meta_report(trainer, module, data, optimizer)
     if hardware is None:
         machine = machine_at_hand(torch.device("cpu"), torch.float32)
     else:
-        machine = machine_of(trainer, hardware)
+        machine = machine_of(trainer, module, hardware)
     setting = Setting(micro_batches=micro_batches, can_fuse=can_fuse(optimizer))
     return StepTime(report, machine), {}, advise(report, machine, setting)
 
@@ -76,6 +79,10 @@ def meta_report(
         ValueError: If the shape of a batch is not known beforehand, what trains differs from what
             would be analysed, or the model does not run without values.
     """
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, (LISA, OptimizerSwap)):
+            rule = f"{type(callback).__name__} changes what trains, which is only seen in a run"
+            raise argument_error("profile", "meta", True, rule, "Leave one of them out")
     precision = str(trainer.precision)
     if "mixed" in precision:
         rule = f"precision {precision} casts on a device, and there is none"
@@ -88,7 +95,8 @@ def meta_report(
         optimizer.zero_grad()
         for number in range(micro_batches):
             # Nothing is attached to the module, so that what it logs goes nowhere.
-            loss: Any = module.training_step(batch, number)
+            with trainer.precision_plugin.forward_context():
+                loss: Any = module.training_step(batch, number)
             loss.backward()
         optimizer.step()
 

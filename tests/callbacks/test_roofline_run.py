@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
@@ -80,14 +81,24 @@ def test_a_module_that_counts_is_believed() -> None:
 
 
 def test_the_machine_is_in_the_precision_of_the_run() -> None:
-    assert dtype_of(SimpleNamespace(precision="bf16-mixed")) == torch.bfloat16
-    assert dtype_of(SimpleNamespace(precision="16-true")) == torch.float16
-    assert dtype_of(RUN) == torch.float32
-    assert machine_of(RUN, "h100-sxm").dtype == "float32"
+    module = HandWritten()
+    assert dtype_of(SimpleNamespace(precision="bf16-mixed"), module) == torch.bfloat16
+    assert dtype_of(SimpleNamespace(precision="16-true"), module) == torch.float16
+    assert dtype_of(RUN, module) == torch.float32
+    assert machine_of(RUN, module, "h100-sxm").dtype == "float32"
     half = SimpleNamespace(**{**vars(RUN), "precision": "bf16-true"})
-    assert machine_of(half, "h100-sxm").peak_flops == 989.4e12
+    assert machine_of(half, module, "h100-sxm").peak_flops == 989.4e12
     own = MachineBalance("m", 1.0, 1.0)
-    assert machine_of(RUN, own) is own
+    assert machine_of(RUN, module, own) is own
+
+
+def test_a_module_may_have_a_precision_of_its_own() -> None:
+    """As with dtype="bfloat16", and norms or adapters that are not."""
+    module = HandWritten().to(torch.bfloat16)
+    module.body.float()
+    assert dtype_of(RUN, module) == torch.bfloat16
+    assert machine_of(RUN, module, "h100-sxm").peak_flops == 989.4e12
+    assert dtype_of(RUN, LightningModule()) == torch.float32
 
 
 def step() -> Any:

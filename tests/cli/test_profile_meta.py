@@ -11,6 +11,7 @@ from transformers import LlamaConfig
 
 import lightning_align as la
 from lightning_align.cli.profile_meta import full_batch, meta_report, nothing_is_odd
+from lightning_align.cli.profile_meta import on_meta as whole_step_on_meta
 from lightning_align.models.weights import parameters_on_meta
 from lightning_align.planner import StepReport, analyze_step
 from tests.helpers.covers import with_slow
@@ -137,3 +138,24 @@ def test_only_values_on_meta_are_not_odd() -> None:
         assert not torch.zeros(2, 2).all(1).any()
     assert "all" not in vars(torch.Tensor)
     assert "any" not in vars(torch.Tensor)
+
+
+def test_a_step_on_meta_is_in_the_precision_of_the_run() -> None:
+    steps = {}
+    for precision in ("32-true", "bf16-true"):
+        with parameters_on_meta():
+            module = pretrain()
+        run = trainer(precision=precision)
+        steps[precision], _, _ = whole_step_on_meta(run, module, text(), "h100-sxm")
+    wide, half = steps.values()
+    products = {r.dtype for r in half.report.trace.records if r.flops}
+    assert products == {torch.bfloat16}
+    assert half.report.total_flops == wide.report.total_flops
+    assert half.report.bytes < 0.7 * wide.report.bytes
+    assert (wide.hardware.dtype, half.hardware.dtype) == ("float32", "bfloat16")
+
+
+@pytest.mark.parametrize("callback", [la.LISA(), la.OptimizerSwap(ADAMW)], ids=["LISA", "swap"])
+def test_what_trains_otherwise_in_a_run_is_refused(callback: Any) -> None:
+    with pytest.raises(ValueError, match=f"{type(callback).__name__} changes what trains"):
+        on_meta(pretrain(), text(), callbacks=[callback])
