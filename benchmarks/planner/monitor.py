@@ -28,6 +28,8 @@ WARMUP, STEPS = 5, 60
 BAR, BAR_OF_ANALYSIS = 0.01, 2.5
 FOLDER = TemporaryDirectory()  # of tables, of which nothing is left
 HOOKS = (
+    "_begin_fetch",
+    "_end_fetch",
     "on_train_batch_start",
     "on_before_zero_grad",
     "on_before_backward",

@@ -49,6 +49,34 @@ def run_steps_in(
     return lambda: vars(loop).pop("run", None)
 
 
+def watch_fetches(
+    trainer: pl.Trainer, begin: Callable[[], None], end: Callable[[], None]
+) -> Callable[[], None]:
+    """Call functions before and after each training batch is fetched, from the next epoch on.
+
+    Returns what undoes it.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    before, after = loop._on_before_fetch, loop._on_after_fetch
+
+    def fetching() -> None:
+        before()
+        begin()
+
+    def fetched() -> None:
+        end()
+        after()
+
+    hooks = {"_on_before_fetch": fetching, "_on_after_fetch": fetched}
+    vars(loop).update(hooks)
+
+    def undo() -> None:
+        for name in hooks:
+            vars(loop).pop(name, None)
+
+    return undo
+
+
 def leave_step_to_no_average(trainer: pl.Trainer) -> None:
     """Let ``WeightAveraging`` callbacks take the step to come, which moves nothing, for done."""
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]

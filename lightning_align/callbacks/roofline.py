@@ -13,11 +13,15 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_align._compat import lightning_logged
-from lightning_align._compat.lightning_trainer import is_accumulating, run_steps_in
+from lightning_align._compat.lightning_trainer import (
+    is_accumulating,
+    run_steps_in,
+    watch_fetches,
+)
 from lightning_align._errors import argument_error, check_least, check_whole, finite_number
 from lightning_align.callbacks import roofline_run
 from lightning_align.callbacks.step_clock import StepClock
-from lightning_align.planner.advice import DATA, Advice
+from lightning_align.planner.advice import DATA, OTHER, Advice
 from lightning_align.planner.analyze import report_of, tensors_there
 from lightning_align.planner.balance import MachineBalance
 from lightning_align.planner.module_scopes import BACKWARD, FORWARD, OPTIMIZER
@@ -37,12 +41,12 @@ SPLIT_STEPS = 3  # before values are logged, in which a device is waited for bet
 class RooflineMonitor(Callback):
     """Say of a run's own steps what they compute and move, what bounds them, and what would help.
 
-    Now and then a step is analysed while it trains: it takes about twice as long and comes to the
-    same bits. Of all others a few times are taken. To the loggers go, every
+    Now and then a step is analysed while it trains: it takes two to three times as long and comes
+    to the same bits. Of all others a few times are taken. To the loggers go, every
     ``trainer.log_every_n_steps`` steps, FLOPs utilisation without (``mfu``) and with recomputation
     (``hfu``), tokens a second of all ranks, seconds of a step and the shares of loading data,
-    forward, backward, optimizer and waiting; and of each analysis a table of modules and a picture
-    of the roofline. Advice with its predicted gain comes at the end.
+    forward, backward, optimizer, waiting and all else; and of each analysis a table of modules and
+    a picture of the roofline. Advice with its predicted gain comes at the end.
 
     Args:
         every_n_steps: Optimizer steps between two analyses; the first one is of the second step.
@@ -98,6 +102,8 @@ class RooflineMonitor(Callback):
         self._planning: list[PlansChanges] = []
         self._trace: Trace | None = None  # of the window that is being analysed
         self._undo: list[Callable[[], None]] = []
+        self._unwatch: Callable[[], None] | None = None
+        self._fetches_within: str | None = None  # what the clock is at again behind a fetch
         self._windows = 0  # of this process
         self._counted = 0  # of them since values were logged, less what was analysed
         self._micro_batches = 0  # of the window that was analysed
@@ -119,11 +125,12 @@ class RooflineMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.report, self.values, self.advice = None, {}, []
         self._works = []
-        self.machine = roofline_run.machine_of(trainer, self.hardware)
+        self.machine = roofline_run.machine_of(trainer, pl_module, self.hardware)
         self._clock = StepClock(trainer.strategy)
         self._learned = roofline_run.Learned(pl_module)
         self._windows = self._counted = self._micro_batches = 0
         self._analysed_at, self._is_changed = None, False
+        self._unwatch = watch_fetches(trainer, self._begin_fetch, self._end_fetch)
 
     # A window of accumulation, which is a step
 
@@ -131,7 +138,7 @@ class RooflineMonitor(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._clock.enter(FORWARD)  # before anything of ours, so that it is not loading data
+        self._clock.enter(FORWARD)  # before anything of ours
         self._position = batches_consumed(trainer)
         accumulated: int = trainer.accumulate_grad_batches
         if batch_idx % accumulated == 0:
@@ -192,7 +199,7 @@ class RooflineMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._enter(DATA)
+        self._enter(OTHER)
         # Here, when whoever plans changes has had its turn before the batch.
         changes = [each.planned_change(self._position) for each in self._planning]
         self._is_changed = self._is_changed or any(changes)
@@ -201,17 +208,21 @@ class RooflineMonitor(Callback):
         self._windows += 1
         if self._trace is not None:
             self._finish_analysis(trainer, pl_module)
-            self._learned.leave_out()
+            self._leave_out()
         elif self._windows == 1:  # which has made states and caches
-            self._clock.forget()
-            self._learned.leave_out()
+            self._leave_out()
         else:
             self._counted += 1
+            self._clock.count()
             self._learned.close()
         interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if interval and trainer.global_step % interval == 0:
             self._log_values(trainer)
-        self._clock.enter(DATA)
+        self._clock.enter(OTHER)
+
+    def _leave_out(self) -> None:
+        self._clock.leave_out()
+        self._learned.leave_out()
 
     def _finish_analysis(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trace = self._trace
@@ -238,16 +249,24 @@ class RooflineMonitor(Callback):
             self._trace.storages.close()
             self._trace = None
 
+    def _stop_all(self) -> None:
+        self._stop_analysis()
+        if self._unwatch is not None:
+            self._unwatch()
+            self._unwatch = None
+
     # What is told
 
     def _log_report(self, trainer: Trainer) -> None:
         if self.report is None or not trainer.is_global_zero:
             return
-        rows = roofline_run.one_table(self._works)
-        log_rows(trainer, "roofline/modules", rows, filename="roofline.jsonl")
+        with roofline_run.never_ends_run():
+            rows = roofline_run.one_table(self._works)
+            log_rows(trainer, "roofline/modules", rows, filename="roofline.jsonl")
         if self.plot:
-            figure = self.report.plot(self.machine, top_k=self.top_k)
-            log_figure(trainer, "roofline", figure)
+            with roofline_run.never_ends_run():
+                figure = self.report.plot(self.machine, top_k=self.top_k)
+                log_figure(trainer, "roofline", figure)
 
     def _log_values(self, trainer: Trainer) -> None:
         """Since the last time; not by ``self.log``: times are no part of a run that is resumed."""
@@ -263,15 +282,25 @@ class RooflineMonitor(Callback):
             self.values |= {f"{part}_share": x for part, x in self._clock.shares().items()}
             metrics = {f"roofline/{name}": value for name, value in self.values.items()}
             for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=lightning_logged.lightnings_line(trainer))
+                with roofline_run.never_ends_run():
+                    logger.log_metrics(metrics, step=lightning_logged.lightnings_line(trainer))
         self._clock.forget()
         self._counted = 0
 
-    # What does not count
+    # What is no part of a step
+
+    def _begin_fetch(self) -> None:
+        self._fetches_within = self._clock.part
+        if self._fetches_within is not None:
+            self._clock.enter(DATA)
+
+    def _end_fetch(self) -> None:
+        if self._fetches_within is not None:
+            self._clock.enter(self._fetches_within)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._clock.enter(DATA)
+        self._clock.enter(OTHER)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -285,12 +314,13 @@ class RooflineMonitor(Callback):
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._clock.enter(DATA)
+            self._enter(OTHER)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop_analysis()
-        self._log_values(trainer)
+        self._stop_all()
+        if not self.values:  # else what is known of many steps stays, not that of the last few
+            self._log_values(trainer)
         if self.report is None:
             rank_zero_warn(f"{WHERE}: no step was analysed; the second one is the first that is.")
             return
@@ -301,10 +331,11 @@ class RooflineMonitor(Callback):
             rank_zero_info(f"{WHERE}: {each}")
         if self.advice:
             rows = [{"advice": a.name, "gain": a.gain, "text": a.text} for a in self.advice]
-            log_rows(trainer, "roofline/advice", rows, filename="roofline.jsonl")
+            with roofline_run.never_ends_run():
+                log_rows(trainer, "roofline/advice", rows, filename="roofline.jsonl")
 
     @override
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        self._stop_analysis()
+        self._stop_all()

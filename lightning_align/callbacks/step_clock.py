@@ -7,15 +7,15 @@ import time
 import torch
 from lightning.pytorch.strategies import Strategy
 
-from lightning_align.planner.advice import DATA, WAITING
+from lightning_align.planner.advice import DATA, OTHER, WAITING
 from lightning_align.planner.module_scopes import BACKWARD, FORWARD, OPTIMIZER
 from lightning_align.run.protocols import TellsBackward, TellsWaits
 
-PARTS = (DATA, FORWARD, BACKWARD, OPTIMIZER, WAITING)
+PARTS = (DATA, FORWARD, BACKWARD, OPTIMIZER, WAITING, OTHER)
 
 
 class StepClock:
-    """Adds up seconds by what runs.
+    """Adds up seconds of steps by what runs.
 
     A device that computes while the next operation is prepared is waited for at the borders of
     parts, but only while ``splits`` is set: to wait costs time.
@@ -24,9 +24,10 @@ class StepClock:
         strategy: Where steps run; if it tells how long it has waited, that is a part of its own.
 
     Attributes:
-        seconds: Of all that counted.
-        split: Seconds by part, while ``splits`` was set.
+        seconds: Of all steps that counted.
+        split: Seconds of them by part, while ``splits`` was set.
         splits: Whether parts are told apart.
+        part: What runs; None if it does not count.
     """
 
     def __init__(self, strategy: Strategy) -> None:
@@ -34,14 +35,26 @@ class StepClock:
         self._waiting = strategy if isinstance(strategy, TellsWaits) else None
         self._backward = strategy if isinstance(strategy, TellsBackward) else None
         self.splits = self.always_splits = self._device.type == "cpu"
-        self._part: str | None = None
+        self.part: str | None = None
         self._since = self._waited_before = self._backward_before = 0.0
+        self.leave_out()
         self.forget()
 
     def forget(self) -> None:
         """Begin to add up anew."""
         self.seconds = 0.0
         self.split = dict.fromkeys(PARTS, 0.0)
+
+    def count(self) -> None:
+        """What has run since the last step is one that counts."""
+        self.seconds += self._open_s
+        for part, spent in self._open.items():
+            self.split[part] += spent
+        self.leave_out()
+
+    def leave_out(self) -> None:
+        """It is one that does not."""
+        self._open_s, self._open = 0.0, dict.fromkeys(PARTS, 0.0)
 
     def enter(self, part: str | None) -> None:
         """What runs from now on; None does not count.
@@ -54,16 +67,16 @@ class StepClock:
         now = time.perf_counter()
         waited = 0.0 if self._waiting is None else self._waiting.waited_s
         backward = 0.0 if self._backward is None else self._backward.backward_s
-        if self._part is not None:
+        if self.part is not None:
             spent = now - self._since
-            self.seconds += spent
+            self._open_s += spent
             if self.splits:
                 idle = min(waited - self._waited_before, spent)
                 within = min(backward - self._backward_before, spent - idle)
-                self.split[WAITING] += idle
-                self.split[BACKWARD] += within
-                self.split[self._part] += spent - idle - within
-        self._part, self._since = part, now
+                self._open[WAITING] += idle
+                self._open[BACKWARD] += within
+                self._open[self.part] += spent - idle - within
+        self.part, self._since = part, now
         self._waited_before, self._backward_before = waited, backward
 
     def shares(self) -> dict[str, float]:

@@ -16,7 +16,7 @@ from lightning_align.planner.report import StepReport
 from lightning_align.planner.step_time import OVERHEAD, time_of
 from lightning_align.planner.trace import Record, Region
 
-DATA, WAITING = "data", "waiting"  # of what is measured; the rest are phases
+DATA, WAITING, OTHER = "data", "waiting", "other"  # of what is measured; the rest are phases
 LEAST_GAIN = 0.01  # below which advice is noise
 HALF = "bfloat16"
 _SOFTMAX = ("_log_softmax", "nll_loss")  # of which an unfused cross-entropy consists
@@ -267,7 +267,7 @@ def _of_loops(hardware: MachineBalance, setting: Setting, predicted: float) -> f
     """
     if not hardware.curves or hardware.is_asynchronous:
         return 0.0
-    outside = (DATA, WAITING)
+    outside = (DATA, WAITING, OTHER)
     computed = sum(s for part, s in setting.measured.items() if part not in outside)
     left = computed - predicted
     return left if 0 < left < predicted else 0.0

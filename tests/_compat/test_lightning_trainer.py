@@ -284,3 +284,34 @@ def test_a_batch_runs_in_a_context_from_forward_to_update() -> None:
     trainer.fit(HandWritten(), SequenceData())
     plain = ["batch", "backward", "step"]
     assert seen.happened == [*plain, "batch", "enter", "backward", "step", "leave", *plain]
+
+
+def test_fetches_are_watched_until_it_is_undone() -> None:
+    seen: list[str] = []
+
+    class Fetches(pl.Callback):
+        undo: Any = None
+
+        def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
+            ends = (lambda: seen.append("begin"), lambda: seen.append("end"))
+            self.undo = lightning_trainer.watch_fetches(trainer, *ends)
+
+        def on_train_batch_start(self, *_: Any) -> None:
+            seen.append("batch")
+
+        def on_train_epoch_end(self, *_: Any) -> None:
+            self.undo()
+
+    trainer = pl.Trainer(
+        max_epochs=2,
+        limit_train_batches=2,
+        limit_val_batches=0,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[Fetches()],
+    )
+    trainer.fit(HandWritten(), SequenceData())
+    assert seen == ["begin", "end", "batch"] * 2 + ["batch"] * 2

@@ -1,5 +1,6 @@
 """RooflineMonitor: the run's own steps are analysed, to the same bits; what is told of them."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -207,3 +208,174 @@ def test_the_first_step_and_what_is_analysed_are_not_timed(tmp_path: Path) -> No
     assert counts.counted == 5
     tokens = counts.values["tokens_per_s"] * 5 * counts.values["step_s"]
     assert tokens == pytest.approx(5 * 4 * 13)
+
+
+class Sparse(HandWritten):
+    """Whose embedding has sparse gradients."""
+
+    def __init__(self) -> None:
+        super().__init__(scheduler=False)
+        self.embedding.sparse = True
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Transforms(HandWritten):
+    """With a penalty on a slope, which refuses hooks of saved tensors."""
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        slope = torch.func.grad(lambda bias: bias.exp().sum())(self.head.bias)
+        return super().training_step(batch, batch_idx) + 0.1 * slope.square().sum()
+
+
+class Clips(HandWritten):
+    """In its own way."""
+
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        for parameter in self.parameters():
+            assert parameter.grad is not None
+            parameter.grad.clamp_(-1e-3, 1e-3)
+
+
+class Closures(HandWritten):
+    """Whose optimizer runs several forwards and backwards a step."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=3)
+
+
+class Recovers(HandWritten):
+    """From an exception inside of a module."""
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            self.body(torch.ones(2, 3))
+        return super().training_step(batch, batch_idx)
+
+
+class Skips(HandWritten):
+    """A batch."""
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> Any:
+        return None if batch_idx == 4 else super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("kind", [Sparse, Transforms, Clips, Closures, Recovers, Skips])
+def test_whatever_a_step_does_it_comes_to_the_same_bits(
+    tmp_path: Path, kind: type[HandWritten]
+) -> None:
+    hashes, seen = [], Analyses(every_n_steps=1)
+    for callbacks in ([seen], []):
+        pl.seed_everything(5, verbose=False)
+        run = fit(tmp_path, *callbacks, module=kind(), max_epochs=1)
+        hashes.append(weights_hash(run.lightning_module))
+    assert hashes[0] == hashes[1]
+    assert len(seen.found) == 9
+
+
+@pytest.fixture
+def slow_to_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each batch takes 50 ms."""
+    theirs = Sequences.__getitem__
+
+    def slow(self: Sequences, indices: Any) -> Any:
+        time.sleep(0.05)
+        return theirs(self, indices)
+
+    monkeypatch.setattr(Sequences, "__getitem__", slow)
+
+
+class Data(RooflineMonitor):
+    """Notes how long data took of the steps that are timed, and how many these are."""
+
+    def _log_values(self, trainer: pl.Trainer) -> None:
+        self.data = self._clock.split["data"], self._counted
+        super()._log_values(trainer)
+
+
+def test_data_of_a_step_that_is_analysed_is_not_timed_either(
+    tmp_path: Path, slow_to_load: None
+) -> None:
+    """Of steps 1 to 9 those with odd numbers are, but for the first."""
+    data = Data(every_n_steps=2, hardware=MACHINE, plot=False)
+    options: dict[str, Any] = {"max_steps": 9, "max_epochs": -1, "log_every_n_steps": 50}
+    fit(tmp_path, data, **options)
+    seconds, steps = data.data
+    assert steps == 4
+    assert 4 * 0.05 <= seconds < 6 * 0.05
+
+
+class Writes(pl.Callback):
+    """Something behind each batch, as of a checkpoint."""
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        time.sleep(0.05)
+
+
+def test_what_callbacks_do_between_batches_is_no_loading_of_data(tmp_path: Path) -> None:
+    callback = monitor()
+    fit(tmp_path, callback, Writes(), max_epochs=1, limit_train_batches=6, log_every_n_steps=6)
+    assert callback.values["other_share"] > 0.5
+    assert callback.values["data_share"] < 0.1
+
+
+def test_validation_within_a_window_that_is_analysed_starts_no_clock(tmp_path: Path) -> None:
+    parts = []
+
+    class Notes(Analyses):
+        def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            super().on_validation_end(trainer, pl_module)
+            parts.append((self._trace is not None, self._clock.part))
+
+    often = {"accumulate_grad_batches": 3, "val_check_interval": 1, "limit_val_batches": 1}
+    fit(tmp_path, Notes(every_n_steps=2), max_epochs=1, **often)
+    assert set(parts) == {(True, None), (False, "other")}
+
+
+class AsOnADevice(RooflineMonitor):
+    """Whose parts are told apart only before values are logged."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._clock.splits = self._clock.always_splits = False
+
+
+def test_advice_at_the_end_knows_what_was_measured_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow_to_load: None
+) -> None:
+    """The run ends three steps after values were logged, and these steps are not split."""
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda _: None)
+    callback = AsOnADevice(hardware=MACHINE, plot=False)
+    fit(tmp_path, callback, max_steps=9, max_epochs=-1, log_every_n_steps=6)
+    assert callback.values["data_share"] > 0.5
+    assert "more workers" in [each.name for each in callback.advice]
+
+
+class Broken(CSVLogger):
+    """A logger whose server is gone."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if any(name.startswith("roofline/") for name in metrics):
+            raise ConnectionError("no server")
+
+    def log_table(self, **_: Any) -> None:
+        raise ConnectionError("no server")
+
+    log_image = log_table
+
+
+def test_a_logger_that_fails_ends_no_run(tmp_path: Path) -> None:
+    callback = monitor(plot=True)
+    with pytest.warns(UserWarning, match=r"not logged \(ConnectionError: no server\)"):
+        run = fit(tmp_path, callback, logger=Broken(str(tmp_path)), max_epochs=1)
+    assert run.global_step == 10
+    assert callback.advice
+
+
+def test_files_that_cannot_be_written_end_no_run(tmp_path: Path) -> None:
+    (tmp_path / "roofline.jsonl").mkdir()
+    (tmp_path / "roofline.png").mkdir()
+    with pytest.warns(UserWarning, match="was not written"):
+        run = fit(tmp_path, monitor(plot=True), max_epochs=1)
+    assert run.global_step == 10

@@ -295,7 +295,7 @@ class Validates(HandWritten):
     callback: Any = None
 
     def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
-        self.parts = {*getattr(self, "parts", ()), self.callback._clock._part}
+        self.parts = {*getattr(self, "parts", ()), self.callback._clock.part}
         super().validation_step(batch, batch_idx)
 
 

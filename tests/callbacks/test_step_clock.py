@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from lightning_align.callbacks.step_clock import StepClock
+from lightning_align.callbacks.step_clock import PARTS, StepClock
+
+NOTHING = dict.fromkeys(PARTS, 0.0)
 
 
 class Waits(SingleDeviceStrategy):
@@ -23,11 +25,12 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def entered(clock: StepClock, now: list[float], *parts: tuple[Any, float]) -> None:
-    """Run parts one after the other, for so many seconds."""
+    """A step that counts: parts one after the other, for so many seconds."""
     for part, seconds in parts:
         clock.enter(part)
         now[0] += seconds
     clock.enter(None)
+    clock.count()
 
 
 def test_seconds_go_to_what_runs(now: list[float]) -> None:
@@ -35,8 +38,7 @@ def test_seconds_go_to_what_runs(now: list[float]) -> None:
     entered(clock, now, ("forward", 1), ("backward", 2), (None, 50), ("forward", 1), ("data", 4))
     assert clock.seconds == 8
     assert clock.split["forward"] == 2
-    shares = {"data": 0.5, "forward": 0.25, "backward": 0.25, "optimizer": 0, "waiting": 0}
-    assert clock.shares() == shares
+    assert clock.shares() == {**NOTHING, "data": 0.5, "forward": 0.25, "backward": 0.25}
     clock.forget()
     assert clock.seconds == 0
     assert clock.shares() == {}
@@ -50,7 +52,8 @@ def test_what_a_strategy_has_waited_is_a_part_of_its_own(now: list[float]) -> No
     clock.enter("backward")
     now[0] = 6
     clock.enter(None)
-    assert clock.split == {"data": 0, "forward": 2, "backward": 1, "optimizer": 0, "waiting": 3}
+    clock.count()
+    assert clock.split == {**NOTHING, "forward": 2, "backward": 1, "waiting": 3}
 
 
 class Both(SingleDeviceStrategy):
@@ -67,8 +70,8 @@ def test_backward_within_the_training_step_is_told_apart(now: list[float]) -> No
     clock.enter("optimizer")
     now[0] = 11
     clock.enter(None)
-    expected = {"data": 0, "forward": 3, "backward": 4, "optimizer": 1, "waiting": 3}
-    assert clock.split == expected
+    clock.count()
+    assert clock.split == {**NOTHING, "forward": 3, "backward": 4, "optimizer": 1, "waiting": 3}
 
 
 def test_parts_that_are_not_told_apart_count_all_the_same(now: list[float]) -> None:
@@ -77,3 +80,18 @@ def test_parts_that_are_not_told_apart_count_all_the_same(now: list[float]) -> N
     entered(clock, now, ("forward", 1), ("backward", 2))
     assert clock.seconds == 3
     assert clock.shares() == {}
+
+
+def test_a_step_that_is_left_out_counts_for_nothing(now: list[float]) -> None:
+    """Nor what led to it."""
+    clock = StepClock(SingleDeviceStrategy("cpu"))
+    entered(clock, now, ("forward", 1))
+    clock.enter("data")
+    now[0] += 7
+    clock.enter("forward")
+    now[0] += 7
+    clock.enter(None)
+    clock.leave_out()
+    entered(clock, now, ("backward", 2))
+    assert clock.seconds == 3
+    assert clock.split == {**NOTHING, "forward": 1, "backward": 2}
