@@ -45,8 +45,8 @@ class RooflineMonitor(Callback):
     to the same bits. Of all others a few times are taken. To the loggers go, every
     ``trainer.log_every_n_steps`` steps, FLOPs utilisation without (``mfu``) and with recomputation
     (``hfu``), tokens a second of all ranks, seconds of a step and the shares of loading data,
-    forward, backward, optimizer, waiting and all else; and of each analysis a table of modules and
-    a picture of the roofline. Advice with its predicted gain comes at the end.
+    forward, backward, optimizer, waiting and all else; and every ``every_n_steps`` a table of
+    modules and a picture of the roofline. Advice with its predicted gain comes at the end.
 
     Args:
         every_n_steps: Optimizer steps between two analyses; the first one is of the second step.
@@ -109,6 +109,7 @@ class RooflineMonitor(Callback):
         self._micro_batches = 0  # of the window that was analysed
         self._works: list[roofline_run.Work] = []  # of the ranks that ran it together
         self._analysed_at: int | None = None  # global_step before it
+        self._told_at: int | None = None  # and before the latest of which there is a table
         self._is_changed = False  # since then
         self._position = 0  # of the batch that is trained
 
@@ -129,7 +130,8 @@ class RooflineMonitor(Callback):
         self._clock = StepClock(trainer.strategy)
         self._learned = roofline_run.Learned(pl_module)
         self._windows = self._counted = self._micro_batches = 0
-        self._analysed_at, self._is_changed = None, False
+        self._analysed_at = self._told_at = None
+        self._is_changed = False
         self._unwatch = watch_fetches(trainer, self._begin_fetch, self._end_fetch)
 
     # A window of accumulation, which is a step
@@ -231,15 +233,16 @@ class RooflineMonitor(Callback):
         has_run = any(record.phase == BACKWARD for record in trace.records)
         if not has_run and not roofline_run.shares_batch(trainer):
             return  # the module's step has returned None
-        step, before = trainer.global_step - 1, self._analysed_at
+        step, told = trainer.global_step - 1, self._told_at
         # Whenever other blocks train a picture would be too many.
-        is_regular = before is None or step - before >= self.every_n_steps
+        is_regular = told is None or not 0 <= step - told < self.every_n_steps
         self.report = report_of(trace, pl_module)
         analysed = StepTime(self.report, self.machine)
         top_k = self.top_k if is_regular else 0
         self._works = roofline_run.works_of(trainer, analysed, top_k)  # collective
         self._analysed_at, self._is_changed = step, False
         if is_regular and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._told_at = step
             self._log_report(trainer)
 
     def _stop_analysis(self) -> None:

@@ -98,6 +98,22 @@ def test_what_trains_has_changed_and_is_analysed_anew(tmp_path: Path) -> None:
     assert [step for step, _ in seen.found] == [2, 5]
 
 
+class ChangesOften(pl.Callback):
+    """Something else trains from each other batch on."""
+
+    def planned_change(self, position: int) -> str | None:
+        return None if position % 2 else "another"
+
+
+def test_tables_come_as_often_as_without_changes(tmp_path: Path) -> None:
+    """Analysed are steps 2, 4, 6, 8 and 10; four steps apart there is a table."""
+    seen = Analyses(every_n_steps=4)
+    fit(tmp_path, seen, ChangesOften(), max_epochs=1)
+    assert [step for step, _ in seen.found] == [2, 4, 6, 8, 10]
+    lines = (tmp_path / "roofline.jsonl").read_text().splitlines()
+    assert sum('"module": "head"' in line for line in lines) == 3
+
+
 def test_what_is_logged(tmp_path: Path) -> None:
     logger = CSVLogger(str(tmp_path), flush_logs_every_n_steps=1)
     callback = monitor(every_n_steps=3, available_flops=2e9)
