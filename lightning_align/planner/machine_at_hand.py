@@ -71,9 +71,16 @@ def by_sheet(name: str, dtype: torch.dtype) -> MachineBalance:
     if key in sheet.peak_flops and key != "float32":
         return MachineBalance.from_spec(name, key)
     found = MachineBalance.from_spec(name, "float32")
-    if torch.get_float32_matmul_precision() == "highest" or "tf32" not in sheet.peak_flops:
+    if not _takes_tf32() or "tf32" not in sheet.peak_flops:
         return found
     return replace(found, peak_flops=sheet.peak_flops["tf32"])
+
+
+def _takes_tf32() -> bool:
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # which torch raises where it was set by its newer name
+        return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 def memory_of(device: torch.device) -> float:

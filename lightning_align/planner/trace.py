@@ -154,7 +154,9 @@ class _Saving:
         if number < 0 or number in self._trace.storages.there:  # a sparse one has none
             return tensor
         self._trace.saved_by.setdefault(self._scopes.current()[1], set()).add(number)
-        return Saved(self._trace.saved, tensor)
+        # A result that held itself would live on where no backward comes to let go of it.
+        with not_traced():
+            return Saved(self._trace.saved, tensor.detach())
 
     @staticmethod
     def unpack(held: Tensor | Saved) -> Tensor:

@@ -68,3 +68,16 @@ def test_a_machine_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == [balance, balance]
     assert made == [(torch.device("cpu"), torch.float32)]
     assert memory_of(torch.device("cpu")) > 1e8
+
+
+def test_products_may_be_tf32_by_torchs_newer_name() -> None:
+    """After which the older one cannot be asked."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        found = by_sheet("h100", torch.float32)
+    finally:
+        matmul.fp32_precision = before
+    assert found.peak_flops == pytest.approx(494.7e12)
+    assert torch.get_float32_matmul_precision() == "highest"

@@ -1,5 +1,7 @@
 """What is written down of each operation."""
 
+import weakref
+
 import torch
 from torch import nn
 
@@ -45,3 +47,16 @@ def test_what_is_saved_of_sparse_matrices_is_not_that_of_another_tensor() -> Non
     with tracing(nn.Identity(), []) as trace:
         torch.sparse.mm(torch.eye(3).to_sparse(), x).sum().backward()
     assert -1 not in {number for numbers in trace.saved_by.values() for number in numbers}
+
+
+def test_what_no_backward_lets_go_of_is_freed() -> None:
+    """A result that is saved, as of an exponential, must not keep itself alive."""
+    x = torch.ones(8, requires_grad=True)
+    with tracing(nn.Identity(), [x]) as trace:
+        y = (x * 2).exp()
+        followed = weakref.ref(y.untyped_storage())
+        del y
+        assert followed() is None
+    assert trace.saved.peak == 32
+    assert [record.name for record in trace.records] == ["aten.mul", "aten.exp"]
+    assert not trace.views
