@@ -56,7 +56,7 @@ def watch_fetches(
 
     Returns what undoes it.
     """
-    loop = trainer.fit_loop.epoch_loop
+    loop: Any = trainer.fit_loop.epoch_loop
     before, after = loop._on_before_fetch, loop._on_after_fetch
 
     def fetching() -> None:
