@@ -69,8 +69,9 @@ class PairAttention:
     def _mask(self, layout: PairLayout, window: int | None, dtype: torch.dtype) -> Any:
         if self.form == "blocks":
             return _block_mask(layout, window)
-        hides = window is not None and int(layout.position_ids_RL.max()) >= window
-        if self.form == "boolean" and layout.pair_RL.device.type == "cpu" and not hides:
+        # In this order: elsewhere whoever reads a position waits for the device.
+        is_ours = self.form == "boolean" and layout.pair_RL.device.type == "cpu"
+        if is_ours and (window is None or int(layout.position_ids_RL.max()) < window):
             return PairMask.of(layout)
         visible = layout.visible(window)
         if self.form == "boolean":

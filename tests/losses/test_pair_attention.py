@@ -5,6 +5,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lightning_align.layers import find_layers
 from lightning_align.losses import (
     PairAttention,
+    PairLayout,
     check_pair_attention,
     lay_out_pairs,
     sequence_logps,
@@ -161,6 +162,15 @@ def test_a_model_that_cannot_share_is_refused_and_auto_takes_separate_rows(name)
 def test_it_is_seen_whether_attention_runs_each_pair_alone(name, expected):
     family, options = MODELS[name]
     assert check_pair_attention(find_layers(TINY_MODELS[family](**options))).pairs_alone is expected
+
+
+def test_no_position_is_read_where_one_would_wait_for_a_device():
+    """As on meta, where there is none to read."""
+    batch = make_batch()
+    layout = lay_out_pairs(batch["input_ids"], batch["attention_mask"])
+    elsewhere = PairLayout(*(each.to("meta") for each in layout))
+    mask = PairAttention((("", 4),), "boolean").arguments(elsewhere, torch.float32)
+    assert mask["attention_mask"].shape == layout.visible().shape
 
 
 def test_layers_and_kernels_that_look_back_in_another_way_are_refused():
