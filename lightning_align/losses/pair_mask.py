@@ -87,6 +87,8 @@ class PairMask(Tensor):
         query, rows, width = tensors[0], self.shape[0], self.shape[2]
         if options.get("dropout_p") or options.get("is_causal") or not kernel.is_here():
             return False
+        if not torch.backends.cuda.flash_sdp_enabled():  # what sdpa_kernel() chose, on a CPU, too
+            return False
         if torch.is_autocast_enabled("cpu") and query.dtype != torch.get_autocast_dtype("cpu"):
             return False
         alike = all(

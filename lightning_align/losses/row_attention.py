@@ -123,7 +123,10 @@ class _RowAttention(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # with create_graph=True
-            raise RuntimeError("row_attention: its gradient cannot be differentiated again")
+            raise RuntimeError(
+                "row_attention: its gradient cannot be differentiated again, so create_graph must"
+                " be False. For second derivatives use torch.nn.attention.sdpa_kernel(MATH)."
+            )
         query, key, value, out, log_sum = ctx.saved_tensors
         gradients = [torch.zeros_like(each) for each in (query, key, value)]
         tail = _tail(ctx.plan, query)

@@ -1,6 +1,12 @@
+import copy
+import pickle
+from functools import partial
+
 import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from lightning_align.losses import lay_out_pairs
 from lightning_align.losses.pair_mask import PairMask
@@ -85,3 +91,53 @@ def test_its_facts_are_known_without_it():
     assert (mask.shape, mask.dtype, mask.ndim) == (written.shape, torch.bool, 4)
     assert mask.device == written.device
     assert mask._written is None
+
+
+def test_another_kernel_that_was_asked_for_is_taken():
+    mask = PairMask.of(layout := layout_of(packing=True))
+    tensors = inputs(layout)
+    with sdpa_kernel(SDPBackend.MATH):
+        ours, theirs = (
+            F.scaled_dot_product_attention(*tensors, attn_mask=each)
+            for each in (mask, layout.visible())
+        )
+        assert torch.equal(ours, theirs)
+        torch.autograd.grad(ours.square().sum(), tensors, create_graph=True)  # which ours has not
+
+
+def test_what_a_mixed_precision_casts_is_left_to_it():
+    mask = PairMask.of(layout := layout_of(packing=True))
+    is_token = (layout.pair_RL >= 0)[:, None, :, None]
+    with torch.autocast("cpu", torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16):
+            tensors = inputs(layout, dtype=dtype)
+            ours, theirs = (
+                F.scaled_dot_product_attention(*tensors, attn_mask=each) * is_token
+                for each in (mask, layout.visible())
+            )
+            assert ours.dtype is theirs.dtype is torch.bfloat16
+            torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpoint_hands_it_on(use_reentrant):
+    layout = layout_of(packing=True)
+    is_token = (layout.pair_RL >= 0)[:, None, :, None]
+
+    def attend(query, key, value, mask):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask) * is_token
+
+    found = []
+    for call in (attend, partial(checkpoint, attend, use_reentrant=use_reentrant)):
+        tensors = inputs(layout)
+        out = call(*tensors, PairMask.of(layout))
+        out.square().sum().backward()
+        found.append([out, *(each.grad for each in tensors)])
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
+
+
+def test_copies_of_it_are_plain_masks():
+    mask, written = PairMask.of(layout_of(True)), layout_of(True).visible()
+    for each in (copy.deepcopy(mask), pickle.loads(pickle.dumps(mask)), mask.to(torch.bool)):
+        assert type(each) is torch.Tensor
+        assert torch.equal(each, written)
