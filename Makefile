@@ -61,7 +61,7 @@ else
 endif
 
 # The arithmetic once more, with the kernels of older processors; `make test` takes the machine's own.
-MATHS := tests/losses tests/optimizers tests/pipelining tests/layers tests/test_schedules.py
+MATHS := tests/_compat/test_torch_attention.py tests/losses tests/optimizers tests/pipelining tests/layers tests/test_schedules.py
 test-kernels: $(STAMP)
 	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/pytest $(PARALLEL) -m "not gpu and not alone" $(MATHS) $(ARGS)
 	ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/pytest $(PARALLEL) -m "not gpu and not alone" $(MATHS) $(ARGS)
