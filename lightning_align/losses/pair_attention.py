@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_align._compat.torch_modules import is_compiled
 from lightning_align._errors import argument_error
 from lightning_align.layers import ModelLayers
 from lightning_align.layers.hugging_face import argument_names, base_model, is_hugging_face
@@ -46,11 +47,13 @@ class PairAttention:
             name for a model whose layers are all alike.
         form: Of a mask: boolean, additive or blocks (of FlexAttention).
         pairs_alone: Whether its attention was seen to run each pair alone (``PairMask``).
+        compiled: Whether parts of it are, which would be traced anew for the pairs of each batch.
     """
 
     windows: tuple[tuple[str, int | None], ...]
     form: str
     pairs_alone: bool = False
+    compiled: bool = False
 
     def arguments(self, layout: PairLayout, dtype: torch.dtype) -> dict[str, Any]:
         """Arguments of ``hidden_states`` for the rows of a layout.
@@ -71,6 +74,7 @@ class PairAttention:
             return _block_mask(layout, window)
         # In this order: elsewhere whoever reads a position waits for the device.
         is_ours = self.form == "boolean" and layout.pair_RL.device.type == "cpu"
+        is_ours = is_ours and not (self.compiled or torch.compiler.is_compiling())
         if is_ours and (window is None or int(layout.position_ids_RL.max()) < window):
             return PairMask.of(layout)
         visible = layout.visible(window)
@@ -124,7 +128,8 @@ def pair_attention(model: nn.Module) -> PairAttention:
         windows = tuple(of_type.items())
     else:
         windows = (("", next(iter(of_type.values())) if of_type else window),)
-    return PairAttention(windows, _FORMS[kernel])
+    compiled = any(map(is_compiled, model.modules()))
+    return PairAttention(windows, _FORMS[kernel], compiled=compiled)
 
 
 def check_pair_attention(layers: ModelLayers) -> PairAttention:

@@ -173,6 +173,33 @@ def test_no_position_is_read_where_one_would_wait_for_a_device():
     assert mask["attention_mask"].shape == layout.visible().shape
 
 
+@pytest.mark.parametrize("part", ["blocks", pytest.param("model", marks=pytest.mark.slow)])
+def test_a_compiled_model_gets_the_mask_written_out(part):
+    """Its pairs are others in each batch, and none may be traced as if they were always there."""
+    model, batch = TINY_MODELS["llama"](), make_batch()
+    theirs = sequence_logps(model, **batch)
+    for each in find_layers(model).blocks if part == "blocks" else [model.model]:
+        each.compile(backend="eager")
+    ours = sequence_logps(model, **batch, prefix_sharing=True)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert not check_pair_attention(find_layers(model)).pairs_alone
+
+
+@pytest.mark.slow
+def test_a_step_that_is_compiled_whole_makes_no_mask_of_pairs():
+    batches = [make_batch(seed=seed) for seed in range(2)]
+    attention = check_pair_attention(find_layers(TINY_MODELS["llama"]()))
+
+    def mask(batch):
+        layout = lay_out_pairs(batch["input_ids"], batch["attention_mask"])
+        return attention.arguments(layout, torch.float32)["attention_mask"]
+
+    for batch in batches:
+        ours = torch.compile(mask, backend="eager")(batch)
+        assert type(ours) is torch.Tensor
+        assert torch.equal(ours, mask(batch).written())
+
+
 def test_layers_and_kernels_that_look_back_in_another_way_are_refused():
     model = TINY_MODELS["llama"]()
     model.config._attn_implementation_internal = "flash_attention_2"
