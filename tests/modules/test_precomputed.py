@@ -380,8 +380,7 @@ def test_unpaired_records(tmp_path: Path) -> None:
     torch.testing.assert_close(weights(ours), weights(theirs), rtol=0, atol=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("at_hand", [False, True])
+@pytest.mark.parametrize("at_hand", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_values_of_another_precision_are_not_taken(
     at_hand: bool, tmp_path: Path, pairs: Path
 ) -> None:
@@ -406,7 +405,6 @@ def test_values_of_another_precision_are_not_taken(
     assert asked == []
 
 
-@pytest.mark.slow
 def test_loaders_of_another_datamodule_are_noticed(tmp_path: Path, pairs: Path) -> None:
     """The Trainer keeps the datamodule of the run before; lengths and numbers are the same."""
     ours = module(tmp_path / "cache")

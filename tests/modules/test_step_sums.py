@@ -127,7 +127,6 @@ def test_kto_on_two_ranks_matches_trl(accumulate: int) -> None:
     torch.testing.assert_close(one, trained_as_trl(windows), rtol=0, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_unequal_numbers_of_records_are_the_one_big_batch() -> None:
     of_rank = [records(0, 1, 2), records(4)]
     whole = {name: torch.cat([own[name] for own in of_rank]) for name in of_rank[0]}
@@ -143,7 +142,6 @@ def test_unequal_numbers_of_records_are_the_one_big_batch() -> None:
     torch.testing.assert_close(one, trained_as_trl([[[whole]]]), rtol=0, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_ranks_may_have_unequal_numbers_of_batches_to_validate_on() -> None:
     """A rank at its end adds nothing and waits; then all go on together."""
     of_rank = [[records(0, 1), records(2, 3), records(4, 5)], [records(6, 7)]]
@@ -170,7 +168,6 @@ def test_one_process_sends_nothing() -> None:
     sums_without_steps(trainer, 2, torch.device("cpu"))
 
 
-@pytest.mark.slow
 def test_a_batch_that_is_tried_out_asks_no_other_rank() -> None:
     """As a guard asks for the losses of its rank's batches, of which another may have none."""
 
