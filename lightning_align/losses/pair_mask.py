@@ -87,7 +87,8 @@ class PairMask(Tensor):
         query, rows, width = tensors[0], self.shape[0], self.shape[2]
         if options.get("dropout_p") or options.get("is_causal") or not kernel.is_here():
             return False
-        if not torch.backends.cuda.flash_sdp_enabled():  # what sdpa_kernel() chose, on a CPU, too
+        # What sdpa_kernel() chose, which holds on a CPU, too.
+        if not torch.backends.cuda.flash_sdp_enabled():  # type: ignore[no-untyped-call]
             return False
         if torch.is_autocast_enabled("cpu") and query.dtype != torch.get_autocast_dtype("cpu"):
             return False
