@@ -38,6 +38,12 @@ def running_node() -> tuple[int | None, Tensor | None]:
     return (None, node.variable) if number == _OF_LEAVES else (number, None)
 
 
+def is_result(tensor: Tensor) -> bool:
+    """Whether the newest node gave it, as when a node saves what it has found, not what it got."""
+    node: Any = tensor.grad_fn
+    return node is not None and int(node._sequence_nr()) == next_sequence_number() - 1
+
+
 def is_recomputing() -> bool:
     """Whether a checkpoint calls forward again, on this thread and inside of a backward."""
     node: Any = torch._C._current_autograd_node()

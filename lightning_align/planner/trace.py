@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_align._compat.torch_autograd import hooks_give_way
+from lightning_align._compat.torch_autograd import hooks_give_way, is_result
 from lightning_align.planner.live_bytes import Held, Saved, Storages
 from lightning_align.planner.meta_attention import attention_of_processor
 from lightning_align.planner.module_scopes import ModuleScopes, Scope
@@ -154,9 +154,10 @@ class _Saving:
         if number < 0 or number in self._trace.storages.there:  # a sparse one has none
             return tensor
         self._trace.saved_by.setdefault(self._scopes.current()[1], set()).add(number)
-        # A result that held itself would live on where no backward comes to let go of it.
-        with not_traced():
-            return Saved(self._trace.saved, tensor.detach())
+        if is_result(tensor):  # it would hold itself, and live on where no backward lets go of it
+            with not_traced():
+                tensor = tensor.detach()
+        return Saved(self._trace.saved, tensor)
 
     @staticmethod
     def unpack(held: Tensor | Saved) -> Tensor:

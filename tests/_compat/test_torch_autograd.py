@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_align._compat.torch_autograd import (
     hooks_give_way,
     is_recomputing,
+    is_result,
     next_sequence_number,
     nothing_is_zero_on_meta,
     running_backward,
@@ -127,3 +128,17 @@ def test_transforms_run_under_hooks() -> None:
     assert len(seen) >= 2  # hooks are back behind each
     with pytest.raises(RuntimeError, match="don't yet support saved tensor hooks"):
         run(torch.func.grad)
+
+
+def test_results_are_told_from_what_an_operation_got() -> None:
+    seen: list[tuple[str, bool]] = []
+    x = torch.ones(3, requires_grad=True) * 1
+
+    def pack(tensor: Tensor) -> Tensor:
+        seen.append((str(tensor.grad_fn.name()), is_result(tensor)))  # type: ignore[union-attr]
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        (x.exp() * x).square()
+    got = [("ExpBackward0", True), ("MulBackward0", False), ("ExpBackward0", False)]
+    assert sorted(seen) == sorted([*got, ("MulBackward0", False)])
