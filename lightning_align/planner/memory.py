@@ -96,7 +96,7 @@ def memory_by_rank(model: ModelSpec, parallel: ParallelSpec) -> list[dict[str, f
     peaks = _pipelined(saved, own, parallel)
     largest = max(prod(shape) for _, shape in model.block_shapes) / parallel.tensor_parallel
     found = []
-    again, passing = _recomputed(model, parallel), _passing(model, parallel)
+    again, passing = _recomputed(model, parallel), backward_temporary(model, parallel)
     # The gradient of a weight is there beside the sum that it is added to.
     passing += largest * parallel.weight_bytes
     for number, (rank, (held, gradients)) in enumerate(zip(ranks, peaks, strict=True), start=1):
@@ -150,8 +150,8 @@ def _rank(
     gradients = trained * block / shares[1] + rest
     if parallel.offload_optimizer != "none" and stage >= 2:
         gradients = min(trained, 2) * block + rest  # of the block that is in backward, and one more
-    states = trained * state_bytes(model.block_shapes, parallel) / (t * shares[0])
-    states += state_bytes(beside, parallel) / t
+    states = trained * state_bytes(model.block_shapes, parallel) + state_bytes(beside, parallel)
+    states /= t * shares[0]
     if parallel.offload_optimizer != "none":  # where it lies it is stepped, also what stays here
         states = 0.0
     parts = {WEIGHTS: width * (held + rest), GRADIENTS: width * gradients, OPTIMIZER: states}
@@ -175,7 +175,7 @@ def _moments(
     held = parallel.lisa_layers is None or parallel.num_microbatches > 1
     ends = {GRADIENTS: rank[GRADIENTS] * held, ACTIVATIONS: saved + kept, TEMPORARY: chunk}
     yield {**rank, **ends}
-    again, passing = _recomputed(model, parallel), _passing(model, parallel)
+    again, passing = _recomputed(model, parallel), backward_temporary(model, parallel)
     width = parallel.weight_bytes / parallel.tensor_parallel
     head, first = model.vocab_size * model.hidden_size, count(model.first_shapes)
     accumulates = parallel.num_microbatches > 1  # then new gradients are there beside their sums
@@ -211,23 +211,19 @@ def _recomputed(model: ModelSpec, parallel: ParallelSpec) -> float:
     return whole - block_saved_bytes(model, parallel)
 
 
-def _passing(model: ModelSpec, parallel: ParallelSpec) -> float:
-    """What is there for a moment in the backward of a block, 16-bit copies of its weights, too."""
-    copies = 2 * parallel.precision.endswith("mixed")
-    weights = count(model.block_shapes) / parallel.tensor_parallel
-    return backward_temporary(model, parallel) + copies * weights
-
-
 def _trained_blocks(parallel: ParallelSpec, blocks: int) -> float:
     """Blocks of a rank that have gradients and states at a time, at most."""
     return blocks if parallel.lisa_layers is None else min(blocks, parallel.lisa_layers)
 
 
-def elsewhere(model: ModelSpec, parallel: ParallelSpec) -> dict[str, float]:
+def elsewhere(
+    model: ModelSpec, parallel: ParallelSpec, *, on_device: bool = False
+) -> dict[str, float]:
     """Bytes of a replica of the model in host memory and on drives, by tier.
 
     Everything on drives is there twice: a step counts once it is whole. Gradients are there only
-    while they wait for further micro-batches.
+    while they wait for further micro-batches. Of what stays on a device that is not the host each
+    rank has a copy beside the states, which are stepped there.
     """
     trained = model.num_layers if parallel.lisa_layers is None else parallel.lisa_layers
     blocks = model.num_layers * count(model.block_shapes)
@@ -243,6 +239,9 @@ def elsewhere(model: ModelSpec, parallel: ParallelSpec) -> dict[str, float]:
         waits = parallel.zero_stage >= 2 and parallel.num_microbatches > 1
         gradients = parallel.weight_bytes * trained * count(model.block_shapes)
         found[parallel.offload_optimizer] += copies * states + gradients * waits
+        if on_device:
+            stays = count(beside) + blocks * (parallel.offload_param == "none")
+            found[HOST] += parallel.devices * parallel.weight_bytes * stays
     if parallel.offload_optimizer == NVME:
         found[HOST] += parallel.devices * _staged(model, parallel)
     if parallel.offload_activations != "none":

@@ -263,6 +263,12 @@ class ParallelSpec:
         return self.precision != "32-true"
 
     @property
+    def has_masters(self) -> bool:
+        """Whether the optimizer has fp32 weights beside 16-bit ones, as ZeRO-Infinity's has."""
+        has_own = self.precision == "bf16-true" and self.zero_stage > 0
+        return has_own or self.precision.endswith("master")
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of a parameter as the model has it."""
         return 2 if self.precision in ("bf16-true", "bf16-master", "16-master") else 4

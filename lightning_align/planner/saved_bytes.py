@@ -9,7 +9,7 @@ counted.
 from __future__ import annotations
 
 from lightning_align.planner.block_work import Sizes, sizes
-from lightning_align.planner.model_spec import ModelSpec
+from lightning_align.planner.model_spec import ModelSpec, count
 from lightning_align.planner.parallel_spec import ParallelSpec
 
 CHUNK_BYTES = 24 * 2**20  # of logits that a loss in chunks has at a time
@@ -31,9 +31,16 @@ def block_saved_bytes(model: ModelSpec, parallel: ParallelSpec) -> float:
     if model.analysis is not None and parallel.tensor_parallel == 1:
         counted = model.analysis.saved_bytes(z.rows, z.s, parallel.is_half)
         if counted is not None:
-            return counted + repeated_bytes(z, parallel)
+            return counted + repeated_bytes(z, parallel) + weight_copies(model, parallel)
     scores = 0.0 if parallel.activation_checkpointing == "selective" else _scores(z)
-    return _attention(z) + scores + _feed_forward(z) + _norms(z) + repeated_bytes(z, parallel)
+    kept = _attention(z) + scores + _feed_forward(z) + _norms(z)
+    return kept + repeated_bytes(z, parallel) + weight_copies(model, parallel)
+
+
+def weight_copies(model: ModelSpec, parallel: ParallelSpec) -> float:
+    """Bytes of the 16-bit copies of a block's matrices that autograd keeps in mixed precision."""
+    matrices = count(each for each in model.block_shapes if each[0].startswith("matrices"))
+    return 2 * matrices / parallel.tensor_parallel * parallel.precision.endswith("mixed")
 
 
 def shared_bytes(model: ModelSpec, parallel: ParallelSpec) -> float:

@@ -41,8 +41,8 @@ def candidates(
 ) -> Iterator[ParallelSpec]:
     """Every split that the numbers allow, with what the user chose kept.
 
-    Tensor parallelism stays in a node; micro-batches are powers of two; with one device nothing is
-    divided, and state may lie elsewhere.
+    Tensor parallelism stays in a node; micro-batches are powers of two up to ``MOST_MICROBATCH``;
+    with one device nothing is divided, and state may lie elsewhere.
 
     Args:
         model: What is trained.

@@ -39,11 +39,16 @@ _STATES: dict[str, Callable[[Mapping[str, Any], Tensor, int], Mapping[str, torch
 }
 
 
+def _state_dtype(optimizer: str, parameter: Tensor) -> torch.dtype:
+    """torch's AdamW has moments in the parameter's dtype, ours in fp32 where that has 16 bits."""
+    return parameter.dtype if optimizer == "adamw" else moment_dtype(parameter)
+
+
 @lru_cache(maxsize=4096)
 def _bytes_of(optimizer: str, kind: str, shape: tuple[int, ...], rank: int, width: int) -> int:
     parameter = torch.empty(shape, dtype=_DTYPES[width], device="meta")
     shapes = _STATES[optimizer](GROUPS[kind], parameter, rank)
-    size = moment_dtype(parameter).itemsize
+    size = _state_dtype(optimizer, parameter).itemsize
     return sum(4 if name == "step" else size * shape.numel() for name, shape in shapes.items())
 
 
@@ -56,7 +61,7 @@ def state_bytes(shapes: Shapes, parallel: ParallelSpec) -> int:
             optimizer, these are counted.
     """
     rank, width = parallel.galore_rank, parallel.weight_bytes
-    if parallel.precision.endswith("master"):
+    if parallel.has_masters:
         own = [_bytes_of(parallel.optimizer, kind, shape, rank, 4) for kind, shape in shapes]
         return sum(own) + 4 * sum(prod(shape) for _, shape in shapes)
     return sum(_bytes_of(parallel.optimizer, kind, shape, rank, width) for kind, shape in shapes)

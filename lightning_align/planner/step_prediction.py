@@ -137,7 +137,7 @@ def _update_s(
 def _update_bytes(shapes: Shapes, parallel: ParallelSpec) -> float:
     """Weights and states read and written, gradients read."""
     elements = count(shapes)
-    if parallel.precision.endswith("master"):
+    if parallel.has_masters:
         return 2 * state_bytes(shapes, parallel) + MASTER_BYTES * elements
     return 2 * state_bytes(shapes, parallel) + 3 * parallel.weight_bytes * elements
 

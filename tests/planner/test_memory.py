@@ -103,7 +103,7 @@ def test_weights_gradients_and_moments_are_sixteen_bytes_a_parameter() -> None:
 def test_zero_divides_what_its_stage_says() -> None:
     eight = [device_memory(MODEL, ParallelSpec(devices=8, zero_stage=stage)) for stage in range(4)]
     plain = eight[0]
-    assert eight[1]["optimizer"] < plain["optimizer"] / 2
+    assert eight[1]["optimizer"] == plain["optimizer"] / 8  # of embedding and head, too
     assert eight[1]["gradients"] == plain["gradients"] > eight[2]["gradients"]
     assert eight[2]["weights"] == plain["weights"] > eight[3]["weights"]
 
@@ -131,6 +131,18 @@ def test_a_step_is_on_drives_twice_and_states_lie_where_they_are_stepped() -> No
     assert waits["nvme"] == 2 * whole + 4 * MODEL.num_layers * count(MODEL.block_shapes)
     once = elsewhere(MODEL, replace(spec, offload_param="cpu"))
     assert once["nvme"] == state_bytes(shapes, spec)
+
+
+def test_what_stays_on_devices_is_beside_the_states_that_are_stepped_in_host_memory() -> None:
+    """Of each rank, whole (docs/zero_infinity.md: On a GPU)."""
+    spec = ParallelSpec(devices=2, zero_stage=2, offload_optimizer="cpu", precision="32-true")
+    away = replace(spec, zero_stage=3, offload_param="cpu")
+    copies = [
+        elsewhere(MODEL, each, on_device=True)["cpu"] - elsewhere(MODEL, each)["cpu"]
+        for each in (spec, away)
+    ]
+    blocks = MODEL.num_layers * count(MODEL.block_shapes)
+    assert copies == [2 * 4 * MODEL.parameters, 2 * 4 * (MODEL.parameters - blocks)]
 
 
 def test_techniques_that_save_memory_do() -> None:

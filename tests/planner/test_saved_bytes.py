@@ -1,15 +1,20 @@
 """Activations of a block against the formulas of arXiv:2205.05198."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
-from lightning_align.planner import ModelSpec, ParallelSpec
+from lightning_align import find_layers
+from lightning_align.planner import ModelSpec, ParallelSpec, analyze_step
 from lightning_align.planner.saved_bytes import (
     block_saved_bytes,
     first_saved_bytes,
     last_saved_bytes,
 )
+from tests.helpers.step_models import gpt, llama
 
 S, B, H, A, V, T = 2048, 4, 6144, 64, 51200, 8
 MEGATRON = ModelSpec(48, H, A, vocab_size=V, seq_len=S, attention="unfused", dropout=True)
@@ -44,6 +49,29 @@ def test_what_is_beside_the_blocks() -> None:
 def test_fused_attention_keeps_no_scores() -> None:
     fused = replace(MEGATRON, attention="fused")
     assert block_saved_bytes(fused, PLAIN) == pytest.approx(SBH * 34 + 4 * S * B * A)
+
+
+@pytest.mark.parametrize("build", [gpt, llama])
+@pytest.mark.parametrize("trains", [True, False])
+def test_mixed_precision_keeps_a_copy_of_each_matrix(build: Any, trains: bool) -> None:
+    """Of two tokens these are all that counts; Lightning's autocast has no cache of its own."""
+    model, ids = build(), torch.tensor([[1, 2]])
+    spec = ModelSpec.from_module(model, seq_len=2)
+    frozen = list(find_layers(model).blocks)[1]
+    frozen.requires_grad_(trains)
+
+    def loss() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            found = model(ids)
+        logits: Tensor = found if isinstance(found, Tensor) else found.logits
+        return logits.float().sum()
+
+    mixed = ParallelSpec(precision="bf16-mixed")
+    held = list(analyze_step(model, loss).blocks.values())[1].saved_bytes
+    assert held == pytest.approx(block_saved_bytes(spec, mixed), rel=0.05)
+    assert block_saved_bytes(spec, replace(mixed, precision="bf16-true")) < held / 2
+    recomputed = replace(mixed, activation_checkpointing="full")
+    assert block_saved_bytes(spec, recomputed) == 2 * 2 * spec.hidden_size
 
 
 def test_a_loss_in_chunks_keeps_no_logits() -> None:

@@ -105,18 +105,19 @@ def test_256_nodes_are_sane(devices: int) -> None:
     assert 0.8 * one < many < 2 * one
 
 
-def test_drives_move_what_the_strategy_moves() -> None:
-    """28 bytes a parameter of a block and step, with AdamW in fp32 (docs of zero_infinity)."""
+@pytest.mark.parametrize(("precision", "a_parameter"), [("32-true", 28), ("bf16-true", 30)])
+def test_drives_move_what_the_strategy_moves(precision: str, a_parameter: int) -> None:
+    """Bytes of a parameter of a block and step, with AdamW (docs of zero_infinity)."""
     deep = replace(MODEL, num_layers=100)
     found = predicted(
         deep,
         zero_stage=3,
         offload_param="nvme",
         offload_optimizer="nvme",
-        precision="32-true",
+        precision=precision,
     )
     blocks = deep.num_layers * count(deep.block_shapes)
-    assert found.nvme.read + found.nvme.written == pytest.approx(28 * blocks, rel=0.02)
+    assert found.nvme.read + found.nvme.written == pytest.approx(a_parameter * blocks, rel=0.02)
     assert found.breakdown["transfers"] > 0
     rates = ("nvme_read_bandwidth", "nvme_write_bandwidth", "host_bandwidth")
     away = replace(HARDWARE, **dict.fromkeys(rates, 1e15))
