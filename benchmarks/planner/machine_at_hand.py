@@ -225,7 +225,7 @@ def recommended(planner: Any, spec: Any) -> Any:
     from lightning_align.planner.search import ranked
 
     base = ParallelSpec(devices=2, global_batch_size=ROWS, precision="32-true")
-    return next(each for each in ranked(planner, spec, base) if not unrunnable(each.parallel))
+    return next(each for each in ranked(planner, spec, base) if not unrunnable(each))
 
 
 def report(folder: Path, smoke: bool) -> None:
@@ -235,7 +235,8 @@ def report(folder: Path, smoke: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     steps = 5 if smoke else 12
     hardware = hardware_of(folder, 2)
-    told = f"{hardware.peak_flops / 1e9:.1f} GFLOP/s, {hardware.mem_bandwidth / 1e9:.1f} GB/s"
+    flops = hardware.product_flops(is_half=False)
+    told = f"{flops / 1e9:.1f} GFLOP/s, {hardware.mem_bandwidth / 1e9:.1f} GB/s"
     print(f"{told}, an operation {1e6 * hardware.overhead_s:.1f} us")
     rows = known_rows(folder, steps, 3 if smoke else len(KNOWN))
     planner = Planner(hardware)

@@ -236,7 +236,8 @@ def calibrated(steps: int, where: Path | None, smoke: bool) -> Any:
 
     hardware = HardwareSpec.measure(disk=where or tempfile.gettempdir())
     rate = f"{hardware.nvme_read_bandwidth / 1e9:.2f} GB/s of the drive"
-    told = f"{hardware.peak_flops / 1e9:.1f} GFLOP/s, {hardware.mem_bandwidth / 1e9:.1f} GB/s"
+    flops = hardware.product_flops(is_half=False)
+    told = f"{flops / 1e9:.1f} GFLOP/s, {hardware.mem_bandwidth / 1e9:.1f} GB/s"
     print(f"{told}, an operation {1e6 * hardware.overhead_s:.1f} us, {rate}\n")
     planner = Planner(hardware)
     rows = []

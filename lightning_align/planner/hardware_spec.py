@@ -15,6 +15,7 @@ import torch
 from lightning_align._errors import argument_error, check_least, check_whole, finite_number
 from lightning_align.planner.balance import MachineBalance
 from lightning_align.planner.efficiencies import Efficiencies
+from lightning_align.planner.measure import product_peak
 from lightning_align.planner.nodes import NODES
 from lightning_align.planner.quantities import BYTES, BYTES_A_SECOND, FLOPS, quantity
 from lightning_align.planner.spec_sheets import SPEC_SHEETS, check_dense, spec_sheet
@@ -50,7 +51,8 @@ class HardwareSpec:
         nvme_write_bandwidth: The same, written.
         price_per_hour: Of one device, in any currency; None if it does not matter.
         host_bandwidth: Bytes a second between a device and host memory.
-        fp32_flops: FLOP/s of products in fp32; None is an eighth of ``peak_flops``.
+        fp32_flops: FLOP/s of products in fp32; None is an eighth of ``peak_flops``. Names have those
+            without TF32, which torch uses only if it is told to.
         overhead_s: Seconds of the host to launch an operation, from Python.
         is_asynchronous: Whether the host prepares the next operation while one runs.
         devices: How many there are.
@@ -135,7 +137,7 @@ class HardwareSpec:
             "nvme_read_bandwidth": node.nvme_read_bandwidth,
             "nvme_write_bandwidth": node.nvme_write_bandwidth,
             "host_bandwidth": node.host_bandwidth,
-            "fp32_flops": sheet.peak_flops.get("tf32", sheet.peak_flops["float32"]),
+            "fp32_flops": sheet.peak_flops["float32"],
             "is_asynchronous": not key.startswith("xeon"),
             "devices": int(found[1]) if found and found[1] else 1,
             "name": key,
@@ -169,13 +171,14 @@ class HardwareSpec:
         torch.set_num_threads(max(1, threads // shares))
         try:
             found = MachineBalance.measure(device, disk=disk)
+            half_flops = product_peak(device, torch.bfloat16)
         finally:
             torch.set_num_threads(threads)
         host = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
         memory = host if is_cpu else float(torch.cuda.get_device_properties(device).total_memory)
         drive = found.disk_bandwidth or 0.0
         figures: dict[str, Any] = {
-            "peak_flops": found.peak_flops,
+            "peak_flops": half_flops,
             "mem_bandwidth": found.mem_bandwidth,
             "memory": memory / shares,
             "intra_bandwidth": found.mem_bandwidth / 2 if is_cpu else 32e9,

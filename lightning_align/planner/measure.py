@@ -129,8 +129,7 @@ def measured(
         curves = {**_curves(place, dtype, clock), **attention}
         streams = {rows: _stream(rows, place, dtype, clock) for rows in (CACHED_ROWS, ROWS[-1])}
     curves[PRODUCT] = [(2.0 * TALL * n**3, timing.seconds) for n, timing in products.items()]
-    size = min(products, key=lambda n: products[n].seconds / n**3)
-    flops, peak = 2.0 * TALL * size**3, products[size]
+    flops, peak = _fastest(products)
     cached, stream = streams.values()
     cached_bytes, stream_bytes = (3.0 * rows * 256 * dtype.itemsize for rows in streams)
     folder = None if disk is None else Path(disk)
@@ -152,6 +151,28 @@ def measured(
             "mem_bandwidth": (stream_bytes / stream.high, stream_bytes / stream.low),
         },
     }
+
+
+def product_peak(device: str | torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of products, of the size for which there are most.
+
+    Args:
+        device: Which one.
+        dtype: Of their inputs.
+
+    Raises:
+        ValueError: If there is no such device, or it does not compute with that dtype.
+    """
+    place = _usable(device, dtype)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        flops, timing = _fastest(_products(place, dtype, clock_of(place)))
+    return flops / timing.seconds
+
+
+def _fastest(products: dict[int, Timing]) -> tuple[float, Timing]:
+    """FLOPs and time of the product that has most of them a second."""
+    size = min(products, key=lambda n: products[n].seconds / n**3)
+    return 2.0 * TALL * size**3, products[size]
 
 
 def _usable(device: str | torch.device, dtype: torch.dtype) -> torch.device:

@@ -156,6 +156,7 @@ class Planner:
         self.hw = hw
         self.efficiencies = efficiencies or efficiencies_of(hw.overhead_s, hw.is_asynchronous)
         self._factor = UNCALIBRATED
+        self._usable = USABLE
 
     def calibrate(self, rows: Iterable[Row]) -> Planner:
         """Move the constants to what measured steps say.
@@ -234,13 +235,15 @@ class Planner:
 
     def _plan(self, model: ModelSpec, parallel: ParallelSpec, step: StepPrediction) -> Plan:
         parts = device_memory(model, parallel)
-        on_device = sum(parts.values())
+        needed, on_device = sum(parts.values()), self.hw.is_asynchronous
         near = min(parallel.devices, self.hw.devices_per_node)
         on_node = {
             tier: nbytes * near / parallel.devices
-            for tier, nbytes in elsewhere(model, parallel).items()
+            for tier, nbytes in elsewhere(model, parallel, on_device=on_device).items()
         }
-        missing = max(0.0, on_device - USABLE * self.hw.memory)
+        # The memory of a processor is the host's.
+        beside = 0.0 if on_device else on_node[HOST] / near
+        missing = max(0.0, needed + beside - self._usable * self.hw.memory)
         missing = missing or max(0.0, on_node[HOST] - USABLE * self.hw.cpu_memory)
         no_drive = on_node[NVME] and not self.hw.nvme_read_bandwidth
         missing = missing or (on_node[NVME] if no_drive else 0.0)
@@ -250,7 +253,7 @@ class Planner:
             parallel=parallel,
             step_time=seconds,
             breakdown=step.breakdown,
-            memory_per_device=on_device,
+            memory_per_device=needed,
             memory_breakdown=parts,
             host_bytes=on_node[HOST],
             nvme_bytes=on_node[NVME],
@@ -294,7 +297,7 @@ class Planner:
             return [plan for plan in plans if plan.fits][:top_k]
         nearest = plans[0]
         rule = (
-            f"nothing fits {self.hw.devices_per_node} x {shown(self.hw.memory)} a node; nearest is "
+            f"nothing fits {nearest.parallel.devices} x {shown(self.hw.memory)}; nearest is "
             f"{nearest.parallel.told()}, which lacks {shown(nearest.missing_bytes)}"
         )
         largest = max(nearest.memory_breakdown, key=nearest.memory_breakdown.__getitem__)
@@ -315,7 +318,9 @@ class Planner:
             return self
         nbytes = quantity(WHERE, "memory_limit", memory, BYTES)
         other = copy(self)
-        other.hw = replace(self.hw, memory=min(self.hw.memory, nbytes / USABLE))
+        usable = min(nbytes, self._usable * self.hw.memory)
+        other.hw = replace(self.hw, memory=min(nbytes, self.hw.memory))
+        other._usable = usable / other.hw.memory
         return other
 
     def _check(self, where: str, model: object, parallel: object) -> None:

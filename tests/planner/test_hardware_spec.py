@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_align.planner import HardwareSpec, MachineBalance
+from lightning_align.planner import HardwareSpec, MachineBalance, hardware_spec
 from lightning_align.planner.spec_sheets import SPEC_SHEETS
 
+HALF = torch.bfloat16
 GIVEN = {"peak_flops": "989TFLOPS", "mem_bandwidth": "3.35TB/s", "memory": "80GB"}
 
 
@@ -55,6 +56,12 @@ def test_impossible_figures_are_refused(changes: dict[str, Any], told: str) -> N
         HardwareSpec(**{**GIVEN, **changes})
 
 
+def test_products_in_fp32_are_those_of_torch_as_it_is() -> None:
+    """It has TF32 only if asked to."""
+    assert HardwareSpec.from_name("a100").product_flops(is_half=False) == 19.5e12
+    assert HardwareSpec.from_name("a100", fp32_flops="156TFLOPS").fp32_flops == 156e12
+
+
 def test_what_was_measured_is_what_is_planned_with(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = {}
 
@@ -64,9 +71,10 @@ def test_what_was_measured_is_what_is_planned_with(monkeypatch: pytest.MonkeyPat
         return MachineBalance("m", 1e11, 5e10, overheads=overheads, disk_bandwidth=2e9)
 
     monkeypatch.setattr(MachineBalance, "measure", measure)
+    monkeypatch.setattr(hardware_spec, "product_peak", lambda _, dtype: {HALF: 3e11}[dtype])
     spec = HardwareSpec.measure("cpu", disk="here", devices=2, price_per_hour=1.5)
     assert asked == {"device": "cpu", "disk": "here"}
-    assert (spec.peak_flops, spec.fp32_flops, spec.mem_bandwidth) == (1e11, 1e11, 5e10)
+    assert (spec.peak_flops, spec.fp32_flops, spec.mem_bandwidth) == (3e11, 1e11, 5e10)
     assert (spec.nvme_read_bandwidth, spec.nvme_write_bandwidth) == (2e9, 2e9)
     assert (spec.overhead_s, spec.is_asynchronous) == (3e-6, False)
     assert (spec.devices, spec.price_per_hour, spec.source) == (2, 1.5, "measured")
@@ -99,6 +107,7 @@ def test_processes_on_a_processor_share_it(monkeypatch: pytest.MonkeyPatch) -> N
         return MachineBalance.from_spec("xeon-8480")
 
     monkeypatch.setattr(MachineBalance, "measure", measured)
+    monkeypatch.setattr(hardware_spec, "product_peak", lambda *_: 1e11)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     one, two = HardwareSpec.measure(), HardwareSpec.measure(devices=2)

@@ -51,6 +51,14 @@ def test_a_machine_is_measured(quick: None, tmp_path: Path) -> None:
         assert all(seconds > 0 for _, seconds in curve)
 
 
+def test_a_peak_is_of_the_fastest_product(quick: None) -> None:
+    generator = torch.get_rng_state()
+    assert measure.product_peak("cpu", torch.bfloat16) > 0
+    assert torch.equal(torch.get_rng_state(), generator)
+    slow, fast = (measure.Timing(seconds, seconds, seconds) for seconds in (1.0, 2.0))
+    assert measure._fastest({8: slow, 16: fast}) == (2.0 * measure.TALL * 16**3, fast)
+
+
 def _ticking(step: float) -> Iterator[float]:
     return (step * n for n in count())
 

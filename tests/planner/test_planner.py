@@ -11,6 +11,7 @@ import torch
 from lightning_align import find_layers
 from lightning_align.planner import HardwareSpec, ModelSpec, ParallelSpec, Planner, analyze_step
 from lightning_align.planner.efficiencies import Efficiencies
+from lightning_align.planner.planner import USABLE
 from tests.helpers.step_models import BATCH, TOKENS, gpt, llama, loss_of
 
 GPT = ModelSpec(8, 1024, 16, vocab_size=32000, seq_len=512)
@@ -78,6 +79,17 @@ def test_what_is_missing_is_said() -> None:
     small = HardwareSpec.from_name("a100", cpu_memory="16GB")
     spec = ParallelSpec(zero_stage=3, offload_param="cpu", offload_optimizer="cpu")
     assert not Planner(small).predict(LARGE, spec).fits
+
+
+def test_the_memory_of_a_processor_is_the_hosts() -> None:
+    """What is in host memory is in that of the device, of which there is one."""
+    spec = ParallelSpec(zero_stage=3, offload_param="cpu", offload_optimizer="cpu")
+    plan = Planner("xeon-8480").predict(GPT, spec)
+    needed = (plan.memory_per_device + plan.host_bytes) / USABLE
+    for name, factor, fits in (("xeon-8480", 1.01, True), ("xeon-8480", 0.99, False), ("a100", 0.99, True)):
+        both = {"memory": factor * needed, "cpu_memory": factor * needed}
+        found = Planner(HardwareSpec.from_name(name, **both)).predict(GPT, spec)
+        assert found.fits == fits
 
 
 def rows(planner: Planner, **constants: float) -> list[tuple[ModelSpec, ParallelSpec, float]]:
@@ -158,13 +170,16 @@ def test_what_is_recommended_fits_and_is_the_fastest_of_it() -> None:
     assert plans[0].parallel.batch_size == 16
     tight = planner.recommend(GPT, top_k=1, base=base, memory_limit="4GB")[0]
     assert tight.memory_per_device < 4e9
+    assert tight.hardware.memory == 4e9
+    whole = planner.limited_to("79GB")
+    assert whole._usable * whole.hw.memory == pytest.approx(USABLE * planner.hw.memory)
     assert tight.step_time >= 0.99 * plans[0].step_time
 
 
 def test_nothing_fits_and_why() -> None:
     planner = Planner("rtx-4090")
     huge = replace(LARGE, hidden_size=16384, num_layers=400)
-    with pytest.raises(ValueError, match="nothing fits") as caught:
+    with pytest.raises(ValueError, match="nothing fits 1 x 24 GB;") as caught:
         planner.recommend(huge)
     message = str(caught.value)
     assert "which lacks" in message
