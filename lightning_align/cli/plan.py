@@ -122,7 +122,7 @@ def plan(
         refused: Counter[str] = Counter()
         everything = ranked(planner, spec, base, refused)
         if runnable:
-            everything = [p for p in everything if not plan_yaml.unrunnable(p.parallel)]
+            everything = [p for p in everything if not plan_yaml.unrunnable(p)]
         fitting = [each for each in everything if each.fits]
         if not fitting:
             planner.recommend(spec, base=base)  # says what is nearest

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from lightning_align._errors import argument_error
-from lightning_align.cli.plan_yaml import OPTIMIZERS, last_name
+from lightning_align.cli.plan_yaml import OPTIMIZERS, arguments_of, last_name, listed
 
 # What is planned with where neither the user nor the file says anything.
 DEFAULTS: dict[str, Any] = {
@@ -70,14 +70,13 @@ def said(path: str | Path) -> dict[str, Any]:
         found["reference"] = "precomputed"
     if given.get("reference_free"):
         found["reference"] = "none"
-    if (precision := trainer.get("precision")) is not None:
-        found["precision"] = _PRECISIONS.get(str(precision), str(precision))
-    callbacks = [*(trainer.get("callbacks") or []), *(trainer.get("callbacks+") or [])]
-    for each in callbacks:
+    precision = str(trainer.get("precision") or "32-true")  # a Trainer's own
+    found["precision"] = _PRECISIONS.get(precision, precision)
+    if last_name(given.get("dtype")) == "bfloat16":
+        found["precision"] = "bf16-true"
+    for each in (each for key in ("callbacks", "callbacks+") for each in listed(trainer.get(key))):
         if last_name(each) == "LISA":
-            found["lisa_layers"] = (each.get("init_args") or {}).get(
-                "activated_layers", _LISA_LAYERS
-            )
+            found["lisa_layers"] = arguments_of(each).get("activated_layers", _LISA_LAYERS)
     return found
 
 
@@ -87,5 +86,5 @@ def _optimizer(given: Any) -> dict[str, Any]:
     name = last_name(given)
     ours = {path.rpartition(".")[2]: key for key, path in OPTIMIZERS.items()}
     found = {"optimizer": ours.get(name, name)}  # another one is refused, if none is asked for
-    options = given.get("init_args") or {} if isinstance(given, Mapping) else {}
+    options = arguments_of(given)
     return {**found, "rank": options["rank"]} if options.get("rank") else found

@@ -56,7 +56,7 @@ def report(
                 f"{each.mfu:.1%}",
                 shown(each.memory_per_device),
                 each.bound,
-                "no" if unrunnable(each.parallel) else "yes",
+                "no" if unrunnable(each) else "yes",
             ]
         )
     low, high = winner.interval

@@ -20,6 +20,7 @@ OPTIMIZERS = {
     "sgd": "torch.optim.SGD",
 }
 _LR = {"adamw": 3e-4, "stable_adamw": 3e-4, "muon": 3e-4, "galore_adamw": 3e-3, "sgd": 1e-2}
+_REFERENCES = {"precompute_ref_log_probs": "precomputed", "reference_free": "none"}
 _RUNNERS = {
     "tensor": "tensor parallelism is Megatron-LM's or torchtitan's",
     "grid": "a pipeline of which there are several copies is Megatron-LM's or torchtitan's",
@@ -30,6 +31,8 @@ _RUNNERS = {
     "scaler": "ZeRO-Infinity takes no loss scaler",
     "schedule": "pipelines here run GPipe, 1F1B and Interleaved1F1B",
     "lisa": "LISA draws among all blocks, and a rank of a pipeline has some",
+    "sharded": "ZeRO in the memory of devices is FSDP's or DeepSpeed's; ours is in that of hosts",
+    "activations": "only ZeRO-Infinity's saved activations wait elsewhere",
 }
 
 
@@ -44,12 +47,31 @@ def last_name(given: Any, default: str = "") -> str:
     return str(path or default).rpartition(".")[2]
 
 
-def unrunnable(parallel: ParallelSpec) -> str | None:
+def arguments_of(given: Any) -> Mapping[str, Any]:
+    """Arguments of a class, from a configuration that may be its path alone.
+
+    Args:
+        given: A mapping with a class_path, or a path.
+    """
+    return (given.get("init_args") or {}) if isinstance(given, Mapping) else {}
+
+
+def listed(callbacks: Any) -> list[Any]:
+    """Callbacks as a configuration has them: none, one, or a list.
+
+    Args:
+        callbacks: What is under the key.
+    """
+    return callbacks if isinstance(callbacks, list) else [callbacks] * bool(callbacks)
+
+
+def unrunnable(plan: Plan) -> str | None:
     """Which part of a split neither this suite nor Lightning runs; None if they run all of it.
 
     Args:
-        parallel: The split.
+        plan: The split, and on what.
     """
+    parallel = plan.parallel
     p, has_zero = parallel.pipeline_parallel, parallel.zero_stage > 0
     is_dpo, reference = parallel.objective == "dpo", parallel.reference
     found = [
@@ -62,8 +84,16 @@ def unrunnable(parallel: ParallelSpec) -> str | None:
         ("scaler", has_zero and parallel.precision == "16-mixed"),
         ("schedule", p > 1 and parallel.schedule not in ("GPipe", "1F1B", "Interleaved1F1B")),
         ("lisa", p > 1 and parallel.lisa_layers is not None),
+        ("sharded", has_zero and plan.hardware.is_asynchronous and _is_on_devices(parallel)),
+        ("activations", not has_zero and parallel.offload_activations != "none"),
     ]
     return next((_RUNNERS[name] for name, is_so in found if is_so), None)
+
+
+def _is_on_devices(parallel: ParallelSpec) -> bool:
+    """Whether what ZeRO divides lies in the memory of devices, all of it or its parameters."""
+    is_divided = parallel.zero_stage == 3 and parallel.replicas > 1
+    return parallel.offload_optimizer == "none" or (is_divided and parallel.offload_param == "none")
 
 
 def configuration(plan: Plan, run: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,17 +107,20 @@ def configuration(plan: Plan, run: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: If nobody here runs such a split.
     """
     parallel = plan.parallel
-    if reason := unrunnable(parallel):
-        raise argument_error("plan", "output", parallel.told(), f"nobody here runs it: {reason}")
+    if reason := unrunnable(plan):
+        rule = f"nobody here runs it: {reason}"
+        way_out = "Set runnable to true, which ranks what runs here"
+        raise argument_error("plan", "output", parallel.told(), rule, way_out)
     made = over(dict(run), {"model": _model(parallel, run), "data": _data(plan, run)})
     trainer = {**(made.get("trainer") or {}), **_trainer(plan)}
     if parallel.lisa_layers is not None:
-        own = {
-            "class_path": "LISA",
-            "init_args": {"activated_layers": parallel.lisa_layers, "filename": None},
-        }
+        arguments: dict[str, Any] = {"filename": None}
         for key in trainer.keys() & {"callbacks", "callbacks+"}:
-            trainer[key] = [each for each in trainer[key] or [] if last_name(each) != "LISA"]
+            for each in (each for each in listed(trainer[key]) if last_name(each) == "LISA"):
+                arguments |= arguments_of(each)
+            trainer[key] = [each for each in listed(trainer[key]) if last_name(each) != "LISA"]
+        arguments["activated_layers"] = parallel.lisa_layers
+        own = {"class_path": "LISA", "init_args": arguments}
         trainer["callbacks"] = [*(trainer.get("callbacks") or []), own]
     return {"seed_everything": 0, **made, "trainer": trainer}
 
@@ -99,24 +132,30 @@ def _model(parallel: ParallelSpec, run: Mapping[str, Any]) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "activation_checkpointing": parallel.activation_checkpointing == "full"
     }
-    path = OPTIMIZERS[parallel.optimizer]
-    known = (given.get("optimizer") or {}) if isinstance(given.get("optimizer"), Mapping) else {}
-    if last_name(known) != last_name(path):
-        arguments["optimizer"] = {"class_path": path, "init_args": {"lr": _LR[parallel.optimizer]}}
-    else:
-        arguments["optimizer"] = {"class_path": known["class_path"], "init_args": {}}
-    own = arguments["optimizer"]["init_args"]
-    if parallel.optimizer == "galore_adamw":
-        own["rank"] = parallel.galore_rank
-    if parallel.optimizer == "muon" and "lr" in own:
-        own["adjust_lr_fn"] = "match_rms_adamw"
+    if parallel.optimizer != "adamw" or given.get("optimizer"):  # the module's own is AdamW
+        arguments["optimizer"] = _optimizer(parallel, given.get("optimizer"))
     if parallel.precision == "bf16-true":
         arguments["dtype"] = "bfloat16"
-    if is_dpo and parallel.reference == "precomputed":
-        arguments["precompute_ref_log_probs"] = True
-    if is_dpo and parallel.reference == "none":
-        arguments["reference_free"] = True
+    elif given.get("dtype"):
+        arguments["dtype"] = "float32"
+    for name, reference in _REFERENCES.items():
+        is_so = is_dpo and parallel.reference == reference
+        if is_so or (is_dpo and given.get(name)):
+            arguments[name] = is_so
     return {**named, "init_args": arguments}
+
+
+def _optimizer(parallel: ParallelSpec, given: Any) -> dict[str, Any]:
+    """The file's, if it is the one that is planned; else with a rate to begin with."""
+    path, name = OPTIMIZERS[parallel.optimizer], parallel.optimizer
+    own: dict[str, Any] = {"rank": parallel.galore_rank} if name == "galore_adamw" else {}
+    if last_name(given) == last_name(path):
+        known = given["class_path"] if isinstance(given, Mapping) else given
+        return {"class_path": known, "init_args": own}
+    own["lr"] = _LR[name]
+    if name == "muon":
+        own["adjust_lr_fn"] = "match_rms_adamw"
+    return {"class_path": path, "init_args": own}
 
 
 def _data(plan: Plan, run: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,12 +172,15 @@ def _data(plan: Plan, run: Mapping[str, Any]) -> dict[str, Any]:
 
 def _trainer(plan: Plan) -> dict[str, Any]:
     parallel, hardware = plan.parallel, plan.hardware
-    near = min(parallel.devices, hardware.devices_per_node)
+    nodes = -(-parallel.devices // hardware.devices_per_node)
+    if parallel.devices % nodes:
+        rule = f"cannot be spread evenly over {nodes} nodes of {hardware.devices_per_node}"
+        raise argument_error("plan", "output", f"{parallel.devices} devices", rule)
     is_pipeline = parallel.pipeline_parallel > 1
     return {
         "accelerator": "gpu" if hardware.is_asynchronous else "cpu",
-        "devices": near,
-        "num_nodes": -(-parallel.devices // near),
+        "devices": parallel.devices // nodes,
+        "num_nodes": nodes,
         "precision": parallel.precision,
         "accumulate_grad_batches": 1 if is_pipeline else parallel.num_microbatches,
         "strategy": _strategy(parallel),

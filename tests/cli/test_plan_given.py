@@ -65,8 +65,23 @@ def test_pairs_and_their_reference(path: Path, init: dict[str, Any], reference: 
     assert (found["objective"], found.get("reference")) == ("dpo", reference)
 
 
-def test_a_callback_may_be_added_and_have_defaults(path: Path) -> None:
-    assert said(written(path, {"callbacks+": [{"class_path": "LISA"}]}))["lisa_layers"] == 2
+@pytest.mark.parametrize(
+    "callbacks", [{"callbacks+": [{"class_path": "LISA"}]}, {"callbacks": "lightning_align.LISA"}]
+)
+def test_a_callback_may_be_added_and_have_defaults(path: Path, callbacks: Any) -> None:
+    assert said(written(path, callbacks))["lisa_layers"] == 2
+
+
+@pytest.mark.parametrize(
+    ("trainer", "init", "precision"),
+    [
+        (None, {}, "32-true"),  # a Trainer's own
+        ({"precision": "bf16"}, {}, "bf16-mixed"),
+        (None, {"dtype": "bfloat16"}, "bf16-true"),
+    ],
+)
+def test_precision_is_that_of_the_run(path: Path, trainer: Any, init: Any, precision: str) -> None:
+    assert said(written(path, trainer, **init))["precision"] == precision
 
 
 def test_an_optimizer_that_is_not_planned_is_left_to_be_refused(path: Path) -> None:

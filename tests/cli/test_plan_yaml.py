@@ -9,7 +9,8 @@ from transformers import LlamaConfig
 
 from lightning_align.__main__ import main
 from lightning_align.cli import plan_yaml
-from lightning_align.planner import HardwareSpec, ModelSpec, ParallelSpec, Planner
+from lightning_align.cli.given import over
+from lightning_align.planner import HardwareSpec, ModelSpec, ParallelSpec, Plan, Planner
 from tests.helpers.checkpoints import small_tokenizer
 from tests.modules.test_precomputed import write_pairs
 
@@ -46,10 +47,14 @@ def of_pairs(folder: Path) -> dict[str, Any]:
     }
 
 
-def content(run: dict[str, Any] = RUN, **given: Any) -> dict[str, Any]:
+def planned(hardware: HardwareSpec = HARDWARE, **given: Any) -> Plan:
     model = ModelSpec.from_config(LlamaConfig(**SIZES), seq_len=32)
     spec = ParallelSpec(**{"precision": "32-true", "micro_batch_size": 2, **given})
-    return plan_yaml.configuration(Planner(HARDWARE).predict(model, spec), run)
+    return Planner(hardware).predict(model, spec)
+
+
+def content(run: dict[str, Any] = RUN, **given: Any) -> dict[str, Any]:
+    return plan_yaml.configuration(planned(**given), run)
 
 
 PIPELINE = {"devices": 2, "pipeline_parallel": 2, "global_batch_size": 8}
@@ -125,11 +130,64 @@ def test_what_the_user_wrote_stays() -> None:
     assert "trainer" not in RUN
 
 
-def test_there_is_one_lisa() -> None:
-    own = [{"class_path": "lightning_align.LISA"}, {"class_path": "ExactResume"}]
+def test_there_is_one_lisa_with_what_the_user_gave_it() -> None:
+    given = {"activated_layers": 2, "interval_steps": 7, "filename": "draws.jsonl"}
+    own: list[Any] = [{"class_path": "lightning_align.LISA", "init_args": given}, "ExactResume"]
     trainer = content({**RUN, "trainer": {"callbacks+": own}}, lisa_layers=1)["trainer"]
     assert trainer["callbacks+"] == own[1:]
-    assert [each["class_path"] for each in trainer["callbacks"]] == ["LISA"]
+    assert trainer["callbacks"] == [
+        {"class_path": "LISA", "init_args": {**given, "activated_layers": 1}}
+    ]
+    alone = content({**RUN, "trainer": {"callbacks": own[0]}}, lisa_layers=1)["trainer"]
+    assert alone["callbacks"] == trainer["callbacks"]
+
+
+def test_the_optimizer_is_the_users_or_the_modules_own() -> None:
+    """The module's AdamW has betas and a weight decay of its own."""
+    assert "optimizer" not in content()["model"]["init_args"]
+    arguments = {"lr": 1e-5, "betas": [0.9, 0.9]}
+    for name, plan in (("torch.optim.AdamW", "adamw"), ("lightning_align.Muon", "muon")):
+        own = {"class_path": name, "init_args": arguments}
+        run = {**RUN, "model": over(RUN["model"], {"init_args": {"optimizer": own}})}
+        assert content(run, optimizer=plan)["model"]["init_args"]["optimizer"] == own
+    assert content(run)["model"]["init_args"]["optimizer"]["class_path"] == "torch.optim.AdamW"
+
+
+def test_what_the_file_says_otherwise_is_planned_over() -> None:
+    given = {"dtype": "bfloat16", "precompute_ref_log_probs": True, "reference_free": True}
+    model = {"class_path": "DPOModule", "init_args": {**RUN["model"]["init_args"], **given}}
+    made = content({**RUN, "model": model}, objective="dpo")["model"]["init_args"]
+    assert {name: made[name] for name in given} == {
+        "dtype": "float32",
+        "precompute_ref_log_probs": False,
+        "reference_free": False,
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "runs"),
+    [
+        ({"zero_stage": 1}, False),
+        ({"zero_stage": 3}, False),
+        ({"zero_stage": 3, "offload_optimizer": "cpu"}, False),  # parameters are whole on each
+        ({"zero_stage": 2, "offload_optimizer": "cpu"}, True),
+        ({"zero_stage": 3, "offload_param": "cpu", "offload_optimizer": "cpu"}, True),
+    ],
+)
+def test_zero_of_this_suite_divides_the_memory_of_hosts(given: dict[str, Any], runs: bool) -> None:
+    plan = planned(HardwareSpec.from_name("2xh100-sxm"), devices=2, **given)
+    reason = plan_yaml.unrunnable(plan)
+    assert (reason is None) == runs
+    assert runs or "FSDP's or DeepSpeed's" in str(reason)
+    assert plan_yaml.unrunnable(planned(devices=2, **given)) is None  # a processor is its host
+
+
+def test_nodes_have_equally_many_devices() -> None:
+    twelve = planned(HardwareSpec.from_name("12xh100-sxm"), devices=12)
+    trainer = plan_yaml.configuration(twelve, RUN)["trainer"]
+    assert (trainer["num_nodes"], trainer["devices"]) == (2, 6)
+    with pytest.raises(ValueError, match="13 devices.*spread evenly over 2 nodes of 8"):
+        plan_yaml.configuration(planned(twelve.hardware, devices=13), RUN)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +208,7 @@ def test_there_is_one_lisa() -> None:
             "ask no reference before training",
         ),
         ({"zero_stage": 1, "precision": "16-mixed"}, "takes no loss scaler"),
+        ({"offload_activations": "cpu"}, "only ZeRO-Infinity's saved activations"),
     ],
 )
 def test_what_nobody_here_runs_is_said(given: dict[str, Any], told: str) -> None:
