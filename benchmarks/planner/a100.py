@@ -201,6 +201,25 @@ def table(rows: Sequence[Row], draws: int) -> None:
         show(f"ours, {name}", found, bar)
 
 
+def intervals(rows: Sequence[Row], draws: int) -> None:
+    """How many of the rows that were not calibrated on are in the interval of their plan."""
+    for count in (0, 4, 8, 16, 32):
+        shares = []
+        for seed in range(draws if count else 1):
+            known, planner = drawn(rows, count, seed), Planner(HARDWARE)
+            if known:
+                planner.calibrate([(*row.specs(), row.seconds) for row in known])
+            found = [
+                low <= row.seconds <= high
+                for row in rows
+                if row not in known
+                for low, high in [planner.predict(*row.specs()).interval]
+            ]
+            shares.append(float(np.mean(found)))
+        told = f"{np.median(shares):.0%} median, {min(shares):.0%} worst"
+        print(f"from {count} rows, in the interval: {told} (bar 90 %)")
+
+
 def _split(rows: Sequence[Row], allowed: Callable[[Row], bool]) -> tuple[list[Row], list[Row]]:
     return [row for row in rows if allowed(row)], [row for row in rows if not allowed(row)]
 
@@ -272,6 +291,8 @@ def main() -> None:
     start = time.process_time()
     print(f"{len(rows)} rows of the {'test' if arguments.test else 'design'} half\n")
     table(rows, arguments.draws or (20 if arguments.test else 3))
+    if not arguments.test:  # its width was chosen on these
+        intervals(rows, arguments.draws or 6)
     published()
     print(f"{time.process_time() - start:.0f} s of CPU")
 

@@ -2,6 +2,7 @@
 
     python benchmarks/planner/memory.py             # two minutes on one core
     python benchmarks/planner/memory.py --seed 41   # other sizes; 42 is the test set
+    python benchmarks/planner/memory.py --precision bf16-mixed --only "llama, AdamW"
 
 Each run is a Trainer's, on sizes that were drawn; ``ModelSpec.from_module`` has analysed the model
 at rows of 32 and 96 tokens, and the planner is told how it is trained. Measured is the third step,
@@ -119,12 +120,12 @@ class Case:
         sizes = f"{self.blocks} x {self.width}, vocabulary {self.vocabulary}"
         return f"{sizes}, {self.rows} x {self.tokens}"
 
-    def parallel(self) -> ParallelSpec:
+    def parallel(self, precision: str = "32-true") -> ParallelSpec:
         how = dict(self.how)
         many = how.pop("accumulate", MICROBATCHES if self.pipeline > 1 else 1)
         return ParallelSpec(
             devices=self.pipeline,
-            precision="32-true",
+            precision=precision,
             micro_batch_size=self.rows,
             global_batch_size=many * self.rows,
             **how,
@@ -270,7 +271,7 @@ class Held:
     peak: int
 
 
-def run(case: Case, folder: str) -> list[Held]:
+def run(case: Case, folder: str, precision: Any = "32-true") -> list[Held]:
     """By rank."""
     accumulate = case.how.get("accumulate", 1)
     # Of LISA several draws, each in its second step: states of its blocks are made in the first.
@@ -290,6 +291,7 @@ def run(case: Case, folder: str) -> list[Held]:
         )
     trainer = pl.Trainer(
         accelerator="cpu",
+        precision=precision,
         devices=case.pipeline,
         strategy=strategy,
         max_steps=case.steps,
@@ -321,7 +323,7 @@ class Report(pl.Callback):
         Path(self.folder, f"{trainer.global_rank}").write_bytes(pickle.dumps(held))
 
 
-def report(seed: int, only: str) -> None:
+def report(seed: int, only: str, precision: str) -> None:
     print("| run | rank | MiB of states | predicted / held | MiB at the peak | predicted / held |")
     print("|---|---:|---:|---:|---:|---:|")
     errors: dict[str, list[float]] = {"states": [], "peak": []}
@@ -329,9 +331,9 @@ def report(seed: int, only: str) -> None:
         if only not in case.name:
             continue
         with tempfile.TemporaryDirectory() as folder:
-            found = run(case, folder)
+            found = run(case, folder, precision)
         spec = ModelSpec.from_module(language_model(case), seq_len=case.tokens)
-        predicted = memory_by_rank(spec, case.parallel())
+        predicted = memory_by_rank(spec, case.parallel(precision))
         for rank, (held, parts) in enumerate(zip(found, predicted, strict=True)):
             ratios = {
                 "states": parts["optimizer"] / held.states,
@@ -361,6 +363,7 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=42, help="of the sizes; 42 is the test set")
     parser.add_argument("--only", default="", help="runs whose name has this")
+    parser.add_argument("--precision", default="32-true", help="of the Trainer")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
@@ -369,7 +372,7 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     told = f"torch {torch.__version__}, lightning {lightning.__version__}, {platform.machine()}"
     print(f"{told}, 1 thread, sizes of seed {arguments.seed}\n")
-    report(arguments.seed, arguments.only)
+    report(arguments.seed, arguments.only, arguments.precision)
 
 
 if __name__ == "__main__":

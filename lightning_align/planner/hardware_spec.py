@@ -51,8 +51,8 @@ class HardwareSpec:
         nvme_write_bandwidth: The same, written.
         price_per_hour: Of one device, in any currency; None if it does not matter.
         host_bandwidth: Bytes a second between a device and host memory.
-        fp32_flops: FLOP/s of products in fp32; None is an eighth of ``peak_flops``. Names have those
-            without TF32, which torch uses only if it is told to.
+        fp32_flops: FLOP/s of products in fp32; None is an eighth of ``peak_flops``. Names have it
+            without TF32, which torch uses only if told to.
         overhead_s: Seconds of the host to launch an operation, from Python.
         is_asynchronous: Whether the host prepares the next operation while one runs.
         devices: How many there are.

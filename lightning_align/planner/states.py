@@ -40,7 +40,7 @@ _STATES: dict[str, Callable[[Mapping[str, Any], Tensor, int], Mapping[str, torch
 
 
 def _state_dtype(optimizer: str, parameter: Tensor) -> torch.dtype:
-    """torch's AdamW has moments in the parameter's dtype, ours in fp32 where that has 16 bits."""
+    """That of torch's AdamW is the parameter's; ours have fp32 for 16 bits."""
     return parameter.dtype if optimizer == "adamw" else moment_dtype(parameter)
 
 

@@ -120,7 +120,10 @@ def test_a_file_is_planned_as_it_trains(
     model = {"model": folder, "optimizer": {"class_path": "lightning_align.Muon"}}
     path.write_text(yaml.safe_dump({"model": {"class_path": "DPOModule", "init_args": model}}))
     text = run(capsys, "--model", str(path), "--hardware", "h100")
-    assert text.splitlines()[1] == "as its file has it: objective dpo, optimizer muon, precision 32-true"
+    assert (
+        text.splitlines()[1]
+        == "as its file has it: objective dpo, optimizer muon, precision 32-true"
+    )
     assert "reference" in text
 
 

@@ -186,7 +186,7 @@ def test_nodes_have_equally_many_devices() -> None:
     twelve = planned(HardwareSpec.from_name("12xh100-sxm"), devices=12)
     trainer = plan_yaml.configuration(twelve, RUN)["trainer"]
     assert (trainer["num_nodes"], trainer["devices"]) == (2, 6)
-    with pytest.raises(ValueError, match="13 devices.*spread evenly over 2 nodes of 8"):
+    with pytest.raises(ValueError, match=r"13 devices.*spread evenly over 2 nodes of 8"):
         plan_yaml.configuration(planned(twelve.hardware, devices=13), RUN)
 
 

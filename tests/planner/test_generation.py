@@ -94,7 +94,7 @@ def test_the_wall_of_the_lecture() -> None:
     )
     assert (below.bound, above.bound) == ("memory", "compute")
     fp32 = predict_generation(LLAMA_8B, H100, prompt_length=1, precision="32-true")
-    assert fp32.products_compute_bound_batch == pytest.approx(2 * 494.7e12 / 3.35e12, rel=0.15)
+    assert fp32.products_compute_bound_batch == pytest.approx(2 * 66.9e12 / 3.35e12, rel=0.15)
 
 
 def test_where_intensity_meets_the_ridge() -> None:

@@ -86,7 +86,11 @@ def test_the_memory_of_a_processor_is_the_hosts() -> None:
     spec = ParallelSpec(zero_stage=3, offload_param="cpu", offload_optimizer="cpu")
     plan = Planner("xeon-8480").predict(GPT, spec)
     needed = (plan.memory_per_device + plan.host_bytes) / USABLE
-    for name, factor, fits in (("xeon-8480", 1.01, True), ("xeon-8480", 0.99, False), ("a100", 0.99, True)):
+    for name, factor, fits in (
+        ("xeon-8480", 1.01, True),
+        ("xeon-8480", 0.99, False),
+        ("a100", 0.99, True),
+    ):
         both = {"memory": factor * needed, "cpu_memory": factor * needed}
         found = Planner(HardwareSpec.from_name(name, **both)).predict(GPT, spec)
         assert found.fits == fits
@@ -110,7 +114,7 @@ def test_calibration_moves_predictions_to_what_was_measured() -> None:
     after = [planner.predict(m, p).step_time / s for m, p, s in measured]
     assert max(abs(ratio - 1) for ratio in after) < 0.08 < max(abs(r - 1) for r in before)
     narrow = planner.predict(GPT, EIGHT).interval
-    assert narrow[1] / narrow[0] < wide[1] / wide[0]
+    assert 1.2 < narrow[1] / narrow[0] < wide[1] / wide[0]  # four rows say little of others
 
 
 def test_too_few_rows_leave_what_is_known_and_warn() -> None:
