@@ -11,7 +11,7 @@ predicted and measured. Models are ``PretrainModule``'s on a Llama, with AdamW i
 Resident is VmHWM from the third step on, less what a process has that has trained a model of no
 size the same way: imports, threads, and what the allocator keeps. Disk is what the files take.
 Bytes are those of a step, by the strategy's own counters. Seconds are wall time, medians of steps:
-waiting for the drive is a part of them.
+waiting for the drive is a part of them, as much as the strategy counts.
 
 Bars: resident 15 %, seconds 25 %, disk 1 % (aims 10 %, 15 %, exact).
 """
@@ -127,18 +127,21 @@ def train(case: Case, folder: str, steps: int) -> dict[str, float]:
 
     class Watch(pl.Callback):
         def __init__(self) -> None:
-            self.marks: list[tuple[float, float, int]] = []
+            self.marks: list[tuple[float, float, int, float]] = []
 
         def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
             if args[-1] % case.accumulate:
                 return
             if len(self.marks) == 2:  # states are there
                 Path("/proc/self/clear_refs").write_text("5")
-            self.marks.append((time.perf_counter(), time.process_time(), moved(trainer)))
+            self.marks.append((time.perf_counter(), time.process_time(), *moved(trainer)))
 
-    def moved(trainer: Any) -> int:
+    def moved(trainer: Any) -> tuple[int, float]:
         engine = getattr(trainer.strategy, "_engine", None)
-        return engine.threads.traffic.read + engine.threads.traffic.written if engine else 0
+        if engine is None:
+            return 0, 0.0
+        traffic = engine.threads.traffic
+        return traffic.read + traffic.written, traffic.stalled_s
 
     strategy: Any = "auto"
     if case.stage:
@@ -182,6 +185,7 @@ def train(case: Case, folder: str, steps: int) -> dict[str, float]:
         "step_s": median(b[0] - a[0] for a, b in pairs),
         "cpu_s": median(b[1] - a[1] for a, b in pairs),
         "moved": median(b[2] - a[2] for a, b in pairs),
+        "waited_s": median(b[3] - a[3] for a, b in pairs),
         "peak": peak,
         "disk": sum(file.stat().st_blocks * 512 for file in files),
     }
@@ -238,7 +242,8 @@ def calibrated(steps: int, where: Path | None, smoke: bool) -> Any:
     rate = f"{hardware.nvme_read_bandwidth / 1e9:.2f} GB/s of the drive"
     flops = hardware.product_flops(is_half=False)
     told = f"{flops / 1e9:.1f} GFLOP/s, {hardware.mem_bandwidth / 1e9:.1f} GB/s"
-    print(f"{told}, an operation {1e6 * hardware.overhead_s:.1f} us, {rate}\n")
+    fresh = f"{(hardware.fresh_bandwidth or 0) / 1e9:.2f} GB/s of memory touched first"
+    print(f"{told}, an operation {1e6 * hardware.overhead_s:.1f} us, {rate}, {fresh}\n")
     planner = Planner(hardware)
     rows = []
     for case in IN_MEMORY[: 3 if smoke else None]:
@@ -253,8 +258,9 @@ def report(
     planner: Any, steps: int, where: Path | None, cases: Sequence[Case], timed: bool
 ) -> None:
     columns = ("resident MiB", "disk MB", "MB a step", "ms")[: None if timed else 3]
-    print(f"\n| run | {' | '.join(f'{name} | predicted / measured' for name in columns)} |")
-    print("|---|" + "---:|" * 2 * len(columns))
+    heads = [*(f"{name} | predicted / measured" for name in columns), *["ms waited"] * timed]
+    print(f"\n| run | {' | '.join(heads)} |")
+    print("|---|" + "---:|" * (2 * len(columns) + timed))
     errors: dict[str, list[float]] = {name: [] for name in columns}
     for case in cases:
         found = measured(case, steps, where)
@@ -283,6 +289,7 @@ def report(
             bar = {"resident MiB": 0.15, "disk MB": 0.01, "ms": 0.25}.get(name, 1.0)
             shown = f"{ratio:.3f}" if errors[name][-1] <= bar else f"**{ratio:.3f}**"
             cells += [f"{value / unit:.1f}", shown]
+        cells += [f"{1e3 * found['waited_s']:.1f}"] * timed
         print(f"| {' | '.join(cells)} |", flush=True)
     for name, found_errors in errors.items():
         print(

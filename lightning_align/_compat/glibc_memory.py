@@ -5,7 +5,10 @@ import sys
 from typing import Any
 
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
-_LARGE = 256 << 10
+LARGE = 256 << 10  # bytes, once `map_large_allocations` was called
+# Larger ones are never kept: the most that the threshold comes to by itself, on 64 bits (mallopt(3)).
+NEVER_KEPT = 32 << 20
+_is_mapping = False
 
 
 def map_large_allocations() -> None:
@@ -17,9 +20,18 @@ def map_large_allocations() -> None:
     it is freed; that begins at 256 KiB then, in the whole process, for what finds no hole in the
     heap. Without glibc nothing is done.
     """
+    global _is_mapping
     library = _library()
     if library is not None:
-        library.mallopt(_MMAP_THRESHOLD, _LARGE)
+        library.mallopt(_MMAP_THRESHOLD, LARGE)
+        _is_mapping = True
+
+
+def mapped_from() -> int | None:
+    """Bytes from which on an allocation is mapped by itself in this process; None without glibc."""
+    if _library() is None:
+        return None
+    return LARGE if _is_mapping else NEVER_KEPT
 
 
 def give_back_freed(*, from_now_on: bool = True) -> None:

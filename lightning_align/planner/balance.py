@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from lightning_align._compat.glibc_memory import NEVER_KEPT
 from lightning_align._errors import argument_error, check_choice, finite_number
 from lightning_align.planner.curves import Curve, class_of, interpolated, work_of
 from lightning_align.planner.measure import measured
@@ -37,6 +38,8 @@ class MachineBalance:
         is_asynchronous: Whether the next operation is prepared while one runs.
         cache_bandwidth: Bytes a second of what fits the caches, if measured.
         disk_bandwidth: Bytes a second of a drive, half of them written, if measured.
+        fresh_bandwidth: Bytes a second of host memory that is mapped, touched for the first time and
+            given back, beside what writing it takes; None if unknown, or already in the curves.
         intervals: Name of a figure -> the lowest and highest that was measured.
     """
 
@@ -52,6 +55,7 @@ class MachineBalance:
     is_asynchronous: bool = False
     cache_bandwidth: float | None = None
     disk_bandwidth: float | None = None
+    fresh_bandwidth: float | None = None
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -157,6 +161,20 @@ class MachineBalance:
     def memory_seconds(self, record: Record) -> float:
         """Seconds of its bytes at the bandwidth of memory."""
         return record.bytes / self.mem_bandwidth
+
+    def fresh_seconds(self, record: Record) -> float:
+        """Seconds of memory that it is the first to touch.
+
+        The allocator keeps what is freed, as it does for the tensors of curves. Allocations of 32
+        MiB and more are mapped each time, and the system fills their pages with zeros as they are
+        touched.
+
+        Args:
+            record: The operation.
+        """
+        if self.fresh_bandwidth is None:
+            return 0.0
+        return sum(size for size in record.made if size >= NEVER_KEPT) / self.fresh_bandwidth
 
     def kernel_seconds(self, record: Record) -> float:
         """Seconds that it takes by itself: by the curve of its class, else by the roofline."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -16,7 +17,10 @@ from lightning_align.layers import ModelLayers, find_layers
 from lightning_align.layers.find import find_language_models
 from lightning_align.optimizers.param_groups import parameter_kinds
 from lightning_align.planner.analyze import analyze_step
+from lightning_align.planner.fresh_memory import Made
 from lightning_align.planner.model_spec import Shapes, count
+from lightning_align.planner.module_scopes import BACKWARD, FORWARD
+from lightning_align.planner.report import enclosing
 
 WHERE = "ModelSpec.from_module"
 MODULE = "module"  # the argument of from_module; from_config has one of that name, too
@@ -39,6 +43,7 @@ class BlockAnalysis:
         trained_a_token: Bytes of those of a token that it keeps for gradients of its weights alone,
             and not where they are frozen.
         ends_a_token: Bytes of a token that is kept before and after all blocks, up to the head.
+        made: What a block makes that grows with rows, whether kept or not; empty if not known.
     """
 
     block_shapes: Shapes
@@ -50,6 +55,7 @@ class BlockAnalysis:
     shared_a_pair: float = 0.0
     trained_a_token: float = 0.0
     ends_a_token: float | None = None
+    made: tuple[Made, ...] = ()
 
     def saved_bytes(self, rows: float, seq_len: int, is_half: bool) -> float | None:
         """Bytes that a block keeps of a micro-batch; None if that is not known.
@@ -105,22 +111,23 @@ def sizes_of_module(module: nn.Module, seq_len: int) -> dict[str, Any]:
     model = on_meta(models[0])
     layers = find_layers(model)
     refuse_experts(layers, MODULE)  # which may not run on meta
-    short, whole = _saved(model, layers, 1, SHORT)
-    (long, _), (two_long, _) = (_saved(model, layers, rows, LONG) for rows in (1, 2))
-    two_short, _ = _saved(model, layers, 2, SHORT)
+    short, whole, *made = _counted(model, layers, 1, SHORT)
+    (long, _, made_long), (two_long, *_) = (_counted(model, layers, n, LONG) for n in (1, 2))
+    two_short, _, made_two = _counted(model, layers, 2, SHORT)
     a_row = two_short - short
     own = _of_tokens(a_row, two_long - long)
     shared = _of_tokens(short - a_row, 2 * long - two_long)
     found = sizes_of_layers(layers, MODULE, saved_a_token=own[0])
     blocks = layers.blocks
     blocks[len(blocks) // 2].requires_grad_(False)
-    frozen, _ = _saved(model, layers, 1, SHORT)
-    kept = {
+    frozen, *_ = _counted(model, layers, 1, SHORT)
+    kept: dict[str, Any] = {
         "saved_a_pair": own[1],
         "shared_a_token": shared[0],
         "shared_a_pair": shared[1],
         "trained_a_token": (short - frozen) / SHORT,
         "ends_a_token": (whole - (len(blocks) - 1) * a_row - short) / SHORT,
+        "made": _made(*made, made_long, made_two),
     }
     return {**found, "analysis": replace(found["analysis"], **kept), "seq_len": seq_len}
 
@@ -131,8 +138,24 @@ def _of_tokens(short: float, long: float) -> tuple[float, float]:
     return short / SHORT - pair * SHORT, pair
 
 
-def _saved(model: nn.Module, layers: ModelLayers, rows: int, tokens: int) -> tuple[float, float]:
-    """Bytes that a block in the middle keeps of a micro-batch, and that the whole model keeps."""
+Sizes = list[tuple[str, int]]  # phase and bytes of each tensor that is made, in order
+
+
+def _made(short: Sizes, long: Sizes, two: Sizes) -> tuple[Made, ...]:
+    """What grows with rows, from rows of two lengths, and two of the shorter ones."""
+    if len({tuple(phase for phase, _ in each) for each in (short, long, two)}) > 1:
+        return ()  # it does not run the same operations whatever the length
+    found: Counter[tuple[str, float, float]] = Counter()
+    for (phase, one), (_, more), (_, both) in zip(short, long, two, strict=True):
+        if both == 2 * one:  # else of weights, or of all rows together
+            found[(phase, *_of_tokens(one, more))] += 1
+    return tuple(Made(*size, times) for size, times in found.items())
+
+
+def _counted(
+    model: nn.Module, layers: ModelLayers, rows: int, tokens: int
+) -> tuple[float, float, Sizes]:
+    """Bytes that a block in the middle keeps of a micro-batch, those of all, and what it makes."""
     ids = torch.zeros(rows, tokens, dtype=torch.long, device="meta")
 
     def loss() -> Tensor:
@@ -148,7 +171,10 @@ def _saved(model: nn.Module, layers: ModelLayers, rows: int, tokens: int) -> tup
         name = type(model).__name__
         raise argument_error(WHERE, "module", name, rule, way_out) from error
     names = layers.block_names
-    return float(report.modules[names[len(names) // 2]].saved_bytes), float(report.saved_bytes)
+    name = names[len(names) // 2]
+    own = [r for r in report.trace.records if name in enclosing(r.scope)]
+    made = [(r.phase, n) for r in own for n in r.made if r.phase in (FORWARD, BACKWARD)]
+    return float(report.modules[name].saved_bytes), float(report.saved_bytes), made
 
 
 def refuse_experts(layers: ModelLayers, argument: str) -> None:

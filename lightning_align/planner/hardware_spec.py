@@ -31,8 +31,11 @@ _UNITS = {
     "nvme_read_bandwidth": BYTES_A_SECOND,
     "nvme_write_bandwidth": BYTES_A_SECOND,
     "host_bandwidth": BYTES_A_SECOND,
+    "fresh_bandwidth": BYTES_A_SECOND,
+    "fp32_flops": FLOPS,
 }
 _MAY_BE_ZERO = ("cpu_memory", "nvme_read_bandwidth", "nvme_write_bandwidth")
+_MAY_BE_NONE = ("fresh_bandwidth", "fp32_flops")
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class HardwareSpec:
         nvme_write_bandwidth: The same, written.
         price_per_hour: Of one device, in any currency; None if it does not matter.
         host_bandwidth: Bytes a second between a device and host memory.
+        fresh_bandwidth: Bytes a second of host memory that is touched for the first time; None
+            leaves out what that costs a processor.
         fp32_flops: FLOP/s of products in fp32; None is an eighth of ``peak_flops``. Names have it
             without TF32, which torch uses only if told to.
         overhead_s: Seconds of the host to launch an operation, from Python.
@@ -78,6 +83,7 @@ class HardwareSpec:
     nvme_write_bandwidth: float = 0.0
     price_per_hour: float | None = None
     host_bandwidth: float = 32e9
+    fresh_bandwidth: float | None = None
     fp32_flops: float | None = None
     overhead_s: float = Efficiencies.launch_s
     is_asynchronous: bool = True
@@ -87,12 +93,10 @@ class HardwareSpec:
 
     def __post_init__(self) -> None:
         for argument, unit in _UNITS.items():
-            zero = argument in _MAY_BE_ZERO
-            value = quantity(WHERE, argument, getattr(self, argument), unit, zero=zero)
+            if (given := getattr(self, argument)) is None and argument in _MAY_BE_NONE:
+                continue
+            value = quantity(WHERE, argument, given, unit, zero=argument in _MAY_BE_ZERO)
             object.__setattr__(self, argument, value)
-        if self.fp32_flops is not None:
-            value = quantity(WHERE, "fp32_flops", self.fp32_flops, FLOPS)
-            object.__setattr__(self, "fp32_flops", value)
         for argument in ("devices_per_node", "devices"):
             if type(getattr(self, argument)) is not int:
                 value = getattr(self, argument)
@@ -187,6 +191,7 @@ class HardwareSpec:
             "nvme_read_bandwidth": drive,
             "nvme_write_bandwidth": drive,
             "host_bandwidth": found.mem_bandwidth if is_cpu else 32e9,
+            "fresh_bandwidth": found.fresh_bandwidth,
             "fp32_flops": found.peak_flops,
             "overhead_s": found.overhead("forward"),
             "is_asynchronous": not is_cpu,

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from lightning_align._compat.glibc_memory import NEVER_KEPT, mapped_from
 from lightning_align._errors import argument_error
 from lightning_align.offload import tuning
 from lightning_align.planner.call_costs import call_costs
@@ -41,6 +42,7 @@ TOKENS, WIDTHS, ROWS_OF_HEADS = (8, 32, 128, 512), (16, 64), 16  # of attention
 # what an operation reads and writes is not where the last one of its kind has left it.
 TURNS_BYTES, MOST_TURNS = 24 << 20, 64
 CACHED_ROWS = 256
+FRESH_BYTES = NEVER_KEPT
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,8 @@ def measured(
     cached, stream = streams.values()
     cached_bytes, stream_bytes = (3.0 * rows * 256 * dtype.itemsize for rows in streams)
     folder = None if disk is None else Path(disk)
+    # Where smaller tensors are mapped, too, the curves have it.
+    keeps = place.type == "cpu" and mapped_from() == NEVER_KEPT
     threads = f"cpu, {torch.get_num_threads()} threads"
     return {
         "name": threads if place.type == "cpu" else str(place),
@@ -146,6 +150,7 @@ def measured(
         "is_asynchronous": place.type != "cpu",
         "cache_bandwidth": cached_bytes / cached.seconds,
         "disk_bandwidth": None if folder is None else _disk(folder),
+        "fresh_bandwidth": fresh_bandwidth(clock) if keeps else None,
         "intervals": {
             "peak_flops": (flops / peak.high, flops / peak.low),
             "mem_bandwidth": (stream_bytes / stream.high, stream_bytes / stream.low),
@@ -298,3 +303,23 @@ def _attention_times(
 
 def _disk(folder: Path) -> float | None:
     return tuning.measured(folder, [tuning.DEFAULT], "auto").bandwidth
+
+
+def fresh_bandwidth(clock: Callable[[], float] = time.perf_counter) -> float:
+    """Bytes a second of memory that is mapped, touched for the first time and given back.
+
+    What writing the same memory takes that is there already is not in it.
+
+    Args:
+        clock: Seconds.
+    """
+    seconds = []
+    for _ in range(SAMPLES):
+        start = clock()
+        memory = torch.empty(FRESH_BYTES, dtype=torch.uint8).fill_(1)
+        touched = clock()
+        memory.fill_(1)
+        written = clock()
+        del memory
+        seconds.append((touched - start) - (written - touched) + (clock() - written))
+    return FRESH_BYTES / max(median(seconds), 1e-9)

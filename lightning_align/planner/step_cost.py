@@ -18,6 +18,7 @@ from lightning_align.planner.block_work import (
 )
 from lightning_align.planner.collectives import Group, all_reduce_s, bandwidth
 from lightning_align.planner.efficiencies import Efficiencies
+from lightning_align.planner.fresh_memory import fresh_seconds
 from lightning_align.planner.hardware_spec import HardwareSpec
 from lightning_align.planner.model_spec import ModelSpec
 from lightning_align.planner.parallel_spec import ParallelSpec
@@ -143,10 +144,12 @@ def stage_times(
         blocks = (blocks[0], NOTHING.plus(still, 1 - share).plus(blocks[1], share))
     alike = layers_of_stages(model.num_layers, parallel.stages)
     own = PassTime(constants.microbatch_s / 2, {OVERHEAD: constants.microbatch_s / 2})
+    fresh = fresh_seconds(model, parallel, hardware)
     found = []
     for direction in (0, 1):
         times = [own.plus(blocks[direction], end - begin) for begin, end in alike]
-        times[0] = times[0].plus(first[direction])
+        touched = PassTime(fresh[direction], {MEMORY: fresh[direction]})
+        times[0] = times[0].plus(first[direction]).plus(touched)
         times[-1] = times[-1].plus(last[direction])
         found.append(tuple(times))
     message = 0.0

@@ -71,11 +71,14 @@ def time_of(record: Record, hardware: MachineBalance) -> OpTime:
         hardware: What it runs on.
     """
     overhead, kernel = hardware.overhead(record.phase), hardware.kernel_seconds(record)
-    seconds = max(overhead, kernel) if hardware.is_asynchronous else overhead + kernel
-    if overhead >= kernel:
+    fresh = hardware.fresh_seconds(record)
+    busy = kernel + fresh
+    seconds = max(overhead, busy) if hardware.is_asynchronous else overhead + busy
+    if overhead >= busy:
         bound = OVERHEAD
     else:
-        is_compute = hardware.compute_seconds(record) >= hardware.memory_seconds(record)
+        memory = hardware.memory_seconds(record) + fresh
+        is_compute = hardware.compute_seconds(record) >= memory
         bound = COMPUTE if is_compute else MEMORY
     return OpTime(record.name, record.phase, record.scope, seconds, bound)
 

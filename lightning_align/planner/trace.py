@@ -59,6 +59,7 @@ class Record(NamedTuple):
         writes: Where to.
         dtype: Of what it computes with.
         tensors: How many it is given, for what is launched once for each.
+        made: Bytes of each storage that is new with it.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Record(NamedTuple):
     writes: tuple[Region, ...]
     dtype: torch.dtype | None
     tensors: int
+    made: tuple[int, ...] = ()
 
 
 @dataclass
@@ -196,11 +198,13 @@ class _Following:
         for tensor in tensors:
             number(tensor, was_there=True)
         phase, scope = self._scopes.current()
+        known = len(self._trace.storages.sizes)
         out = func(*args, **named)
         for tensor in tensors_of(out):
             tensors.append(tensor)
             number(tensor)
-        self._write_down(op, phase, scope, args, named, out, _dtype(tensors))
+        made = tuple(self._trace.storages.sizes[known:])
+        self._write_down(op, phase, scope, args, named, out, _dtype(tensors), made)
         return out
 
     def _write_down(
@@ -212,6 +216,7 @@ class _Following:
         named: dict[str, Any],
         out: Any,
         dtype: torch.dtype | None,
+        made: tuple[int, ...],
     ) -> None:
         moved = traffic(op, args, named, out)
         if op.kind == UNKNOWN:
@@ -230,6 +235,7 @@ class _Following:
             writes=tuple(map(self._region, moved.writes)),
             dtype=dtype,
             tensors=len(args[0]) if is_list else 1,
+            made=made,
         )
         self._trace.records.append(record)
 

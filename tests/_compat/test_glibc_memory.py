@@ -33,10 +33,12 @@ def test_freed_memory_below_what_is_used_goes_back() -> None:
 
 LARGE = """
 import gc, torch
-from lightning_align._compat.glibc_memory import map_large_allocations
+from lightning_align._compat import glibc_memory
 from tests._compat.test_glibc_memory import resident_bytes
 
-map_large_allocations()
+assert glibc_memory.mapped_from() == 32 << 20
+glibc_memory.map_large_allocations()
+assert glibc_memory.mapped_from() == 256 << 10
 for _ in range(3):
     tensors = [torch.ones(1 << 16) for _ in range(800)]  # 256 KiB each
     last, before = torch.ones(1 << 16), resident_bytes()

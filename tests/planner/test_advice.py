@@ -159,6 +159,27 @@ def test_logits_in_chunks_stay_in_the_caches() -> None:
     assert chunked_loss(report(op(flops=10)), machine(cache_bandwidth=4.0), Setting()) is None
 
 
+def test_logits_in_chunks_are_in_memory_that_is_kept() -> None:
+    """A product of 10 s makes logits of 32 MiB, their softmax as many: 16 s each."""
+    large, hardware = 32 << 20, {"cache_bandwidth": 4.0, "fresh_bandwidth": float(2 << 20)}
+    logits, rest = Region(1, 0, large), Region(2, 0, large)
+    head = op(flops=10, writes=(logits,), made=(large,))
+    loss = op("aten._log_softmax", kind="norm", bytes=40, reads=(logits,), writes=(rest,))
+    loss = loss._replace(made=(large,))
+    other = op("aten.mul", kind="pointwise", made=(large,), writes=(Region(3, 0, large),))
+    found = chunked_loss(report(head, loss, other), machine(**hardware), Setting())
+    assert found is not None
+    assert found.gain == pytest.approx((10 + 40 + 3 * 16) / (10 + 10 + 16) - 1)
+
+
+def test_twice_the_rows_may_be_memory_that_is_not_kept() -> None:
+    """10 s for 16 MiB, and of twice as many 20 s and another 16 for 32 MiB."""
+    half = op(flops=10, made=(16 << 20,))
+    found = larger_micro_batch(report(half), machine(fresh_bandwidth=float(2 << 20)), Setting())
+    assert found is not None
+    assert found.gain == pytest.approx(2 * 10 / (20 + 16) - 1)
+
+
 def test_products_in_half_precision() -> None:
     """30 s of products at 4 times the peak, and 10 s of something else."""
     step = report(op(flops=30, bytes=4), op("aten.add", kind="pointwise", bytes=10))

@@ -9,6 +9,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from lightning_align.planner import ModelSpec, analyze_step
 from lightning_align.planner.block_analysis import on_meta
+from lightning_align.planner.report import enclosing
 from tests.helpers.step_models import gpt, gpt2, llama, loss_of
 
 
@@ -28,6 +29,14 @@ def test_what_blocks_keep_at_sizes_that_were_not_analysed(
     assert spec.analysis is not None
     ours = spec.analysis.saved_bytes(3, 57, is_half=False)
     assert ours == pytest.approx(report.modules[name].saved_bytes, rel=0.01)
+    own = [r for r in report.trace.records if name in enclosing(r.scope)]
+    weights = {p.nbytes for p in model.get_submodule(name).parameters()}  # as gradients are large
+    for phase in ("forward", "backward"):
+        made = sum(n for r in own if r.phase == phase for n in r.made if n not in weights)
+        known = [each for each in spec.analysis.made if each.phase == phase]
+        rows = (3 * m.times * (m.a_token * 57 + m.a_pair * 57**2) for m in known)
+        assert sum(rows) == pytest.approx(made, rel=0.01)
+        assert made > 0
 
 
 def test_the_module_stays_as_it_is() -> None:

@@ -67,8 +67,8 @@ def test_what_was_measured_is_what_is_planned_with(monkeypatch: pytest.MonkeyPat
 
     def measure(device: Any, **given: Any) -> MachineBalance:
         asked.update(device=str(device), **given)
-        overheads = {None: 1e-6, "forward": 3e-6}
-        return MachineBalance("m", 1e11, 5e10, overheads=overheads, disk_bandwidth=2e9)
+        found: dict[str, Any] = {"overheads": {None: 1e-6, "forward": 3e-6}, "disk_bandwidth": 2e9}
+        return MachineBalance("m", 1e11, 5e10, fresh_bandwidth=3e9, **found)
 
     monkeypatch.setattr(MachineBalance, "measure", measure)
     monkeypatch.setattr(hardware_spec, "product_peak", lambda _, dtype: {HALF: 3e11}[dtype])
@@ -76,6 +76,7 @@ def test_what_was_measured_is_what_is_planned_with(monkeypatch: pytest.MonkeyPat
     assert asked == {"device": "cpu", "disk": "here"}
     assert (spec.peak_flops, spec.fp32_flops, spec.mem_bandwidth) == (3e11, 1e11, 5e10)
     assert (spec.nvme_read_bandwidth, spec.nvme_write_bandwidth) == (2e9, 2e9)
+    assert spec.fresh_bandwidth == 3e9
     assert (spec.overhead_s, spec.is_asynchronous) == (3e-6, False)
     assert (spec.devices, spec.price_per_hour, spec.source) == (2, 1.5, "measured")
     assert 2 * spec.memory == spec.cpu_memory > 1e8  # two processes share the host's

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_align._compat.glibc_memory import LARGE, NEVER_KEPT
 from lightning_align.planner import MachineBalance, call_costs, measure
 from lightning_align.planner.measure import in_turns, timed
 
@@ -22,6 +23,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "PRODUCTS", (8, 16))
     monkeypatch.setattr(measure, "TOKENS", (8, 16))
     monkeypatch.setattr(measure, "TURNS_BYTES", 1 << 16)
+    monkeypatch.setattr(measure, "FRESH_BYTES", 1 << 16)
+    monkeypatch.setattr(measure, "mapped_from", lambda: NEVER_KEPT)
 
 
 def test_a_machine_is_measured(quick: None, tmp_path: Path) -> None:
@@ -38,6 +41,7 @@ def test_a_machine_is_measured(quick: None, tmp_path: Path) -> None:
         assert 0 < low <= getattr(balance, figure) <= high
     assert balance.cache_bandwidth
     assert balance.disk_bandwidth
+    assert balance.fresh_bandwidth
     assert not list(tmp_path.iterdir())
     assert set(balance.overheads) == {None, "forward", "recompute", "backward", "optimizer"}
     assert {"product", "pointwise", "functions", "reduction", "norm", "norm backward"} | {
@@ -70,6 +74,19 @@ def test_a_timing_is_of_one_call() -> None:
     assert next(calls) == 2 + 7 * measure.SAMPLES
     assert timing.seconds == pytest.approx(measure.SAMPLE_S / 49)
     assert timing.low <= timing.seconds <= timing.high
+
+
+def test_fresh_memory_is_what_the_first_touch_costs_and_giving_it_back() -> None:
+    """Of 1, 4, 5 and 7 s: three to touch it, less one to write it again, and two to free it."""
+    times = iter([1.0, 4.0, 5.0, 7.0] * measure.SAMPLES)
+    assert measure.fresh_bandwidth(lambda: next(times)) == measure.FRESH_BYTES / 4
+
+
+def test_memory_that_is_mapped_anyway_is_in_the_curves(
+    quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "mapped_from", lambda: LARGE)
+    assert MachineBalance.measure("cpu").fresh_bandwidth is None
 
 
 def test_calls_take_turns_on_as_many_tensors_as_caches_do_not_hold() -> None:

@@ -38,6 +38,27 @@ def test_an_operation_is_bound_by_what_takes_longest(
     assert found.bound == bound
 
 
+def test_memory_that_is_never_kept_is_touched_for_the_first_time() -> None:
+    """An allocation of 32 MiB, at 8 MiB a second, beside 20 s for its bytes; less is kept."""
+    large = record(bytes=200, made=(32 << 20, (32 << 20) - 1))
+    hardware = machine(overheads=SLOW_CALLS, fresh_bandwidth=float(8 << 20))
+    found = time_of(large, hardware)
+    assert (found.seconds, found.bound) == (20 + 4 + 1, "memory")
+    assert time_of(large, machine(overheads=SLOW_CALLS)).seconds == 21
+
+
+def test_storages_that_an_operation_makes_are_known() -> None:
+    model = nn.Linear(4, 4)
+    x = torch.ones(3, 4)
+
+    def step() -> Any:
+        return model(x).mul_(2).t().exp().sum()
+
+    forward = [r for r in analyze_step(model, step).trace.records if r.phase == "forward"]
+    made = {record.name: record.made for record in forward}
+    assert made == {"aten.addmm": (48,), "aten.mul_": (), "aten.exp": (48,), "aten.sum": (4,)}
+
+
 def test_a_device_that_does_not_wait_takes_the_longer_of_both() -> None:
     hardware = machine(overheads=SLOW_CALLS, is_asynchronous=True)
     assert time_of(record(flops=1000, bytes=10), hardware).seconds == 10
