@@ -6,7 +6,7 @@ from typing import Any
 
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 LARGE = 256 << 10  # bytes, once `map_large_allocations` was called
-# Larger ones are never kept: the most that the threshold comes to by itself, on 64 bits (mallopt(3)).
+# Others are never kept: the most that the threshold comes to by itself, on 64 bits (mallopt(3)).
 NEVER_KEPT = 32 << 20
 _is_mapping = False
 

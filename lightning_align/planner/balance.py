@@ -38,7 +38,7 @@ class MachineBalance:
         is_asynchronous: Whether the next operation is prepared while one runs.
         cache_bandwidth: Bytes a second of what fits the caches, if measured.
         disk_bandwidth: Bytes a second of a drive, half of them written, if measured.
-        fresh_bandwidth: Bytes a second of host memory that is mapped, touched for the first time and
+        fresh_bandwidth: Bytes a second of memory that is mapped, touched for the first time and
             given back, beside what writing it takes; None if unknown, or already in the curves.
         intervals: Name of a figure -> the lowest and highest that was measured.
     """

@@ -111,7 +111,7 @@ def sizes_of_module(module: nn.Module, seq_len: int) -> dict[str, Any]:
     model = on_meta(models[0])
     layers = find_layers(model)
     refuse_experts(layers, MODULE)  # which may not run on meta
-    short, whole, *made = _counted(model, layers, 1, SHORT)
+    short, whole, made = _counted(model, layers, 1, SHORT)
     (long, _, made_long), (two_long, *_) = (_counted(model, layers, n, LONG) for n in (1, 2))
     two_short, _, made_two = _counted(model, layers, 2, SHORT)
     a_row = two_short - short
@@ -127,7 +127,7 @@ def sizes_of_module(module: nn.Module, seq_len: int) -> dict[str, Any]:
         "shared_a_pair": shared[1],
         "trained_a_token": (short - frozen) / SHORT,
         "ends_a_token": (whole - (len(blocks) - 1) * a_row - short) / SHORT,
-        "made": _made(*made, made_long, made_two),
+        "made": _made(made, made_long, made_two),
     }
     return {**found, "analysis": replace(found["analysis"], **kept), "seq_len": seq_len}
 
@@ -199,7 +199,7 @@ def _asked(layers: ModelLayers, argument: str) -> tuple[str, str, str]:
     return f"ModelSpec.from_{argument}", argument, type(layers.model).__name__
 
 
-def sizes_of_layers(layers: ModelLayers, argument: str, **saved: float) -> dict[str, Any]:
+def sizes_of_layers(layers: ModelLayers, argument: str, **saved: Any) -> dict[str, Any]:
     """Arguments of ``ModelSpec`` for a model whose layers are known, but for ``seq_len``.
 
     Args:
