@@ -282,6 +282,14 @@ def held_out_of(records: list[Record]) -> dict[int, Record]:
     return {record["step"]: record["held_out"] for record in records if "held_out" in record}
 
 
+def tokens_per_cpu_s(steps: list[Record]) -> float:
+    return median(record["tokens"] / record["cpu_s"] for record in steps)
+
+
+def peak_mb(steps: list[Record]) -> float:
+    return max(record["memory_mb"] for record in steps[:EVERY])
+
+
 def table(records: dict[str, list[Record]]) -> Iterator[str]:
     done = {side: steps_of(of) for side, of in records.items()}
     number = min(map(len, done.values()))
@@ -300,13 +308,12 @@ def table(records: dict[str, list[Record]]) -> Iterator[str]:
         if not of:
             continue
         cpu_s = [record["cpu_s"] for record in of]
-        rate[side] = median(r["tokens"] / r["cpu_s"] for r in of)
+        rate[side] = tokens_per_cpu_s(of)
         wall = median(r["tokens"] / r["wall_s"] for r in of)
-        memory = max(record["memory_mb"] for record in of[:EVERY])
         yield (
             f"{side}: {median(cpu_s):.2f} s of CPU a step [{min(cpu_s):.2f}, {max(cpu_s):.2f}],"
             f" {rate[side]:.1f} tokens per CPU second, {wall:.1f} per second,"
-            f" {memory:.0f} MB"
+            f" {peak_mb(of):.0f} MB"
         )
     if "trl" in rate and "ours" in rate:
         yield f"tokens per CPU second, ours over TRL's: {rate['ours'] / rate['trl']:.2f}"
@@ -335,9 +342,12 @@ def draw(records: dict[str, list[Record]]) -> None:
             else:
                 key = "loss" if title.startswith("loss") else "cpu_s"
                 done = steps_of(of)
+                if key == "cpu_s" and done:
+                    took = f"{tokens_per_cpu_s(done):.0f} tokens/s, {peak_mb(done):.0f} MB"
+                    line["label"] = f"{line['label']}: {took}"
                 axis.plot([r["step"] for r in done], [r[key] for r in done], **line)
-    for axis in list(figure.axes)[:1]:
-        axis.legend()
+    for axis in (figure.axes[0], figure.axes[-1]):
+        axis.legend(fontsize=8)
     for axis in figure.axes[3:]:
         axis.set_xlabel("step")
     figure.savefig(PICTURE, dpi=110)
