@@ -197,10 +197,17 @@ def eigh(
 
 def _decompose(gram_NN: Tensor) -> tuple[Tensor, Tensor]:
     try:
-        return _eigh(gram_NN)
+        return _finite(*_eigh(gram_NN))
     except _NoConvergence:
-        values_N, vectors_NN = _eigh(gram_NN.double())
+        values_N, vectors_NN = _finite(*_eigh(gram_NN.double()))
         return values_N.to(gram_NN.dtype), vectors_NN.to(gram_NN.dtype)
+
+
+def _finite(values_N: Tensor, vectors_NN: Tensor) -> tuple[Tensor, Tensor]:
+    """Both; LAPACK may give nan without a word where entries are of very different sizes."""
+    if not (values_N.isfinite().all() and vectors_NN.isfinite().all()):
+        raise _NoConvergence("not finite")
+    return values_N, vectors_NN
 
 
 _eigh: Callable[[Tensor], tuple[Tensor, Tensor]] = torch.linalg.eigh
