@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig
 
 from lightning_align import PretrainModule, SpikeGuard
-from lightning_align.reports.pictures import draw, new_figure, write_file
+from lightning_align.figure import new_figure
+from lightning_align.reports.pictures import draw, write_file
 
 VOCABULARY, ROWS, TOKENS = 64, 16, 65
 

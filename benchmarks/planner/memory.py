@@ -32,9 +32,9 @@ from typing import Any
 import lightning
 import lightning.pytorch as pl
 import torch
+from models import language_model  # the script beside this one
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lightning_align import (
     LISA,
@@ -140,33 +140,11 @@ def drawn(seed: int) -> Iterator[Case]:
         yield Case(name, how, *map(draw, sizes))
 
 
-def language_model(case: Case) -> Any:
-    torch.manual_seed(0)
-    if case.name.startswith("gpt"):
-        config = GPT2Config(
-            vocab_size=case.vocabulary,
-            n_embd=case.width,
-            n_layer=case.blocks,
-            n_head=case.heads,
-            n_positions=512,
-            bos_token_id=1,
-            eos_token_id=2,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-        )
-        return GPT2LMHeadModel(config)
-    config = LlamaConfig(
-        vocab_size=case.vocabulary,
-        hidden_size=case.width,
-        intermediate_size=case.width * 8 // 3,
-        num_hidden_layers=case.blocks,
-        num_attention_heads=case.heads,
-        num_key_value_heads=max(1, case.heads // 2),
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
+def model_of(case: Case) -> Any:
+    sizes = {"width": case.width, "blocks": case.blocks, "heads": case.heads}
+    return language_model(
+        "gpt" if case.name.startswith("gpt") else "llama", **sizes, vocabulary=case.vocabulary
     )
-    return LlamaForCausalLM(config)
 
 
 OPTIMIZERS: dict[str, Any] = {
@@ -305,7 +283,7 @@ def run(case: Case, folder: str, precision: Any = "32-true") -> list[Held]:
         default_root_dir=folder,
         callbacks=callbacks,
     )
-    trainer.fit(module_of(case, language_model(case), folder), datamodule=Data(case))
+    trainer.fit(module_of(case, model_of(case), folder), datamodule=Data(case))
     return [pickle.loads(Path(folder, f"{rank}").read_bytes()) for rank in range(case.pipeline)]
 
 
@@ -332,7 +310,7 @@ def report(seed: int, only: str, precision: str) -> None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             found = run(case, folder, precision)
-        spec = ModelSpec.from_module(language_model(case), seq_len=case.tokens)
+        spec = ModelSpec.from_module(model_of(case), seq_len=case.tokens)
         predicted = memory_by_rank(spec, case.parallel(precision))
         for rank, (held, parts) in enumerate(zip(found, predicted, strict=True)):
             ratios = {

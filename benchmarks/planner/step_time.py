@@ -21,8 +21,8 @@ from statistics import mean, median
 from typing import Any
 
 import torch
+from models import language_model  # the script beside this one
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lightning_align import (
     DPOModule,
@@ -63,38 +63,14 @@ def drawn(seed: int) -> tuple[Case, ...]:
     return tuple(Case(kind, *map(draw, sizes)) for kind in KINDS)  # type: ignore[arg-type]
 
 
-def language_model(case: Case) -> Any:
-    torch.manual_seed(0)
-    if case.kind == "gpt":
-        config = GPT2Config(
-            vocab_size=case.vocabulary,
-            n_embd=case.width,
-            n_layer=case.blocks,
-            n_head=case.heads,
-            n_positions=512,
-            bos_token_id=1,
-            eos_token_id=2,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-        )
-        return GPT2LMHeadModel(config)
-    config = LlamaConfig(
-        vocab_size=case.vocabulary,
-        hidden_size=case.width,
-        intermediate_size=case.width * 8 // 3,
-        num_hidden_layers=case.blocks,
-        num_attention_heads=case.heads,
-        num_key_value_heads=max(1, case.heads // 2),
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-    )
-    return LlamaForCausalLM(config)
+def model_of(case: Case) -> Any:
+    sizes = {"width": case.width, "blocks": case.blocks, "heads": case.heads}
+    return language_model(case.kind, **sizes, vocabulary=case.vocabulary)
 
 
 def step_of(case: Case) -> tuple[nn.Module, Callable[[], None]]:
     """A module of ours and a whole step of it."""
-    model = language_model(case)
+    model = model_of(case)
     ids = torch.randint(
         1, case.vocabulary, (case.rows * (2 if case.kind == "dpo" else 1), case.tokens)
     )

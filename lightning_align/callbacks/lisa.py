@@ -30,8 +30,9 @@ from lightning_align.callbacks.lisa_layers import (
     weight_norms,
 )
 from lightning_align.callbacks.lisa_picture import draw_history
+from lightning_align.figure import new_figure
 from lightning_align.layers import ModelLayers
-from lightning_align.reports.pictures import log_figure, new_figure
+from lightning_align.reports.pictures import log_figure
 from lightning_align.run.position import batches_consumed
 from lightning_align.run.protocols import follow_freezing, gathered, may_freeze
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_align._errors import argument_error
-from lightning_align.reports.pictures import log_figure, new_figure
+from lightning_align.figure import new_figure
+from lightning_align.reports.pictures import log_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -21,8 +21,9 @@ from lightning_align.callbacks.policy_kl import (
 )
 from lightning_align.callbacks.preference_picture import MarginHistory, draw_diagnostics
 from lightning_align.data.tokenizer import encode, load_tokenizer
+from lightning_align.figure import new_figure
 from lightning_align.losses import MARGIN_BINS, FirstLoss, KLEstimate
-from lightning_align.reports.pictures import log_figure, new_figure
+from lightning_align.reports.pictures import log_figure
 from lightning_align.run.protocols import (
     CountsMargins,
     ScoresPairs,

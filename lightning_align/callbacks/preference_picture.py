@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_align.callbacks.metric_plot import COLOURS
+from lightning_align.figure import new_figure
 from lightning_align.losses import MARGIN_BINS, KLEstimate, margin_edges
-from lightning_align.reports.pictures import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

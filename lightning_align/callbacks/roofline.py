@@ -21,6 +21,7 @@ from lightning_align._compat.lightning_trainer import (
 from lightning_align._errors import argument_error, check_least, check_whole, finite_number
 from lightning_align.callbacks import roofline_run
 from lightning_align.callbacks.step_clock import StepClock
+from lightning_align.figure import new_figure
 from lightning_align.planner.advice import DATA, OTHER, Advice
 from lightning_align.planner.analyze import report_of, tensors_there
 from lightning_align.planner.balance import MachineBalance
@@ -28,7 +29,7 @@ from lightning_align.planner.module_scopes import BACKWARD, FORWARD, OPTIMIZER
 from lightning_align.planner.report import StepReport
 from lightning_align.planner.step_time import StepTime
 from lightning_align.planner.trace import Trace, tracing
-from lightning_align.reports.pictures import log_figure, new_figure
+from lightning_align.reports.pictures import log_figure
 from lightning_align.reports.texts import log_rows
 from lightning_align.run.callbacks import callbacks_of
 from lightning_align.run.position import batches_consumed

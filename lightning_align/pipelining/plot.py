@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_align.figure import new_figure
 from lightning_align.pipelining.actions import Event
 
 if TYPE_CHECKING:
@@ -44,15 +45,10 @@ def draw_timeline(
     Raises:
         ImportError: If matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        message = "Drawing needs matplotlib. Run: pip install lightning-align[plot]"
-        raise ImportError(message) from error
     num_ranks = 1 + max(event.rank for event in events)
     lane = 0.55 if measured else 0.4
     height_in = min(1.4 + lane * num_ranks, 30.0)
-    figure = Figure(figsize=(12, height_in), dpi=150, layout="constrained")
+    figure = new_figure(12, height_in)
     axes = figure.add_subplot()
     last_first = sorted([*events, *(measured or ())], key=lambda event: -event.stage_index)
     first_stages = {event.rank: event.stage_index for event in last_first}

@@ -58,10 +58,3 @@ def all_reduce_s(
     share = 2 * (group.ranks - 1) / group.ranks
     seconds = share * nbytes / (bandwidth(group, hardware) * constants.link)
     return seconds + 2 * math.ceil(math.log2(group.ranks)) * constants.latency_s
-
-
-def all_gather_s(
-    nbytes: float, group: Group, hardware: HardwareSpec, constants: Efficiencies
-) -> float:
-    """Seconds until every rank has all of a tensor, or its part of a sum: half an all-reduce."""
-    return all_reduce_s(nbytes, group, hardware, constants) / 2

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_align.figure import new_figure
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -22,9 +24,7 @@ def draw_plans(path: str | Path, plans: Sequence[Plan]) -> None:
     Raises:
         ImportError: If matplotlib is not installed (extra: plot).
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 1.5 + 0.6 * len(plans)), layout="constrained")
+    figure = new_figure(10, 1.5 + 0.6 * len(plans))
     left, right = figure.subplots(1, 2, sharey=True)
     names = [f"{plan.parallel.devices} x {plan.hardware.name}" for plan in plans]
     _stack(left, names, [plan.memory_breakdown for plan in plans], 1e9)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
@@ -223,14 +223,7 @@ class StepReport:
             "saved_bytes": self.saved_bytes,
             "uncounted": self.uncounted,
             "block_names": list(self.block_names),
-            **{
-                group: {name: _plain(cost) for name, cost in costs.items()}
-                for group, costs in (
-                    ("phases", self.phases),
-                    ("modules", self.modules),
-                    ("ops", self.ops),
-                )
-            },
+            **by_group(self, _plain),
         }
 
     def to_table(self, top_k: int = 20) -> str:
@@ -262,6 +255,14 @@ class StepReport:
         from lightning_align.planner.roofline_plot import roofline_figure
 
         return roofline_figure(self, hardware, top_k=top_k)
+
+
+def by_group(costs: Any, plain: Callable[[Any], Any]) -> dict[str, dict[str, Any]]:
+    """The costs of phases, modules and operations, each as ``plain`` gives it."""
+    return {
+        group: {name: plain(cost) for name, cost in getattr(costs, group).items()}
+        for group in ("phases", "modules", "ops")
+    }
 
 
 def _plain(cost: Cost) -> dict[str, float]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lightning_align.figure import new_figure
 from lightning_align.planner.balance import MachineBalance
 from lightning_align.planner.report import Cost, StepReport
 from lightning_align.planner.step_time import COMPUTE, MEMORY, OVERHEAD, StepTime
@@ -33,12 +34,7 @@ def roofline_figure(report: StepReport, hardware: MachineBalance, *, top_k: int 
     Raises:
         ImportError: If matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        message = "Drawing needs matplotlib. Run: pip install lightning-align[plot]"
-        raise ImportError(message) from error
-    figure = Figure(figsize=(8, 5.5), dpi=150, layout="constrained")
+    figure = new_figure(8, 5.5)
     axes = figure.add_subplot()
     points = roofline_points(report, hardware, top_k=top_k)
     _draw_roof(axes, hardware, [intensity for _, intensity, _, _, _ in points])

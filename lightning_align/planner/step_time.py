@@ -19,7 +19,7 @@ from lightning_align._errors import argument_error
 from lightning_align.planner.analyze import analyze_step
 from lightning_align.planner.balance import MachineBalance
 from lightning_align.planner.module_scopes import Scope
-from lightning_align.planner.report import StepReport, enclosing
+from lightning_align.planner.report import StepReport, by_group, enclosing
 from lightning_align.planner.trace import Record
 
 COMPUTE, MEMORY, OVERHEAD = "compute", "memory", "overhead"
@@ -170,14 +170,7 @@ class StepTime:
             "interval": list(self.interval),
             "bound": self.bound,
             "by_bound": dict(self.total.by_bound),
-            **{
-                group: {name: _plain(cost) for name, cost in costs.items()}
-                for group, costs in (
-                    ("phases", self.phases),
-                    ("modules", self.modules),
-                    ("ops", self.ops),
-                )
-            },
+            **by_group(self, _plain),
         }
 
     def to_table(self, top_k: int = 20) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_align.data.difficulty import DifficultyIndex
-from lightning_align.reports.pictures import new_figure
+from lightning_align.figure import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

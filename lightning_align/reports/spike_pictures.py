@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lightning_align.reports.pictures import new_figure
+from lightning_align.figure import new_figure
 from lightning_align.spike_incidents import Incident
 
 if TYPE_CHECKING:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from lightning_align.figure import new_figure
 from lightning_align.offload.traffic import READ, STALL, SYNC, WRITE, Event
 from lightning_align.pipelining.plot import COLORS
-from lightning_align.reports.pictures import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 
 from lightning_align import MachineBalance, RooflineMonitor
 from lightning_align.planner.trace import IS_TRACING
+from tests.helpers.recorder import trainer as quiet_trainer
 from tests.helpers.resume import (
     VOCABULARY,
     HandWritten,
@@ -28,21 +29,14 @@ MACHINE = MachineBalance("m", peak_flops=1e9, mem_bandwidth=1e8, overheads={None
 def fit(folder: Path, *callbacks: pl.Callback, module: Any = None, **options: Any) -> Any:
     pl.seed_everything(5, verbose=False)
     module = HandWritten() if module is None else module
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        default_root_dir=str(folder),
-        callbacks=list(callbacks),
-        **{
-            "max_epochs": 2,
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "num_sanity_val_steps": 0,
-            "log_every_n_steps": 1,
-            **options,
-        },
-    )
+    options = {
+        "max_steps": -1,
+        "max_epochs": 2,
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": 1,
+        **options,
+    }
+    trainer = quiet_trainer(str(folder), callbacks=list(callbacks), **options)
     trainer.fit(module, SequenceData())
     return trainer
 

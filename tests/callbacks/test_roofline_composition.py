@@ -19,6 +19,7 @@ from tests.callbacks.test_roofline import FORWARD, Analyses, fit, monitor
 from tests.helpers.offloaded import small
 from tests.helpers.pipelines import Batches, Run
 from tests.helpers.ranks import ForkedRanks, run_ranks
+from tests.helpers.recorder import trainer as quiet_trainer
 from tests.helpers.resume import HandWritten, SequenceData, weights_hash
 from tests.modules.test_dpo import pairs
 from tests.modules.test_pretrain import llama, rows
@@ -35,21 +36,14 @@ def pretrain(**options: Any) -> PretrainModule:
 def trained(folder: Path, module: Any, batches: Any, *callbacks: Any, **options: Any) -> Any:
     """A run of few steps; its Trainer."""
     pl.seed_everything(5, verbose=False)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        default_root_dir=str(folder),
-        callbacks=list(callbacks),
-        **{
-            "max_epochs": 1,
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "num_sanity_val_steps": 0,
-            "log_every_n_steps": 1,
-            **options,
-        },
-    )
+    options = {
+        "max_steps": -1,
+        "max_epochs": 1,
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": 1,
+        **options,
+    }
+    trainer = quiet_trainer(str(folder), callbacks=list(callbacks), **options)
     trainer.fit(module, DataLoader(batches, batch_size=None))
     return trainer
 

@@ -23,7 +23,7 @@ from tests.laws.members import (
 )
 from tests.laws.runs import Outcome, Run, on_its_data, refusal
 from tests.laws.test_capture import goes_back
-from tests.laws.test_resume import resumes
+from tests.laws.test_resume import resumes, resumes_with
 from tests.laws.test_strategies import equals_one_process
 
 pytestmark = pytest.mark.slow  # `make test-laws` runs them
@@ -54,11 +54,7 @@ def test_callbacks_that_change_nothing(
 def test_callbacks(
     callback: Member, module: Member, tmp_path: Path, material: Path, reference: Reference
 ) -> None:
-    if refusal(callback, module):
-        return
-    run = replace(on_its_data(module), callbacks=(callback,), accumulate=2)
-    resumes(run, tmp_path, material, reference(run), position=5)
-    note("Callbacks and modules", callback.name, module.name, "resumes")
+    resumes_with(callback, module, tmp_path, material, reference)
 
 
 @pytest.mark.parametrize("optimizer", OUR_OPTIMIZERS, ids=str)

@@ -70,11 +70,7 @@ def test_objectives(module: Member, tmp_path: Path, material: Path, reference: R
 def test_callbacks(
     callback: Member, module: Member, tmp_path: Path, material: Path, reference: Reference
 ) -> None:
-    if refusal(callback, module):
-        return
-    run = replace(on_its_data(module), callbacks=(callback,), accumulate=2)
-    resumes(run, tmp_path, material, reference(run), position=5)
-    note("Callbacks and modules", callback.name, module.name, "resumes")
+    resumes_with(callback, module, tmp_path, material, reference)
 
 
 @pytest.mark.parametrize("module", MODULES, ids=str)
@@ -122,3 +118,13 @@ def test_the_law_fails_where_it_is_broken(
 ) -> None:
     with pytest.raises(AssertionError, match="not the same bits"):
         resumes(run, tmp_path, material, reference(run), position=5)
+
+
+def resumes_with(
+    callback: Member, module: Member, folder: Path, material: Path, reference: Reference
+) -> None:
+    if refusal(callback, module):
+        return
+    run = replace(on_its_data(module), callbacks=(callback,), accumulate=2)
+    resumes(run, folder, material, reference(run), position=5)
+    note("Callbacks and modules", callback.name, module.name, "resumes")

@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_align.callbacks.metric_plot import MetricPlot
-from lightning_align.reports.pictures import log_figure, new_figure
+from lightning_align.figure import new_figure
+from lightning_align.reports.pictures import log_figure
 from tests.helpers.wandb_reader import read_wandb_run
 
 WIDTH, HEIGHT = 300, 150  # pixels: 2 x 1 inches at 150 dots per inch
@@ -139,12 +140,6 @@ def test_a_pyplot_figure_keeps_its_canvas(tmp_path):
     canvas = FigureCanvasSVG(figure)
     log_figure(make_trainer(tmp_path), "curve", figure)
     assert figure.canvas is canvas
-
-
-def test_missing_matplotlib_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install lightning-align\[plot\]"):
-        new_figure(2, 1)
 
 
 class Regression(pl.LightningModule):

@@ -25,7 +25,8 @@ from lightning_align.callbacks.curriculum.preflight import Preflight, largest_ba
 from lightning_align.callbacks.curriculum.stream import StreamPart, following
 from lightning_align.data.length_schedule import Samples
 from lightning_align.data.skipped import SkippedBatches
-from lightning_align.reports.pictures import log_figure, new_figure
+from lightning_align.figure import new_figure
+from lightning_align.reports.pictures import log_figure
 from lightning_align.run.callbacks import bring, callbacks_of, put_first
 from lightning_align.run.exact_resume import ExactResume
 from lightning_align.run.position import batches_consumed

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_align.callbacks.metric_plot import COLOURS
-from lightning_align.reports.pictures import new_figure
+from lightning_align.figure import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
