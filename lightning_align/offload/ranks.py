@@ -12,6 +12,7 @@ long.
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, InvalidStateError, wait
 from contextlib import contextmanager, suppress
@@ -27,6 +28,7 @@ from lightning_align.offload.block import Block
 from lightning_align.offload.files import Transfer
 
 _Result = TypeVar("_Result")
+_END_S = 2.0  # for what was begun; nobody waits for it any more
 
 
 class RankError(RuntimeError):
@@ -50,10 +52,11 @@ class Ranks:
         self._failure: BaseException | None = None
         self._open: set[Future[Any]] = set()
         self._tasks: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
-        if (
-            self.size > 1
-        ):  # a daemon: what it waits for may never come, and must not hold up the end
-            Thread(target=self._work, name="offload-ranks", daemon=True).start()
+        # A daemon: what it waits for may never come, and must not hold up the end.
+        self._thread = Thread(target=self._work, name="offload-ranks", daemon=True)
+        if self.size > 1:
+            self._thread.start()
+            atexit.register(self._end)
 
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:
@@ -136,7 +139,18 @@ class Ranks:
 
     def close(self) -> None:
         """End the thread when what was begun is done."""
+        atexit.unregister(self._end)
         self._tasks.put(None)
+
+    def _end(self) -> None:
+        """Let go of the group while there is an interpreter.
+
+        A thread of gloo may still hold a message that was waited for. If it lets go of the last
+        reference to a tensor while the interpreter ends, Python stops it, and C++ aborts the process.
+        """
+        self.close()
+        self._thread.join(_END_S)
+        self._group = None
 
     # What all ranks get
 

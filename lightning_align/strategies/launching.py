@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import random
 from contextlib import nullcontext
 from typing import Any
@@ -36,6 +37,8 @@ def join_ranks(strategy: Any) -> None:
     environment.set_global_rank(strategy.node_rank * strategy.num_processes + strategy.local_rank)
     environment.set_world_size(strategy.num_nodes * strategy.num_processes)
     lightning_processes.set_rank(strategy.global_rank)
+    if not distributed.is_initialized():  # left before the interpreter ends: gloo has threads
+        atexit.register(failure.leave)
     lightning_processes.join_process_group(
         environment, strategy.root_device, strategy.process_group_backend, strategy.timeout
     )

@@ -140,5 +140,6 @@ def test_no_rank_holds_the_model(tmp_path: Path) -> None:
     spread = max(run_ranks(lambda rank: load(rank, empty=True)))
     whole = max(run_ranks(lambda rank: load(rank, empty=False)))
     assert whole > 0.95 * size
-    # 0.67 measured: half of the blocks, a shard mapped while it is read, and what a step needs
-    assert spread < 0.75 * size, f"{spread / size:.2f} of {size / 1e6:.0f} MB"
+    # Half of the blocks less a shard that is mapped while it is read are 0.4 of them. What code,
+    # allocator and step need besides is in both (0.16 to 0.2, by machine and by what ran before).
+    assert whole - spread > 0.3 * size, f"{whole / size:.2f} and {spread / size:.2f} of the weights"

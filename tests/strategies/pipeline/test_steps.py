@@ -142,7 +142,7 @@ def test_a_script_runs_under_lightning_and_under_torchrun(launcher: str, tmp_pat
     script.write_text(textwrap.dedent(SCRIPT))
     command = [sys.executable]
     if launcher == "torchrun":
-        command += ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29533"]
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {"PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [*command, str(script), str(tmp_path)],

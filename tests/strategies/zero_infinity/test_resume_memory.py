@@ -19,6 +19,9 @@ from tests.helpers.offloaded import ADAMW, small, trainer_of
 WIDTH, BLOCKS = 512, 12
 PARAMETERS = BLOCKS * 2 * WIDTH * WIDTH
 LIMIT = 15_000_000  # bytes: the least is 14.7 MB, in which a group has 4.2
+NOISE = (
+    20_000_000  # what code and allocator touch for the first time, by machine and what ran before
+)
 
 
 class Deep(pl.LightningModule):
@@ -80,7 +83,7 @@ def test_a_committed_step_is_resumed_in_a_fraction_of_its_states(tmp_path, preci
         Path("/proc/self/clear_refs").write_text("5")
         before = status_bytes("VmRSS")
         peak = train(tmp_path, 2, precision, LIMIT, "last")
-        assert peak.set_up - before < LIMIT
-        assert peak.trained - before < 2 * LIMIT  # gradients and activations come on top
+        assert peak.set_up - before < LIMIT + NOISE  # the states alone are 75 MB
+        assert peak.trained - before < 2 * LIMIT + NOISE  # gradients and activations come on top
 
     assert in_child(resume) == 0

@@ -14,7 +14,12 @@ from tests.helpers.ranks import run_ranks
 from tests.strategies.zero_infinity.test_ranks import fit as fit_on_rank
 
 SCRIPT = """
-import sys
+import atexit, os, sys
+from pathlib import Path
+def tell_threads():  # the last thing before the interpreter ends
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    print(f"\\nat the end of {os.getpid()}: {sorted(names)}", flush=True)
+atexit.register(tell_threads)
 import torch
 import lightning.pytorch as pl
 import lightning_align
@@ -51,7 +56,7 @@ def test_a_script_runs_under_lightning_and_under_torchrun(tmp_path, under_ddp, l
     script.write_text(SCRIPT)
     command = [sys.executable]
     if launcher == "torchrun":
-        command += ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29547"]
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {"PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [*command, str(script), str(tmp_path), strategy],
@@ -62,6 +67,9 @@ def test_a_script_runs_under_lightning_and_under_torchrun(tmp_path, under_ddp, l
         check=False,
     )
     assert run.returncode == 0, run.stderr
+    # One that still holds a tensor when the interpreter ends would abort the process.
+    assert run.stdout.count("at the end of") == 2
+    assert "gloo" not in run.stdout
     assert_same(torch.load(tmp_path / "state"), under_ddp)
 
 
