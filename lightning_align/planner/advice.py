@@ -104,6 +104,7 @@ def larger_micro_batch(
     of_batch = [record for record in records if record.phase != OPTIMIZER]
     twice = _seconds((_doubled(record, there) for record in of_batch), hardware)
     twice += _views(report, hardware, lambda phase: phase != OPTIMIZER)
+    twice += _checkpoints(report, hardware)
     update = _seconds((record for record in records if record.phase == OPTIMIZER), hardware)
     update += _views(report, hardware, lambda phase: phase == OPTIMIZER)
     now = _total(report, hardware)
@@ -133,6 +134,7 @@ def no_recomputation(
     if not again or lacks:
         return None
     saved = _seconds(again, hardware) + _views(report, hardware, lambda phase: phase == RECOMPUTE)
+    saved += _checkpoints(report, hardware)
     now = _total(report, hardware)
     text = f"Leave out activation checkpointing, for at most {kept / 1e9:.2g} GB of memory more"
     return Advice("no recomputation", text, _gain(now, now - saved))
@@ -264,6 +266,10 @@ def _views(report: StepReport, hardware: MachineBalance, chosen: Callable[[str],
     return sum(n * hardware.overhead(phase) for (phase, _), n in counted if chosen(phase))
 
 
+def _checkpoints(report: StepReport, hardware: MachineBalance) -> float:
+    return sum(map(hardware.checkpoint_seconds, report.trace.checkpoints))
+
+
 def _of_loops(hardware: MachineBalance, setting: Setting, predicted: float) -> float:
     """Seconds of a step that no operation takes: loops, hooks, logs; as many for twice the rows.
 
@@ -279,7 +285,8 @@ def _of_loops(hardware: MachineBalance, setting: Setting, predicted: float) -> f
 
 
 def _total(report: StepReport, hardware: MachineBalance) -> float:
-    return _seconds(report.trace.records, hardware) + _views(report, hardware, lambda _: True)
+    calls = _views(report, hardware, lambda _: True) + _checkpoints(report, hardware)
+    return _seconds(report.trace.records, hardware) + calls
 
 
 def _doubled(record: Record, there: set[int]) -> Record:

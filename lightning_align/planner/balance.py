@@ -13,7 +13,7 @@ from lightning_align._errors import argument_error, check_choice, finite_number
 from lightning_align.planner.curves import Curve, class_of, interpolated, work_of
 from lightning_align.planner.measure import measured
 from lightning_align.planner.spec_sheets import check_dense, spec_sheet
-from lightning_align.planner.trace import Record
+from lightning_align.planner.trace import Checkpoint, Record
 
 WHERE = "MachineBalance"
 # What launches a kernel and waits for the driver, of eager PyTorch on a GPU. Published timelines of
@@ -33,6 +33,9 @@ class MachineBalance:
         dtype: Of the inputs of products.
         peaks: FLOP/s of products by dtype, as far as known.
         overheads: Seconds of an operation that has nothing to do, by phase of a step; None for all.
+        checkpoint_s: Seconds of Python to recompute a region of ``torch.utils.checkpoint``, beside
+            its operations; 0 where nothing was measured.
+        checkpoint_saved_s: For each tensor that autograd would have saved there.
         curves: Class of operation -> seconds by work, as measured.
         softmax: Class of attention -> FLOPs of products that take as long as one of its softmax.
         is_asynchronous: Whether the next operation is prepared while one runs.
@@ -50,6 +53,8 @@ class MachineBalance:
     dtype: str = "float32"
     peaks: Mapping[str, float] = field(default_factory=dict)
     overheads: Mapping[str | None, float] = field(default_factory=lambda: {None: 0.0})
+    checkpoint_s: float = 0.0
+    checkpoint_saved_s: float = 0.0
     curves: Mapping[str, Curve] = field(default_factory=dict, repr=False)
     softmax: Mapping[str, float] = field(default_factory=dict, repr=False)
     is_asynchronous: bool = False
@@ -67,6 +72,10 @@ class MachineBalance:
             if (finite_number(seconds) is None) or seconds < 0:
                 rule = f"of {phase or 'all phases'} must be finite, and not negative"
                 raise argument_error(WHERE, "overheads", seconds, rule)
+        for argument in ("checkpoint_s", "checkpoint_saved_s"):
+            value = getattr(self, argument)
+            if (finite_number(value) is None) or value < 0:
+                raise argument_error(WHERE, argument, value, "must be finite, and not negative")
 
     @classmethod
     def measure(
@@ -149,6 +158,16 @@ class MachineBalance:
         """
         found = self.overheads.get(phase)
         return self.overheads.get(None, 0.0) if found is None else found
+
+    def checkpoint_seconds(self, checkpoint: Checkpoint) -> float:
+        """Seconds of a checkpoint's own Python; nothing where a device is busy meanwhile.
+
+        Args:
+            checkpoint: What ran again, and how much would have been saved.
+        """
+        if self.is_asynchronous:
+            return 0.0
+        return self.checkpoint_s + checkpoint.saved * self.checkpoint_saved_s
 
     def compute_seconds(self, record: Record) -> float:
         """Seconds of its products at the peak; other arithmetic never is what takes long."""

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_align.planner.analyze import analyze_step
 from lightning_align.planner.curves import Curve, class_of, interpolated, work_of
@@ -19,12 +19,19 @@ from lightning_align.planner.trace import Record
 STEPS = 40  # of which the median counts
 
 
-def _small_step(device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Callable[[], Tensor]]:
+def small_step(
+    device: torch.device, dtype: torch.dtype, *, use_cache: bool = True
+) -> tuple[Any, Callable[[], Tensor]]:
     """A small model and its loss.
 
     It is transformers' Llama: what Python adds to an operation depends on whose modules call it,
     and theirs are what is trained. It is as large that its kernels drive Python's own code and data
     out of the inner caches, as those of any real step do: with nothing in between, calls cost half.
+
+    Args:
+        device: Where.
+        dtype: Of its parameters.
+        use_cache: Whether keys and values are kept, as is transformers' default.
     """
     from transformers import LlamaConfig, LlamaForCausalLM  # loads for a second
 
@@ -42,7 +49,7 @@ def _small_step(device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Ca
     tokens = torch.arange(64, device=device)[None]
 
     def loss() -> Tensor:
-        found: Tensor = model(tokens).logits.square().mean()
+        found: Tensor = model(tokens, use_cache=use_cache).logits.square().mean()
         return found
 
     return model, loss
@@ -56,7 +63,7 @@ def call_costs(
     clock: Callable[[], float],
 ) -> dict[str | None, float]:
     """What a small step takes beyond its kernels, an operation of each phase."""
-    model, loss = _small_step(device, dtype)
+    model, loss = small_step(device, dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
     def kernel(record: Record) -> float:

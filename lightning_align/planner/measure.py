@@ -25,13 +25,20 @@ from lightning_align._compat.glibc_memory import NEVER_KEPT, mapped_from
 from lightning_align._errors import argument_error
 from lightning_align.offload import tuning
 from lightning_align.planner.call_costs import call_costs
+from lightning_align.planner.checkpoint_costs import checkpoint_costs, recomputed_seconds
 from lightning_align.planner.curves import (
     FUNCTIONS,
     MOVE,
     TANH,
     Curve,
+    class_of,
+    interpolated,
+    work_of,
 )
+from lightning_align.planner.module_scopes import FORWARD
 from lightning_align.planner.op_flops import ATTENTION, NORM, POINTWISE, PRODUCT, REDUCTION
+from lightning_align.planner.report import StepReport
+from lightning_align.planner.trace import Record
 
 WHERE = "MachineBalance.measure"
 SAMPLES, SAMPLE_S = 5, 0.012  # of which the median counts; seconds of each
@@ -146,7 +153,7 @@ def measured(
         "dtype": str(dtype).removeprefix("torch."),
         "curves": curves,
         "softmax": softmax,
-        "overheads": call_costs(curves, softmax, place, dtype, clock),
+        **_calls(curves, softmax, place, dtype, clock),
         "is_asynchronous": place.type != "cpu",
         "cache_bandwidth": cached_bytes / cached.seconds,
         "disk_bandwidth": None if folder is None else _disk(folder),
@@ -156,6 +163,27 @@ def measured(
             "mem_bandwidth": (stream_bytes / stream.high, stream_bytes / stream.low),
         },
     }
+
+
+def _calls(
+    curves: dict[str, Curve],
+    softmax: dict[str, float],
+    device: torch.device,
+    dtype: torch.dtype,
+    clock: Callable[[], float],
+) -> dict[str, Any]:
+    overheads = call_costs(curves, softmax, device, dtype, clock)
+    if device.type != "cpu":  # which is busy while Python runs
+        return {"overheads": overheads}
+
+    def kernel(record: Record) -> float:
+        return interpolated(curves[class_of(record)], work_of(record, softmax))
+
+    def recomputed(report: StepReport) -> float:
+        return recomputed_seconds(report, kernel, overheads[FORWARD])
+
+    region, saved = checkpoint_costs(recomputed, device, dtype, clock)
+    return {"overheads": overheads, "checkpoint_s": region, "checkpoint_saved_s": saved}
 
 
 def product_peak(device: str | torch.device, dtype: torch.dtype) -> float:

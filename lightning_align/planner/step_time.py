@@ -18,15 +18,16 @@ from torch import Tensor, nn
 from lightning_align._errors import argument_error
 from lightning_align.planner.analyze import analyze_step
 from lightning_align.planner.balance import MachineBalance
-from lightning_align.planner.module_scopes import Scope
+from lightning_align.planner.module_scopes import RECOMPUTE, Scope
 from lightning_align.planner.report import StepReport, by_group, enclosing
-from lightning_align.planner.trace import Record
+from lightning_align.planner.trace import Checkpoint, Record
 
 COMPUTE, MEMORY, OVERHEAD = "compute", "memory", "overhead"
 _FIGURES = {COMPUTE: "peak_flops", MEMORY: "mem_bandwidth"}
 
 
-VIEWS = "views"  # the name of all operations that make one
+# Names of what is no operation: of all that make a view, and of what a checkpoint adds to them.
+VIEWS, CHECKPOINT = "views", "checkpoint"
 
 
 @dataclass(frozen=True)
@@ -97,14 +98,23 @@ class StepTime:
 
     @cached_property
     def op_times(self) -> list[OpTime]:
-        """Of each operation, in order; then of those that make views, by where they do."""
+        """Of each operation, in order; then of views and checkpoints, by where they are."""
         trace, hardware = self.report.trace, self.hardware
         found = [time_of(record, hardware) for record in trace.records]
         if not hardware.is_asynchronous:  # which is busy while they are made
             for (phase, scope), count in trace.views.items():
                 seconds = count * hardware.overhead(phase)
                 found.append(OpTime(VIEWS, phase, scope, seconds, OVERHEAD))
+            for each in trace.checkpoints:
+                seconds, scope = hardware.checkpoint_seconds(each), self._scope_of(each)
+                found.append(OpTime(CHECKPOINT, RECOMPUTE, scope, seconds, OVERHEAD))
         return found
+
+    def _scope_of(self, checkpoint: Checkpoint) -> Scope:
+        """The innermost module in which it began and ended."""
+        records = self.report.trace.records
+        first, last = records[checkpoint.first].scope, records[checkpoint.last].scope
+        return (max(enclosing(first) & enclosing(last), key=len),)
 
     @cached_property
     def total(self) -> TimeCost:

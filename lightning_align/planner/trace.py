@@ -13,10 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_align._compat.torch_autograd import hooks_give_way, is_result
+from lightning_align._compat.torch_autograd import (
+    hooks_give_way,
+    is_result,
+    running_checkpoint,
+)
 from lightning_align.planner.live_bytes import Held, Saved, Storages
 from lightning_align.planner.meta_attention import attention_of_processor
-from lightning_align.planner.module_scopes import ModuleScopes, Scope
+from lightning_align.planner.module_scopes import RECOMPUTE, ModuleScopes, Scope
 from lightning_align.planner.op_bytes import Part, traffic
 from lightning_align.planner.op_flops import (
     MATRIX_PRODUCTS,
@@ -78,6 +82,21 @@ class Record(NamedTuple):
 
 
 @dataclass
+class Checkpoint:
+    """What a checkpoint ran again.
+
+    Attributes:
+        first: Number of the first operation.
+        last: Of the last one.
+        saved: Tensors that autograd would have saved; the checkpoint's Python is called for each.
+    """
+
+    first: int
+    last: int
+    saved: int
+
+
+@dataclass
 class Trace:
     """What a step did.
 
@@ -87,6 +106,7 @@ class Trace:
         saved: What autograd holds for backward.
         saved_by: Scope -> numbers of the storages that were saved in it.
         views: Phase and scope -> how many operations made a view, which only costs its call.
+        checkpoints: What was recomputed, in order.
         uncounted: Operations whose FLOPs are not known, and how often they ran.
     """
 
@@ -95,6 +115,7 @@ class Trace:
     saved: Held = field(default_factory=Held)
     saved_by: dict[Scope, set[int]] = field(default_factory=dict)
     views: Counter[tuple[str, Scope]] = field(default_factory=Counter)
+    checkpoints: list[Checkpoint] = field(default_factory=list)
     uncounted: dict[str, int] = field(default_factory=dict)
 
 
@@ -177,6 +198,7 @@ class _Following:
         super().__init__()
         self._trace, self._scopes = trace, scopes
         self._products: dict[tuple[str, tuple[torch.Size, ...]], int] = {}  # FLOPs by shapes
+        self._checkpoint: object = None  # the one that ran last
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -238,6 +260,18 @@ class _Following:
             made=made,
         )
         self._trace.records.append(record)
+        if phase == RECOMPUTE:
+            self._recompute()
+
+    def _recompute(self) -> None:
+        found, number = running_checkpoint(), len(self._trace.records) - 1
+        if found is None:  # a module's own way to do so
+            return
+        if found[0] == self._checkpoint:
+            self._trace.checkpoints[-1].last = number
+        else:
+            self._checkpoint = found[0]
+            self._trace.checkpoints.append(Checkpoint(number, number, found[1]))
 
     def _product_flops(self, op: Op, args: Any, named: dict[str, Any], out: Any) -> int:
         if op.name not in MATRIX_PRODUCTS:

@@ -15,6 +15,7 @@ from lightning_align._compat.torch_autograd import (
     next_sequence_number,
     nothing_is_zero_on_meta,
     running_backward,
+    running_checkpoint,
     running_node,
     takes_flash_attention,
 )
@@ -79,6 +80,27 @@ def test_a_checkpoint_that_computes_again_is_seen(use_reentrant: bool) -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
         Looks.apply(checkpoint(block, Looks.apply(x), use_reentrant=use_reentrant)).sum().backward()
     assert seen == [False, False, True, False]  # forward, after it, again, before it
+
+
+@pytest.mark.parametrize(("use_reentrant", "saved"), [(False, 2), (True, 0)])
+def test_which_checkpoint_computes_again(use_reentrant: bool, saved: int) -> None:
+    """Two blocks of two operations, of which the second one is computed again first."""
+    seen: list[Any] = []
+
+    def block(x: Tensor) -> Tensor:
+        for _ in range(2):
+            seen.append(running_checkpoint())
+            x = x.sin()
+        return x
+
+    x = torch.ones(2, requires_grad=True)
+    for _ in range(2):
+        x = checkpoint(block, x, use_reentrant=use_reentrant)
+    x.sum().backward()
+    assert seen[:4] == [None] * 4
+    second, again, first, _ = seen[4:]
+    assert second == again != first
+    assert (second[1], first[1]) == (saved, saved)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

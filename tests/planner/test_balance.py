@@ -68,6 +68,13 @@ def test_figures_must_be_positive(figure: str, value: Any) -> None:
         MachineBalance("m", **given)
 
 
+@pytest.mark.parametrize("argument", ["checkpoint_s", "checkpoint_saved_s"])
+@pytest.mark.parametrize("value", [math.nan, -1.0])
+def test_python_of_checkpoints_must_be_a_time(argument: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{argument}={value}.*must be finite, and not negative"):
+        MachineBalance("m", 1.0, 1.0, **{argument: value})
+
+
 def test_overheads_must_be_times() -> None:
     with pytest.raises(ValueError, match=r"overheads=nan.*of forward must be finite"):
         MachineBalance("m", 1.0, 1.0, overheads={"forward": math.nan})

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_align._compat.glibc_memory import LARGE, NEVER_KEPT
-from lightning_align.planner import MachineBalance, call_costs, measure
+from lightning_align.planner import MachineBalance, call_costs, checkpoint_costs, measure
 from lightning_align.planner.measure import in_turns, timed
 
 
@@ -18,6 +18,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "SAMPLE_S", 1e-5)
     monkeypatch.setattr(measure, "SAMPLES", 2)
     monkeypatch.setattr(call_costs, "STEPS", 2)
+    monkeypatch.setattr(checkpoint_costs, "STEPS", 2)
     monkeypatch.setattr(measure, "ROWS", (1, 8, 16))
     monkeypatch.setattr(measure, "CACHED_ROWS", 8)
     monkeypatch.setattr(measure, "PRODUCTS", (8, 16))
@@ -42,6 +43,7 @@ def test_a_machine_is_measured(quick: None, tmp_path: Path) -> None:
     assert balance.cache_bandwidth
     assert balance.disk_bandwidth
     assert balance.fresh_bandwidth
+    assert balance.checkpoint_s + balance.checkpoint_saved_s > 0
     assert not list(tmp_path.iterdir())
     assert set(balance.overheads) == {None, "forward", "recompute", "backward", "optimizer"}
     assert {"product", "pointwise", "functions", "reduction", "norm", "norm backward"} | {

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_align.planner import MachineBalance, StepReport, analyze_step, predict_step_time
 from lightning_align.planner.step_time import StepTime, time_of
@@ -88,6 +89,36 @@ def test_views_cost_their_calls_where_nothing_runs_beside_them() -> None:
     assert times.ops["views"].bound == "overhead"
     ahead = StepTime(report, machine(overheads=SLOW_CALLS, is_asynchronous=True))
     assert "views" not in ahead.ops
+
+
+class Recomputed(nn.Module):
+    """Two linear layers and what is between them, again in backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2), nn.Tanh())
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return checkpoint(self.inner, x, use_reentrant=False)
+
+
+def test_checkpoints_cost_python_of_each_region_and_of_what_is_not_saved() -> None:
+    """Two regions of as many tensors, each under its module."""
+    model = nn.Sequential(Recomputed(), Recomputed())
+    x = torch.ones(3, 2, requires_grad=True)
+    report = analyze_step(model, lambda: model(x).sum())
+    regions = report.trace.checkpoints
+    assert [each.saved > 2 for each in regions] == [True] * 2
+    hardware = machine(checkpoint_s=100.0, checkpoint_saved_s=10.0)
+    one = 100 + 10 * regions[0].saved
+    times, free = StepTime(report, hardware), StepTime(report, machine())
+    assert times.ops["checkpoint"].seconds == 2 * one
+    assert times.seconds == pytest.approx(free.seconds + 2 * one)
+    for place in ("0", "0.inner", "1", "1.inner"):
+        assert times.modules[place].seconds == pytest.approx(free.modules[place].seconds + one)
+    assert times.phases["recompute"].by_bound["overhead"] == pytest.approx(2 * one)
+    ahead = machine(checkpoint_s=100.0, checkpoint_saved_s=10.0, is_asynchronous=True)
+    assert "checkpoint" not in StepTime(report, ahead).ops
 
 
 @pytest.fixture(scope="module")
