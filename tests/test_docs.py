@@ -3,6 +3,10 @@
 import re
 from pathlib import Path
 
+import pytest
+
+import lightning_align
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -37,3 +41,36 @@ def test_options_of_a_snippet_are_in_braces():
         if re.match(r"\s*```\w+ ", line)
     ]
     assert wrong == []
+
+
+# Pages of what one may pick: what for, a few lines, when not; then the rest, and the reference at the end.
+TECHNIQUES = (
+    "async_checkpoint curriculum conversation_data dpo exact_resume generate_samples lisa metric_plot optimizers"
+    " pipeline planner preference_data preference_diagnostics pretrain roofline save_pretrained spike_guard"
+    " stability text_data token_schedule zero_infinity"
+).split()
+
+
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_a_page_says_first_what_it_is_for_and_last_what_its_arguments_are(name):
+    page = (ROOT / "docs" / f"{name}.md").read_text()
+    headings = re.findall(r"^## (.*)", page, flags=re.MULTILINE)
+    assert headings[:2] == ["In a few lines", "When not to use it"]
+    introduction = page.partition("\n## ")[0]
+    assert len(introduction.split()) > 30
+    before, _, reference = page.partition("\n## Reference\n")
+    assert ":::" not in before
+    assert name == "stability" or reference.lstrip().startswith(":::")
+
+
+def test_a_technique_in_the_readme_is_a_line_of_the_users_and_the_line_instead():
+    readme = (ROOT / "README.md").read_text()
+    diffs = re.findall(r"```diff\n(.*?)```", readme, flags=re.DOTALL)
+    assert len(diffs) >= 11
+    for diff in diffs:
+        assert {line[0] for line in diff.splitlines()} == {"-", "+"}
+    lines = [line[1:] for diff in diffs for line in diff.splitlines() if line[0] == "+"]
+    named = set(re.findall(r"\b[A-Z]\w+(?=\()", "\n".join(lines))) - {"Trainer"}
+    assert len(named) >= 8
+    assert named <= set(lightning_align.__all__)
+    assert readme.count("![") <= 4
