@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from lightning_align._errors import argument_error, finite_number
 from lightning_align.cli import plan_given, plan_yaml
 from lightning_align.cli.commands import CommandParser
-from lightning_align.cli.plan_generation import generation_report
+from lightning_align.cli.plan_generation import generation_of, generation_report
 from lightning_align.cli.plan_report import report, run_of, side_by_side, split_of, told_model
+from lightning_align.cli.plan_run import run_for
 from lightning_align.planner import HardwareSpec, ModelSpec, ParallelSpec, Plan, Planner
 from lightning_align.planner.failures import Reliability, TimeToTrain
 from lightning_align.planner.plan_plot import draw_plans
@@ -58,7 +58,8 @@ def plan(
         hardware: Number and name of devices, such as 8xh100-sxm, and the price of an hour of one,
             8xh100-sxm@2.5, in any currency; may be given several times. 2xhere is two of this
             machine, which is measured in ten seconds; of a CPU each is a core.
-        tokens_per_batch: Tokens of a step, over all devices; default a row on each.
+        tokens_per_batch: Tokens of a step, over all devices, of which whole rows are taken; default
+            a row on each.
         seq_len: Tokens of a row; default what the model or its file says, at most 4096.
         optimizer: adamw, stable_adamw, muon, galore_adamw or sgd; default what the file of a run
             says, else adamw.
@@ -97,8 +98,11 @@ def plan(
     if new_tokens is not None:
         yield told_model(spec)
         precision = precision or plan_given.DEFAULTS["precision"]
+        found = []
         for name in hardware:
-            yield from generation_report(spec, _hardware(name), new_tokens, precision)
+            found.append(generation_of(spec, _hardware(name), new_tokens, precision))
+            yield from generation_report(found[-1])
+        yield from _figures([each.to_dict() for each in found], json_file)
         return
     times = (checkpoint_time, restart_time, checkpoint_interval)
     reliability = None if mtbf is None else Reliability(mtbf, *times)
@@ -115,10 +119,12 @@ def plan(
     yield told_model(spec)
     if of_file:
         yield "as its file has it: " + ", ".join(f"{n} {value}" for n, value in of_file.items())
+    rows, rounded = _rows(spec, tokens_per_batch, chosen["objective"])
+    yield from rounded
     best: list[Plan] = []
     for name in hardware:
         planner = Planner(_hardware(name)).limited_to(memory_limit)
-        base = _base(spec, planner.hw, tokens_per_batch, chosen)
+        base = _base(planner.hw, rows, chosen)
         refused: Counter[str] = Counter()
         everything = ranked(planner, spec, base, refused)
         if runnable:
@@ -138,7 +144,7 @@ def plan(
 
 
 _OF_FAILURES = ("checkpoint_time", "restart_time", "checkpoint_interval")
-_OF_GENERATION = ("model", "hardware", "seq_len", "precision", "new_tokens")
+_OF_GENERATION = ("model", "hardware", "seq_len", "precision", "new_tokens", "json_file")
 
 
 def _check_together(given: Mapping[str, Any]) -> None:
@@ -174,16 +180,21 @@ def _hardware(text: str) -> HardwareSpec:
         raise argument_error("plan", "hardware", text, rule, "Such as 8xh100-sxm@2.5") from error
 
 
-def _base(
-    spec: ModelSpec, hw: HardwareSpec, tokens: int | None, chosen: dict[str, Any]
-) -> ParallelSpec:
-    rows = hw.devices
-    if tokens is not None:
-        a_row = spec.seq_len * (2 if chosen["objective"] == "dpo" else 1)
-        rows = tokens // a_row
-        if rows < 1:
-            rule = f"must hold at least one row of {a_row} tokens"
-            raise argument_error("plan", "tokens_per_batch", tokens, rule)
+def _rows(spec: ModelSpec, tokens: int | None, objective: str) -> tuple[int | None, list[str]]:
+    """Rows, or pairs, of a step; None for one on each device; and what was rounded."""
+    if tokens is None:
+        return None, []
+    what, a_row = ("pair", 2 * spec.seq_len) if objective == "dpo" else ("row", spec.seq_len)
+    rows, over = divmod(tokens, a_row)
+    if rows < 1:
+        rule = f"must hold at least one row of {a_row} tokens"
+        raise argument_error("plan", "tokens_per_batch", tokens, rule)
+    told = f"a batch has {rows:,} {what}s of {a_row:,} tokens, {rows * a_row:,} of the {tokens:,}"
+    return rows, [f"{told} in tokens_per_batch"] * bool(over)
+
+
+def _base(hw: HardwareSpec, rows: int | None, chosen: dict[str, Any]) -> ParallelSpec:
+    rows = rows or hw.devices
     if rows % hw.devices:  # only splits with fewer replicas can take them
         chosen = {**chosen, "pipeline_parallel": hw.devices}
     return ParallelSpec(devices=hw.devices, global_batch_size=rows, **chosen)
@@ -199,7 +210,9 @@ def _written(
 ) -> Iterator[str]:
     if output is not None:
         winner = max(best, key=lambda each: each.tokens_per_second)
-        content = plan_yaml.configuration(winner, _run(model, winner))
+        run, changed = run_for(model, winner.parallel.objective)
+        yield from changed
+        content = plan_yaml.configuration(winner, run)
         told = f"{winner.step_time:.3g} s a step on {winner.parallel.devices} x"
         head = f"Planned: {split_of(winner.parallel)}; {told} {winner.hardware.name}.\n"
         plan_yaml.write(output, content, f"{head}  lightning-align fit -c {Path(output).name}")
@@ -210,10 +223,15 @@ def _written(
     if json_file is not None:
         more = [{"time_to_train": {**asdict(run), "seconds": run.seconds}} for run in runs]
         every = zip(best, more or [{}] * len(best), strict=True)
-        text = json.dumps([each.to_dict() | added for each, added in every], indent=1)
-        yield _save("json_file", json_file, lambda path: path.write_text(text))
+        yield from _figures([each.to_dict() | added for each, added in every], json_file)
     if png is not None:
         yield _save("png", png, lambda path: draw_plans(path, best))
+
+
+def _figures(content: list[dict[str, Any]], json_file: str | Path | None) -> Iterator[str]:
+    if json_file is not None:
+        text = json.dumps(content, indent=1)
+        yield _save("json_file", json_file, lambda path: path.write_text(text))
 
 
 def _save(argument: str, path: str | Path, write: Any) -> str:
@@ -223,27 +241,6 @@ def _save(argument: str, path: str | Path, write: Any) -> str:
         rule = f"cannot be written: {str(error).rstrip('.')}"
         raise argument_error("plan", argument, str(path), rule) from error
     return f"wrote {path}"
-
-
-def _run(model: str, winner: Plan) -> dict[str, Any]:
-    """The run that the plan is laid over: the user's file, or a first one for the model."""
-    if model.endswith((".yaml", ".yml")):
-        content: dict[str, Any] = yaml.safe_load(Path(model).read_text())
-        return content
-    is_dpo = winner.parallel.objective == "dpo"
-    return {
-        "model": {
-            "class_path": "DPOModule" if is_dpo else "PretrainModule",
-            "init_args": {"model": model},
-        },
-        "data": {
-            "class_path": "PreferenceDataModule" if is_dpo else "TextDataModule",
-            "init_args": {
-                "tokenizer": model,
-                "paths": "pairs.jsonl" if is_dpo else "pride_and_prejudice",
-            },
-        },
-    }
 
 
 def parser() -> CommandParser:

@@ -90,13 +90,16 @@ def split_of(parallel: ParallelSpec) -> str:
         words.append(f"tp {parallel.tensor_parallel}")
     if parallel.pipeline_parallel > 1:
         chunks = f" x {parallel.chunks}" if parallel.chunks > 1 else ""
-        words.append(f"pp {parallel.pipeline_parallel}{chunks}")
+        known = parallel.schedule in ("1F1B", "Interleaved1F1B")  # by their chunks
+        order = "" if known else f" {parallel.schedule}"
+        words.append(f"pp {parallel.pipeline_parallel}{chunks}{order}")
     words.append(f"micro-batch {parallel.micro_batch_size}")
     if parallel.zero_stage:
         words.append(f"ZeRO {parallel.zero_stage}")
     for what, tier in (
         ("parameters", parallel.offload_param),
         ("states", parallel.offload_optimizer),
+        ("activations", parallel.offload_activations),
     ):
         if tier != "none":
             words.append(f"{what} on {tier}")
@@ -241,6 +244,8 @@ def what_if(planner: Planner, winner: Plan) -> list[list[str]]:
         ("no recomputation", model, {"activation_checkpointing": "none"}),
         ("full recomputation", model, {"activation_checkpointing": "full"}),
     ]
+    if parallel.objective == "dpo" and not parallel.shared_prefix:
+        changes.append(("prompts of half a row, shared", model, {"shared_prefix": 0.5}))
     if parallel.pipeline_parallel == parallel.tensor_parallel == 1:
         near = {"zero_stage": 3, "offload_param": "cpu", "offload_optimizer": "cpu"}
         far = dict.fromkeys(("offload_param", "offload_optimizer"), "nvme")

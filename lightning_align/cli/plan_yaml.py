@@ -164,9 +164,9 @@ def _data(plan: Plan, run: Mapping[str, Any]) -> dict[str, Any]:
     if parallel.pipeline_parallel > 1:  # which cuts the batch itself
         rows *= parallel.num_microbatches
     is_dpo = parallel.objective == "dpo"
-    length = "max_length" if is_dpo else "block_size"
     given = run.get("data") or {}
     named = given.get("class_path") or ("PreferenceDataModule" if is_dpo else "TextDataModule")
+    length = "block_size" if last_name(named) == "TextDataModule" else "max_length"
     return {"class_path": named, "init_args": {"batch_size": rows, length: plan.model.seq_len}}
 
 

@@ -121,6 +121,13 @@ class Steps(pl.Callback):
         self.profile, self.monitor = profile, monitor
 
     @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let no scheduler wait for what it monitors: a profile has no validation to find it."""
+        for each in trainer.lr_scheduler_configs:
+            if each.reduce_on_plateau:
+                each.frequency = NEVER
+
+    @override
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         if trainer.global_step >= self.profile.steps + 2:
             trainer.should_stop = True

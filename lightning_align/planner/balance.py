@@ -85,7 +85,7 @@ class MachineBalance:
         *,
         disk: str | Path | None = None,
     ) -> MachineBalance:
-        """Measure a device; takes about ten seconds.
+        """Measure a device; takes about ten seconds, also of a dtype that it is slow with.
 
         On a processor with one thread CPU time is measured, so that what else runs there is not;
         otherwise the clock on the wall.

@@ -42,6 +42,9 @@ from lightning_align.planner.trace import Record
 
 WHERE = "MachineBalance.measure"
 SAMPLES, SAMPLE_S = 5, 0.012  # of which the median counts; seconds of each
+# Of one operation: what all its calls take together, at least two, and what a larger size may take.
+# Processors without 16-bit units multiply hundreds of times slower in bf16 than in fp32.
+MOST_S, LONGEST_S = 0.2, 0.1
 ROWS = (1, 32, 256, 2048, 16_384)  # of 256 elements
 PRODUCTS, TALL = (8, 32, 64, 128, 256, 512), 4  # n, of a product of (TALL n, n) and (n, n)
 TOKENS, WIDTHS, ROWS_OF_HEADS = (8, 32, 128, 512), (16, 64), 16  # of attention
@@ -85,18 +88,38 @@ def timed(
     """
     results: deque[object] = deque(maxlen=len(inputs))
     turns = cycle(inputs)
+    begin = clock()
     for _ in inputs:
+        start = clock()
         results.append(run(*next(turns)))
-    start = clock()
-    results.append(run(*next(turns)))
+        if clock() - begin > MOST_S:  # what is as slow is not faster the next time
+            break
+    else:
+        start = clock()
+        results.append(run(*next(turns)))
     calls = max(1, int(SAMPLE_S / max(clock() - start, 1e-7)))
-    found = []
-    for _ in range(SAMPLES):
+    found: list[float] = []
+    while len(found) < SAMPLES and not (found and clock() - begin > MOST_S):
         start = clock()
         for given in islice(turns, calls):
             results.append(run(*given))
         found.append((clock() - start) / calls)
     return Timing(median(found), min(found), max(found))
+
+
+def within_reach(work: float, points: Sequence[tuple[float, float]]) -> bool:
+    """Whether a call of some work is short enough to be measured, by the points before it.
+
+    Two points are always measured, as many as a curve needs.
+
+    Args:
+        work: Of the call.
+        points: Work and seconds, the largest last.
+    """
+    if len(points) < 2:
+        return True
+    last_work, seconds = points[-1]
+    return seconds * work / last_work <= LONGEST_S
 
 
 def in_turns(*shapes: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> list[Any]:
@@ -231,8 +254,10 @@ def _products(
 ) -> dict[int, Timing]:
     """More tokens than features, as forward and the two of backward have them laid out."""
     sizes = PRODUCTS if device.type == "cpu" else (*PRODUCTS, 4096)
-    found = {}
+    found: dict[int, Timing] = {}
     for n in sizes:
+        if not within_reach(n**3, [(m**3, timing.seconds) for m, timing in found.items()]):
+            break
         ways = []
         for run, *shapes in _LAYOUTS:
             sizes_n = [(rows * n, columns * n) for rows, columns in shapes]
@@ -272,8 +297,10 @@ def _curves(
     }
     curves: dict[str, Curve] = {}
     for name, (run, tensors) in classes.items():
-        points = []
+        points: list[tuple[float, float]] = []
         for rows in ROWS:
+            if not within_reach(tensors * rows * 256 * dtype.itemsize, points):
+                break
             inputs = in_turns((rows, 256), (rows, 256), device=device, dtype=dtype)
             timing = timed(run, clock, inputs)
             points.append((float(tensors * rows * 256 * dtype.itemsize), timing.seconds))
@@ -289,10 +316,16 @@ def _attention(
     What a pair of tokens takes grows with the width of a head, and is not zero for none: from two
     widths follows how much of it is softmax.
     """
-    narrow, wide = (_attention_times(device, dtype, clock, TOKENS[-1], width) for width in WIDTHS)
+    several: dict[int, tuple[float, float]] = {}
+    for tokens in TOKENS:
+        if not within_reach(tokens**2, [(n**2, sum(times)) for n, times in several.items()]):
+            break
+        several[tokens] = _attention_times(device, dtype, clock, tokens, WIDTHS[0])
+    longest = max(several)
+    narrow = several[longest]
+    wide = _attention_times(device, dtype, clock, longest, WIDTHS[1])
     curves: dict[str, Curve] = {}
     softmax = {}
-    several = [_attention_times(device, dtype, clock, tokens, WIDTHS[0]) for tokens in TOKENS[:-1]]
     for place, (name, products, functions) in enumerate(
         ((ATTENTION, 4, 5), (f"{ATTENTION} backward", 10, 6))
     ):
@@ -300,9 +333,9 @@ def _attention(
         slope = (wide[place] - narrow[place]) / (WIDTHS[1] - WIDTHS[0])
         rest = narrow[place] / slope - WIDTHS[0] if slope > 0 else 0.0
         softmax[name] = min(max(0.0, rest), WIDTHS[1]) * products / functions
-        pairs = [ROWS_OF_HEADS * tokens**2 for tokens in TOKENS]
+        pairs = [ROWS_OF_HEADS * tokens**2 for tokens in several]
         work = [n * (products * WIDTHS[0] + functions * softmax[name]) for n in pairs]
-        curves[name] = [(w, t[place]) for w, t in zip(work, [*several, narrow], strict=True)]
+        curves[name] = [(w, t[place]) for w, t in zip(work, several.values(), strict=True)]
     return curves, softmax
 
 

@@ -19,6 +19,10 @@ MOST_MICROBATCH = 64
 MOST_PIPELINE = 64
 TOLD = 1.005  # factor from which on one plan is said to be faster: steps vary by as much
 INFINITE = float("inf")
+# Schedules beside 1F1B and Interleaved1F1B, and their stages on each rank. They are tried on the
+# fastest pipelines, and of orders that take no longer to be built and simulated than all others.
+_SCHEDULES = (("GPipe", 1), ("InterleavedZeroBubble", 2), ("ZBVZeroBubble", 2))
+MOST_TRIED, MOST_ACTIONS = 6, 4096  # pipelines; their ranks x micro-batches
 # Where parameters and optimizer state lie, with ZeRO's stage: what is near comes first.
 _TIERS = (
     (0, "none", "none"),
@@ -42,7 +46,8 @@ def candidates(
     """Every split that the numbers allow, with what the user chose kept.
 
     Tensor parallelism stays in a node; micro-batches are powers of two up to ``MOST_MICROBATCH``;
-    with one device nothing is divided, and state may lie elsewhere.
+    with one device nothing is divided, and state may lie elsewhere. What other schedules give, and
+    what fits with activations elsewhere, is up to ``ranked``.
 
     Args:
         model: What is trained.
@@ -135,7 +140,37 @@ def ranked(
     plans = [planner.predict(model, each) for each in candidates(model, base, planner.hw, refused)]
     if not plans:
         return [planner.predict(model, base)]  # raises, if it is impossible, with the reason
+    plans.sort(key=_rank)
+    if plans[0].fits:
+        plans += [*_other_schedules(planner, model, plans)]
+    else:
+        plans += [*_activations_away(planner, plans)]
     return _worth_it(sorted(plans, key=_rank))
+
+
+def _other_schedules(planner: Planner, model: ModelSpec, plans: list[Plan]) -> Iterator[Plan]:
+    """The fastest pipelines in other orders, where these are faster and there is room for them."""
+    found = [plan for plan in plans if plan.fits and plan.parallel.pipeline_parallel > 1]
+    for plan in found[:MOST_TRIED]:
+        split = plan.parallel
+        if split.pipeline_parallel * split.num_microbatches > MOST_ACTIONS:
+            continue
+        for schedule, chunks in _SCHEDULES:
+            changes = {"schedule": schedule, "num_model_chunks": chunks}
+            for made in _made(model, split, Counter(), **changes):
+                other = planner.predict(model, made)
+                if other.fits and other.step_time * TOLD < plan.step_time:
+                    yield other
+
+
+def _activations_away(planner: Planner, plans: list[Plan]) -> Iterator[Plan]:
+    """Splits whose states are away already, with what forward saves away as well."""
+    for plan in plans:
+        split = plan.parallel
+        if split.offload_optimizer == "none" or split.tensor_parallel > 1:
+            continue
+        for place in ("cpu", "nvme")[: 2 if planner.hw.nvme_read_bandwidth else 1]:
+            yield planner.predict(plan.model, replace(split, offload_activations=place))
 
 
 def _worth_it(plans: list[Plan]) -> list[Plan]:
@@ -161,7 +196,8 @@ def _worth_it(plans: list[Plan]) -> list[Plan]:
 def _rank(plan: Plan) -> tuple[float, float, int, float]:
     """What is missing, seconds to three digits, how many tiers take part, bytes."""
     spec = plan.parallel
-    away = sum(place != "none" for place in (spec.offload_param, spec.offload_optimizer))
+    places = (spec.offload_param, spec.offload_optimizer, spec.offload_activations)
+    away = sum(place != "none" for place in places)
     seconds = float(f"{plan.step_time:.3g}")
     return plan.missing_bytes, seconds, away, plan.memory_per_device
 

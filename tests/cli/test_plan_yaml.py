@@ -142,6 +142,12 @@ def test_there_is_one_lisa_with_what_the_user_gave_it() -> None:
     assert alone["callbacks"] == trainer["callbacks"]
 
 
+def test_conversations_have_a_length_of_their_own_name() -> None:
+    chats = {"class_path": "lightning_align.ConversationDataModule", "init_args": {"paths": "c"}}
+    made = content({**RUN, "data": chats})["data"]["init_args"]
+    assert made == {"paths": "c", "batch_size": 2, "max_length": 32}
+
+
 def test_the_optimizer_is_the_users_or_the_modules_own() -> None:
     """The module's AdamW has betas and a weight decay of its own."""
     assert "optimizer" not in content()["model"]["init_args"]

@@ -78,6 +78,33 @@ def test_a_timing_is_of_one_call() -> None:
     assert timing.low <= timing.seconds <= timing.high
 
 
+def test_what_is_slow_is_called_twice() -> None:
+    """A call of a second, of which eighty would be made of a fast one's kind."""
+    calls, now = count(), [0.0]
+
+    def run() -> None:
+        next(calls)
+        now[0] += 1.0
+
+    timing = timed(run, lambda: now[0], ((),) * 64)
+    assert next(calls) == 2
+    assert timing == measure.Timing(1.0, 1.0, 1.0)
+
+
+def test_sizes_that_would_take_long_are_left_out(
+    quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No call is longer than the two of each curve that there must be."""
+    monkeypatch.setattr(measure, "PRODUCTS", (8, 16, 32))
+    monkeypatch.setattr(measure, "TOKENS", (8, 16, 32))
+    monkeypatch.setattr(measure, "LONGEST_S", 0.0)
+    found = MachineBalance.measure("cpu")
+    assert {len(curve) for curve in found.curves.values()} == {2}
+    assert measure.within_reach(20.0, [(1.0, 1e-3), (10.0, 1e-2)]) is False
+    monkeypatch.setattr(measure, "LONGEST_S", 0.1)
+    assert measure.within_reach(20.0, [(1.0, 1e-3), (10.0, 1e-2)])
+
+
 def test_fresh_memory_is_what_the_first_touch_costs_and_giving_it_back() -> None:
     """Of 1, 4, 5 and 7 s: three to touch it, less one to write it again, and two to free it."""
     times = iter([1.0, 4.0, 5.0, 7.0] * measure.SAMPLES)

@@ -74,3 +74,43 @@ def test_tiers_that_gain_nothing_are_left_out() -> None:
     recomputed = [plan.parallel.activation_checkpointing for plan in plans]
     rows = list(zip(told, splits, recomputed, strict=True))
     assert len(set(rows)) == len(rows)
+
+
+def fastest_pipelines(inter_bandwidth: float) -> dict[str, float]:
+    """Seconds by schedule, the fastest first, of eight nodes of one device."""
+    slow = HardwareSpec.from_name("8xh100-sxm", devices_per_node=1, inter_bandwidth=inter_bandwidth)
+    plans = ranked(Planner(slow), GPT, ParallelSpec(devices=8, global_batch_size=16))
+    found: dict[str, float] = {}
+    for plan in plans:
+        if plan.parallel.pipeline_parallel > 1:
+            found.setdefault(plan.parallel.schedule, plan.step_time)
+    return found
+
+
+def test_pipelines_without_bubbles_are_proposed() -> None:
+    """Few micro-batches leave bubbles, and messages are quick."""
+    found = fastest_pipelines(50e9)
+    assert next(iter(found)) == "InterleavedZeroBubble"
+    assert found["InterleavedZeroBubble"] * TOLD < found["1F1B"]
+
+
+def test_gpipe_is_proposed_where_messages_are_slow() -> None:
+    """1F1B waits for one in each turn, GPipe for those of the first and last micro-batch alone."""
+    found = fastest_pipelines(2e9)
+    assert next(iter(found)) == "GPipe"
+    assert "InterleavedZeroBubble" not in found, "what is slower than 1F1B is not in the list"
+
+
+def test_activations_wait_elsewhere_where_nothing_fits_else() -> None:
+    long = replace(GPT, seq_len=8192)
+    base = ParallelSpec(precision="bf16-true")
+    planner = Planner("h100-sxm")
+    assert all(plan.parallel.offload_activations == "none" for plan in ranked(planner, long, base))
+    nearest = min(
+        ranked(planner.limited_to("1MB"), long, base), key=lambda plan: plan.missing_bytes
+    )
+    assert nearest.parallel.offload_activations == "cpu"
+    enough = nearest.memory_per_device / 0.93
+    plan = planner.recommend(long, memory_limit=enough, base=base)[0]
+    assert plan.parallel.offload_activations == "cpu"
+    assert plan.fits
