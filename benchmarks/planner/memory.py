@@ -311,7 +311,7 @@ def report(seed: int, only: str, precision: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
             found = run(case, folder, precision)
         spec = ModelSpec.from_module(model_of(case), seq_len=case.tokens)
-        predicted = memory_by_rank(spec, case.parallel(precision))
+        predicted = memory_by_rank(spec, case.parallel(precision), is_processor=True)
         for rank, (held, parts) in enumerate(zip(found, predicted, strict=True)):
             ratios = {
                 "states": parts["optimizer"] / held.states,

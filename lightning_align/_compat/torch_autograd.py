@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental import _config
 from torch.utils.checkpoint import CheckpointFunction, _recomputation_hook
 
@@ -99,6 +100,14 @@ def _stand_in(tensor: Tensor) -> Tensor:
     """A tensor of that shape, a row of which is all the memory that it takes."""
     row = torch.empty(tensor.shape[-1:], dtype=tensor.dtype, device="cpu")
     return row.expand(tensor.shape).requires_grad_(tensor.requires_grad)
+
+
+def without_values() -> AbstractContextManager[Any]:
+    """Context in which tensors take no memory, and yet are of a device, whose autocast they obey.
+
+    Those of before do not work in it.
+    """
+    return FakeTensorMode()
 
 
 def nothing_is_zero_on_meta() -> AbstractContextManager[Any]:

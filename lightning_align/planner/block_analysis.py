@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_align._compat.torch_autograd import without_values
 from lightning_align._errors import argument_error
 from lightning_align.layers import ModelLayers, find_layers
 from lightning_align.layers.find import find_language_models
@@ -20,11 +24,12 @@ from lightning_align.planner.analyze import analyze_step
 from lightning_align.planner.fresh_memory import Made
 from lightning_align.planner.model_spec import Shapes, count
 from lightning_align.planner.module_scopes import BACKWARD, FORWARD
+from lightning_align.planner.parallel_spec import ParallelSpec
 from lightning_align.planner.report import enclosing
 
 WHERE = "ModelSpec.from_module"
 MODULE = "module"  # the argument of from_module; from_config has one of that name, too
-SHORT, LONG = 32, 96  # tokens of the rows of which saved bytes are counted
+SHORT, BETWEEN, LONG = 32, 64, 96  # tokens of the rows of which saved bytes are counted
 UNLIKE = 0.25  # of a block's parameters, from which on it is no decoder block of its sizes
 
 
@@ -44,6 +49,8 @@ class BlockAnalysis:
             and not where they are frozen.
         ends_a_token: Bytes of a token that is kept before and after all blocks, up to the head.
         made: What a block makes that grows with rows, whether kept or not; empty if not known.
+        in_half: Gives the same of a step in which products have 16 bits, for a way to have them
+            (``TRUE`` or ``MIXED``). Where it is not known, all bytes are taken for half.
     """
 
     block_shapes: Shapes
@@ -56,29 +63,53 @@ class BlockAnalysis:
     trained_a_token: float = 0.0
     ends_a_token: float | None = None
     made: tuple[Made, ...] = ()
+    in_half: Callable[[str], Kept | None] | None = field(default=None, repr=False, compare=False)
 
-    def saved_bytes(self, rows: float, seq_len: int, is_half: bool) -> float | None:
+    def of(self, parallel: ParallelSpec) -> BlockAnalysis:
+        """The same in bytes of a precision; parameters are as they were.
+
+        Args:
+            parallel: Has the precision.
+        """
+        if not parallel.is_half:
+            return self
+        way = MIXED if parallel.weight_bytes == 4 else TRUE
+        kept = None if self.in_half is None else self.in_half(way)
+        return self._halved() if kept is None else replace(self, **kept)
+
+    def _halved(self) -> BlockAnalysis:
+        found = {name: getattr(self, name) for name in _BYTES}
+        halves: Kept = {n: None if each is None else each / 2 for n, each in found.items()}
+        made = tuple(m._replace(a_token=m.a_token / 2, a_pair=m.a_pair / 2) for m in self.made)
+        return replace(self, **halves, made=made)
+
+    def saved_bytes(self, rows: float, seq_len: int) -> float | None:
         """Bytes that a block keeps of a micro-batch; None if that is not known.
 
         Args:
             rows: Of the micro-batch.
             seq_len: Tokens of each.
-            is_half: Whether activations have 16 bits.
         """
         if self.saved_a_token is None:
             return None
         a_row = self.saved_a_token * seq_len + self.saved_a_pair * seq_len**2
-        return rows * a_row * (0.5 if is_half else 1.0) + self.shared_bytes(seq_len, is_half)
+        return rows * a_row + self.shared_bytes(seq_len)
 
-    def shared_bytes(self, seq_len: int, is_half: bool) -> float:
+    def shared_bytes(self, seq_len: int) -> float:
         """Bytes of those that all blocks keep together, as rotary embeddings and masks.
 
         Args:
             seq_len: Tokens of a row.
-            is_half: Whether activations have 16 bits.
         """
-        nbytes = self.shared_a_token * seq_len + self.shared_a_pair * seq_len**2
-        return nbytes * (0.5 if is_half else 1.0)
+        return self.shared_a_token * seq_len + self.shared_a_pair * seq_len**2
+
+
+TRUE, MIXED = "true", "mixed"  # 16 bits as Lightning has them: of the weights too, or by autocast
+Kept = dict[str, Any]  # by the names of a BlockAnalysis, without its parameters
+_BYTES = (
+    *("saved_a_token", "saved_a_pair", "shared_a_token", "shared_a_pair"),
+    *("trained_a_token", "ends_a_token"),
+)
 
 
 def on_meta(module: nn.Module) -> nn.Module:
@@ -87,11 +118,15 @@ def on_meta(module: nn.Module) -> nn.Module:
     Args:
         module: Stays as it is.
     """
+    return _copied(module, lambda tensor: torch.empty_like(tensor, device="meta"))
+
+
+def _copied(module: nn.Module, empty: Callable[[Tensor], Tensor]) -> nn.Module:
     memo: dict[int, Any] = {}
     for tensor in [*module.parameters(), *module.buffers()]:
-        empty = torch.empty_like(tensor, device="meta")
+        new = empty(tensor)
         is_parameter = isinstance(tensor, nn.Parameter)
-        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+        memo[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
     return copy.deepcopy(module, memo)
 
 
@@ -111,25 +146,85 @@ def sizes_of_module(module: nn.Module, seq_len: int) -> dict[str, Any]:
     model = on_meta(models[0])
     layers = find_layers(model)
     refuse_experts(layers, MODULE)  # which may not run on meta
-    short, whole, made = _counted(model, layers, 1, SHORT)
-    (long, _, made_long), (two_long, *_) = (_counted(model, layers, n, LONG) for n in (1, 2))
-    two_short, _, made_two = _counted(model, layers, 2, SHORT)
+    kept = _kept(model)
+    found = sizes_of_layers(layers, MODULE, saved_a_token=kept.pop("saved_a_token"))
+    analysis = replace(found["analysis"], **kept, in_half=_InHalf(model))
+    return {**found, "analysis": analysis, "seq_len": seq_len}
+
+
+class _InHalf:
+    """What blocks keep in 16 bits, counted when it is asked for, once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model  # on meta: it takes no memory
+        self._found: dict[str, Kept | None] = {}
+
+    def __call__(self, way: str) -> Kept | None:
+        if way not in self._found:
+            ways = {TRUE: _kept_in_half, MIXED: _kept_in_mixed}
+            try:
+                self._found[way] = ways[way](self._model)
+            except ValueError as error:
+                taken = "what its blocks keep in 16 bits is taken for half of that in fp32"
+                warnings.warn(f"{taken}: {error}", stacklevel=2)
+                self._found[way] = None
+        return self._found[way]
+
+
+def _kept_in_half(model: nn.Module) -> Kept:
+    """Of a module that is cast, with a default dtype as Lightning's ``bf16-true`` sets it."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        return _kept(on_meta(model).to(torch.bfloat16))
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _kept_in_mixed(model: nn.Module) -> Kept:
+    """Under autocast, which is that of a device: of the processor, for tensors without memory."""
+    with without_values():
+        fake = _copied(model, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
+        return _kept(fake, lambda: torch.autocast("cpu", torch.bfloat16))
+
+
+def _kept(model: nn.Module, context: Callable[[], Any] = nullcontext) -> Kept:
+    """What a block keeps, by rows of two lengths, one and two of each.
+
+    Args:
+        model: On meta, or of tensors that are not real.
+        context: In which forward runs.
+    """
+    layers = find_layers(model)
+    counted = partial(_counted, model, layers, context)
+    short, whole, made = counted(1, SHORT)
+    (long, _, made_long), (two_long, *_) = counted(1, LONG), counted(2, LONG)
+    two_short, whole_two, made_two = counted(2, SHORT)
     a_row = two_short - short
     own = _of_tokens(a_row, two_long - long)
-    shared = _of_tokens(short - a_row, 2 * long - two_long)
-    found = sizes_of_layers(layers, MODULE, saved_a_token=own[0])
+    copies = 0.0
+    if context is not nullcontext:  # 16-bit copies of weights, which do not grow with tokens
+        between, *_ = counted(1, BETWEEN)
+        rest = between - (own[0] * BETWEEN + own[1] * BETWEEN**2)
+        # c + a t + b t^2 at three lengths that are 1, 2 and 3 times the first one
+        copies = 3 * (short - a_row) - 3 * rest + 2 * long - two_long
+    shared = _of_tokens(short - a_row - copies, 2 * long - two_long - copies)
     blocks = layers.blocks
-    blocks[len(blocks) // 2].requires_grad_(False)
-    frozen, *_ = _counted(model, layers, 1, SHORT)
-    kept: dict[str, Any] = {
+    middle = blocks[len(blocks) // 2]
+    trains = [parameter.requires_grad for parameter in middle.parameters()]
+    middle.requires_grad_(False)
+    frozen, *_ = counted(1, SHORT)
+    for parameter, trained in zip(middle.parameters(), trains, strict=True):
+        parameter.requires_grad_(trained)
+    return {
+        "saved_a_token": own[0],
         "saved_a_pair": own[1],
         "shared_a_token": shared[0],
         "shared_a_pair": shared[1],
         "trained_a_token": (short - frozen) / SHORT,
-        "ends_a_token": (whole - (len(blocks) - 1) * a_row - short) / SHORT,
+        "ends_a_token": (whole_two - whole - len(blocks) * a_row) / SHORT,
         "made": _made(made, made_long, made_two),
     }
-    return {**found, "analysis": replace(found["analysis"], **kept), "seq_len": seq_len}
 
 
 def _of_tokens(short: float, long: float) -> tuple[float, float]:
@@ -153,13 +248,15 @@ def _made(short: Sizes, long: Sizes, two: Sizes) -> tuple[Made, ...]:
 
 
 def _counted(
-    model: nn.Module, layers: ModelLayers, rows: int, tokens: int
+    model: nn.Module, layers: ModelLayers, context: Callable[[], Any], rows: int, tokens: int
 ) -> tuple[float, float, Sizes]:
     """Bytes that a block in the middle keeps of a micro-batch, those of all, and what it makes."""
-    ids = torch.zeros(rows, tokens, dtype=torch.long, device="meta")
+    device = next(model.parameters()).device
+    ids = torch.zeros(rows, tokens, dtype=torch.long, device=device)
 
     def loss() -> Tensor:
-        found: Any = model(ids)
+        with context():
+            found: Any = model(ids)
         logits: Tensor = found if isinstance(found, Tensor) else found.logits
         return logits.float().sum()
 

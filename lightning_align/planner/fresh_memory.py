@@ -24,7 +24,7 @@ class Made(NamedTuple):
 
     Attributes:
         phase: Forward or backward.
-        a_token: Bytes of a token, in fp32.
+        a_token: Bytes of a token.
         a_pair: Bytes of a pair of tokens of a row besides.
         times: How many.
     """
@@ -53,19 +53,19 @@ def fresh_seconds(
         return 0.0, 0.0
     z = sizes(model, parallel)
     logits = 4 * z.N * z.V  # of a loss in chunks each is as large as the last one, and new
-    ahead = model.num_layers * _made_bytes(model, z, FORWARD)
-    back = model.num_layers * _made_bytes(model, z, BACKWARD)
+    ahead = model.num_layers * _made_bytes(model, parallel, z, FORWARD)
+    back = model.num_layers * _made_bytes(model, parallel, z, BACKWARD)
     if parallel.activation_checkpointing == "full":
         back += ahead
     ahead = (ahead + logits * (logits >= LARGE)) * (1 + parallel.has_reference)
     return ahead / rate, back / rate + fresh_memory_s(_gradients(model, parallel), rate)
 
 
-def _made_bytes(model: ModelSpec, z: Sizes, phase: str) -> float:
+def _made_bytes(model: ModelSpec, parallel: ParallelSpec, z: Sizes, phase: str) -> float:
     """Bytes of large tensors that a block makes."""
     found = 0.0
-    for made in () if model.analysis is None else model.analysis.made:
-        nbytes = z.rows * (made.a_token * z.s + made.a_pair * z.s**2) * (z.el / 4)
+    for made in () if model.analysis is None else model.analysis.of(parallel).made:
+        nbytes = z.rows * (made.a_token * z.s + made.a_pair * z.s**2)
         if made.phase == phase and nbytes >= LARGE:
             found += made.times * nbytes
     return found

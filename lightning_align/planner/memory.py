@@ -81,14 +81,22 @@ def _pipelined(
     return [(unit * held, unit * made) for held, made in pipeline_peaks(order, *told)]
 
 
-def memory_by_rank(model: ModelSpec, parallel: ParallelSpec) -> list[dict[str, float]]:
-    """What each rank of the pipeline needs on its device at its worst moment, by what it is for."""
+def memory_by_rank(
+    model: ModelSpec, parallel: ParallelSpec, *, is_processor: bool = False
+) -> list[dict[str, float]]:
+    """What each rank of the pipeline needs on its device at its worst moment, by what it is for.
+
+    Args:
+        model: Its sizes.
+        parallel: How it is trained.
+        is_processor: Whether it runs on one, which has no products of 16 bits with sums in fp32.
+    """
     shapes = rank_shapes(model, parallel)
     ranks = [_rank(model, parallel, *each) for each in shapes]
     if parallel.pipeline_parallel == 1:
-        return [max(_moments(model, parallel, ranks[0]), key=_sum)]
+        return [max(_moments(model, parallel, ranks[0], is_processor), key=_sum)]
     saved, own = saved_by_stage(model, parallel), _gradients_of_stages(model, parallel)
-    kept, chunk = loss_bytes(model, parallel)
+    kept, chunk = loss_bytes(model, parallel, is_processor)
     saved[-1] += kept
     # What a stage hands on stays where it was made, too; where it arrives it is a block's input.
     message = handed_on_bytes(model, parallel)
@@ -112,9 +120,11 @@ def memory_by_rank(model: ModelSpec, parallel: ParallelSpec) -> list[dict[str, f
     return found
 
 
-def device_memory(model: ModelSpec, parallel: ParallelSpec) -> dict[str, float]:
-    """What the fullest rank needs on its device, by what it is for."""
-    return max(memory_by_rank(model, parallel), key=_sum)
+def device_memory(
+    model: ModelSpec, parallel: ParallelSpec, *, is_processor: bool = False
+) -> dict[str, float]:
+    """What the fullest rank needs on its device, by what it is for; see ``memory_by_rank``."""
+    return max(memory_by_rank(model, parallel, is_processor=is_processor), key=_sum)
 
 
 def _sum(parts: Mapping[str, float]) -> float:
@@ -161,14 +171,14 @@ def _rank(
 
 
 def _moments(
-    model: ModelSpec, parallel: ParallelSpec, rank: Mapping[str, float]
+    model: ModelSpec, parallel: ParallelSpec, rank: Mapping[str, float], is_processor: bool
 ) -> Iterator[dict[str, float]]:
     """What is there when forward ends, when backward begins and ends, and in the update.
 
     In Lightning's order gradients of the step before go after the next forward; LISA lets them go
     at once.
     """
-    kept, chunk = loss_bytes(model, parallel)
+    kept, chunk = loss_bytes(model, parallel, is_processor)
     saved = saved_by_stage(model, parallel)[0]
     if parallel.offload_activations != "none":
         saved /= model.num_layers

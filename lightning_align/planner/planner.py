@@ -238,8 +238,9 @@ class Planner:
         )
 
     def _plan(self, model: ModelSpec, parallel: ParallelSpec, step: StepPrediction) -> Plan:
-        parts = device_memory(model, parallel)
-        needed, on_device = sum(parts.values()), self.hw.is_asynchronous
+        on_device = self.hw.is_asynchronous
+        parts = device_memory(model, parallel, is_processor=not on_device)
+        needed = sum(parts.values())
         near = min(parallel.devices, self.hw.devices_per_node)
         on_node = {
             tier: nbytes * near / parallel.devices

@@ -29,7 +29,7 @@ def block_saved_bytes(model: ModelSpec, parallel: ParallelSpec) -> float:
     if parallel.activation_checkpointing == "full":
         return z.narrow * z.h * z.el  # its input
     if model.analysis is not None and parallel.tensor_parallel == 1:
-        counted = model.analysis.saved_bytes(z.rows, z.s, parallel.is_half)
+        counted = model.analysis.of(parallel).saved_bytes(z.rows, z.s)
         if counted is not None:
             return counted + repeated_bytes(z, parallel) + weight_copies(model, parallel)
     scores = 0.0 if parallel.activation_checkpointing == "selective" else _scores(z)
@@ -49,7 +49,7 @@ def shared_bytes(model: ModelSpec, parallel: ParallelSpec) -> float:
         return 0.0
     if model.analysis.saved_a_token is None or parallel.tensor_parallel > 1:
         return 0.0
-    return model.analysis.shared_bytes(model.seq_len, parallel.is_half)
+    return model.analysis.of(parallel).shared_bytes(model.seq_len)
 
 
 def frozen_saved_bytes(model: ModelSpec, parallel: ParallelSpec) -> float:
@@ -62,7 +62,7 @@ def frozen_saved_bytes(model: ModelSpec, parallel: ParallelSpec) -> float:
         return trained
     z = sizes(model, parallel)
     if model.analysis is not None and model.analysis.saved_a_token is not None:
-        return trained - z.N * model.analysis.trained_a_token * (z.el / 4)
+        return trained - z.N * model.analysis.of(parallel).trained_a_token
     return trained - (z.N * z.f + 2 * z.narrow * z.h) * z.el
 
 
@@ -103,8 +103,10 @@ def last_saved_bytes(model: ModelSpec, parallel: ParallelSpec) -> float:
     """
     z = sizes(model, parallel)
     logits = 0.0 if parallel.chunked_loss else 4 * z.N * z.V
-    if model.analysis is not None and model.analysis.ends_a_token is not None:
-        return z.N * model.analysis.ends_a_token * (z.el / 4) + logits
+    if model.analysis is not None:
+        ends = model.analysis.of(parallel).ends_a_token
+        if ends is not None:
+            return z.N * ends + logits
     return 2 * z.narrow * z.h * z.el + logits
 
 
@@ -114,29 +116,47 @@ def handed_on_bytes(model: ModelSpec, parallel: ParallelSpec) -> float:
     return z.narrow * z.h * z.el
 
 
-def loss_bytes(model: ModelSpec, parallel: ParallelSpec) -> tuple[float, float]:
+def loss_bytes(
+    model: ModelSpec, parallel: ParallelSpec, is_processor: bool = False
+) -> tuple[float, float]:
     """Bytes that the loss of a micro-batch keeps until backward, and needs for a moment.
 
     In chunks, cross-entropy makes the gradients of hidden states and head in forward, in fp32. The
     log-probabilities of pairs keep the probabilities, where these are not too many; beside them are
     logits and a few rows of a product of both. A reference has one such chunk, and before it a
     block's forward.
+
+    Args:
+        model: Its sizes.
+        parallel: How it is trained.
+        is_processor: Whether it runs on one.
     """
     z = sizes(model, parallel)
     logits = 4 * parallel.predicted_rows * z.s * z.V
     if not parallel.chunked_loss:
         return 0.0, logits
     chunk = min(CHUNK_BYTES, logits)
+    copied = z.V * z.h * _copied_head(parallel, is_processor)
     if parallel.objective != "dpo":
-        return 4 * (z.narrow * z.h + z.V * z.h), chunk * (1 + z.h / z.V)
+        return 4 * (z.narrow * z.h + z.V * z.h), chunk * (1 + z.h / z.V) + copied
     hidden = parallel.predicted_rows * z.s * z.h * z.el
     keeps = logits <= KEPT_BYTES
     product = min(chunk, 4 * DOT_ROWS * z.V)
-    kept, chunks = hidden + logits * keeps, chunk * (1 if keeps else 2) + product
+    kept, chunks = hidden + logits * keeps, chunk * (1 if keeps else 2) + product + copied
     if parallel.has_reference:
         block = z.el * (z.N * z.f * (1 + z.gates) + 2 * z.narrow * z.h)
         chunks = max(chunks, block)
     return kept, chunks
+
+
+def _copied_head(parallel: ParallelSpec, is_processor: bool) -> int:
+    """Bytes of an element of the head's copy in the dtype of its products.
+
+    That is fp32, as logits are; devices multiply bf16 into fp32, and take its copy.
+    """
+    takes_bf16 = parallel.precision.startswith("bf16") and not is_processor
+    product = 2 if takes_bf16 else 4
+    return 0 if product == parallel.weight_bytes else product
 
 
 def repeated_bytes(z: Sizes, parallel: ParallelSpec) -> float:

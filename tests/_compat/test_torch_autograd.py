@@ -18,6 +18,7 @@ from lightning_align._compat.torch_autograd import (
     running_checkpoint,
     running_node,
     takes_flash_attention,
+    without_values,
 )
 
 
@@ -117,6 +118,14 @@ def test_which_kernel_attention_gets(device: str) -> None:
 def test_it_takes_no_memory() -> None:
     long = torch.empty(8, 64, 2**20, 128, device="meta")  # a quarter of a terabyte
     assert takes_flash_attention(long, long, long)
+
+
+def test_without_values_autocast_is_that_of_the_processor() -> None:
+    with without_values():
+        x = torch.empty(8, 2**40)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert (x @ x.t()).dtype is torch.bfloat16
+        assert x.device.type == "cpu"
 
 
 def test_on_meta_all_places_are_found() -> None:

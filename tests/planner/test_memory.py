@@ -320,6 +320,7 @@ def held(parallel: ParallelSpec, folder: Path, rank: int | None = None) -> tuple
         spread = {"devices": 2, "strategy": strategy, "plugins": [ForkedRanks(rank, 2)]}
     trainer = pl.Trainer(
         accelerator="cpu",
+        precision=parallel.precision,
         max_steps=steps.stop,
         logger=False,
         enable_checkpointing=False,
@@ -334,22 +335,32 @@ def held(parallel: ParallelSpec, folder: Path, rank: int | None = None) -> tuple
 
 
 @pytest.mark.parametrize(
-    "name",
-    [name if name == "shared" else pytest.param(name, marks=pytest.mark.slow) for name in MODULES],
+    ("name", "precision"),
+    [
+        ("shared", "32-true"),
+        ("llama", "bf16-true"),
+        pytest.param("llama", "bf16-mixed", marks=pytest.mark.slow),
+        *(
+            pytest.param(name, "32-true", marks=pytest.mark.slow)
+            for name in MODULES
+            if name != "shared"
+        ),
+    ],
 )
-def test_what_our_own_runs_hold(name: str, tmp_path: Path) -> None:
+def test_what_our_own_runs_hold(name: str, precision: Any, tmp_path: Path) -> None:
     """Of each rank: states to the byte, and the peak of a whole step, temporary tensors and all."""
     pp = MODULES[name].get("pipeline_parallel", 1)
     many = MICRO_BATCHES if pp > 1 else 1
     parallel = ParallelSpec(
         devices=pp,
-        precision="32-true",
+        precision=precision,
         micro_batch_size=MICRO_BATCH,
         global_batch_size=MICRO_BATCH * many,
         **MODULES[name],
     )
     spec = ModelSpec.from_module(TINY_MODELS["llama"](**SIZES), seq_len=TOKENS)
     found = [held(parallel, tmp_path)] if pp == 1 else run_ranks(partial(held, parallel, tmp_path))
-    for (states, peak), parts in zip(found, memory_by_rank(spec, parallel), strict=True):
+    planned = memory_by_rank(spec, parallel, is_processor=True)
+    for (states, peak), parts in zip(found, planned, strict=True):
         assert parts["optimizer"] == states
         assert sum(parts.values()) == pytest.approx(peak, rel=0.05)

@@ -13,6 +13,7 @@ from lightning_align.planner.saved_bytes import (
     block_saved_bytes,
     first_saved_bytes,
     last_saved_bytes,
+    loss_bytes,
 )
 from tests.helpers.step_models import gpt, llama
 
@@ -77,3 +78,26 @@ def test_mixed_precision_keeps_a_copy_of_each_matrix(build: Any, trains: bool) -
 def test_a_loss_in_chunks_keeps_no_logits() -> None:
     chunked = replace(PLAIN, chunked_loss=True)
     assert last_saved_bytes(MEGATRON, chunked) == 4 * SBH
+
+
+@pytest.mark.parametrize(
+    ("precision", "is_processor", "width"),
+    [
+        ("32-true", True, 0),
+        ("bf16-mixed", True, 0),  # its products with the head are in fp32
+        ("bf16-true", True, 4),
+        ("bf16-mixed", False, 2),
+        ("bf16-true", False, 0),
+        ("16-master", False, 4),
+    ],
+)
+def test_a_head_of_another_dtype_than_its_products_is_copied(
+    precision: str, is_processor: bool, width: int
+) -> None:
+    parallel = replace(PLAIN, chunked_loss=True, precision=precision)
+    wide = replace(parallel, precision="32-true")
+    kept, chunk = loss_bytes(MEGATRON, parallel, is_processor)
+    assert (kept, chunk - loss_bytes(MEGATRON, wide, True)[1]) == (
+        loss_bytes(MEGATRON, wide)[0],
+        width * MEGATRON.vocab_size * MEGATRON.hidden_size,
+    )
