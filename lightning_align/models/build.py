@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
+from lightning_align._compat.transformers_bars import without_bars
 from lightning_align._errors import argument_error
 from lightning_align.data.hub import resolve_pretrained
 from lightning_align.models import weights
@@ -91,9 +92,10 @@ def build_model(
         except ValueError as error:
             warnings.warn(f"{model} is loaded into memory as a whole: {error}", stacklevel=2)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            model, revision=revision, output_loading_info=strict, **options
-        )
+        with without_bars():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                model, revision=revision, output_loading_info=strict, **options
+            )
     except (OSError, ValueError) as error:
         rule = f"transformers cannot load a causal language model from it ({error})"
         raise argument_error(where, argument, model, rule) from error
@@ -180,7 +182,8 @@ def save_pretrained(
         # A plain folder would have names that no model of its configuration knows.
         save_adapter(model, folder, state)
     else:
-        save(folder, **({} if state is None else {"state_dict": state}))
+        with without_bars():
+            save(folder, **({} if state is None else {"state_dict": state}))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return Path(folder)

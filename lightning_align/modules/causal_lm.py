@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from typing_extensions import Self, override
 
+from lightning_align._compat.lightning_quiet import prepare_loggers
 from lightning_align._compat.lightning_trainer import correct_step_value
 from lightning_align._errors import argument_error
 from lightning_align.layers import ModelLayers, checkpoint_blocks, find_layers
@@ -203,7 +204,8 @@ class CausalLMModule(pl.LightningModule, ABC):
         values["tokens_seen"] = self._tokens_seen.float()
         self._notes.measured = (values["train_loss"], values["grad_norm"])
         self._notes.tokens = tokens.long()
-        log_step(self, values, tokens, self._notes)
+        shown = ("train_loss", *(self.train_prefix + name for name in self.progress_bar_metrics))
+        log_step(self, values, tokens, self._notes, shown)
 
     @property
     def measured_step(self) -> tuple[Tensor, Tensor] | None:
@@ -250,7 +252,10 @@ class CausalLMModule(pl.LightningModule, ABC):
         means |= self.derived_metrics(means)
         self._notes.totals = take_totals(means, weights)
         for name, value in means.items():
-            self.log(prefix + name, value, prog_bar=name in self.progress_bar_metrics)
+            # Every rank has the mean over all ranks. Lightning's reduction would cost a message,
+            # and a deadlock where one rank alone looks at the value; this way it takes none.
+            reduced = {"sync_dist": True, "rank_zero_only": True}
+            self.log(prefix + name, value, prog_bar=name in self.progress_bar_metrics, **reduced)
 
     # Set-up
 
@@ -276,6 +281,7 @@ class CausalLMModule(pl.LightningModule, ABC):
 
     @override
     def configure_callbacks(self) -> Sequence[pl.Callback]:
+        prepare_loggers(self.trainer)  # the only hook before they begin
         present = any(isinstance(each, ExactResume) for each in callbacks_of(self.trainer))
         return [] if present else [ExactResume()]
 

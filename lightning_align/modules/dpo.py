@@ -134,7 +134,7 @@ class DPOModule(CausalLMModule):
     """
 
     train_prefix = ""  # TRL's names have none
-    progress_bar_metrics = ("loss", "rewards/accuracies")
+    progress_bar_metrics = ("loss", "rewards/accuracies", "rewards/margins")
 
     def __init__(
         self,

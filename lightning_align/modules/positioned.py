@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from lightning_align._compat.lightning_quiet import NoBatches
 from lightning_align._errors import argument_error, check_least
 from lightning_align.data.curriculum_sampler import CurriculumSampler
 from lightning_align.data.mixture import Mixture
@@ -174,7 +175,7 @@ class PositionedDataModule(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[Any]:
         """The held-out samples in their order, each once over all ranks; [] if there are none."""
         if self.val_dataset is None:
-            return []
+            return NoBatches()
         return self._loader(self.val_dataset, self._sampler(self.val_dataset, shuffle=False))
 
     @override

@@ -6,7 +6,7 @@ it is a sum of sums over a sum of weights, never a mean of means.
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import lightning.pytorch as pl
@@ -74,14 +74,26 @@ def take_totals(means: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[st
 
 
 def log_step(
-    module: pl.LightningModule, values: dict[str, Tensor], tokens: Tensor, notes: StepNotes
+    module: pl.LightningModule,
+    values: dict[str, Tensor],
+    tokens: Tensor,
+    notes: StepNotes,
+    shown: Sequence[str],
 ) -> None:
-    """Log the values of an optimizer step, and how fast it has gone through its tokens."""
+    """Log the values of an optimizer step, and how fast it has gone through its tokens.
+
+    Args:
+        module: What logs.
+        values: Of the step, by name.
+        tokens: How many the step has gone through.
+        notes: When the step before ended.
+        shown: Names that the progress bar shows beside the speed.
+    """
     now = time.perf_counter()
     if notes.began is not None:
         values["tokens_per_second"] = tokens / (now - notes.began)
     for name, value in values.items():
-        log_step_value(module, name, value, prog_bar=name in ("train_loss", "tokens_per_second"))
+        log_step_value(module, name, value, prog_bar=name in shown or name == "tokens_per_second")
     notes.began = now
 
 

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
-from lightning_align._compat import lightning_resume
+from lightning_align._compat import lightning_quiet, lightning_resume
 from lightning_align._errors import argument_error
 from lightning_align.offload import linked
 from lightning_align.run.callbacks import put_first
@@ -63,6 +63,7 @@ class ExactResume(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        lightning_quiet.begin()
         if self.seed is None:
             ours = seed_of(trainer)
             seed = ours if ours is not None else os.environ.get("PL_GLOBAL_SEED", 0)
@@ -173,6 +174,13 @@ class ExactResume(Callback):
         lightning_resume.call_before_saving(trainer, None)
         lightning_resume.read_checkpoints(trainer, None)
         self.keeper.end()
+        lightning_quiet.end()
+
+    @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        lightning_quiet.end()
 
     @override
     def state_dict(self) -> dict[str, Any]:

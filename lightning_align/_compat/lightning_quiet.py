@@ -1,0 +1,75 @@
+"""What Lightning says in each fit that is not about the run, left out message by message.
+
+Each entry is one message of one module, with what causes it, and goes when its cause does.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+# Two advertisements, which ask for packages that no run here needs. The first is printed while a
+# Trainer is made, before anything of ours is called: that is why this filter stays.
+_TIPS = ("Tip: For seamless cloud logging", "Tip: For seamless cloud uploads")
+_TIPS_LOGGER = "lightning.pytorch.utilities.rank_zero"
+
+# (category, message, module); ours would be errors of ours.
+_IN_A_FIT: tuple[tuple[type[Warning], str, str], ...] = (
+    # Lightning 2.6.6 makes LeafSpec() of torch 2.13 for each loader of a run.
+    (FutureWarning, r"`isinstance\(treespec, LeafSpec\)` is deprecated", r"lightning\.pytorch\."),
+    # A datamodule that holds nothing out says so by loaders of this class.
+    (UserWarning, r"Total length of `NoBatches` across ranks is zero", r"lightning\."),
+)
+
+
+class NoBatches(list[Any]):
+    """An empty list of batches, by intention."""
+
+
+def leave_out_tips() -> None:
+    """Let Lightning advertise no packages; costs nothing where Lightning is not imported."""
+    logger = logging.getLogger(_TIPS_LOGGER)
+    if _is_no_tip not in logger.filters:
+        logger.addFilter(_is_no_tip)
+
+
+def _is_no_tip(record: logging.LogRecord) -> bool:
+    return not any(tip in str(record.msg) for tip in _TIPS)
+
+
+def begin() -> None:
+    """From here to ``end``, runs say nothing of what is listed above."""
+    end()
+    for category, message, module in _IN_A_FIT:
+        warnings.filterwarnings("ignore", message, category, module)
+
+
+def end() -> None:
+    """Take back what ``begin`` did, and no filter of anybody else."""
+    filters: Any = warnings.filters
+    for entry in list(filters):
+        action, message, category, module, _ = entry
+        patterns = (category, getattr(message, "pattern", None), getattr(module, "pattern", None))
+        if action == "ignore" and patterns in _IN_A_FIT:
+            filters.remove(entry)
+
+
+def prepare_loggers(trainer: pl.Trainer) -> None:
+    """Take the causes of what wandb says of each WandbLogger, before it begins its run.
+
+    Lightning passes ``anonymous=None``, which wandb 0.31 takes for a setting without an effect, and
+    a folder that is not there yet, of which wandb says that it is no git repository.
+    """
+    for logger in trainer.loggers:
+        options = getattr(logger, "_wandb_init", None)
+        if not isinstance(options, dict):
+            continue
+        if "anonymous" in options and options["anonymous"] is None:
+            del options["anonymous"]
+        if options.get("dir") and trainer.is_global_zero:
+            os.makedirs(options["dir"], exist_ok=True)
