@@ -29,7 +29,7 @@ def test_pretrain_and_align_leave_models_that_load_and_differ(tmp_path: Path) ->
         for stage in ("pretrain", "dpo")
     )
     assert not torch.equal(before, after)
-    assert (tmp_path / "outputs/pretrain/pretrain.png").stat().st_size > 10_000
+    assert (tmp_path / "outputs/pretrain/csv/version_0/pretrain.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow

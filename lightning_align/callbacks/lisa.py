@@ -59,7 +59,7 @@ class LISA(Callback):
         reactivation_warmup_steps: Steps over which the updates of a block that comes back grow
             from a fraction to their full size.
         seed: Seed of the draws of blocks, apart from that of the run.
-        filename: PNG to write, relative to ``trainer.default_root_dir``; None draws nothing.
+        filename: PNG to write in the folder of the run; None draws nothing.
 
     Attributes:
         active_layers: Numbers of the blocks that train now.

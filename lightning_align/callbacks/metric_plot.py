@@ -35,15 +35,16 @@ class MetricPlot(Callback):
     """Draw logged metrics over optimizer steps into one PNG at the end of ``fit``.
 
     Works with any LightningModule that calls ``self.log``; the picture goes to every logger that
-    takes images and to ``trainer.default_root_dir``. Training is not changed. Step metrics are read
-    every ``trainer.log_every_n_steps`` optimizer steps, when Lightning itself copies them for its
-    loggers; validation and epoch metrics whenever they are new. The curves are part of the
-    checkpoint, so a resumed run draws the whole run.
+    takes images and, beside an earlier one, to the folder of the run: that of its first logger with
+    one, else ``trainer.default_root_dir``. Training is not changed. Step metrics are read every
+    ``trainer.log_every_n_steps`` optimizer steps, when Lightning itself copies them for its loggers
+    (every step of a run that has less than two such), validation and epoch metrics whenever they
+    are new. The curves are part of the checkpoint, so a resumed run draws the whole run.
 
     Args:
         metrics: Names as logged; names that differ only in train, val or test share a panel, and a
             list of names is a panel of its own.
-        filename: PNG to write, relative to ``trainer.default_root_dir``.
+        filename: PNG to write, relative to the folder of the run.
         units: Unit of a panel or metric for its axis, for instance ``{"loss": "nats per token"}``.
 
     Raises:
@@ -78,6 +79,7 @@ class MetricPlot(Callback):
             raise argument_error("MetricPlot", "units", sorted(strangers), rule, way_out)
         self.filename = filename
         self._curves: dict[str, Curve] = {}
+        self._first: dict[str, Curve] = {}  # every step, for a run that is over before it is sparse
         self._recorded: dict[str, Tensor] = {}  # the tensors behind each curve's last point
         self._step_values: dict[str, Tensor] = {}  # what was logged when the last batch ended
         self._step_before_batch = 0
@@ -87,7 +89,7 @@ class MetricPlot(Callback):
         if stage == "fit":
             new_figure(1, 1)  # a missing matplotlib is reported before the run, not after it
             if trainer.global_step == 0:  # a new run; a resumed one loads its curves after setup
-                self._curves = {}
+                self._curves, self._first = {}, {}
 
     @override
     def on_train_batch_start(
@@ -104,6 +106,14 @@ class MetricPlot(Callback):
         values = self._logged(trainer)
         if stepped and interval and trainer.global_step % interval == 0:
             self._record(trainer, values)
+        elif stepped and self._is_short(trainer):
+            seen = (self._step_values, self._recorded)  # a validation's values stay, too
+            new = {
+                name: x
+                for name, x in values.items()
+                if not any(_is_same(x, held.get(name)) for held in seen)
+            }
+            self._note_first(trainer.global_step, new)
         self._step_values = values
 
     @override
@@ -122,16 +132,16 @@ class MetricPlot(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._record_new(trainer)
-        self._recorded, self._step_values = {}, {}
+        if self._is_short(trainer):
+            self._curves = joined(self._first, self._curves)
+        self._recorded, self._step_values, self._first = {}, {}, {}
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         missing = [name for name in self.names if name not in self._curves]
         if missing:
             logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
-            interval = trainer.log_every_n_steps  # type: ignore[attr-defined]
             rank_zero_warn(
                 f"MetricPlot(metrics={missing}): no values, so not drawn. Logged were: {logged}."
-                f" Step metrics are read every log_every_n_steps={interval} optimizer steps."
             )
         if len(missing) < len(self.names):
             figure = draw_curves(self.panels, self._curves, self.units)
@@ -141,14 +151,25 @@ class MetricPlot(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"curves": self._curves}
+        return {"curves": self._curves, "first": _plain(self._first)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._curves = {
-            name: {"steps": list(curve["steps"]), "values": list(curve["values"])}
-            for name, curve in state_dict["curves"].items()
-        }
+        self._curves = _plain(state_dict["curves"])
+        self._first = _plain(state_dict.get("first", {}))
+
+    def _is_short(self, trainer: Trainer) -> bool:
+        """Whether step metrics would have a point or none, if the run ended here."""
+        return bool(trainer.global_step < 2 * trainer.log_every_n_steps)  # type: ignore[attr-defined]
+
+    def _note_first(self, step: int, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            curve = self._first.setdefault(name, {"steps": [], "values": []})
+            while curve["steps"] and curve["steps"][-1] >= step:  # a run that was rewound
+                curve["steps"].pop()
+                curve["values"].pop()
+            curve["steps"].append(step)
+            curve["values"].append(value.detach())  # read at the end, so that no step waits for it
 
     def _logged(self, trainer: Trainer) -> dict[str, Tensor]:
         # Read on every rank: an epoch mean with sync_dist is a collective operation.
@@ -184,6 +205,27 @@ def _is_same(value: Tensor, held: Tensor | None) -> bool:
     cannot be reused, so the same address means the same value.
     """
     return held is not None and held.data_ptr() == value.data_ptr()
+
+
+def _plain(curves: Mapping[str, Curve]) -> dict[str, Curve]:
+    """Copies of curves, with numbers in the place of tensors."""
+    return {
+        name: {"steps": list(curve["steps"]), "values": [float(x) for x in curve["values"]]}
+        for name, curve in curves.items()
+    }
+
+
+def joined(first: Mapping[str, Curve], later: Mapping[str, Curve]) -> dict[str, Curve]:
+    """Curves with the points of two; where both have one of a step, that of the second."""
+    curves: dict[str, Curve] = {}
+    for name in {**first, **later}:
+        points: dict[int, Any] = {}
+        for part in (_plain(first), later):
+            if name in part:
+                points |= zip(part[name]["steps"], part[name]["values"], strict=True)
+        steps = sorted(points)
+        curves[name] = {"steps": steps, "values": [points[step] for step in steps]}
+    return curves
 
 
 def arrange(metrics: Sequence[str | list[str]]) -> Panels:

@@ -57,7 +57,7 @@ class PreferenceDiagnostics(Callback):
         kl_prompts: Texts to continue; default the datamodule's held-out prompts.
         tokenizer: A folder, hub name or transformers tokenizer; default the datamodule's.
         check_first_loss: Whether to compare the loss before the first step with theory.
-        filename: PNG to write in ``trainer.default_root_dir``; None for none where a logger takes
+        filename: PNG to write in the folder of the run; None for none where a logger takes
             images.
         seed: Seed of the samples, which differ from step to step.
 

@@ -4,7 +4,7 @@ Lightning has no word for "log a picture": each logger has its own, and many hav
 takes images if it has W&B's ``log_image(key, images, step)``, or if its ``experiment`` has
 TensorBoard's ``add_image(tag, image, step, dataformats)``; asking for the method instead of the
 class serves loggers we have never seen and imports none. Where no logger takes images, the picture
-is a PNG in ``trainer.default_root_dir``. matplotlib (extra ``plot``) loads on first use, and only
+is a PNG in the run's folder. matplotlib (extra ``plot``) loads on first use, and only
 its object-oriented half with the Agg canvas: no display, no state shared with the user's pyplot.
 """
 
@@ -14,6 +14,7 @@ import io
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 import numpy as np
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+# trainer -> wanted path -> the one that it has got; a run may write its picture again and again.
+_written: WeakKeyDictionary[pl.Trainer, dict[str, str]] = WeakKeyDictionary()
+
+
 def log_figure(
     trainer: pl.Trainer, key: str, figure: Figure, *, filename: str | None = None
 ) -> list[str]:
@@ -37,11 +42,11 @@ def log_figure(
     folder that cannot be written is a warning.
 
     Args:
-        trainer: Its loggers, global step and ``default_root_dir`` are used.
+        trainer: Its loggers, global step and folder are used.
         key: Name of the picture in the loggers, for instance ``"curves"``.
         figure: A matplotlib figure; it is not changed.
-        filename: PNG to write under ``trainer.default_root_dir`` besides; by default ``<key>.png``,
-            and only if no logger takes images.
+        filename: PNG to write in the folder of the run besides; by default ``<key>.png``, and only
+            if no logger takes images. That of an earlier run stays: see ``free_path``.
     """
     if not trainer.is_global_zero:
         return []
@@ -50,13 +55,41 @@ def log_figure(
     if filename is None and not places:
         filename = f"{key.replace('/', '_')}.png"
     if filename is not None:
-        path = os.path.join(trainer.default_root_dir, filename)
+        wanted = os.path.join(run_folder(trainer), filename)
+        paths = _written.setdefault(trainer, {})
         try:
-            write_file(path, png)
-            places.append(path)
+            paths[wanted] = paths.get(wanted) or free_path(wanted)
+            write_file(paths[wanted], png)
+            places.append(paths[wanted])
         except OSError as error:
-            rank_zero_warn(f"The picture {key!r} was not written to {path}: {error}")
+            rank_zero_warn(f"The picture {key!r} was not written to {wanted}: {error}")
     return places
+
+
+def run_folder(trainer: pl.Trainer) -> str:
+    """Where the files of a run go: beside those of its first logger that keeps any.
+
+    It is the folder in which ``ModelCheckpoint`` makes its ``checkpoints``, and without such a
+    logger ``trainer.default_root_dir``. On rank zero only: loggers have no version elsewhere.
+    """
+    for logger in trainer.loggers:
+        folder = logger.save_dir
+        if isinstance(folder, (str, os.PathLike)):
+            version = logger.version if isinstance(logger.version, str) else None
+            version = version or f"version_{logger.version}"
+            return os.path.join(folder, str(logger.name or ""), version)
+    return str(trainer.default_root_dir)
+
+
+def free_path(path: str) -> str:
+    """The path, or where that is a file ``name-v1.png`` and so on, as ModelCheckpoint counts."""
+    stem, ending = os.path.splitext(path)
+    filesystem, _ = url_to_fs(path)
+    found, version = path, 0
+    while filesystem.isfile(url_to_fs(found)[1]):
+        version += 1
+        found = f"{stem}-v{version}{ending}"
+    return found
 
 
 def send_image(trainer: pl.Trainer, key: str, image_HWC: NDArray[np.uint8]) -> list[str]:

@@ -163,10 +163,33 @@ def test_a_metric_logged_between_two_reads_is_drawn_at_the_next(tmp_path):
     assert curves(callback) == {"rare": {10: 7.0}}
 
 
-def test_a_run_too_short_for_a_step_metric_says_so(tmp_path):
+@pytest.mark.parametrize("steps", [6, 7])
+def test_a_run_too_short_for_its_interval_is_drawn_step_by_step(tmp_path, steps):
     callback = MetricPlot(metrics=["train_loss", "val_loss"])
-    with pytest.warns(UserWarning, match=r"\['train_loss'\]\): no values.*log_every_n_steps=50"):
-        fit(tmp_path, callback, batches=6, val=True, log_every_n_steps=50)
+    options = {"val": True, "val_check_interval": 3, "log_every_n_steps": 4}
+    _, module = fit(tmp_path, callback, batches=steps, **options)
+    ours = curves(callback)
+    assert ours["train_loss"] == dict(enumerate(module.losses, start=1))
+    assert list(ours["val_loss"]) == [3, 6]
+    assert (tmp_path / "curves.png").exists()
+
+
+def test_a_short_run_that_was_resumed_is_drawn_step_by_step_too(tmp_path):
+    first, resumed = MetricPlot(["train_loss"]), MetricPlot(["train_loss"])
+    checkpoint = pl.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1)
+    options = {"batches": 6, "log_every_n_steps": 50, "enable_checkpointing": True}
+    _, straight = fit(tmp_path, first, **options, callbacks=[first, checkpoint])
+    path = tmp_path / "epoch=0-step=2.ckpt"
+    fit(tmp_path, resumed, ckpt_path=path, batches=6, log_every_n_steps=50)
+    assert curves(resumed) == curves(first) == {"train_loss": dict(enumerate(straight.losses, 1))}
+
+
+def test_what_was_not_logged_is_named(tmp_path):
+    callback = MetricPlot(metrics=["trian_loss", "val_loss"])
+    with pytest.warns(
+        UserWarning, match=r"\['trian_loss'\]\): no values.*Logged were: .*train_loss"
+    ):
+        fit(tmp_path, callback, batches=6, val=True)
     assert list(curves(callback)) == ["val_loss"]
 
 

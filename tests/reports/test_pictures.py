@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.utils.data import DataLoader
 
+from lightning_align._compat.lightning_resume import resolve_checkpoint_dir
 from lightning_align.callbacks.metric_plot import MetricPlot
 from lightning_align.figure import new_figure
 from lightning_align.reports.pictures import log_figure
@@ -82,7 +83,8 @@ def test_tensorboard_gets_the_pixels(tmp_path, figure):
 def test_without_such_a_logger_the_picture_is_a_file(tmp_path, figure, loggers):
     makers = {"csv": lambda: CSVLogger(tmp_path), "dummy": DummyLogger}
     trainer = make_trainer(tmp_path, *(makers[name]() for name in loggers))
-    path = tmp_path / "a_curve.png"
+    run = {"csv": tmp_path / "lightning_logs/version_0"}
+    path = (run[loggers[0]] if loggers[:1] == ["csv"] else tmp_path) / "a_curve.png"
     assert log_figure(trainer, "a/curve", figure) == [str(path)]
     assert_is_the_blue_figure(np.asarray(Image.open(path).convert("RGB")))
 
@@ -90,13 +92,30 @@ def test_without_such_a_logger_the_picture_is_a_file(tmp_path, figure, loggers):
 def test_every_logger_and_the_asked_for_file_get_it(tmp_path, figure):
     loggers = [TakesImages(tmp_path), CSVLogger(tmp_path), TensorBoardLogger(tmp_path)]
     trainer = make_trainer(tmp_path, *loggers)
-    path = tmp_path / "deep" / "b.png"
-    assert log_figure(trainer, "curve", figure, filename="deep/b.png") == [
-        "TakesImages as 'curve'",
-        "TensorBoardLogger as 'curve'",
-        str(path),
-    ]
-    assert path.exists()
+    places = log_figure(trainer, "curve", figure, filename="deep/b.png")
+    (path,) = tmp_path.glob("lightning_logs/version_*/deep/b.png")
+    assert places == ["TakesImages as 'curve'", "TensorBoardLogger as 'curve'", str(path)]
+
+
+@pytest.mark.parametrize("cls", [CSVLogger, TensorBoardLogger])
+def test_a_picture_lies_where_the_logger_and_model_checkpoint_write(tmp_path, figure, cls):
+    places = []
+    for version in (0, 1):
+        trainer = make_trainer(tmp_path, cls(tmp_path / "logs", name="mine"))
+        assert trainer.loggers[0].version == version
+        places += log_figure(trainer, "curve", figure, filename="b.png")[-1:]
+        assert places[-1] == str(tmp_path / f"logs/mine/version_{version}/b.png")
+        checkpoint = pl.callbacks.ModelCheckpoint()
+        assert resolve_checkpoint_dir(checkpoint, trainer) == places[-1].replace(
+            "b.png", "checkpoints"
+        )
+
+
+def test_the_picture_of_an_earlier_run_stays(tmp_path, figure):
+    trainer, other = make_trainer(tmp_path), make_trainer(tmp_path)
+    for run, name in ((trainer, "b.png"), (trainer, "b.png"), (other, "b-v1.png")):
+        assert log_figure(run, "curve", figure, filename="b.png") == [str(tmp_path / name)]
+    assert log_figure(make_trainer(tmp_path), "b", figure) == [str(tmp_path / "b-v2.png")]
 
 
 def test_only_rank_zero_draws(tmp_path, figure, monkeypatch):

@@ -60,7 +60,7 @@ class Curriculum(Callback):
         mixture: Weights of corpora over time, with steps and weights.
         preflight: Whether the largest batch goes through the module once before the first step, so
             that what does not fit into memory shows there.
-        filename: PNG to write, relative to ``trainer.default_root_dir``; None draws nothing.
+        filename: PNG to write in the folder of the run; None draws nothing.
 
     Raises:
         ValueError: If there is nothing to do, a key is not known, or before training, if the data
