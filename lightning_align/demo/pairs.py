@@ -50,8 +50,15 @@ def make_pairs(
         Pairs of texts under ``prompt``, ``chosen`` and ``rejected``.
 
     Raises:
-        ValueError: If no document is long enough, or too few samples survive tokenising again.
+        ValueError: If no document is long enough, samples would be longer than the model's rows, or
+            too few of them survive tokenising again.
     """
+    new_tokens = completion_tokens + SPARE_TOKENS
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and prompt_tokens + new_tokens > longest:
+        rule = f"a sample of {prompt_tokens + new_tokens} tokens, {SPARE_TOKENS} of them to spare"
+        rule += f", leaves the {longest} positions of the model, behind which it writes anything"
+        raise argument_error("make_pairs", "completion_tokens", completion_tokens, rule, "Lower it")
     was_training = model.training
     model.eval()
     torch.manual_seed(seed)
@@ -61,7 +68,6 @@ def make_pairs(
         for _ in range(20 * max(1, num_pairs // batch_size)):
             batch = [next(passages) for _ in range(batch_size)]
             prompts = [prompt.tolist() for prompt, _ in batch]
-            new_tokens = completion_tokens + SPARE_TOKENS
             rows = continue_without_end(model, tokenizer, prompts, new_tokens)
             for (prompt, chosen), row in zip(batch, rows["input_ids"].tolist(), strict=True):
                 rejected = _canonical(tokenizer, row[prompt_tokens:], completion_tokens)

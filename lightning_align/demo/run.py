@@ -24,7 +24,13 @@ from lightning_align.cli.commands import CommandParser
 from lightning_align.data import PackedDataset, PreferenceDataset
 from lightning_align.data.token_cache import TokenSplit
 from lightning_align.demo import ngram
-from lightning_align.demo.pairs import Tokens, continue_without_end, make_pairs, write_jsonl
+from lightning_align.demo.pairs import (
+    SPARE_TOKENS,
+    Tokens,
+    continue_without_end,
+    make_pairs,
+    write_jsonl,
+)
 from lightning_align.demo.report import before_after_table, sample_block
 from lightning_align.layers import find_layers
 from lightning_align.losses import completion_logps, kl_from_sums, kl_sums, sequence_logps
@@ -38,7 +44,8 @@ Table = dict[str, tuple[float | None, float]]  # metric -> (before, after)
 Rule = Callable[[list[dict[str, str]]], float]  # preference pairs -> accuracy
 Fit = Callable[[Sequence[str]], LightningCLI]  # the command line as a function of its arguments
 
-PROMPT_TOKENS, COMPLETION_TOKENS = 32, 96
+PROMPT_TOKENS = 32
+COMPLETION_TOKENS = 96 - SPARE_TOKENS  # with those, the 128 tokens that the model has learned
 SAMPLED_PROMPTS = 64  # held-out prompts that the KL divergence is estimated on
 
 
@@ -309,8 +316,7 @@ def _whereabouts(output: Path) -> str:
         "pretrained model": "pretrain/model",
         "aligned model": "dpo/model",
         "preference pairs": "pairs",
-        "curves": "pretrain/pretrain.png, dpo/dpo.png",
-        "metrics (CSV)": "pretrain/csv, dpo/csv",
+        "metrics, curves": "pretrain/csv, dpo/csv",
         "Weights & Biases": "pretrain/wandb, dpo/wandb (offline; `wandb sync` uploads them)",
         "configurations": "pretrain.yaml, dpo.yaml",
     }

@@ -23,6 +23,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> TextDataModule:
     return data
 
 
+ROWS = {"max_position_embeddings": PROMPT + COMPLETION + 8}
+
+
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
     torch.manual_seed(0)
@@ -93,6 +96,14 @@ def test_documents_shorter_than_a_passage_are_refused(text: TextDataModule, mode
             prompt_tokens=PROMPT,
             completion_tokens=COMPLETION,
         )
+
+
+def test_samples_beyond_the_rows_of_the_model_are_refused(text: TextDataModule, model: Any) -> None:
+    """What it has never been trained on is no text of it: 8 tokens are sampled to spare."""
+    short = LlamaForCausalLM(LlamaConfig(**{**model.config.to_dict(), **ROWS}))
+    assert len(made(text, short)) == 12
+    with pytest.raises(ValueError, match=r"completion_tokens=13\): a sample of .* Lower it"):
+        made(text, short, completion_tokens=COMPLETION + 1)
 
 
 def test_jsonl_reads_back(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from tests.helpers.wandb_reader import read_wandb_run
 
 pytestmark = pytest.mark.slow  # `make test-laws` runs them
 
+# The last two: bars of transformers, and samples longer than the model's rows.
+WARNS = ("warning", "deprecated", "recommended", "tip:", "loading weights", "friendly reminder")
 KL = "KL to the reference, nats per token"
 
 
@@ -28,6 +30,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert run.returncode == 0, run.stderr[-3000:]
     (folder / "here/stdout.txt").write_text(run.stdout)
+    (folder / "here/stderr.txt").write_text(run.stderr)
     return folder / "here"
 
 
@@ -48,6 +51,13 @@ def test_report_names_all_metrics_and_places(output: Path) -> None:
     before, after = report["table"]["validation perplexity"]
     assert 1 < before < 1100
     assert before != after
+
+
+def test_nothing_is_said_that_is_not_about_the_run(output: Path) -> None:
+    printed = "".join((output / name).read_text() for name in ("stdout.txt", "stderr.txt"))
+    assert "sampling pairs" in printed
+    for words in WARNS:
+        assert words not in printed.lower(), words
 
 
 def test_folders_load_and_differ(output: Path) -> None:
@@ -114,7 +124,7 @@ def test_loggers_hold_the_metrics_and_the_picture(
     assert set(metrics) <= logged
     assert stage in logged
     assert any(path.suffix == ".png" for path in run.media)
-    assert (output / stage / f"{stage}.png").stat().st_size > 10_000
+    assert (output / stage / f"csv/version_0/{stage}.png").stat().st_size > 10_000
 
 
 def test_pairs_are_written_for_both_splits(output: Path) -> None:
