@@ -1,6 +1,7 @@
 # Every target sets itself up: the first one you call creates .venv from constraints.txt.
 #   make demo    pretrain a small Llama on a novel and align it with DPO (3-5 minutes on 2 cores)
-#   make test    the default test suite and the snippets in the docs (under 8 minutes on 2 cores)
+#   make test    the default test suite (under 8 minutes on 2 cores)
+#   make follow  README.md and docs/, whose blocks are run as they stand: make follow ARGS=docs/lisa.md
 #   make check   ruff, import-linter, mypy --strict, pydoclint
 # ARGS is passed on: `make test ARGS="-k sampler -x"`, `make demo ARGS=--fast`.
 
@@ -21,7 +22,7 @@ ifeq ($(GPU)$(filter Darwin,$(shell uname -s)),)
 TORCH := $(TORCH)+cpu
 endif
 
-.PHONY: setup demo test test-kernels test-peer test-laws test-all composition check lint format imports types docstrings docs bench clean
+.PHONY: setup demo test test-kernels test-peer test-laws test-all follow composition check lint format imports types docstrings docs bench clean
 
 setup: $(STAMP)
 
@@ -50,13 +51,12 @@ demo: $(STAMP)
 
 # The whole suite in two processes, what measures time after it; what ARGS picks in one.
 PARALLEL := -n 2 --dist loadfile
-SNIPPETS := --markdown-docs --markdown-docs-syntax=superfences README.md docs/*.md
 FILES = $(shell grep -rlE --include='test_*.py' 'mark\.$(1)\b' tests)
 test: $(STAMP)
 ifneq ($(ARGS),)
 	$(BIN)/pytest -m "not slow and not peer and not gpu" $(ARGS)
 else
-	$(BIN)/pytest $(PARALLEL) -m "not slow and not peer and not gpu and not alone" --ignore=tests/helpers tests $(SNIPPETS)
+	$(BIN)/pytest $(PARALLEL) -m "not slow and not peer and not gpu and not alone" --ignore=tests/helpers tests
 	$(BIN)/pytest -m "alone and not slow and not peer and not gpu" $(call FILES,alone)
 endif
 
@@ -88,6 +88,9 @@ endif
 test-all: $(STAMP)
 	$(BIN)/pytest -m "not peer$(if $(GPU),, and not gpu)" $(ARGS)
 	$(BIN)/pytest -m "peer$(if $(GPU),, and not gpu)" $(ARGS)
+
+follow: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python .ci/follow.py $(ARGS)
 
 composition: $(STAMP) # writes docs/composition.md from what the laws find
 	WRITE_COMPOSITION=1 $(BIN)/pytest tests/laws $(ARGS)

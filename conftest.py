@@ -1,4 +1,4 @@
-"""What every test, and every snippet in README.md and docs/, is given and gives back."""
+"""What every test is given and gives back."""
 
 import gc
 import os
@@ -29,16 +29,6 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run snippets that continue each other once, in the last of them, which begins with all."""
-    codes = [getattr(item, "code", None) for item in items]
-    goes_on = [
-        code is not None and then is not None and then.startswith(code)
-        for code, then in zip(codes, [*codes[1:], None], strict=True)
-    ]
-    items[:] = [item for item, more in zip(items, goes_on, strict=True) if not more]
 
 
 @pytest.fixture(autouse=True)
@@ -79,14 +69,3 @@ def _no_test_leaves_loaders_that_are_watched() -> Iterator[None]:
             if (saved := f"__old{name}") in vars(cls):
                 setattr(cls, name, vars(cls)[saved])
                 delattr(cls, saved)
-
-
-@pytest.fixture(autouse=True)
-def _snippets_run_in_a_folder_of_their_own(
-    request: pytest.FixtureRequest,
-    tmp_path_factory: pytest.TempPathFactory,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Whatever they write does no harm there."""
-    if "markdown-docs" in request.keywords:
-        monkeypatch.chdir(tmp_path_factory.mktemp("snippet"))

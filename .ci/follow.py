@@ -114,6 +114,12 @@ class Reader:
     def follow_text(self, block: Block) -> None:
         """It is there to be looked at."""
 
+    def follow_diff(self, block: Block) -> None:
+        """A line of somebody's, and ours, which is Python."""
+        for line in block.text.splitlines():
+            if line.startswith("+"):
+                compile(line[1:].strip(), block.place, "exec")
+
     def follow_json(self, block: Block) -> None:
         """Each line is an object."""
         for line in block.text.splitlines():
