@@ -5,11 +5,11 @@
     python benchmarks/planner/generation.py --smoke     # a few batches; kept elsewhere
 
 The machine is measured first (``HardwareSpec.measure``): the best that products and a stream reach,
-and what an operation costs. Nothing is fitted to what is predicted: FLOPs over the one, bytes over
-the other, and the calls, as ``predict_generation(..., eager=True)`` adds them up. Beside it the
-naive figures: 2 N FLOPs a token over the peak, and the bytes of the weights over the bandwidth; and
-decoding again with weights that are read as fast as products of so few rows do by themselves, which
-are measured on one matrix.
+what share of the roofline products of few rows and attention for one token do, and what a call
+costs. Nothing is fitted to what is predicted; ``predict_generation(..., eager=True)`` adds it up.
+Beside it decoding by the ideal roofline, which is all that a sheet has, with calls as they cost in
+training; and the naive figures: 2 N FLOPs a token over the peak, and the bytes of the weights over
+the bandwidth.
 
 Models run with transformers' default cache, which is copied as it grows; times are CPU time
 of one thread: a prefill of up to three, and the median of the steps of decoding after the first.
@@ -22,11 +22,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import pickle
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -34,7 +35,6 @@ from typing import Any
 import torch
 import transformers
 import yaml
-from torch.nn import functional as F  # noqa: N812
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -43,15 +43,12 @@ sys.path.append(str(Path(__file__).parents[2]))
 from hardware import hardware
 
 from lightning_align import GenerationCost, HardwareSpec, ModelSpec, predict_generation
-from lightning_align.planner.efficiencies import Efficiencies
-from lightning_align.planner.measure import in_turns, timed
+from lightning_align.planner.efficiencies import measured_efficiencies
 from tests.helpers.smollm2 import smollm2_folder
 
 CACHE = Path(__file__).parents[1] / "cache/generation"
 RECIPE = Path(__file__).parents[2] / "lightning_align/recipes/pretrain.yaml"
 BATCHES, STEPS, SHORT_S = (1, 2, 4, 8, 16), 10, 1.5
-MANY, MATRIX = 2048, 1536 * 576  # rows that reach the peak; elements of a matrix
-CPU = torch.device("cpu")
 Row = dict[str, Any]
 
 
@@ -106,46 +103,30 @@ def measured(model: Any, batch: int, prompt: int) -> Row:
 def machine(path: Path) -> HardwareSpec:
     """Measured once for all rows of a file."""
     if not path.exists():
-        found = HardwareSpec.measure("cpu")
-        path.write_text(json.dumps(asdict(found)))
-    return HardwareSpec(**json.loads(path.read_text()))
+        path.write_bytes(pickle.dumps(HardwareSpec.measure("cpu")))
+    found: HardwareSpec = pickle.loads(path.read_bytes())
+    return found
 
 
-def products(path: Path, dtype: torch.dtype) -> dict[int, float]:
-    """Rows -> seconds of a product with a matrix of 1536 x 576 that is not in caches."""
-    if not path.exists():
-        found = {}
-        for rows in (*BATCHES, MANY):
-            inputs = in_turns((rows, 576), (1536, 576), device=CPU, dtype=dtype)
-            found[rows] = timed(F.linear, time.thread_time, inputs).seconds
-        path.write_text(json.dumps(found))
-    return {int(rows): seconds for rows, seconds in json.loads(path.read_text()).items()}
-
-
-def constants(of: HardwareSpec) -> Efficiencies:
-    """What was measured is what is reached; a processor does one thing after the other."""
-    return Efficiencies(
-        matmul=1.0,
-        half_depth=1e-9,
-        memory=1.0,
-        kernel_s=0.0,
-        launch_s=of.overhead_s,
-        overlap=1.0,
-    )
+def ideal(of: HardwareSpec) -> dict[str, Any]:
+    """As if nothing were known of few rows; a processor does one thing after the other."""
+    return {
+        "hardware": replace(of, few_rows=None, few_rows_half=None),
+        "efficiencies": measured_efficiencies(of.overhead_s),
+    }
 
 
 def predicted(
-    spec: ModelSpec, of: HardwareSpec, batch: int, prompt: int, precision: str
+    spec: ModelSpec, batch: int, prompt: int, precision: str, given: dict[str, Any]
 ) -> GenerationCost:
     return predict_generation(
         spec,
-        of,
         batch_size=batch,
         prompt_length=prompt,
         new_tokens=STEPS + 1,
         precision=precision,
         eager=True,
-        efficiencies=constants(of),
+        **given,
     )
 
 
@@ -173,7 +154,9 @@ def run(path: Path, of: HardwareSpec, batches: tuple[int, ...]) -> None:
         with torch.inference_mode():
             measured(model, 1, min(prompts))  # not counted
             for batch, prompt in left:
-                found = predicted(spec, of, batch, prompt, precision_of(name))
+                sizes = (spec, batch, prompt, precision_of(name))
+                found = predicted(*sizes, {"hardware": of})
+                by_roofline = predicted(*sizes, ideal(of))
                 row = {
                     "model": name,
                     "batch": batch,
@@ -181,6 +164,7 @@ def run(path: Path, of: HardwareSpec, batches: tuple[int, ...]) -> None:
                     "parameters": spec.parameters,
                     "prefill_predicted_s": found.prefill.seconds,
                     "step_predicted_s": found.decode.seconds,
+                    "step_ideal_s": by_roofline.decode.seconds,
                     "by_bound": dict(found.decode.by_bound),
                     "intensity": found.decode.intensity,
                     "bytes": found.decode.bytes,
@@ -193,26 +177,22 @@ def run(path: Path, of: HardwareSpec, batches: tuple[int, ...]) -> None:
                 print(f"{name}, {batch} x {prompt}: {sum(row['steps_s']):.2f} s", flush=True)
 
 
-def as_products_are(row: Row, of: HardwareSpec, seconds: dict[int, float]) -> float:
-    """Seconds of a step if its weights are read as fast as such products do by themselves."""
-    weights = row["parameters"] / MATRIX * seconds[row["batch"]]
-    rest = max(0.0, row["bytes"] - row["weight_bytes"]) / of.mem_bandwidth
-    return float(row["by_bound"]["overhead"] + weights + rest)
-
-
-def report(rows: list[Row], of: HardwareSpec, timings: dict[str, dict[int, float]]) -> None:
+def report(rows: list[Row], of: HardwareSpec) -> None:
     print(
         f"{of.product_flops(False) / 1e9:.1f} GFLOP/s ({of.peak_flops / 1e9:.1f} in bf16), "
         f"{of.mem_bandwidth / 1e9:.1f} GB/s, an operation {1e6 * of.overhead_s:.2f} us"
     )
-    for precision, seconds in timings.items():
-        nbytes = MATRIX * (2 if precision == "bf16-true" else 4) / 1e9
-        told = ", ".join(f"{nbytes / seconds[rows]:.1f} of {rows}" for rows in BATCHES)
-        print(f"GB/s of weights in products by themselves, {precision}: {told} rows")
+    for precision, few in (("fp32", of.few_rows), ("bf16", of.few_rows_half)):
+        assert few is not None
+        told = ", ".join(f"{share:.2f} of {rows:.0f}" for rows, share in few.products)
+        print(
+            f"{precision}: of the roofline products reach {told} rows, attention for one token "
+            f"{few.attention:.2f}; a call without autograd {1e6 * few.call_s:.2f} us"
+        )
     print()
     print(
         "| model | batch | prompt | prefill s | predicted | decoding ms, median [min, max] | "
-        "by the roofline | by products of few rows | FLOP/B | bound by | tokens/s | cache MB |"
+        "predicted | by the ideal roofline | FLOP/B | bound by | tokens/s | cache MB |"
     )
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---|---:|---:|")
     errors: dict[str, list[float]] = {"prefill": [], "decoding": []}
@@ -226,6 +206,7 @@ def report(rows: list[Row], of: HardwareSpec, timings: dict[str, dict[int, float
             "decoding": (row["step_predicted_s"], step),
         }
         precision = precision_of(row["model"])
+        known.append(row["step_ideal_s"] / step)
         simple = {
             "prefill": 2 * n * tokens / of.product_flops(precision == "bf16-true"),
             "decoding": row["weight_bytes"] / of.mem_bandwidth,
@@ -234,7 +215,6 @@ def report(rows: list[Row], of: HardwareSpec, timings: dict[str, dict[int, float
             errors[phase].append(abs(ours / real - 1))
             naive[phase].append(abs(simple[phase] / real - 1))
         ratios = [f"{ours / real:.2f}" for ours, real in pairs.values()]
-        known.append(as_products_are(row, of, timings[precision]) / step)
         low, high = (1e3 * end(row["steps_s"]) for end in (min, max))
         equal = row["cache_bytes"] == row["cache_predicted"]
         bound = max(row["by_bound"], key=row["by_bound"].get)
@@ -253,9 +233,7 @@ def report(rows: list[Row], of: HardwareSpec, timings: dict[str, dict[int, float
             f"{100 * mean(naive[phase]):.1f} %"
         )
     off = 100 * mean(abs(ratio - 1) for ratio in known)
-    print(
-        f"decoding, with weights as fast as products by themselves: off by {off:.1f} % in the mean"
-    )
+    print(f"decoding by the ideal roofline: off by {off:.1f} % in the mean")
 
 
 def main() -> None:
@@ -269,17 +247,12 @@ def main() -> None:
     warnings.simplefilter("ignore")
     folder = CACHE / ("smoke" if arguments.smoke else "full")
     folder.mkdir(parents=True, exist_ok=True)
-    timings = {
-        precision: products(folder / f"products-{precision}.json", dtype)
-        for precision, dtype in (("32-true", torch.float32), ("bf16-true", torch.bfloat16))
-    }
-    half_flops = 2 * MATRIX * MANY / timings["bf16-true"][MANY]
-    of = replace(machine(folder / "machine.json"), peak_flops=half_flops)
+    of = machine(folder / "machine.pkl")
     if not arguments.report:
         run(folder / "rows.jsonl", of, BATCHES[:2] if arguments.smoke else BATCHES)
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, 1 thread")
     print(f"{hardware()}; {time.strftime('%F')}")
-    report(rows_of(folder / "rows.jsonl"), of, timings)
+    report(rows_of(folder / "rows.jsonl"), of)
 
 
 if __name__ == "__main__":

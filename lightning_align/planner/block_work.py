@@ -30,6 +30,7 @@ class Piece(NamedTuple):
         bytes: Read and written.
         kernels: How many.
         of_weights: Whether it is for a gradient of weights only, which frozen ones do not need.
+        share: Of the roofline that it reaches, beside what all pieces fall short of.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Piece(NamedTuple):
     bytes: float = 0.0
     kernels: int = 1
     of_weights: bool = False
+    share: float = 1.0
 
 
 class Pass(NamedTuple):

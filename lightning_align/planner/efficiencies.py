@@ -6,7 +6,7 @@ the value may be off (a factor, one standard deviation). ``Planner.calibrate`` m
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 
@@ -92,6 +92,15 @@ IDEAL = Efficiencies(
     microbatch_s=0.0,
     step_s=0.0,
 )
+
+
+def measured_efficiencies(call_s: float) -> Efficiencies:
+    """Constants of a processor that was measured: what was found is what is reached.
+
+    Args:
+        call_s: Seconds to call an operation.
+    """
+    return replace(IDEAL, launch_s=call_s, overlap=1.0)
 
 
 def efficiencies_of(overhead_s: float, is_asynchronous: bool) -> Efficiencies:

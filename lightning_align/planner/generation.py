@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from lightning_align._errors import argument_error, check_choice
 from lightning_align.planner.block_work import (
@@ -25,7 +26,12 @@ from lightning_align.planner.block_work import (
     first_passes,
     last_passes,
 )
-from lightning_align.planner.efficiencies import Efficiencies, efficiencies_of
+from lightning_align.planner.efficiencies import (
+    Efficiencies,
+    efficiencies_of,
+    measured_efficiencies,
+)
+from lightning_align.planner.few_rows import FewRows
 from lightning_align.planner.hardware_spec import HardwareSpec
 from lightning_align.planner.model_spec import ModelSpec
 from lightning_align.planner.parallel_spec import ParallelSpec
@@ -35,8 +41,9 @@ from lightning_align.planner.step_cost import NOTHING, pass_time
 WHERE = "predict_generation"
 PRECISIONS = ("32-true", "bf16-true")
 # Operations that a block of transformers' Llama runs beside the kernels of ``block_work``, views
-# among them: norms in six pieces each, rotary positions, projections one by one, reshapes.
-EAGER_OPERATIONS = 50
+# among them: norms in six pieces each, rotary positions, projections one by one, reshapes; and
+# those that it runs before and after all blocks.
+EAGER_OPERATIONS, EAGER_AROUND = 60, 23
 
 
 @dataclass(frozen=True)
@@ -156,7 +163,10 @@ def predict_generation(
         eager: Whether each operation is launched from Python, and the cache copied as it grows, as
             ``generate`` of transformers does by default; if not, a step is launched as one graph
             and the cache stays where it is, as engines that serve models do.
-        efficiencies: Constants of the hardware; None takes those that the planner begins with.
+        efficiencies: Constants of the hardware; None takes those that the planner begins with, or
+            what was measured of a processor (``HardwareSpec.measure``). There products of few rows
+            and attention for one token take what they were found to; the maker's sheet of any
+            hardware is taken at its word.
 
     Raises:
         ValueError: If a number is below 1, the precision is another, heads cannot be divided, or
@@ -182,7 +192,12 @@ def predict_generation(
     )
     spec.check_model(model)
     model = replace(model, dropout=False)
-    constants = efficiencies or efficiencies_of(hardware.overhead_s, hardware.is_asynchronous)
+    few = hardware.few_rows_half if spec.is_half else hardware.few_rows
+    constants = efficiencies or (
+        efficiencies_of(hardware.overhead_s, hardware.is_asynchronous)
+        if few is None
+        else measured_efficiencies(few.call_s)
+    )
     context = prompt + max(new_tokens, 2) / 2  # the mean of prompt + 1 ... prompt + new_tokens - 1
     filling, step = _prefill(model, spec, prompt), _decoding(model, spec, context)
     if eager:
@@ -191,6 +206,10 @@ def predict_generation(
         step = _launched_apart(step, context * copied)
     else:
         constants = replace(constants, launch_s=0.0, collective_s=0.0)
+    if few is not None:
+        reach = partial(_reaching, few=few, rows=batch_size)
+        filling = (*filling[:2], reach(filling[2]))
+        step = (reach(step[0]), step[1], reach(step[2]))
     ridge = hardware.product_flops(spec.is_half) / hardware.mem_bandwidth
     one, two = (_decoding(model, replace(spec, micro_batch_size=rows), context) for rows in (1, 2))
     return GenerationCost(
@@ -238,7 +257,19 @@ def _launched_apart(passes: Passes, copied: float) -> Passes:
         Piece("eager operations", kernels=EAGER_OPERATIONS),
         Piece(f"{CACHE} copied", bytes=2 * copied, kernels=2),
     )
+    around = Piece("eager operations", kernels=EAGER_AROUND)
+    first = first._replace(pieces=(*first.pieces, around))
     return block._replace(pieces=(*block.pieces, *more)), first, last
+
+
+def _reaching(work: Pass, few: FewRows, rows: int) -> Pass:
+    """With the shares of the roofline that its products and attention reach."""
+    shares = [few.attention if p.name == ATTENTION else few.share(rows) for p in work.pieces]
+    pieces = (
+        piece._replace(share=share if piece.flops else 1.0)
+        for piece, share in zip(work.pieces, shares, strict=True)
+    )
+    return work._replace(pieces=tuple(pieces))
 
 
 def _phase(

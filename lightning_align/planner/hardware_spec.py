@@ -15,7 +15,8 @@ import torch
 from lightning_align._errors import argument_error, check_least, check_whole, finite_number
 from lightning_align.planner.balance import MachineBalance
 from lightning_align.planner.efficiencies import Efficiencies
-from lightning_align.planner.measure import product_peak
+from lightning_align.planner.few_rows import FewRows
+from lightning_align.planner.measure import few_rows_of, product_peak
 from lightning_align.planner.nodes import NODES
 from lightning_align.planner.quantities import BYTES, BYTES_A_SECOND, FLOPS, quantity
 from lightning_align.planner.spec_sheets import SPEC_SHEETS, check_dense, spec_sheet
@@ -58,6 +59,9 @@ class HardwareSpec:
             leaves out what that costs a processor.
         fp32_flops: FLOP/s of products in fp32; None is an eighth of ``peak_flops``. Names have it
             without TF32, which torch uses only if told to.
+        few_rows: What a processor reaches of the roofline with few rows in fp32, as measured; None
+            takes all of it.
+        few_rows_half: The same in bf16.
         overhead_s: Seconds of the host to launch an operation, from Python.
         is_asynchronous: Whether the host prepares the next operation while one runs.
         devices: How many there are.
@@ -85,6 +89,8 @@ class HardwareSpec:
     host_bandwidth: float = 32e9
     fresh_bandwidth: float | None = None
     fp32_flops: float | None = None
+    few_rows: FewRows | None = field(default=None, repr=False)
+    few_rows_half: FewRows | None = field(default=None, repr=False)
     overhead_s: float = Efficiencies.launch_s
     is_asynchronous: bool = True
     devices: int = 1
@@ -176,6 +182,9 @@ class HardwareSpec:
         try:
             found = MachineBalance.measure(device, disk=disk)
             half_flops = product_peak(device, torch.bfloat16)
+            peaks = {torch.float32: found.peak_flops, torch.bfloat16: half_flops}
+            cache = found.cache_bandwidth or found.mem_bandwidth
+            few = few_rows_of(peaks, found.mem_bandwidth, cache) if is_cpu else [None, None]
         finally:
             torch.set_num_threads(threads)
         host = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -193,6 +202,8 @@ class HardwareSpec:
             "host_bandwidth": found.mem_bandwidth if is_cpu else 32e9,
             "fresh_bandwidth": found.fresh_bandwidth,
             "fp32_flops": found.peak_flops,
+            "few_rows": few[0],
+            "few_rows_half": few[1],
             "overhead_s": found.overhead("forward"),
             "is_asynchronous": not is_cpu,
             "name": f"this {device.type}",

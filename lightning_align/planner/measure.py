@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -35,6 +35,7 @@ from lightning_align.planner.curves import (
     interpolated,
     work_of,
 )
+from lightning_align.planner.few_rows import FewRows, call_without_autograd, few_rows
 from lightning_align.planner.module_scopes import FORWARD
 from lightning_align.planner.op_flops import ATTENTION, NORM, POINTWISE, PRODUCT, REDUCTION
 from lightning_align.planner.report import StepReport
@@ -49,9 +50,11 @@ ROWS = (1, 32, 256, 2048, 16_384)  # of 256 elements
 PRODUCTS, TALL = (8, 32, 64, 128, 256, 512), 4  # n, of a product of (TALL n, n) and (n, n)
 TOKENS, WIDTHS, ROWS_OF_HEADS = (8, 32, 128, 512), (16, 64), 16  # of attention
 # Calls take turns on tensors of as many bytes in all, and results stay as long: in a step, too,
-# what an operation reads and writes is not where the last one of its kind has left it.
-TURNS_BYTES, MOST_TURNS = 24 << 20, 64
-CACHED_ROWS = 256
+# what an operation reads and writes is not where the last one of its kind has left it. It is more
+# than a core has of caches, of which some processors share hundreds of megabytes.
+TURNS_BYTES, MOST_TURNS = 96 << 20, 256
+CACHED_ROWS, STREAM_ROWS = 256, 65_536  # of three vectors
+DRAWN = 1 << 18  # random numbers, which larger tensors repeat
 FRESH_BYTES = NEVER_KEPT
 
 
@@ -137,7 +140,9 @@ def in_turns(*shapes: tuple[int, ...], device: torch.device, dtype: torch.dtype)
 
 
 def _random(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    return torch.randn(shape, generator=generator, device=generator.device, dtype=dtype)
+    size = math.prod(shape)
+    drawn = torch.randn(min(size, DRAWN), generator=generator, device=generator.device, dtype=dtype)
+    return drawn.repeat(-(-size // len(drawn)))[:size].view(shape).contiguous()
 
 
 def measured(
@@ -159,7 +164,7 @@ def measured(
         products = _products(place, dtype, clock)
         attention, softmax = _attention(place, dtype, clock)
         curves = {**_curves(place, dtype, clock), **attention}
-        streams = {rows: _stream(rows, place, dtype, clock) for rows in (CACHED_ROWS, ROWS[-1])}
+        streams = {rows: _stream(rows, place, dtype, clock) for rows in (CACHED_ROWS, STREAM_ROWS)}
     curves[PRODUCT] = [(2.0 * TALL * n**3, timing.seconds) for n, timing in products.items()]
     flops, peak = _fastest(products)
     cached, stream = streams.values()
@@ -207,6 +212,28 @@ def _calls(
 
     region, saved = checkpoint_costs(recomputed, device, dtype, clock)
     return {"overheads": overheads, "checkpoint_s": region, "checkpoint_saved_s": saved}
+
+
+def few_rows_of(found: Mapping[torch.dtype, float], memory: float, cache: float) -> list[FewRows]:
+    """What a processor reaches with few rows, of several dtypes.
+
+    Args:
+        found: Dtype -> FLOP/s of its products.
+        memory: Bytes a second of a stream.
+        cache: The same of what fits the caches.
+    """
+    place = torch.device("cpu")
+    clock = clock_of(place)
+    call_s = call_without_autograd(clock, cache)
+
+    def shares(dtype: torch.dtype, peak: float) -> FewRows:
+        def seconds(run: Callable[..., Any], shapes: list[tuple[int, ...]]) -> float:
+            return timed(run, clock, in_turns(*shapes, device=place, dtype=dtype)).seconds
+
+        return few_rows(seconds, peak, memory, dtype, call_s)
+
+    with torch.inference_mode():
+        return [shares(dtype, peak) for dtype, peak in found.items()]
 
 
 def product_peak(device: str | torch.device, dtype: torch.dtype) -> float:

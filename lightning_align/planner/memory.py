@@ -92,7 +92,7 @@ def memory_by_rank(
         is_processor: Whether it runs on one, which has no products of 16 bits with sums in fp32.
     """
     shapes = rank_shapes(model, parallel)
-    ranks = [_rank(model, parallel, *each) for each in shapes]
+    ranks = [_rank(model, parallel, *each, is_processor) for each in shapes]
     if parallel.pipeline_parallel == 1:
         return [max(_moments(model, parallel, ranks[0], is_processor), key=_sum)]
     saved, own = saved_by_stage(model, parallel), _gradients_of_stages(model, parallel)
@@ -142,7 +142,7 @@ def _gradients_of_stages(model: ModelSpec, parallel: ParallelSpec) -> list[float
 
 
 def _rank(
-    model: ModelSpec, parallel: ParallelSpec, blocks: int, beside: Shapes
+    model: ModelSpec, parallel: ParallelSpec, blocks: int, beside: Shapes, is_processor: bool
 ) -> dict[str, float]:
     """What a rank has from step to step, and its gradients when all of them are there."""
     t, width, stage = parallel.tensor_parallel, parallel.weight_bytes, parallel.zero_stage
@@ -158,7 +158,7 @@ def _rank(
     else:
         held = blocks * block
     gradients = trained * block / shares[1] + rest
-    if parallel.offload_optimizer != "none" and stage >= 2:
+    if parallel.offload_optimizer != "none" and _gradients_leave(parallel, is_processor):
         gradients = min(trained, 2) * block + rest  # of the block that is in backward, and one more
     states = trained * state_bytes(model.block_shapes, parallel) + state_bytes(beside, parallel)
     states /= t * shares[0]
@@ -168,6 +168,12 @@ def _rank(
     if parallel.has_reference:
         parts[REFERENCE] = width * (held + rest)
     return parts
+
+
+def _gradients_leave(parallel: ParallelSpec, is_processor: bool) -> bool:
+    """Whether a block's gradients go once they are there: not where the update finds them."""
+    is_there = is_processor and parallel.devices == 1 and parallel.offload_optimizer == HOST
+    return parallel.zero_stage >= 2 and not is_there
 
 
 def _moments(
@@ -198,7 +204,8 @@ def _moments(
     # that are divided or leave are few at any time.
     trained = _trained_blocks(parallel, model.num_layers)
     left = (model.num_layers - trained) * frozen_saved_bytes(model, parallel)
-    missing = (first + count(model.block_shapes) * (not left)) * (parallel.zero_stage < 2)
+    leave = _gradients_leave(parallel, is_processor)
+    missing = (first + count(model.block_shapes) * (not left)) * (not leave)
     made = max(before, rank[GRADIENTS] - width * missing)
     yield {**rank, GRADIENTS: made, ACTIVATIONS: left + again, TEMPORARY: passing}
     yield _updated(model, parallel, rank)

@@ -70,7 +70,8 @@ def pass_time(
     kernels = work.collectives
     for piece in work.pieces:
         share = piece.depth / (piece.depth + constants.half_depth)
-        product_s, bytes_s = piece.flops / (peak * share), piece.bytes / stream
+        product_s = piece.flops / (peak * share * piece.share)
+        bytes_s = piece.bytes / (stream * piece.share)
         if product_s >= bytes_s:
             compute += product_s
         else:

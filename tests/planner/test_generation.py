@@ -16,6 +16,7 @@ from lightning_align.planner import (
     predict_generation,
 )
 from lightning_align.planner.efficiencies import IDEAL
+from lightning_align.planner.few_rows import FewRows
 from lightning_align.planner.op_flops import ATTENTION
 
 # 3.35e12 B/s and 989.4e12 FLOP/s: a ridge of 295
@@ -265,3 +266,25 @@ def test_hardware_by_name() -> None:
     assert predict_generation(LLAMA_8B, "h100").decode == cost().decode
     with pytest.raises(ValueError, match="Did you mean 'h100-sxm'"):
         predict_generation(LLAMA_8B, "h10")
+
+
+def test_few_rows_reach_what_was_measured() -> None:
+    """A machine on which a product of two rows takes four times as long, and attention twice."""
+    few = FewRows(((1.0, 1.0), (2.0, 0.25), (256.0, 1.0)), attention=0.5, call_s=1.0)
+    sheet = replace(H100, mem_bandwidth=1.0, peak_flops=1e30, fp32_flops=1e30)
+    known = replace(sheet, few_rows=few, few_rows_half=few)
+
+    def decode(hardware: HardwareSpec, batch_size: int, **given: Any) -> Any:
+        more = {"prompt_length": 100, "new_tokens": 2, "batch_size": batch_size, **given}
+        found = predict_generation(SQUARE, hardware, efficiencies=IDEAL, **more)
+        return found.decode.seconds
+
+    weights, read = (8 * 1024**2 + 1024) * 2, 2 * 101 * 1024 * 2
+    one, two = (decode(known, rows) - decode(sheet, rows) for rows in (1, 2))
+    assert one == pytest.approx(read, rel=0.02)  # once more, and queries
+    assert two == pytest.approx(3 * weights + 2 * read, rel=0.02)
+    plain = predict_generation(SQUARE, replace(sheet, mem_bandwidth=1e30), eager=True)
+    calls = predict_generation(SQUARE, replace(known, mem_bandwidth=1e30), eager=True)
+    assert calls.decode.seconds > 60
+    assert calls.decode.seconds == pytest.approx(round(calls.decode.seconds), rel=1e-6)
+    assert plain.decode.seconds < 1e-2

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lightning_align.planner import HardwareSpec, MachineBalance, hardware_spec
+from lightning_align.planner.few_rows import FewRows
 from lightning_align.planner.spec_sheets import SPEC_SHEETS
 
 HALF = torch.bfloat16
@@ -72,11 +73,22 @@ def test_what_was_measured_is_what_is_planned_with(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(MachineBalance, "measure", measure)
     monkeypatch.setattr(hardware_spec, "product_peak", lambda _, dtype: {HALF: 3e11}[dtype])
+    few = {
+        torch.float32: FewRows(((1.0, 1.0),), 1.0, 1e-6),
+        HALF: FewRows(((1.0, 0.5),), 1.0, 1e-6),
+    }
+
+    def few_rows_of(peaks: Any, memory: float, cache: float) -> list[FewRows]:
+        assert (peaks, memory, cache) == ({torch.float32: 1e11, HALF: 3e11}, 5e10, 5e10)
+        return [few[dtype] for dtype in peaks]
+
+    monkeypatch.setattr(hardware_spec, "few_rows_of", few_rows_of)
     spec = HardwareSpec.measure("cpu", disk="here", devices=2, price_per_hour=1.5)
     assert asked == {"device": "cpu", "disk": "here"}
     assert (spec.peak_flops, spec.fp32_flops, spec.mem_bandwidth) == (3e11, 1e11, 5e10)
     assert (spec.nvme_read_bandwidth, spec.nvme_write_bandwidth) == (2e9, 2e9)
     assert spec.fresh_bandwidth == 3e9
+    assert [spec.few_rows, spec.few_rows_half] == list(few.values())
     assert (spec.overhead_s, spec.is_asynchronous) == (3e-6, False)
     assert (spec.devices, spec.price_per_hour, spec.source) == (2, 1.5, "measured")
     assert 2 * spec.memory == spec.cpu_memory > 1e8  # two processes share the host's
@@ -109,6 +121,7 @@ def test_processes_on_a_processor_share_it(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(MachineBalance, "measure", measured)
     monkeypatch.setattr(hardware_spec, "product_peak", lambda *_: 1e11)
+    monkeypatch.setattr(hardware_spec, "few_rows_of", lambda *_: [None, None])
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     one, two = HardwareSpec.measure(), HardwareSpec.measure(devices=2)

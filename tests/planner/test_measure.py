@@ -21,6 +21,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint_costs, "STEPS", 2)
     monkeypatch.setattr(measure, "ROWS", (1, 8, 16))
     monkeypatch.setattr(measure, "CACHED_ROWS", 8)
+    monkeypatch.setattr(measure, "STREAM_ROWS", 16)
     monkeypatch.setattr(measure, "PRODUCTS", (8, 16))
     monkeypatch.setattr(measure, "TOKENS", (8, 16))
     monkeypatch.setattr(measure, "TURNS_BYTES", 1 << 16)

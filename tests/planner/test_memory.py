@@ -228,6 +228,26 @@ def test_the_peak_of_real_steps_at_sizes_that_were_not_analysed(name: str) -> No
 
 
 SIZES = {"hidden_size": 96, "intermediate_size": 256, "vocab_size": 600, "num_hidden_layers": 4}
+
+
+def test_gradients_stay_where_a_processor_updates_them() -> None:
+    """In host memory alone, with states beside them, nothing moves."""
+    spec = ParallelSpec(
+        zero_stage=3, offload_param="cpu", offload_optimizer="cpu", precision="32-true"
+    )
+
+    def gradients(parallel: ParallelSpec, is_processor: bool) -> float:
+        return device_memory(MODEL, parallel, is_processor=is_processor)["gradients"]
+
+    block = 4 * count(MODEL.block_shapes)
+    more = gradients(spec, True) - gradients(spec, False)
+    assert more >= (MODEL.num_layers - 3) * block > 0
+    plain = replace(spec, zero_stage=0, offload_param="none", offload_optimizer="none")
+    assert gradients(spec, True) == gradients(plain, True)
+    on_drive = replace(spec, offload_optimizer="nvme")
+    assert gradients(on_drive, True) == gradients(on_drive, False)
+
+
 MODULES: dict[str, dict[str, Any]] = {
     "llama": {},
     "lisa": {"lisa_layers": 1},
