@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
+from lightning_align._declared import declared
 from lightning_align._errors import argument_error, check_least
 
 MAD_TO_STD = 1.4826  # 1 / Phi^-1(3/4): of normal noise, the MAD times this is the std
@@ -358,6 +359,7 @@ class _Signal:
         self.unjudged = state["unjudged"]
 
 
+@declared
 class SpikeDetector:
     """Tell a spike from noise by the loss and the gradient norm of a step.
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_align._compat import lightning_resume
+from lightning_align._declared import declared
 from lightning_align.callbacks import checkpoint_checks as checks
 from lightning_align.callbacks import checkpoint_news as news
 from lightning_align.callbacks.checkpoint_folder import CheckpointFolder, path_in
@@ -36,6 +37,7 @@ from lightning_align.run.interrupt import DeferredInterrupt
 from lightning_align.run.position import batches_consumed
 
 
+@declared
 class AsyncCheckpoint(ModelCheckpoint):
     """ModelCheckpoint that costs a memory copy, and checkpoints that a run resumes from exactly.
 

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from typing_extensions import override
 
+from lightning_align._declared import declared
 from lightning_align._errors import argument_error, check_least
 from lightning_align.data.tokenizer import encode, load_tokenizer, pad_token_id
 from lightning_align.layers.find import find_held_model
@@ -20,6 +21,7 @@ from lightning_align.run.protocols import one_rank_runs_model, tokenizer_of
 from lightning_align.run.rng import reseed
 
 
+@declared
 class GenerateSamples(Callback):
     """Continue prompts during training and send the texts to the loggers.
 

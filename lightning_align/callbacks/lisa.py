@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_align._compat import lightning_trainer
+from lightning_align._declared import declared
 from lightning_align._errors import argument_error, check_least, finite_number
 from lightning_align.callbacks.lisa_layers import (
     Partition,
@@ -37,6 +38,7 @@ from lightning_align.run.position import batches_consumed
 from lightning_align.run.protocols import follow_freezing, gathered, may_freeze
 
 
+@declared
 class LISA(Callback):
     """Train embedding, head and a few randomly drawn blocks at a time (arXiv:2403.17919).
 

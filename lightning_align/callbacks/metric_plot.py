@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_align._declared import declared
 from lightning_align._errors import argument_error
 from lightning_align.figure import new_figure
 from lightning_align.reports.pictures import log_figure
@@ -31,6 +32,7 @@ Curve = dict[str, list[Any]]  # {"steps": [int, ...], "values": [float, ...]}
 Panels = list[tuple[str, list[str]]]  # (title, metric names), in drawing order
 
 
+@declared
 class MetricPlot(Callback):
     """Draw logged metrics over optimizer steps into one PNG at the end of ``fit``.
 

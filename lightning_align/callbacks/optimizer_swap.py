@@ -11,8 +11,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer, lr_scheduler
 from typing_extensions import override
 
+from lightning_align._declared import declared
 from lightning_align._errors import argument_error
 from lightning_align.optimizers import param_groups
+from lightning_align.optimizers.by_name import optimizer_builder, scheduler_builder
 from lightning_align.run.protocols import keeps_shapes
 
 # Schedulers that multiply the learning rate of each group and keep their arguments under the names
@@ -31,6 +33,7 @@ _REBUILT = (
 )
 
 
+@declared
 class OptimizerSwap(pl.Callback):
     """Train any LightningModule with another optimizer, which gets named parameter groups.
 
@@ -40,7 +43,7 @@ class OptimizerSwap(pl.Callback):
     module's own learning rate scheduler is built anew on it, with the same arguments.
 
     Args:
-        optimizer: Builds the optimizer from named parameter groups.
+        optimizer: Builds the optimizer from named parameter groups; or its name as in YAML.
         lr_scheduler: Builds a scheduler that steps after every optimizer step, in place of the
             module's own.
         adamw_patterns: Names of parameters that are no hidden matrices, with ``*`` and ``?``.
@@ -66,8 +69,8 @@ class OptimizerSwap(pl.Callback):
         matrix_patterns: Sequence[str] = (),
         layers_attribute: str | None = None,
     ) -> None:
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
+        self.optimizer = optimizer_builder("OptimizerSwap", optimizer)
+        self.lr_scheduler = scheduler_builder("OptimizerSwap", lr_scheduler)
         self.grouping: dict[str, Any] = {
             "adamw_patterns": adamw_patterns,
             "matrix_patterns": matrix_patterns,

@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_align._compat import lightning_logged
+from lightning_align._declared import declared
 from lightning_align._errors import argument_error, check_least
 from lightning_align.callbacks.first_loss import check_first_loss
 from lightning_align.callbacks.policy_kl import (
@@ -35,6 +36,7 @@ from lightning_align.run.protocols import (
 TITLES = {"train": "training pairs", "val": "held-out pairs"}
 
 
+@declared
 class PreferenceDiagnostics(Callback):
     """Show how the margins of pairs move, how far the policy has gone, and whether it began right.
 

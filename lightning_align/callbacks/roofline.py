@@ -18,6 +18,7 @@ from lightning_align._compat.lightning_trainer import (
     run_steps_in,
     watch_fetches,
 )
+from lightning_align._declared import declared
 from lightning_align._errors import argument_error, check_least, check_whole, finite_number
 from lightning_align.callbacks import roofline_run
 from lightning_align.callbacks.step_clock import StepClock
@@ -39,6 +40,7 @@ WHERE = "RooflineMonitor"
 SPLIT_STEPS = 3  # before values are logged, in which a device is waited for between parts
 
 
+@declared
 class RooflineMonitor(Callback):
     """Say of a run's own steps what they compute and move, what bounds them, and what would help.
 

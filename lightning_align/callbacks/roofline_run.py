@@ -39,7 +39,7 @@ def check_hardware(hardware: object, available_flops: float | None) -> None:
         ValueError: If it is one of these.
     """
     if isinstance(hardware, str):
-        name, sheet = spec_sheet(WHERE, hardware)
+        name, sheet = spec_sheet(WHERE, hardware, argument="hardware")
         if available_flops is not None:
             for dtype in sheet.peak_flops:
                 if available_flops not in sheet.peak_flops.values():

@@ -1,16 +1,24 @@
 """Leave a Hugging Face folder behind when training ends."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from torch import nn
 from typing_extensions import override
 
+from lightning_align._declared import declared
+from lightning_align._errors import argument_error
 from lightning_align.layers.find import find_held_model
+from lightning_align.models.adapters import has_adapters, refuse_lost
 from lightning_align.models.build import save_pretrained
 from lightning_align.run.protocols import tokenizer_of, whole_state_dict
 
+ANOTHER = "Give another folder"
 
+
+@declared
 class SavePretrained(pl.Callback):
     """Write the trained model as a folder that ``AutoModelForCausalLM.from_pretrained`` loads.
 
@@ -22,19 +30,43 @@ class SavePretrained(pl.Callback):
         dirpath: Folder to write; created if it does not exist.
 
     Raises:
-        ValueError: At ``setup``, if the LightningModule holds no Hugging Face model.
+        ValueError: At ``setup``, if the LightningModule holds no Hugging Face model, or no folder
+            can be where ``dirpath`` says.
 
     Example:
         >>> callback = SavePretrained("outputs/model")
     """
 
     def __init__(self, dirpath: str) -> None:
+        if "://" in str(dirpath):
+            rule = "must be a local folder"
+            way_out = "Write there, and copy the folder when the run has ended"
+            raise argument_error("SavePretrained", "dirpath", dirpath, rule, way_out)
         self.dirpath = dirpath
         self._state: dict[str, Any] | None = None  # of the module, if its parts had to be collected
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._model(pl_module)
+        _, model = self._model(pl_module)
+        if has_adapters(model) and not hasattr(model, "get_base_model"):  # PEFT's saves by itself
+            refuse_lost(model, "SavePretrained", type(model).__name__)
+        if trainer.is_global_zero:
+            self._check_folder()
+
+    def _check_folder(self) -> None:
+        """Refuse a place where nothing can be written when the run has ended.
+
+        Raises:
+            ValueError: If it, or what it would lie in, is a file or may not be written to.
+        """
+        place = Path(self.dirpath).expanduser().absolute()
+        there = next(each for each in (place, *place.parents) if each.exists())
+        if not there.is_dir():
+            rule = "must be a folder, and it is a file" if there == place else f"{there} is a file"
+            raise argument_error("SavePretrained", "dirpath", self.dirpath, rule, ANOTHER)
+        if not os.access(there, os.W_OK | os.X_OK):
+            rule = f"{there} may not be written to"
+            raise argument_error("SavePretrained", "dirpath", self.dirpath, rule, ANOTHER)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -10,12 +10,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_align._compat.lightning_trainer import is_accumulating
+from lightning_align._declared import declared
 from lightning_align._errors import argument_error, finite_number
 from lightning_align.run.callbacks import put_first
 from lightning_align.run.protocols import CountsTokens
 from lightning_align.schedules import DECAYS, SCHEDULES, lr_fraction
 
 
+@declared
 class TokenSchedule(Callback):
     """Set the learning rate by the tokens learned from so far, and end training at ``max_tokens``.
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
 
+from lightning_align._declared import declared
 from lightning_align._errors import argument_error
 from lightning_align.checkpointing.commit import commit, remove, sweep, withdraw
 from lightning_align.checkpointing.files import Bytes, Folder
@@ -34,6 +35,7 @@ _RETRY_S = 1.0
 _EXIT_TIMEOUT_S = 60.0
 
 
+@declared
 class SnapshotEngine:
     """Saves states of a training run without making it wait for a disk.
 

@@ -58,8 +58,20 @@ class Folder:
         return f"{self}/{name}"
 
     def create(self) -> None:
-        """Make the folder, if there is none."""
-        self.fs.makedirs(self.root, exist_ok=True)
+        """Make the folder, if there is none.
+
+        Raises:
+            ValueError: If it, or what it would lie in, is a file.
+        """
+        try:
+            self.fs.makedirs(self.root, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            there = self.root
+            while self.is_local and not os.path.exists(there):
+                there = os.path.dirname(there)
+            rule = f"must be a folder, and {there} is a file"
+            way_out = "Give another folder"
+            raise argument_error("checkpointing", "dirpath", str(self), rule, way_out) from error
 
     def names(self) -> list[str]:
         """Names of the files in the folder; none if there is no folder."""

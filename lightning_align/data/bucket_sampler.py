@@ -7,12 +7,14 @@ from typing import Any
 
 from typing_extensions import override
 
+from lightning_align._declared import declared
 from lightning_align._errors import argument_error, check_least
 from lightning_align.data.buckets import WHERE, BucketBatches
 from lightning_align.data.sampler import PositionSampler, padding, rank_share
 from lightning_align.data.skipped import SkippedBatches
 
 
+@declared
 class BucketSampler(PositionSampler):
     """Yields this rank's pieces of batches that come from one bucket each.
 

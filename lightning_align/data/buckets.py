@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_align._declared import declared
 from lightning_align._errors import argument_error, check_least, finite_number
 from lightning_align.data.apportionment import Apportionment
 from lightning_align.data.keyed_permutation import keys, permuted
@@ -120,6 +121,7 @@ def decompose(offsets: NDArray[np.int64], least: int, greatest: int) -> Pieces:
     return Pieces(np.array([*groups], dtype=np.int64), sizes, first, ends_F)
 
 
+@declared
 class BucketedDataset(Dataset[dict[str, Tensor]]):
     """Pieces of documents; indexed with a *list* of pieces of one bucket, it returns a batch.
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_align._declared import declared
 from lightning_align.data.conversation_formats import ConversationReader, Example
 from lightning_align.data.files import InputFile
 from lightning_align.data.held_out import hold_out_prompts
@@ -24,6 +25,7 @@ from lightning_align.data.samples import read_samples
 from lightning_align.data.tokenizer import pad_token_id
 
 
+@declared
 class ConversationDataset(Dataset[dict[str, Tensor]]):
     """Conversations in memory; indexed with a *list* of indices, it returns a batch.
 

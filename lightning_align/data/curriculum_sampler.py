@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 from typing_extensions import override
 
+from lightning_align._declared import declared
 from lightning_align._errors import argument_error, check_choice, check_least
 from lightning_align.data.batch_sizes import BatchSizes
 from lightning_align.data.curriculum_order import CurriculumOrder
@@ -29,6 +30,7 @@ from lightning_align.data.self_paced_order import SelfPacedOrder
 from lightning_align.data.skipped import SkippedBatches
 
 
+@declared
 class CurriculumSampler(PositionSampler):
     """Yields this rank's batches of samples that are not too difficult yet.
 

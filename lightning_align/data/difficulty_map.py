@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from lightning_align._declared import declared
 from lightning_align._errors import argument_error, check_least
 from lightning_align.data.content_hash import UnknownContentError, add_content, data_fingerprint
 from lightning_align.data.difficulty import DifficultyIndex, whole_dtype
@@ -82,6 +83,7 @@ class Mapped(NamedTuple):
     reused: int
 
 
+@declared
 class DifficultyAnalyzer:
     """Computes the difficulty of every sample under several metrics, and builds their indices.
 

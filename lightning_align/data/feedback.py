@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from lightning_align._declared import declared
 from lightning_align._errors import argument_error, check_least, check_whole, finite_number
 from lightning_align.data.pacing import CurriculumScheduler
 
@@ -53,6 +54,7 @@ def has_flattened(means: Sequence[float], threshold: float, patience: int) -> bo
     return worse > patience
 
 
+@declared
 class SelfPaced:
     """Difficulty that goes up a level when the loss of the present one flattens.
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from itertools import pairwise
 from typing import Any
 
+from lightning_align._declared import declared
 from lightning_align._errors import argument_error, check_choice, finite_number
 
 WHERE = "CurriculumScheduler"
@@ -37,6 +38,7 @@ def half_cosine(progress: float) -> float:
     return 0.5 * (1 - math.cos(math.pi * progress))
 
 
+@declared
 class CurriculumScheduler:
     """What a curriculum allows at a step: DeepSpeed's configuration, without its state.
 

@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_align._declared import declared
 from lightning_align.data.token_cache import TokenSplit
 
 IGNORE_INDEX = -100  # the label that no loss is taken of, as everywhere in Hugging Face and torch
 
 
+@declared
 class PackedDataset(Dataset[dict[str, Tensor]]):
     """Blocks of the tokens of a split; indexed with a *list* of indices, it returns a batch.
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_align._declared import declared
 from lightning_align.data import held_out
 from lightning_align.data.files import InputFile
 from lightning_align.data.pair_formats import Pair, PairReader
@@ -28,6 +29,7 @@ from lightning_align.data.tokenizer import pad_token_id
 from lightning_align.data.truncation import count_cut, cut_row
 
 
+@declared
 class PreferenceDataset(Dataset[dict[str, Tensor]]):
     """Pairs in memory; indexed with a *list* of indices, it returns a batch.
 

@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from lightning_align._declared import declared
+from lightning_align._errors import argument_error
 from lightning_align.data.samples import Ids
 from lightning_align.data.whole_folder import write_whole_file
 
@@ -70,6 +72,7 @@ def pieces(num_completions: int) -> Iterator[range]:
         yield range(start, min(start + size, num_completions))
 
 
+@declared
 class ReferenceCache:
     """The values of one reference, in a folder of its own.
 
@@ -80,12 +83,19 @@ class ReferenceCache:
 
     Attributes:
         folder: Path of this reference's folder on its file system.
+
+    Raises:
+        ValueError: If fsspec cannot open the URL.
     """
 
     def __init__(self, url: str, reference: Mapping[str, str]) -> None:
         text = json.dumps({**reference, "schema": SCHEMA}, sort_keys=True)
         self.name = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-        self._files, root = url_to_fs(os.path.expanduser(url))
+        try:
+            self._files, root = url_to_fs(os.path.expanduser(url))
+        except (ImportError, ValueError) as error:
+            rule = f"fsspec cannot open such a URL ({error})"
+            raise argument_error("ReferenceCache", "url", url, rule) from None
         self.folder = f"{root.rstrip('/')}/{self.name}"
 
     def read(self, lengths: Mapping[bytes, int]) -> dict[bytes, Values]:

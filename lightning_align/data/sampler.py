@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from torch.utils.data.distributed import DistributedSampler
 
+from lightning_align._declared import declared
 from lightning_align._errors import argument_error, check_least
 from lightning_align.data.batch_sizes import BatchSizes
 from lightning_align.data.mixture import Mixture
@@ -55,6 +56,7 @@ def rank_share(size: int, num_replicas: int, rank: int) -> tuple[int, int]:
     return first, first + share + (rank < extra)
 
 
+@declared
 class PositionSampler(DistributedSampler[list[int]]):
     """Yields this rank's batches of a stream that any position can be looked up in.
 

@@ -16,11 +16,13 @@ from typing import Any
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 from typing_extensions import override
 
+from lightning_align._declared import declared
 from lightning_align._errors import argument_error
 
 WHERE = "StreamBatches"
 
 
+@declared
 class StreamBatches(IterableDataset[Any]):
     """The samples of a stream in batches whose size is a function of their number.
 

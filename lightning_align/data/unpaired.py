@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_align._declared import declared
+from lightning_align._errors import check_least
 from lightning_align.data import held_out
 from lightning_align.data.chat_template import ChatTemplate, check_messages, read_tools
 from lightning_align.data.files import InputFile
@@ -55,6 +57,7 @@ class Labelled(NamedTuple):
     label: bool
 
 
+@declared
 class UnpairedDataset(Dataset[dict[str, Tensor]]):
     """Records in memory; indexed with a *list* of indices, it returns a batch.
 
@@ -78,6 +81,7 @@ class UnpairedDataset(Dataset[dict[str, Tensor]]):
         *,
         truncation_mode: str = "keep_start",
     ) -> None:
+        check_least("UnpairedDataset", 1, max_length=max_length)
         self.records = records
         self.pad_token_id = pad_token_id
         self.max_length = max_length

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from typing_extensions import override
 
+from lightning_align._declared import declared
 from lightning_align._errors import argument_error, check_least
 from lightning_align.layers import find_layers
 from lightning_align.losses.linear_logprobs import linear_logprobs
@@ -89,6 +90,7 @@ class _ReferenceMetric(ABC):
         return {name: x.reshape(-1, x.shape[-1]).to(device) for name, x in tensors.items()}
 
 
+@declared
 class ReferenceLoss(_ReferenceMetric):
     """Mean loss of a sample under a reference model, in nats per token that is learned.
 
@@ -133,6 +135,7 @@ class ReferenceLoss(_ReferenceMetric):
         return [-logp / length for logp, length in zip(sums, lengths, strict=True)]
 
 
+@declared
 class ReferenceMargin(_ReferenceMetric):
     """How much likelier a reference model finds the rejected completion than the chosen one.
 

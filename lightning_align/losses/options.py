@@ -11,6 +11,7 @@ from difflib import get_close_matches
 
 from typing_extensions import TypedDict
 
+from lightning_align._declared import declared
 from lightning_align._errors import argument_error, check_choice, finite_number
 from lightning_align.losses.divergences import DIVERGENCES
 
@@ -56,6 +57,7 @@ _OF_NO_LOSS = ("loss_type", "loss_weights", "router_aux_loss_coef")
 SORTED_LOSSES = frozenset({"aot", "aot_unpaired"})
 
 
+@declared
 @dataclass(frozen=True)
 class PreferenceOptions:
     """Which preference losses, and their constants. Each loss takes what is its own.

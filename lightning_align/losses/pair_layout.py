@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_align._errors import argument_error
+
 # Multiplications of a token of width D: 12 D^2 with the weights of a block (attention 4 D^2, MLP
 # 8 D^2) and 2 D with each token that it is compared with. So one comparison is worth 1 / (6 D).
 _COMPARISONS_PER_WIDTH = 6
@@ -102,7 +104,14 @@ def lay_out_pairs(
 
     Returns:
         The layout, or None if separate rows are asked for and cheaper.
+
+    Raises:
+        ValueError: If the sequences are no pairs.
     """
+    if len(input_ids_BT) % 2 or not len(input_ids_BT):
+        rule = "must be the chosen sequences and then as many rejected ones"
+        shape = tuple(input_ids_BT.shape)
+        raise argument_error("lay_out_pairs", "input_ids_BT", shape, rule)
     is_token_BT = attention_mask_BT.bool()
     T = input_ids_BT.shape[1]
     # Tokens of a sequence to the front, in their order.

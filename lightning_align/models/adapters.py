@@ -180,6 +180,22 @@ def _check(model: Any, where: str, name: str) -> None:
         rule = "nothing in it trains, its adapter neither"
         way_out = "Load it with PeftModel.from_pretrained(..., is_trainable=True)"
         raise argument_error(where, "model", name, rule, way_out)
+    refuse_lost(model, where, name)
+
+
+def refuse_lost(model: nn.Module, where: str, name: str) -> None:
+    """Refuse a model with adapters of which a folder of these would not hold all that trains.
+
+    Args:
+        model: PEFT has put layers into it.
+        where: Class the user called, for error messages.
+        name: Class of what the user passed as the model.
+
+    Raises:
+        ValueError: If it has several adapters, or trains something beside its adapter.
+    """
+    only_adapter(model, where)
+    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
     kept = {id(p) for p in adapter_state(model, dict(model.named_parameters())).values()}
     if lost := [key for key, p in trained.items() if id(p) not in kept]:
         rule = f"{lost[0]!r} trains, which is in no adapter and would not be kept with it"

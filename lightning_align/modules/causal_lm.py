@@ -26,6 +26,7 @@ from lightning_align.models.adapter_config import plain_config, refuse_another_a
 from lightning_align.models.adapters import has_adapters, only_adapter, with_adapters
 from lightning_align.models.build import Loading, build_model, save_pretrained
 from lightning_align.models.rotary import rotary_in_fp32
+from lightning_align.modules.batch_check import check_batch, check_data
 from lightning_align.modules.continued import groups_of_an_older_run, refuse_another_model
 from lightning_align.modules.window import (
     StepNotes,
@@ -36,9 +37,10 @@ from lightning_align.modules.window import (
     take_totals,
 )
 from lightning_align.optimizers import param_groups
+from lightning_align.optimizers.by_name import optimizer_builder, scheduler_builder
 from lightning_align.run.callbacks import callbacks_of
 from lightning_align.run.exact_resume import ExactResume
-from lightning_align.run.protocols import SpreadsModel, tokenizer_of
+from lightning_align.run.protocols import SpreadsModel, datamodule_of, tokenizer_of
 from lightning_align.run.replicas import is_spread, replica, scale_gradients, total_grad_norm
 
 
@@ -97,8 +99,8 @@ class CausalLMModule(pl.LightningModule, ABC):
         }
         built = build_model(model, where=where, **self.loading)
         self.model = with_adapters(built, peft_config, where=where, revision=revision)
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
+        self.optimizer = optimizer_builder(where, optimizer)
+        self.lr_scheduler = scheduler_builder(where, lr_scheduler)
         self.chunk_size = chunk_size
         self.layers: ModelLayers = find_layers(self.model)
         if activation_checkpointing:
@@ -126,8 +128,23 @@ class CausalLMModule(pl.LightningModule, ABC):
     def model_inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
         """The part of a batch that ``forward_hidden`` takes."""
 
+    @property
+    def batch_keys(self) -> tuple[str, ...]:
+        """What a batch must hold."""
+        return ("input_ids",)
+
+    @property
+    def batch_source(self) -> str:
+        """Where such batches come from, as the way out of an error."""
+        return ""
+
     def prepared(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch as the two methods above take it."""
+        """The batch as the two methods above take it.
+
+        Raises:
+            ValueError: If it lacks something of ``batch_keys``.
+        """
+        check_batch(type(self).__name__, batch, self.batch_keys, self.batch_source)
         return batch
 
     def forward_hidden(
@@ -261,6 +278,8 @@ class CausalLMModule(pl.LightningModule, ABC):
 
     @override
     def setup(self, stage: str) -> None:
+        data = datamodule_of(self.trainer)
+        check_data(type(self).__name__, data, self.batch_keys, self.batch_source)
         if not is_spread(self):
             self.layers.probe()
         elif not isinstance(self.trainer.strategy, SpreadsModel):

@@ -5,6 +5,7 @@ from typing import Any
 
 from typing_extensions import override
 
+from lightning_align._declared import declared
 from lightning_align._errors import argument_error
 from lightning_align.data.conversation import (
     conversation_dataset,
@@ -17,6 +18,7 @@ from lightning_align.data.tokenizer import load_tokenizer
 from lightning_align.modules.positioned import Paths, PositionedDataModule, plain_paths
 
 
+@declared
 class ConversationDataModule(PositionedDataModule):
     """Conversations for supervised fine-tuning with PretrainModule.
 

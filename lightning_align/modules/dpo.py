@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from typing_extensions import Self, override
 
+from lightning_align._declared import declared
 from lightning_align._errors import argument_error
 from lightning_align.layers import ModelLayers
 from lightning_align.losses import (
@@ -36,11 +37,11 @@ from lightning_align.modules.frozen_reference import (
     revision_of,
     turn_off_dropout,
 )
-from lightning_align.modules.pair_rows import PairRows, by_pair, by_sequence
+from lightning_align.modules.pair_rows import KEYS, PairRows, by_pair, by_sequence
 from lightning_align.modules.router_loss import RouterLoss
 from lightning_align.modules.step_sums import sum_of_step, sums_without_steps
 from lightning_align.modules.window import Sums
-from lightning_align.run.protocols import datamodule_of
+from lightning_align.run.protocols import batch_keys, datamodule_of
 from lightning_align.run.replicas import is_spread
 
 # Keys of completions that belong to other prompts, and what they are among the rows of a batch.
@@ -49,6 +50,7 @@ KL_KEYS = {f"KL_{name}": name for name in ("input_ids", "attention_mask", "compl
 OVER_RANKS = "KL_over_ranks"
 
 
+@declared
 class DPOModule(CausalLMModule):
     """Align a language model with preferences, most often against a frozen reference.
 
@@ -264,10 +266,23 @@ class DPOModule(CausalLMModule):
 
     # Set-up
 
+    @property
+    @override
+    def batch_keys(self) -> tuple[str, ...]:
+        kl_keys = tuple(KL_KEYS) if "kto" in self.options.loss_types else ()
+        return (*KEYS, *["label"] * self.options.is_unpaired, *kl_keys)
+
+    @property
+    @override
+    def batch_source(self) -> str:
+        if self.options.is_unpaired:
+            return "Give PreferenceDataModule a file with the columns prompt, completion and label"
+        return "Give it PreferenceDataModule with chosen and rejected, or batches like its own"
+
     @override
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        self._refuse_single_records()
+        self._refuse_other_records()
         if not is_spread(self):
             self._router.set_up(self.layers)
         self._reference.set_up(self)
@@ -290,8 +305,12 @@ class DPOModule(CausalLMModule):
         """Terms of the loss that are no sum over the pairs of a batch."""
         return self.options.coupled_losses + ["aux_loss"] * bool(self._router.coefficient)
 
-    def _refuse_single_records(self) -> None:
+    def _refuse_other_records(self) -> None:
         data = datamodule_of(self.trainer)
+        if "label" in (batch_keys(data) or ()) and not self.options.is_unpaired:
+            rule = "is a loss of pairs, and the data are unpaired records, with a label each"
+            way_out = "Use kto or apo_zero_unpaired, or give a file with chosen and rejected"
+            raise argument_error("DPOModule", "loss_type", self.options.loss_type, rule, way_out)
         if "kto" in self.options.loss_types and getattr(data, "batch_size", None) == 1:
             rule = "estimates a KL from completions of other records, and a batch has one record"
             way_out = "Set batch_size to 2 or more, or use 'apo_zero_unpaired'"
@@ -357,11 +376,16 @@ class DPOModule(CausalLMModule):
 
     @override
     def prepared(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """With the ``layout`` of its pairs, None for separate rows."""
-        if ("label" in batch) != self.options.is_unpaired:
+        """With the ``layout`` of its pairs, None for separate rows.
+
+        Raises:
+            ValueError: If it lacks something, or is of records where the loss is of pairs.
+        """
+        if isinstance(batch, Mapping) and ("label" in batch) != self.options.is_unpaired:
             kind = "unpaired records, with a 'label'" if self.options.is_unpaired else "pairs"
             rule = f"is a loss of {kind}; the batch has {sorted(batch)}"
             raise argument_error("DPOModule", "loss_type", self.options.loss_type, rule)
+        super().prepared(batch)
         if self.options.is_unpaired:
             return batch
         if batch["input_ids"].ndim == 3:  # of ``pipeline_batch``, or a part of it
@@ -444,10 +468,6 @@ class DPOModule(CausalLMModule):
     @torch.no_grad()
     def _kl(self, batch: dict[str, Any]) -> Tensor:
         """KTO's estimate, from completions that belong to other prompts of the batch."""
-        missing = [key for key in KL_KEYS if key not in batch]
-        if missing:
-            rule = f"needs the keys {missing} in a batch; it has {sorted(batch)}"
-            raise argument_error("DPOModule", "loss_type", "kto", rule)
         others = {name: batch[key] for key, name in KL_KEYS.items()}
         hidden_BTD = super().forward_hidden(**self.model_inputs(others))  # no router has a say here
         return kl_of_scored(*self.score(hidden_BTD, others), batch.get(OVER_RANKS))

@@ -99,6 +99,13 @@ class PositionedDataModule(pl.LightningDataModule):
             self._skipped, self._skipped_by = SkippedBatches.of(value), (None, SkippedBatches())
 
     @property
+    def batch_keys(self) -> frozenset[str]:
+        """Names in a batch, after ``setup``."""
+        assert self.train_dataset is not None, "setup() comes first"
+        # Two samples: a record is joined by the completion of another one.
+        return frozenset(self.train_dataset[list(range(min(2, len(self.train_dataset))))])
+
+    @property
     def position(self) -> int:
         """Number in the stream of the training batch that comes next."""
         return self.skipped.position_of(self._consumed)

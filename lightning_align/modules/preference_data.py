@@ -5,6 +5,7 @@ from typing import Any
 
 from typing_extensions import override
 
+from lightning_align._declared import declared
 from lightning_align._errors import argument_error, check_choice
 from lightning_align.data import preference, unpaired
 from lightning_align.data.files import InputFile, find_files
@@ -14,6 +15,7 @@ from lightning_align.data.truncation import TRUNCATION_MODES
 from lightning_align.modules.positioned import Paths, PositionedDataModule, plain_paths
 
 
+@declared
 class PreferenceDataModule(PositionedDataModule):
     """Preference pairs from files with the columns prompt, chosen and rejected.
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from typing_extensions import override
 
+from lightning_align._declared import declared
 from lightning_align._errors import argument_error
 from lightning_align.losses import linear_cross_entropy
 from lightning_align.models.adapter_config import plain_config
@@ -18,6 +19,7 @@ from lightning_align.run.protocols import separates_documents
 from lightning_align.run.replicas import is_spread
 
 
+@declared
 class PretrainModule(CausalLMModule):
     """Next-token loss on packed text; with masked labels (-100) it is supervised fine-tuning.
 
@@ -98,6 +100,16 @@ class PretrainModule(CausalLMModule):
         self.z_loss = z_loss
         self.label_smoothing = label_smoothing
 
+    @property
+    @override
+    def batch_keys(self) -> tuple[str, ...]:
+        return ("input_ids", "labels")
+
+    @property
+    @override
+    def batch_source(self) -> str:
+        return "Give it TextDataModule or ConversationDataModule, or batches like theirs"
+
     @override
     def model_inputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         names = ("input_ids", "position_ids", "attention_mask")
@@ -131,6 +143,7 @@ class PretrainModule(CausalLMModule):
     @override
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Mean negative log-likelihood (nats per token) of each row, (B,)."""
+        batch = self.prepared(batch)
         hidden_BTD = self.forward_hidden(**self.model_inputs(batch))
         rows = zip(hidden_BTD, batch["labels"][:, 1:], strict=True)
         results = [linear_cross_entropy(hidden, self.layers.head, y) for hidden, y in rows]

@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
+from lightning_align._declared import declared
 from lightning_align._errors import argument_error, check_least
 from lightning_align.data import tokenizer as tokenizing
 from lightning_align.data.bucket_sampler import BucketSampler
@@ -25,6 +26,7 @@ from lightning_align.data.tokenize_corpus import Corpus
 from lightning_align.modules.positioned import Paths, PositionedDataModule, plain_paths
 
 
+@declared
 class TextDataModule(PositionedDataModule):
     """Packed blocks of text for next-token prediction.
 

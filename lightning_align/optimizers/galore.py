@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
+from lightning_align._declared import declared
 from lightning_align._errors import argument_error, check_choice
 from lightning_align.optimizers import galore_groups, safety
 from lightning_align.optimizers.adamw import State, init_adamw_state, moment_dtype
@@ -41,6 +42,7 @@ _FAILED = "failed_refreshes"
 _SHAPING = ("rank", "proj_type", "rank_is_asked_for")
 
 
+@declared
 class GaLoreAdamW(safety._SafeOptimizer):
     """AdamW whose moments of a matrix live in the leading subspace of its gradient (GaLore).
 

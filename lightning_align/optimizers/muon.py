@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
+from lightning_align._declared import declared
 from lightning_align._errors import argument_error, check_choice
 from lightning_align.optimizers import safety
 from lightning_align.optimizers.adamw import adamw_, init_adamw_state, moment_dtype
@@ -67,6 +68,7 @@ def adjusted_lr(lr: float, adjust_lr_fn: AdjustLr | None, outputs: int, inputs: 
     return lr * math.sqrt(max(1, outputs / inputs))  # https://kellerjordan.github.io/posts/muon/
 
 
+@declared
 class Muon(safety._SafeOptimizer):
     """Orthogonalized momentum for hidden matrices; AdamW for all other parameters.
 

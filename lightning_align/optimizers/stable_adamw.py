@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
+from lightning_align._declared import declared
 from lightning_align._errors import check_choice
 from lightning_align.optimizers import safety
 from lightning_align.optimizers.adamw import adamw_, bias_correction, init_adamw_state
@@ -35,6 +36,7 @@ def update_rms(gradient: Tensor, state: dict[str, Any], beta2: float, eps: float
     return squares.div_(second.clamp_(min=eps**2)).mean().sqrt()
 
 
+@declared
 class StableAdamW(safety._SafeOptimizer):
     """AdamW with update clipping (arXiv:2304.13013, Algorithm 2).
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from lightning_align._declared import declared
 from lightning_align._errors import argument_error, check_least
 from lightning_align.planner.quantities import SECONDS, quantity, shown_time
 
@@ -147,6 +148,7 @@ def time_to_train(
     )
 
 
+@declared
 @dataclass(frozen=True)
 class Reliability:
     """How often devices fail, and what saving and starting again take; texts have units.

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from lightning_align._declared import declared
 from lightning_align._errors import argument_error, finite_number
 from lightning_align.planner.block_work import Pass, frozen
 from lightning_align.planner.calibration import fitted
@@ -126,6 +127,7 @@ def _flops(work: Pass) -> float:
     return float(sum(piece.flops for piece in work.pieces))
 
 
+@declared
 class Planner:
     """Says what fits, how fast it would be, and which split to take.
 

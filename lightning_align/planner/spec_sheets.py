@@ -101,12 +101,13 @@ _ALIASES = {
 }
 
 
-def spec_sheet(where: str, name: str) -> tuple[str, SpecSheet]:
+def spec_sheet(where: str, name: str, argument: str = "name") -> tuple[str, SpecSheet]:
     """The full name of hardware and its sheet.
 
     Args:
         where: What the user called.
         name: Of the hardware, in any case; the most common variant may be left out.
+        argument: What the user gave the name as.
 
     Raises:
         ValueError: If there is none of that name.
@@ -118,7 +119,7 @@ def spec_sheet(where: str, name: str) -> tuple[str, SpecSheet]:
         guess = f"Did you mean {_ALIASES.get(close[0], close[0])!r}? " if close else ""
         way_out = f"{guess}Measure other hardware with MachineBalance.measure"
         rule = f"must be one of {', '.join(map(repr, SPEC_SHEETS))}"
-        raise argument_error(where, "name", name, rule, way_out)
+        raise argument_error(where, argument, name, rule, way_out)
     return key, SPEC_SHEETS[key]
 
 

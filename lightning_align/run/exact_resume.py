@@ -11,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from lightning_align._compat import lightning_quiet, lightning_resume
+from lightning_align._declared import declared
 from lightning_align._errors import argument_error
 from lightning_align.offload import linked
 from lightning_align.run.callbacks import put_first
@@ -24,6 +25,7 @@ from lightning_align.run.settings import LeftOut
 from lightning_align.run.skipping import Skipping
 
 
+@declared
 class ExactResume(Callback):
     """Tie data and randomness to the position of the run; keep what Lightning leaves out.
 

@@ -51,3 +51,35 @@ def test_module_without_a_hugging_face_model_is_refused_before_training(tmp_path
     ):
         trainer.fit(HandWritten(), SequenceData())
     assert trainer.global_step == 0
+
+
+@pytest.mark.parametrize("place", ["afile", "afile/model"])
+def test_a_place_where_no_folder_can_be_is_refused_before_training(
+    tmp_path: Path, place: str
+) -> None:
+    (tmp_path / "afile").write_text("kept")
+    module = sgd_module()
+    with pytest.raises(ValueError, match=r"SavePretrained\(dirpath='.*'\): .*is a file\. Give"):
+        fit(module, [rows(0, 1)], callbacks=[SavePretrained(str(tmp_path / place))])
+    assert module.trainer.global_step == 0
+    assert (tmp_path / "afile").read_text() == "kept"
+
+
+def test_a_url_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"dirpath='s3://a/b'\): must be a local folder\. Write"):
+        SavePretrained("s3://a/b")
+
+
+def test_what_a_folder_of_adapters_would_not_hold_is_refused(tmp_path: Path) -> None:
+    """A module of one's own, which trains the head beside the adapters of the model in it."""
+    peft = pytest.importorskip("peft")
+    module = Plain()
+    config = peft.LoraConfig(r=2, fan_in_fan_out=True)
+    module.network = peft.get_peft_model(module.network, config).get_base_model()
+    callbacks = [SavePretrained(str(tmp_path / "model"))]
+    fit(module, [rows(0, 1)], callbacks=callbacks)
+    module.network.transformer.ln_f.weight.requires_grad_(True)
+    with pytest.raises(
+        ValueError, match=r"SavePretrained\(model=.*'transformer.ln_f.weight' trains"
+    ):
+        fit(module, [rows(0, 1)], callbacks=callbacks)

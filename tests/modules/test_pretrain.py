@@ -251,7 +251,7 @@ def test_checkpoint_loads_with_weights_only_and_rebuilds_the_module(
         ({"label_smoothing": 1.0}, r"label_smoothing=1.0\): must lie in \[0, 1\)"),
         ({"chunk_size": 0}, r"chunk_size=0\): must be at least 1 row"),
         ({"dtype": "fp8"}, r"dtype='fp8'\): must be one of"),
-        ({"model": 3}, r"model=3\): must be a module, a Hugging Face name"),
+        ({"model": 3}, r"model=3\): must be a Module or text or a PreTrainedConfig"),
     ],
 )
 def test_bad_values_are_refused(options: dict[str, Any], message: str) -> None:

@@ -171,7 +171,7 @@ def test_arguments_at_their_extremes_leave_finite_weights(
         ({"ns_coefficients": (1e300, 0.0, 0.0)}, "make nan of one"),
         ({"ns_coefficients": [(2.0, -1.5, 0.5), (10.0, 0.0, 0.0)] * 3}, "near 1, and make"),
         ({"ns_coefficients": (3.4445, -4.775, 3.0315), "ns_steps": 20}, "near 1, and make"),
-        ({"ns_steps": True}, "a whole number from 1 to 99"),
+        ({"ns_steps": True}, "must be a whole number"),
         ({"eps": 0.0}, "at least 1e-12"),
         ({"adamw_eps": 0.0}, "at least 4e-18"),
         ({"lr": 1e30}, r"below 1e\+19"),

@@ -61,6 +61,7 @@ ANSWER: dict[str, Callable[[], Any]] = {
     "RefusesLength": text,
     "FollowsCurriculum": text,
     "TellsSampleTokens": text,
+    "TellsBatchKeys": text,
     "SpreadsModel": la.PipelineStrategy,
     "HoldsGradients": la.ZeROInfinityStrategy,
     "GathersParameters": la.ZeROInfinityStrategy,

@@ -16,6 +16,7 @@ from lightning_align._compat.lightning_trainer import (
     log_step_value,
 )
 from lightning_align._compat.torch_modules import is_compiled
+from lightning_align._declared import declared
 from lightning_align._errors import argument_error
 from lightning_align.callbacks.curriculum.checks import check_orders
 from lightning_align.callbacks.curriculum.feedback import Feedback, self_paced
@@ -44,6 +45,7 @@ RECOMPILE_LIMIT = 8  # torch._dynamo.config's, which takes seconds to import
 _LOST_KEY = "lightning_align.curriculum"  # of a checkpoint: what each rank has lost
 
 
+@declared
 class Curriculum(Callback):
     """Decide what a model learns when, and how long its rows are.
 

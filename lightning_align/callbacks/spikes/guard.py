@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_align._compat.lightning_trainer import is_accumulating, leave_step_to_no_average
+from lightning_align._declared import declared
 from lightning_align._errors import argument_error
 from lightning_align.callbacks.spikes import checks
 from lightning_align.callbacks.spikes.evidence import SpikeEvidence
@@ -45,6 +46,7 @@ _LEAVES_OUT = ("skip", "rewind", "stop")  # actions by which a step is not taken
 _WINDOW_KEY = "lightning_align.spike_guard"  # of a checkpoint in mid-accumulation
 
 
+@declared
 class SpikeGuard(Callback):
     """Watch loss and gradient norm, and decide before an update whether it would hurt.
 

@@ -1,6 +1,6 @@
 """What is asked of a LightningDataModule, and the answer of one that knows nothing, or of none."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -120,6 +120,15 @@ class TellsSampleTokens(Protocol):
         """How many; None if they differ."""
 
 
+@runtime_checkable
+class TellsBatchKeys(Protocol):
+    """Its batches are mappings, and it says to what."""
+
+    @property
+    def batch_keys(self) -> Collection[str]:
+        """Names in each batch, after its set-up."""
+
+
 # Questions
 
 
@@ -184,3 +193,10 @@ def told_stream(trainer: pl.Trainer) -> dict[str, Any] | None:
     data = datamodule_of(trainer)
     stream = data.stream if isinstance(data, TellsStream) else None
     return stream if isinstance(stream, dict) else None  # one's own may mean something else
+
+
+def batch_keys(data: Any) -> Collection[str] | None:
+    """Names in the batches of a datamodule, None if nobody knows."""
+    found: Any = data.batch_keys if isinstance(data, TellsBatchKeys) else None
+    is_told = isinstance(found, Collection) and not isinstance(found, str)
+    return found if is_told else None  # one's own may mean something else

@@ -20,8 +20,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_align._compat import lightning_trainer
+from lightning_align._declared import declared
 from lightning_align.models.weights import parameters_on_meta
-from lightning_align.pipelining import Event
+from lightning_align.pipelining import Event, read_schedule_csv
 from lightning_align.run.protocols import arranged
 from lightning_align.strategies import failure, launching
 from lightning_align.strategies.pipeline import checks, whole_state
@@ -38,6 +39,7 @@ from lightning_align.strategies.pipeline.steps import PipelineSteps
 from lightning_align.strategies.pipeline.whole_values import own_group
 
 
+@declared
 class PipelineStrategy(StageCheckpoints):
     """Train an ordinary LightningModule with its layers spread over several processes.
 
@@ -115,6 +117,8 @@ class PipelineStrategy(StageCheckpoints):
     ) -> None:
         super().__init__()
         several = checks.check_arguments(schedule, num_microbatches, num_stages_per_rank)
+        if schedule_csv is not None:
+            read_schedule_csv(schedule_csv, where="PipelineStrategy", argument="schedule_csv")
         self.schedule = schedule
         self.num_microbatches = num_microbatches
         self.num_stages_per_rank = num_stages_per_rank or (2 if several else 1)

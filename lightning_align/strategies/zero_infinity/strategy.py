@@ -24,6 +24,7 @@ from typing_extensions import override
 
 from lightning_align._compat import lightning_processes, lightning_resume, lightning_trainer
 from lightning_align._compat.glibc_memory import map_large_allocations
+from lightning_align._declared import declared
 from lightning_align.checkpointing.lock import FolderLock
 from lightning_align.models.weights import parameters_on_meta
 from lightning_align.offload.building import Building
@@ -55,6 +56,7 @@ from lightning_align.strategies.zero_infinity.ranks import (
 from lightning_align.strategies.zero_infinity.set_up import folders_here, set_up
 
 
+@declared
 class ZeROInfinityStrategy(BlockCheckpoints):
     """Train a LightningModule whose parameters, gradients and optimizer state are on disk.
 

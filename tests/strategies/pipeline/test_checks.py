@@ -25,7 +25,7 @@ from tests.helpers.ranks import run_ranks
     ("arguments", "message"),
     [
         ({"schedule": "1f1b"}, r"\(schedule='1f1b'\): must be one of \['GPipe', '1F1B', 'Inter"),
-        ({"num_microbatches": 2.5}, r"\(num_microbatches=2.5\): must be an integer"),
+        ({"num_microbatches": 2.5}, r"\(num_microbatches=2.5\): must be a whole number"),
         ({"num_microbatches": 0}, r"\(num_microbatches=0\): must be an integer of at least 1"),
         (
             {"num_stages_per_rank": 0},
