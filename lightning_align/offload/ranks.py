@@ -146,7 +146,8 @@ class Ranks:
         """Let go of the group while there is an interpreter.
 
         A thread of gloo may still hold a message that was waited for. If it lets go of the last
-        reference to a tensor while the interpreter ends, Python stops it, and C++ aborts the process.
+        reference to a tensor while the interpreter ends, Python stops it, and C++ aborts the
+        process.
         """
         self.close()
         self._thread.join(_END_S)
