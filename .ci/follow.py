@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PATIENCE_S = 240  # for one block
+PATIENCE_S = 900  # for one block, which hangs then
 FENCE = re.compile(r"( *)```(\w*)(.*)")
 NOTE = re.compile(r" *<!-- follow: (continues|writes (?P<file>\S+)|not run: (?P<reason>.+)) -->")
 PARTS = ["fit", "--model", "PretrainModule", "--data", "TextDataModule", "--print_config"]

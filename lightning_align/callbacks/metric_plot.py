@@ -116,6 +116,8 @@ class MetricPlot(Callback):
                 if not any(_is_same(x, held.get(name)) for held in seen)
             }
             self._note_first(trainer.global_step, new)
+        if self._first and not self._is_short(trainer):
+            self._first = {}
         self._step_values = values
 
     @override
@@ -153,7 +155,8 @@ class MetricPlot(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"curves": self._curves, "first": _plain(self._first)}
+        first = {"first": _plain(self._first)} if self._first else {}
+        return {"curves": self._curves, **first}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -75,8 +75,8 @@ def run_folder(trainer: pl.Trainer) -> str:
     for logger in trainer.loggers:
         folder = logger.save_dir
         if isinstance(folder, (str, os.PathLike)):
-            version = logger.version if isinstance(logger.version, str) else None
-            version = version or f"version_{logger.version}"
+            version = logger.version
+            version = version if isinstance(version, str) else f"version_{version}"
             return os.path.join(folder, str(logger.name or ""), version)
     return str(trainer.default_root_dir)
 

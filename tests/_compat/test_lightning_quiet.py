@@ -80,8 +80,11 @@ def test_wandb_has_nothing_to_complain_of(tmp_path, capfd):
     lightning_quiet.prepare_loggers(pl.Trainer(logger=loggers[1], **quiet))
     loggers[1].experiment.finish()
     silent = capfd.readouterr().err
-    assert "anonymous setting has no effect" in loud
+    assert "WARNING git root" in loud
     assert "WARNING" not in silent
+    before, after = (logger._wandb_init for logger in loggers)
+    assert before["anonymous"] is None  # of which wandb warns once in a process
+    assert {**after, "anonymous": None, "dir": 0} == {**before, "dir": 0}
 
 
 @pytest.mark.parametrize("logger", [False, True])

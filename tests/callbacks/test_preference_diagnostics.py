@@ -215,7 +215,7 @@ def test_the_kl_is_logged_at_its_steps_and_when_training_ends(tmp_path: Path) ->
     assert {"kl/policy", "kl/policy_se", "kl/policy_k1", "kl/policy_per_token"} <= {
         *header.split(",")
     }
-    assert (tmp_path / "preferences.png").stat().st_size > 1000
+    assert (tmp_path / "csv/preferences.png").stat().st_size > 1000
 
 
 def test_prompts_may_be_given_as_texts(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import io
 import sys
+from pathlib import Path
 
 import lightning.pytorch as pl
 import numpy as np
@@ -128,9 +129,11 @@ def test_only_rank_zero_draws(tmp_path, figure, monkeypatch):
 
 
 def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path, figure):
-    (tmp_path / "taken").write_text("a file where a folder should be")
     logger = TakesImages(tmp_path)
     trainer = make_trainer(tmp_path, logger)
+    folder = Path(logger.log_dir)
+    folder.mkdir(parents=True)
+    (folder / "taken").write_text("a file where a folder should be")
     with pytest.warns(UserWarning, match=r"'curve' was not written to .*taken/b\.png"):
         places = log_figure(trainer, "curve", figure, filename="taken/b.png")
     assert places == ["TakesImages as 'curve'"]
@@ -201,6 +204,7 @@ def test_an_offline_wandb_run_holds_metrics_config_and_picture(tmp_path, monkeyp
     assert row["run"]["count"] == 1
     assert row["trainer/global_step"] == 6
     (picture,) = [path for path in run.media if path.suffix == ".png"]
-    ours = np.asarray(Image.open(tmp_path / "run.png").convert("RGB"))
+    (file,) = tmp_path.glob(f"test/{logger.version}/run.png")
+    ours = np.asarray(Image.open(file).convert("RGB"))
     theirs = np.asarray(Image.open(picture).convert("RGB"))
     assert np.array_equal(ours, theirs)
