@@ -43,7 +43,7 @@ class OptimizerSwap(pl.Callback):
     module's own learning rate scheduler is built anew on it, with the same arguments.
 
     Args:
-        optimizer: Builds the optimizer from named parameter groups; or its name as in YAML.
+        optimizer: Builds the optimizer from named parameter groups, or its name.
         lr_scheduler: Builds a scheduler that steps after every optimizer step, in place of the
             module's own.
         adamw_patterns: Names of parameters that are no hidden matrices, with ``*`` and ``?``.

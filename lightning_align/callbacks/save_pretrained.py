@@ -12,7 +12,7 @@ from lightning_align._declared import declared
 from lightning_align._errors import argument_error
 from lightning_align.layers.find import find_held_model
 from lightning_align.models.adapters import has_adapters, refuse_lost
-from lightning_align.models.build import save_pretrained
+from lightning_align.models.build import refuse_adapter_of_another, save_pretrained
 from lightning_align.run.protocols import tokenizer_of, whole_state_dict
 
 ANOTHER = "Give another folder"
@@ -30,8 +30,8 @@ class SavePretrained(pl.Callback):
         dirpath: Folder to write; created if it does not exist.
 
     Raises:
-        ValueError: At ``setup``, if the LightningModule holds no Hugging Face model, or no folder
-            can be where ``dirpath`` says.
+        ValueError: At ``setup``, if the LightningModule holds no Hugging Face model, no folder can
+            be where ``dirpath`` says, or it holds an adapter and the model has none.
 
     Example:
         >>> callback = SavePretrained("outputs/model")
@@ -52,6 +52,7 @@ class SavePretrained(pl.Callback):
             refuse_lost(model, "SavePretrained", type(model).__name__)
         if trainer.is_global_zero:
             self._check_folder()
+            refuse_adapter_of_another(model, self.dirpath, "SavePretrained", "dirpath")
 
     def _check_folder(self) -> None:
         """Refuse a place where nothing can be written when the run has ended.

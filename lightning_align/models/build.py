@@ -155,6 +155,19 @@ def plain_model(model: nn.Module | str | PretrainedConfig | None) -> str | None:
     return model if isinstance(model, str) else None
 
 
+def refuse_adapter_of_another(
+    model: nn.Module, folder: str | Path, where: str, argument: str
+) -> None:
+    """Refuse to write a model beside an adapter, which whoever loads the folder would add to it.
+
+    Raises:
+        ValueError: If the folder has an adapter, and the model has none.
+    """
+    if is_adapter_folder(Path(folder).expanduser()) and not has_adapters(model):
+        rule = "holds an adapter, which whoever loads the folder would add to the model"
+        raise argument_error(where, argument, str(folder), rule, "Give another folder")
+
+
 def save_pretrained(
     model: nn.Module,
     folder: str | Path,
@@ -172,8 +185,11 @@ def save_pretrained(
         state: The model's state; None takes it from the model.
 
     Raises:
-        ValueError: If the model is not a Hugging Face model.
+        ValueError: If the model is not a Hugging Face model, or the folder has an adapter that is
+            not the model's.
     """
+    refuse_adapter_of_another(model, folder, "save_pretrained", "folder")
+    folder = Path(folder).expanduser()
     save = getattr(model, "save_pretrained", None)
     if save is None:
         rule = f"{type(model).__name__} has no save_pretrained"

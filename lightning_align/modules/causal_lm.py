@@ -50,8 +50,8 @@ class CausalLMModule(pl.LightningModule, ABC):
     Args:
         model: A module, a Hugging Face name or folder, or a transformers configuration for random
             weights.
-        optimizer: Builds the optimizer from named parameter groups; default AdamW(lr=3e-4,
-            betas=(0.9, 0.95)).
+        optimizer: Builds the optimizer from named parameter groups, or its name; default
+            AdamW(lr=3e-4, betas=(0.9, 0.95)).
         lr_scheduler: Builds a scheduler from the optimizer; it steps after every optimizer step.
         activation_checkpointing: Whether blocks recompute their activations in backward.
         chunk_size: Rows of logits computed at a time; None picks about 24 MB worth on a CPU.

@@ -81,8 +81,8 @@ class DPOModule(CausalLMModule):
         loss_type: sigmoid (DPO) or another loss of docs/dpo.md, or a list of them.
         label_smoothing: Probability that a preference is the wrong way round, for losses that
             smooth.
-        optimizer: Builds the optimizer from named parameter groups; default AdamW(lr=3e-4,
-            betas=(0.9, 0.95)).
+        optimizer: Builds the optimizer from named parameter groups, or its name; default
+            AdamW(lr=3e-4, betas=(0.9, 0.95)).
         lr_scheduler: Builds a scheduler from the optimizer; it steps after every optimizer step.
         chunk_size: Rows of logits computed at a time; None picks about 24 MB worth on a CPU.
         activation_checkpointing: Whether blocks recompute their activations in backward.

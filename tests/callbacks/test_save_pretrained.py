@@ -83,3 +83,22 @@ def test_what_a_folder_of_adapters_would_not_hold_is_refused(tmp_path: Path) -> 
         ValueError, match=r"SavePretrained\(model=.*'transformer.ln_f.weight' trains"
     ):
         fit(module, [rows(0, 1)], callbacks=callbacks)
+
+
+def test_a_model_is_not_written_beside_an_adapter(tmp_path: Path) -> None:
+    """Whoever loads such a folder takes it for the adapter, and gets other logits."""
+    pytest.importorskip("peft")
+    lora = {"class_path": "peft.LoraConfig", "init_args": {"r": 2}}
+    folder = str(tmp_path / "model")
+    fit(sgd_module(peft_config=lora), [rows(0, 1)], callbacks=[SavePretrained(folder)])
+    with pytest.raises(ValueError, match=r"SavePretrained\(dirpath=.*\): holds an adapter"):
+        fit(sgd_module(), [rows(0, 1)], callbacks=[SavePretrained(folder)])
+    with pytest.raises(ValueError, match=r"save_pretrained\(folder=.*\): holds an adapter"):
+        sgd_module().save_pretrained(folder)
+    fit(sgd_module(peft_config=lora), [rows(0, 1)], callbacks=[SavePretrained(folder)])
+
+
+def test_a_home_folder_is_that_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    fit(sgd_module(), [rows(0, 1)], callbacks=[SavePretrained("~/model")])
+    assert (tmp_path / "model" / "config.json").is_file()
