@@ -133,6 +133,8 @@ def read(where: str, argument: str, value: Any, hint: Any) -> Any:
     way_out = ""
     if _allows(hint, timedelta) and isinstance(value, (int, float)):
         way_out = f"Write datetime.timedelta(seconds={value})"
+    elif str(value).startswith("torch."):
+        way_out = f"Write {str(value).removeprefix('torch.')!r}"
     elif isinstance(value, float) and value.is_integer() and _allows(hint, int):
         way_out = f"Write {int(value)}"
     elif isinstance(value, str) and fits([value], hint):

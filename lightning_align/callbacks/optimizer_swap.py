@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_align._declared import declared
 from lightning_align._errors import argument_error
 from lightning_align.optimizers import param_groups
-from lightning_align.optimizers.by_name import optimizer_builder, scheduler_builder
+from lightning_align.optimizers.by_name import built_optimizer, optimizer_builder, scheduler_builder
 from lightning_align.run.protocols import keeps_shapes
 
 # Schedulers that multiply the learning rate of each group and keep their arguments under the names
@@ -106,7 +106,7 @@ class OptimizerSwap(pl.Callback):
         schedules = self._schedules(type(pl_module).__name__, theirs())
         groups = param_groups.build_param_groups(pl_module, **self.grouping)
         rank_zero_info(f"OptimizerSwap:\n{groups}")
-        optimizer = self.optimizer(groups)
+        optimizer = built_optimizer("OptimizerSwap", self.optimizer, groups)
         rates = param_groups.learning_rates(optimizer)
         if self.lr_scheduler is not None:
             schedules = [{"scheduler": self.lr_scheduler(optimizer), "interval": "step"}]

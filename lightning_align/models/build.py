@@ -211,7 +211,11 @@ def _from_config(
     auto: Any = AutoModelForCausalLM
     try:
         return _module(auto.from_config(config, **options)).train()
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
+        if "attn_implementation" in options and "ttention" in str(error):
+            rule = f"transformers refuses it ({str(error).splitlines()[0]})"
+            asked = options["attn_implementation"]
+            raise argument_error(where, "attn_implementation", asked, rule) from error
         rule = "transformers has no causal language model for this configuration"
         raise argument_error(where, argument, type(config).__name__, rule) from error
 

@@ -53,6 +53,10 @@ def check_batch(where: str, batch: Any, keys: Collection[str], way_out: str) -> 
         kind = f"{tuple(rows.shape)} {rows.dtype}" if isinstance(rows, Tensor) else type(rows)
         rule = f"must be token ids of shape (rows, tokens), and is {kind}"
         raise argument_error(where, "batch", "input_ids", rule, way_out)
+    if "labels" in keys and (rows.shape[1] < 2 or batch["labels"].is_floating_point()):
+        kind = f"labels {batch['labels'].dtype} of rows {tuple(rows.shape)}"
+        rule = f"must have whole numbers and 2 tokens a row, one to read and one to predict: {kind}"
+        raise argument_error(where, "batch", "labels", rule, way_out)
     for key in ("labels", "completion_mask", "attention_mask"):
         if key in keys and batch[key].shape != rows.shape:
             rule = f"{key} has the shape {tuple(batch[key].shape)}, input_ids {tuple(rows.shape)}"

@@ -37,7 +37,7 @@ from lightning_align.modules.window import (
     take_totals,
 )
 from lightning_align.optimizers import param_groups
-from lightning_align.optimizers.by_name import optimizer_builder, scheduler_builder
+from lightning_align.optimizers.by_name import built_optimizer, optimizer_builder, scheduler_builder
 from lightning_align.run.callbacks import callbacks_of
 from lightning_align.run.exact_resume import ExactResume
 from lightning_align.run.protocols import SpreadsModel, datamodule_of, tokenizer_of
@@ -310,7 +310,7 @@ class CausalLMModule(pl.LightningModule, ABC):
         build: Any = self.optimizer or partial(
             torch.optim.AdamW, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1
         )
-        optimizer = build(groups)
+        optimizer = built_optimizer(type(self).__name__, build, groups)
         if self.lr_scheduler is None:
             return optimizer
         rates = param_groups.learning_rates(optimizer)

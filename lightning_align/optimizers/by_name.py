@@ -48,8 +48,13 @@ def scheduler_builder(where: str, scheduler: Any) -> Any:
 
 
 def _builder(where: str, argument: str, given: Any, base: type, homes: tuple[Any, ...]) -> Any:
-    if isinstance(given, partial):
-        _check_names(where, argument, given.func, given.keywords)
+    found = given.func if isinstance(given, partial) else given
+    if isinstance(found, type) and base is Optimizer and not issubclass(found, base):
+        rule = f"{found.__name__} is no Optimizer"
+        raise argument_error(where, argument, given, rule, "Give one of torch.optim, or of ours")
+    if isinstance(found, type):
+        positional, keywords = (given.args, given.keywords) if found is not given else ((), {})
+        _check_arguments(where, argument, found, keywords, len(positional))
     if given is None or callable(given):
         return given
     path, options = given, {}
@@ -66,20 +71,45 @@ def _builder(where: str, argument: str, given: Any, base: type, homes: tuple[Any
         way_out = f"Did you mean {near[0]}" if near else "Give the path of the class"
         rule = f"there is no {base.__name__} of that name"
         raise argument_error(where, argument, given, rule, way_out)
-    _check_names(where, argument, found, options)
+    _check_arguments(where, argument, found, options)
     return partial(found, **options) if options else found
 
 
-def _check_names(where: str, argument: str, built: Any, options: Mapping[str, Any]) -> None:
-    """Refuse an option that a class does not have, which it would say when training begins."""
-    known = inspect.signature(built).parameters if isinstance(built, type) else {}
+def _check_arguments(
+    where: str, argument: str, built: type, options: Mapping[str, Any], positional: int = 0
+) -> None:
+    """Refuse options that a class does not have, or lacks, which it says when training begins."""
+    known = inspect.signature(built).parameters
     takes_any = any(each.kind == each.VAR_KEYWORD for each in known.values())
-    for name in options if known and not takes_any else ():
+    for name in () if takes_any else options:
         if name not in known:
             near = get_close_matches(name, known, 1)
             way_out = f"Did you mean {near[0]}" if near else ""
             rule = f"{built.__name__} has no such argument"
             raise argument_error(where, f"{argument}.{name}", options[name], rule, way_out)
+    for name, each in [*known.items()][1 + positional :]:  # the first is what it is built from
+        is_any = each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+        if each.default is each.empty and name not in options and not is_any:
+            way_out = f"Pass functools.partial({built.__name__}, {name}=...)"
+            raise argument_error(where, argument, built.__name__, f"it needs {name}", way_out)
+
+
+def built_optimizer(where: str, builder: Any, groups: Any) -> Optimizer:
+    """The optimizer of some parameter groups.
+
+    Args:
+        where: Class the user called.
+        builder: What builds it.
+        groups: Parameter groups.
+
+    Raises:
+        ValueError: If something else comes of it.
+    """
+    optimizer = builder(groups)
+    if not isinstance(optimizer, Optimizer):
+        rule = f"must return an optimizer, and returned {type(optimizer).__name__}"
+        raise argument_error(where, "optimizer", builder, rule)
+    return optimizer
 
 
 def _find(path: str, homes: tuple[Any, ...]) -> Any:

@@ -17,6 +17,8 @@ NAMES = [
     M("DPOModule", "loss_type", lambda d: d.dpo(loss_type="sigmod")),
     M("PreferenceOptions", "loss_type", lambda d: losses.PreferenceOptions("dpo")),
     M("PretrainModule", "optimizer", lambda d: d.pretrain(optimizer="AdamV")),
+    M("PretrainModule", "attn_implementation", lambda d: d.pretrain(attn_implementation="flash")),
+    M("PretrainModule", "lr_scheduler", lambda d: d.pretrain(lr_scheduler="CosineAnnealingLR")),
     M("OptimizerSwap", "optimizer", lambda d: la.OptimizerSwap("Muonn")),
     M(
         "Muon",

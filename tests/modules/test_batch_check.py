@@ -37,6 +37,8 @@ def test_a_datamodule_that_tells_is_asked() -> None:
         ({"input_ids": [1, 2], "labels": IDS}, r"must be token ids of shape \(rows, tokens\)"),
         ({"input_ids": IDS[0], "labels": IDS[0]}, r"must be token ids .* is \(5,\) torch.int64"),
         ({"input_ids": IDS.float(), "labels": IDS}, r"must be token ids .* torch.float32"),
+        ({"input_ids": IDS, "labels": IDS.float()}, "must have whole numbers and 2 tokens a row"),
+        ({"input_ids": IDS[:, :1], "labels": IDS[:, :1]}, "one to read and one to predict"),
         ({"input_ids": IDS, "labels": IDS[:, 1:]}, r"labels has the shape \(2, 4\), input_ids"),
     ],
 )

@@ -55,6 +55,8 @@ def test_what_init_args_say_is_passed_on() -> None:
         ({"name": "SGD"}, "must be what builds the Optimizer"),
         (partial(SGD, lrr=1), r"optimizer\.lrr=1\): SGD has no such argument\. Did you mean lr\."),
         (partial(Muon, momentun=1), r"optimizer\.momentun=1\): Muon has no such argument\. Did"),
+        (torch.nn.Linear, "Linear is no Optimizer"),
+        (partial(torch.nn.Linear, 3), "Linear is no Optimizer"),
         ({"class_path": "SGD", "init_args": {"x": 1}}, r"optimizer\.x=1\): SGD has no such arg"),
     ],
 )
@@ -73,6 +75,19 @@ def test_a_built_scheduler_is_refused() -> None:
     assert isinstance(built, LRScheduler)
     with pytest.raises(ValueError, match=r"PretrainModule\(lr_scheduler='<StepLR>'\): is built"):
         module(None, lr_scheduler=built)
+
+
+@pytest.mark.parametrize("given", ["CosineAnnealingLR", CosineAnnealingLR])
+def test_a_scheduler_says_what_it_needs(given: Any) -> None:
+    message = r"lr_scheduler='CosineAnnealingLR'\): it needs T_max\. Pass functools\.partial\(Cos"
+    with pytest.raises(ValueError, match=message):
+        scheduler_builder("Here", given)
+    assert scheduler_builder("Here", partial(CosineAnnealingLR, T_max=3)) is not None
+
+
+def test_what_is_built_must_be_an_optimizer() -> None:
+    with pytest.raises(ValueError, match=r"PretrainModule\(optimizer=.*and returned NoneType\."):
+        fit(module(lambda groups: None), [rows(0, 1)])
 
 
 def test_a_run_trains_with_what_was_named() -> None:
