@@ -71,15 +71,24 @@ LAYERS = {
     "curriculum": "pretrain",
     "curriculum_difficulty": "pretrain",
     "galore": "pretrain",
+    "galore_hub": "sft_chat.yaml -c size_8b",
+    "gpus_8": "sft_chat.yaml -c size_3b",
+    "host_memory": "sft_chat.yaml -c size_8b",
+    "lisa": "sft_chat.yaml -c size_8b",
     "muon": "ddp",
     "preference_diagnostics": "dpo",
     "roofline": "pretrain",
+    "size_3b": "sft_chat",
+    "size_8b": "sft_chat",
     "spike_guard": "pretrain",
     "stable_adamw": "ddp",
 }
 OF_CALLBACKS = {
     "curriculum",
     "curriculum_difficulty",
+    "gpus_8",
+    "host_memory",
+    "lisa",
     "preference_diagnostics",
     "roofline",
     "spike_guard",
@@ -352,16 +361,23 @@ def test_every_recipe_is_run_here() -> None:
         "ddp",
         "dpo",
         "dpo_cached",
+        "dpo_hub",
         "dpo_lora",
         "dpo_simpo",
         "finetune_hub",
         "galore",
+        "galore_hub",
+        "gpus_8",
+        "host_memory",
         "kto",
+        "lisa",
         "muon",
         "preference_diagnostics",
         "pretrain",
         "roofline",
         "sft_chat",
+        "size_3b",
+        "size_8b",
         "spike_guard",
         "stable_adamw",
         "zero_infinity",
@@ -371,7 +387,7 @@ def test_every_recipe_is_run_here() -> None:
 
 def test_the_list_has_a_line_for_each(capsys: pytest.CaptureFixture[str]) -> None:
     main(["recipes"])
-    lines = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out.partition("\n\n")[0].splitlines()
     assert [line.split()[0] for line in lines] == recipes.names()
     assert all(line.endswith(".") and 30 < len(line) < 110 for line in lines), lines
 
@@ -402,7 +418,7 @@ def test_copies_to_a_name_and_into_a_folder(folder: Path) -> None:
         (["pretrian"], "recipes(name='pretrian'): there is no such recipe. Did you mean pretrain?"),
         (
             ["copy", "xyz"],
-            "There are: curriculum, curriculum_difficulty, ddp, dpo, dpo_cached, dpo_lora, ",
+            "There are: curriculum, curriculum_difficulty, ddp, dpo, dpo_cached, dpo_hub, dpo_",
         ),
         (["copy", "ddp", "there.yaml"], "recipes(file='there.yaml'): exists already."),
         (["copy"], "must be nothing, NAME, or copy NAME [FILE]."),

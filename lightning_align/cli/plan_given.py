@@ -10,6 +10,7 @@ import yaml
 
 from lightning_align._errors import argument_error
 from lightning_align.cli.plan_yaml import OPTIMIZERS, arguments_of, last_name, listed
+from lightning_align.planner import ParallelSpec
 
 # What is planned with where neither the user nor the file says anything.
 DEFAULTS: dict[str, Any] = {
@@ -53,7 +54,19 @@ def said(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: If it trains adapters, or a module that is none of ours.
     """
-    content: Any = yaml.safe_load(Path(path).read_text())
+    return said_by(yaml.safe_load(Path(path).read_text()), path)
+
+
+def said_by(content: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
+    """The same of what a file holds, or of several that lie over each other.
+
+    Args:
+        content: All of it.
+        path: To name in an error.
+
+    Raises:
+        ValueError: If it trains adapters, or a module that is none of ours.
+    """
     model, trainer = content.get("model") or {}, content.get("trainer") or {}
     given: Mapping[str, Any] = model.get("init_args") or {}
     if given.get("peft_config"):
@@ -78,6 +91,59 @@ def said(path: str | Path) -> dict[str, Any]:
         if last_name(each) == "LISA":
             found["lisa_layers"] = arguments_of(each).get("activated_layers", _LISA_LAYERS)
     return found
+
+
+def split_of_run(content: Mapping[str, Any], path: str | Path) -> ParallelSpec:
+    """How a configuration splits a run, as it stands.
+
+    Args:
+        content: All layers of it.
+        path: To name in an error.
+
+    Raises:
+        ValueError: If its run is none that can be planned.
+    """
+    trainer = content.get("trainer") or {}
+    strategy, of_strategy = (
+        last_name(trainer.get("strategy")),
+        arguments_of(trainer.get("strategy")),
+    )
+    rows = arguments_of(content.get("data")).get("batch_size", 8)
+    many = trainer.get("accumulate_grad_batches") or 1
+    devices = _number_of(trainer.get("devices")) * int(trainer.get("num_nodes") or 1)
+    split: dict[str, Any] = {}
+    if strategy == "PipelineStrategy":
+        many = of_strategy["num_microbatches"]
+        rows //= many
+        split = {
+            "pipeline_parallel": devices,
+            "schedule": of_strategy.get("schedule", "1F1B"),
+            "num_model_chunks": of_strategy.get("num_stages_per_rank") or 1,
+        }
+    elif strategy == "ZeROInfinityStrategy":
+        split = {
+            "zero_stage": of_strategy.get("stage", 3),
+            "offload_param": of_strategy.get("offload_params_device", "nvme"),
+            "offload_optimizer": of_strategy.get("offload_optimizer_device", "nvme"),
+            "offload_activations": of_strategy.get("offload_activations", "none"),
+        }
+    recomputes = arguments_of(content.get("model")).get("activation_checkpointing")
+    replicas = 1 if "pipeline_parallel" in split else devices
+    return ParallelSpec(
+        devices=devices,
+        micro_batch_size=rows,
+        global_batch_size=rows * many * replicas,
+        activation_checkpointing="full" if recomputes else "none",
+        **said_by(content, path),
+        **split,
+    )
+
+
+def _number_of(devices: Any) -> int:
+    """Of a list its length; one, where only the machine knows."""
+    if isinstance(devices, list):
+        return len(devices)
+    return int(devices) if str(devices).isdigit() else 1
 
 
 def _optimizer(given: Any) -> dict[str, Any]:

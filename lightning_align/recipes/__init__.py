@@ -1,17 +1,21 @@
 """Tested configurations to begin with: listed, printed, copied.
 
-The first line of each file says what it does; it is the line of the list.
+The first line of each file says what it does; it is the line of the list. Recipes of hub models
+say below it what they need with which layers over them: these are the rows of a table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 from lightning_align._errors import argument_error
 from lightning_align.cli.commands import CommandParser
 from lightning_align.cli.mistakes import did_you_mean
+from lightning_align.cli.plan_report import columns
 
 
 def names() -> list[str]:
@@ -35,6 +39,47 @@ def text(name: str) -> str:
     return files(__name__).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
 
 
+@dataclass(frozen=True)
+class Need:
+    """What a model of a size needs on each device.
+
+    Attributes:
+        size: Of the model, such as ``"3 B"``.
+        technique: Optimizer, or what trains a part at a time.
+        devices: Number and name, as ``lightning-align plan`` has them.
+        memory: Of each device.
+        host: Memory of the host, where states are there.
+        layers: Options of ``fit``.
+    """
+
+    size: str
+    technique: str
+    devices: str
+    memory: str
+    host: str
+    layers: str
+
+
+_NEED = re.compile(
+    r"#   (?P<size>\S+ B), (?P<technique>\w+), (?P<devices>\d+ x [\w-]+)"
+    r"(?:, host (?P<host>[\d.]+ \w+))?: (?P<memory>[\d.]+ \w+): (?P<layers>-c .+)"
+)
+
+
+def needs(name: str) -> list[Need]:
+    """What the head of a recipe says of sizes, techniques and memory; nothing for most.
+
+    Raises:
+        ValueError: If there is none of the name.
+    """
+    found = map(_NEED.fullmatch, text(name).splitlines())
+    return [
+        Need(**{key: value or "" for key, value in each.groupdict().items()})
+        for each in found
+        if each
+    ]
+
+
 def copy(name: str, file: str | Path | None = None) -> Path:
     """Copy a recipe to ``file``, by default ``<name>.yaml`` in the working folder.
 
@@ -50,6 +95,18 @@ def copy(name: str, file: str | Path | None = None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content, encoding="utf-8")
     return path
+
+
+def listed() -> Iterator[str]:
+    """A line for each recipe, and the table of those that say what they need."""
+    for name in names():
+        yield f"{name:17} {text(name).splitlines()[0].removeprefix('# ')}"
+    rows = [["size", "technique", "devices", "memory of each", "host", "lightning-align fit"]]
+    for name in names():
+        for each in needs(name):
+            own = (each.size, each.technique, each.devices, each.memory, each.host, each.layers)
+            rows.append(list(own))
+    yield from ["", *columns(rows)]
 
 
 def parser() -> CommandParser:
@@ -73,8 +130,7 @@ def main(arguments: Sequence[str]) -> None:
     elif len(words) == 1 and words != ["copy"]:
         print(text(words[0]), end="")  # noqa: T201
     elif not words:
-        for name in names():
-            print(f"{name:17} {text(name).splitlines()[0].removeprefix('# ')}")  # noqa: T201
+        print("\n".join(listed()))  # noqa: T201
     else:
         rule = "must be nothing, NAME, or copy NAME [FILE]"
         raise argument_error("recipes", "words", " ".join(words), rule)
