@@ -21,7 +21,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from lightning_align.planner.analyze import analyze_step
 
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048)
 MATRIX = (1024, 768)  # outputs and inputs
 CACHE = (2, 8, 512, 64)  # rows, heads, tokens and width of the keys that attention reads
 STEPS = 30  # of a small model, of which the median counts

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 from lightning_align._errors import argument_error, check_choice
 from lightning_align.planner.block_work import (
@@ -31,7 +30,6 @@ from lightning_align.planner.efficiencies import (
     efficiencies_of,
     measured_efficiencies,
 )
-from lightning_align.planner.few_rows import FewRows
 from lightning_align.planner.hardware_spec import HardwareSpec
 from lightning_align.planner.model_spec import ModelSpec
 from lightning_align.planner.parallel_spec import ParallelSpec
@@ -207,9 +205,9 @@ def predict_generation(
     else:
         constants = replace(constants, launch_s=0.0, collective_s=0.0)
     if few is not None:
-        reach = partial(_reaching, few=few, rows=batch_size)
-        filling = (*filling[:2], reach(filling[2]))
-        step = (reach(step[0]), step[1], reach(step[2]))
+        share, whole = few.share(batch_size), few.share(batch_size * prompt)
+        filling = (_reaching(filling[0], whole), filling[1], _reaching(filling[2], share))
+        step = (_reaching(step[0], share, few.attention), step[1], _reaching(step[2], share))
     ridge = hardware.product_flops(spec.is_half) / hardware.mem_bandwidth
     one, two = (_decoding(model, replace(spec, micro_batch_size=rows), context) for rows in (1, 2))
     return GenerationCost(
@@ -262,12 +260,13 @@ def _launched_apart(passes: Passes, copied: float) -> Passes:
     return block._replace(pieces=(*block.pieces, *more)), first, last
 
 
-def _reaching(work: Pass, few: FewRows, rows: int) -> Pass:
-    """With the shares of the roofline that its products and attention reach."""
-    shares = [few.attention if p.name == ATTENTION else few.share(rows) for p in work.pieces]
+def _reaching(work: Pass, products: float, attention: float = 1.0) -> Pass:
+    """With the shares of the roofline that products with weights, and attention, reach."""
     pieces = (
-        piece._replace(share=share if piece.flops else 1.0)
-        for piece, share in zip(work.pieces, shares, strict=True)
+        piece._replace(share=attention if piece.name == ATTENTION else products)
+        if piece.flops
+        else piece
+        for piece in work.pieces
     )
     return work._replace(pieces=tuple(pieces))
 

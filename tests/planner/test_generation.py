@@ -283,6 +283,12 @@ def test_few_rows_reach_what_was_measured() -> None:
     one, two = (decode(known, rows) - decode(sheet, rows) for rows in (1, 2))
     assert one == pytest.approx(read, rel=0.02)  # once more, and queries
     assert two == pytest.approx(3 * weights + 2 * read, rel=0.02)
+    filled = [
+        predict_generation(SQUARE, hardware, prompt_length=2, new_tokens=1, efficiencies=IDEAL)
+        for hardware in (known, sheet)
+    ]
+    more = filled[0].prefill.seconds - filled[1].prefill.seconds
+    assert more == pytest.approx(3 * weights, rel=0.02)  # two tokens, of which the head has one
     plain = predict_generation(SQUARE, replace(sheet, mem_bandwidth=1e30), eager=True)
     calls = predict_generation(SQUARE, replace(known, mem_bandwidth=1e30), eager=True)
     assert calls.decode.seconds > 60
