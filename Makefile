@@ -22,7 +22,7 @@ ifeq ($(GPU)$(filter Darwin,$(shell uname -s)),)
 TORCH := $(TORCH)+cpu
 endif
 
-.PHONY: setup demo test test-kernels test-peer test-laws test-all follow composition check lint format imports types docstrings docs bench clean
+.PHONY: setup demo test test-oldest test-kernels test-peer test-laws test-all follow composition check lint format imports types docstrings docs bench clean
 
 setup: $(STAMP)
 
@@ -59,6 +59,20 @@ else
 	$(BIN)/pytest $(PARALLEL) -m "not slow and not peer and not gpu and not alone" --ignore=tests/helpers tests
 	$(BIN)/pytest -m "alone and not slow and not peer and not gpu" $(call FILES,alone)
 endif
+
+# A fast part of the suite on the oldest version of each dependency. torch is the one of `make setup`: CPU builds of older ones
+# are on PyTorch's own index alone (README.md says what was tried).
+OLDEST := .venv-oldest
+FAST := tests/_compat tests/layers tests/models tests/modules tests/run tests/callbacks tests/cli tests/data
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt $(STAMP)
+	$(PYTHON) -m venv --clear $(OLDEST)
+	@$(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet $(TORCH) 2>/dev/null \
+	  || $(OLDEST)/bin/python -m pip install --quiet --extra-index-url $(CPU_INDEX) $(TORCH)
+	@$(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints-oldest.txt -e '.[test]'
+	@touch $@
+
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/pytest $(PARALLEL) -m "not slow and not peer and not gpu and not alone and not law" $(FAST) $(ARGS)
 
 # The arithmetic once more, with the kernels of older processors; `make test` takes the machine's own.
 MATHS := tests/_compat/test_torch_attention.py tests/losses tests/optimizers tests/pipelining tests/layers tests/test_schedules.py
@@ -119,4 +133,4 @@ bench: $(STAMP)
 	@set -e; for script in $(wildcard benchmarks/$(BENCH).py benchmarks/*/$(BENCH).py); do echo "== $$script"; $(BIN)/python $$script $(ARGS); done
 
 clean:
-	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .findings
+	rm -rf $(VENV) $(OLDEST) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .findings

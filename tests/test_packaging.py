@@ -164,6 +164,24 @@ def test_what_the_package_imports_is_declared():
     assert undeclared == {}
 
 
+def test_the_oldest_versions_are_the_lower_ends_of_our_ranges():
+    """`make test-oldest` would else try what pip does not install for a user."""
+    from packaging.requirements import Requirement
+    from packaging.version import Version
+
+    text = (ROOT / "constraints-oldest.txt").read_text()
+    pins = {name: Version(pin) for name, pin in re.findall(r"^([a-z0-9-]+)==(\S+)$", text, re.M)}
+    ours = {"test", "completion", "check", "docs", "peer", "demo", "litdata"}  # tools, not needs
+    lower = {}
+    for line in importlib.metadata.requires("lightning-align") or []:
+        needed = Requirement(line)
+        extra = re.search(r'extra == "([\w-]+)"', str(needed.marker))
+        if needed.name != "torch" and not (extra and extra[1] in ours):
+            ends = [each.version for each in needed.specifier if each.operator == ">="]
+            lower[needed.name] = Version(ends[0])
+    assert {name: pins[name] for name in lower} == lower
+
+
 def test_every_installed_dependency_is_pinned_to_the_version_in_use():
     """A dependency that constraints.txt does not name would float on the next fresh machine."""
     from packaging.requirements import Requirement

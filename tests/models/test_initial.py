@@ -83,7 +83,7 @@ def test_a_part_has_the_values_that_it_has_in_the_whole(name: str) -> None:
 
 
 def test_values_are_those_that_transformers_would_draw() -> None:
-    """GPT-2: normal with a standard deviation of 0.02, smaller by sqrt(2 n) at block outputs."""
+    """GPT-2: normal, and smaller by sqrt(2 n) at block outputs where transformers draws it so."""
     ours = filled(gpt2, lambda _: True)
     theirs = {name: p.detach() for name, p in gpt2().named_parameters()}
     assert ours.keys() == theirs.keys()
@@ -93,8 +93,9 @@ def test_values_are_those_that_transformers_would_draw() -> None:
         else:
             # 4096 and more draws: the standard error of their deviation is below 1.1 %
             assert value.std() == pytest.approx(float(theirs[name].std()), rel=0.08), name
-    small = ours["transformer.h.3.mlp.c_proj.weight"].std()
-    assert float(small) == pytest.approx(0.02 / math.sqrt(2 * BLOCKS), rel=0.05)
+    if float(theirs["transformer.h.3.mlp.c_proj.weight"].std()) < 0.01:  # older ones do not
+        small = ours["transformer.h.3.mlp.c_proj.weight"].std()
+        assert float(small) == pytest.approx(0.02 / math.sqrt(2 * BLOCKS), rel=0.05)
     layers = [ours[f"transformer.h.{number}.attn.c_attn.weight"] for number in range(BLOCKS)]
     assert len({float(layer[0, 0]) for layer in layers}) == BLOCKS, "blocks are alike"
 
