@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning_align._errors import argument_error, check_least
 from lightning_align.cli.commands import CommandParser
 
+Conversation = list[dict[str, str]]  # messages: role and content
+
 
 def stream(
     model: Any,
     tokenizer: Any,
-    prompt: str,
+    prompt: str | Conversation,
     *,
     max_new_tokens: int = 100,
     temperature: float | None = None,
@@ -31,7 +34,8 @@ def stream(
     Args:
         model: A Hugging Face model in evaluation mode.
         tokenizer: The one that the model was trained with; its chat template is for ``chat``.
-        prompt: Text to go on from, or with ``chat`` what the user says.
+        prompt: Text to go on from; with ``chat`` what the user says, or a conversation that ends
+            with it.
         max_new_tokens: Tokens to generate at most.
         temperature: Above 1 more varied, below 1 more predictable, 0 without chance.
         top_p: Keep the likeliest tokens that together have this probability.
@@ -40,12 +44,17 @@ def stream(
         chat: Whether the prompt is a message, to be put into the tokenizer's chat template.
 
     Raises:
-        ValueError: If a number is out of its range, or a chat template is missing.
+        ValueError: If a number is out of its range, a chat template is missing, or more was said
+            than the model reads.
     """
     check_sampling(max_new_tokens, temperature, top_p, top_k)
     import torch
 
     ids = _prompt_ids(tokenizer, prompt, chat)
+    length = getattr(model.config, "max_position_embeddings", None)
+    if length is not None and ids.shape[1] >= length:
+        rule = f"{ids.shape[1]} tokens were said, and the model reads {length}"
+        raise argument_error("generate", "prompt", "...", rule, "Begin anew with fewer")
     options = _sampling(temperature, top_p, top_k)
     torch.manual_seed(seed)
     yield from _generate(model, tokenizer, ids.to(model.device), max_new_tokens, options)
@@ -68,7 +77,7 @@ def check_sampling(
         check_least("generate", 1, top_k=top_k)
 
 
-def _prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> Any:
+def _prompt_ids(tokenizer: Any, prompt: str | Conversation, chat: bool) -> Any:
     import torch
 
     if not chat:
@@ -79,7 +88,7 @@ def _prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> Any:
     if not getattr(tokenizer, "chat_template", None):
         rule = "the tokenizer has no chat template"
         raise argument_error("generate", "chat", True, rule, "Leave --chat out to continue a text")
-    messages = [{"role": "user", "content": prompt}]
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
 
@@ -137,11 +146,16 @@ def parser() -> CommandParser:
     parser = CommandParser("lightning-align generate", "Write text with a trained model.")
     help_ckpt = "Lightning checkpoint, Hugging Face folder (also of an adapter) or hub name."
     parser.add_argument("--ckpt", type=str, required=True, help=help_ckpt)
-    help_prompt = "Text to go on from; may be repeated, and - reads it from standard input."
-    parser.add_argument("--prompt", type=str, action="append", required=True, help=help_prompt)
+    help_prompt = (
+        "Text to go on from; may be repeated, and - reads it from standard input. With --chat what"
+        " the user says, turn by turn; left out there, each line of standard input is a turn."
+    )
+    parser.add_argument("--prompt", type=str, action="append", help=help_prompt)
     parser.add_function_arguments(stream, skip={"model", "tokenizer", "prompt", "chat"})
-    help_chat = "Take the prompt for a message, and use the chat template."
+    help_chat = "Talk: each prompt is a message, answered in the light of what was said before."
     parser.add_argument("--chat", action="store_true", help=help_chat)
+    help_system = "What the model is told before the conversation, with --chat."
+    parser.add_argument("--system", type=str | None, help=help_system)
     help_model = "Folder or hub name of the architecture, if the checkpoint does not tell its own."
     parser.add_argument("--model", type=str | None, help=help_model)
     help_tokenizer = "Folder or hub name of another tokenizer than the checkpoint's."
@@ -162,7 +176,11 @@ def main(arguments: Sequence[str]) -> None:
     options = parser().parse_args(list(arguments)).as_dict()
     sampling = {name: options[name] for name in ("max_new_tokens", "temperature", "top_p", "top_k")}
     check_sampling(**sampling)  # before seconds of loading
-    prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in options["prompt"]]
+    if not options["chat"] and options["prompt"] is None:
+        raise argument_error("generate", "prompt", None, "is missing", "Or talk, with --chat")
+    if not options["chat"] and options["system"] is not None:
+        rule = "is a message of a conversation"
+        raise argument_error("generate", "system", options["system"], rule, "Say --chat, too")
     import torch
 
     from lightning_align.models.trained import load_trained
@@ -175,13 +193,55 @@ def main(arguments: Sequence[str]) -> None:
         raise argument_error("generate", "ckpt", options["ckpt"], rule, "Give one with --tokenizer")
     device = options["device"] or str(torch.accelerator.current_accelerator() or "cpu")
     model: Any = trained.model.to(torch.device(device))  # type: ignore[arg-type]
-    others = {name: options[name] for name in ("seed", "chat")}
-    for prompt in prompts:
-        if not options["chat"]:
-            write(prompt)
-        for piece in stream(model, trained.tokenizer, prompt, **sampling, **others):
+    talk = partial(stream, model, trained.tokenizer, **sampling, seed=options["seed"])
+    if options["chat"]:
+        converse(partial(talk, chat=True), turns(options["prompt"]), options["system"])
+        return
+    for prompt in turns(options["prompt"]):
+        write(prompt)
+        for piece in talk(prompt):
             write(piece)
         write("\n")
+
+
+def turns(prompts: Sequence[str] | None) -> Iterator[str]:
+    """Prompts that were given, or each line of standard input, asked for if somebody types it."""
+    if prompts is not None:
+        yield from (sys.stdin.read() if prompt == "-" else prompt for prompt in prompts)
+        return
+    asked = sys.stdin.isatty()
+    while True:
+        if asked:
+            write("> ")
+        if not (line := sys.stdin.readline()):
+            return
+        if line.strip():
+            yield line.rstrip("\n")
+
+
+def converse(
+    talk: Callable[[Conversation], Iterator[str]], messages: Iterable[str], system: str | None
+) -> Conversation:
+    """Answer message after message, each in the light of those before.
+
+    Args:
+        talk: Continues a conversation.
+        messages: Of the user.
+        system: What the model is told first; None says nothing.
+
+    Returns:
+        The whole conversation.
+    """
+    said = [] if system is None else [{"role": "system", "content": system}]
+    for message in messages:
+        said.append({"role": "user", "content": message})
+        answer = ""
+        for piece in talk(said):
+            write(piece)
+            answer += piece
+        write("\n")
+        said.append({"role": "assistant", "content": answer})
+    return said
 
 
 def write(text: str) -> None:

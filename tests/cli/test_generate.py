@@ -1,5 +1,6 @@
 """Text from a model: the command streams it, stops at the end, and repeats it for a seed."""
 
+import io
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lightning_align import DPOModule, PretrainModule
 from lightning_align.__main__ import main
-from lightning_align.cli.generate import stream
+from lightning_align.cli.generate import stream, turns
 from lightning_align.data.tokenizer import train_tokenizer
 from lightning_align.offload import linked
 from tests.helpers.checkpoints import save_checkpoint
@@ -52,7 +53,7 @@ def folder(model: Any, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory)
     return str(path)
 
 
-def text(model: Any, tokenizer: Any, prompt: str = "It is", **options: Any) -> str:
+def text(model: Any, tokenizer: Any, prompt: Any = "It is", **options: Any) -> str:
     return "".join(stream(model, tokenizer, prompt, **{"max_new_tokens": 24, **options}))
 
 
@@ -133,19 +134,47 @@ def test_chat_needs_a_template(model: Any) -> None:
         text(model, train_tokenizer([TEXT], 300), chat=True)
 
 
+def test_more_than_the_model_reads_is_refused(model: Any, tokenizer: Any) -> None:
+    long = [{"role": "user", "content": "truth " * 300}]
+    with pytest.raises(ValueError, match=r"tokens were said, and the model reads 256\. Begin anew"):
+        text(model, tokenizer, long, chat=True)
+
+
 # As a command
 
 
 def test_several_prompts_and_standard_input(
     folder: str, model: Any, tokenizer: Any, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
-    import io
-
     monkeypatch.setattr(sys, "stdin", io.StringIO("a truth"))
     prompts = ["--prompt", "It is", "--prompt", "-"]
     main(["generate", "--ckpt", folder, *prompts, "--max_new_tokens=24", "--device=cpu"])
     expected = [f"{p}{text(model, tokenizer, p)}\n" for p in ("It is", "a truth")]
     assert capsys.readouterr().out == "".join(expected)
+
+
+def test_a_conversation_is_answered_in_the_light_of_what_was_said(
+    folder: str, model: Any, tokenizer: Any, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    """Turn by turn, from arguments as from standard input; an empty line is nobody's turn."""
+    answer = partial(text, model, tokenizer, max_new_tokens=9)
+    first = answer("<system>brief<user>hello<assistant>")
+    second = answer(f"<system>brief<user>hello<assistant>{first}<user>why?<assistant>")
+    assert second != answer("<system>brief<user>why?<assistant>")
+    command = ["generate", "--ckpt", folder, "--chat", "--system=brief", "--max_new_tokens=9"]
+    main([*command, "--device=cpu", "--prompt=hello", "--prompt=why?"])
+    assert capsys.readouterr().out == f"{first}\n{second}\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n\nwhy?"))
+    main([*command, "--device=cpu"])
+    assert capsys.readouterr().out == f"{first}\n{second}\n"
+
+
+def test_who_types_is_asked(monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    typed = io.StringIO("hello\n")
+    monkeypatch.setattr(typed, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stdin", typed)
+    assert list(turns(None)) == ["hello"]
+    assert capsys.readouterr().out == "> > "
 
 
 def test_a_checkpoint_generates(
@@ -217,6 +246,16 @@ def test_mistakes_end_in_a_line(tmp_path: Path, folder: str) -> None:
     ]:
         with pytest.raises(SystemExit) as stopped:
             main(["generate", f"--ckpt={checkpoint}", "--prompt=a", *options])
+        assert message in str(stopped.value)
+
+
+def test_what_is_missing_is_told_before_a_model_is_loaded() -> None:
+    for options, message in [
+        ([], "generate(prompt=None): is missing. Or talk, with --chat."),
+        (["--prompt=a", "--system=b"], "is a message of a conversation. Say --chat, too."),
+    ]:
+        with pytest.raises(SystemExit) as stopped:
+            main(["generate", "--ckpt=no-such-folder", *options])
         assert message in str(stopped.value)
 
 
