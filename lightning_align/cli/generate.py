@@ -193,7 +193,7 @@ def main(arguments: Sequence[str]) -> None:
         raise argument_error("generate", "ckpt", options["ckpt"], rule, "Give one with --tokenizer")
     device = options["device"] or str(torch.accelerator.current_accelerator() or "cpu")
     model: Any = trained.model.to(torch.device(device))  # type: ignore[arg-type]
-    talk = partial(stream, model, trained.tokenizer, **sampling, seed=options["seed"])
+    talk: Any = partial(stream, model, trained.tokenizer, **sampling, seed=options["seed"])
     if options["chat"]:
         converse(partial(talk, chat=True), turns(options["prompt"]), options["system"])
         return
