@@ -67,7 +67,7 @@ def test_what_has_become_an_argument_is_no_longer_said_to_have_no_counterpart():
 
 def our_pair(folder, chosen, rejected, is_useless):
     """The texts of prompt, chosen and rejected; None if the pair is dropped, and counted."""
-    from lightning_align.data.files import find_files
+    from lightning_align.data.paths import find_files
     from lightning_align.data.preference import read_pairs
     from tests.helpers.byte_tokenizer import ByteTokenizer
 

@@ -50,8 +50,8 @@ class LISA(Callback):
     Args:
         activated_layers: Blocks that train in an interval.
         interval_steps: Optimizer steps between draws.
-        layers_attribute: Dotted name of the list of blocks in the language model, if it is not
-            found.
+        layers_attribute: Dotted name of the list of blocks, from the language model or from the
+            LightningModule, if it is not found.
         sampling: uniform, weight_norm (in proportion to the norm of a block's weights), or a list
             with a weight for each block.
         optimizer_state: What becomes of the moments of a block that is frozen: drop or keep, which

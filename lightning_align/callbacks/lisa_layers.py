@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_align._errors import argument_error
 from lightning_align.layers import ModelLayers, find_layers
-from lightning_align.layers.find import find_language_models, kept_layers
+from lightning_align.layers.find import find_language_models, inner_attribute, kept_layers
 from lightning_align.layers.parts import find_parts
 from lightning_align.seeds import derive_seed
 
@@ -115,15 +115,23 @@ def partition(
 def language_model(pl_module: nn.Module, layers_attribute: str | None) -> ModelLayers:
     """The map of the language model that a module holds, or is.
 
+    Args:
+        pl_module: The module.
+        layers_attribute: Dotted name of the list of blocks, from the model or from the module; None
+            finds it.
+
     Raises:
         ValueError: If it cannot be read, or holds adapters of PEFT.
     """
     _refuse_adapters(pl_module)
     kept = kept_layers(pl_module)
-    if kept is not None:
-        return kept if layers_attribute is None else find_layers(kept.model, layers_attribute)
+    if kept is not None and layers_attribute is None:
+        return kept
     models = find_language_models(pl_module).values()
-    return find_layers(next(iter(models), pl_module), layers_attribute)
+    model = kept.model if kept is not None else next(iter(models), pl_module)
+    if layers_attribute is not None:
+        layers_attribute = inner_attribute(pl_module, model, layers_attribute)
+    return find_layers(model, layers_attribute)
 
 
 def _refuse_adapters(pl_module: nn.Module) -> None:

@@ -48,7 +48,8 @@ class OptimizerSwap(pl.Callback):
             module's own.
         adamw_patterns: Names of parameters that are no hidden matrices, with ``*`` and ``?``.
         matrix_patterns: Names of parameters that are hidden matrices.
-        layers_attribute: Name of the list of blocks in the language model, if it is not found.
+        layers_attribute: Dotted name of the list of blocks, from the language model or from the
+            LightningModule, if it is not found.
 
     Raises:
         ValueError: Before training, if a pattern matches nothing, if the module has several

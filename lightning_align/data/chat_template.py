@@ -149,7 +149,7 @@ def check_messages(file: InputFile, place: str, column: str, value: object) -> M
     Raises:
         ValueError: If it is none, is empty, or a message lacks a role or a text.
     """
-    where = f"{place}: column {column!r}"
+    where = f"{place}: column {file.columns.shown(column)!r}"
     if not isinstance(value, list):
         raise file.error(f"{where} must be a list of messages, not {type(value).__name__}")
     if not value:

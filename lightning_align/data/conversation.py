@@ -54,11 +54,16 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
     @property
     def content(self) -> str:
         """Hash of all tokens and of what is learned of them, in order."""
-        digest = hashlib.blake2b(digest_size=16)
-        for example in self.examples:
-            digest.update(np.int64(len(example.ids)).tobytes())
-            digest.update(example.ids.tobytes() + example.learned.tobytes())
-        return digest.hexdigest()
+        return content_of(self.examples)
+
+
+def content_of(examples: Sequence[Example]) -> str:
+    """Hash of the tokens of conversations and of what is learned of them, in order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for example in examples:
+        digest.update(np.int64(len(example.ids)).tobytes())
+        digest.update(example.ids.tobytes() + example.learned.tobytes())
+    return digest.hexdigest()
 
 
 def collate_conversations(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:

@@ -35,6 +35,7 @@ from lightning_align.data.samples import Ids, Record, batches_of_one_format, clo
 MESSAGES = "messages"
 TEXTS = "a prompt and a completion as text"
 TWO_MESSAGES = "a prompt and a completion as messages"
+COLUMNS = ("messages", "prompt", "completion")
 
 MARK = "Put {% generation %} and {% endgeneration %} around what the assistant says in the template"
 
@@ -86,7 +87,7 @@ class ConversationReader:
 
     def read(self, file: InputFile) -> Iterator[Example | str]:
         """The conversations of a file, or in place of one why it cannot be used."""
-        for form, records in batches_of_one_format(file, format_of):
+        for form, records in batches_of_one_format(file, format_of, COLUMNS):
             read = self._texts if form == TEXTS else self._messages
             yield from read(file, records)
 
@@ -165,7 +166,8 @@ def format_of(file: InputFile, place: str, record: dict[str, Any]) -> str:
     if not {"prompt", "completion"} <= present:
         found = ", ".join(map(repr, record)) or "none"
         rule = f"{place} has neither messages nor a prompt and a completion; columns found: {found}"
-        raise file.error(rule)
+        way_out = "Name them with messages_column, or with prompt_column and completion_column"
+        raise file.error(rule, way_out)
     kinds = {type(record["prompt"]), type(record["completion"])}
     if kinds == {str, list}:
         raise file.error(f"{place}: prompt and completion must both be text or both be messages")

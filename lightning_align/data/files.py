@@ -15,7 +15,7 @@ import lzma
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import IO, Any, cast
 
@@ -23,21 +23,14 @@ import fsspec
 from typing_extensions import override
 
 from lightning_align._errors import argument_error
-from lightning_align.data.corpora import EMBEDDED_CORPORA, embedded_path
-from lightning_align.data.hub import ask_hub
-from lightning_align.data.hub_datasets import (
-    HUB_NAME,
-    is_saved,
-    load_hub,
-    load_saved,
-    table_hash,
-    table_rows,
-)
+from lightning_align.data.columns import Columns
+from lightning_align.data.hub_datasets import load_hub, load_saved, table_hash, table_rows
 from lightning_align.data.tables import csv_rows, parquet_rows
 
 CHUNK = 1 << 20
 COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
-RECORD_SUFFIXES = (".jsonl", ".csv", ".parquet")
+LINE_SUFFIXES = (".jsonl", ".ndjson")
+RECORD_SUFFIXES = (*LINE_SUFFIXES, ".json", ".csv", ".parquet")
 DEEPEST = 100  # lists and objects inside each other, as in Arrow; comparing them recurses
 
 
@@ -48,11 +41,13 @@ class InputFile:
     where: str
     argument: str
     url: str
+    columns: Columns = field(default_factory=Columns, compare=False)  # what the user calls them
 
     @property
     def suffix(self) -> str:
         """The kind of file, such as ``.jsonl``: its last suffix that is not a compression."""
-        name = self.url.rpartition("/")[2]
+        # Of a file in an archive (zip://file::archive.zip) the name of the file.
+        name = self.url.partition("::")[0].rpartition("/")[2]
         for compressed in COMPRESSED:
             name = name.removesuffix(compressed)
         return name[name.rfind(".") :] if "." in name else ""
@@ -84,6 +79,8 @@ class InputFile:
     def records(self, columns: Sequence[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
         """Place (such as "line 7" or "row 7", counted from 1) and content of each record.
 
+        A .json file is a list of objects, or JSON lines under that name.
+
         Blank lines are passed over. All cells of a .csv file are text; those of the other kinds may
         hold lists, dicts and None.
 
@@ -93,12 +90,15 @@ class InputFile:
         Raises:
             ValueError: If the file does not hold records, or one of them cannot be read.
         """
-        if self.suffix == ".jsonl":
+        if self.suffix in LINE_SUFFIXES:
             yield from self._lines()
+            return
+        if self.suffix == ".json":
+            yield from self._list() if self._begins_list() else self._lines()
             return
         if self.suffix == ".csv":
             rows = self._csv()
-        elif self.url.endswith(".parquet"):
+        elif self.url.partition("::")[0].endswith(".parquet"):
             rows = self._parquet(columns)
         else:
             raise self.table_error()
@@ -114,6 +114,12 @@ class InputFile:
         )
         return self.error(f"its name must end in {', '.join(suffixes)} or {last}", way_out)
 
+    def missing(self, place: str, record: dict[str, Any], column: str) -> ValueError:
+        """The error for a record without a column that may have another name there."""
+        found = ", ".join(map(repr, record)) or "none"
+        rule = f"{place} has no column {column!r}; columns found: {found}"
+        return self.error(rule, f"Say with {column}_column what it is called")
+
     def text_columns(
         self, place: str, record: dict[str, Any], columns: Sequence[str]
     ) -> dict[str, str]:
@@ -124,13 +130,13 @@ class InputFile:
         """
         for column in columns:
             if column not in record:
-                found = ", ".join(map(repr, record)) or "none"
-                raise self.error(f"{place} has no column {column!r}; columns found: {found}")
+                raise self.missing(place, record, column)
+            name = self.columns.shown(column)
             if not isinstance(record[column], str):
                 found = type(record[column]).__name__
-                raise self.error(f"{place}: column {column!r} must be text, not {found}")
+                raise self.error(f"{place}: column {name!r} must be text, not {found}")
             if fault := text_fault(record[column]):
-                raise self.error(f"{place}: column {column!r} {fault}")
+                raise self.error(f"{place}: column {name!r} {fault}")
         return {column: record[column] for column in columns}
 
     def _lines(self) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -139,6 +145,22 @@ class InputFile:
                 self._refuse_binary(line)
                 if not line.isspace():
                     yield f"line {number}", self._record(number, line)
+
+    def _begins_list(self) -> bool:
+        with self._open_text() as stream:
+            while (character := stream.read(1)).isspace():
+                pass
+            return bool(character == "[")
+
+    def _list(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        with self._open_text() as stream:
+            text = self._refuse_binary(stream.read())
+        try:
+            items = parse_json(text)
+        except ValueError as error:
+            raise self.error(str(error)) from None
+        for number, item in enumerate(items, start=1):
+            yield f"item {number}", self._object(f"item {number}", item)
 
     def _csv(self) -> Iterator[dict[str, Any]]:
         with self._open_text(newline="") as stream:  # line breaks inside cells stay as they are
@@ -152,10 +174,16 @@ class InputFile:
         try:
             record = parse_json(line.rstrip("\n"))
         except ValueError as error:
-            raise self.error(f"line {number} {error}") from None
+            way_out = ""
+            if self.suffix == ".json":
+                way_out = "A .json file is a list of objects, or has one object on each line"
+            raise self.error(f"line {number} {error}", way_out) from None
+        return self._object(f"line {number}", record)
+
+    def _object(self, place: str, record: object) -> dict[str, Any]:
         if not isinstance(record, dict):
             found = type(record).__name__
-            raise self.error(f"line {number} must be a JSON object, but it is a {found}")
+            raise self.error(f"{place} must be a JSON object, but it is a {found}")
         return record
 
     def _refuse_binary(self, text: str) -> str:
@@ -227,7 +255,9 @@ def parse_json(text: str) -> Any:
     try:
         value, too_deep = json.loads(text), False
     except json.JSONDecodeError as error:
-        raise ValueError(f"must be JSON, but {error.msg} at column {error.colno}") from None
+        place = f"line {error.lineno}, " if error.lineno > 1 else ""
+        rule = f"must be JSON, but {error.msg} at {place}column {error.colno}"
+        raise ValueError(rule) from None
     except RecursionError:
         value, too_deep = None, True
     except ValueError:  # Python's guard against the quadratic time that a long integer takes
@@ -255,69 +285,3 @@ def text_fault(text: str) -> str | None:
     except UnicodeEncodeError:
         return "must be text, but it holds half of a surrogate pair"
     return None
-
-
-def find_files(where: str, argument: str, paths: str | Sequence[str]) -> list[InputFile]:
-    """What ``paths`` names, in the order given: embedded corpora, files, globs, tables.
-
-    A table is a folder that ``datasets`` wrote with save_to_disk, or a dataset on the Hugging Face
-    hub: owner/name, owner/name:split or owner/name/configuration:split. What exists locally is not
-    looked up on the hub.
-
-    Args:
-        where: Class the user called.
-        argument: Name of the argument that holds ``paths``.
-        paths: One or several of them.
-
-    Raises:
-        ValueError: If a path names nothing.
-    """
-    files: list[InputFile] = []
-    for path in [paths] if isinstance(paths, str) else paths:
-        if path in EMBEDDED_CORPORA:
-            files.append(InputFile(where, argument, str(embedded_path(path))))
-        else:
-            files += _expand(InputFile(where, argument, path))
-    if not files:
-        raise argument_error(where, argument, paths, "must name at least one file")
-    return files
-
-
-def _expand(path: InputFile) -> list[InputFile]:
-    url = path.url
-    filesystem, stripped = _filesystem(path)
-    if filesystem.isfile(stripped):
-        return [path]
-    if filesystem.isdir(stripped):
-        if not is_saved(filesystem, stripped):
-            rule = "is a folder, and must be a file, or a folder that datasets' save_to_disk wrote"
-            raise path.error(rule, f"Name its files, for instance {url.rstrip('/') + '/*.txt'!r}")
-        return [InputTable(path.where, path.argument, url)]
-    if HUB_NAME.fullmatch(url) and path.suffix not in (".txt", *RECORD_SUFFIXES):
-        return [InputTable(path.where, path.argument, url, on_hub=True)]
-    if any(character in stripped for character in "*?["):
-        try:
-            found = sorted(name for name in filesystem.glob(stripped) if filesystem.isfile(name))
-        except FileNotFoundError:  # some file systems want the folder to be there
-            found = []
-        if not found:
-            raise path.error("no file matches this pattern")
-        urls = map(filesystem.unstrip_protocol, found) if "://" in url else found
-        return [replace(path, url=url) for url in urls]
-    corpora = ", ".join(map(repr, EMBEDDED_CORPORA))
-    way_out = f"Embedded corpora: {corpora}. A dataset on the hub has the form owner/name:split"
-    raise path.error("is neither a file nor an embedded corpus", way_out)
-
-
-def _filesystem(path: InputFile) -> tuple[Any, str]:
-    """The file system that a path is on, and what the path is called there."""
-    if path.url.startswith("hf://datasets/"):
-        name = "/".join(path.url.removeprefix("hf://datasets/").split("/")[:2]).partition("@")[0]
-        problem = ask_hub("dataset", name)
-        if problem is not None:
-            raise path.error(problem, "Correct the URL, or give a local file")
-    try:
-        filesystem, stripped = fsspec.core.url_to_fs(path.url)
-    except (ImportError, ValueError) as error:
-        raise path.error(f"fsspec cannot open such a URL ({error})") from None
-    return filesystem, stripped

@@ -56,7 +56,7 @@ def load_saved(url: str, error: Error) -> Any:
         except (ValueError, LookupError, TypeError, RecursionError) as problem:
             raise error(f"its {DICT_FILE} cannot be read ({type(problem).__name__})", "") from None
         rule = f"is a DatasetDict, and one split must be named; it has {_listed(splits)}"
-        raise error(rule, f"Give {url.rstrip('/')}/{splits[0] if splits else 'split'}")
+        raise error(rule, f"Give {url.rstrip('/')}/{_training(splits)}")
     try:
         return datasets.load_from_disk(url, keep_in_memory=False)
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as problem:
@@ -92,7 +92,8 @@ def load_hub(url: str, error: Error) -> Any:
     splits = list(builder.info.splits)
     if split.partition("[")[0] not in splits:
         rule = f"has no split {split!r}; it has {_listed(splits)}"
-        raise error(rule, f"Name one, as in {name}{f'/{config}' if config else ''}:{splits[0]}")
+        named = f"{name}/{config}" if config else name
+        raise error(rule, f"Name one, as in {named}:{_training(splits)}")
     try:
         return builder.as_dataset(split)
     except (ValueError, AssertionError) as problem:
@@ -151,6 +152,11 @@ def _offline_if(datasets: Any, offline: bool) -> Iterator[None]:
         yield
     finally:
         datasets.config.HF_HUB_OFFLINE = before
+
+
+def _training(splits: Sequence[str]) -> str:
+    """The split that somebody who named none may well have meant."""
+    return "train" if "train" in splits else next(iter(splits), "split")
 
 
 def _listed(names: Sequence[str]) -> str:

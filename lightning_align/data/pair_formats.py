@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from lightning_align.data.chat_template import ChatTemplate, Messages, check_messages, read_tools
+from lightning_align.data.columns import unread
 from lightning_align.data.files import InputFile
 from lightning_align.data.samples import Ids, Record, batches_of_one_format, close, common_length
 from lightning_align.data.tokenizer import encode, encode_completions, encode_prompts
@@ -20,6 +21,7 @@ TEXTS = "a prompt and two completions as text"
 WHOLE_TEXTS = "two texts that begin with their prompt"
 MESSAGES = "a prompt and two completions as messages"
 WHOLE_MESSAGES = "two conversations that begin with their prompt"
+COLUMNS = ("prompt", "chosen", "rejected")
 
 
 class Pair(NamedTuple):
@@ -55,7 +57,7 @@ class PairReader:
             MESSAGES: self._conversations,
             WHOLE_MESSAGES: self._conversations,
         }
-        for form, records in batches_of_one_format(file, format_of):
+        for form, records in batches_of_one_format(file, format_of, COLUMNS):
             yield from readers[form](file, records)
 
     def _texts(self, file: InputFile, records: list[Record]) -> Iterator[Pair | str]:
@@ -127,7 +129,10 @@ def format_of(file: InputFile, place: str, record: dict[str, Any]) -> str:
     """
     kinds = {name: type(value) for name, value in record.items() if value is not None}
     if "chosen" not in kinds or "rejected" not in kinds:
-        file.text_columns(place, record, ("chosen", "rejected"))  # raises: one is missing or null
+        for column in ("chosen", "rejected"):
+            if column not in record:
+                raise file.missing(place, record, column)
+        file.text_columns(place, record, ("chosen", "rejected"))  # raises: one is null
     prompt, chosen, rejected = (kinds.get(name) for name in ("prompt", "chosen", "rejected"))
     if {chosen, rejected} == {str, list}:
         raise file.error(f"{place}: chosen and rejected must both be text or both be messages")
@@ -135,7 +140,27 @@ def format_of(file: InputFile, place: str, record: dict[str, Any]) -> str:
         return MESSAGES if prompt is list else WHOLE_MESSAGES
     if prompt is list:
         raise file.error(f"{place}: the prompt is messages, so chosen and rejected must be, too")
-    return TEXTS if "prompt" in record else WHOLE_TEXTS
+    if "prompt" not in record:
+        _refuse_other_prompt(file, place, record)
+        return WHOLE_TEXTS
+    return TEXTS
+
+
+def _refuse_other_prompt(file: InputFile, place: str, record: dict[str, Any]) -> None:
+    """Refuse two texts beside a third one that may well be their prompt under another name."""
+    if file.columns.theirs.get("prompt", "") is None:  # the user knows that there is none
+        return
+    texts = [name for name in unread(record, COLUMNS) if isinstance(record[name], str)]
+    if texts:
+        rule = (
+            f"{place} has no column 'prompt', and text that is not read in"
+            f" {', '.join(map(repr, texts))}"
+        )
+        way_out = (
+            f"Name the prompt, as in prompt_column={texts[0]!r}, or set prompt_column=None if"
+            " chosen and rejected begin with it"
+        )
+        raise file.error(rule, way_out)
 
 
 def split_messages(

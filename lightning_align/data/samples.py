@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_align.data.columns import read_records
 from lightning_align.data.files import InputFile
 
 BATCH_RECORDS = 1000  # records tokenised at once
@@ -27,6 +28,8 @@ def read_samples(
     lost: Counter[str] | None = None,
 ) -> list[Sample]:
     """All usable samples of ``files``; one warning counts the others, and what was cut.
+
+    It names the columns that nobody looked at, too.
 
     Args:
         files: Files to read.
@@ -50,12 +53,15 @@ def read_samples(
             raise file.error(f"is empty, and must hold {what}")
     told = []
     first = files[0]
+    passed_over = ", ".join(map(repr, sorted(first.columns.unread)))
+    if passed_over:
+        told.append(f"columns that are not read: {passed_over}")
     if dropped:
         reasons = "; ".join(f"{count} because {reason}" for reason, count in dropped.items())
         total = len(samples) + dropped.total()
         told.append(f"{dropped.total()} of {total} {what} dropped: {reasons}")
         if not samples:
-            raise first.error(f"nothing is left ({told[0]})")
+            raise first.error(f"nothing is left ({'. '.join(told)})")
     if lost:
         parts = "; ".join(f"{count} lost {part}" for part, count in lost.items())
         told.append(f"{lost.total()} row(s) cut to max_length: {parts}")
@@ -66,15 +72,17 @@ def read_samples(
 
 
 def records_of_one_format(
-    file: InputFile, format_of: Callable[[InputFile, str, dict[str, Any]], str]
+    file: InputFile,
+    format_of: Callable[[InputFile, str, dict[str, Any]], str],
+    known: Sequence[str],
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Format, place and content of each record.
+    """Format, place and content of each record, under our names of the columns ``known``.
 
     Raises:
         ValueError: If a record has another format than the first.
     """
     first = None
-    for place, record in file.records():
+    for place, record in read_records(file, known):
         found = format_of(file, place, record)
         first = first or (found, place)
         if found != first[0]:
@@ -84,10 +92,12 @@ def records_of_one_format(
 
 
 def batches_of_one_format(
-    file: InputFile, format_of: Callable[[InputFile, str, dict[str, Any]], str]
+    file: InputFile,
+    format_of: Callable[[InputFile, str, dict[str, Any]], str],
+    known: Sequence[str],
 ) -> Iterator[tuple[str, list[Record]]]:
     """The format of a file with the records that are tokenised at once, batch by batch."""
-    records = records_of_one_format(file, format_of)
+    records = records_of_one_format(file, format_of, known)
     while batch := list(islice(records, BATCH_RECORDS)):
         yield batch[0][0], [record[1:] for record in batch]
 

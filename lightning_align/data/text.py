@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from lightning_align._errors import argument_error
 from lightning_align.data.corpora import EMBEDDED_CORPORA, embedded_path
-from lightning_align.data.files import CHUNK, InputFile, find_files
+from lightning_align.data.files import CHUNK, InputFile
+from lightning_align.data.paths import find_files
 
 # A pattern may look this many characters ahead: what begins closer to the end of what has been read
 # so far is decided when more has been read.

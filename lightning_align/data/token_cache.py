@@ -61,11 +61,16 @@ class TokenSplit:
 
 @dataclass(frozen=True)
 class TokenCache:
-    """The splits of a corpus, and the tokenizer if it was trained on it."""
+    """The splits of a corpus, and the tokenizer if it was trained on it.
+
+    Attributes:
+        ending: What of a single document is held out, in words; None of several.
+    """
 
     train: TokenSplit
     val: TokenSplit | None
     tokenizer_rules: str | None
+    ending: str | None = None
 
 
 def default_cache_dir() -> Path:
@@ -138,7 +143,7 @@ def open_token_cache(where: str, cache_dir: Path, key: str) -> TokenCache:
     }
     trained = folder / "tokenizer.json"
     rules = trained.read_text(encoding="utf-8") if "tokenizer.json" in manifest["files"] else None
-    return TokenCache(splits["train"], splits.get("val"), rules)
+    return TokenCache(splits["train"], splits.get("val"), rules, manifest.get("ending"))
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from lightning_align.data.files import CHUNK
 from lightning_align.data.held_out import draw_held_out
+from lightning_align.data.last_paragraphs import Ending, find_ending, part_ending
 from lightning_align.data.text import Piece, TextSource
 from lightning_align.data.tokenizer import encode, tokenizer_fingerprint, train_tokenizer
 from lightning_align.data.whole_folder import FileWriter
@@ -34,7 +35,8 @@ class Corpus:
     Args:
         where: Class the user called.
         train: Files to learn from.
-        val: Files held out; if there are none, a part of the documents of ``train`` is.
+        val: Files held out; if there are none, a part of the documents of ``train`` is, or the
+            last paragraphs of a single one.
         val_fraction: That part, in [0, 1).
         seed: Draws the held-out documents.
         tokenizer: A transformers tokenizer, or None to train one on what is not held out.
@@ -68,6 +70,21 @@ class LabelledPiece(NamedTuple):
     split: str
     source: int
     piece: Piece
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is held out, and how much text there is in all.
+
+    Attributes:
+        held_out: One flag per document of ``train``.
+        ending: What is held out of a single document.
+        num_characters: Of all documents.
+    """
+
+    held_out: NDArray[np.bool_]
+    ending: Ending | None
+    num_characters: int
 
 
 class SplitWriter:
@@ -106,20 +123,20 @@ def write_corpus(corpus: Corpus, folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: If a file is no text, or nothing can be held out.
     """
-    held_out, num_characters = _plan(corpus)
+    plan = _plan(corpus)
     files = {}
     tokenizer = corpus.tokenizer
     if tokenizer is None:
-        tokenizer = _train(corpus, held_out, num_characters)
+        tokenizer = _train(corpus, plan)
         rules = FileWriter(folder / "tokenizer.json")
         rules.write(tokenizer.backend_tokenizer.to_str().encode())
         files["tokenizer.json"] = rules.close()
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
-    splits = ["train", "val"] if corpus.val or held_out.any() else ["train"]
+    splits = ["train", "val"] if corpus.val or plan.ending or plan.held_out.any() else ["train"]
     num_sources = {"train": len(corpus.train), "val": len(corpus.val or corpus.train)}
     writers = {split: SplitWriter(folder, split, num_sources[split], dtype) for split in splits}
-    with _progress("Tokenising", num_characters) as bar:
-        for batch in _batches(_labelled_pieces(corpus, held_out)):
+    with _progress("Tokenising", plan.num_characters) as bar:
+        for batch in _batches(_labelled_pieces(corpus, plan)):
             texts = [piece.text for _, _, piece in batch]
             for (split, source, piece), ids in zip(batch, encode(tokenizer, texts), strict=True):
                 end = [tokenizer.eos_token_id] if piece.ends_document else []
@@ -135,11 +152,12 @@ def write_corpus(corpus: Corpus, folder: Path) -> dict[str, Any]:
         }
         for split, writer in writers.items()
     }
-    return {"dtype": dtype.name, "splits": counts, "files": files}
+    manifest = {"dtype": dtype.name, "splits": counts, "files": files}
+    return manifest | ({"ending": str(plan.ending)} if plan.ending else {})
 
 
-def _plan(corpus: Corpus) -> tuple[NDArray[np.bool_], int]:
-    """Which documents are held out, and how much text there is in all.
+def _plan(corpus: Corpus) -> Plan:
+    """What is to be done.
 
     Reads everything once: what is wrong with a file is found before anything expensive begins.
     """
@@ -151,18 +169,21 @@ def _plan(corpus: Corpus) -> tuple[NDArray[np.bool_], int]:
     for source in corpus.val:
         num_characters += sum(len(piece.text) for piece in source.pieces())
     fraction = 0.0 if corpus.val else corpus.val_fraction
-    way_out = "Set document_pattern to split it, or val_paths, or val_fraction=0"
+    if num_documents == 1 and fraction > 0:
+        pieces = (piece for source in corpus.train for piece in source.pieces())
+        ending = find_ending(corpus.where, pieces, fraction)
+        return Plan(np.zeros(1, dtype=np.bool_), ending, num_characters)
     held_out = draw_held_out(
-        corpus.where, num_documents, fraction, corpus.seed, what="documents", way_out=way_out
+        corpus.where, num_documents, fraction, corpus.seed, what="documents", way_out=""
     )
-    return held_out, num_characters
+    return Plan(held_out, None, num_characters)
 
 
-def _train(corpus: Corpus, held_out: NDArray[np.bool_], num_characters: int) -> Any:
-    with _progress("Reading text to train a tokenizer", num_characters) as bar:
+def _train(corpus: Corpus, plan: Plan) -> Any:
+    with _progress("Reading text to train a tokenizer", plan.num_characters) as bar:
 
         def texts() -> Iterator[str]:
-            for split, _, piece in _labelled_pieces(corpus, held_out):
+            for split, _, piece in _labelled_pieces(corpus, plan):
                 if split == "train":
                     yield piece.text
                 bar.update(len(piece.text))
@@ -170,11 +191,15 @@ def _train(corpus: Corpus, held_out: NDArray[np.bool_], num_characters: int) -> 
         return train_tokenizer(texts(), corpus.vocab_size)
 
 
-def _labelled_pieces(corpus: Corpus, held_out: NDArray[np.bool_]) -> Iterator[LabelledPiece]:
+def _labelled_pieces(corpus: Corpus, plan: Plan) -> Iterator[LabelledPiece]:
     document = 0
     for number, source in enumerate(corpus.train):
+        if plan.ending is not None:
+            for split, piece in part_ending(source.pieces(), plan.ending.begin):
+                yield LabelledPiece(split, number, piece)
+            continue
         for piece in source.pieces():
-            split = "val" if held_out[document] else "train"
+            split = "val" if plan.held_out[document] else "train"
             yield LabelledPiece(split, number, piece)
             document += piece.ends_document
     for number, source in enumerate(corpus.val):

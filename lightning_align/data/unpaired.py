@@ -23,6 +23,7 @@ from lightning_align._declared import declared
 from lightning_align._errors import check_least
 from lightning_align.data import held_out
 from lightning_align.data.chat_template import ChatTemplate, check_messages, read_tools
+from lightning_align.data.columns import read_records
 from lightning_align.data.files import InputFile
 from lightning_align.data.sampler import padding
 from lightning_align.data.samples import (
@@ -202,7 +203,8 @@ def _with_rows_of_none(
 
 def holds_unpaired(files: Sequence[InputFile]) -> bool:
     """Whether the first record has a completion and a label, and so is none of a pair."""
-    _, record = next(files[0].records(), ("", {}))
+    known = (*COLUMNS, "chosen", "rejected")
+    _, record = next(read_records(files[0], known), ("", {}))
     return {"completion", "label"} <= record.keys() and "chosen" not in record
 
 
@@ -236,7 +238,7 @@ def read_unpaired(
     lost: Counter[str] = Counter()
 
     def usable(file: InputFile) -> Iterator[Labelled | str]:
-        for form, records in batches_of_one_format(file, format_of):
+        for form, records in batches_of_one_format(file, format_of, COLUMNS):
             read = _texts if form == TEXTS else _conversations
             for record in read(file, records, tokenizer, eos_token_id, torn):
                 if isinstance(record, str):
@@ -304,8 +306,7 @@ def format_of(file: InputFile, place: str, record: dict[str, Any]) -> str:
     """
     for column in COLUMNS:
         if record.get(column) is None:
-            found = ", ".join(map(repr, record)) or "none"
-            raise file.error(f"{place} has no column {column!r}; columns found: {found}")
+            raise file.missing(place, record, column)
     _label(file, place, record)
     if {type(record["prompt"]), type(record["completion"])} == {str, list}:
         raise file.error(f"{place}: prompt and completion must both be text or both be messages")

@@ -98,6 +98,20 @@ def find_language_models(
     return found
 
 
+def inner_attribute(module: nn.Module, model: nn.Module, layers_attribute: str) -> str:
+    """The name of a list of blocks in a model, given as it is, or as a path from its holder.
+
+    Args:
+        module: What holds the model, or the model itself.
+        model: The language model.
+        layers_attribute: Such as ``"model.layers"``, or from the holder ``"net.model.layers"``.
+    """
+    known = {name for name, _ in model.named_modules()}
+    names = (name for name, part in module.named_modules(remove_duplicate=False) if part is model)
+    paths = [layers_attribute, *(layers_attribute.removeprefix(f"{name}.") for name in names)]
+    return next((path for path in paths if path in known), layers_attribute)
+
+
 def find_held_model(
     module: nn.Module, method: str, *, where: str, way_out: str
 ) -> tuple[str, nn.Module]:

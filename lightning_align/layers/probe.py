@@ -82,7 +82,8 @@ def check_documents(layers: ModelLayers) -> None:
     """Refuse a model in which documents that share a row see each other."""
     base = base_model(layers.model)
     way_out = (
-        "Set separate_documents=False, or take a model that attends by position_ids, as Llama, "
+        "Set separate_documents=False (of conversations packing=False), or take a model that "
+        "attends by position_ids, as Llama, "
         "Qwen, Mistral, Gemma and GPT-2 of transformers do"
     )
     if "position_ids" not in argument_names(type(base or layers.model).forward):

@@ -8,7 +8,9 @@ from typing_extensions import override
 from lightning_align._declared import declared
 from lightning_align._errors import argument_error, check_choice
 from lightning_align.data import preference, unpaired
-from lightning_align.data.files import InputFile, find_files
+from lightning_align.data.columns import named_columns
+from lightning_align.data.files import InputFile
+from lightning_align.data.paths import find_files
 from lightning_align.data.samples import Ids
 from lightning_align.data.tokenizer import load_tokenizer
 from lightning_align.data.truncation import TRUNCATION_MODES
@@ -43,6 +45,11 @@ class PreferenceDataModule(PositionedDataModule):
             saved with the tokenizer; None takes the tokenizer's own.
         append_eos: Whether to close each completion that is text with the end-of-text token;
             messages are closed by the chat template.
+        prompt_column: Column of the prompt; None if chosen and rejected begin with it.
+        chosen_column: Column of the completion that was chosen.
+        rejected_column: Column of the completion that was rejected.
+        completion_column: Column of the completion of an unpaired record.
+        label_column: Column that says whether an unpaired record is good.
         seed: Seed of the order of the pairs and of the choice of held-out prompts.
         num_workers: Processes that load batches; 0 loads them in the training process.
 
@@ -71,6 +78,11 @@ class PreferenceDataModule(PositionedDataModule):
         val_fraction: float = 0.0,
         chat_template: str | Path | None = None,
         append_eos: bool = True,
+        prompt_column: str | None = "prompt",
+        chosen_column: str = "chosen",
+        rejected_column: str = "rejected",
+        completion_column: str = "completion",
+        label_column: str = "label",
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
@@ -79,6 +91,14 @@ class PreferenceDataModule(PositionedDataModule):
             rule = "must be at least 2: a token of the prompt and one of a completion"
             raise argument_error(self._name, "max_length", max_length, rule)
         check_choice(self._name, "truncation_mode", truncation_mode, TRUNCATION_MODES)
+        self.columns = named_columns(
+            self._name,
+            prompt=prompt_column,
+            chosen=chosen_column,
+            rejected=rejected_column,
+            completion=completion_column,
+            label=label_column,
+        )
         # Plain text and numbers only: a checkpoint loads with weights_only=True.
         paths, val_paths = plain_paths(paths), plain_paths(val_paths or [])
         tokenizer = str(tokenizer) if isinstance(tokenizer, Path) else tokenizer
@@ -105,11 +125,11 @@ class PreferenceDataModule(PositionedDataModule):
         if self.train_dataset is not None:
             return
         self.tokenizer = load_tokenizer(self._name, self._tokenizer_argument, self.chat_template)
-        files = find_files(self._name, "paths", self.paths)
+        files = self._files("paths", self.paths)
         kind: Any = unpaired if unpaired.holds_unpaired(files) else preference
         train, val = self._read(kind, files), []
         if self.val_paths:
-            val = self._read(kind, find_files(self._name, "val_paths", self.val_paths))
+            val = self._read(kind, self._files("val_paths", self.val_paths))
         else:
             train, val = kind.hold_out_prompts(self._name, train, self.val_fraction, self.seed)
         if kind is unpaired:
@@ -125,6 +145,9 @@ class PreferenceDataModule(PositionedDataModule):
         held_out: Any = self.val_dataset
         samples = [] if held_out is None else getattr(held_out, "pairs", None) or held_out.records
         return [list(ids) for ids in dict.fromkeys(tuple(s.prompt.tolist()) for s in samples)]
+
+    def _files(self, argument: str, paths: list[str]) -> list[InputFile]:
+        return find_files(self._name, argument, paths, self.columns)
 
     def _read(self, kind: Any, files: list[InputFile]) -> list[Any]:
         read = unpaired.read_unpaired if kind is unpaired else preference.read_pairs

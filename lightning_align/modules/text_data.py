@@ -50,7 +50,8 @@ class TextDataModule(PositionedDataModule):
         batch_size: Samples per batch and rank.
         val_paths: What to validate on, named as in paths but without weights; None holds out part
             of the documents.
-        val_fraction: Part of the documents held out if there are no val_paths; 0 for no validation.
+        val_fraction: Part of the documents held out if there are no val_paths, of a single one
+            its last paragraphs; 0 for no validation.
         document_pattern: Regular expression before whose matches a .txt file is split into
             documents, with ^ and $ matching at lines.
         text_column: Column of a table that holds the text.
@@ -220,6 +221,9 @@ class TextDataModule(PositionedDataModule):
             self.tokenizer = tokenizing.trained_tokenizer(cache.tokenizer_rules)
         elif self.tokenizer is None:
             self.tokenizer = tokenizing.load_tokenizer(self._name, self._tokenizer_argument)
+        if cache.ending is not None and stage in ("fit", None):
+            held_out = f"the text is one document, of which {cache.ending} are held out"
+            rank_zero_info(f"{self._name}(val_fraction={self.val_fraction}): {held_out}.")
         self.val_dataset = self._packed(cache.val) if cache.val is not None else None
         self.fingerprint = f"tokens {cache.train.content}, block_size {self.block_size}"
         if self.separate_documents:
@@ -250,7 +254,8 @@ class TextDataModule(PositionedDataModule):
         self.fingerprint += f", weights {self.weights} of {train.sizes} blocks"
 
     def _packed(self, split: TokenSplit, corpora: list[int] | None = None) -> PackedDataset:
-        if split.num_tokens <= self.block_size:
+        # What is validated on may be less than a block, whose rest is filled up and not counted.
+        if split.num_tokens <= (self.block_size if split.split == "train" else 1):
             rule = (
                 f"the {split.split} split has {split.num_tokens} tokens, and a block needs one more"
             )

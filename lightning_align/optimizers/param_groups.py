@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, SequentialLR
 
 from lightning_align._errors import argument_error
 from lightning_align.layers import ModelLayers, find_layers
-from lightning_align.layers.find import find_language_models
+from lightning_align.layers.find import find_language_models, inner_attribute
 from lightning_align.layers.parts import TILE, parameter_names
 
 # Group -> what an optimizer is told of it besides its parameters, in the order of the groups.
@@ -81,7 +81,8 @@ def build_param_groups(
         adamw_patterns: Names of parameters that are no hidden matrices, with ``*`` and ``?``, for
             example ``"*.router.*"``.
         matrix_patterns: Names of parameters that are hidden matrices.
-        layers_attribute: Name of the list of blocks in the language model, if it is not found.
+        layers_attribute: Dotted name of the list of blocks, from the language model or from
+            ``module``, if it is not found.
         layers: Map of the model, where it is known already.
 
     Returns:
@@ -189,7 +190,11 @@ def _embeddings_and_heads(
     """Weights of the token embeddings and of the heads of all language models in a module."""
     try:
         models = [] if layers else list(find_language_models(module).values()) or [module]
-        maps = [layers] if layers else [find_layers(model, layers_attribute) for model in models]
+        paths = [
+            inner_attribute(module, model, layers_attribute) if layers_attribute else None
+            for model in models
+        ]
+        maps = [layers] if layers else list(map(find_layers, models, paths))
     except ValueError as error:
         heads = _heads_by_size(module)
         names = [name for name, p in module.named_parameters() if p in heads]

@@ -203,6 +203,16 @@ def test_the_map_of_a_module_of_ours_is_taken() -> None:
         language_model(module, "nowhere")
 
 
+def test_a_path_from_the_lightning_module_is_taken_too() -> None:
+    module = build("gpt2")
+    assert language_model(module, "model.transformer.h").blocks_name == "transformer.h"
+    held = nn.ModuleDict({"net": TINY_MODELS["llama"]()})
+    for path in ("net.model.layers", "model.layers"):
+        assert language_model(held, path).blocks_name == "model.layers"
+    with pytest.raises(ValueError, match=r"layers_attribute='net\.layers'\).*'model\.layers' \("):
+        language_model(held, "net.layers")
+
+
 def test_the_model_may_be_held_by_the_module_or_be_it() -> None:
     inner = TINY_MODELS["llama"]()
     assert language_model(nn.ModuleDict({"policy": inner}), None).model is inner

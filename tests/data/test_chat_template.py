@@ -9,7 +9,7 @@ from lightning_align.data.chat_template import (
     read_chat_template,
     read_tools,
 )
-from lightning_align.data.files import find_files
+from lightning_align.data.paths import find_files
 from tests.helpers.chat import CHATML, MARKED, WITH_TOOLS, assistant, chat_tokenizer, user
 
 TALK = [user("Spain?"), assistant("Madrid.")]

@@ -16,7 +16,8 @@ from lightning_align.data.conversation import (
     read_conversations,
 )
 from lightning_align.data.conversation_formats import ConversationReader, Example
-from lightning_align.data.files import InputFile, find_files
+from lightning_align.data.files import InputFile
+from lightning_align.data.paths import find_files
 from lightning_align.data.sampler import padding
 from lightning_align.data.tokenizer import load_tokenizer
 from tests.helpers.byte_tokenizer import ByteTokenizer
@@ -346,8 +347,8 @@ BAD_RECORDS = {
     "empty": ({"messages": []}, "'messages' must hold at least one message"),
     "no object": ({"messages": ["hello"]}, "message 1 must be an object, not str"),
     "no role": (
-        {"messages": [user("a"), {"from": "gpt", "value": "b"}]},
-        "message 2 has no role; keys found: 'from', 'value'. A message is",
+        {"messages": [user("a"), {"text": "b"}]},
+        "message 2 has no role; keys found: 'text'. A message is",
     ),
     "no content": ({"messages": [{"role": "user"}]}, "message 1 has neither content nor tool_ca"),
     "number": ({"messages": [user(3)]}, "message 1 has content of type 'int', and must have text"),

@@ -16,7 +16,7 @@ from lightning_align.data.conversation_formats import (
     answer_spans,
     format_of,
 )
-from lightning_align.data.files import find_files
+from lightning_align.data.paths import find_files
 from tests.helpers.chat import CHATML, FORGETFUL, MARKED, assistant, chat_tokenizer, system, user
 
 TALK = [system("Be brief."), user("Spain?"), assistant("Madrid."), user("France?")]

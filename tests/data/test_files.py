@@ -6,7 +6,7 @@ import lzma
 import fsspec
 import pytest
 
-from lightning_align.data.files import find_files
+from lightning_align.data.paths import find_files
 
 TEXT = "Grüße, Mr. Bennet.\nSecond line\n"
 

@@ -7,8 +7,8 @@ import datasets
 import fsspec
 import pytest
 
-from lightning_align.data.files import find_files
 from lightning_align.data.hub_datasets import HUB_NAME
+from lightning_align.data.paths import find_files
 from tests.helpers.fake_hub import FakeHub, serve
 
 ROWS = [{"text": f"text {i}", "n": i} for i in range(5)]
@@ -174,7 +174,7 @@ def test_a_path_of_a_file_is_never_looked_up(monkeypatch):
 # settled when the libraries are imported, so it takes a process of its own.
 SCRIPT = """
 import json, sys, time, urllib.request
-from lightning_align.data.files import find_files
+from lightning_align.data.paths import find_files
 
 def load(path):
     begin = time.monotonic()

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_align.data.files import InputFile, find_files
+from lightning_align.data.files import InputFile
 from lightning_align.data.pair_formats import Pair, PairReader
+from lightning_align.data.paths import find_files
 from lightning_align.data.preference import read_pairs
 from tests.helpers.byte_tokenizer import ByteTokenizer
 from tests.helpers.chat import CHATML, WITH_TOOLS, assistant, chat_tokenizer, system, user

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_align.data.files import find_files
+from lightning_align.data.paths import find_files
 from lightning_align.data.preference import (
     Pair,
     PreferenceDataset,
@@ -270,8 +270,8 @@ def test_an_empty_file(tmp_path):
 
 
 def test_another_kind_of_file(tmp_path):
-    with pytest.raises(ValueError, match=r"a\.json'\): .*name.* must end in \.jsonl"):
-        read(tmp_path, [PROMPT], name="a.json")
+    with pytest.raises(ValueError, match=r"a\.pdf'\): .*name.* must end in \.jsonl"):
+        read(tmp_path, [PROMPT], name="a.pdf")
 
 
 def test_a_missing_column_is_named(tmp_path):

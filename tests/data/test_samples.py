@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_align.data.files import find_files
+from lightning_align.data.paths import find_files
 from lightning_align.data.samples import (
     close,
     common_length,
@@ -50,7 +50,7 @@ def test_an_empty_file_is_named(tmp_path):
 
 def test_a_file_has_one_format_and_the_error_names_both_places(tmp_path):
     (file,) = files(tmp_path, a='{"n": 1}\n{"n": 2}\n{"m": 3}\n')
-    records = records_of_one_format(file, lambda file, place, record: "/".join(record))
+    records = records_of_one_format(file, lambda file, place, record: "/".join(record), "nm")
     assert [record for _, _, record in (next(records), next(records))] == [{"n": 1}, {"n": 2}]
     with pytest.raises(ValueError, match="line 3 holds m, but line 1 n"):
         next(records)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lightning_align.data.files import find_files
+from lightning_align.data.paths import find_files
 from lightning_align.data.text import TextSource
 from lightning_align.data.tokenize_corpus import Corpus, SplitWriter, write_corpus
 from tests.helpers.byte_tokenizer import ByteTokenizer
@@ -59,10 +59,24 @@ def test_the_key_follows_split_and_tokenizer(corpus):
     assert replace(corpus, val_fraction=0.5, seed=1).key() == corpus.key(), "val needs no draw"
 
 
-def test_nothing_can_be_held_out_of_one_document(tmp_path, corpus):
+def test_nothing_can_be_held_out_of_one_line(tmp_path, corpus):
     alone = replace(corpus, train=corpus.train[1:], val=(), val_fraction=0.5)
-    with pytest.raises(ValueError, match=r"val_fraction=0\.5"):
+    with pytest.raises(ValueError, match=r"val_fraction=0\.5\): .* it is but one line\. Set val_p"):
         write_corpus(alone, tmp_path)
+
+
+def test_of_one_document_the_last_paragraphs_are_held_out(tmp_path, corpus):
+    text = r"one\n\ntwo\n\nthree\n\nfour"
+    alone = replace(corpus, train=sources(tmp_path, d=[text]), val=(), val_fraction=0.25)
+    manifest = write_corpus(alone, tmp_path)
+    assert manifest["ending"] == "its last 1 paragraph (19.0% of its characters)"
+    parts = []
+    for split in ("train", "val"):
+        tokens = np.fromfile(tmp_path / f"{split}.tokens", np.uint16)
+        assert tokens[-1] == 0
+        assert manifest["splits"][split]["num_documents"] == 1
+        parts.append(bytes((tokens[:-1] - 2).tolist()))
+    assert parts == [b"one\n\ntwo\n\nthree\n\n", b"four"]
 
 
 def test_a_writer_says_what_it_wrote(tmp_path):

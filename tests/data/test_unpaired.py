@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_align.data.files import find_files
+from lightning_align.data.paths import find_files
 from lightning_align.data.sampler import padding
 from lightning_align.data.unpaired import (
     Labelled,

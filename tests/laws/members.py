@@ -261,6 +261,17 @@ DATAMODULES = [
         ),
     ),
     Member(
+        "ConversationDataModule, packing",
+        spec(
+            OURS + "ConversationDataModule",
+            paths="{data}/conversations.jsonl",
+            tokenizer="{data}/tokenizer",
+            max_length=96,
+            packing=True,
+            val_fraction=0.2,
+        ),
+    ),
+    Member(
         "PreferenceDataModule",
         spec(
             OURS + "PreferenceDataModule",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_align.layers import find_layers
-from lightning_align.layers.find import find_held_model, find_language_models, kept_layers
+from lightning_align.layers.find import (
+    find_held_model,
+    find_language_models,
+    inner_attribute,
+    kept_layers,
+)
 from tests.helpers.decoders import MODELS, Outputs, tiny_bert
 from tests.helpers.tiny_models import (
     HIDDEN_SIZE,
@@ -120,6 +127,16 @@ def test_layers_attribute_decides() -> None:
     assert find_layers(llama, layers_attribute="model.layers").blocks == find_layers(llama).blocks
     with pytest.raises(ValueError, match=r"'model.layers' \(3\)"):
         find_layers(llama, layers_attribute="layers")
+
+
+def test_a_path_from_the_holder_leads_into_the_model() -> None:
+    llama = TINY_MODELS["llama"]()
+    module = nn.ModuleDict({"net": nn.ModuleDict({"policy": llama})})
+    within = partial(inner_attribute, module, llama)
+    assert within("net.policy.model.layers") == within("model.layers") == "model.layers"
+    for path in ("net.model.layers", "net.policy.layers", "nowhere"):
+        assert within(path) == path
+    assert inner_attribute(llama, llama, "model.layers") == "model.layers"
 
 
 def test_a_small_side_list_is_not_ambiguous() -> None:

@@ -1,13 +1,17 @@
 import json
+from functools import partial
 
 import pytest
 import torch
 from jsonargparse import ArgumentParser
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_align.modules.conversation_data import ConversationDataModule
+from lightning_align.modules.pretrain import PretrainModule
 from tests.helpers.byte_tokenizer import ByteTokenizer
 from tests.helpers.chat import CHATML, MARKED, assistant, chat_tokenizer, system, user
 from tests.helpers.recorder import Recorder, recorded, samples, trainer
+from tests.helpers.tiny_models import TINY_MODELS
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning")
 
@@ -285,3 +289,101 @@ def test_fine_tuning_from_yaml_learns_the_answers(tmp_path, chats):
         )
         answer = saved.decode(out[0, prompt["input_ids"].shape[1] :])
         assert answer == row["messages"][1]["content"] + "<|im_end|>"
+
+
+# Packing
+
+
+@pytest.fixture
+def uneven(tmp_path):
+    """Conversations of very unequal length, of which more or less is learned."""
+    path = tmp_path / "uneven.jsonl"
+    rows = [
+        {"prompt": chr(65 + i) * (1 + 5 * i % 7), "completion": "yes " * (1 + i * i % 5)}
+        for i in range(14)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def llama():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=258, **LLAMA)).double()
+    return PretrainModule(model, optimizer=partial(torch.optim.SGD, lr=0.1))
+
+
+def summed_loss(data, size):
+    """Loss, weight and gradient of all that is to be learned, in batches of so many rows."""
+    data.setup()
+    module = llama()
+    numbers = list(range(len(data.train_dataset)))
+    batches = [data.train_dataset[numbers[i : i + size]] for i in numbers[::size]]
+    loss = weight = 0
+    for batch in batches:
+        hidden = module.forward_hidden(**module.model_inputs(batch))
+        one, sums = module.loss_from_hidden(hidden, batch)
+        loss, weight = loss + one, weight + int(sums["tokens"][0])
+    loss.backward()
+    return loss.detach(), weight, [p.grad for p in module.parameters()]
+
+
+@pytest.mark.parametrize("assistant_only_loss", [True, False])
+def test_packed_conversations_have_the_losses_of_separate_rows(uneven, assistant_only_loss):
+    options = {"assistant_only_loss": assistant_only_loss, "max_length": 40}
+    packed = plain(uneven, packing=True, **options)
+    ours = summed_loss(packed, 2)
+    theirs = summed_loss(plain(uneven, **options), 3)
+    assert len(packed.train_dataset) < 14 / 2
+    assert ours[1] == theirs[1]
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-12, atol=0)
+    torch.testing.assert_close(ours[2], theirs[2], rtol=1e-9, atol=1e-12)
+
+
+def test_two_ranks_with_packed_rows_take_the_step_of_one_with_separate_ones(tmp_path, uneven):
+    """The ranks have unequal numbers of tokens to learn, and one of them a row of none."""
+    alone, two = llama(), llama()
+    options = {"max_epochs": 1, "max_steps": -1, "num_sanity_val_steps": 0}
+    trainer(tmp_path, **options).fit(alone, plain(uneven, batch_size=14))
+    data = plain(uneven, packing=True, max_length=40, batch_size=3)
+    data.setup()
+    assert len(data.train_dataset) == 5
+    ranks = trainer(tmp_path, strategy="ddp_fork", devices=2, **options)
+    ranks.fit(two, data)
+    assert ranks.global_step == 1
+    for ours, theirs in zip(two.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_packed_rows_of_what_is_held_out_have_the_same_validation(tmp_path, uneven):
+    losses = []
+    for packing in (False, True):
+        module = llama()
+        options = {"packing": packing, "max_length": 40, "val_fraction": 0.5}
+        fitter = trainer(tmp_path)
+        losses.append(fitter.validate(module, plain(uneven, **options), verbose=False))
+    assert losses[0] == [pytest.approx(losses[1][0], rel=1e-6)]
+
+
+def test_a_packed_run_resumes_to_the_bit_and_refuses_other_rows(tmp_path, uneven):
+    options = {"max_length": 24, "batch_size": 2, "packing": True}
+    whole, again = llama(), llama()
+    trainer(tmp_path, max_steps=7).fit(whole, plain(uneven, **options))
+    first = trainer(tmp_path, max_steps=3)
+    first.fit(llama(), plain(uneven, **options))
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    saved = {"ckpt_path": tmp_path / "a.ckpt", "weights_only": True}
+    trainer(tmp_path, max_steps=7).fit(again, plain(uneven, **options), **saved)
+    for ours, theirs in zip(again.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    for other in ({"packing": False}, {"max_length": 30}):
+        with pytest.raises(ValueError, match=r"fingerprint='conversations .*'\): the checkpoint's"):
+            trainer(tmp_path, max_steps=7).fit(
+                llama(), plain(uneven, **{**options, **other}), **saved
+            )
+
+
+def test_a_model_whose_conversations_see_each_other_is_refused(tmp_path, uneven):
+    module = PretrainModule(TINY_MODELS["opt"](vocab_size=258))
+    with pytest.raises(ValueError, match=r"takes no position_ids\. Set .*packing=False"):
+        trainer(tmp_path).fit(module, plain(uneven, packing=True))

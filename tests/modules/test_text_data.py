@@ -287,14 +287,39 @@ def test_bad_validation_files_are_named_by_their_argument(tmp_path, jsonl):
         data.setup()
 
 
-@pytest.mark.parametrize(
-    ("options", "split"), [({"val_fraction": 0}, "train"), ({"block_size": 300}, "val")]
-)
-def test_a_block_larger_than_the_corpus(jsonl, options, split):
-    data = TextDataModule(jsonl, ByteTokenizer(), **{"block_size": 10_000, **options})
-    message = rf"TextDataModule\(block_size=\d+\): the {split} split has \d+ tokens.*Lower block_s"
+def test_a_block_larger_than_the_corpus(jsonl):
+    data = TextDataModule(jsonl, ByteTokenizer(), block_size=10_000, val_fraction=0)
+    message = r"TextDataModule\(block_size=\d+\): the train split has \d+ tokens.*Lower block_s"
     with pytest.raises(ValueError, match=message):
         data.setup()
+
+
+def test_what_is_validated_on_may_be_less_than_a_block(jsonl):
+    data = TextDataModule(jsonl, ByteTokenizer(), block_size=300)
+    data.setup()
+    split = data.val_dataset.split
+    assert split.num_tokens < 300
+    [batch] = data.val_dataloader()
+    assert batch["labels"].shape == (1, 301)
+    assert (batch["labels"] != -100).sum() == split.num_tokens
+
+
+def test_a_text_of_ones_own_as_it_is(tmp_path, capsys, caplog):
+    """The first thing that anybody tries: one document, all options at their defaults."""
+    paragraphs = [f"Paragraph {i} says {'very ' * (i % 9)}little.\n" for i in range(400)]
+    (tmp_path / "my.txt").write_text("\n".join(paragraphs))
+    for _ in range(2):  # the second time from the cache
+        data = TextDataModule(str(tmp_path / "my.txt"))
+        with caplog.at_level("INFO"):
+            data.setup("fit")
+        assert "TextDataModule(val_fraction=0.1): the text is one document, of which its la" in (
+            caplog.text
+        )
+        assert "last 40 paragraphs (10." in caplog.text or "last 40 paragraphs (9." in caplog.text
+        caplog.clear()
+        assert text_of(data, "val").removesuffix("<|endoftext|>") == "\n".join(paragraphs[-40:])
+        assert text_of(data, "train").startswith("Paragraph 0 says")
+    assert [batch["labels"].shape[1] for batch in data.val_dataloader()] == [513]
 
 
 def test_a_block_may_be_exactly_the_corpus(tmp_path):

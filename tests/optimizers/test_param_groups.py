@@ -196,6 +196,14 @@ def test_layers_attribute_names_the_blocks() -> None:
         build_param_groups(TwoLists(), layers_attribute="layers")
 
 
+def test_layers_attribute_may_be_a_path_from_the_module() -> None:
+    module = nn.ModuleDict({"net": TINY_MODELS["llama"]()})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours = build_param_groups(module, layers_attribute="net.model.layers")
+    assert names_of(ours) == names_of(build_param_groups(module))
+
+
 def test_the_table_says_what_went_where() -> None:
     table = str(build_param_groups(PlainDecoder(), lr=0.02, weight_decay=0.1))
     lines = [line.split() for line in table.splitlines()]
