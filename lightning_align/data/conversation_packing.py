@@ -1,8 +1,8 @@
 """Several conversations in a row, so that short ones cost no filling; none sees another.
 
-Rows are made once, of whole conversations, by best-fit decreasing: from the longest on, each goes
-into the row that it leaves the least room in. So a row is a function of the conversations alone,
-and batch n one of (seed, n), as everywhere.
+Rows are made once, of whole conversations, by best-fit decreasing, as in arXiv:2404.10830: from the
+longest on, each goes into the row that it leaves the least room in. So a row is a function of the
+conversations alone, and batch n one of (seed, n), as everywhere.
 
 Shapes: B rows in a batch, T + 1 tokens in the longest.
 """

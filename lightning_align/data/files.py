@@ -114,7 +114,7 @@ class InputFile:
         )
         return self.error(f"its name must end in {', '.join(suffixes)} or {last}", way_out)
 
-    def missing(self, place: str, record: dict[str, Any], column: str) -> ValueError:
+    def missing_error(self, place: str, record: dict[str, Any], column: str) -> ValueError:
         """The error for a record without a column that may have another name there."""
         found = ", ".join(map(repr, record)) or "none"
         rule = f"{place} has no column {column!r}; columns found: {found}"
@@ -130,7 +130,7 @@ class InputFile:
         """
         for column in columns:
             if column not in record:
-                raise self.missing(place, record, column)
+                raise self.missing_error(place, record, column)
             name = self.columns.shown(column)
             if not isinstance(record[column], str):
                 found = type(record[column]).__name__

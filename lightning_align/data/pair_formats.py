@@ -131,7 +131,7 @@ def format_of(file: InputFile, place: str, record: dict[str, Any]) -> str:
     if "chosen" not in kinds or "rejected" not in kinds:
         for column in ("chosen", "rejected"):
             if column not in record:
-                raise file.missing(place, record, column)
+                raise file.missing_error(place, record, column)
         file.text_columns(place, record, ("chosen", "rejected"))  # raises: one is null
     prompt, chosen, rejected = (kinds.get(name) for name in ("prompt", "chosen", "rejected"))
     if {chosen, rejected} == {str, list}:

@@ -306,7 +306,7 @@ def format_of(file: InputFile, place: str, record: dict[str, Any]) -> str:
     """
     for column in COLUMNS:
         if record.get(column) is None:
-            raise file.missing(place, record, column)
+            raise file.missing_error(place, record, column)
     _label(file, place, record)
     if {type(record["prompt"]), type(record["completion"])} == {str, list}:
         raise file.error(f"{place}: prompt and completion must both be text or both be messages")

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 from typing_extensions import Self, override
 
 from lightning_align._compat.lightning_quiet import prepare_loggers
+from lightning_align._compat.lightning_summary import leave_out_flops
 from lightning_align._compat.lightning_trainer import correct_step_value
 from lightning_align._errors import argument_error
 from lightning_align.layers import ModelLayers, checkpoint_blocks, find_layers
@@ -301,6 +302,7 @@ class CausalLMModule(pl.LightningModule, ABC):
     @override
     def configure_callbacks(self) -> Sequence[pl.Callback]:
         prepare_loggers(self.trainer)  # the only hook before they begin
+        leave_out_flops(self.trainer)
         present = any(isinstance(each, ExactResume) for each in callbacks_of(self.trainer))
         return [] if present else [ExactResume()]
 

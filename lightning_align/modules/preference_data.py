@@ -31,9 +31,9 @@ class PreferenceDataModule(PositionedDataModule):
     KL_attention_mask and KL_completion_mask each prompt with the completion of another record.
 
     Args:
-        paths: File (.jsonl, .csv, also compressed as .gz, .xz or .bz2, or .parquet; local or at any
-            fsspec URL), glob, folder that datasets wrote with save_to_disk, dataset on the hub
-            (owner/name:split), or a list of these.
+        paths: File (.jsonl, .json, .csv, also compressed as .gz, .xz or .bz2, or .parquet; local or
+            at any fsspec URL), glob, folder that datasets wrote with save_to_disk, dataset on the
+            hub (owner/name:split), or a list of these.
         tokenizer: Folder or hub name of a tokenizer, or a transformers tokenizer.
         batch_size: Pairs per batch and rank, or unpaired records.
         max_length: Tokens that a prompt and a completion may have together; longer ones are cut.

@@ -28,7 +28,7 @@ def test_every_item_is_in_one_row_and_no_row_is_too_full(lengths, size):
 
 
 def test_the_longest_first_into_the_fullest_row():
-    assert pack_best_fit([4, 8, 1, 4, 2, 1], 10) == [[1, 4], [0, 2, 3, 5]]
+    assert pack_best_fit([4, 8, 1, 4, 2, 1], 10) == [[1, 2, 5], [0, 3, 4]]
 
 
 def test_worked_batch():
@@ -39,10 +39,10 @@ def test_worked_batch():
     # The first token of a conversation follows none of its own.
     assert batch["labels"].tolist() == [[-100, 6, 7, -100, 9], [-100, 3, 3, 3, 3]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 4]]
-    wider = PackedConversations([*TWO, TWO[2]], 7, pad_token_id=99)[[1, 0]]
-    assert wider["input_ids"][1].tolist() == [3, 3, 3, 3, 3, 8, 9]
-    assert wider["position_ids"][0].tolist() == [0, 1, 2, 3, 4, 0, 1]
-    assert wider["labels"][0, 5:].tolist() == [-100, -100]
+    wider = PackedConversations([*TWO, TWO[2]], 7, pad_token_id=99)[[0, 1]]
+    assert wider["input_ids"].tolist() == [[3, 3, 3, 3, 3, 99, 99], [8, 9, 3, 3, 3, 3, 3]]
+    assert wider["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1], [0, 1, 0, 1, 2, 3, 4]]
+    assert wider["labels"][0].tolist() == [-100, 3, 3, 3, 3, -100, -100]
 
 
 def test_a_padding_index_has_nothing_to_learn():

@@ -31,7 +31,7 @@ def test_lines_where_paragraphs_are_too_large():
     text = "A title\n\n" + "\n".join(f"line {number}" for number in range(10, 30))
     assert ending(text) == (
         "line 28\nline 29",
-        "its last 2 lines (9.0% of its characters)",
+        "its last 2 lines (8.9% of its characters)",
     )
 
 
