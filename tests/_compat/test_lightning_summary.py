@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelSummary, RichModelSummary
+from torch.utils.data import DataLoader
 from transformers import LlamaConfig
 
 from lightning_align.modules.pretrain import PretrainModule
@@ -31,7 +32,7 @@ def first_lines(tmp_path, kind, summary, capsys, caplog):
     batch = {name: torch.arange(9)[None] for name in ("input_ids", "labels")}
     fitter = trainer(tmp_path, callbacks=[summary], enable_model_summary=True)
     with caplog.at_level(logging.INFO):
-        fitter.fit(kind(config), [batch])
+        fitter.fit(kind(config), DataLoader([batch], batch_size=None))
     return capsys.readouterr().out + caplog.text
 
 

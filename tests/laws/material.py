@@ -60,4 +60,8 @@ def make_material(folder: Path) -> Path:
             for i in range(33)
         ],
     )
+    write(  # of which several fit in a row
+        "answers.jsonl",
+        [{"prompt": f"{i} {sentence(5)}", "completion": f" {sentence(8)}"} for i in range(97)],
+    )
     return folder

@@ -264,9 +264,9 @@ DATAMODULES = [
         "ConversationDataModule, packing",
         spec(
             OURS + "ConversationDataModule",
-            paths="{data}/conversations.jsonl",
+            paths="{data}/answers.jsonl",
             tokenizer="{data}/tokenizer",
-            max_length=96,
+            max_length=48,
             packing=True,
             val_fraction=0.2,
         ),
