@@ -20,7 +20,7 @@ from lightning_align.planner.advice import (
     no_recomputation,
 )
 from lightning_align.planner.live_bytes import Storages
-from lightning_align.planner.trace import Record, Region, Trace
+from lightning_align.planner.trace import Checkpoint, Record, Region, Trace
 
 
 def op(name: str = "aten.mm", phase: str = "forward", **more: Any) -> Record:
@@ -107,6 +107,19 @@ def test_what_is_not_computed_again_is_saved() -> None:
     assert found.gain == pytest.approx(0.5)
     assert no_recomputation(step, machine(), Setting(memory_bytes=106)) is None
     assert no_recomputation(report(op(flops=20)), machine(), Setting()) is None
+
+
+def test_without_recomputation_there_is_no_python_of_checkpoints() -> None:
+    """20 s that stay, 10 s that run again, and a region of 4 s with three tensors of 2 s each."""
+    step = report(op(flops=20), op(phase="recompute", flops=10))
+    step.trace.checkpoints.append(Checkpoint(1, 1, 3))
+    hardware = machine(checkpoint_s=4.0, checkpoint_saved_s=2.0)
+    found = no_recomputation(step, hardware, Setting())
+    assert found is not None
+    assert found.gain == pytest.approx(40 / 20 - 1)
+    more = larger_micro_batch(step, hardware, Setting())
+    assert more is not None
+    assert more.gain == pytest.approx(2 * 40 / (2 * 30 + 10) - 1)  # one call for twice the rows
 
 
 def test_a_fused_update_reads_and_writes_everything_once() -> None:

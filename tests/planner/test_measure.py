@@ -130,6 +130,13 @@ def test_calls_take_turns_on_as_many_tensors_as_caches_do_not_hold() -> None:
     assert not torch.equal(large[0][0], large[0][1])
 
 
+def test_memory_is_more_than_caches_hold() -> None:
+    """Of a processor with 300 MB of them, 48 MB were read twice as fast as memory is."""
+    assert 3 * measure.STREAM_ROWS * 256 * 4 == 192 << 20
+    assert measure.TURNS_BYTES == 96 << 20
+    assert measure.TURNS_BYTES // measure.MOST_TURNS <= 384 << 10  # smaller tensors stay in caches
+
+
 @pytest.mark.parametrize("device", ["cuda:99", "abacus"])
 def test_a_device_that_is_not_there_is_refused(device: str) -> None:
     with pytest.raises(ValueError, match=rf"MachineBalance.measure\(device='{device}'\)"):
