@@ -15,6 +15,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import PretrainedConfig
 from typing_extensions import Self, override
 
@@ -53,7 +54,8 @@ class CausalLMModule(pl.LightningModule, ABC):
             weights.
         optimizer: Builds the optimizer from named parameter groups, or its name; default
             AdamW(lr=3e-4, betas=(0.9, 0.95)).
-        lr_scheduler: Builds a scheduler from the optimizer; it steps after every optimizer step.
+        lr_scheduler: Builds a scheduler from the optimizer; it steps after every optimizer step,
+            ReduceLROnPlateau after every epoch, by ``val_loss`` or what it monitors.
         activation_checkpointing: Whether blocks recompute their activations in backward.
         chunk_size: Rows of logits computed at a time; None picks about 24 MB worth on a CPU.
         dtype: Data type of the parameters when a model is loaded or built here.
@@ -318,10 +320,10 @@ class CausalLMModule(pl.LightningModule, ABC):
         rates = param_groups.learning_rates(optimizer)
         scheduler = self.lr_scheduler(optimizer)
         param_groups.warn_of_lost_ratios(rates, optimizer, scheduler)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        when: dict[str, Any] = {"interval": "step"}
+        if isinstance(scheduler, ReduceLROnPlateau):  # torch's own says nothing of what it monitors
+            when = {"interval": "epoch", "monitor": getattr(scheduler, "monitor", "val_loss")}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, **when}}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Named groups for the optimizer, which print as a table; see ``build_param_groups``.

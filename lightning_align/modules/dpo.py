@@ -83,7 +83,8 @@ class DPOModule(CausalLMModule):
             smooth.
         optimizer: Builds the optimizer from named parameter groups, or its name; default
             AdamW(lr=3e-4, betas=(0.9, 0.95)).
-        lr_scheduler: Builds a scheduler from the optimizer; it steps after every optimizer step.
+        lr_scheduler: Builds a scheduler from the optimizer; it steps after every optimizer step,
+            ReduceLROnPlateau after every epoch, by ``val_loss`` or what it monitors.
         chunk_size: Rows of logits computed at a time; None picks about 24 MB worth on a CPU.
         activation_checkpointing: Whether blocks recompute their activations in backward.
         dtype: Data type of the parameters when a model is loaded or built here.

@@ -38,7 +38,8 @@ class PretrainModule(CausalLMModule):
             weights.
         optimizer: Builds the optimizer from named parameter groups, or its name; default
             AdamW(lr=3e-4, betas=(0.9, 0.95)).
-        lr_scheduler: Builds a scheduler from the optimizer; it steps after every optimizer step.
+        lr_scheduler: Builds a scheduler from the optimizer; it steps after every optimizer step,
+            ReduceLROnPlateau after every epoch, by ``val_loss`` or what it monitors.
         z_loss: Weight of the squared log-partition, 1e-4 in PaLM (arXiv:2204.02311, section 5).
         label_smoothing: Probability mass spread evenly over the vocabulary, from 0 up to but below
             1.

@@ -6,23 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from lightning_align.__main__ import main
-from lightning_align.modules import PretrainModule
 from tests.cli.test_app import config, write
-
-
-class WithPlateau(PretrainModule):
-    """Its rate falls where validation gets no better."""
-
-    def configure_optimizers(self) -> Any:
-        optimizer = super().configure_optimizers()
-        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "monitor": "val_loss"},
-        }
 
 
 @pytest.fixture(autouse=True)
@@ -77,9 +63,9 @@ def test_figures_of_a_run_that_leaves_nothing(
 def test_a_rate_that_waits_for_validation_is_left_alone(tmp_path: Path) -> None:
     """An epoch ends within the profile, where Lightning asks for the monitored value."""
     content = config(tmp_path, max_steps=100, limit_train_batches=2)
-    content["model"] = {
-        "class_path": "tests.cli.test_profile_run.WithPlateau",
-        "init_args": content["model"]["init_args"],
+    content["model"]["init_args"]["lr_scheduler"] = {
+        "class_path": "lightning.pytorch.cli.ReduceLROnPlateau",
+        "init_args": {"monitor": "val_loss"},
     }
     assert profiled(tmp_path, content, "--steps", "3")["measured"]["step_s"] > 0
 

@@ -8,7 +8,9 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.cli import ReduceLROnPlateau as CLIPlateau
 from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import ReduceLROnPlateau as TorchPlateau
 from torch.utils.data import DataLoader
 
 from lightning_align import Muon, PretrainModule
@@ -49,6 +51,28 @@ def test_scheduler_that_loses_the_ratio_of_learning_rates_is_warned_of(
         warnings.simplefilter("always")
         module.configure_optimizers()
     assert any("ratio is lost" in str(warning.message) for warning in caught) is lost
+
+
+@pytest.mark.parametrize(
+    ("kind", "monitored"), [(TorchPlateau, {}), (CLIPlateau, {"monitor": "val_loss"})]
+)
+def test_a_plateau_steps_after_epochs(kind: Any, monitored: dict[str, str], tmp_path: Path) -> None:
+    """Nothing is nine tenths better than before, so that each epoch but the first reduces it."""
+    scheduler = partial(kind, patience=0, threshold=0.9, factor=0.5, **monitored)
+    sgd = partial(torch.optim.SGD, lr=0.01)
+    module = PretrainModule(llama(), optimizer=sgd, lr_scheduler=scheduler)
+    trainer = pl.Trainer(
+        max_epochs=3,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    loader = DataLoader([rows(0), rows(1)], batch_size=None)
+    trainer.fit(module, loader, loader)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.01 / 4)
 
 
 def test_saved_folder_loads_with_equal_logits(tmp_path: Path) -> None:
