@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         SpikeGuard,
         TokenSchedule,
     )
+    from lightning_align.cli import AlignCLI
     from lightning_align.layers import ModelLayers, find_layers
     from lightning_align.modules import (
         ConversationDataModule,
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
 else:
     _HOMES = {
         "HardwareSpec": "planner",
+        "AlignCLI": "cli",
         "LISA": "callbacks",
         "AsyncCheckpoint": "callbacks",
         "ConversationDataModule": "modules",
@@ -127,6 +129,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LISA",
+    "AlignCLI",
     "AsyncCheckpoint",
     "ConversationDataModule",
     "Curriculum",

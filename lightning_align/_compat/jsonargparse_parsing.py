@@ -6,22 +6,29 @@ The dependency is capped below the next minor version, because functions are rep
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
-from jsonargparse import ArgumentParser, _typehints
+from jsonargparse import ArgumentParser, _signatures, _typehints
 from jsonargparse._actions import _ActionHelpClassPath
 from jsonargparse._common import parser_context
 from jsonargparse._required import iter_required_keys
+from jsonargparse._util import import_object
 
 
 def arguments(parser: ArgumentParser) -> dict[str, argparse.Action]:
     """What a parser takes by the name that a configuration gives it, such as trainer.max_steps."""
     actions = [action for action in parser._actions if not isinstance(action, _ActionHelpClassPath)]
     return {action.dest: action for action in actions}
+
+
+def shows_help(action: argparse.Action) -> bool:
+    """Whether it is an option such as --model.help, which prints the help of a class."""
+    return isinstance(action, _ActionHelpClassPath)
 
 
 def type_of(action: argparse.Action) -> Any:
@@ -141,3 +148,58 @@ def subclasses_found_once() -> Iterator[None]:
         yield
     finally:
         _typehints.get_all_subclass_paths = find
+
+
+class _Recording:
+    """Builds a class, and records what it raises; part of what a module keeps, so it pickles."""
+
+    def __init__(self, build: Callable[..., Any], failed: list[tuple[type, Exception]]) -> None:
+        self.build, self.failed = build, failed
+
+    def __call__(self, cls: type, *args: Any, **options: Any) -> Any:
+        try:
+            return self.build(cls, *args, **options)
+        except Exception as error:
+            self.failed.append((cls, error))
+            raise
+
+
+@contextmanager
+def failures_recorded(failed: list[tuple[type, Exception]]) -> Iterator[None]:
+    """Record every class of a configuration whose constructor raises, with what it raised.
+
+    jsonargparse keeps of the errors of a union of types only the first as the cause, and a class
+    that is given as a callable, as optimizers are, is built when the parser has long ended.
+
+    Args:
+        failed: What is appended to.
+    """
+    before = _typehints.get_class_instantiator
+
+    def recording() -> Any:
+        return _Recording(before(), failed)
+
+    _typehints.get_class_instantiator = _signatures.get_class_instantiator = recording
+    try:
+        yield
+    finally:
+        _typehints.get_class_instantiator = _signatures.get_class_instantiator = before
+
+
+def class_of_help(parser: ArgumentParser) -> tuple[str, Any] | None:
+    """Option and class if this is the parser that ``--model.help`` makes to print.
+
+    Args:
+        parser: Any.
+    """
+    found = re.fullmatch(r"Help for --(\S+)\.help=(\S+)", parser.description or "")
+    return (f"--{found[1]}", import_object(found[2])) if found else None
+
+
+def known_classes(hint: Any) -> list[str]:
+    """Import paths of the classes that a type takes by class_path; empty if it takes none.
+
+    Args:
+        hint: A type, or None.
+    """
+    return [] if hint is None else list(_typehints.get_all_subclass_paths(hint, closed_types=False))

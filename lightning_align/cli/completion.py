@@ -13,7 +13,8 @@ from typing import Any
 
 import lightning_align
 from lightning_align._errors import argument_error
-from lightning_align.cli.commands import CommandParser
+from lightning_align.cli.commands import COMMANDS, RUNS, CommandParser
+from lightning_align.cli.failures import DEBUG
 from lightning_align.cli.mistakes import PROGRAM, argument_names, option_strings
 
 FILES = ("--config", "--ckpt_path", "--ckpt", "--output", "--model.model", "--data.paths")
@@ -38,11 +39,13 @@ def script(shell: str) -> str:
     plain = argparse.ArgumentParser(prog=PROGRAM)
     commands = plain.add_subparsers()
     values, inside = _values(), _options_inside()
-    for name, command in build_parser().commands.choices.items():
+    runs = {name: build_parser().commands.choices[name] for name in RUNS}
+    others = {name: command.load().parser() for name, command in COMMANDS.items()}
+    for name, command in {**runs, **others}.items():
         added = commands.add_parser(name, help=(command.description or "").partition("\n")[0])
         options = option_strings([command])
         more = inside if "--trainer" in options else []
-        for option in sorted({*options, *more} - {"--help"}):
+        for option in sorted({*options, *more, DEBUG} - {"--help"}):
             argument: Any = added.add_argument(option, choices=values.get(option))
             if option in FILES:
                 argument.complete = shtab.FILE

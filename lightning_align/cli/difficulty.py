@@ -201,7 +201,7 @@ def parser() -> CommandParser:
     for name in modules.__all__:
         getattr(modules, name)  # a class is found by its short name once it is imported
     parser.add_subclass_arguments(PositionedDataModule, "data", required=False)
-    parser.add_function_arguments(difficulty, skip={"data", "out"})
+    parser.add_function_arguments(difficulty, as_group=False, skip={"data", "out"})
     help_out = "Folder for what is computed; the index of a metric is the folder of its name in it."
     parser.add_argument("--out", type=str, default="outputs/difficulty", help=help_out)
     return parser

@@ -104,7 +104,9 @@ def parser() -> CommandParser:
     """Options of ``lightning-align export``."""
     about = "Write a checkpoint as a Hugging Face folder: model and tokenizer."
     parser = CommandParser("lightning-align export", about)
-    parser.add_function_arguments(export, skip={"merge", "overwrite", "trust_remote_code"})
+    parser.add_function_arguments(
+        export, as_group=False, skip={"merge", "overwrite", "trust_remote_code"}
+    )
     help_merge = "Fold adapters into the weights, for programs that load no adapters."
     parser.add_argument("--merge", action="store_true", help=help_merge)
     help_overwrite = "Replace a model that is in the folder."

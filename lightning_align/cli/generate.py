@@ -151,7 +151,8 @@ def parser() -> CommandParser:
         " the user says, turn by turn; left out there, each line of standard input is a turn."
     )
     parser.add_argument("--prompt", type=str, action="append", help=help_prompt)
-    parser.add_function_arguments(stream, skip={"model", "tokenizer", "prompt", "chat"})
+    skip: set[str | int] = {"model", "tokenizer", "prompt", "chat"}
+    parser.add_function_arguments(stream, as_group=False, skip=skip)
     help_chat = "Talk: each prompt is a message, answered in the light of what was said before."
     parser.add_argument("--chat", action="store_true", help=help_chat)
     help_system = "What the model is told before the conversation, with --chat."

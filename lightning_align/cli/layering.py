@@ -21,11 +21,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
 from lightning_align._compat.jsonargparse_parsing import (
+    class_of_help,
     short_names_at_home,
     subclasses_found_once,
     whole_class_switches,
 )
 from lightning_align.cli.given import read_layer
+from lightning_align.cli.help_text import PlainHelp, described
 from lightning_align.cli.mistakes import PROGRAM, report
 
 ConfigFile: Any = jsonargparse.ActionConfigFile  # type: ignore[attr-defined]  # in no __all__
@@ -69,8 +71,23 @@ class AlignParser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # A prefix such as --trainer.max_s would change its meaning with the next new option.
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        super().__init__(*args, **{"allow_abbrev": False, "formatter_class": PlainHelp, **kwargs})
         self.commands: Any = None  # where subcommands are added, once there are some
+        self._helped = class_of_help(self)
+        if self._helped is not None:
+            option, cls = self._helped
+            self.usage = f"{option} {cls.__name__} [{option}.ARGUMENT VALUE ...]"
+            self.description = described(cls)
+
+    @override
+    def format_help(self) -> str:
+        """The help; that of a class has its description once, above its arguments."""
+        if self._helped is not None:
+            first = next((each for each in self._action_groups if each._group_actions), None)
+            if first is not None:
+                first.title = "arguments"
+        text: str = super().format_help()
+        return text
 
     @override
     def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:

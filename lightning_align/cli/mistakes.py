@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from difflib import get_close_matches
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
@@ -24,12 +23,11 @@ from jsonargparse import ArgumentParser
 
 from lightning_align._compat import jsonargparse_parsing as parsing
 from lightning_align.cli import given as layers
+from lightning_align.cli.failures import DEBUG, debugging
 
 PROGRAM = "lightning-align"
 
 ARGUMENTS_BELOW = " Arguments of the class go under init_args."
-
-_REFUSAL = re.compile(r"[\w.]+\(\w+=.*\): ", re.DOTALL)
 
 # How much a mistake explains: a misspelt name is why something is missing or of another type.
 NAME, MISSING, TYPE = range(3)
@@ -51,9 +49,9 @@ def report(
         commands: Parsers of its subcommands, by name.
 
     Raises:
-        ArgumentError: If JSONARGPARSE_DEBUG asks for the whole message with its traceback.
+        ArgumentError: If ``--debug`` asks for the whole message with its traceback.
     """
-    if os.environ.get("JSONARGPARSE_DEBUG") == "true":
+    if debugging():
         raise ArgumentError(None, message) from ex
     line = None
     with suppress(Exception):  # what explains must not hide what it explains
@@ -61,8 +59,9 @@ def report(
             line = explain(parser, getattr(parser, "args", []), commands)
     command = getattr(ex, "subcommand_parser", None) or parser
     program = command.prog.replace(" [options]", "")
-    more = " All that the parser tried: set JSONARGPARSE_DEBUG=true." if line else ""
-    sys.stderr.write(f"{PROGRAM}: {line or message}\nOptions: {program} --help.{more}\n")
+    more = f" All that the parser tried: add {DEBUG}." if line else ""
+    name = program.partition(" ")[0]
+    sys.stderr.write(f"{name}: {line or message}\nOptions: {program} --help.{more}\n")
 
 
 def explain(
@@ -87,26 +86,6 @@ def explain(
     return min(_mistakes(parser, args), default=(0, None), key=lambda mistake: mistake[0])[1]
 
 
-def refusal(error: BaseException) -> str | None:
-    """What a class refused, ``where(argument=value): rule``, of all that the parser makes of it."""
-    reasons = [error]
-    while (cause := reasons[-1].__cause__) is not None:
-        reasons.append(cause)
-    return next((str(each) for each in reversed(reasons) if _REFUSAL.match(str(each))), None)
-
-
-@contextmanager
-def refusals_told() -> Iterator[None]:
-    """End the program with what a class refuses, of a run as well, in place of a traceback."""
-    try:
-        yield
-    except ValueError as error:
-        reason = refusal(error)
-        if reason is None or os.environ.get("JSONARGPARSE_DEBUG") == "true":
-            raise
-        sys.exit(f"{PROGRAM}: {reason}\nWhere it was raised: set JSONARGPARSE_DEBUG=true.")
-
-
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """``" Did you mean X?"`` with the candidate nearest to ``name``, or an empty string."""
     by_lower = {candidate.lower(): candidate for candidate in sorted(candidates, reverse=True)}
@@ -116,8 +95,9 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
 
 def option_strings(parsers: Sequence[ArgumentParser]) -> list[str]:
     """All options of the parsers, such as ``--trainer.max_steps``."""
-    found = {name for parser in parsers for name in re.findall(r"--[\w.]+", parser.format_usage())}
-    return sorted(name for name in found if not name.endswith(".help"))
+    actions = [action for parser in parsers for action in parsing.arguments(parser).values()]
+    found = {name for action in actions for name in action.option_strings}
+    return sorted(name for name in found if name.startswith("--") and not name.endswith("+"))
 
 
 def argument_names(path: str) -> list[str]:

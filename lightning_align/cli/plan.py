@@ -9,20 +9,15 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from lightning_align._errors import argument_error, finite_number
-from lightning_align.cli import plan_given, plan_yaml
 from lightning_align.cli.commands import CommandParser
-from lightning_align.cli.plan_generation import generation_of, generation_report
-from lightning_align.cli.plan_report import report, run_of, side_by_side, split_of, told_model
-from lightning_align.cli.plan_run import run_for
-from lightning_align.planner import HardwareSpec, ModelSpec, ParallelSpec, Plan, Planner
-from lightning_align.planner.failures import Reliability, TimeToTrain
-from lightning_align.planner.plan_plot import draw_plans
-from lightning_align.planner.search import ranked
+
+# The help needs no torch: what does is imported where it is used.
+if TYPE_CHECKING:
+    from lightning_align.planner import HardwareSpec, ModelSpec, ParallelSpec, Plan
+    from lightning_align.planner.failures import TimeToTrain
 
 
 def plan(
@@ -90,6 +85,12 @@ def plan(
         ValueError: If a value is out of its range, nothing fits, or a file cannot be written.
     """
     _check_together(dict(locals()))
+    from lightning_align.cli import plan_given, plan_yaml
+    from lightning_align.cli.plan_generation import generation_of, generation_report
+    from lightning_align.cli.plan_report import report, run_of, side_by_side, told_model
+    from lightning_align.planner import ModelSpec, Planner, Reliability
+    from lightning_align.planner.search import ranked
+
     if top_k < 1:
         raise argument_error("plan", "top_k", top_k, "must be at least 1")
     if train_tokens is not None and (finite_number(train_tokens) or 0) <= 0:
@@ -165,6 +166,10 @@ def _check_together(given: Mapping[str, Any]) -> None:
 
 def _hardware(text: str) -> HardwareSpec:
     """Hardware by its name, with the price after an @."""
+    import torch
+
+    from lightning_align.planner import HardwareSpec
+
     name, _, price = text.partition("@")
     here = re.fullmatch(r"(?:([1-9]\d*)x)?here", name)
     try:
@@ -194,6 +199,8 @@ def _rows(spec: ModelSpec, tokens: int | None, objective: str) -> tuple[int | No
 
 
 def _base(hw: HardwareSpec, rows: int | None, chosen: dict[str, Any]) -> ParallelSpec:
+    from lightning_align.planner import ParallelSpec
+
     rows = rows or hw.devices
     if rows % hw.devices:  # only splits with fewer replicas can take them
         chosen = {**chosen, "pipeline_parallel": hw.devices}
@@ -208,6 +215,11 @@ def _written(
     json_file: str | Path | None,
     png: str | Path | None,
 ) -> Iterator[str]:
+    from lightning_align.cli import plan_yaml
+    from lightning_align.cli.plan_report import split_of
+    from lightning_align.cli.plan_run import run_for
+    from lightning_align.planner.plan_plot import draw_plans
+
     if output is not None:
         winner = max(best, key=lambda each: each.tokens_per_second)
         run, changed = run_for(model, winner.parallel.objective)

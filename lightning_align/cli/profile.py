@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning_align._errors import argument_error, check_least
 from lightning_align.cli.commands import CommandParser
-
-FOLDER = "LIGHTNING_ALIGN_PROFILE_FOLDER"  # told to the processes that a strategy starts
 
 
 @dataclass(frozen=True)
@@ -53,53 +47,27 @@ class Profile:
                 raise argument_error("profile", argument, path, rule)
 
 
-def divided(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+def divided(arguments: Sequence[str], options: type = Profile) -> tuple[list[str], list[str]]:
     """Words of this command, and words of ``fit``.
 
     Args:
         arguments: All of them.
+        options: A dataclass, whose fields are the options of this command.
     """
     own: list[str] = []
     others: list[str] = []
-    names = inspect.signature(Profile).parameters
+    names = inspect.signature(options).parameters
     words = list(arguments)
     while words:
         word = words.pop(0)
         name = word.removeprefix("--").partition("=")[0]
         is_own = word.startswith("--") and name in names
         (own if is_own else others).append(word)
-        if (
-            is_own
-            and "=" not in word
-            and words
-            and (name != "meta" or words[0] in ("true", "false"))
-        ):
+        is_flag = is_own and isinstance(names[name].default, bool)
+        has_value = "=" not in word and words and (not is_flag or words[0] in ("true", "false"))
+        if is_own and has_value:
             own.append(words.pop(0))
     return own, others
-
-
-@contextmanager
-def scratch_folder() -> Iterator[str]:
-    """A folder for what a run writes, beside the user's files, so on the same drive.
-
-    Raises:
-        ValueError: If it cannot be made.
-    """
-    shared = os.environ.get(FOLDER)
-    if shared is not None:  # in a process that a strategy has started
-        yield shared
-        return
-    try:
-        folder = tempfile.mkdtemp(prefix=".profile-", dir=".")
-    except OSError as error:
-        rule = f"nothing can be written to the working folder: {error}"
-        raise argument_error("profile", "folder", os.getcwd(), rule) from error
-    os.environ[FOLDER] = os.path.abspath(folder)
-    try:
-        yield os.path.abspath(folder)
-    finally:
-        del os.environ[FOLDER]
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def parser() -> CommandParser:
@@ -109,15 +77,25 @@ def parser() -> CommandParser:
         " help. Takes all options of fit besides, such as -c run.yaml, and leaves no checkpoint or"
         " log."
     )
-    made = CommandParser("lightning-align profile", about)
-    described = re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", inspect.getdoc(Profile) or "", re.M)
+    return parser_of("profile", about, Profile)
+
+
+def parser_of(command: str, about: str, options: type) -> CommandParser:
+    """A parser of a dataclass's fields, whose docstring is the help.
+
+    Args:
+        command: Its name.
+        about: What it does.
+        options: The dataclass.
+    """
+    made = CommandParser(f"lightning-align {command}", about)
+    described = re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", inspect.getdoc(options) or "", re.M)
     texts = {name: " ".join(text.split()) for name, text in described}
-    types: dict[str, Any] = {"steps": int, "top_k": int, "meta": bool}
-    for name, parameter in inspect.signature(Profile).parameters.items():
-        given: dict[str, Any] = {"type": types.get(name, str), "default": parameter.default}
-        if name == "meta":
-            given["nargs"] = "?"
-            given["const"] = True
+    for name, parameter in inspect.signature(options).parameters.items():
+        kind = str if parameter.default is None else type(parameter.default)
+        given: dict[str, Any] = {"type": kind, "default": parameter.default}
+        if kind is bool:
+            given |= {"nargs": "?", "const": True}
         made.add_argument(f"--{name}", **given, help=texts[name])
     return made
 
@@ -133,6 +111,7 @@ def main(arguments: Sequence[str]) -> None:
         own, others = ["--help"], []
     profile = Profile(**parser().parse_args(own).as_dict())
     from lightning_align.cli.profile_run import ProfileCLI  # seconds, for Lightning
+    from lightning_align.cli.traceless import scratch_folder
 
-    with scratch_folder() as folder:
+    with scratch_folder("profile") as folder:
         ProfileCLI(["fit", *others], profile, folder)

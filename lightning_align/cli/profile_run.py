@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
-from lightning.pytorch.loggers.logger import DummyLogger
 from typing_extensions import override
 
 from lightning_align._errors import argument_error
 from lightning_align.callbacks import RooflineMonitor, SavePretrained
-from lightning_align.cli.app import AlignCLI
 from lightning_align.cli.profile import Profile
 from lightning_align.cli.profile_meta import on_meta
+from lightning_align.cli.traceless import Traceless
 from lightning_align.models.weights import parameters_on_meta
 from lightning_align.planner.advice import Advice
 from lightning_align.planner.chrome_trace import write_chrome_trace
@@ -31,8 +27,8 @@ NEVER = 10**9
 _LEFT_OUT = (Checkpoint, SavePretrained, EarlyStopping, RooflineMonitor)
 
 
-class ProfileCLI(AlignCLI):
-    """``AlignCLI`` whose ``fit`` makes a few steps.
+class ProfileCLI(Traceless):
+    """The command whose ``fit`` makes a few steps.
 
     The length of the run is left as it is, so that schedules and checks are those of the real one;
     it ends early.
@@ -44,35 +40,13 @@ class ProfileCLI(AlignCLI):
     """
 
     def __init__(self, args: Sequence[str], profile: Profile, folder: str) -> None:
-        self.profile, self.folder = profile, folder
-        self._drives: list[str] = []
-        try:
-            super().__init__(args)
-        finally:
-            for drive in self._drives:
-                shutil.rmtree(drive, ignore_errors=True)
+        self.profile = profile
+        super().__init__(args, folder)
 
     @override
     def before_instantiate_classes(self) -> None:
         super().before_instantiate_classes()
-        options = self.config[self.subcommand]
-        self.save_config_callback = None
-        options["ckpt_path"] = None  # a finished run would have no steps left
-        options.trainer.logger = False
-        strategy = options.trainer.strategy
-        if isinstance(strategy, Namespace) and strategy.get("init_args.nvme_path"):
-            given = strategy["init_args.nvme_path"]
-            folders = [given] if isinstance(given, str) else given
-            fresh = [self._on_drive(each) for each in folders]
-            strategy["init_args.nvme_path"] = fresh[0] if isinstance(given, str) else fresh
-
-    def _on_drive(self, folder: str) -> str:
-        """A folder on the drive of the user's one, which may hold the real run."""
-        place = Path(folder).absolute()
-        while not place.is_dir():
-            place = place.parent
-        self._drives.append(tempfile.mkdtemp(prefix=".profile-", dir=place))
-        return self._drives[-1]
+        self._options["ckpt_path"] = None  # a finished run would have no steps left
 
     @override
     def instantiate_classes(self) -> None:
@@ -81,23 +55,13 @@ class ProfileCLI(AlignCLI):
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        given = self._get(self.config_init, "trainer", default={})["callbacks"] or []
-        callbacks = given if isinstance(given, list) else [given]
-        kept = [each for each in callbacks if not isinstance(each, _LEFT_OUT)]
+        kept = [each for each in self.given_callbacks() if not isinstance(each, _LEFT_OUT)]
         monitor = RooflineMonitor(NEVER, hardware=self.profile.hardware, plot=False)
-        quiet: dict[str, Any] = {
-            "callbacks": [*kept, monitor, Steps(self.profile, monitor)],
-            "logger": DummyLogger(),  # callbacks that ask for one find it
+        quiet = {
+            **self.quiet([*kept, monitor, Steps(self.profile, monitor)]),
             "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "num_sanity_val_steps": 0,
             "limit_val_batches": 0,
-            "min_steps": None,
-            "min_epochs": None,
-            "fast_dev_run": False,
             "log_every_n_steps": self.profile.steps + 2,  # once, of all steps
-            "default_root_dir": self.folder,
         }
         return super().instantiate_trainer(**{**kwargs, **quiet})
 

@@ -235,7 +235,7 @@ def parser() -> CommandParser:
     parser = CommandParser("lightning-align spikes", about)
     help_folder = "Folder of the reports: report_dir of SpikeGuard, local or at any fsspec URL."
     parser.add_argument("folder", nargs="?", type=str, help=help_folder)
-    parser.add_function_arguments(spikes, skip={"folder"})
+    parser.add_function_arguments(spikes, as_group=False, skip={"folder"})
     return parser
 
 

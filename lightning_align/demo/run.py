@@ -5,7 +5,6 @@ Both training stages are ordinary YAML files, run by the same command line that 
 
 import json
 import logging
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,7 +19,6 @@ from lightning.pytorch.cli import LightningCLI
 from torch import nn
 
 from lightning_align import recipes
-from lightning_align.cli.commands import CommandParser
 from lightning_align.data import PackedDataset, PreferenceDataset
 from lightning_align.data.token_cache import TokenSplit
 from lightning_align.demo import ngram
@@ -91,31 +89,6 @@ FAST = Size(
 )
 
 
-def parser() -> CommandParser:
-    """Options of ``lightning-align demo``."""
-    about = "Pretrain a small Llama on Pride and Prejudice and align it with DPO."
-    parser = CommandParser("lightning-align demo", about)
-    help_fast = "Train for seconds instead of minutes; the numbers then mean little."
-    parser.add_argument("--fast", action="store_true", help=help_fast)
-    parser.add_argument("--output", default="outputs", help="Folder for all that is written.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of weights, order and samples.")
-    return parser
-
-
-def main(arguments: Sequence[str], fit: Fit) -> Report:
-    """``lightning-align demo``: parse ``arguments`` and run.
-
-    Args:
-        arguments: What follows ``demo`` on the command line.
-        fit: The command line itself, which runs the two training stages.
-
-    Returns:
-        What is printed. Before there is no accuracy: policy and reference are the same.
-    """
-    options = parser().parse_args(list(arguments))
-    return run_demo(fit, fast=options.fast, output=Path(options.output), seed=options.seed)
-
-
 def run_demo(fit: Fit, *, fast: bool, output: Path, seed: int) -> Report:
     """Run the three stages, print the report, and write it to ``report.json``.
 
@@ -129,8 +102,6 @@ def run_demo(fit: Fit, *, fast: bool, output: Path, seed: int) -> Report:
             f"lightning-align demo: needs {', '.join(missing)}. Run: pip install"
             " 'lightning-align[demo]'"
         )
-    # It means well, but here the command line calls itself.
-    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
     _say("1/3  Pretraining on whole chapters; others are held out")
     pretrained = _stage("pretrain", fit, size, output, seed)
     text = pretrained.datamodule

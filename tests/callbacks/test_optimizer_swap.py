@@ -296,7 +296,7 @@ data: {class_path: tests.helpers.resume.SequenceData}
 """
     )
     monkeypatch.chdir(tmp_path)
-    cli = AlignCLI(["fit", "--config", "run.yaml"])
+    cli = AlignCLI(args=["fit", "--config", "run.yaml"])
     groups = groups_of(cli.trainer)
     assert isinstance(cli.trainer.optimizers[0], Muon)
     assert (groups["matrices"]["lr"], groups["head"]["lr"]) == (0.02, 0.003)

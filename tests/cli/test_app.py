@@ -95,7 +95,7 @@ def run(*arguments: str, folder: Path) -> AlignCLI:
     before = Path.cwd()
     os.chdir(folder)
     try:
-        return AlignCLI(list(arguments))
+        return AlignCLI(args=list(arguments))
     finally:
         os.chdir(before)
 
@@ -193,7 +193,7 @@ def test_seed_is_fixed_by_default(tmp_path: Path) -> None:
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     with pytest.raises(SystemExit) as stopped:
-        AlignCLI(["fit", *arguments, "--print_config"])
+        AlignCLI(args=["fit", *arguments, "--print_config"])
     assert stopped.value.code == 0
     return capsys.readouterr().out
 
@@ -313,7 +313,7 @@ def test_what_a_run_refuses_is_told_in_two_lines_by_the_program(
         main(["fit", "-c", path])
     first, second = str(error.value).splitlines()
     assert first.startswith("lightning-align: SpikeGuard(rewind_steps=4): the run has 4 steps")
-    assert second == "Where it was raised: set JSONARGPARSE_DEBUG=true."
+    assert second == "Where it was raised: add --debug."
 
 
 # As a program
@@ -373,7 +373,7 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
 
 def test_help_of_a_class_describes_its_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        AlignCLI(["fit", "--model.help=lightning_align.PretrainModule"])
+        AlignCLI(args=["fit", "--model.help=lightning_align.PretrainModule"])
     details = capsys.readouterr().out
     assert "--model.z_loss" in details
     assert "Weight of the squared log-partition" in details

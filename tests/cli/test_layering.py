@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from lightning_align import recipes
-from lightning_align.cli.app import AlignCLI, build_parser
+from lightning_align.cli.app import Program, build_parser
 from lightning_align.cli.layering import AlignParser
 
 Read = Callable[..., Any]
@@ -22,7 +22,7 @@ class ReadError(Exception):
     """Raised once the configuration is complete: nothing needs to run."""
 
 
-class ReadOnly(AlignCLI):
+class ReadOnly(Program):
     def instantiate_classes(self) -> None:
         raise ReadError(self)
 

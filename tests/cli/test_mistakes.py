@@ -15,7 +15,8 @@ from lightning_align._compat.jsonargparse_parsing import (
     subclasses_found_once,
 )
 from lightning_align.cli.app import build_parser
-from lightning_align.cli.mistakes import argument_names, did_you_mean, explain, refusal, report
+from lightning_align.cli.failures import refusal
+from lightning_align.cli.mistakes import argument_names, did_you_mean, explain, report
 
 
 class Color(Enum):

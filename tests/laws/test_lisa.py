@@ -165,7 +165,7 @@ trainer:
 def test_command_line_trains_with_it(sampling: str, tmp_path: Path) -> None:
     text = YAML.replace("CACHE", str(tmp_path / "cache")).replace("FOLDER", str(tmp_path))
     (tmp_path / "lisa.yaml").write_text(text.replace("SAMPLING", sampling))
-    cli = AlignCLI(["fit", "-c", str(tmp_path / "lisa.yaml")])
+    cli = AlignCLI(args=["fit", "-c", str(tmp_path / "lisa.yaml")])
     (callback,) = [c for c in cli.trainer.callbacks if isinstance(c, LISA)]  # type: ignore[attr-defined]
     assert [step for step, _ in callback.history] == [0, 2, 4]
     assert isinstance(callback.sampling, list) is sampling.startswith("[")

@@ -274,7 +274,7 @@ def test_fine_tuning_from_yaml_learns_the_answers(tmp_path, chats):
         },
     }
     (tmp_path / "sft.yaml").write_text(json.dumps(recipe))
-    cli = AlignCLI(["fit", "-c", str(tmp_path / "sft.yaml")])
+    cli = AlignCLI(args=["fit", "-c", str(tmp_path / "sft.yaml")])
     assert cli.trainer.callback_metrics["train_loss"] < 0.1
     cli.model.save_pretrained(str(tmp_path / "saved"))
     saved = AutoTokenizer.from_pretrained(tmp_path / "saved")

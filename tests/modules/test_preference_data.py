@@ -257,7 +257,7 @@ def test_dpo_on_conversations_prefers_the_chosen_answers(tmp_path, chats):
         },
     }
     (tmp_path / "dpo.yaml").write_text(json.dumps(recipe))
-    cli = AlignCLI(["fit", "-c", str(tmp_path / "dpo.yaml")])
+    cli = AlignCLI(args=["fit", "-c", str(tmp_path / "dpo.yaml")])
     assert cli.trainer.global_step == 10
     assert cli.trainer.callback_metrics["rewards/accuracies"] == 1
     assert cli.trainer.callback_metrics["rewards/margins"] > 0.05

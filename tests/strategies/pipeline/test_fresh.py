@@ -212,7 +212,7 @@ def test_a_run_from_yaml_never_holds_the_model(tmp_path: Path) -> None:
         sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": blocks}
         path = yaml(rank, tmp_path, empty, num_attention_heads=8, **sizes)
         before = reset_peak()
-        cli = AlignCLI(["fit", "-c", path])
+        cli = AlignCLI(args=["fit", "-c", path])
         parameters = list(cli.model.parameters())
         assert any(p.is_meta for p in parameters)
         return PeakAtStart.peak - before, 4 * sum(p.numel() for p in parameters)
