@@ -174,16 +174,18 @@ def failures_recorded(failed: list[tuple[type, Exception]]) -> Iterator[None]:
     Args:
         failed: What is appended to.
     """
-    before = _typehints.get_class_instantiator
+    of_types: Any = _typehints
+    of_groups: Any = _signatures
+    before = of_types.get_class_instantiator
 
     def recording() -> Any:
         return _Recording(before(), failed)
 
-    _typehints.get_class_instantiator = _signatures.get_class_instantiator = recording
+    of_types.get_class_instantiator = of_groups.get_class_instantiator = recording
     try:
         yield
     finally:
-        _typehints.get_class_instantiator = _signatures.get_class_instantiator = before
+        of_types.get_class_instantiator = of_groups.get_class_instantiator = before
 
 
 def class_of_help(parser: ArgumentParser) -> tuple[str, Any] | None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from lightning_align._errors import check_choice
 from lightning_align.cli.commands import CommandParser
+from lightning_align.cli.failures import refusals_told
+from lightning_align.cli.mistakes import PROGRAM
 from lightning_align.cli.profile import divided, parser_of
 
 REFUSED = 2
@@ -55,13 +57,13 @@ def main(arguments: Sequence[str]) -> None:
     own, others = divided(arguments, Check)
     if {"-h", "--help"} & set(others):
         own, others = ["--help"], []
-    check = Check(**parser().parse_args(own).as_dict())
-    from lightning_align.cli.check_run import CheckCLI  # seconds, for Lightning
-    from lightning_align.cli.failures import refusals_told
-    from lightning_align.cli.mistakes import PROGRAM
-    from lightning_align.cli.traceless import scratch_folder
-
+    options = parser().parse_args(own).as_dict()
     try:
+        with refusals_told(PROGRAM):
+            check = Check(**options)
+        from lightning_align.cli.check_run import CheckCLI  # seconds, for Lightning
+        from lightning_align.cli.traceless import scratch_folder
+
         # What a Trainer says of a run is not about this one.
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
         logging.getLogger("lightning.fabric").setLevel(logging.WARNING)

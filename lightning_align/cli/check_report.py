@@ -44,14 +44,15 @@ def tell(cli: CheckCLI, batch: Any) -> None:
     lines = [*_model(cli), *_batch(cli, batch), *_run(cli), *_partition(cli)]
     try:
         lines += _memory(cli, batch)
-        refused = None
-    except ValueError as error:
-        refused = error
-    if cli.unchecked:
-        lines += ["not checked", *(f"  {each}" for each in cli.unchecked)]
-    print("\n".join([*lines, *["nothing is refused"] * (refused is None)]))  # noqa: T201
-    if refused is not None:
-        raise refused
+    except ValueError:
+        print("\n".join([*lines, *_not_checked(cli)]))  # noqa: T201
+        raise
+    print("\n".join([*lines, *_not_checked(cli), "nothing is refused"]))  # noqa: T201
+
+
+def _not_checked(cli: CheckCLI) -> list[str]:
+    lines = [f"  {each}" for each in cli.unchecked]
+    return ["not checked", *lines] if lines else []
 
 
 def _model(cli: CheckCLI) -> Iterator[str]:

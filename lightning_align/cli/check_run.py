@@ -19,7 +19,7 @@ from lightning_align.cli import check_report
 from lightning_align.cli.check import Check
 from lightning_align.cli.check_split import Devices, devices_of
 from lightning_align.cli.profile_meta import full_batch
-from lightning_align.cli.traceless import Traceless
+from lightning_align.cli.traceless import Traceless, folders_as_they_were
 from lightning_align.models.weights import parameters_on_meta
 
 _SHARE = 0.5  # of the memory that is free, for weights
@@ -70,9 +70,9 @@ class CheckCLI(Traceless):
 
     def _has_room(self) -> bool:
         copies = 2 if hasattr(self.model, "ref_model") or hasattr(self.model, "_reference") else 1
-        needed = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        needed: float = sum(p.numel() * p.element_size() for p in self.model.parameters())
         processes = 1 if self.devices.is_stand_in else self.devices.world
-        return copies * processes * needed < _SHARE * _free_memory()
+        return bool(copies * processes * needed < _SHARE * _free_memory())
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
@@ -96,7 +96,9 @@ class CheckCLI(Traceless):
         if _is_asked_once(model):
             vars(model)["on_fit_start"] = lambda: None  # which asks the reference about all data
             self.unchecked.append("what the reference says of the data, which training computes")
-        self.trainer.fit(model, datamodule=datamodule, **options)
+        places = [getattr(each, "dirpath", None) for each in self.given_callbacks()]
+        with folders_as_they_were([each for each in places if each]):
+            self.trainer.fit(model, datamodule=datamodule, **options)
 
 
 class SetUp(pl.Callback):
@@ -112,7 +114,8 @@ class SetUp(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        batch = next(iter(trainer.train_dataloader), None)
+        loader: Any = trainer.train_dataloader
+        batch = next(iter(loader), None)
         check_report.tell(self.cli, batch)
         trainer.should_stop = True
         # Nothing has been trained that the others could save or draw.

@@ -50,6 +50,9 @@ def refusals_told(program: str, *, everything: bool = False) -> Iterator[None]:
         program: Name that the line begins with.
         everything: Whether any error is the user's, as it is while classes are built; else only
             refusals, and what a constructor of the configuration has raised.
+
+    Raises:
+        Exception: If it is none of these, or tracebacks are asked for.
     """
     failed: list[tuple[type, Exception]] = []
     try:

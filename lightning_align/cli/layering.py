@@ -80,13 +80,13 @@ class AlignParser(LightningArgumentParser):
             self.description = described(cls)
 
     @override
-    def format_help(self) -> str:
+    def format_help(self, *args: Any) -> str:
         """The help; that of a class has its description once, above its arguments."""
         if self._helped is not None:
             first = next((each for each in self._action_groups if each._group_actions), None)
             if first is not None:
                 first.title = "arguments"
-        text: str = super().format_help()
+        text: str = super().format_help(*args)
         return text
 
     @override

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from typing_extensions import override
 
 from lightning_align._errors import argument_error
+from lightning_align.checkpointing.lock import LOCK_FILE
 from lightning_align.cli.app import Program
 
 FOLDER = "LIGHTNING_ALIGN_{}_FOLDER"  # told to the processes that a strategy starts
@@ -46,6 +47,24 @@ def scratch_folder(command: str) -> Iterator[str]:
     finally:
         del os.environ[variable]
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def folders_as_they_were(folders: Iterable[str | os.PathLike[str]]) -> Iterator[None]:
+    """Take folders away that were not there before, and have nothing in them but locks.
+
+    Args:
+        folders: That a set-up may make; those behind a URL are passed over.
+    """
+    local = [Path(each).absolute() for each in folders if "://" not in str(each)]
+    made = [place for each in local for place in (each, *each.parents) if not place.exists()]
+    try:
+        yield
+    finally:
+        for folder in sorted(set(made), key=lambda each: len(each.parts), reverse=True):
+            (folder / LOCK_FILE).unlink(missing_ok=True)
+            with suppress(OSError):  # it has something in it
+                folder.rmdir()
 
 
 class Traceless(Program):

@@ -59,7 +59,7 @@ def test_it_tells_shapes_length_and_memory_and_leaves_nothing(
     [
         (["--data.paths=absent.txt"], "TextDataModule(paths='absent.txt'): is neither"),
         (["--data.blok_size=8"], "no such argument of TextDataModule. Did you mean block_size?"),
-        (["--model.z_loss=-1"], "PretrainModule(z_loss=-1.0): must be"),
+        (["--model.z_loss=-1"], "PretrainModule(z_loss=-1.0): must not be negative"),
         (["--trainer.callbacks+=LISA", "--trainer.callbacks.activated_layers=9"], "LISA(activated"),
         (["--model.optimizer.lr=-1"], "SGD: Invalid learning rate: -1.0"),
         (["--hardware=h1000"], "HardwareSpec"),

@@ -1,12 +1,9 @@
 """lightning-align profile: what it takes, and what it refuses before anything is built."""
 
-import os
-from pathlib import Path
-
 import pytest
 
 from lightning_align.__main__ import main
-from lightning_align.cli.profile import FOLDER, Profile, divided, parser, scratch_folder
+from lightning_align.cli.profile import Profile, divided, parser
 
 
 def test_own_words_are_told_from_those_of_fit() -> None:
@@ -51,19 +48,3 @@ def test_bad_options(options: dict[str, object], rule: str) -> None:
 def test_a_mistake_ends_in_its_message() -> None:
     with pytest.raises(SystemExit, match=r"profile\(steps=0\): must be at least 1"):
         main(["profile", "--steps", "0"])
-
-
-def test_the_folder_is_gone_afterwards_and_shared_meanwhile(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with scratch_folder() as folder:
-        assert Path(folder).parent == tmp_path
-        with scratch_folder() as of_a_rank:  # a process that a strategy has started
-            assert of_a_rank == folder
-        assert Path(folder).is_dir()
-    assert not list(tmp_path.iterdir())
-    assert FOLDER not in os.environ
-    with pytest.raises(RuntimeError), scratch_folder() as folder:
-        raise RuntimeError
-    assert not Path(folder).exists()
