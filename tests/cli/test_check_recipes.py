@@ -31,8 +31,13 @@ RECIPES: dict[str, tuple[list[str], list[str]]] = {
     "dpo_lora": ([], BASE),
     "dpo_simpo": ([], BASE),
     "finetune_hub": ([], [*BASE, "--data.block_size=16", "--data.val_fraction=0.25"]),
+    "dpo_hub": ([], BASE),
     "galore": (["pretrain"], []),
+    "galore_hub": (["sft_chat"], [*BASE, "--data.val_fraction=0.2"]),
+    "gpus_8": (["sft_chat"], [*BASE, "--data.val_fraction=0.2", "--trainer.accelerator=gpu"]),
+    "host_memory": (["sft_chat"], [*BASE, "--data.val_fraction=0.2"]),
     "kto": ([], [*BASE, "--data.paths=records.jsonl"]),
+    "lisa": (["sft_chat"], [*BASE, "--data.val_fraction=0.2"]),
     "muon": (["ddp"], ALONE),
     "preference_diagnostics": (
         ["dpo"],
@@ -41,6 +46,8 @@ RECIPES: dict[str, tuple[list[str], list[str]]] = {
     "pretrain": ([], []),
     "roofline": (["pretrain"], ["--trainer.callbacks.hardware=cpu"]),
     "sft_chat": ([], [*BASE, "--data.val_fraction=0.2"]),
+    "size_3b": (["sft_chat"], [*BASE, "--data.val_fraction=0.2"]),
+    "size_8b": (["sft_chat"], [*BASE, "--data.val_fraction=0.2"]),
     "spike_guard": (["pretrain"], []),
     "stable_adamw": (["ddp"], ALONE),
     "zero_infinity": ([], ["--model.model.num_hidden_layers=2"]),
@@ -86,9 +93,9 @@ def test_a_recipe_passes(
     lines(tmp_path / "pairs.jsonl", pairs)
     records = [{"prompt": f"{n} is", "completion": " it", "label": n % 2 == 1} for n in range(40)]
     lines(tmp_path / "records.jsonl", records)
-    said = [("user", "What?"), ("assistant", "A truth.")]
-    chat = {"messages": [{"role": role, "content": text} for role, text in said]}
-    lines(tmp_path / "chats.jsonl", [chat] * 20)
+    said = [[("user", f"What is {n}?"), ("assistant", "A truth.")] for n in range(20)]
+    chats = [[{"role": role, "content": text} for role, text in each] for each in said]
+    lines(tmp_path / "chats.jsonl", [{"messages": chat} for chat in chats])
     (tmp_path / "texts").mkdir()
     for i in range(4):
         (tmp_path / f"texts/{i}.txt").write_text(NOVEL * 30)
@@ -98,6 +105,7 @@ def test_a_recipe_passes(
         main(["recipes", "copy", each])
         layers += ["-c", f"{each}.yaml"]
     before = {path for path in tmp_path.rglob("*") if "cache" not in path.parts}
-    main(["check", *layers, *options, "--trainer.accelerator=cpu"])
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    main(["check", *layers, "--trainer.accelerator=cpu", *options])
     assert capsys.readouterr().out.endswith("nothing is refused\n")
     assert {path for path in tmp_path.rglob("*") if "cache" not in path.parts} == before
