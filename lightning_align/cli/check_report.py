@@ -66,20 +66,26 @@ def _model(cli: CheckCLI) -> Iterator[str]:
 def _batch(cli: CheckCLI, batch: Any) -> Iterator[str]:
     name = type(cli.datamodule).__name__ if cli.datamodule is not None else "its own loaders"
     yield f"data       {name}"
-    for path, tensor in _tensors(batch, ""):
+    for path, tensor in tensors(batch, ""):
         dtype = str(tensor.dtype).removeprefix("torch.")
         yield f"           {path or 'batch'} {tuple(tensor.shape)} {dtype}"
 
 
-def _tensors(batch: Any, path: str) -> Iterator[tuple[str, Tensor]]:
+def tensors(batch: Any, path: str) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a batch by where they are in it, such as ``rows.input_ids`` or ``pair[0]``.
+
+    Args:
+        batch: Mappings, lists and tuples of tensors.
+        path: Of the batch itself.
+    """
     if isinstance(batch, Tensor):
         yield path, batch
     elif isinstance(batch, Mapping):
         for key, value in batch.items():
-            yield from _tensors(value, f"{path}.{key}" if path else str(key))
+            yield from tensors(value, f"{path}.{key}" if path else str(key))
     elif isinstance(batch, (list, tuple)):
         for number, value in enumerate(batch):
-            yield from _tensors(value, f"{path}[{number}]")
+            yield from tensors(value, f"{path}[{number}]")
 
 
 def _run(cli: CheckCLI) -> Iterator[str]:
@@ -167,7 +173,7 @@ def _planned(cli: CheckCLI, batch: Any) -> tuple[ModelSpec, ParallelSpec]:
     file.write_text(yaml.safe_dump(content))
     rows = getattr(cli.datamodule, "batch_size", None)
     if not isinstance(rows, int):
-        rows = next((len(tensor) for _, tensor in _tensors(batch, "") if tensor.dim()), 1)
+        rows = next((len(tensor) for _, tensor in tensors(batch, "") if tensor.dim()), 1)
     accumulate = cli.trainer.accumulate_grad_batches
     split = split_of(class_of(content["trainer"]["strategy"]), cli.devices.world, rows, accumulate)
     if isinstance(split, str):
