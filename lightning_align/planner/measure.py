@@ -8,6 +8,7 @@ that are predicted later.
 from __future__ import annotations
 
 import math
+import mmap
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from lightning_align._compat.glibc_memory import NEVER_KEPT, mapped_from
+from lightning_align._compat.glibc_memory import NEVER_KEPT, give_back_freed, mapped_from
 from lightning_align._errors import argument_error
 from lightning_align.offload import tuning
 from lightning_align.planner.call_costs import call_costs
@@ -173,6 +174,9 @@ def measured(
     # Where smaller tensors are mapped, too, the curves have it.
     keeps = place.type == "cpu" and mapped_from() == NEVER_KEPT
     threads = f"cpu, {torch.get_num_threads()} threads"
+    calls = _calls(curves, softmax, place, dtype, clock)
+    if keeps:  # no more than before: a run goes on in this process
+        give_back_freed(from_now_on=False)
     return {
         "name": threads if place.type == "cpu" else str(place),
         "peak_flops": flops / peak.seconds,
@@ -181,7 +185,7 @@ def measured(
         "dtype": str(dtype).removeprefix("torch."),
         "curves": curves,
         "softmax": softmax,
-        **_calls(curves, softmax, place, dtype, clock),
+        **calls,
         "is_asynchronous": place.type != "cpu",
         "cache_bandwidth": cached_bytes / cached.seconds,
         "disk_bandwidth": None if folder is None else _disk(folder),
@@ -404,10 +408,12 @@ def fresh_bandwidth(clock: Callable[[], float] = time.perf_counter) -> float:
     seconds = []
     for _ in range(SAMPLES):
         start = clock()
-        memory = torch.empty(FRESH_BYTES, dtype=torch.uint8).fill_(1)
+        pages = mmap.mmap(-1, FRESH_BYTES)  # by itself: the heap may have kept as much
+        memory = torch.frombuffer(pages, dtype=torch.uint8).fill_(1)
         touched = clock()
         memory.fill_(1)
         written = clock()
         del memory
+        pages.close()
         seconds.append((touched - start) - (written - touched) + (clock() - written))
     return FRESH_BYTES / max(median(seconds), 1e-9)

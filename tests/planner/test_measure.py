@@ -1,5 +1,7 @@
 """What a measurement consists of; never how fast a machine is."""
 
+import resource
+import sys
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -110,6 +112,20 @@ def test_fresh_memory_is_what_the_first_touch_costs_and_giving_it_back() -> None
     """Of 1, 4, 5 and 7 s: three to touch it, less one to write it again, and two to free it."""
     times = iter([1.0, 4.0, 5.0, 7.0] * measure.SAMPLES)
     assert measure.fresh_bandwidth(lambda: next(times)) == measure.FRESH_BYTES / 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are counted by Linux")
+def test_fresh_memory_is_none_that_the_heap_has_kept() -> None:
+    """A heap whose top has room for it would give the same pages again, which are no new ones."""
+    for _ in range(3):  # freed once, such pieces lie in the heap from then on
+        kept = [torch.ones(2 << 20) for _ in range(12)]
+        top = torch.ones(1 << 10)  # below which is a hole
+        kept.clear()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    measure.fresh_bandwidth()
+    touched = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    assert len(top)
+    assert touched >= measure.SAMPLES * measure.FRESH_BYTES // (2 << 20)  # in pages of 2 MB
 
 
 def test_memory_that_is_mapped_anyway_is_in_the_curves(
