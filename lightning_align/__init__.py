@@ -7,7 +7,6 @@ nor transformers is imported before something needs it. Each is also a name of i
 
 from typing import TYPE_CHECKING
 
-from lightning_align._compat.lightning_quiet import leave_out_tips
 from lightning_align._lazy import lazy
 from lightning_align._moved import find_moved
 from lightning_align.strategies.registry import register_on_import
@@ -184,4 +183,3 @@ __all__ = [
 
 find_moved(__name__)
 register_on_import()
-leave_out_tips()

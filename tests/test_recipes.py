@@ -104,6 +104,11 @@ TINY = [
 ]
 
 
+def drawn(run: str, picture: str) -> list[Path]:
+    """Where a picture lies: in the folder of the run's logger."""
+    return list(Path(f"outputs/{run}").rglob(f"{picture}.png"))
+
+
 @pytest.mark.slow
 def test_pretrain_then_dpo(folder: Path) -> None:
     schedule = ["--model.lr_scheduler.total_steps=3", "--trainer.log_every_n_steps=1"]
@@ -116,7 +121,7 @@ def test_pretrain_then_dpo(folder: Path) -> None:
     steps = ["--trainer.max_steps=2", "--data.batch_size=2", "--trainer.log_every_n_steps=1"]
     fit("dpo", *steps)
     assert moved("outputs/dpo/model", "outputs/pretrain/model")
-    assert (folder / "outputs/dpo/dpo.png").exists()
+    assert drawn("dpo", "dpo")
     diagnosed_over_dpo(steps)
     fit("zero_infinity_dpo", *steps, "--model.optimizer.init_args.fused=true")
     assert moved("outputs/zero_infinity_dpo/model", "outputs/pretrain/model")
@@ -132,7 +137,7 @@ def diagnosed_over_dpo(steps: list[str]) -> None:
     layers = ["-c", "dpo.yaml", "-c", "preference_diagnostics.yaml"]
     main(["fit", *layers, *QUIET, *steps])
     for name in ("dpo", "preferences"):
-        assert Path(f"outputs/dpo/{name}.png").exists()
+        assert drawn("dpo", name)
     logged = Path("outputs/dpo/csv/version_1/metrics.csv").read_text().splitlines()[0].split(",")
     assert {"kl/policy", "kl/policy_se", "logps/both_fell", "length/correlation"} <= {*logged}
 
@@ -215,7 +220,7 @@ def test_curriculum_over_pretrain(folder: Path) -> None:
     (state,) = [v for k, v in checkpoint["callbacks"].items() if k.startswith("Curriculum")]
     assert state["settings"]["length"]["lengths"][:2] == [[1, 16], [151, 32]]
     assert checkpoint["tokens_seen"] == 3 * 2 * 128, "as many as without"
-    assert (folder / "outputs/pretrain/curriculum.png").exists()
+    assert drawn("pretrain", "curriculum")
 
 
 @pytest.mark.slow
@@ -232,7 +237,7 @@ def test_curriculum_difficulty_over_pretrain(folder: Path) -> None:
     logged = Path("outputs/pretrain/csv").rglob("metrics.csv")
     assert "curriculum/eligible" in next(logged).read_text().splitlines()[0]
     assert len(values) > 1000
-    assert (folder / "outputs/pretrain/curriculum.png").exists()
+    assert drawn("pretrain", "curriculum")
 
 
 @pytest.mark.slow
@@ -254,7 +259,7 @@ def of_preferences(name: str, base: str, rows: list[dict[str, Any]]) -> dict[str
     steps = ["--trainer.max_steps=2", "--trainer.log_every_n_steps=1", "--data.val_fraction=0.2"]
     fit(name, f"--model.model={base}", f"--data.tokenizer={base}", *steps)
     assert moved(f"outputs/{name}/model", base)
-    assert Path(f"outputs/{name}/{name}.png").exists()
+    assert drawn(name, name)
     lines = Path(f"outputs/{name}/csv/version_0/metrics.csv").read_text().splitlines()
     logged = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
     return {key: float(value) for row in logged for key, value in row.items() if value}

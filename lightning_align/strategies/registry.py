@@ -28,7 +28,10 @@ def _zero_infinity(**arguments: Any) -> Any:
 
 
 def register(registry: Any) -> None:
-    """Add our names to Lightning's registry."""
+    """Add our names to Lightning's registry; from then on it advertises nothing, either."""
+    from lightning_align._compat.lightning_quiet import leave_out_tips
+
+    leave_out_tips()
     for name, schedule in _PIPELINES.items():
         if name not in registry:
             about = f"Pipeline parallelism, {schedule} schedule"
