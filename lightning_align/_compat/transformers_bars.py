@@ -8,7 +8,8 @@ from transformers.utils import logging
 
 
 def _none(factory: Callable[..., Any], given: tuple[Any, ...], options: dict[str, Any]) -> Any:  # noqa: ARG001
-    return logging.EmptyTqdm(*given, **options)
+    bar: Any = logging.EmptyTqdm
+    return bar(*given, **options)
 
 
 @contextmanager

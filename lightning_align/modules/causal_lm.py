@@ -274,8 +274,8 @@ class CausalLMModule(pl.LightningModule, ABC):
         for name, value in means.items():
             # Every rank has the mean over all ranks. Lightning's reduction would cost a message,
             # and a deadlock where one rank alone looks at the value; this way it takes none.
-            reduced = {"sync_dist": True, "rank_zero_only": True}
-            self.log(prefix + name, value, prog_bar=name in self.progress_bar_metrics, **reduced)
+            shown = name in self.progress_bar_metrics
+            self.log(prefix + name, value, prog_bar=shown, sync_dist=True, rank_zero_only=True)
 
     # Set-up
 
