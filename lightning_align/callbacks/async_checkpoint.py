@@ -26,10 +26,12 @@ from lightning_align.callbacks import checkpoint_news as news
 from lightning_align.callbacks.checkpoint_folder import CheckpointFolder, path_in
 from lightning_align.callbacks.checkpoint_monitor import score_of
 from lightning_align.callbacks.checkpoint_names import check_names, formatted_name, warn_of_unlogged
+from lightning_align.callbacks.checkpoint_place import BestOfEarlier, place_of
 from lightning_align.callbacks.checkpoint_run import RUN_KEY, CheckpointRun, continue_newest, run_of
 from lightning_align.callbacks.checkpoint_standing import standing
 from lightning_align.callbacks.checkpoint_triggers import SaveTriggers, may_save_after
 from lightning_align.checkpointing import committed_checkpoints, latest_valid_checkpoint
+from lightning_align.checkpointing.files import Folder
 from lightning_align.checkpointing.retention import Retention
 from lightning_align.run.callbacks import bring
 from lightning_align.run.exact_resume import ExactResume
@@ -47,15 +49,16 @@ class AsyncCheckpoint(ModelCheckpoint):
     and continues its W&B run.
 
     Args:
-        dirpath: Folder or URL of the checkpoints; by default as ModelCheckpoint chooses it. One run
-            writes a folder.
+        dirpath: Folder or URL of the checkpoints; by default as ModelCheckpoint chooses it. A new
+            run whose ``dirpath`` holds another one saves in ``version_1`` there, and so on.
         filename: Name with metrics in braces, such as ``"{epoch}-{val_loss:.2f}"``; by default
             ``"{epoch}-{step}"``. A name that is taken gets ``-v1``, ``-v2``, ...
         monitor: Logged value that ranks the checkpoints; by default the newest is best.
         verbose: Whether to say of every checkpoint what it reached and where it is.
         mode: Whether the ``min`` or the ``max`` value is best.
         save_top_k: Number of best checkpoints to keep; -1 keeps all, 0 none.
-        save_last: Whether the newest checkpoint is saved and kept whatever its rank.
+        save_last: Whether the newest checkpoint is saved and kept whatever its rank; ``last.ckpt``
+            in a local folder is a link to it. ``"link"`` means the same.
         every_n_train_steps: Optimizer steps between checkpoints.
         train_time_interval: Time between checkpoints.
         every_n_epochs: Epochs between checkpoints; 1 if none of the three is given.
@@ -66,6 +69,8 @@ class AsyncCheckpoint(ModelCheckpoint):
         save_weights_only: Whether to leave out all that a resume needs.
         auto_insert_metric_name: Whether names of metrics stand in the filename before their values.
         enable_version_counter: Must be True, since no file is overwritten.
+        overwrite: Whether a new run saves in ``dirpath`` itself, and deletes the checkpoints of
+            another run there behind its first commit.
         backpressure: If the earlier save is still being written: ``wait`` for it, ``skip`` this
             one, or keep only the ``latest`` of those that wait.
         flush_timeout_s: Seconds that writing may take after an exception, SIGTERM or Ctrl-C.
@@ -73,8 +78,8 @@ class AsyncCheckpoint(ModelCheckpoint):
 
     Raises:
         ValueError: If an argument is out of range, the strategy shards its state, another
-            CheckpointIO is in use, a validation has run without logging ``monitor``, ``dirpath``
-            holds checkpoints of another run, or another callback of the Trainer writes there.
+            CheckpointIO is in use, a validation has run without logging ``monitor``, or another
+            callback of the Trainer writes to ``dirpath``.
         RuntimeError: If another run is writing to ``dirpath``.
 
     Example:
@@ -94,7 +99,7 @@ class AsyncCheckpoint(ModelCheckpoint):
         verbose: bool = False,
         mode: Literal["min", "max"] = "min",
         save_top_k: int = 1,
-        save_last: bool = False,
+        save_last: bool | Literal["link"] = False,
         every_n_train_steps: int | None = None,
         train_time_interval: timedelta | None = None,
         every_n_epochs: int | None = None,
@@ -103,6 +108,7 @@ class AsyncCheckpoint(ModelCheckpoint):
         save_weights_only: bool = False,
         auto_insert_metric_name: bool = True,
         enable_version_counter: bool = True,
+        overwrite: bool = False,
         backpressure: Literal["wait", "skip", "latest"] = "wait",
         flush_timeout_s: float = 60.0,
         storage_options: dict[str, Any] | None = None,
@@ -110,6 +116,7 @@ class AsyncCheckpoint(ModelCheckpoint):
         checks.check_triggers(every_n_train_steps, train_time_interval, every_n_epochs)
         checks.check_kept(monitor, mode, save_top_k, save_last, enable_version_counter)
         checks.check_writing(backpressure, flush_timeout_s)
+        checks.tell_where_no_link_is(save_last, dirpath)
         super().__init__(
             os.fspath(dirpath) if dirpath is not None else None,
             filename,
@@ -126,6 +133,7 @@ class AsyncCheckpoint(ModelCheckpoint):
             every_n_epochs=every_n_epochs,
             save_on_train_epoch_end=save_on_train_epoch_end,
         )
+        self.overwrite = overwrite
         self.backpressure = backpressure
         self.flush_timeout_s = flush_timeout_s
         self.storage_options = storage_options
@@ -136,6 +144,8 @@ class AsyncCheckpoint(ModelCheckpoint):
         self._folder: CheckpointFolder | None = None  # on rank zero while fitting
         self._interrupt = DeferredInterrupt()
         self._saves_now = False  # whether all that was saved has been withdrawn
+        self._placed = ("", "")  # the folder that was given, and the one that a fit writes
+        self._best_of_earlier = BestOfEarlier()
         self._begin(CheckpointRun())
 
     def __getstate__(self) -> dict[str, Any]:
@@ -161,19 +171,41 @@ class AsyncCheckpoint(ModelCheckpoint):
         """
         return latest_valid_checkpoint(dirpath, storage_options)
 
+    @property
+    def best_model_path(self) -> str:
+        """Path of the best checkpoint; before a fit, of what an earlier process has saved."""
+        path: str = vars(self).get("best_model_path", "")
+        if path or self._run.is_begun or not self.dirpath:
+            return path
+        folder = Folder(self.dirpath, self.storage_options)
+        return self._best_of_earlier.path(folder, self.monitor, self.mode)
+
+    @best_model_path.setter
+    def best_model_path(self, path: str) -> None:
+        vars(self)["best_model_path"] = path
+
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        dirpath = lightning_resume.resolve_checkpoint_dir(self, trainer)
-        self.dirpath = trainer.strategy.broadcast(dirpath)
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            dirpath = lightning_resume.resolve_checkpoint_dir(self, trainer)
+            self.dirpath = trainer.strategy.broadcast(dirpath)
             return
+        self.dirpath = trainer.strategy.broadcast(self._given_dir(trainer))
         checks.check_strategy(trainer.strategy)
         self._untold_fields = check_names(self)  # all of it may have been set since
         bring(ExactResume, trainer, pl_module, stage)
         run = run_of(trainer, (each._run for each in self._of_one_run(trainer)))
         if run is not self._run:
             self._begin(run)
-        checks.on_rank_zero(trainer, partial(self._open, trainer))
+        checks.on_rank_zero(trainer, partial(checks.check_folders, self, trainer))
+        self._close(self.flush_timeout_s)  # of a fit that was not torn down
+
+    def _given_dir(self, trainer: Trainer) -> str:
+        """The folder that the user named, or ModelCheckpoint chooses, and no version of it."""
+        given, written = self._placed
+        if written and self.dirpath == written:
+            return given
+        return str(lightning_resume.resolve_checkpoint_dir(self, trainer))
 
     def _of_one_run(self, trainer: Trainer) -> "list[AsyncCheckpoint]":
         ours = [each for each in trainer.checkpoint_callbacks if isinstance(each, AsyncCheckpoint)]
@@ -186,14 +218,26 @@ class AsyncCheckpoint(ModelCheckpoint):
         self._publish()
 
     def _open(self, trainer: Trainer) -> None:
-        checks.check_folders(self, trainer)
+        """Open the folder of the run, once it is known which one this is; on every rank."""
+        given = self._given_dir(trainer)
+        checks.on_rank_zero(trainer, partial(self._open_on_rank_zero, given, trainer))
+        self.dirpath = trainer.strategy.broadcast(self.dirpath)
+        self._placed = (given, str(self.dirpath))
+
+    def _open_on_rank_zero(self, given: str, trainer: Trainer) -> None:
+        path = str(trainer.ckpt_path) if trainer.ckpt_path else None
+        options: dict[str, Any] = {"storage_options": self.storage_options}
+        place = place_of(given, self.run_id, ckpt_path=path, overwrite=self.overwrite, **options)
         self._close(self.flush_timeout_s)
+        self.dirpath = place.dirpath
         self._folder = CheckpointFolder(
-            str(self.dirpath),
+            place.dirpath,
             self._retention,
             backpressure=self.backpressure,
-            storage_options=self.storage_options,
             on_change=self._publish,
+            others=place.others,
+            commits_before=place.commits_before,
+            **options,
         )
         self._run.saves = max(self._run.saves, self._folder.saves_of_run)
 
@@ -207,11 +251,8 @@ class AsyncCheckpoint(ModelCheckpoint):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        def refuse_other_runs() -> None:
-            if self._folder is not None:
-                self._folder.refuse_other_runs(self.run_id)
-
-        checks.on_rank_zero(trainer, refuse_other_runs)
+        if not trainer.strategy.broadcast(self._folder is not None) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._open(trainer)
 
     # When.
 
@@ -367,8 +408,7 @@ class AsyncCheckpoint(ModelCheckpoint):
         ours = self._of_one_run(trainer)
         if ours[0] is not self:
             return set()
-        directory = lightning_resume.resolve_checkpoint_dir
-        places = [(str(directory(each, trainer)), each.storage_options) for each in ours]
+        places = [(each._given_dir(trainer), each.storage_options) for each in ours]
         return continue_newest(trainer, places)
 
     @override
@@ -378,8 +418,10 @@ class AsyncCheckpoint(ModelCheckpoint):
         if RUN_KEY not in checkpoint or trainer.state.fn != "fit":
             return
         self._run.resume(checkpoint[RUN_KEY], trainer)
-        if self._folder is not None:
-            self._folder.continue_from(str(trainer.ckpt_path), checkpoint["global_step"])
+        self._open(trainer)
+        if self._folder is not None and trainer.ckpt_path:  # else it is a tuner's own
+            path, step = str(trainer.ckpt_path), checkpoint["global_step"]
+            self._folder.continue_from(path, step, self.run_id)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

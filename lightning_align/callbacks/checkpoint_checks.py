@@ -1,12 +1,15 @@
 """What AsyncCheckpoint refuses: arguments out of range, shared folders, states it cannot copy."""
 
+import os
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Literal
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_align._compat import lightning_resume
 from lightning_align._errors import argument_error
@@ -51,7 +54,11 @@ def check_triggers(
 
 
 def check_kept(
-    monitor: str | None, mode: str, save_top_k: int, save_last: bool, enable_version_counter: bool
+    monitor: str | None,
+    mode: str,
+    save_top_k: int,
+    save_last: bool | Literal["link"],
+    enable_version_counter: bool,
 ) -> None:
     """Refuse what says which checkpoints are kept, where that cannot be.
 
@@ -63,13 +70,28 @@ def check_kept(
     rule = "without monitor there is no best to keep more than one of"
     way_out = "Set monitor, or save_top_k to -1, 0 or 1"
     check("save_top_k", save_top_k, monitor is not None or save_top_k in (-1, 0, 1), rule, way_out)
-    rule = "must be True or False; there is no last.ckpt that could be a link"
-    way_out = "With True the newest checkpoint is kept under its own name"
-    check("save_last", save_last, isinstance(save_last, bool), rule, way_out)
+    rule = "must be True, False or 'link'; with True, too, last.ckpt is a link to the newest one"
+    check("save_last", save_last, isinstance(save_last, bool) or save_last == "link", rule)
     rule = "must be True: a file that is overwritten is lost if the new one fails"
-    way_out = "Leave it out; what is no longer among the best is deleted behind the next commit"
+    way_out = "Leave it out; overwrite=True replaces another run once this one has saved"
     holds = bool(enable_version_counter)
     check("enable_version_counter", enable_version_counter, holds, rule, way_out)
+
+
+def tell_where_no_link_is(save_last: bool | str, dirpath: str | os.PathLike[str] | None) -> None:
+    """Say what to use in the place of ``last.ckpt`` where there cannot be one.
+
+    Args:
+        save_last: Whether one is wanted.
+        dirpath: Folder or URL.
+    """
+    scheme, is_url, _ = os.fspath(dirpath or "").partition("://")
+    if save_last and is_url and scheme not in ("file", "local"):
+        rank_zero_info(
+            f"AsyncCheckpoint(save_last={save_last}): {dirpath} has no links, so the newest"
+            " checkpoint stays under its own name and there is no last.ckpt."
+            " fit(ckpt_path='last') and AsyncCheckpoint.latest(dirpath) find it."
+        )
 
 
 def check_writing(backpressure: str, flush_timeout_s: float) -> None:

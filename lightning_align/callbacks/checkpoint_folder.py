@@ -6,23 +6,23 @@ longer needed, and lets the callback name what is there.
 
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_align._errors import argument_error
 from lightning_align.checkpointing import Commit, SaveError, SaveResult, SnapshotEngine
 from lightning_align.checkpointing.files import Folder
+from lightning_align.checkpointing.last_link import LAST, LastLink, shown_by
 from lightning_align.checkpointing.manifest import DATA, Manifest
 from lightning_align.checkpointing.retention import Retention
 
 Formatted = Callable[[int | None], str]  # a name, without or with a version
-SAVES, BATCHES = "saves_of_run", "batches"  # in the metadata of a manifest
+RUN, SAVES, BATCHES = "run", "saves_of_run", "batches"  # in the metadata of a manifest
 
 
 class CheckpointFolder:
-    """Checkpoints of one run, on the process that writes them.
+    """Checkpoints of one run, on the process that writes them; others may be there, and stay.
 
     Args:
         dirpath: Folder or URL.
@@ -30,6 +30,8 @@ class CheckpointFolder:
         backpressure: As in ``SnapshotEngine``.
         storage_options: Passed to the filesystem of a URL.
         on_change: Called on the writing thread after each commit, before anything is deleted.
+        others: Names of checkpoints that go with the first commit, of runs that give way.
+        commits_before: As in ``SnapshotEngine``.
     """
 
     def __init__(
@@ -40,6 +42,8 @@ class CheckpointFolder:
         backpressure: Literal["wait", "skip", "latest"],
         storage_options: dict[str, Any] | None,
         on_change: Callable[[], None],
+        others: Sequence[str] = (),
+        commits_before: int = 0,
     ) -> None:
         self.dirpath = dirpath
         self.num_saved = self.num_failed = 0
@@ -50,49 +54,37 @@ class CheckpointFolder:
             backpressure=backpressure,
             storage_options=storage_options,
             on_commit=self._on_commit,
+            commits_before=commits_before,
         )
         retention.withdraw(self._engine.withdrawn)
+        self._link = LastLink(self._engine.folder, retention.keep_newest)
         self._names = {name.split(DATA)[0] for name in self._engine.folder.names()}
+        self._names |= {LAST} if self._link.is_kept else set()
+        self._others = list(others)
         if retention.newest:  # of an earlier fit of this Trainer
             names = {found.name for found in self._engine.committed}
             self.delete(retention.load_state_dict(retention.state_dict(), names))
-
-    def refuse_other_runs(self, run_id: str) -> None:
-        """Make sure that every checkpoint in the folder is of one run.
-
-        Args:
-            run_id: Of this run, or of the one that it resumes.
-
-        Raises:
-            ValueError: If one is of another run.
-        """
-        for found in self._engine.committed:
-            if found.metadata.get("run") != run_id:
-                rule = (
-                    f"holds checkpoints of another run, such as {found.name!r} (step {found.step}),"
-                    " and a resume could not tell them apart"
-                )
-                way_out = "Resume that run with fit(ckpt_path='last'), or choose another dirpath"
-                raise argument_error("AsyncCheckpoint", "dirpath", self.dirpath, rule, way_out)
 
     @property
     def saves_of_run(self) -> int:
         """How many saves the run had made, here and in other folders, up to the last one here."""
         return max((order_in_run(found)[0] for found in self._engine.committed), default=0)
 
-    def continue_from(self, path: str, step: int) -> None:
+    def continue_from(self, path: str, step: int, run_id: str) -> None:
         """Say which checkpoint the run goes on from; newer ones are abandoned by that.
 
         Args:
             path: Path or URL of the checkpoint that was loaded, in this folder or in another one.
             step: Optimizer steps that the run had taken in it.
+            run_id: Of the run; what others have left here stays.
         """
         directory, _, file = path.rpartition("/")
         name = None
         if Folder(directory or ".").key == Folder(self.dirpath).key:
-            name = file.removesuffix(DATA)
+            name = shown_by(self._engine.folder, file.removesuffix(DATA))
             self._retention.protect(name)
         left = self._engine.continue_from(name, step)
+        left = [found for found in left if found.metadata.get(RUN) == run_id]
         self._retention.abandon({found.name: found.step for found in left})
         newest = next(iter(self._engine.committed), None)
         if newest is None or newest not in left:
@@ -117,6 +109,7 @@ class CheckpointFolder:
         names = self._engine.withdraw(lambda _, about: about.get(BATCHES, 0) > batches)
         self._retention.withdraw(names)
         self._on_change()
+        self._link.show(self._retention.newest)
         return names
 
     def reserve(self, formatted: Formatted, version: int, score: float | None, keep: bool) -> str:
@@ -208,8 +201,10 @@ class CheckpointFolder:
     def _on_commit(self, commit: Commit) -> None:
         surplus = self._retention.commit(commit.manifest.name, commit.manifest.step)
         self._on_change()
+        self._link.show(self._retention.newest)
         self._commits.append(commit)
-        self.delete(surplus)
+        others, self._others = self._others, []
+        self.delete([*surplus, *others])
 
 
 def path_in(dirpath: str, name: str, storage_options: dict[str, Any] | None) -> str:

@@ -10,9 +10,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_align._compat import lightning_resume
-from lightning_align.callbacks.checkpoint_folder import BATCHES, SAVES, order_in_run
+from lightning_align.callbacks.checkpoint_folder import BATCHES, RUN, SAVES
+from lightning_align.callbacks.checkpoint_place import newest_of_places
 from lightning_align.checkpointing.files import Folder
-from lightning_align.checkpointing.latest import newest_whole
 from lightning_align.checkpointing.manifest import DATA
 from lightning_align.run.position import batches_consumed
 
@@ -34,6 +34,11 @@ class CheckpointRun:
     def __getstate__(self) -> dict[str, Any]:
         """As of no Trainer: a copy of a callback begins a run of its own."""
         return {**vars(self), "_trainer": None}
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether a Trainer has it."""
+        return self._trainer is not None
 
     def is_of(self, trainer: pl.Trainer) -> bool:
         """Whether it is the run of a Trainer; in another one another run begins.
@@ -79,7 +84,7 @@ class CheckpointRun:
         """
         self.saves += 1
         return {
-            "run": self.id,
+            RUN: self.id,
             SAVES: self.saves,
             BATCHES: batches_consumed(trainer),
             "monitor": monitor,
@@ -109,11 +114,10 @@ def continue_newest(
         trainer: Who resumes; its loggers have not begun a run.
         places: Folders or URLs, each with the options of its filesystem.
     """
-    folders = [Folder(*place) for place in places]
-    whole = [(found, folder) for folder in folders if (found := newest_whole(folder)) is not None]
-    if not whole:
+    found = newest_of_places([Folder(*place) for place in places])
+    if found is None:
         return set()
-    newest, folder = max(whole, key=lambda each: order_in_run(each[0]))
+    newest, folder = found
     if newest.metadata.get("wandb_run_id"):
         lightning_resume.continue_wandb_run(trainer, newest.metadata["wandb_run_id"])
     return {folder.path(newest.name + DATA)}

@@ -54,6 +54,7 @@ class SnapshotEngine:
         storage_options: Passed to the filesystem of the URL.
         on_commit: Called on the background thread with each :class:`Commit`.
         wait_timeout_s: Longest that a save waits for an earlier one; it is then skipped.
+        commits_before: Commits in other folders that come before those in this one.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -70,6 +71,7 @@ class SnapshotEngine:
         storage_options: dict[str, Any] | None = None,
         on_commit: Callable[[Commit], None] | None = None,
         wait_timeout_s: float = 1800.0,
+        commits_before: int = 0,
     ) -> None:
         if keep_last < 1:
             raise argument_error("SnapshotEngine", "keep_last", keep_last, "must be at least 1")
@@ -87,7 +89,7 @@ class SnapshotEngine:
         self._pool = SnapshotPool(limit)
         self._saves = 0
         self._committed: dict[str, Manifest] = {}
-        self._lineage = Lineage([])
+        self._lineage = Lineage([], commits_before)
         self.withdrawn: set[str] = set()  # names of those that the run has gone back behind
         self._foreign: set[str] = set()  # names of files that are no checkpoints of ours
         self._durable = 0  # number of the latest save that is on disk
@@ -98,16 +100,16 @@ class SnapshotEngine:
         self._pid = os.getpid()
         self._closed = self._released = False
         if persist:
-            self._open_folder()
+            self._open_folder(commits_before)
 
-    def _open_folder(self) -> None:
+    def _open_folder(self, commits_before: int) -> None:
         self.folder.create()
         self._lock = FolderLock(self.folder)
         self._lock.acquire()
         try:
             sweep(self.folder)
             self._committed = {found.name: found for found in committed_checkpoints(self.folder)}
-            self._lineage = Lineage(self._committed.values())
+            self._lineage = Lineage(self._committed.values(), commits_before)
             self.withdrawn = withdrawn_names(self.folder.names())
             self._lineage.withdraw(self.withdrawn, self._committed)
             names = {file.split(DATA)[0] for file in self.folder.names() if DATA in file}

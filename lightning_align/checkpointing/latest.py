@@ -10,6 +10,7 @@ import torch
 
 from lightning_align._errors import argument_error
 from lightning_align.checkpointing.files import CHUNK_BYTES, Folder
+from lightning_align.checkpointing.last_link import shown_by
 from lightning_align.checkpointing.manifest import (
     DATA,
     MANIFEST,
@@ -21,6 +22,7 @@ from lightning_align.checkpointing.manifest import (
     newest_first,
     read_manifest,
 )
+from lightning_align.checkpointing.versions import versions
 
 
 def verify(folder: Folder, manifest: Manifest) -> None:
@@ -88,15 +90,25 @@ def latest_valid_checkpoint(
 ) -> str | None:
     """Path of the newest checkpoint that is whole, or ``None``.
 
-    Every byte is read and compared. A damaged checkpoint is passed over with a warning.
+    Every byte is read and compared. A damaged checkpoint is passed over with a warning. It may be
+    in a version of the folder (``version_1``), which a later run has written.
 
     Args:
         dirpath: Local path or URL of the folder.
         storage_options: Passed to the filesystem of the URL.
     """
-    folder = Folder(dirpath, storage_options)
-    newest = newest_whole(folder)
-    return folder.path(newest.name + DATA) if newest is not None else None
+    newest = newest_of_versions(Folder(dirpath, storage_options))
+    return newest[1].path(newest[0].name + DATA) if newest is not None else None
+
+
+def newest_of_versions(folder: Folder) -> tuple[Manifest, Folder] | None:
+    """The newest checkpoint that is whole in a folder and its versions, and where it lies."""
+    each = list(versions(folder).values())
+    if len(each) > 1:
+        found = {here: committed_checkpoints(here) for here in each}
+        each = sorted((here for here in each if found[here]), key=lambda here: found[here][0].order)
+    whole = ((newest_whole(here), here) for here in reversed(each))
+    return next(((newest, here) for newest, here in whole if newest is not None), None)
 
 
 def newest_whole(folder: Folder) -> Manifest | None:
@@ -143,7 +155,7 @@ def load_checkpoint(
     """
     dirpath, _, file = os.fspath(path).replace(os.sep, "/").rpartition("/")
     folder = Folder(dirpath or ".", storage_options)
-    name = file.removesuffix(DATA)
+    name = shown_by(folder, file.removesuffix(DATA))
 
     def error(rule: str, way_out: str) -> ValueError:
         return argument_error("load_checkpoint", "path", os.fspath(path), rule, way_out)

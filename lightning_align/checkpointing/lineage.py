@@ -12,10 +12,16 @@ from lightning_align.checkpointing.manifest import Manifest, newest_first
 
 
 class Lineage:
-    """What the next commit has to say of where it comes from, after those of its folder."""
+    """What the next commit has to say of where it comes from, after those of its folder.
 
-    def __init__(self, committed: Iterable[Manifest]) -> None:
+    Args:
+        committed: Checkpoints in the folder.
+        before: Number of the last commit that comes before them, in other folders.
+    """
+
+    def __init__(self, committed: Iterable[Manifest], before: int = 0) -> None:
         self._number = max((manifest.commit_number for manifest in committed), default=0)
+        self._number = max(self._number, before)
         self._parent: str | None = None
         self._abandoned: set[str] = set()
 

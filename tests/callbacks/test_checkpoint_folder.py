@@ -40,6 +40,7 @@ def folder_of(
     retention: Retention | None = None,
     backpressure: Literal["wait", "skip", "latest"] = "wait",
     on_change: Any = lambda: None,
+    others: Any = (),
 ) -> CheckpointFolder:
     return CheckpointFolder(
         str(dirpath),
@@ -47,6 +48,7 @@ def folder_of(
         backpressure=backpressure,
         storage_options=None,
         on_change=on_change,
+        others=others,
     )
 
 
@@ -97,15 +99,28 @@ def test_what_was_asked_to_go_goes(tmp_path: Path) -> None:
     assert stored(tmp_path) == ["step2"]
 
 
-def test_checkpoints_of_another_run_are_refused(tmp_path: Path) -> None:
+def test_others_go_with_the_first_commit_and_no_sooner(tmp_path: Path) -> None:
     folder = folder_of(tmp_path)
     save(folder, 4, run="first")
-    folder.wait(10)
-    folder.refuse_other_runs("first")
-    message = r"dirpath='.*'\): holds checkpoints of another run, such as 'step4' \(step 4\)"
-    with pytest.raises(ValueError, match=message):
-        folder.refuse_other_runs("second")
     folder.close(10)
+    folder = folder_of(tmp_path, others=["step4"])
+    folder.wait(10)
+    assert stored(tmp_path) == ["step4"]
+    save(folder, 1, run="second")
+    folder.close(10)
+    assert stored(tmp_path) == ["step1"]
+
+
+def test_going_back_abandons_nothing_of_another_run(tmp_path: Path) -> None:
+    """As ``overwrite`` leaves one there until the first commit."""
+    folder = folder_of(tmp_path, Retention(1, "max", keep_newest=False))
+    save(folder, 4, run="first")
+    folder.close(10)
+    folder = folder_of(tmp_path, Retention(1, "max", keep_newest=False))
+    folder.continue_from("elsewhere/step2.ckpt", 2, "second")
+    save(folder, 6, 6.0, run="second")
+    folder.close(10)
+    assert set(stored(tmp_path)) == {"step4", "step6"}
 
 
 def test_a_name_is_free_if_no_file_has_it_and_nobody_was_given_it(tmp_path: Path) -> None:

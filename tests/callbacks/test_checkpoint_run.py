@@ -44,10 +44,14 @@ def test_a_callback_in_another_trainer_is_another_run(tmp_path: Path) -> None:
     """Nothing would tell the checkpoints of the two apart."""
     callback = AsyncCheckpoint(tmp_path)
     fit(callback, folder=tmp_path, max_epochs=1)
-    with pytest.raises(ValueError, match="holds checkpoints of another run"):
+    first = callback.run_id
+    with pytest.warns(UserWarning, match="holds checkpoints of another run"):
         fit(callback, folder=tmp_path, max_epochs=1)
+    assert callback.run_id != first
+    assert callback.dirpath == str(tmp_path / "version_1")
     made = fit(callback, folder=tmp_path, ckpt_path="last")
     assert made.global_step == 12
+    assert callback.dirpath == str(tmp_path / "version_1")
 
 
 @pytest.mark.slow

@@ -1,0 +1,72 @@
+"""``last.ckpt``: a link to the newest checkpoint, for whoever wants one path that stays.
+
+A link, since a copy would double what is written, and a kill could leave half of it. It is set
+behind a commit and before anything older is deleted, so it always shows a whole checkpoint. Stores
+behind a URL have no links.
+"""
+
+import os
+import warnings
+
+from lightning_align.checkpointing.files import Folder
+from lightning_align.checkpointing.manifest import DATA
+
+LAST = "last"  # as ModelCheckpoint calls it
+_UNFINISHED = f".{LAST}{DATA}.new"
+
+
+class LastLink:
+    """The link of one folder.
+
+    Args:
+        folder: Of the checkpoints.
+        wanted: Whether to make it; one that is there is kept up in any case.
+
+    Attributes:
+        is_kept: Whether it is made, or kept up.
+    """
+
+    def __init__(self, folder: Folder, wanted: bool) -> None:
+        self._folder = folder
+        self.is_kept = folder.is_local and (wanted or shown_by(folder, LAST) != LAST)
+
+    def show(self, name: str) -> None:
+        """Let the link show a checkpoint; what is no link of ours stays as it is.
+
+        Args:
+            name: Of the checkpoint; if it is empty, the link stays as it is.
+        """
+        if not self.is_kept or not name:
+            return
+        path, unfinished = (
+            os.path.join(self._folder.root, file) for file in (LAST + DATA, _UNFINISHED)
+        )
+        try:
+            if os.path.lexists(path) and shown_by(self._folder, LAST) == LAST:
+                raise OSError("it is there, and no link to a checkpoint beside it")
+            if os.path.lexists(unfinished):  # of a run that was killed
+                os.unlink(unfinished)
+            os.symlink(name + DATA, unfinished)
+            os.replace(unfinished, path)
+        except OSError as error:
+            self.is_kept = False
+            warnings.warn(
+                f"{path} cannot show the newest checkpoint ({error}). fit(ckpt_path='last') and"
+                " AsyncCheckpoint.latest(dirpath) find it without.",
+                stacklevel=2,
+            )
+
+
+def shown_by(folder: Folder, name: str) -> str:
+    """Name of the checkpoint that a link of the folder shows; that of a file is its own.
+
+    Args:
+        folder: Of both.
+        name: Of what may be a link.
+    """
+    path = os.path.join(folder.root, name + DATA)
+    if not folder.is_local or not os.path.islink(path):
+        return name
+    target = os.readlink(path)
+    beside = os.path.basename(target) == target and target.endswith(DATA)
+    return target.removesuffix(DATA) if beside else name
