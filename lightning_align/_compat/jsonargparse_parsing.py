@@ -95,16 +95,20 @@ def whole_class_switches(notice: Callable[[str, str, list[str]], None]) -> Itera
         _typehints.discard_init_args_on_class_path_change = inherit
 
 
-# Whose classes a short name means, where another package has one of the same name.
-AT_HOME = ("torch", "lightning", "lightning_align")
+# Whose classes a short name means, where another package has one of the same name; ours first.
+AT_HOME = ("lightning_align", "lightning", "torch")
 
 
 @contextmanager
-def short_names_at_home() -> Iterator[None]:
-    """Let ``AdamW`` be torch's, whatever else has been imported.
+def short_names_at_home(notice: Callable[[str, list[str]], None] | None = None) -> Iterator[None]:
+    """Let ``AdamW`` be torch's, whatever else has been imported, and ``Muon`` ours.
 
     jsonargparse refuses a short name that several imported classes have, and transformers imports
     PEFT where it is installed, which imports bitsandbytes, which has an AdamW, an Adam and an SGD.
+
+    Args:
+        notice: Called with the path that was chosen and the others at home, where there are such;
+            for one name more than once, because parsing goes in rounds.
     """
     resolve = _typehints.resolve_class_path_by_name
 
@@ -115,9 +119,12 @@ def short_names_at_home() -> Iterator[None]:
             paths = _typehints.get_all_subclass_paths(cls)
             named = [path for path in paths if path.rpartition(".")[2] == name]
             home = [path for path in named if path.partition(".")[0] in AT_HOME]
-            if len(home) != 1:
+            ours = [path for path in home if path.partition(".")[0] == AT_HOME[0]]
+            if len(chosen := ours or home) != 1:
                 raise
-            return home[0]
+            if notice is not None and len(home) > 1:
+                notice(chosen[0], [path for path in home if path != chosen[0]])
+            return chosen[0]
 
     _typehints.resolve_class_path_by_name = resolve_at_home
     try:

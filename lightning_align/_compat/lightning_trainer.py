@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import LearningRateFinder, WeightAveraging
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor
@@ -153,3 +153,8 @@ def correct_step_value(module: pl.LightningModule, name: str, value: Tensor) -> 
 def unscales(optimizer: Optimizer) -> bool:
     """Whether an optimizer divides gradients by the scale of the loss within its own step."""
     return bool(_optimizer_handles_unscaling(optimizer))
+
+
+def rate_attribute(finder: LearningRateFinder) -> str:
+    """Name of the attribute that a finder sets, where it was told one."""
+    return finder._attr_name

@@ -15,6 +15,8 @@ from lightning_align._declared import declared
 from lightning_align._errors import argument_error
 from lightning_align.optimizers import param_groups
 from lightning_align.optimizers.by_name import built_optimizer, optimizer_builder, scheduler_builder
+from lightning_align.run import found_rate
+from lightning_align.run.callbacks import callbacks_of
 from lightning_align.run.protocols import keeps_shapes
 
 # Schedulers that multiply the learning rate of each group and keep their arguments under the names
@@ -53,13 +55,16 @@ class OptimizerSwap(pl.Callback):
 
     Raises:
         ValueError: Before training, if a pattern matches nothing, if the module has several
-            optimizers, if its scheduler cannot be built anew, or under FSDP1 and DeepSpeed.
+            optimizers, if its scheduler cannot be built anew, if the Trainer has another
+            OptimizerSwap, if ``lr_find`` meets several learning rates, or under FSDP1 and
+            DeepSpeed.
 
     Example:
         >>> callback = OptimizerSwap(partial(Muon, lr=0.02, adamw_lr=3e-3))
 
-    Note: a run cannot change its optimizer when it is resumed; start it from the weights. Not with
-    FSDP1 and DeepSpeed, which flatten the parameters.
+    Note: ``module.lr`` is not read, but for what ``Tuner.lr_find`` has set it to. A run cannot
+    change its optimizer when it is resumed; start it from the weights. Not with FSDP1 and
+    DeepSpeed, which flatten the parameters.
     """
 
     def __init__(
@@ -72,6 +77,10 @@ class OptimizerSwap(pl.Callback):
     ) -> None:
         self.optimizer = optimizer_builder("OptimizerSwap", optimizer)
         self.lr_scheduler = scheduler_builder("OptimizerSwap", lr_scheduler)
+        self._sought: tuple[str, ...] = ()  # attributes of the module that lr_find may set
+        self._before: float | None = None  # what they were before it did
+        self._found: float | None = None
+        self._is_sought = False  # whether it is at it
         self.grouping: dict[str, Any] = {
             "adamw_patterns": adamw_patterns,
             "matrix_patterns": matrix_patterns,
@@ -83,8 +92,13 @@ class OptimizerSwap(pl.Callback):
         """Take the place of the module's ``configure_optimizers``.
 
         Raises:
-            ValueError: If the strategy hands the optimizer pieces of flattened parameters.
+            ValueError: If the strategy hands the optimizer pieces of flattened parameters, or there
+                is another OptimizerSwap.
         """
+        number = sum(isinstance(callback, OptimizerSwap) for callback in callbacks_of(trainer))
+        if number > 1:
+            rule = f"the Trainer has {number}, and a run has one optimizer"
+            raise argument_error("OptimizerSwap", "optimizer", "...", rule, "Keep one of them")
         if not keeps_shapes(trainer.strategy):
             rule = (
                 f"{type(trainer.strategy).__name__} flattens parameters, so that no matrix can be"
@@ -95,6 +109,7 @@ class OptimizerSwap(pl.Callback):
         if stage == "fit":
             # An attribute of the instance: the class, and so every other module of it, stays.
             theirs = pl_module.configure_optimizers
+            self._notice_rate(trainer, pl_module)
             vars(pl_module)["configure_optimizers"] = partial(self._configure, pl_module, theirs)
 
     @override
@@ -102,12 +117,26 @@ class OptimizerSwap(pl.Callback):
         if stage == "fit":
             vars(pl_module).pop("configure_optimizers", None)
 
+    def _notice_rate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take down what the module's rate is before ``lr_find`` changes it, and what it is now."""
+        names = found_rate.attributes_sought(trainer)
+        if names:
+            self._sought, self._before = names, found_rate.rate_of(pl_module, names)
+        self._is_sought, self._found = bool(names), None
+        if (rate := found_rate.rate_of(pl_module, self._sought)) != self._before:
+            self._found = rate
+
     def _configure(self, pl_module: pl.LightningModule, theirs: Callable[[], Any]) -> Any:
         """What Lightning calls instead of the module's ``configure_optimizers``."""
         schedules = self._schedules(type(pl_module).__name__, theirs())
         groups = param_groups.build_param_groups(pl_module, **self.grouping)
         rank_zero_info(f"OptimizerSwap:\n{groups}")
         optimizer = built_optimizer("OptimizerSwap", self.optimizer, groups)
+        if self._is_sought:
+            found_rate.refuse_several("OptimizerSwap", optimizer)
+        if self._found is not None:
+            rank_zero_info(f"OptimizerSwap: lr={self._found:g}, as lr_find has set it.")
+            found_rate.set_rate(optimizer, self._found)
         rates = param_groups.learning_rates(optimizer)
         if self.lr_scheduler is not None:
             schedules = [{"scheduler": self.lr_scheduler(optimizer), "interval": "step"}]

@@ -97,7 +97,7 @@ class AlignParser(LightningArgumentParser):
 
     @override
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
-        """Parse with torch's classes first, and whole class switches, each told once."""
+        """Parse with classes at home first, and whole class switches, each told once."""
         told: set[tuple[str, str]] = set()
 
         def notice(old: str, new: str, names: list[str]) -> None:
@@ -105,7 +105,16 @@ class AlignParser(LightningArgumentParser):
                 told.add((old, new))
                 tell_switch(old, new, names)
 
-        with short_names_at_home(), subclasses_found_once(), whole_class_switches(notice):
+        def chosen(path: str, others: list[str]) -> None:
+            if (path, "") not in told:
+                told.add((path, ""))
+                tell_choice(path, others)
+
+        with (
+            short_names_at_home(chosen),
+            subclasses_found_once(),
+            whole_class_switches(notice),
+        ):
             return super().parse_args(*args, **kwargs)
 
     @override
@@ -115,6 +124,13 @@ class AlignParser(LightningArgumentParser):
             super().error(message, ex)
         report(message, ex, self, self.commands.choices if self.commands else {})
         self.exit(2)
+
+
+@rank_zero_only
+def tell_choice(path: str, others: list[str]) -> None:
+    """Say on standard error whose class a short name is taken for."""
+    name, other = path.rpartition(".")[2], " or ".join(others)
+    sys.stderr.write(f"{PROGRAM}: {name} is {path}; for {other} write the whole name.\n")
 
 
 @rank_zero_only

@@ -40,6 +40,7 @@ from lightning_align.modules.window import (
 )
 from lightning_align.optimizers import param_groups
 from lightning_align.optimizers.by_name import built_optimizer, optimizer_builder, scheduler_builder
+from lightning_align.run import found_rate
 from lightning_align.run.callbacks import callbacks_of
 from lightning_align.run.exact_resume import ExactResume
 from lightning_align.run.protocols import SpreadsModel, datamodule_of, tokenizer_of
@@ -104,6 +105,7 @@ class CausalLMModule(pl.LightningModule, ABC):
         self.model = with_adapters(built, peft_config, where=where, revision=revision)
         self.optimizer = optimizer_builder(where, optimizer)
         self.lr_scheduler = scheduler_builder(where, lr_scheduler)
+        self.lr: float | None = None  # that Tuner.lr_find sets, for all groups
         self.chunk_size = chunk_size
         self.layers: ModelLayers = find_layers(self.model)
         if activation_checkpointing:
@@ -315,6 +317,10 @@ class CausalLMModule(pl.LightningModule, ABC):
             torch.optim.AdamW, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1
         )
         optimizer = built_optimizer(type(self).__name__, build, groups)
+        if self._trainer is not None and found_rate.attributes_sought(self._trainer):
+            found_rate.refuse_several(type(self).__name__, optimizer)
+        if self.lr is not None:
+            found_rate.set_rate(optimizer, self.lr)
         if self.lr_scheduler is None:
             return optimizer
         rates = param_groups.learning_rates(optimizer)

@@ -129,6 +129,7 @@ class GaLoreAdamW(safety._SafeOptimizer):
         super().__init__(galore_groups.without_rank_if_others_name_it(params), defaults)
         # Of the whole object, not of a group, and not overruled by a checkpoint.
         self.defaults.update(on_rank_change=on_rank_change, on_nonfinite=on_nonfinite, seed=seed)
+        galore_groups.warn_of_embeddings(self.param_groups)
         if not any(is_projected(group, parameter) for group, parameter in self._each()):
             warnings.warn(
                 f"{WHERE}(rank={rank}): no parameter is projected, so this is plain AdamW. Lower "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -96,6 +97,32 @@ def _check_matrices(group: safety.Group) -> None:
             "with rank=None.",
             stacklevel=2,
         )
+
+
+def warn_of_embeddings(groups: Iterable[safety.Group]) -> None:
+    """Warn if groups that say nothing of a rank hold what has the shape of an embedding or a head.
+
+    One side of theirs, the vocabulary, is longer than any other, four times the other one at least,
+    and belongs to one or two matrices.
+    """
+    matrices = [
+        (safety.parameter_name(group, index), parameter)
+        for group in groups
+        if not group["rank_is_asked_for"] and "use_muon" not in group
+        for index, parameter in enumerate(group["params"])
+        if is_projected(group, parameter)
+    ]
+    longest = max((max(parameter.shape) for _, parameter in matrices), default=0)
+    of_it = [(name, min(p.shape)) for name, p in matrices if longest in p.shape]
+    if len(matrices) < 4 or len(of_it) > 2 or any(longest < 4 * width for _, width in of_it):
+        return
+    named = " and ".join(name for name, _ in of_it)
+    warnings.warn(
+        f"{WHERE}(params=...): projected like every other matrix, {named} looks like"
+        " an embedding or a head, which GaLore leaves to AdamW. Pass build_param_groups(module), or"
+        " groups of which only those of hidden matrices name a rank.",
+        stacklevel=3,
+    )
 
 
 def check_integer(argument: str, value: Any, *, least: int) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from jsonargparse import ArgumentError, ArgumentParser, _typehints
 
+import lightning_align
 from lightning_align._compat import jsonargparse_parsing
 from tests.helpers import namesake
 
@@ -34,6 +35,20 @@ def test_short_names_at_home_means_torch_where_another_package_has_the_name_too(
         assert parser.parse_args([f"--optimizer={foreign}"]).optimizer.class_path == foreign
     with pytest.raises(ArgumentError, match="Multiple subclasses with name Adagrad"):
         parser.parse_args(["--optimizer=Adagrad"])  # jsonargparse as it was
+
+
+def test_a_short_name_that_we_have_too_is_ours_and_the_others_are_told() -> None:
+    assert lightning_align.Muon is not torch.optim.Muon
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--optimizer", type=Callable[[Iterable], torch.optim.Optimizer])
+    told = set()
+    with jsonargparse_parsing.short_names_at_home(lambda *names: told.add(repr(names))):
+        path = parser.parse_args(["--optimizer=Muon"]).optimizer.class_path
+        theirs = parser.parse_args(["--optimizer=torch.optim.Muon"]).optimizer.class_path
+    assert path.startswith("lightning_align.")
+    assert path.endswith(".Muon")
+    assert theirs == "torch.optim.Muon"
+    assert told == {repr((path, ["torch.optim.Muon"]))}
 
 
 def optimizer_parser() -> ArgumentParser:

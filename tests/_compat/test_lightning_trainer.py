@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.compile import from_compiled
 from torch.optim.swa_utils import AveragedModel
@@ -315,3 +315,8 @@ def test_fetches_are_watched_until_it_is_undone() -> None:
     )
     trainer.fit(HandWritten(), SequenceData())
     assert seen == ["begin", "end", "batch"] * 2 + ["batch"] * 2
+
+
+def test_a_finder_knows_the_attribute_that_it_was_told() -> None:
+    assert lightning_trainer.rate_attribute(LearningRateFinder(attr_name="mine")) == "mine"
+    assert lightning_trainer.rate_attribute(LearningRateFinder()) == ""

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.tuner import Tuner
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import (
@@ -300,3 +301,58 @@ data: {class_path: tests.helpers.resume.SequenceData}
     groups = groups_of(cli.trainer)
     assert isinstance(cli.trainer.optimizers[0], Muon)
     assert (groups["matrices"]["lr"], groups["head"]["lr"]) == (0.02, 0.003)
+
+
+# One optimizer, and its rate
+
+
+def test_two_of_them_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"OptimizerSwap\(optimizer=.*\): the Trainer has 2, and"):
+        fit(Wrapped(), BATCHES, callbacks=[swap(), OptimizerSwap(torch.optim.SGD)])
+
+
+class WithRate(Wrapped):
+    def __init__(self, name: str = "lr") -> None:
+        super().__init__()
+        setattr(self, name, 0.5)
+
+
+@pytest.mark.parametrize("name", ["learning_rate", pytest.param("mine", marks=pytest.mark.slow)])
+def test_the_rate_that_lr_find_has_found_is_the_optimizers(tmp_path: Path, name: str) -> None:
+    """Whatever it was before is not: the optimizer has a rate of its own."""
+    module = WithRate(name)
+    options: dict[str, Any] = {"attr_name": "mine"} if name == "mine" else {}
+    trainer = pl.Trainer(callbacks=[OptimizerSwap(partial(Muon, lr=0.02))], **quiet(tmp_path))
+    loader = torch.utils.data.DataLoader(BATCHES * 6, batch_size=None)
+    finder = Tuner(trainer).lr_find(module, loader, num_training=16, max_lr=0.1, **options)
+    trainer.fit(module, loader)
+    assert finder is not None
+    found = finder.suggestion()
+    assert found != 0.02
+    assert {group["lr"] for group in groups_of(trainer).values()} == {found}
+
+
+def test_a_rate_that_nobody_has_looked_for_stays_unread(tmp_path: Path) -> None:
+    trainer = pl.Trainer(callbacks=[OptimizerSwap(partial(Muon, lr=0.02))], **quiet(tmp_path))
+    trainer.fit(WithRate(), torch.utils.data.DataLoader(BATCHES, batch_size=None))
+    assert {group["lr"] for group in groups_of(trainer).values()} == {0.02}
+
+
+def test_lr_find_is_refused_for_groups_of_several_rates(tmp_path: Path) -> None:
+    trainer = pl.Trainer(callbacks=[swap()], **quiet(tmp_path))
+    loader = torch.utils.data.DataLoader(BATCHES * 6, batch_size=None)
+    message = r"OptimizerSwap\(optimizer=.*\): lr_find tries one .* Muon have \[0.02, 0.003\]. B"
+    with pytest.raises(ValueError, match=message):
+        Tuner(trainer).lr_find(WithRate(), loader)
+
+
+def quiet(folder: Path) -> dict[str, Any]:
+    return {
+        "max_steps": 2,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": folder,
+    }

@@ -115,6 +115,16 @@ def test_another_optimizer_begins_from_its_own_defaults(
 
 
 @PLACES
+def test_a_name_that_torch_has_too_is_ours_which_is_said_once(
+    read: Read, tmp_path: Path, where: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = read(*as_layer("model.optimizer", "Muon", where, tmp_path)).model.init_args
+    assert model.optimizer.class_path == "lightning_align.Muon"
+    told = "Muon is lightning_align.Muon; for torch.optim.Muon write the whole name."
+    assert capsys.readouterr().err.count(f"lightning-align: {told}\n") == 1
+
+
+@PLACES
 def test_another_scheduler_begins_from_its_own_defaults(
     read: Read, tmp_path: Path, where: str
 ) -> None:

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.cli import ReduceLROnPlateau as CLIPlateau
+from lightning.pytorch.tuner import Tuner
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.optim.lr_scheduler import ReduceLROnPlateau as TorchPlateau
 from torch.utils.data import DataLoader
@@ -127,3 +128,29 @@ def test_a_module_that_its_user_has_put_in_eval_learns_the_same(
 
     expected, found = weights(True), weights(False)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_lr_find_sets_the_rate_of_all_groups_or_is_refused(tmp_path: Path) -> None:
+    """The module reads no ``lr`` of its own, so what was found would be of no effect."""
+
+    def found(module: PretrainModule) -> tuple[float | None, set[float]]:
+        trainer = pl.Trainer(
+            max_steps=1,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )
+        batches = DataLoader([rows(seed) for seed in range(16)], batch_size=None)
+        finder = Tuner(trainer).lr_find(module, batches, num_training=16)
+        trainer.fit(module, batches)
+        assert finder is not None
+        return finder.suggestion(), {group["lr"] for group in trainer.optimizers[0].param_groups}
+
+    for optimizer in (None, partial(Muon, lr=0.02)):
+        rate, rates = found(PretrainModule(llama(), optimizer=optimizer))
+        assert rates == {rate}
+    with pytest.raises(ValueError, match=r"PretrainModule\(optimizer=.*have \[0.02, 0.003\]. B"):
+        found(PretrainModule(llama(), optimizer=partial(Muon, lr=0.02, adamw_lr=3e-3)))

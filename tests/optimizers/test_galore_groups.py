@@ -13,6 +13,7 @@ from lightning_align.optimizers.galore_groups import (
     is_projected,
     rank_of,
     state_shapes,
+    warn_of_embeddings,
     without_rank_if_others_name_it,
 )
 
@@ -144,3 +145,31 @@ def test_an_integer_is_one(value):
     check_integer("seed", 1, least=1)
     with pytest.raises(ValueError, match=r"\(seed=.*\): must be an integer of at least 1"):
         check_integer("seed", value, least=1)
+
+
+BLOCK = [(32, 32), (64, 32), (32, 64)]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_looks_like_an_embedding_is_named_where_nothing_says_that_it_is_none(tied):
+    shapes = [(256, 32), *BLOCK, *BLOCK, *([] if tied else [(256, 32)])]
+    ours = group(*shapes, rank_is_asked_for=False)
+    message = r"params=.*weight0.* looks like an embedding.*Pass build_param_groups\(module"
+    with pytest.warns(UserWarning, match=message):
+        warn_of_embeddings([ours])
+
+
+@pytest.mark.parametrize(
+    ("shapes", "options"),
+    [
+        ([(256, 32), *BLOCK], {"rank_is_asked_for": True}),
+        ([(256, 32), *BLOCK], {"rank_is_asked_for": False, "use_muon": True}),
+        ([*BLOCK, *BLOCK, *BLOCK], {"rank_is_asked_for": False}),
+        ([(256, 32), (32, 10)], {"rank_is_asked_for": False}),
+    ],
+    ids=["a rank is named", "sorted", "blocks alone", "two matrices"],
+)
+def test_nothing_is_said_of_what_was_sorted_or_is_no_language_model(shapes, options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_embeddings([group(*shapes, **options)])
