@@ -12,7 +12,7 @@ from lightning_align.checkpointing.files import Folder
 from lightning_align.checkpointing.manifest import DATA
 
 LAST = "last"  # as ModelCheckpoint calls it
-_UNFINISHED = f".{LAST}{DATA}.new"
+_UNFINISHED = f".{LAST}{DATA}.link"
 
 
 class LastLink:

@@ -41,10 +41,10 @@ def test_a_link_that_is_there_is_kept_up_though_nobody_wants_one(tmp_path: Path)
 
 def test_what_a_kill_has_left_is_no_hindrance(tmp_path: Path) -> None:
     saved(tmp_path, 1)
-    (tmp_path / ".last.ckpt.new").symlink_to("gone.ckpt")
+    (tmp_path / ".last.ckpt.link").symlink_to("gone.ckpt")
     LastLink(Folder(tmp_path), wanted=True).show("step=1")
     assert (tmp_path / "last.ckpt").resolve().name == "step=1.ckpt"
-    assert not os.path.lexists(tmp_path / ".last.ckpt.new")
+    assert not os.path.lexists(tmp_path / ".last.ckpt.link")
 
 
 @pytest.mark.parametrize("kind", ["file", "link elsewhere", "folder"])
