@@ -214,6 +214,7 @@ class AsyncCheckpoint(ModelCheckpoint):
     def _begin(self, run: CheckpointRun) -> None:
         mode = self.mode if self.monitor is not None else "max"
         self._run = run
+        self._last_global_step_saved = 0  # of an earlier run, whose steps were others
         self._retention = Retention(self.save_top_k, mode, bool(self.save_last))
         self._publish()
 
@@ -418,6 +419,8 @@ class AsyncCheckpoint(ModelCheckpoint):
         if RUN_KEY not in checkpoint or trainer.state.fn != "fit":
             return
         self._run.resume(checkpoint[RUN_KEY], trainer)
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         self._open(trainer)
         if self._folder is not None and trainer.ckpt_path:  # else it is a tuner's own
             path, step = str(trainer.ckpt_path), checkpoint["global_step"]

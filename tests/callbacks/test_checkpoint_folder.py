@@ -114,7 +114,7 @@ def test_others_go_with_the_first_commit_and_no_sooner(tmp_path: Path) -> None:
 def test_going_back_abandons_nothing_of_another_run(tmp_path: Path) -> None:
     """As ``overwrite`` leaves one there until the first commit."""
     folder = folder_of(tmp_path, Retention(1, "max", keep_newest=False))
-    save(folder, 4, run="first")
+    save(folder, 4, 4.0, run="first")
     folder.close(10)
     folder = folder_of(tmp_path, Retention(1, "max", keep_newest=False))
     folder.continue_from("elsewhere/step2.ckpt", 2, "second")

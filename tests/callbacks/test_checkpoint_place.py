@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lightning_align.checkpointing import SnapshotEngine, load_checkpoint
 from lightning_align.checkpointing.files import Folder
 from tests.callbacks.test_async_checkpoint import fit, names, trainer
 from tests.helpers.foreign import Stranger
+from tests.helpers.ranks import ForkedRanks, run_ranks
 
 
 def save(dirpath: Any, run: str, step: int, commits_before: int = 0, **about: Any) -> None:
@@ -111,6 +113,24 @@ def test_overwrite_replaces_what_is_there_once_something_new_is_saved(tmp_path: 
     assert not (tmp_path / "version_1").exists()
 
 
+def test_two_ranks_save_in_one_version_and_resume_from_it(tmp_path: Path) -> None:
+    save(tmp_path / "c", "other", 5)
+
+    def train(rank: int, ckpt_path: str | None) -> tuple[str | None, str, int]:
+        callback = ours(tmp_path / "c")
+        options: dict[str, Any] = {"strategy": "ddp", "devices": 2}
+        options |= {"plugins": [ForkedRanks(rank, 2)], "max_steps": 6 if ckpt_path else 3}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the other run, on one of the ranks
+            made = fit(callback, folder=tmp_path, ckpt_path=ckpt_path, **options)
+        return callback.dirpath, callback.best_model_path, made.global_step
+
+    version = tmp_path / "c" / "version_1"
+    for ckpt_path, step in ((None, 3), ("last", 6)):
+        ended = (str(version), str(version / f"step={step}.ckpt"), step)
+        assert run_ranks(lambda rank, path=ckpt_path: train(rank, path)) == [ended] * 2
+
+
 def test_a_place_is_where_the_run_is_else_the_first_behind_all_others(tmp_path: Path) -> None:
     given = str(tmp_path)
     assert place_of(given, "a") == Place(given)
@@ -206,7 +226,7 @@ def test_the_best_of_the_newest_run_that_is_whole(tmp_path: Path) -> None:
     def best(monitor: str | None = "loss", mode: str = "min") -> str:
         return Path(BestOfEarlier().path(Folder(tmp_path), monitor, mode)).name
 
-    assert best() == "."[1:]
+    assert best() == ""
     save(tmp_path, "a", 1, 0, **about(0.0))
     second = tmp_path / "version_1"
     for number, (step, score) in enumerate([(2, 3.0), (3, 1.0), (4, 1.0), (5, None)], 1):

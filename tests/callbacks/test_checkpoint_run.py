@@ -41,7 +41,7 @@ def test_saves_are_counted_over_all_folders_and_resumes(tmp_path: Path) -> None:
 
 
 def test_a_callback_in_another_trainer_is_another_run(tmp_path: Path) -> None:
-    """Nothing would tell the checkpoints of the two apart."""
+    """Nothing would tell the checkpoints of the two apart. It saves at the same steps again."""
     callback = AsyncCheckpoint(tmp_path)
     fit(callback, folder=tmp_path, max_epochs=1)
     first = callback.run_id
