@@ -134,9 +134,9 @@ class BestOfEarlier:
             monitor: Name of the value that ranks; without, the newest is best.
             mode: Whether the ``min`` or the ``max`` value is best.
         """
-        runs = [(here, committed_checkpoints(here)) for here in versions(folder).values()]
-        runs = [(here, found) for here, found in runs if found]
-        asked = (runs and [found for _, found in runs], monitor, mode)
+        every = ((here, committed_checkpoints(here)) for here in versions(folder).values())
+        runs = [(here, found) for here, found in every if found]
+        asked = ([found for _, found in runs], monitor, mode)
         if asked != self._seen:
             self._seen, self._path = asked, ""
             if runs:

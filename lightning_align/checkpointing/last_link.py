@@ -41,20 +41,24 @@ class LastLink:
         path, unfinished = (
             os.path.join(self._folder.root, file) for file in (LAST + DATA, _UNFINISHED)
         )
+        if os.path.lexists(path) and shown_by(self._folder, LAST) == LAST:
+            self._give_up(path, "it is there, and no link to a checkpoint beside it")
+            return
         try:
-            if os.path.lexists(path) and shown_by(self._folder, LAST) == LAST:
-                raise OSError("it is there, and no link to a checkpoint beside it")
             if os.path.lexists(unfinished):  # of a run that was killed
                 os.unlink(unfinished)
             os.symlink(name + DATA, unfinished)
             os.replace(unfinished, path)
         except OSError as error:
-            self.is_kept = False
-            warnings.warn(
-                f"{path} cannot show the newest checkpoint ({error}). fit(ckpt_path='last') and"
-                " AsyncCheckpoint.latest(dirpath) find it without.",
-                stacklevel=2,
-            )
+            self._give_up(path, str(error))
+
+    def _give_up(self, path: str, why: str) -> None:
+        self.is_kept = False
+        warnings.warn(
+            f"{path} cannot show the newest checkpoint ({why}). fit(ckpt_path='last') and"
+            " AsyncCheckpoint.latest(dirpath) find it without.",
+            stacklevel=3,
+        )
 
 
 def shown_by(folder: Folder, name: str) -> str:

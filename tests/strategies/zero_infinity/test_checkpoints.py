@@ -224,7 +224,8 @@ def test_async_checkpoint_keeps_the_best_and_last_finds_the_newest(tmp_path):
     data = points()
     options = {"enable_checkpointing": True, "callbacks": [save]}
     trainer = fit(tmp_path, Regression(), data, small(), **options)
-    assert [path.name for path in tmp_path.glob("*.ckpt")] == ["epoch=0-step=6.ckpt"]
+    assert {path.name for path in tmp_path.glob("*.ckpt")} == {"epoch=0-step=6.ckpt", "last.ckpt"}
+    assert (tmp_path / "last.ckpt").resolve() == tmp_path / "epoch=0-step=6.ckpt"
     trainer.strategy.close()
     store = tmp_path / "zero_infinity" / "rank00000"
     assert {path.stat().st_nlink for path in store.glob("*.block")} == {1}
