@@ -148,7 +148,7 @@ def number(score: Any) -> Any:
 def kept(callback: ModelCheckpoint) -> Kept:
     said = callback.state_dict()
     return Kept(
-        steps={step_of(str(path)) for path in Path(callback.dirpath).glob("*.ckpt")},
+        steps={step_of(str(path)) for path in Path(callback.dirpath).glob("*step=*.ckpt")},
         best=step_of(said["best_model_path"]),
         kth=step_of(said["kth_best_model_path"]),
         ranked={step_of(path): float(score) for path, score in said["best_k_models"].items()},

@@ -420,7 +420,8 @@ def test_the_whole_message_is_one_variable_away(
 def test_a_name_of_two_classes_asks_for_the_path(
     read: Read, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    home, foreign = sys.modules["lightning_align.optimizers"], sys.modules[__name__]
+    """Of which none is ours, and not one alone is torch's or Lightning's."""
+    home, foreign = sys.modules["lightning.pytorch.callbacks"], sys.modules[__name__]
     monkeypatch.setattr(home, "RMSprop", namesake(home.__name__), raising=False)
     monkeypatch.setattr(foreign, "RMSprop", namesake(foreign.__name__), raising=False)
     message = error_of(read, capsys, "--model.optimizer", "RMSprop")
