@@ -59,13 +59,13 @@ def named_columns(where: str, **theirs: str | None) -> Columns:
         **theirs: Name in the files by our name; None for a column that they lack.
 
     Raises:
-        ValueError: If a name is no text, or two arguments name one column.
+        ValueError: If a name is empty, or two arguments name one column.
     """
     taken: dict[str, str] = {}
     for ours, name in theirs.items():
         if name is None:
             continue
-        if not isinstance(name, str) or not name:
+        if not name:
             rule = "must be the name of a column, as text"
             raise argument_error(where, f"{ours}_column", name, rule)
         if name in taken:

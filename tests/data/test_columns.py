@@ -116,7 +116,7 @@ def test_unpaired_records_under_other_names(tmp_path):
     [
         ({"prompt_column": "asked"}, "line 1 has no column 'asked', as prompt_column says; colu"),
         ({"chosen_column": ""}, r"chosen_column=''\): must be the name of a column, as text"),
-        ({"chosen_column": 3}, r"chosen_column=3\): must be the name of a column, as text"),
+        ({"chosen_column": 3}, r"chosen_column=3\): must be text"),
         ({"chosen_column": "prompt"}, r"chosen_column='prompt'\): is the prompt_column, too"),
     ],
 )
