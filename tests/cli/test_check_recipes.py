@@ -77,16 +77,23 @@ def test_every_recipe_is_here() -> None:
     assert {*recipes.names()} == {*RECIPES} | ELSEWHERE
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of tokens: the same novel is read by most of them."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in RECIPES if n not in ELSEWHERE])
 def test_a_recipe_passes(
     name: str,
     tmp_path: Path,
+    cache: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["lightning-align"])
-    monkeypatch.setenv("LIGHTNING_ALIGN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LIGHTNING_ALIGN_CACHE", str(cache))
     monkeypatch.chdir(tmp_path)
     base_model(tmp_path / "base")
     pairs = [{"prompt": f"{n} is", "chosen": " truth", "rejected": " a lie"} for n in range(40)]
@@ -104,8 +111,8 @@ def test_a_recipe_passes(
     for each in [*below, name]:
         main(["recipes", "copy", each])
         layers += ["-c", f"{each}.yaml"]
-    before = {path for path in tmp_path.rglob("*") if "cache" not in path.parts}
+    before = set(tmp_path.rglob("*"))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     main(["check", *layers, "--trainer.accelerator=cpu", *options])
     assert capsys.readouterr().out.endswith("nothing is refused\n")
-    assert {path for path in tmp_path.rglob("*") if "cache" not in path.parts} == before
+    assert set(tmp_path.rglob("*")) == before

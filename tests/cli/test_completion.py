@@ -102,13 +102,13 @@ def without_shtab(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[object
     return [tuple(end) for end in json.loads(result.read_text())]
 
 
-def test_without_shtab_the_way_out_is_named_in_one_line(
+def test_without_shtab_the_way_out_is_named(
     without_shtab: list[tuple[object, str, str]],
 ) -> None:
     # A text that Python writes to stderr, with exit code 1.
     assert without_shtab[0] == (
         "lightning-align: completion(shell='bash'): needs shtab."
-        " Run: pip install 'lightning-align[completion]'.",
+        " Run: pip install 'lightning-align[completion]'.\nWhere it was raised: add --debug.",
         "",
         "",
     )

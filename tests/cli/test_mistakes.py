@@ -213,11 +213,12 @@ def test_a_class_in_a_file_of_its_own(parser: ArgumentParser, tmp_path: Path) ->
 
 
 def test_commands() -> None:
+    told_of_help = "--hlp: no such option. Did you mean --help?"
     commands = {"fit": ArgumentParser(prog="here fit"), "test": ArgumentParser(prog="here test")}
     top = ArgumentParser(prog="here")
     assert explain(top, ["fitt"], commands) == "fitt: no such command. Did you mean fit?"
     assert explain(top, ["x", "--y"], commands) == "x: no such command. There are: fit, test."
-    assert explain(top, ["fit", "--hlp"], commands) == "--hlp: no such option."
+    assert explain(top, ["fit", "--hlp"], commands) == told_of_help
     assert explain(top, [], commands) is None
 
 
@@ -268,7 +269,7 @@ def test_what_cannot_be_explained_is_told_as_it_is(
     report("the parser's own words", None, parser)
     monkeypatch.setattr("lightning_align.cli.mistakes.explain", lambda *_: 1 / 0)
     report("the parser's own words", None, parser)
-    told = "lightning-align: the parser's own words\nOptions: here --help.\n"
+    told = "here: the parser's own words\nOptions: here --help.\n"
     assert capsys.readouterr().err == 2 * told
 
 
