@@ -10,7 +10,7 @@ from lightning_align.cli import AlignCLI
 from tests.mistakes.desk import GROWING, M
 
 NAMES = [
-    M("AlignCLI", "--modl", lambda d: AlignCLI(["fit", "--modl=PretrainModule"])),
+    M("AlignCLI", "--modl", lambda d: AlignCLI(args=["fit", "--modl=PretrainModule"])),
     M("LISA", "activated_layer", lambda d: la.LISA(activated_layer=2)),
     M("TextDataModule", "blocksize", lambda d: d.text(blocksize=3)),
     M("TextDataModule", "paths", lambda d: d.fit(data=d.text(text_column="body"))),
