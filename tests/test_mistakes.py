@@ -71,8 +71,8 @@ def test_ends_before_training_in_three_lines(
         mistake.make(desk)
     message = str(caught.value)
     if caught.type is SystemExit:  # of the command line, which says where in another form
-        message = capsys.readouterr().err.replace("lightning-align: ", "lightning-align(", 1)
-        message = message.replace(": ", "): ", 1)
+        program, message = capsys.readouterr().err.split(": ", 1)
+        message = f"{program}({message.replace(': ', '): ', 1)}"
     assert len(message.splitlines()) <= 3, message
     assert re.match(r"[\w.-]+\(.*\): .+[.?]", message, re.DOTALL), message
     assert mistake.names in message.partition("): ")[0], message
