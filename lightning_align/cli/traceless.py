@@ -57,11 +57,15 @@ def folders_as_they_were(folders: Iterable[str | os.PathLike[str]]) -> Iterator[
         folders: That a set-up may make; those behind a URL are passed over.
     """
     local = [Path(each).absolute() for each in folders if "://" not in str(each)]
-    made = [place for each in local for place in (each, *each.parents) if not place.exists()]
+    made = {place for each in local for place in (each, *each.parents) if not place.exists()}
+    before = {place for each in local for place in each.glob("*")}
     try:
         yield
     finally:
-        for folder in sorted(set(made), key=lambda each: len(each.parts), reverse=True):
+        # Versions in a folder that was there are made by a set-up, too.
+        inside = {place for each in local for place in each.glob("*") if place.is_dir()}
+        made |= inside - before
+        for folder in sorted(made, key=lambda each: len(each.parts), reverse=True):
             (folder / LOCK_FILE).unlink(missing_ok=True)
             with suppress(OSError):  # it has something in it
                 folder.rmdir()

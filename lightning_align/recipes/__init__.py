@@ -15,7 +15,6 @@ from pathlib import Path
 from lightning_align._errors import argument_error
 from lightning_align.cli.commands import CommandParser
 from lightning_align.cli.mistakes import did_you_mean
-from lightning_align.cli.plan_report import columns
 
 
 def names() -> list[str]:
@@ -106,6 +105,8 @@ def listed() -> Iterator[str]:
         for each in needs(name):
             own = (each.size, each.technique, each.devices, each.memory, each.host, each.layers)
             rows.append(list(own))
+    from lightning_align.cli.plan_report import columns  # seconds, for torch
+
     yield from ["", *columns(rows)]
 
 

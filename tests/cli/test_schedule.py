@@ -114,13 +114,13 @@ def test_of_many_ranks_the_first_and_the_last_are_shown(
         ("--schedule 1F1B --pp 2 --num_microbatches 4 --trace /none/a", r"be written: .*No such"),
     ],
 )
-def test_a_mistake_is_one_line(
+def test_a_mistake_is_told_in_two_lines(
     arguments: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=message) as end:
         main(["schedule", *arguments.split()])
-    assert "\n" not in str(end.value)
+    assert len(str(end.value).splitlines()) == 2
 
 
 def test_a_word_for_a_number_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

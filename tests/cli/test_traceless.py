@@ -27,14 +27,16 @@ def test_the_folder_is_gone_afterwards_and_shared_meanwhile(
 
 def test_folders_of_a_set_up_go_and_those_with_something_in_them_stay(tmp_path: Path) -> None:
     locked, used, there = tmp_path / "a/locked", tmp_path / "b/used", tmp_path / "there"
-    there.mkdir()
+    (there / "version_0").mkdir(parents=True)
     with folders_as_they_were([str(locked), used, there, "s3://bucket/elsewhere"]):
         locked.mkdir(parents=True)
         (locked / LOCK_FILE).touch()
         used.mkdir(parents=True)
         (used / "step=1.ckpt").touch()
         (there / LOCK_FILE).touch()
+        (there / "version_1").mkdir()
+        (there / "version_1" / LOCK_FILE).touch()
     assert {path.name for path in tmp_path.rglob("*")} == {
         *("b", "used", "step=1.ckpt"),
-        *("there", LOCK_FILE),
+        *("there", LOCK_FILE, "version_0"),
     }
