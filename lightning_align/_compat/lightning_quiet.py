@@ -18,12 +18,18 @@ if TYPE_CHECKING:
 _TIPS = ("Tip: For seamless cloud logging", "Tip: For seamless cloud uploads")
 _TIPS_LOGGER = "lightning.pytorch.utilities.rank_zero"
 
-# (category, message, module); ours would be errors of ours.
-_IN_A_FIT: tuple[tuple[type[Warning], str, str], ...] = (
+# Of each the category, the beginning of the message, and the module that is blamed.
+Entries = tuple[tuple[type[Warning], str, str], ...]
+IN_A_FIT: Entries = (
     # Lightning 2.6.6 makes LeafSpec() of torch 2.13 for each loader of a run.
     (FutureWarning, r"`isinstance\(treespec, LeafSpec\)` is deprecated", r"lightning\.pytorch\."),
     # A datamodule that holds nothing out says so by loaders of this class.
     (UserWarning, r"Total length of `NoBatches` across ranks is zero", r"lightning\."),
+)
+IN_A_PIPELINE: Entries = (
+    # All ranks log the values of one batch. They cannot be logged as reduced: Lightning forgets
+    # ``sync_dist=True`` under strategies that it does not know to be distributed.
+    (UserWarning, r"It is recommended to use `self\.log\(.*sync_dist=True\)`", r"lightning\."),
 )
 
 
@@ -42,20 +48,20 @@ def _is_no_tip(record: logging.LogRecord) -> bool:
     return not any(tip in str(record.msg) for tip in _TIPS)
 
 
-def begin() -> None:
-    """From here to ``end``, runs say nothing of what is listed above."""
-    end()
-    for category, message, module in _IN_A_FIT:
+def begin(entries: Entries = IN_A_FIT) -> None:
+    """From here to ``end``, runs say nothing of what is listed."""
+    end(entries)
+    for category, message, module in entries:
         warnings.filterwarnings("ignore", message, category, module)
 
 
-def end() -> None:
+def end(entries: Entries = IN_A_FIT) -> None:
     """Take back what ``begin`` did, and no filter of anybody else."""
     filters: Any = warnings.filters
     for entry in list(filters):
         action, message, category, module, _ = entry
         patterns = (category, getattr(message, "pattern", None), getattr(module, "pattern", None))
-        if action == "ignore" and patterns in _IN_A_FIT:
+        if action == "ignore" and patterns in entries:
             filters.remove(entry)
 
 

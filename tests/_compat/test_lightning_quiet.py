@@ -52,7 +52,7 @@ def test_what_ends_takes_back_its_own_filters_only():
         lightning_quiet.begin()
         warnings.filterwarnings("ignore", "in a fit")
         lightning_quiet.begin()
-        assert len(warnings.filters) == len(before) + 1 + len(lightning_quiet._IN_A_FIT)
+        assert len(warnings.filters) == len(before) + 1 + len(lightning_quiet.IN_A_FIT)
         lightning_quiet.end()
         added = [each for each in warnings.filters if each not in before]
         assert [each[1].pattern for each in added] == ["in a fit"]

@@ -1,10 +1,8 @@
 """The command line on tiny models: fit, resume, evaluate, and the mistakes that users make."""
 
-import json
 import os
 import re
 import runpy
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,12 +10,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
 from lightning_align.__main__ import main
 from lightning_align.cli.app import AlignCLI
 from lightning_align.cli.commands import COMMANDS
-from lightning_align.data.tokenizer import train_tokenizer
 from tests.helpers.covers import with_slow
 
 NOVEL = "It is a truth universally acknowledged, that a single man must be in want of a wife.\n"
@@ -116,7 +113,6 @@ def test_fit_saves_and_resumes_to_the_same_weights(tmp_path: Path) -> None:
 
 def test_yaml_and_plain_trainer_give_the_same_run(tmp_path: Path) -> None:
     import lightning.pytorch as pl
-    from transformers import LlamaConfig
 
     from lightning_align import PretrainModule, TextDataModule
 
@@ -317,27 +313,6 @@ def test_what_a_run_refuses_is_told_in_two_lines_by_the_program(
 
 
 # As a program
-
-
-def test_the_quickstart_runs_on_the_command_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The block of the page, on a model and pairs as the page makes them before."""
-    monkeypatch.chdir(tmp_path)
-    page = (Path(__file__).parents[2] / "docs/quickstart.md").read_text()
-    block = page.partition("## The same from the command line")[2]
-    commands = re.findall(r"```bash\n(.*?)```", block, re.S)[0].replace("\\\n", " ").splitlines()
-    tokenizer = train_tokenizer([NOVEL * 9], 300)
-    tokenizer.save_pretrained("base")
-    LlamaForCausalLM(LlamaConfig(**MODEL["init_args"], eos_token_id=0)).save_pretrained("base")
-    pair = {"prompt": "Miss Mary was", "chosen": " very happy.", "rejected": " unhappy."}
-    Path("pairs.jsonl").write_text(f"{json.dumps(pair)}\n" * 8)
-    for command in commands:
-        program, *arguments = shlex.split(command)
-        assert program == "lightning-align"
-        main(arguments)
-    assert len(commands) == 2
-    assert capsys.readouterr().out.splitlines()[-1].startswith("Miss Lizzy was")
 
 
 def test_help_lists_every_command_with_a_line(

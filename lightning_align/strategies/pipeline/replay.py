@@ -170,9 +170,7 @@ class StepRecorder:
 
     def _joined_log(self, name: str, joiner: Joiner) -> tuple[dict[str, Any], Any]:
         calls = [(part.share, *part.logs[name]) for part in self.parts if name in part.logs]
-        # Every rank gets the value: nothing is left to reduce, which is said so that Lightning
-        # neither does it nor recommends it.
-        arguments = {**calls[-1][1], "sync_dist": True, "rank_zero_only": True}
+        arguments = {**calls[-1][1], "sync_dist": False}  # every rank gets the value
         if arguments.get("batch_size") is not None:
             arguments["batch_size"] = sum(call["batch_size"] for _, call, _ in calls)
         values = [value for *_, value in calls]

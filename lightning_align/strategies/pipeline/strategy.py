@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_align._compat import lightning_trainer
+from lightning_align._compat import lightning_quiet, lightning_trainer
 from lightning_align._declared import declared
 from lightning_align.models.weights import parameters_on_meta
 from lightning_align.pipelining import Event, read_schedule_csv
@@ -178,6 +178,8 @@ class PipelineStrategy(StageCheckpoints):
     @override
     def setup(self, trainer: pl.Trainer) -> None:
         set_up(self, trainer)  # in steps whose order matters
+        lightning_quiet.begin(lightning_quiet.IN_A_PIPELINE)
+        self._undo.append(lambda: lightning_quiet.end(lightning_quiet.IN_A_PIPELINE))
 
     @contextmanager
     @override
