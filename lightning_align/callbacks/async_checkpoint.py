@@ -429,10 +429,11 @@ class AsyncCheckpoint(ModelCheckpoint):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.dirpath != state_dict["dirpath"]:
-            rank_zero_warn(
-                f"AsyncCheckpoint: dirpath was {state_dict['dirpath']!r} and is {self.dirpath!r}:"
-                " what is best and what is kept start anew."
-            )
+            if self._run.is_begun:  # else nothing is saved: a validation of a version's checkpoint
+                rank_zero_warn(
+                    f"AsyncCheckpoint: dirpath was {state_dict['dirpath']!r} and is"
+                    f" {self.dirpath!r}: what is best and what is kept start anew."
+                )
             return
         found = committed_checkpoints(str(self.dirpath), self.storage_options)
         names = {manifest.name for manifest in found}
