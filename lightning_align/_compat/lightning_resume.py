@@ -27,6 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
+from lightning_align._compat.torch_modules import SHARDING
+
 
 def begin_epoch(trainer: pl.Trainer) -> None:
     """Let the loop over batches begin instead of going on; with ``max_steps`` it goes on."""
@@ -192,7 +194,7 @@ def own_attributes(module: nn.Module) -> frozenset[str]:
     ``toggle_optimizer`` has to undo.
     """
     own = next(names for kind, names in _own_attributes().items() if isinstance(module, kind))
-    own |= {_HOOKED_BY_TRANSFORMERS}
+    own |= {_HOOKED_BY_TRANSFORMERS, *SHARDING}
     return own | module._defaults.keys() if isinstance(module, Metric) else own
 
 

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
 from lightning.pytorch.callbacks import LearningRateFinder, WeightAveraging
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
-from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -29,6 +29,18 @@ def restart_train_iteration(trainer: pl.Trainer) -> None:
     fetcher = trainer.fit_loop._data_fetcher
     if fetcher is not None:
         iter(fetcher)
+
+
+def all_ranks_for_data(strategy: ModelParallelStrategy) -> None:
+    """Let sizes of its mesh that are "auto" mean no tensor parallelism; before its set-up.
+
+    Lightning's "auto" is tensor parallelism within a node: ranks with the same batches, of a module
+    that says itself how its layers are divided.
+    """
+    if strategy._tensor_parallel_size == "auto":
+        strategy._tensor_parallel_size = 1
+        if strategy._data_parallel_size == "auto":
+            strategy._data_parallel_size = strategy.num_nodes * strategy.num_processes
 
 
 def run_steps_in(

@@ -9,10 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
 from torch.nn.utils import clip_grad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointFunction
 from typing_extensions import override
+
+# Of a module that ``fully_shard`` has been applied to: how it is sharded, and a method that it
+# takes for a forward (layers/sharding.py). They hold tensors whose memory comes and goes.
+STEP = "lightning_align_step"
+SHARDING = frozenset({STATE_KEY, REGISTRY_KEY, STEP})
 
 
 class BeforeDraws(TorchDispatchMode):

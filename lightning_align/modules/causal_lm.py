@@ -8,8 +8,8 @@ counts then equals the one big batch, where averaging per batch (Lightning's def
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, TypeVar, cast
 
 import lightning.pytorch as pl
 import torch
@@ -24,10 +24,12 @@ from lightning_align._compat.lightning_summary import leave_out_flops
 from lightning_align._compat.lightning_trainer import correct_step_value
 from lightning_align._errors import argument_error
 from lightning_align.layers import ModelLayers, checkpoint_blocks, find_layers
+from lightning_align.layers.sharding import as_forward, is_sharded, whole_state
 from lightning_align.models.adapter_config import plain_config, refuse_another_adapter
 from lightning_align.models.adapters import has_adapters, only_adapter, with_adapters
 from lightning_align.models.build import Loading, build_model, save_pretrained
 from lightning_align.models.rotary import rotary_in_fp32
+from lightning_align.modules import fully_sharded
 from lightning_align.modules.batch_check import check_batch, check_data
 from lightning_align.modules.continued import groups_of_an_older_run, refuse_another_model
 from lightning_align.modules.window import (
@@ -45,6 +47,21 @@ from lightning_align.run.callbacks import callbacks_of
 from lightning_align.run.exact_resume import ExactResume
 from lightning_align.run.protocols import SpreadsModel, datamodule_of, tokenizer_of
 from lightning_align.run.replicas import is_spread, replica, scale_gradients, total_grad_norm
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def with_whole_weights(method: _Method) -> _Method:
+    """Of a method that runs the model and reads its head: within it, a sharded one is gathered.
+
+    One of them must not call another one.
+    """
+
+    @wraps(method)
+    def called(self: "CausalLMModule", *args: Any, **kwargs: Any) -> Any:
+        return as_forward(self.model, partial(method, self, *args, **kwargs))
+
+    return cast(_Method, called)
 
 
 class CausalLMModule(pl.LightningModule, ABC):
@@ -165,6 +182,7 @@ class CausalLMModule(pl.LightningModule, ABC):
         return self.layers.hidden_states(input_ids, position_ids, attention_mask)
 
     @override
+    @with_whole_weights
     def forward(self, input_ids: Tensor, **inputs: Tensor) -> Tensor:
         """Logits (B, T, V), for inference."""
         return self.layers.head.logits(self.forward_hidden(input_ids, **inputs))
@@ -183,12 +201,14 @@ class CausalLMModule(pl.LightningModule, ABC):
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self._step(batch, self.evaluated)
 
+    @with_whole_weights
     def _step(self, batch: dict[str, Any], into: dict[str, Tensor]) -> Tensor:
         batch = self.prepared(batch)
         loss, sums = self.loss_from_hidden(self.forward_hidden(**self.model_inputs(batch)), batch)
         collect(sums, into)
         return loss
 
+    @with_whole_weights
     def batch_loss(self, batch: dict[str, Any]) -> Tensor:
         """Mean loss of a batch, neither logged nor counted."""
         batch = self.prepared(batch)
@@ -281,11 +301,18 @@ class CausalLMModule(pl.LightningModule, ABC):
 
     # Set-up
 
+    def sharded_layers(self) -> list[ModelLayers]:
+        """Maps of the models that a strategy may shard: all that a step runs."""
+        return [self.layers]
+
     @override
     def setup(self, stage: str) -> None:
         data = datamodule_of(self.trainer)
         check_data(type(self).__name__, data, self.batch_keys, self.batch_source)
-        if not is_spread(self):
+        fully_sharded.check(self)
+        if is_sharded(self.model):  # by an earlier run, which has probed it
+            pass
+        elif not is_spread(self):
             self.layers.probe()
         elif not isinstance(self.trainer.strategy, SpreadsModel):
             rule = "its parameters are on the meta device, and the strategy does not load them"
@@ -307,6 +334,7 @@ class CausalLMModule(pl.LightningModule, ABC):
     def configure_callbacks(self) -> Sequence[pl.Callback]:
         prepare_loggers(self.trainer)  # the only hook before they begin
         leave_out_flops(self.trainer)
+        fully_sharded.prepare(self)
         present = any(isinstance(each, ExactResume) for each in callbacks_of(self.trainer))
         return [] if present else [ExactResume()]
 
@@ -356,9 +384,12 @@ class CausalLMModule(pl.LightningModule, ABC):
     def save_pretrained(self, folder: str) -> None:
         """Write the model, and the datamodule's tokenizer if any, as a Hugging Face folder.
 
-        Of a model with adapters it is the folder of these, which PEFT loads.
+        Of a model with adapters it is the folder of these, which PEFT loads. Of a sharded one every
+        rank must call it, and rank 0 writes.
         """
-        save_pretrained(self.model, folder, tokenizer_of(self._trainer))
+        state = whole_state(self.model) if is_sharded(self.model) else None
+        if state is None or state:  # gathered on rank 0
+            save_pretrained(self.model, folder, tokenizer_of(self._trainer), state)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

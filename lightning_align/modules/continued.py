@@ -36,6 +36,8 @@ def refuse_another_model(
     Raises:
         ValueError: If names or shapes in the checkpoint are not the module's, which loads strictly.
     """
+    if "state_dict" not in checkpoint:  # the strategy has loaded it into the model already
+        return
     theirs = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
     state = module.state_dict(keep_vars=True)  # of values that are away, shapes may be asked
     ours = {name: tuple(value.shape) for name, value in state.items()}

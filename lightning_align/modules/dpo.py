@@ -15,6 +15,7 @@ from typing_extensions import Self, override
 from lightning_align._declared import declared
 from lightning_align._errors import argument_error
 from lightning_align.layers import ModelLayers
+from lightning_align.layers.sharding import as_forward, is_sharded
 from lightning_align.losses import (
     CompletionLogps,
     Mean,
@@ -29,7 +30,7 @@ from lightning_align.losses import (
 )
 from lightning_align.models.adapter_config import plain_config
 from lightning_align.models.rotary import rotary_in_fp32
-from lightning_align.modules.causal_lm import CausalLMModule
+from lightning_align.modules.causal_lm import CausalLMModule, with_whole_weights
 from lightning_align.modules.continued import save_plain_hyperparameters
 from lightning_align.modules.frozen_reference import (
     build_reference,
@@ -248,6 +249,11 @@ class DPOModule(CausalLMModule):
         is_beside = layers is not None and not self._reference.lacks_adapters
         return {"reference": layers.model} if layers is not None and is_beside else {}
 
+    @override
+    def sharded_layers(self) -> list[ModelLayers]:
+        layers = self.reference_layers if self.frozen_modules() else None
+        return [self.layers] if layers is None else [self.layers, layers]
+
     def frozen_copies(self) -> dict[str, str]:
         """A reference that begins as a copy of the model, for strategies that bring values."""
         return {"reference": "model"} if self._reference.is_copy else {}
@@ -284,10 +290,11 @@ class DPOModule(CausalLMModule):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         self._refuse_other_records()
-        if not is_spread(self):
+        is_set_up = is_sharded(self.model)  # an earlier run has sharded it, too
+        if not is_spread(self) and not is_set_up:
             self._router.set_up(self.layers)
         self._reference.set_up(self)
-        if not self.options.is_unpaired:
+        if not self.options.is_unpaired and not is_set_up:
             beside = None if self._reference.cached else self.reference_layers
             self._rows.set_up(self.layers, beside)
         parts = self.trainer.accumulate_grad_batches
@@ -436,10 +443,16 @@ class DPOModule(CausalLMModule):
         layers = self.reference_layers
         if layers is None:
             return policy, None
-        with torch.no_grad(), self._reference.asked(self.model):
+
+        def frozen() -> CompletionLogps:
             inputs = self._rows.inputs(batch, layers, of_reference=True)
             frozen_BTD = layers.hidden_states(inputs.pop("input_ids"), **inputs)
-            return policy, of_batch(frozen_BTD, layers.head, statistics=False)
+            return of_batch(frozen_BTD, layers.head, statistics=False)
+
+        with torch.no_grad(), self._reference.asked(self.model):
+            if self._reference.lacks_adapters:  # the policy, which is gathered already
+                return policy, frozen()
+            return policy, as_forward(layers.model, frozen)
 
     @override
     def loss_from_hidden(self, hidden_BTD: Tensor, batch: dict[str, Any]) -> tuple[Tensor, Sums]:
@@ -513,6 +526,7 @@ class DPOModule(CausalLMModule):
         """Pairs of the latest window, or evaluation, between ``losses.margin_edges``."""
         return self._notes.totals.get("rewards/histogram")
 
+    @with_whole_weights
     def score_pairs(self, batch: dict[str, Any]) -> tuple[CompletionLogps, CompletionLogps | None]:
         """Completions of a batch under (policy, reference); nothing else comes of it."""
         batch = self.prepared(batch)

@@ -22,6 +22,7 @@ from lightning_align._errors import argument_error
 from lightning_align.data.reference_cache import Values
 from lightning_align.data.token_cache import default_cache_dir
 from lightning_align.layers import ModelLayers
+from lightning_align.layers.sharding import is_sharded
 from lightning_align.layers.surgery import evaluating
 from lightning_align.losses import PreferenceOptions
 from lightning_align.losses.reference import reference_layers
@@ -124,7 +125,8 @@ class FrozenReference:
         """See that its hidden states are what its head gets."""
         if self.layers is None or self.lacks_adapters:  # else it is probed as the policy
             return
-        if not is_spread(self.layers.model):
+        model = self.layers.model
+        if not is_spread(model) and not is_sharded(model):  # else it has been probed
             self.layers.probe()
 
     def set_up(self, module: DPOModule) -> None:

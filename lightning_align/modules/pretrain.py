@@ -10,9 +10,10 @@ from typing_extensions import override
 
 from lightning_align._declared import declared
 from lightning_align._errors import argument_error
+from lightning_align.layers.sharding import is_sharded
 from lightning_align.losses import linear_cross_entropy
 from lightning_align.models.adapter_config import plain_config
-from lightning_align.modules.causal_lm import CausalLMModule
+from lightning_align.modules.causal_lm import CausalLMModule, with_whole_weights
 from lightning_align.modules.continued import save_plain_hyperparameters
 from lightning_align.modules.window import Sums, perplexity
 from lightning_align.run.protocols import separates_documents
@@ -119,7 +120,8 @@ class PretrainModule(CausalLMModule):
     @override
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        if separates_documents(self.trainer) and not is_spread(self):
+        runs = not is_spread(self) and not is_sharded(self.model)
+        if separates_documents(self.trainer) and runs:
             self.layers.probe_documents()
 
     @override
@@ -142,6 +144,7 @@ class PretrainModule(CausalLMModule):
         return {"perplexity": perplexity(means["loss"])}
 
     @override
+    @with_whole_weights
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Mean negative log-likelihood (nats per token) of each row, (B,)."""
         batch = self.prepared(batch)

@@ -118,12 +118,14 @@ class Encoder:
         """Plain form of a tensor, even one that is a link.
 
         Raises:
-            TypeError: If it is of a subclass of torch's, or not strided.
+            TypeError: If it is of a subclass of torch's, not strided, or without memory.
         """
         if type(value) not in (Tensor, nn.Parameter) or value.layout != torch.strided:
             raise TypeError("no plain tensor")
         if value.is_meta:
             return ("constant", "meta")
+        if value.numel() and not value.untyped_storage().nbytes():  # let go, as fully_shard does
+            raise TypeError("no values")
         plain = value.detach().resolve_conj().resolve_neg()
         if plain.untyped_storage().nbytes() != plain.nbytes:
             plain = plain.clone()  # or all that it is a view of would be written

@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_align.run.protocols import HoldsGradients, SpreadsModel
 
@@ -30,7 +31,7 @@ def of_every_rank(trainer: pl.Trainer, own: Any) -> list[Any]:
 def total_grad_norm(trainer: pl.Trainer, module: nn.Module) -> Tensor:
     """Norm of a module's gradients, over all ranks that hold a part of it.
 
-    Collective, where the strategy is a ``SpreadsModel``.
+    Collective, where the strategy is a ``SpreadsModel`` or gradients are DTensors.
     """
     strategy: Any = trainer.strategy
     # Asked of the class, whose answer is remembered: this is in every step.
@@ -40,7 +41,8 @@ def total_grad_norm(trainer: pl.Trainer, module: nn.Module) -> Tensor:
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
     # Of a sparse one the kernels know no norm, and rows that occur twice are to be added before.
     gradients = [each.coalesce().values() if each.is_sparse else each for each in gradients]
-    return nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+    norm = nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def scale_gradients(trainer: pl.Trainer, module: nn.Module, factor: Tensor) -> None:

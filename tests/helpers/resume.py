@@ -18,6 +18,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader
 
@@ -244,6 +245,7 @@ class Run:
 def weights_hash(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in module.state_dict().items():
+        value = value.full_tensor() if isinstance(value, DTensor) else value
         digest.update(name.encode() + value.detach().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

@@ -192,6 +192,7 @@ CACHED = objective(
     ref_cache_dir="{data}/reference",
     refuses={
         "PreferenceDiagnostics": "its reference is released once it is precomputed",
+        "model_parallel, 2 ranks": "does not go with ModelParallelStrategy",
         "zero_infinity": "does not go with ZeROInfinityStrategy",
         "zero_infinity_cpu": "does not go with ZeROInfinityStrategy",
     },
@@ -210,6 +211,7 @@ FOLLOWED = objective(
     ref_model_sync_steps=2,
     refuses={
         "pipeline": "no rank has all weights of the model and its reference",
+        "model_parallel, 2 ranks": "no rank has all weights of the model and its reference",
         "zero_infinity": "no rank has all weights of the model and its reference",
         "zero_infinity_cpu": "no rank has all weights of the model and its reference",
     },
@@ -305,7 +307,11 @@ OPTIMIZERS = [
 ] + [
     Member("Muon", spec(OURS + "Muon", lr=3e-3, adjust_lr_fn="match_rms_adamw")),
     Member("StableAdamW", spec(OURS + "StableAdamW", lr=3e-3)),
-    Member("GaLoreAdamW", spec(OURS + "GaLoreAdamW", lr=3e-3, rank=2, update_proj_gap=2)),
+    Member(
+        "GaLoreAdamW",
+        spec(OURS + "GaLoreAdamW", lr=3e-3, rank=2, update_proj_gap=2),
+        refuses={"model_parallel, 2 ranks": "a projection needs the whole gradient of a matrix"},
+    ),
 ]
 
 RECORDS = Member(
@@ -324,6 +330,7 @@ CALLBACKS = [
     Member(
         "AsyncCheckpoint",
         spec(OURS + "AsyncCheckpoint", dirpath="{run}/checkpoints", every_n_train_steps=2),
+        refuses={"model_parallel, 2 ranks": "its ranks save parts of the state themselves"},
     ),
     Member("MetricPlot", spec(OURS + "MetricPlot", metrics=["train_loss"])),
     Member(
@@ -348,6 +355,7 @@ CALLBACKS = [
         refuses={
             "hand-written": "HandWritten'\\): holds no module with a generate method",
             "pipeline": "rank zero may not hold the whole model",
+            "model_parallel, 2 ranks": "rank zero may not hold the whole model",
             "zero_infinity, 2 ranks": "rank zero may not hold the whole model",
             "zero_infinity_cpu, 2 ranks": "rank zero may not hold the whole model",
         },
@@ -365,6 +373,7 @@ CALLBACKS = [
         refuses={
             "PretrainModule": "it trains no pairs that it tells of",
             "hand-written": "it trains no pairs that it tells of",
+            "model_parallel, 2 ranks": "no rank may hold the whole model",
             "zero_infinity, 2 ranks": "no rank may hold the whole model",
             "zero_infinity_cpu, 2 ranks": "no rank may hold the whole model",
         },
@@ -376,6 +385,7 @@ CALLBACKS = [
         refuses={
             "hand-written": "cannot tell which list holds its blocks; candidates",
             "pipeline": "it does not follow when other blocks are frozen and released",
+            "model_parallel, 2 ranks": "it does not follow when other blocks are frozen",
         },
     ),
     Member(
@@ -390,8 +400,13 @@ CALLBACKS = [
     Member(
         "RooflineMonitor",
         spec(OURS + "RooflineMonitor", every_n_steps=2, hardware="xeon-8480", plot=False),
+        refuses={"model_parallel, 2 ranks": "it does not tell how long they wait"},
     ),
-    Member("SpikeGuard", spec(OURS + "SpikeGuard", action=["clip", "skip", "stop"])),
+    Member(
+        "SpikeGuard",
+        spec(OURS + "SpikeGuard", action=["clip", "skip", "stop"]),
+        refuses={"model_parallel, 2 ranks": "it does not say what their norm is"},
+    ),
     Member(
         "OptimizerSwap",
         spec(OURS + "OptimizerSwap", optimizer=spec(OURS + "Muon", lr=3e-3, adamw_lr=1e-3)),

@@ -13,6 +13,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lightning_align.run.exact_resume import ExactResume
 from lightning_align.run.position import batches_consumed
@@ -139,8 +140,10 @@ class Recorder(pl.Callback):
         strategy = trainer.strategy
         whole = strategy.gathered() if hasattr(strategy, "gathered") else nullcontext()
         with whole:
+            if trainer.is_global_zero or isinstance(strategy, ModelParallelStrategy):
+                weights = weights_hash(pl_module)
             if trainer.is_global_zero:
-                (self.folder / "weights").write_text(weights_hash(pl_module))
+                (self.folder / "weights").write_text(weights)
 
 
 class KillAt(pl.Callback):

@@ -6,11 +6,18 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch import strategies
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    ModelParallelStrategy,
+    Strategy,
+)
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import Protocol, runtime_checkable
 
 from lightning_align._compat.lightning_trainer import wrap_in_ddp_again
+from lightning_align.layers.sharding import whole_state
 
 
 @runtime_checkable
@@ -137,7 +144,20 @@ def saves_whole_state(strategy: Strategy) -> bool:
 
 def whole_state_dict(strategy: Strategy) -> dict[str, Any] | None:
     """The module's state from a strategy that has to put it together; collective."""
+    if isinstance(strategy, ModelParallelStrategy) and strategy.model is not None:
+        return whole_state(strategy.model)
     return strategy.whole_state_dict() if isinstance(strategy, GathersState) else None
+
+
+def leaves_sharding(strategy: Strategy) -> bool:
+    """Whether a module is to shard itself in ``configure_model``."""
+    return isinstance(strategy, ModelParallelStrategy)
+
+
+def data_mesh(strategy: Strategy) -> DeviceMesh:
+    """The ranks among which a module is to shard itself, each with batches of its own."""
+    assert isinstance(strategy, ModelParallelStrategy)
+    return strategy.device_mesh["data_parallel"]
 
 
 def one_rank_runs_model(strategy: Strategy) -> bool:

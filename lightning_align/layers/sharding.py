@@ -1,0 +1,116 @@
+"""A model whose ranks hold parts of each parameter: PyTorch's ``fully_shard``, one group a block.
+
+What is outside of the blocks (embedding, final norm, head) is one more group, that of the model
+itself, and PyTorch gathers it around the model's ``forward``. Our losses run behind the hidden
+states and read the head's weight by themselves, so ``as_forward`` lets a whole step count as that
+forward: within it weights are what they are without sharding, and a gradient that reaches them
+there is summed over the ranks, as every other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+from lightning_align._compat.torch_modules import STEP
+from lightning_align._errors import argument_error
+from lightning_align.layers.map import ModelLayers
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether ``shard`` has been there, or another ``fully_shard`` of the whole model."""
+    return isinstance(model, FSDPModule)
+
+
+def shard(layers: ModelLayers, mesh: DeviceMesh, *, where: str) -> None:
+    """Leave each rank a part of each parameter. Once is enough.
+
+    Args:
+        layers: Map of the model, whose parameters become DTensors in place.
+        mesh: Ranks that hold the parts, in one dimension.
+        where: Class the user called.
+
+    Raises:
+        ValueError: If parts of it cannot be gathered one at a time.
+    """
+    model: Any = layers.model
+    if is_sharded(model):
+        return
+    check_can_shard(layers, where)
+    for block in layers.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def check_can_shard(layers: ModelLayers, where: str) -> None:
+    """Refuse a model that ``fully_shard`` cannot take block by block.
+
+    Raises:
+        ValueError: If a block shares a parameter, or is of several data types that train.
+    """
+    name = type(layers.model).__name__
+    blocks = tuple(f"{block}." for block in layers.block_names)
+    for tied in layers.tied_parameters:
+        groups = {next((b for b in blocks if each.startswith(b)), "") for each in tied}
+        if len(groups) > 1:
+            rule = f"parameters that blocks share cannot be sharded block by block: {tied}"
+            raise argument_error(where, "model", name, rule, "Use strategy='ddp'")
+    groups_of: dict[str, set[torch.dtype]] = {}
+    for parameter_name, parameter in layers.model.named_parameters():
+        group = next((b for b in blocks if parameter_name.startswith(b)), "")
+        if parameter.requires_grad:
+            groups_of.setdefault(group, set()).add(parameter.dtype)
+    for group, dtypes in groups_of.items():
+        if len(dtypes) > 1:
+            what = f"block '{group[:-1]}'" if group else "what is outside of its blocks"
+            rule = f"{what} trains in several data types ({sorted(map(str, dtypes))}), and ranks"
+            rule += " sum the gradients of a block at once"
+            way_out = "Load it with one dtype, or use strategy='ddp'"
+            raise argument_error(where, "model", name, rule, way_out)
+
+
+def as_forward(model: nn.Module, function: Callable[[], Any]) -> Any:
+    """Call ``function`` as the forward of a sharded model; of another one just call it.
+
+    Not to be nested. Collective: every rank must call it.
+
+    Args:
+        model: What the function computes with.
+        function: What to compute; gradients flow through the tensors that it returns.
+    """
+    if not isinstance(model, FSDPModule):
+        return function()
+    sharded: Any = model
+    if not hasattr(sharded, STEP):
+        setattr(sharded, STEP, _called)
+        register_fsdp_forward_method(sharded, STEP)
+    step = getattr(sharded, STEP)
+    if torch.is_grad_enabled():
+        return step(function)
+    # PyTorch reuses the memory that it gathers into, and what inference mode has made cannot train.
+    with torch.inference_mode(False), torch.no_grad():
+        result = step(function)
+    sharded.reshard()  # else what is outside of the blocks stays whole, until a backward
+    return result
+
+
+def _called(function: Callable[[], Any]) -> Any:
+    return function()
+
+
+def whole_state(module: nn.Module) -> dict[str, Any]:
+    """The state of a module with sharded parts, gathered on rank 0 and empty elsewhere; collective.
+
+    Takes host memory for all of it there, and device memory for one parameter at a time.
+
+    Args:
+        module: The model, or what holds it.
+    """
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(module, options=whole)
