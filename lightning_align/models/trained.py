@@ -20,6 +20,7 @@ from torch import Tensor
 from lightning_align._errors import argument_error
 from lightning_align.data.hub import resolve_pretrained
 from lightning_align.data.tokenizer import load_tokenizer, pad_token_id
+from lightning_align.models import sharded_folder
 from lightning_align.models.adapter_folder import (
     base_name,
     is_adapter_folder,
@@ -84,7 +85,8 @@ def load_trained(
         raise argument_error(where, "dtype", dtype, f"must be one of {sorted(DTYPES)}")
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     source = str(source)
-    if Path(source).is_file() or linked.is_linked(Path(source)):
+    path = Path(source)
+    if path.is_file() or linked.is_linked(path) or sharded_folder.is_one(path):
         trained = _from_checkpoint(source, where, None if model is None else str(model), dtype, hub)
     elif is_adapter_folder(source):
         trained = _from_adapter(source, where, model, dtype, hub)
@@ -105,7 +107,7 @@ def _from_folder(source: str, where: str, dtype: str | None, hub: dict[str, Any]
     if folder.suffix == ".ckpt" or (folder.is_dir() and not (folder / "config.json").exists()):
         rule = "must be a checkpoint file, a folder with a config.json, or a name on the hub"
         way_out = ""
-        if (folder / "meta.pt").exists():  # written by all ranks of a pipeline, or by FSDP
+        if (folder / "meta.pt").exists():  # written by all ranks of a pipeline
             tool = "python -m lightning.pytorch.utilities.consolidate_checkpoint"
             way_out = f"Make one file of it: {tool} {source}"
         raise argument_error(where, "ckpt", source, rule, way_out)
@@ -175,6 +177,8 @@ def _from_checkpoint(
 def _read(path: str, where: str) -> dict[str, Any]:
     if linked.is_linked(Path(path)):
         checkpoint = linked.read(Path(path), where, weights_only=True, may_be_fixed=True)
+    elif sharded_folder.is_one(Path(path)):
+        checkpoint = sharded_folder.read(Path(path), where)
     else:
         checkpoint = _read_file(path, where)
     weights = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None

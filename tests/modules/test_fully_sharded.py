@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_align import PretrainModule, SavePretrained
 from lightning_align._compat.lightning_trainer import all_ranks_for_data
+from lightning_align.models.trained import load_trained
 from tests.helpers.ranks import ForkedRanks, run_ranks
 from tests.helpers.tiny_models import TINY_MODELS, VOCAB_SIZE
 
@@ -59,6 +60,7 @@ def test_fit_evaluate_and_save_as_one_process_does(tmp_path: Path) -> None:
         trainer.fit(module, loader(own), loader(own))
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
         module.save_pretrained(str(tmp_path / "method"))
+        trainer.save_checkpoint(tmp_path / "parts.ckpt")
         (tested,) = trainer.test(module, loader(own), verbose=False)
         (scores,) = trainer.predict(module, loader(own))[:1]
         return logged, tested["test_loss"], scores
@@ -76,7 +78,9 @@ def test_fit_evaluate_and_save_as_one_process_does(tmp_path: Path) -> None:
             assert logged[name] == pytest.approx(theirs[name], rel=1e-5), name
         assert test_loss == pytest.approx(tested["test_loss"], rel=1e-5)
     torch.testing.assert_close(torch.cat([ours[0][2], ours[1][2]]), scores, rtol=1e-5, atol=1e-5)
-    for folder in ("callback", "method"):
+    parts = load_trained(tmp_path / "parts.ckpt", where="T", model=tmp_path / "method")
+    parts.model.save_pretrained(tmp_path / "parts")
+    for folder in ("callback", "method", "parts"):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
         config = json.loads((tmp_path / folder / "config.json").read_text())
         assert config["architectures"] == ["LlamaForCausalLM"]

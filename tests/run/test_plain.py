@@ -257,3 +257,12 @@ def test_no_object_is_built_of_a_class_that_is_not_the_modules(kind: Any) -> Non
     rebuilder = Rebuilder(Encoder({}), Mine, torch.device("cpu"))
     with pytest.raises(UnknownTypeError):
         rebuilder.build(None, ("class", "os:system"), "it")
+
+
+def test_a_tensor_whose_memory_was_let_go_has_no_plain_form() -> None:
+    """As those that ``fully_shard`` gathers into; reading one ends the process."""
+    gathered = torch.ones(3)
+    gathered.untyped_storage().resize_(0)
+    encoder = Encoder({})
+    encoder.encode({"gathered": gathered, "empty": torch.ones(0)}, "it")
+    assert list(encoder.opaque) == ["it[0]"]
