@@ -59,7 +59,7 @@ def test_what_ends_takes_back_its_own_filters_only():
 
 
 def test_lightning_advertises_no_packages_and_says_the_rest(tmp_path, caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger=lightning_quiet._TIPS_LOGGER)  # others may have set it
     pl.Trainer(max_steps=1, default_root_dir=tmp_path)
     told = caplog.text
     assert "GPU available" in told

@@ -31,7 +31,7 @@ def first_lines(tmp_path, kind, summary, capsys, caplog):
     config = LlamaConfig(vocab_size=16, num_attention_heads=1, **SIZES)
     batch = {name: torch.arange(9)[None] for name in ("input_ids", "labels")}
     fitter = trainer(tmp_path, callbacks=[summary], enable_model_summary=True)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch"):
         fitter.fit(kind(config), DataLoader([batch], batch_size=None))
     return capsys.readouterr().out + caplog.text
 

@@ -260,7 +260,7 @@ def test_a_committed_step_is_not_overwritten_by_what_commits_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"stage": 4}, r"stage=4\): must be one of 1, 2, 3"),
+        ({"stage": 4}, r"stage=4\): must be 1, 2 or 3"),
         ({"offload_params_device": "disk"}, "offload_params_device='disk'"),
         ({"offload_optimizer_device": "gpu"}, "offload_optimizer_device='gpu'"),
         ({"offload_fraction": 1.5}, "offload_fraction=1.5.*between 0 and 1"),

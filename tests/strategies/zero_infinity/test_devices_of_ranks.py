@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 from lightning_align import Muon
 from lightning_align.modules import PretrainModule
@@ -34,10 +35,18 @@ RUNS = {"plain": {}, "clipped": {"gradient_clip_val": 0.05}}
 
 @cover(arguments=PLACES, options=RUNS)
 def test_wherever_it_lies_ranks_train_as_under_ddp(tmp_path, arguments, options):
-    build = lambda: Regression(width=48, schedule=True)  # noqa: E731
+    clipped = "gradient_clip_val" in options
+
+    def build():
+        module = Regression(width=48, schedule=True)
+        # Gradients of biases before a batch norm are rounding, which AdamW makes whole steps of:
+        # with sums in another order the runs would part, on some processors.
+        module.norm = nn.LayerNorm(48) if clipped else module.norm
+        return module
+
     options = {"accumulate_grad_batches": 2, **options}
     pair = both(tmp_path, build, points_of, arguments=arguments, **options)
-    if "gradient_clip_val" not in options:
+    if not clipped:
         assert_same(*pair)
     # Norms of weights that are cut are put together from squares: another order of sums.
     assert largest_difference(*pair) < 1e-5
