@@ -4,6 +4,7 @@ import os
 import re
 import runpy
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def config(folder: Path, **trainer: Any) -> dict[str, Any]:
         "seed_everything": 1,
         "model": {
             "class_path": "PretrainModule",
-            "init_args": {"model": MODEL, "optimizer": optimizer},
+            "init_args": {"model": deepcopy(MODEL), "optimizer": optimizer},
         },
         "data": {
             "class_path": "TextDataModule",
