@@ -73,6 +73,12 @@ def moved(ours: DPOModule) -> DPOModule:
     return ours
 
 
+def test_the_progress_bar_has_loss_accuracy_and_margin() -> None:
+    trainer = fit(module(), [pairs(0, 1)])
+    shown = {"train_loss", "rewards/accuracies", "rewards/margins"}
+    assert shown <= set(trainer.progress_bar_metrics)
+
+
 def assert_step_equals_the_function(
     ours: DPOModule, batch: dict[str, torch.Tensor], **options: Any
 ) -> None:
