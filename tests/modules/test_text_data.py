@@ -310,7 +310,7 @@ def test_a_text_of_ones_own_as_it_is(tmp_path, caplog):
     (tmp_path / "my.txt").write_text("\n".join(paragraphs))
     for _ in range(2):  # the second time from the cache
         data = TextDataModule(str(tmp_path / "my.txt"))
-        with caplog.at_level("INFO"):
+        with caplog.at_level("INFO", logger="lightning.pytorch"):
             data.setup("fit")
         told = re.search(
             r"TextDataModule\(val_fraction=0\.1\): the text is one document, of which its last"
