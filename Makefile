@@ -69,7 +69,7 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt $(STAMP)
 	$(PYTHON) -m venv --clear $(OLDEST)
 	@$(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet $(TORCH) 2>/dev/null \
 	  || $(OLDEST)/bin/python -m pip install --quiet --extra-index-url $(CPU_INDEX) $(TORCH)
-	@$(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints-oldest.txt -e '.[test]'
+	@$(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints-oldest.txt $(TORCH) -e '.[test]'
 	@touch $@
 
 test-oldest: $(OLDEST)/.installed

@@ -44,6 +44,8 @@ def declared(cls: type[T]) -> type[T]:
             args, options = arguments.read(self, args, options)
         function(self, *args, **options)
 
+    # getfullargspec, which Lightning asks what a checkpoint may hand on, sees through no wraps.
+    __init__.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
     cls.__init__ = __init__  # type: ignore[method-assign]
     return cls
 

@@ -14,9 +14,11 @@ import numpy
 import pytest
 import torch
 from jsonargparse import ArgumentParser
+from transformers import LlamaConfig
 
-from lightning_align import TextDataModule
+from lightning_align import PretrainModule, TextDataModule
 from lightning_align._declared import declared, described, fits, read
+from tests.helpers.checkpoints import save_checkpoint
 
 
 @declared
@@ -175,3 +177,18 @@ def test_a_time_says_how_to_write_it() -> None:
 )
 def test_types_in_words(hint: Any, words: str) -> None:
     assert described(hint) == words
+
+
+def test_a_checkpoint_of_a_subclass_loads_without_its_arguments(tmp_path):
+    """Lightning drops hyperparameters that a class does not take, if it can see what it takes."""
+
+    class Noted(PretrainModule):
+        def __init__(self, note, **options):
+            super().__init__(**options)
+            self.save_hyperparameters("note")
+
+    config = LlamaConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+    checkpoint = save_checkpoint(tmp_path / "a.ckpt", Noted("of mine", model=config))
+    assert torch.load(checkpoint, weights_only=False)["hyper_parameters"]["note"] == "of mine"
+    ours = PretrainModule.load_from_checkpoint(checkpoint, model=config, weights_only=False)
+    assert type(ours) is PretrainModule

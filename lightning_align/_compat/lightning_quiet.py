@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -29,7 +30,11 @@ IN_A_FIT: Entries = (
 IN_A_PIPELINE: Entries = (
     # All ranks log the values of one batch. They cannot be logged as reduced: Lightning forgets
     # ``sync_dist=True`` under strategies that it does not know to be distributed.
-    (UserWarning, r"It is recommended to use `self\.log\(.*sync_dist=True\)`", r"lightning\."),
+    (
+        UserWarning,
+        r"It is recommended to use `self\.log\('(val|test)_.*sync_dist=True\)`",
+        r"lightning\.",
+    ),
 )
 
 
@@ -78,4 +83,5 @@ def prepare_loggers(trainer: pl.Trainer) -> None:
         if "anonymous" in options and options["anonymous"] is None:
             del options["anonymous"]
         if options.get("dir") and trainer.is_global_zero:
-            os.makedirs(options["dir"], exist_ok=True)
+            with suppress(OSError):  # wandb then says where it writes instead
+                os.makedirs(options["dir"], exist_ok=True)

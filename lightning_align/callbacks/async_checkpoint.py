@@ -11,6 +11,7 @@ import os
 import time
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
@@ -422,8 +423,9 @@ class AsyncCheckpoint(ModelCheckpoint):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._open(trainer)
-        if self._folder is not None and trainer.ckpt_path:  # else it is a tuner's own
-            path, step = str(trainer.ckpt_path), checkpoint["global_step"]
+        path, step = str(trainer.ckpt_path or ""), checkpoint["global_step"]
+        is_a_tuners = Path(path).name.startswith((".lr_find_", ".scale_batch_size_"))
+        if self._folder is not None and path and not is_a_tuners:  # else nothing is left behind
             self._folder.continue_from(path, step, self.run_id)
 
     @override

@@ -120,7 +120,7 @@ class OptimizerSwap(pl.Callback):
     def _notice_rate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take down what the module's rate is before ``lr_find`` changes it, and what it is now."""
         names = found_rate.attributes_sought(trainer)
-        if names:
+        if names and names != self._sought:  # a second search begins with what the first has found
             self._sought, self._before = names, found_rate.rate_of(pl_module, names)
         self._is_sought, self._found = bool(names), None
         if (rate := found_rate.rate_of(pl_module, self._sought)) != self._before:

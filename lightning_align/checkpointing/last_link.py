@@ -6,6 +6,7 @@ behind a URL have no links.
 """
 
 import os
+import threading
 import warnings
 
 from lightning_align.checkpointing.files import Folder
@@ -27,6 +28,7 @@ class LastLink:
     """
 
     def __init__(self, folder: Folder, wanted: bool) -> None:
+        self._lock = threading.Lock()  # training sets it as well as the thread that writes
         self._folder = folder
         self.is_kept = folder.is_local and (wanted or shown_by(folder, LAST) != LAST)
 
@@ -36,8 +38,11 @@ class LastLink:
         Args:
             name: Of the checkpoint; if it is empty, the link stays as it is.
         """
-        if not self.is_kept or not name:
-            return
+        with self._lock:
+            if self.is_kept and name:
+                self._show(name)
+
+    def _show(self, name: str) -> None:
         path, unfinished = (
             os.path.join(self._folder.root, file) for file in (LAST + DATA, _UNFINISHED)
         )

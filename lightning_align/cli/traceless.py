@@ -15,7 +15,8 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from typing_extensions import override
 
 from lightning_align._errors import argument_error
-from lightning_align.checkpointing.lock import LOCK_FILE
+from lightning_align.checkpointing.files import Folder
+from lightning_align.checkpointing.lock import LOCK_FILE, FolderLock
 from lightning_align.cli.app import Program
 
 FOLDER = "LIGHTNING_ALIGN_{}_FOLDER"  # told to the processes that a strategy starts
@@ -66,8 +67,12 @@ def folders_as_they_were(folders: Iterable[str | os.PathLike[str]]) -> Iterator[
         inside = {place for each in local for place in each.glob("*") if place.is_dir()}
         made |= inside - before
         for folder in sorted(made, key=lambda each: len(each.parts), reverse=True):
-            (folder / LOCK_FILE).unlink(missing_ok=True)
-            with suppress(OSError):  # it has something in it
+            with suppress(OSError, RuntimeError):  # it has something in it, or a run writes there
+                if (folder / LOCK_FILE).exists():
+                    lock = FolderLock(Folder(folder))
+                    lock.acquire()
+                    (folder / LOCK_FILE).unlink()
+                    lock.release()
                 folder.rmdir()
 
 

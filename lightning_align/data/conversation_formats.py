@@ -159,7 +159,7 @@ def format_of(file: InputFile, place: str, record: dict[str, Any]) -> str:
     """
     present = {name for name, value in record.items() if value is not None}
     if {"messages", "completion"} <= present:
-        way_out = "Write messages, or a prompt and a completion"
+        way_out = "Set messages_column=None to take the prompt and its completion"
         raise file.error(f"{place} has both messages and a completion", way_out)
     if "messages" in present:
         return MESSAGES

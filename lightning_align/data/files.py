@@ -44,10 +44,15 @@ class InputFile:
     columns: Columns = field(default_factory=Columns, compare=False)  # what the user calls them
 
     @property
+    def _inner(self) -> str:
+        """Of a chain the URL of the file: zip://FILE::archive.zip, simplecache::s3://FILE."""
+        parts = self.url.split("::")
+        return next((part for part in parts if "://" in part), parts[-1])
+
+    @property
     def suffix(self) -> str:
         """The kind of file, such as ``.jsonl``: its last suffix that is not a compression."""
-        # Of a file in an archive (zip://file::archive.zip) the name of the file.
-        name = self.url.partition("::")[0].rpartition("/")[2]
+        name = self._inner.rpartition("/")[2]
         for compressed in COMPRESSED:
             name = name.removesuffix(compressed)
         return name[name.rfind(".") :] if "." in name else ""
@@ -98,7 +103,7 @@ class InputFile:
             return
         if self.suffix == ".csv":
             rows = self._csv()
-        elif self.url.partition("::")[0].endswith(".parquet"):
+        elif self._inner.endswith(".parquet"):
             rows = self._parquet(columns)
         else:
             raise self.table_error()

@@ -98,6 +98,8 @@ def _filesystem(path: InputFile) -> tuple[Any, str]:
 def _url_of(name: str, filesystem: Any, pattern: str) -> str:
     """The URL of a file that a pattern has found."""
     first, chained, rest = pattern.partition("::")
+    if chained and "://" not in first:  # simplecache::s3://bucket/*.jsonl
+        return f"{first}::{_url_of(name, filesystem, rest)}"
     if chained:  # zip://*.jsonl::archive.zip
         return f"{first.partition('://')[0]}://{name}::{rest}"
     return str(filesystem.unstrip_protocol(name)) if "://" in pattern else name

@@ -7,6 +7,7 @@ configuration) and the tokenizer. It is read as plain data and runs no code.
 from __future__ import annotations
 
 import json
+import os
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -242,7 +243,16 @@ def _check_weights(
         raise argument_error(where, "ckpt", path, rule, GIVE_MODEL)
 
 
+# What a folder with a tokenizer has at least one of.
+_TOKENIZERS = {
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model"),
+    *("vocab.json", "vocab.txt"),
+}
+
+
 def _tokenizer_of(name: str, hub: dict[str, Any]) -> Any | None:
+    if os.path.isdir(name) and not _TOKENIZERS & set(os.listdir(name)):
+        return None  # older transformers would make up one that knows no words
     try:
         return transformers.AutoTokenizer.from_pretrained(name, **hub)
     except (OSError, ValueError, KeyError):  # a folder without one

@@ -49,7 +49,7 @@ class ConversationDataModule(PositionedDataModule):
             saved with the tokenizer; None takes the tokenizer's own.
         append_eos: Whether to close each completion that is text with the end-of-text token;
             messages are closed by the chat template.
-        messages_column: Column of the messages.
+        messages_column: Column of the messages; None passes it over.
         prompt_column: Column of the prompt, where there are no messages.
         completion_column: Column of the completion, where there are no messages.
         seed: Seed of the order of the conversations and of the choice of held-out prompts.
@@ -80,7 +80,7 @@ class ConversationDataModule(PositionedDataModule):
         assistant_only_loss: bool = True,
         chat_template: str | Path | None = None,
         append_eos: bool = True,
-        messages_column: str = "messages",
+        messages_column: str | None = "messages",
         prompt_column: str = "prompt",
         completion_column: str = "completion",
         seed: int = 0,

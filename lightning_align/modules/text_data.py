@@ -136,6 +136,12 @@ class TextDataModule(PositionedDataModule):
 
     _cuts_documents = True
 
+    @property
+    @override
+    def batch_keys(self) -> frozenset[str]:
+        assert self.train_dataset is not None, "setup() comes first"
+        return frozenset(self.train_dataset[[0]])  # of two pieces each may be of another length
+
     @override
     def follow_curriculum(self, **options: Any) -> PositionSampler:
         if (buckets := options.get("buckets")) is not None:

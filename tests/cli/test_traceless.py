@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_align.checkpointing.lock import LOCK_FILE
+from lightning_align.checkpointing.files import Folder
+from lightning_align.checkpointing.lock import LOCK_FILE, FolderLock
 from lightning_align.cli.traceless import FOLDER, folders_as_they_were, scratch_folder
 
 
@@ -40,3 +41,13 @@ def test_folders_of_a_set_up_go_and_those_with_something_in_them_stay(tmp_path: 
         *("b", "used", "step=1.ckpt"),
         *("there", LOCK_FILE, "version_0"),
     }
+
+
+def test_the_folder_of_a_run_that_has_begun_meanwhile_stays(tmp_path: Path) -> None:
+    with folders_as_they_were([tmp_path / "new"]):
+        (tmp_path / "new").mkdir()
+        lock = FolderLock(Folder(tmp_path / "new"))
+        lock.acquire()
+    assert (tmp_path / "new" / LOCK_FILE).exists()
+    lock.ensure()
+    lock.release()

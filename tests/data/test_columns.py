@@ -93,6 +93,17 @@ def test_all_columns_of_pairs_may_have_other_names(tmp_path):
     )
 
 
+def test_messages_are_passed_over_where_the_user_says_so(tmp_path):
+    talk = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "two"}]
+    rows = [{"messages": talk, "problem": "1+1?", "solution": "2"}]
+    names = {"prompt_column": "problem", "completion_column": "solution"}
+    with pytest.raises(ValueError, match=r"Set messages_column=None to take the prompt"):
+        chats(tmp_path, rows, **names)
+    with pytest.warns(UserWarning, match="not read: 'messages'"):
+        data = chats(tmp_path, rows, **names, messages_column=None)
+    assert data.fingerprint == quiet(chats, tmp_path, [{"prompt": "1+1?", "completion": "2"}])
+
+
 def test_names_may_be_swapped(tmp_path):
     swapped = {"prompt_column": "completion", "completion_column": "prompt"}
     texts = [{"prompt": "a", "completion": "b"}, {"prompt": "b", "completion": "a"}]

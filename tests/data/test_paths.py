@@ -142,3 +142,10 @@ def test_a_dict_of_splits_is_answered_with_the_one_to_train_on(tmp_path):
     with pytest.raises(ValueError, match=r"'test', 'train'\. Give .*both/train"):
         list(find(str(tmp_path / "both"))[0].records())
     assert len(texts(find(str(tmp_path / "both/train"))[0])) == 3
+
+
+@pytest.mark.parametrize("pattern", ["a.jsonl", "*.jsonl"])
+def test_a_file_behind_a_cache_of_fsspec_is_read(tmp_path, pattern):
+    (tmp_path / "a.jsonl").write_text(lines())
+    (file,) = find(f"simplecache::file://{tmp_path}/{pattern}")
+    assert texts(file) == [row["text"] for row in ROWS]

@@ -569,3 +569,20 @@ def test_the_command_line_takes_a_mapping(tmp_path, form):
     assert data.weights == [0.7, 3.0]
     printed = parser.parse_string(parser.dump(options))
     assert printed.data.paths == options.data.paths
+
+
+def test_the_keys_of_a_batch_are_those_of_one_sample(jsonl):
+    """Two pieces of documents may be of two lengths, which no batch holds."""
+
+    class OfOneLength:
+        def __len__(self):
+            return 9
+
+        def __getitem__(self, indices):
+            assert len(indices) == 1
+            return {"input_ids": torch.zeros(1, 8)}
+
+    data = TextDataModule(jsonl, ByteTokenizer(), block_size=8)
+    data.setup()
+    data.train_dataset = OfOneLength()
+    assert data.batch_keys == {"input_ids"}
