@@ -53,7 +53,8 @@ def test_a_planted_spike_is_healed(tmp_path: Path) -> None:
     last = {" ".join(line[:-2]): float(line[-1]) for line in words if line[0] != "step"}
     assert list(last) == ["no spike", "unguarded", "skip", "rewind"]
     assert [line[-1] for line in words if line[:2] == ["step", "80:"]] == ["skip", "rewind"]
-    assert max(last["skip"], last["rewind"]) < last["unguarded"]
+    # So few steps leave the unguarded run near the others, by processor before or behind them.
+    assert max(last["skip"], last["rewind"]) < 1.02 * last["no spike"]
 
 
 @pytest.mark.slow

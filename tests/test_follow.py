@@ -128,4 +128,4 @@ def test_python_runs_as_scripts_and_yaml_is_read_as_fit_reads_it(tmp_path: Path)
     assert "good.md: 4 blocks" in printed
     assert "raises.md:4: exit status 1" in printed
     assert "line 5, in <module>" in printed  # of the page
-    assert "Did you mean max_steps?" in printed
+    assert "Did you mean trainer.max_steps?" in printed

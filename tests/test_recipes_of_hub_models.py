@@ -150,7 +150,7 @@ def test_the_formula_is_what_a_twin_holds(folder: Path, task: str, layer: str) -
     off = ["--model.prefix_sharing=false"] if task == "dpo_hub" else []
     more = "--trainer.callbacks+=tests.helpers.live_peak.LivePeak"
     steps = ["--trainer.max_steps=4", "--trainer.limit_val_batches=0"]
-    cli = AlignCLI(["fit", *layers.split(), *own.split(), *SMALL, *steps, *off, more])
+    cli = AlignCLI(args=["fit", *layers.split(), *own.split(), *SMALL, *steps, *off, more])
     (peak,) = (each for each in cli.trainer.callbacks if isinstance(each, LivePeak))
     content = laid(f"{layers} {own.replace('--data.', '--data.init_args.')}")
     Path("laid.yaml").write_text(yaml.safe_dump(content))
