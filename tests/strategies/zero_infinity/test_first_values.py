@@ -252,6 +252,7 @@ def test_a_committed_step_is_validated_and_left_as_it_is(tmp_path):
 def test_two_ranks_start_from_the_values_of_one(tmp_path, monkeypatch, empty):
     # Ranks that join take the seed that the process was told; another test may have.
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+
     def begun(rank, size):
         strategy = small(nvme_path=str(tmp_path / f"nvme{size}"))
         trainer = ranks_of(tmp_path, rank, strategy, size, max_steps=1)
