@@ -20,6 +20,22 @@ STEPS = 40  # of which the median counts
 MOST_S, FEWEST = 3.0, 3  # seconds of all of them, on a processor that is slow; then fewer count
 
 
+def small_llama() -> Any:
+    """A Llama whose kernels are short, so that calling them is what a step takes."""
+    from transformers import LlamaConfig, LlamaForCausalLM  # loads for a second
+
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=172,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        return LlamaForCausalLM(config)
+
+
 def small_step(
     device: torch.device, dtype: torch.dtype, *, use_cache: bool = True
 ) -> tuple[Any, Callable[[], Tensor]]:
@@ -34,19 +50,7 @@ def small_step(
         dtype: Of its parameters.
         use_cache: Whether keys and values are kept, as is transformers' default.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM  # loads for a second
-
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=172,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    with torch.random.fork_rng(devices=[]):
-        model: Any = LlamaForCausalLM(config)
-    model.to(device, dtype)
+    model = small_llama().to(device, dtype)
     tokens = torch.arange(64, device=device)[None]
 
     def loss() -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from lightning_align.planner.analyze import analyze_step
+from lightning_align.planner.call_costs import small_llama
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048)
 MATRIX = (1024, 768)  # outputs and inputs
@@ -97,20 +98,11 @@ def call_without_autograd(clock: Callable[[], float], bandwidth: float) -> float
         clock: Seconds.
         bandwidth: At which the small model's bytes are read, from caches.
     """
-    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM  # loads for a second
+    from transformers import DynamicCache  # loads for a second
 
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=172,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    with torch.random.fork_rng(devices=[]):
-        model: Any = LlamaForCausalLM(config)
+    model = small_llama()
     model.eval()
-    cache = DynamicCache(config=config)
+    cache = DynamicCache(config=model.config)
     token = torch.zeros(1, 1, dtype=torch.long)
 
     def decode() -> None:
