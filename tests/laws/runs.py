@@ -156,7 +156,10 @@ class KillAt(pl.Callback):
         self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         if batches_consumed(trainer) == self.position:
-            os.killpg(0, signal.SIGKILL)
+            self.kill()
+
+    def kill(self) -> None:
+        os.killpg(0, signal.SIGKILL)
 
 
 def fit_and_be_killed(run: Run, folder: Path, material: Path, position: int) -> str:

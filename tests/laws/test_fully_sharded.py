@@ -17,7 +17,6 @@ import pytest
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lightning_align.layers.sharding import is_sharded
-from lightning_align.run.position import batches_consumed
 from tests.helpers.ranks import ForkedRanks, end_of_ranks, run_ranks
 from tests.helpers.resume import SaveEveryBatch
 from tests.laws.composition import note
@@ -30,7 +29,7 @@ from tests.laws.members import (
     OPTIMIZERS,
     Member,
 )
-from tests.laws.runs import Outcome, Run, on_its_data, refusal
+from tests.laws.runs import KillAt, Outcome, Run, on_its_data, refusal
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning")]
 
@@ -90,17 +89,11 @@ def is_refused(run: Run, folder: Path, material: Path, rule: str) -> None:
     assert not list(folder.glob("losses.*"))
 
 
-class KillRanksAt(pl.Callback):
-    """Kills each rank by itself, without any chance to clean up, before a batch."""
+class KillRanksAt(KillAt):
+    """Kills each rank by itself: they have no group of processes of their own."""
 
-    def __init__(self, position: int) -> None:
-        self.position = position
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if batches_consumed(trainer) == self.position:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def kill(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def resumes(run: Run, folder: Path, material: Path, position: int) -> None:
