@@ -4,8 +4,9 @@ import os
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,7 +14,7 @@ from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loops.loop import _Loop
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompose
 from lightning.pytorch.utilities import CombinedLoader
@@ -161,6 +162,32 @@ def read_checkpoints(
         return load(checkpoint_path, weights_only) if found is None else found
 
     strategy.load_checkpoint = read_or_load
+
+
+def around_loading(
+    trainer: pl.Trainer, around: Callable[..., AbstractContextManager[None]]
+) -> None:
+    """Let a strategy that loads parts of a sharded model do so in a context.
+
+    ``read_checkpoints`` with None undoes it.
+
+    Args:
+        trainer: The trainer.
+        around: Given the model, its optimizers, the path and ``weights_only``.
+    """
+    strategy: Any = trainer.strategy
+    if not isinstance(strategy, ModelParallelStrategy):
+        return
+    load = strategy.load_checkpoint
+
+    def load_in_it(checkpoint_path: Any, weights_only: bool | None = None) -> Any:
+        path = Path(strategy.broadcast(checkpoint_path))
+        if not path.exists():
+            return load(path, weights_only)  # Lightning says so
+        with around(strategy.model, strategy.optimizers, path, weights_only):
+            return load(path, weights_only)
+
+    vars(strategy)["load_checkpoint"] = load_in_it
 
 
 class _BlankMetric(Metric):

@@ -10,18 +10,22 @@ import io
 import pathlib
 import pickle
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.state_dict import _get_fqns, _init_optim_state
 from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.fsdp import FullyShardedDataParallel, OptimStateKeyType
+from torch.optim import Optimizer
 from typing_extensions import override
 
 INDEX_FILE = ".metadata"
@@ -124,3 +128,26 @@ def read(folder: Path, index: Metadata, keys: Iterable[str]) -> dict[str, Any]:
             causes = (cause for cause, _ in error.failures.values())
             raise UnreadableError("; ".join(str(c).splitlines()[0] for c in causes)) from error
     return unflatten_state_dict(flat, names(index))
+
+
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters by the names that they have in a folder, without those of wrappers."""
+    for name, parameter in model.named_parameters():
+        (plain,) = _get_fqns(model, name)
+        yield plain, parameter
+
+
+def by_name(model: nn.Module, states: Mapping[Any, Any]) -> dict[str, Any]:
+    """The states of an optimizer that rank 0 has put together, by the names of parameters."""
+    if not states or isinstance(next(iter(states)), str):
+        return dict(states)
+    keyed = {"state": dict(states), "param_groups": []}
+    named = FullyShardedDataParallel.rekey_optim_state_dict(
+        keyed, OptimStateKeyType.PARAM_NAME, model
+    )
+    return dict(named["state"])
+
+
+def make_state(optimizer: Optimizer) -> None:
+    """Take torch's step of zeros, for the parameters that require a gradient."""
+    _init_optim_state(optimizer)

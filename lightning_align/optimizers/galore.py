@@ -25,16 +25,23 @@ from lightning_align._errors import argument_error, check_choice
 from lightning_align.optimizers import galore_groups, safety
 from lightning_align.optimizers.adamw import State, init_adamw_state, moment_dtype
 from lightning_align.optimizers.galore_adamw import adam_direction, galore_adamw_, rotate_moments_
-from lightning_align.optimizers.galore_groups import WHERE, check_group, is_projected, rank_of
-from lightning_align.optimizers.loading import loading, refuse_other_shapes
-from lightning_align.optimizers.projection import (
-    Basis,
-    add_projected_back_,
-    project,
-    projected_shape,
-    refreshed,
-    sides,
+from lightning_align.optimizers.galore_groups import (
+    MOMENTS,
+    WHERE,
+    check_group,
+    is_projected,
+    rank_of,
 )
+from lightning_align.optimizers.galore_sharded import (
+    add_projected_back_,
+    has_whole_rows,
+    lying_as,
+    project,
+    whole,
+    zeros_lying_as,
+)
+from lightning_align.optimizers.loading import loading, refuse_other_shapes
+from lightning_align.optimizers.projection import Basis, refreshed, sides
 from lightning_align.seeds import derive_seed
 
 _FAILED = "failed_refreshes"
@@ -87,7 +94,8 @@ class GaLoreAdamW(safety._SafeOptimizer):
         >>> state["basis_right"].shape, state["exp_avg"].shape
         (torch.Size([32, 8]), torch.Size([64, 8]))
 
-    Note: not with FSDP, whose shards are no whole matrices: they are refused.
+    Note: under FSDP2 each rank has its part of basis and moments, and gathers a matrix's gradient
+    where its basis is refreshed; ``on_rank_change="reproject"`` and parts of rows are refused.
     """
 
     def __init__(
@@ -130,6 +138,7 @@ class GaLoreAdamW(safety._SafeOptimizer):
         # Of the whole object, not of a group, and not overruled by a checkpoint.
         self.defaults.update(on_rank_change=on_rank_change, on_nonfinite=on_nonfinite, seed=seed)
         galore_groups.warn_of_embeddings(self.param_groups)
+        self._check_rank_change()
         if not any(is_projected(group, parameter) for group, parameter in self._each()):
             warnings.warn(
                 f"{WHERE}(rank={rank}): no parameter is projected, so this is plain AdamW. Lower "
@@ -159,11 +168,18 @@ class GaLoreAdamW(safety._SafeOptimizer):
         check_group(group)
         safety.check_parameters(WHERE, group)
         for index, parameter in enumerate(group["params"]):
-            if isinstance(parameter, DTensor) and is_projected(group, parameter):
-                rule = "is a DTensor, and a projection needs the whole gradient of a matrix"
-                way_out = "Train with DDP, or with Muon or AdamW"
+            if is_projected(group, parameter) and not has_whole_rows(parameter):
+                rule = "is a DTensor whose rows are divided, and a rank projects rows"
+                way_out = "Shard it along its first dimension, or train with Muon or AdamW"
                 name = safety.parameter_name(group, index)
                 raise argument_error(WHERE, "params", name, rule, way_out)
+
+    def _check_rank_change(self) -> None:
+        answer = self.defaults["on_rank_change"]
+        if answer == "reproject" and any(isinstance(p, DTensor) for _, p in self._each()):
+            rule = "parameters are DTensors, whose state is loaded in parts into one of its shapes"
+            way_out = "Go on with the rank of the checkpoint, or load it in one process or with DDP"
+            raise argument_error(WHERE, "on_rank_change", answer, rule, way_out)
 
     @property
     def failed_refreshes(self) -> int:
@@ -230,12 +246,11 @@ class GaLoreAdamW(safety._SafeOptimizer):
         gradient: Any = weight.grad
         gradient = gradient.to(moment_dtype(weight))
         state = self.state[weight]
-        if self._is_due(group, weight, state):
-            self._refresh(group, weight, gradient, state)
         lr = float(group["lr"])
         kept = 1 - lr * group["weight_decay"]
-        if not state:  # Only zeros so far: there is no subspace to be in.
-            weight.mul_(kept)
+        is_due = self._is_due(group, weight, state)
+        if is_due and not self._refresh(group, weight, gradient, state):
+            weight.mul_(kept)  # Only zeros so far: there is no subspace to be in.
             return
         basis = _basis(state)
         state["step"] += 1
@@ -245,31 +260,44 @@ class GaLoreAdamW(safety._SafeOptimizer):
     def _is_due(self, group: safety.Group, weight: Tensor, state: State) -> bool:
         if _basis(state).rank != rank_of(group, weight):  # none yet, or loaded with another
             return True
-        return (int(state["step"]) + int(state["offset"])) % int(group["update_proj_gap"]) == 0
+        step = int(state["step"])
+        return step == 0 or (step + int(state["offset"])) % int(group["update_proj_gap"]) == 0
 
-    def _refresh(self, group: safety.Group, weight: Tensor, gradient: Tensor, state: State) -> None:
-        old = _basis(state)
+    def _refresh(self, group: safety.Group, weight: Tensor, gradient: Tensor, state: State) -> bool:
+        """Seek a basis for this gradient; whether there is one then."""
+        has_basis = bool(state) and int(state["step"]) > 0
+        old = Basis(*map(whole, _basis(state))) if has_basis else Basis()
         index = next(i for i, (_, other) in enumerate(self._each()) if other is weight)
         basis_sides = sides(group["proj_type"], *weight.shape)
         rank = rank_of(group, weight)
         # A run that resumes draws what the run that never stopped drew.
         seed = derive_seed(self.defaults["seed"], index, int(state.get("step", 0)))
-        new, succeeded = refreshed(group["projection"], gradient, basis_sides, rank, old, seed)
+        new, succeeded = refreshed(
+            group["projection"], whole(gradient), basis_sides, rank, old, seed
+        )
         if not succeeded:
             self._count_failure(group, weight)
+        # torch loads parts into a state that steps of zeros have made, which must be there then.
+        if not has_basis and (new is not old or isinstance(weight, DTensor)):
+            self._begin(group, weight, gradient.dtype, state)
         if new is old:
-            return
-        if not state:
-            shape = projected_shape(basis_sides, weight.shape, rank)
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = gradient.new_zeros(shape)
-            state["exp_avg_sq"] = gradient.new_zeros(shape)
-            state["offset"] = self._offset(group, weight) if group["stagger"] else 0
-        elif group["rotate_moments"] or new.rank != old.rank:
-            rotate_moments_(state, old, new, group["betas"])
+            return has_basis
+        if has_basis and (group["rotate_moments"] or new.rank != old.rank):
+            turned = {name: whole(state[name]) for name in ("step", *MOMENTS)}
+            rotate_moments_(turned, old, new, group["betas"])
+            state.update({name: lying_as(weight, turned[name]) for name in MOMENTS})
         for side, vectors in new._asdict().items():
             if vectors is not None:
-                state[f"basis_{side}"] = vectors
+                state[f"basis_{side}"] = lying_as(weight, vectors)
+        return True
+
+    def _begin(self, group: safety.Group, weight: Tensor, dtype: torch.dtype, state: State) -> None:
+        """Make the state of a matrix, all of it zeros."""
+        state["step"] = torch.zeros((), dtype=torch.float32)
+        for name, shape in galore_groups.state_shapes(group, weight).items():
+            if name != "step":
+                state[name] = zeros_lying_as(weight, shape, dtype)
+        state["offset"] = self._offset(group, weight) if group["stagger"] else 0
 
     def _offset(self, group: safety.Group, weight: Tensor) -> int:
         """Where in the gap this matrix is refreshed: spread by size, as the work is."""

@@ -15,6 +15,7 @@ from lightning_align.optimizers import safety
 from lightning_align.optimizers.projection import REFRESHES, projected_shape, sides
 
 WHERE = "GaLoreAdamW"
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def is_projected(group: safety.Group, parameter: Tensor) -> bool:

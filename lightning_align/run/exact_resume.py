@@ -22,6 +22,7 @@ from lightning_align.run.protocols import batch_cutter, seed_of
 from lightning_align.run.replicas import replica
 from lightning_align.run.rng import reseed
 from lightning_align.run.settings import LeftOut
+from lightning_align.run.sharded_optimizers import taking_up_what_was_saved
 from lightning_align.run.skipping import Skipping
 
 
@@ -78,6 +79,7 @@ class ExactResume(Callback):
         put_first(trainer, self)
         lightning_resume.call_before_saving(trainer, lambda: self.keeper.module_hook())
         lightning_resume.read_checkpoints(trainer, _read_linked)
+        lightning_resume.around_loading(trainer, taking_up_what_was_saved)
 
     def _follow(self, trainer: Trainer, loaders: Any) -> PositionedLoader:
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current

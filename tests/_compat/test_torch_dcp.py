@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.distributed.checkpoint import state_dict_saver
 
 from lightning_align._compat import torch_dcp
@@ -76,3 +77,27 @@ def test_a_value_runs_no_code(tmp_path: Path) -> None:
     with pytest.raises(torch_dcp.UnreadableError, match="Weights only load failed"):
         torch_dcp.read(tmp_path, index, torch_dcp.names(index))
     assert not (tmp_path / "made").exists()
+
+
+def test_states_of_an_optimizer_by_the_names_of_parameters() -> None:
+    """As torch saves them: a compiled layer's own name is left out."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    model[1] = torch.compile(model[1])
+    named = dict(torch_dcp.named_parameters(model))
+    assert list(named) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    assert torch_dcp.by_name(model, {}) == {}
+    assert torch_dcp.by_name(model, {"0.bias": 1}) == {"0.bias": 1}
+    states = {0: {"step": 1}, 3: {"step": 2}}
+    plain = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    assert torch_dcp.by_name(plain, states) == {"0.weight": {"step": 1}, "1.bias": {"step": 2}}
+
+
+def test_a_step_of_zeros_makes_states_of_what_trains() -> None:
+    model = nn.Linear(2, 2)
+    model.bias.requires_grad_(False)
+    before = model.weight.detach().clone()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
+    torch_dcp.make_state(optimizer)
+    assert list(optimizer.state) == [model.weight]
+    assert torch.equal(model.weight, before)
+    assert optimizer.param_groups[0]["lr"] == 1.0

@@ -310,7 +310,6 @@ OPTIMIZERS = [
     Member(
         "GaLoreAdamW",
         spec(OURS + "GaLoreAdamW", lr=3e-3, rank=2, update_proj_gap=2),
-        refuses={"model_parallel, 2 ranks": "a projection needs the whole gradient of a matrix"},
     ),
 ]
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from lightning_align import PretrainModule, SavePretrained
+from lightning_align import GaLoreAdamW, PretrainModule, SavePretrained
 from lightning_align._compat.lightning_trainer import all_ranks_for_data
 from lightning_align.models.trained import load_trained
 from tests.helpers.ranks import ForkedRanks, run_ranks
@@ -87,6 +87,48 @@ def test_fit_evaluate_and_save_as_one_process_does(tmp_path: Path) -> None:
         with torch.no_grad():
             logits, expected = model(IDS).logits, module.model.eval()(IDS).logits
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+class Losses(pl.Callback):
+    """The loss of each batch, on this rank."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, *_: Any
+    ) -> None:
+        self.losses.append(float(outputs["loss"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "tolerance"),
+    [
+        pytest.param("gpt2", "32-true", 1e-5, id="gpt2"),  # fp32 sums in another order
+        pytest.param("llama", "32-true", 1e-5, id="llama"),
+        pytest.param("llama", "bf16-mixed", 1e-2, id="llama-bf16"),  # bf16 has 8 bits
+    ],
+)
+def test_galore_trains_families_and_precisions_with_clipping(
+    name: str, precision: Any, tolerance: float
+) -> None:
+    batches = [{"input_ids": rows, "labels": rows} for rows in (IDS, IDS.flip(1)) * 3]
+
+    def losses(trainer: Any, own: slice, **options: Any) -> list[float]:
+        recorder = Losses()
+        optimizer = partial(GaLoreAdamW, lr=0.02, rank=2, update_proj_gap=2)
+        module = PretrainModule(TINY_MODELS[name](), optimizer=optimizer)
+        parts = [{key: rows[own] for key, rows in batch.items()} for batch in batches]
+        options |= {"precision": precision, "gradient_clip_val": 0.5, "callbacks": [recorder]}
+        trainer(**options).fit(module, DataLoader(parts, batch_size=None))
+        return recorder.losses
+
+    ours = run_ranks(
+        lambda rank: losses(partial(on_ranks, rank), slice(2 * rank, 2 * rank + 2)), timeout_s=120
+    )
+    theirs = losses(trainer_of, slice(None), devices=1)
+    assert theirs[-1] < 0.9 * theirs[0]
+    assert list(map(sum, zip(*ours, strict=True))) == pytest.approx(theirs, rel=tolerance)
 
 
 def test_what_cannot_be_sharded_is_refused_at_set_up() -> None:

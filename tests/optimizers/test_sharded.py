@@ -9,19 +9,26 @@ import pytest
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from lightning_align import GaLoreAdamW, Muon, StableAdamW
 from tests.helpers.ranks import run_ranks
 
 # 33 and 29 rows do not go into two: the ranks hold parts of different sizes.
 MUON = partial(Muon, lr=0.02, adamw_lr=0.01)
+GALORE = partial(GaLoreAdamW, lr=0.01, rank=3, update_proj_gap=2)  # 3 rows of moments on two ranks
 SHARDED: dict[str, Callable[..., Any]] = {
     "Muon-newton_schulz": partial(MUON, backend="newton_schulz"),
     "Muon-eigh": partial(MUON, backend="eigh"),
     "StableAdamW": partial(StableAdamW, lr=0.01),
+    "GaLoreAdamW": partial(GALORE, projection="subspace"),
+    "GaLoreAdamW-svd": partial(GALORE, projection="svd", proj_type="left", weight_decay=0.1),
+    "GaLoreAdamW-right": partial(GALORE, proj_type="right", stagger=False, rotate_moments=True),
+    "GaLoreAdamW-full": partial(GALORE, proj_type="full", rotate_moments=True),
+    "GaLoreAdamW-rank-1": partial(GaLoreAdamW, lr=0.01, rank=1, proj_type="left"),
 }
-ALL = {**SHARDED, "GaLoreAdamW": partial(GaLoreAdamW, lr=0.01, rank=4)}
+
+PARTS = ("exp_avg", "exp_avg_sq", "basis_left", "basis_right")
 
 
 def model_of(*, sharded: bool) -> nn.Sequential:
@@ -136,7 +143,7 @@ def test_ranks_with_other_parameters_skip_together_if_told_so(bad_rank: int) -> 
 
     def on_a_rank(rank: int) -> list[tuple[bool, int]]:
         found = []
-        for build in ALL.values():
+        for build in SHARDED.values():
             model = model_of(sharded=False)
             optimizer = build(groups_of(model))
             optimizer.process_group = distributed.group.WORLD
@@ -149,7 +156,7 @@ def test_ranks_with_other_parameters_skip_together_if_told_so(bad_rank: int) -> 
             found.append((moved, optimizer.skipped_steps))
         return found
 
-    assert run_ranks(on_a_rank) == [[(False, 1)] * len(ALL)] * 2
+    assert run_ranks(on_a_rank) == [[(False, 1)] * len(SHARDED)] * 2
 
 
 @pytest.mark.parametrize("bad_rank", [0, 1])
@@ -169,20 +176,59 @@ def test_raise_is_on_all_ranks(bad_rank: int) -> None:
     assert "on another rank" in messages[1 - bad_rank]
 
 
-def test_galore_refuses_dtensors_by_name() -> None:
+def test_galore_holds_a_part_of_all_that_it_keeps() -> None:
+    def on_a_rank(rank: int) -> dict[str, tuple[int, ...]]:
+        model = model_of(sharded=True)
+        optimizer = partial(GALORE, proj_type="full")(groups_of(model))
+        train(model, optimizer, range(1))
+        state = optimizer.state[model[0].weight]
+        return {name: tuple(v.to_local().shape) for name, v in state.items() if name in PARTS}
+
+    first, second = run_ranks(on_a_rank)
+    assert first == dict(zip(PARTS, [(2, 3), (2, 3), (17, 3), (6, 3)], strict=True))
+    assert second == dict(zip(PARTS, [(1, 3), (1, 3), (16, 3), (6, 3)], strict=True))
+
+
+def test_galore_without_any_gradient_waits_for_one() -> None:
+    """A state of zeros is there, into which torch loads the parts of a checkpoint."""
+
     def on_a_rank(rank: int) -> None:
         model = model_of(sharded=True)
-        rule = r"GaLoreAdamW\(params=\"'0.weight'\"\): is a DTensor, .* Train with DDP"
-        with pytest.raises(ValueError, match=rule):
-            GaLoreAdamW(groups_of(model), rank=4)
+        optimizer = GALORE(groups_of(model))
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        before = whole(model)
+        optimizer.step()
+        assert all(torch.equal(before[key], value) for key, value in whole(model).items())
+        state = optimizer.state[model[0].weight]
+        assert state["step"] == 0
+        assert set(state) == {"step", "offset", "exp_avg", "exp_avg_sq", "basis_right"}
+        train(model, optimizer, range(1))
+        assert state["step"] == 1
+        assert state["basis_right"].full_tensor().norm() > 1
 
     run_ranks(on_a_rank)
 
 
-@pytest.mark.parametrize("name", ALL)
+def test_what_galore_cannot_do_with_dtensors_is_refused_by_name() -> None:
+    def on_a_rank(rank: int) -> None:
+        model = model_of(sharded=True)
+        rule = r"GaLoreAdamW\(on_rank_change='reproject'\): parameters are DTensors, .* with DDP"
+        with pytest.raises(ValueError, match=rule):
+            GALORE(groups_of(model), on_rank_change="reproject")
+        divided = nn.Linear(12, 8)
+        fully_shard(divided, shard_placement_fn=lambda p: Shard(p.ndim - 1))
+        rule = r"GaLoreAdamW\(params=.*weight.*\): is a DTensor whose rows are divided"
+        with pytest.raises(ValueError, match=rule):
+            GALORE(divided.named_parameters())
+
+    run_ranks(on_a_rank)
+
+
+@pytest.mark.parametrize("name", SHARDED)
 def test_raise_changes_nothing_and_survives_a_copy(name: str) -> None:
     model = model_of(sharded=False)
-    optimizer = copy.deepcopy(ALL[name])(groups_of(model), on_nonfinite="raise")
+    optimizer = copy.deepcopy(SHARDED[name])(groups_of(model), on_nonfinite="raise")
     before = train(model, optimizer, range(2))
     state = copy.deepcopy(optimizer.state_dict())
     backward(model, 2)

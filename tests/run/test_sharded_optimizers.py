@@ -1,0 +1,111 @@
+"""Optimizers of a sharded model, loaded from what ModelParallelStrategy has saved."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader
+
+from lightning_align import GaLoreAdamW, StableAdamW
+from lightning_align.run.exact_resume import ExactResume
+from tests.helpers.ranks import ForkedRanks, run_ranks
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+
+class OneIsLeftOut(pl.LightningModule):
+    """A module whose second layer no gradient reaches, and whose first step is a bad one."""
+
+    def __init__(self, optimizer: Any) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.optimizer = optimizer
+
+    def configure_model(self) -> None:
+        mesh = self.device_mesh["data_parallel"]
+        for layer in self.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(self, mesh=mesh)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = self.layers[2](self.layers[0](batch)).square().mean()
+        return loss * float("nan") if self.trainer.global_step == 0 else loss
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer(self.named_parameters())
+
+
+def fit(rank: int, optimizer: Any, *, whole: bool, steps: int, **options: Any) -> OneIsLeftOut:
+    pl.seed_everything(3, verbose=False)
+    module = OneIsLeftOut(optimizer)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=2,
+        plugins=[ForkedRanks(rank, 2)],
+        strategy=ModelParallelStrategy(2, 1, save_distributed_checkpoint=not whole),
+        callbacks=[ExactResume()],
+        max_steps=steps,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    rows = torch.randn(8, 4, 6, generator=torch.Generator().manual_seed(rank))
+    trainer.fit(module, DataLoader(rows, batch_size=None), **options)
+    return module
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("optimizer", [GaLoreAdamW, StableAdamW])
+def test_what_had_no_gradient_is_not_asked_for(tmp_path: Path, whole: bool, optimizer: Any) -> None:
+    """Neither is a count forgotten that began in training: the first step has been skipped."""
+    path = tmp_path / "saved.ckpt"
+    build = partial(optimizer, lr=0.1)
+    if optimizer is GaLoreAdamW:
+        build = partial(build, rank=2, update_proj_gap=2)
+
+    def on_a_rank(rank: int) -> tuple[list[Tensor], list[Tensor], int, list[bool]]:
+        module = fit(rank, build, whole=whole, steps=4)
+        module.trainer.save_checkpoint(path)
+        module = fit(rank, build, whole=whole, steps=7, ckpt_path=path)
+        skipped = module.trainer.optimizers[0].skipped_steps
+        resumed = [p.full_tensor() for p in module.parameters()]
+        asked = [p.requires_grad for p in module.parameters()]
+        straight = fit(rank, build, whole=whole, steps=7)
+        return resumed, [p.full_tensor() for p in straight.parameters()], skipped, asked
+
+    for resumed, straight, skipped, asked in run_ranks(on_a_rank):
+        assert skipped == 1
+        assert all(asked)
+        assert all(map(torch.equal, resumed, straight))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_state_of_another_rank_is_refused(tmp_path: Path, whole: bool) -> None:
+    path = tmp_path / "saved.ckpt"
+
+    def on_a_rank(rank: int) -> None:
+        build = partial(GaLoreAdamW, lr=0.1)
+        module = fit(rank, partial(build, rank=2), whole=whole, steps=2)
+        module.trainer.save_checkpoint(path)
+        rule = (
+            r"GaLoreAdamW\.load_state_dict\(.* 'layers\.0\.weight' must hold .*\(6, 3\).* \(6, 2\)"
+        )
+        with pytest.raises(ValueError, match=rule):
+            fit(rank, partial(build, rank=3), whole=whole, steps=3, ckpt_path=path)
+
+    run_ranks(on_a_rank)
+
+
+def test_what_is_no_checkpoint_is_left_to_lightning(tmp_path: Path) -> None:
+    def on_a_rank(rank: int) -> None:
+        with pytest.raises(ValueError, match="does not point to a valid checkpoint"):
+            fit(rank, StableAdamW, whole=False, steps=2, ckpt_path=tmp_path)
+
+    run_ranks(on_a_rank)
