@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from lightning_align.cli.commands import COMMANDS, overview
-from lightning_align.cli.failures import debug_if_asked, refusals_told
+from lightning_align.cli.failures import debug_if_asked, readers_may_leave, refusals_told
 from lightning_align.cli.mistakes import PROGRAM
 
 
@@ -27,7 +27,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def run_command(name: str, arguments: Sequence[str]) -> None:
     """Run one of ``COMMANDS``; a mistake of the user's ends in its message, without a traceback."""
-    with refusals_told(PROGRAM):
+    with readers_may_leave(), refusals_told(PROGRAM):
         COMMANDS[name].load().main(arguments)
 
 

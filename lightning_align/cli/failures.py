@@ -65,6 +65,25 @@ def refusals_told(program: str, *, everything: bool = False) -> Iterator[None]:
         sys.exit(f"{program}: {reason}\nWhere it was raised: add {DEBUG}.")
 
 
+@contextmanager
+def readers_may_leave() -> Iterator[None]:
+    """End without a word once nobody reads what is printed, as in ``plan ... | head``.
+
+    Raises:
+        BrokenPipeError: If it is of another pipe than the standard output.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        try:
+            print(flush=True)  # noqa: T201
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again
+            sys.exit(1)
+        raise
+
+
 def refusal(error: BaseException) -> str | None:
     """What a class refused, ``where(argument=value): rule``, of all that the parser makes of it."""
     return next((str(each) for each in reversed(_causes(error)) if is_refusal(each)), None)

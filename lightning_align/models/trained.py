@@ -107,6 +107,8 @@ def _from_folder(source: str, where: str, dtype: str | None, hub: dict[str, Any]
     folder = Path(source)
     if folder.suffix == ".ckpt" or (folder.is_dir() and not (folder / "config.json").exists()):
         rule = "must be a checkpoint file, a folder with a config.json, or a name on the hub"
+        if not folder.exists():
+            rule += ", and there is no such file"
         way_out = ""
         if (folder / "meta.pt").exists():  # written by all ranks of a pipeline
             tool = "python -m lightning.pytorch.utilities.consolidate_checkpoint"

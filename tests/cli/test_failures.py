@@ -1,6 +1,8 @@
 """What ends a command is told in two lines, with the traceback on request."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 
 import pytest
@@ -14,6 +16,7 @@ from lightning_align.cli.failures import (
     debug_if_asked,
     debugging,
     in_a_line,
+    readers_may_leave,
     refusals_told,
 )
 
@@ -96,3 +99,18 @@ def test_a_long_message_is_cut() -> None:
     assert line.startswith("many words many")
     assert line.endswith(" ...")
     assert len(line) < 420
+
+
+def test_a_reader_that_has_read_enough_ends_a_command_without_a_traceback() -> None:
+    command = [sys.executable, "-m", "lightning_align", "recipes"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
+def test_another_pipe_that_breaks_is_an_error() -> None:
+    with pytest.raises(BrokenPipeError), readers_may_leave():
+        raise BrokenPipeError

@@ -178,9 +178,10 @@ def test_a_model_that_is_gone_is_named(tmp_path: Path, base: Path) -> None:
 @pytest.mark.parametrize("name", ["absent.ckpt", "folder"])
 def test_what_is_neither_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder").mkdir()
-    with pytest.raises(
-        ValueError, match=r"must be a checkpoint file, a folder with a config\.json"
-    ):
+    rule = r"must be a checkpoint file, a folder with a config\.json, or a name on the hub"
+    if name == "absent.ckpt":
+        rule += ", and there is no such file"
+    with pytest.raises(ValueError, match=f"{rule}\\.$"):
         load_trained(tmp_path / name, where="T")
 
 
