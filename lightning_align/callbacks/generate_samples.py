@@ -17,7 +17,11 @@ from lightning_align.layers.find import find_held_model
 from lightning_align.layers.surgery import evaluating
 from lightning_align.models.sampling import continue_prompts
 from lightning_align.reports.texts import log_rows
-from lightning_align.run.protocols import one_rank_runs_model, tokenizer_of
+from lightning_align.run.protocols import (
+    all_ranks_run_model,
+    one_rank_runs_model,
+    tokenizer_of,
+)
 from lightning_align.run.rng import reseed
 
 
@@ -30,6 +34,7 @@ class GenerateSamples(Callback):
     text; without such a logger they are appended to ``samples.jsonl`` in
     ``trainer.default_root_dir``. Training is the same to the last bit: weights, modes and random
     states are as they were. It costs the time of ``len(prompts) * max_new_tokens`` forward passes.
+    Where ranks hold parts of the model all of them generate the same, and rank zero writes.
 
     Args:
         prompts: Texts to continue.
@@ -44,14 +49,14 @@ class GenerateSamples(Callback):
 
     Raises:
         ValueError: If a value is out of its range; at ``setup``, if there is no tokenizer, the
-            module holds no model with ``generate``, a prompt does not fit, or the strategy may
-            divide the model among ranks.
+            module holds no model with ``generate``, a prompt does not fit, or neither rank zero
+            can run the model nor all ranks together.
 
     Example:
         >>> callback = GenerateSamples(["It is a truth"], every_n_train_steps=500)
 
     Note: for a module without a Hugging Face model override ``generate``. While rank zero
-    generates, the other ranks wait.
+    generates, the other ranks wait; or take part, and then an error ends the run.
     """
 
     def __init__(
@@ -91,11 +96,13 @@ class GenerateSamples(Callback):
         self.at_start = at_start
         self._tokenizer: Any = None
         self._last_step = 0
+        self._together = False  # whether all ranks generate, as they hold parts of the model
 
     def generate(self, pl_module: LightningModule, prompt: str) -> str:
         """The text with which the model continues ``prompt``; override it for a model of your own.
 
-        Called on rank zero in eval mode, without gradients and with seeded generators.
+        Called on rank zero in eval mode, without gradients and with seeded generators. Where ranks
+        hold parts of the model, on all of them: each must call it equally often.
         """
         ids = encode(self._tokenizer, [prompt], add_special_tokens=True)[0]
         rows = continue_prompts(
@@ -104,6 +111,7 @@ class GenerateSamples(Callback):
             max_new_tokens=self.max_new_tokens,
             eos_token_id=self._tokenizer.eos_token_id,
             pad_token_id=pad_token_id(self._tokenizer),
+            together=self._together,
             top_k=0,  # transformers would keep the 50 likeliest
             **self.options,
         )
@@ -115,7 +123,8 @@ class GenerateSamples(Callback):
         if stage != "fit":
             return
         strategy = trainer.strategy
-        if not one_rank_runs_model(strategy):
+        self._together = all_ranks_run_model(strategy)
+        if not self._together and not one_rank_runs_model(strategy):
             rule = f"under {type(strategy).__name__} rank zero may not hold the whole model"
             way_out = "Use one device or DDP, or generate from a checkpoint"
             raise argument_error("GenerateSamples", "prompts", self.prompts, rule, way_out)
@@ -146,7 +155,7 @@ class GenerateSamples(Callback):
 
     def _sample(self, trainer: Trainer, pl_module: LightningModule) -> None:
         step = self._last_step = trainer.global_step
-        if not trainer.is_global_zero:
+        if not self._together and not trainer.is_global_zero:
             return
         rows: list[dict[str, Any]] = []
         on_cuda = pl_module.device.type == "cuda"
@@ -157,10 +166,12 @@ class GenerateSamples(Callback):
                     with trainer.precision_plugin.forward_context():
                         text = self.generate(pl_module, prompt)
                 except RuntimeError as error:  # NaN weights, no memory left: the run's own business
+                    if self._together:  # whoever goes on may leave the others in mid-model
+                        raise
                     rank_zero_warn(f"GenerateSamples: no sample at step {step}: {error}")
                     break
                 rows.append({"step": step, "prompt": prompt, "text": text})
-        if rows:
+        if rows and trainer.is_global_zero:
             log_rows(trainer, "samples", rows, filename="samples.jsonl")
 
     def _check(self, pl_module: LightningModule) -> None:

@@ -1,6 +1,7 @@
 """KL of policy and reference on the policy's own completions of prompts, in the middle of a run."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,12 +13,13 @@ from transformers import GenerationConfig
 from lightning_align._errors import argument_error
 from lightning_align.data.tokenizer import pad_token_id
 from lightning_align.layers.find import find_held_model
+from lightning_align.layers.sharding import as_forward
 from lightning_align.layers.surgery import evaluating, replaced
 from lightning_align.losses import KLEstimate, kl_from_sums, kl_sums
 from lightning_align.losses.sampled_kl import NUM_SUMS
 from lightning_align.losses.sequence_logps import model_completion_logps
 from lightning_align.models.sampling import continue_prompts
-from lightning_align.run.protocols import AsksReference
+from lightning_align.run.protocols import AsksReference, all_ranks_run_model
 from lightning_align.run.replicas import of_every_rank
 from lightning_align.run.rng import reseed, undrawn
 
@@ -73,18 +75,24 @@ def estimate_policy_kl(
     """The estimate at this step, over all ranks, which share the prompts; None if one failed.
 
     Collective. Draws follow from seed, step and prompt, however many ranks there are. Generators,
-    modes and gradients are as they were.
+    modes and gradients are as they were. Ranks that hold parts of the model continue all prompts,
+    each the same ones, and an error is raised.
     """
     sums, problem = torch.zeros(NUM_SUMS, dtype=torch.float64), None
-    mine = range(trainer.global_rank, -(-len(prompts) // BATCH_SIZE), trainer.world_size)
+    together = all_ranks_run_model(trainer.strategy)
+    first, ranks = (0, 1) if together else (trainer.global_rank, trainer.world_size)
+    mine = range(first, -(-len(prompts) // BATCH_SIZE), ranks)
     with undrawn(pl_module.device), evaluating(pl_module), torch.no_grad():
         for number in mine:
             reseed(seed, trainer.global_step, number, "policy_kl")
             batch = prompts[number * BATCH_SIZE : (number + 1) * BATCH_SIZE]
             try:  # the others wait for this rank: it tells them instead of raising
                 with trainer.precision_plugin.forward_context():
-                    sums += _sums_of(pl_module, tokenizer, batch, max_new_tokens)
+                    given = pl_module, tokenizer, batch, max_new_tokens
+                    sums += _sums_of(*given, together=together)
             except RuntimeError as error:  # NaN weights, no memory left: the run's own business
+                if together:  # whoever goes on may leave the others in mid-model
+                    raise
                 problem = str(error)
                 break
     everyone = of_every_rank(trainer, (sums, problem))
@@ -92,7 +100,8 @@ def estimate_policy_kl(
     if problems:
         rank_zero_warn(f"{WHERE}: no KL at step {trainer.global_step}: {problems[0]}")
         return None
-    return kl_from_sums(torch.stack([each for each, _ in everyone]).sum(0))
+    parts = everyone[:1] if together else everyone
+    return kl_from_sums(torch.stack([each for each, _ in parts]).sum(0))
 
 
 def _sums_of(
@@ -100,6 +109,8 @@ def _sums_of(
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
+    *,
+    together: bool,
 ) -> Tensor:
     assert isinstance(pl_module, AsksReference)
     policy = sampled_policy(pl_module)
@@ -112,14 +123,15 @@ def _sums_of(
             max_new_tokens=max_new_tokens,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=pad_token_id(tokenizer),
+            together=together,
             do_sample=True,
             temperature=1.0,
             top_k=0,
             top_p=1.0,
         )
     tensors = [rows[name] for name in ("input_ids", "attention_mask", "completion_mask")]
-    sampled = model_completion_logps(policy, *tensors)
+    sampled = as_forward(policy, partial(model_completion_logps, policy, *tensors))
     with pl_module.as_reference() as reference:
-        frozen = model_completion_logps(reference, *tensors)
+        frozen = as_forward(reference, partial(model_completion_logps, reference, *tensors))
     logps = sampled.token_logps_BT.cpu(), frozen.token_logps_BT.cpu()
     return kl_sums(*logps, tensors[2][:, 1:].cpu())

@@ -28,6 +28,7 @@ from lightning_align.reports.pictures import log_figure
 from lightning_align.run.protocols import (
     CountsMargins,
     ScoresPairs,
+    all_ranks_run_model,
     held_out_prompts,
     one_rank_runs_model,
     tokenizer_of,
@@ -48,7 +49,8 @@ class PreferenceDiagnostics(Callback):
     its standard error ``kl/policy_se``, by Schulman's k3, and by his k1; ``kl/policy_per_token``.
 
     Training is the same to the last bit. It costs one more forward before the first step, and for
-    each KL the time of ``kl_max_new_tokens`` forwards of 16 prompts at a time; ranks share them.
+    each KL the time of ``kl_max_new_tokens`` forwards of 16 prompts at a time; ranks share them,
+    but where they hold parts of the model, and then all continue all of them.
 
     Args:
         every_n_train_steps: Optimizer steps whose training pairs make one histogram.
@@ -66,7 +68,7 @@ class PreferenceDiagnostics(Callback):
     Raises:
         ValueError: If a value is out of its range; at ``setup``, if the module trains no pairs that
             it tells of, or a KL is asked for without prompts, a tokenizer, a reference at hand or a
-            model with ``generate``, or the strategy may divide the model among ranks.
+            model with ``generate``, or neither a rank can run the model nor all together.
 
     Example:
         >>> callback = PreferenceDiagnostics(kl_every_n_train_steps=100, kl_max_new_tokens=32)
@@ -143,7 +145,7 @@ class PreferenceDiagnostics(Callback):
 
     def _set_up_kl(self, trainer: Trainer, pl_module: LightningModule) -> None:
         where, asked = "PreferenceDiagnostics", "kl_every_n_train_steps"
-        if not one_rank_runs_model(trainer.strategy):
+        if not _runs_model(trainer):
             rule = f"under {type(trainer.strategy).__name__} no rank may hold the whole model"
             way_out = "Use one device or DDP, or leave it out"
             raise argument_error(where, asked, self.kl_every_n_train_steps, rule, way_out)
@@ -175,7 +177,7 @@ class PreferenceDiagnostics(Callback):
             return
         if batch_idx > 0 or trainer.current_epoch > 0:  # in a first window of several batches
             return
-        if not one_rank_runs_model(trainer.strategy):
+        if not _runs_model(trainer):
             name = type(trainer.strategy).__name__
             rank_zero_info(f"PreferenceDiagnostics: the first loss is not checked under {name}.")
             return
@@ -257,6 +259,12 @@ class PreferenceDiagnostics(Callback):
         self._open = state_dict["open"].to(self._open.device, copy=True)
         self.kl = [(step, KLEstimate(**found)) for step, found in state_dict["kl"]]
         self.first_losses = [FirstLoss(**each) for each in state_dict["first_losses"]]
+
+
+def _runs_model(trainer: Trainer) -> bool:
+    """Whether ranks can call the model, alone or all at once."""
+    strategy = trainer.strategy
+    return one_rank_runs_model(strategy) or all_ranks_run_model(strategy)
 
 
 def _counts(pl_module: pl.LightningModule) -> Tensor | None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_align import DPOModule, GenerateSamples, PretrainModule
@@ -444,7 +444,7 @@ def test_a_prompt_that_just_fits_is_taken(tmp_path: Path) -> None:
     assert len(written(tmp_path)) == 4
 
 
-@pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy])
+@pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])
 def test_strategies_that_may_divide_the_model_are_refused(strategy: Any) -> None:
     trainer: Any = SimpleNamespace(strategy=strategy.__new__(strategy), datamodule=None)
     rule = rf"under {strategy.__name__} rank zero may not hold the whole model.*Use one device"

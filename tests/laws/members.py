@@ -354,9 +354,6 @@ CALLBACKS = [
         refuses={
             "hand-written": "HandWritten'\\): holds no module with a generate method",
             "pipeline": "rank zero may not hold the whole model",
-            "model_parallel, 2 ranks": "rank zero may not hold the whole model",
-            "zero_infinity, 2 ranks": "rank zero may not hold the whole model",
-            "zero_infinity_cpu, 2 ranks": "rank zero may not hold the whole model",
         },
     ),
     Member(
@@ -372,9 +369,6 @@ CALLBACKS = [
         refuses={
             "PretrainModule": "it trains no pairs that it tells of",
             "hand-written": "it trains no pairs that it tells of",
-            "model_parallel, 2 ranks": "no rank may hold the whole model",
-            "zero_infinity, 2 ranks": "no rank may hold the whole model",
-            "zero_infinity_cpu, 2 ranks": "no rank may hold the whole model",
         },
     ),
     Member(

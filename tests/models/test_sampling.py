@@ -1,9 +1,14 @@
 """continue_prompts: rows on the left, and which tokens were written."""
 
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from lightning_align.layers import find_layers
+from lightning_align.layers.sharding import shard
 from lightning_align.models.sampling import continue_prompts
+from tests.helpers.ranks import run_ranks
 
 SPECIAL = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
 
@@ -67,3 +72,30 @@ def test_a_completion_ends_with_the_token_that_ends_it():
         assert counted == [1] * length + [0] * (len(counted) - length)
     assert lengths == {1, 2, 3, 4, 5}
     assert rows["completion_mask"][:, :2].sum() == 0
+
+
+def test_ranks_that_hold_parts_of_the_model_stop_together():
+    """One has written its last token when another has four to go, and gathers layers for it."""
+    (ids,) = write(gpt2(), [[3, 4]])["input_ids"].tolist()
+    ends = [None, ids[2]]
+
+    def on_a_rank(rank):
+        model, calls = gpt2(), []
+        model.transformer.h[0].register_forward_hook(lambda *_: calls.append(1))
+        rows = write(model, [[3, 4]], eos_token_id=ends[rank], together=True)
+        return rows["input_ids"][rows["attention_mask"].bool()].tolist(), len(calls)
+
+    assert run_ranks(on_a_rank, timeout_s=30) == [(ids, 5), (ids[:3], 5)]
+
+
+def test_a_model_that_is_sharded_is_whole_while_it_writes_and_sharded_again_behind_it():
+    expected = write(gpt2(), [[3, 4]])["input_ids"].tolist()
+
+    def on_a_rank(rank):
+        layers = find_layers(gpt2())
+        shard(layers, init_device_mesh("cpu", (2,)), where="test")
+        found = write(layers.model, [[3, 4]], together=True)["input_ids"].tolist()
+        assert all(isinstance(p, DTensor) for p in layers.model.parameters())
+        return found
+
+    assert run_ranks(on_a_rank, timeout_s=30) == [expected] * 2

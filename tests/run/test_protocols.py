@@ -70,6 +70,7 @@ ANSWER: dict[str, Callable[[], Any]] = {
     "SaysWhatStateTakes": la.ZeROInfinityStrategy,
     "SaysWhoSaves": la.PipelineStrategy,
     "SaysWhoRuns": Answers,
+    "RunsModelTogether": la.ZeROInfinityStrategy,
     "SaysHowParametersLie": Answers,
     "FollowsFreezing": Answers,
     "TellsWaits": la.ZeROInfinityStrategy,

@@ -106,6 +106,15 @@ class SaysWhoRuns(Protocol):
 
 
 @runtime_checkable
+class RunsModelTogether(Protocol):
+    """Its ranks hold parts of a model, whose layers are whole where all ranks call them."""
+
+    @property
+    def all_ranks_run_model(self) -> bool:
+        """Whether all of them can call the model at once, each on rows of its own."""
+
+
+@runtime_checkable
 class SaysHowParametersLie(Protocol):
     """It says whether optimizers get parameters in the shapes that the module gave them."""
 
@@ -165,6 +174,15 @@ def one_rank_runs_model(strategy: Strategy) -> bool:
     if isinstance(strategy, SaysWhoRuns):
         return strategy.one_rank_runs_model
     return has_replicas(strategy)
+
+
+def all_ranks_run_model(strategy: Strategy) -> bool:
+    """Whether no rank can call the model alone, and all can at once: each calls it as often."""
+    if one_rank_runs_model(strategy):
+        return False
+    if isinstance(strategy, RunsModelTogether):
+        return strategy.all_ranks_run_model
+    return isinstance(strategy, ModelParallelStrategy)
 
 
 def keeps_shapes(strategy: Strategy) -> bool:

@@ -398,6 +398,11 @@ class ZeROInfinityStrategy(BlockCheckpoints):
         """Whether rank 0 can call the model while others wait: not if they hold parts of it."""
         return self.world_size == 1
 
+    @property
+    def all_ranks_run_model(self) -> bool:
+        """Whether all ranks can call the model at once: a block is gathered when it is called."""
+        return True
+
     # Collectives
 
     @override

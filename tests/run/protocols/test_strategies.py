@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import lightning_align as la
 from lightning_align.callbacks.generate_samples import GenerateSamples
 from lightning_align.run.protocols import (
+    all_ranks_run_model,
     follow_freezing,
     keeps_shapes,
     may_freeze,
@@ -47,6 +48,21 @@ def test_what_strategies_are_like(
 ) -> None:
     questions = (one_rank_runs_model, keeps_shapes, may_freeze, saves_whole_state)
     assert tuple(question(make()) for question in questions) == expected
+
+
+def test_who_cannot_call_the_model_alone_may_do_so_with_all_others() -> None:
+    class Together(Answers):
+        all_ranks_run_model = True
+
+    strategies = {
+        ModelParallelStrategy(): True,
+        Together(): True,
+        Answers(): False,
+        FSDPStrategy(): False,
+        DDPStrategy(): False,  # rank 0 can alone
+        la.PipelineStrategy(): False,
+    }
+    assert {each: all_ranks_run_model(each) for each in strategies} == strategies
 
 
 def test_a_strategy_puts_the_state_together_or_has_it() -> None:
