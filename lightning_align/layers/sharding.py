@@ -13,10 +13,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Shard
 
 from lightning_align._compat.torch_modules import STEP
 from lightning_align._errors import argument_error
@@ -102,6 +103,37 @@ def as_forward(model: nn.Module, function: Callable[[], Any]) -> Any:
 
 def _called(function: Callable[[], Any]) -> Any:
     return function()
+
+
+def own_part(value: Any) -> Any:
+    """This rank's part of a tensor, in the same memory; anything else as it is."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def is_cut_for_all(tensor: Tensor, ranks: int) -> bool:
+    """Whether each of so many ranks has a part of a tensor to itself, and all have it together."""
+    if not isinstance(tensor, DTensor):
+        return False
+    return tensor.device_mesh.size() == ranks and all(type(p) is Shard for p in tensor.placements)
+
+
+def as_part_like(parameter: nn.Parameter, own: Tensor) -> Tensor:
+    """A tensor laid out as a parameter, of which ``own``, copied, is this rank's part.
+
+    Args:
+        parameter: As which it lies, in whose dtype and on whose device.
+        own: As ``own_part`` gives it.
+    """
+    if not isinstance(parameter, DTensor):
+        return own.to(parameter, copy=True)
+    return DTensor.from_local(
+        own.to(parameter.to_local(), copy=True),
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
 
 
 def whole_state(module: nn.Module) -> dict[str, Any]:

@@ -8,11 +8,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lightning_align._compat.lightning_resume import validation_follows
 from lightning_align._compat.lightning_trainer import is_accumulating
 from lightning_align._errors import argument_error
+from lightning_align.layers.sharding import as_part_like, own_part
 from lightning_align.run.protocols import HoldsGradients, SaysWhoSaves, window_sums
 from lightning_align.run.replicas import of_every_rank
 
@@ -74,7 +74,7 @@ def own_window(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Window:
     given = {n: p.grad for n, p in _parameters(trainer, pl_module).items() if p.grad is not None}
     # A hook of the user may be shown gradients of other ranks, without values.
     here = {name: gradient for name, gradient in given.items() if not gradient.is_meta}
-    gradients = {n: _own(gradient).detach().to("cpu", copy=True) for n, gradient in here.items()}
+    gradients = {n: own_part(each).detach().to("cpu", copy=True) for n, each in here.items()}
     if isinstance(trainer.strategy, HoldsGradients):
         gradients |= trainer.strategy.waiting_gradients()
     sums = {name: value.to("cpu", copy=True) for name, value in window_sums(pl_module).items()}
@@ -141,30 +141,11 @@ def replace_window(trainer: pl.Trainer, pl_module: pl.LightningModule, window: W
     taken = strategy.put_gradients(gradients) if isinstance(strategy, HoldsGradients) else set()
     for name, parameter in parameters.items():
         saved = None if name in taken else gradients.get(name)
-        parameter.grad = None if saved is None else _as_gradient_of(parameter, saved)
+        parameter.grad = None if saved is None else as_part_like(parameter, saved)
     sums.clear()
     saved_sums = window.get("sums", {})
     device = pl_module.device
     sums.update({name: value.to(device, copy=True) for name, value in saved_sums.items()})
-
-
-def _own(gradient: Tensor) -> Tensor:
-    """This rank's part of a gradient."""
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
-
-
-def _as_gradient_of(parameter: nn.Parameter, own: Tensor) -> Tensor:
-    """A gradient, copied, of which this rank has a part."""
-    if not isinstance(parameter, DTensor):
-        return own.to(parameter, copy=True)
-    return DTensor.from_local(
-        own.to(parameter.to_local(), copy=True),
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
 
 
 def _parameters(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, nn.Parameter]:

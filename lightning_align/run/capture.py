@@ -35,9 +35,10 @@ The order in which parts are put back:
 8.  In mid-fit: the loader, last, since its workers are copies of this process.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -57,13 +58,18 @@ from lightning_align._compat.torch_modules import outside_of_modes
 from lightning_align._errors import argument_error
 from lightning_align.checkpointing.structure import Copier
 from lightning_align.mapped import source_of
-from lightning_align.run import accumulation, epoch_means, position, settings
+from lightning_align.run import accumulation, epoch_means, own_parts, position, settings
 from lightning_align.run.accumulation import WINDOW_KEY
 from lightning_align.run.attributes import Attributes, Plain
 from lightning_align.run.callbacks import callbacks_of
 from lightning_align.run.loader import PositionedLoader
 from lightning_align.run.position import Place, batches_consumed, epoch_is_open, next_place
-from lightning_align.run.protocols import SnapshotsOwnPart, began_elsewhere, restores_in_fit
+from lightning_align.run.protocols import (
+    SnapshotsOwnPart,
+    began_elsewhere,
+    leaves_sharding,
+    restores_in_fit,
+)
 from lightning_align.run.settings import Settings, restore_settings, settings_in_force
 from lightning_align.run.skipping import begin_anew_in_epoch, keep_skipping
 
@@ -372,10 +378,16 @@ def _only_those_that_go_back(trainer: pl.Trainer) -> AbstractContextManager[None
 @contextmanager
 def _own_part(strategy: Strategy) -> Iterator[None]:
     """Let each rank put together, and take up, what is its own of model and optimizer."""
-    if not isinstance(strategy, SnapshotsOwnPart):
+    take: Callable[[], dict[str, Any]]
+    put: Callable[[Mapping[str, Any]], None]
+    if isinstance(strategy, SnapshotsOwnPart):
+        take, put = strategy.snapshot_state, strategy.restore_state
+    elif leaves_sharding(strategy):
+        take = partial(own_parts.snapshot_state, strategy)
+        put = partial(own_parts.restore_state, strategy)
+    else:
         yield
         return
-    take, put = strategy.snapshot_state, strategy.restore_state
     # A hook of the user may run in a mode that shows him values of all ranks.
     with lightning_resume.state_in_parts(strategy, take, put), outside_of_modes():
         yield

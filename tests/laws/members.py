@@ -398,7 +398,6 @@ CALLBACKS = [
     Member(
         "SpikeGuard",
         spec(OURS + "SpikeGuard", action=["clip", "skip", "stop"]),
-        refuses={"model_parallel, 2 ranks": "it does not say what their norm is"},
     ),
     Member(
         "OptimizerSwap",

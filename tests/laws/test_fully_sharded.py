@@ -134,9 +134,13 @@ def test_callbacks(callback: Member, tmp_path: Path, material: Path, reference: 
     run = replace(on_its_data(module), callbacks=(callback,))
     if (rule := callback.refuses.get(COLUMN)) is not None:
         is_refused(run, tmp_path, material, rule)
-    else:
-        equals_one_process(run, tmp_path, material, reference)
-    note("Callbacks and strategies", callback.name, COLUMN, "equal" if rule is None else "refuses")
+        note("Callbacks and strategies", callback.name, COLUMN, "refuses")
+        return
+    equals_one_process(run, tmp_path, material, reference)
+    (tmp_path / "resumed").mkdir()
+    run = replace(run, accumulate=3, max_epochs=1, limit_batches=6)
+    resumes(run, tmp_path / "resumed", material, 4)
+    note("Callbacks and strategies", callback.name, COLUMN, "equal, resumes")
 
 
 @pytest.mark.parametrize("module", [PRETRAIN, DPO, ADAPTED, CACHED, FOLLOWED], ids=str)

@@ -8,8 +8,15 @@ from torch.optim import LBFGS
 from lightning_align._compat.lightning_trainer import unscales
 from lightning_align._errors import argument_error
 from lightning_align.callbacks.spikes.measures import scaler_of
+from lightning_align.layers.sharding import is_cut_for_all
 from lightning_align.run.callbacks import callbacks_of
-from lightning_align.run.protocols import HoldsGradients, SpreadsModel, has_replicas
+from lightning_align.run.protocols import (
+    HoldsGradients,
+    SpreadsModel,
+    data_mesh,
+    has_replicas,
+    leaves_sharding,
+)
 
 
 def check_run(trainer: Trainer, module: LightningModule, kind: type[Callback]) -> None:
@@ -27,10 +34,18 @@ def check_run(trainer: Trainer, module: LightningModule, kind: type[Callback]) -
         way_out = "Set automatic_optimization = True, or leave SpikeGuard out"
         raise argument_error("SpikeGuard", "model", type(module).__name__, rule, way_out)
     strategy: Any = trainer.strategy
-    if not has_replicas(strategy) and not isinstance(strategy, SpreadsModel):
+    if leaves_sharding(strategy):  # whose parameters are looked at once they are sharded
+        if data_mesh(strategy).size() < trainer.world_size:
+            rule = "it divides layers among ranks that share a batch, and norms are taken over"
+            rule += " ranks that each have their own"
+            way_out = "Use ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1)"
+            name = type(strategy).__name__
+            raise argument_error("SpikeGuard", "strategy", name, rule, way_out)
+    elif not has_replicas(strategy) and not isinstance(strategy, SpreadsModel):
         name = type(strategy).__name__
         rule = "its ranks hold parts of the gradients, and it does not say what their norm is"
-        way_out = "Train in one process, or with strategy='ddp', a pipeline or 'zero_infinity'"
+        way_out = "Train in one process, or with strategy='ddp', ModelParallelStrategy, a pipeline"
+        way_out += " or 'zero_infinity'"
         raise argument_error("SpikeGuard", "strategy", name, rule, way_out)
 
 
@@ -53,6 +68,21 @@ def check_optimizers(trainer: Trainer) -> None:
     if scaler_of(trainer) is not None and unscales(optimizer):
         rule = "it divides gradients by the scale of the loss within its step, behind the verdict"
         raise argument_error("SpikeGuard", "optimizer", name, rule, "Set fused=False")
+
+
+def check_parts(trainer: Trainer, module: LightningModule) -> None:
+    """Refuse a module that has sharded itself in part, or over some of the ranks.
+
+    Raises:
+        ValueError: If a norm over all ranks would count some of its parameters several times.
+    """
+    if not leaves_sharding(trainer.strategy):
+        return
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and not is_cut_for_all(parameter, trainer.world_size):
+            rule = f"{name!r} is not cut into parts of which each rank has one, as the others are"
+            way_out = "Call fully_shard(self, mesh=device_mesh['data_parallel']) last"
+            raise argument_error("SpikeGuard", "model", type(module).__name__, rule, way_out)
 
 
 def check_agc(trainer: Trainer) -> None:

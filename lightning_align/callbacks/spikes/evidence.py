@@ -34,6 +34,7 @@ from lightning_align.run.protocols import (
     datamodule_of,
     has_replicas,
     keeps_shapes,
+    leaves_sharding,
     tokenizer_of,
 )
 from lightning_align.run.replicas import of_every_rank, replica
@@ -95,6 +96,7 @@ class SpikeEvidence:
         self._sums_before: Tensor | None = None
         self._stepping = False
         self._is_resumed = False
+        self._together = False  # whether ranks can run the model only at the same time
         self._open: Incident | None = None
         self._previous: tuple[int, Cause] | None = None
 
@@ -111,6 +113,9 @@ class SpikeEvidence:
         self._begin()
         self._is_resumed = trainer.ckpt_path is not None or trainer.global_step > 0
         strategy = trainer.strategy
+        self._together = leaves_sharding(strategy)
+        if self._together:  # a logger of one rank lets all of them look
+            by_layer = any(of_every_rank(trainer, by_layer))
         if not by_layer:
             self._missing.append(
                 "figures by layer: nobody reads them, without report_dir or logger"
@@ -119,10 +124,15 @@ class SpikeEvidence:
             name = type(strategy).__name__
             self._missing.append(f"figures by layer: {name} keeps weights and gradients elsewhere")
         else:
-            self._layers = LayerFigures(module, WINDOW)
+            over_ranks: dict[str, Any] = {}
+            if self._together:
+                over_ranks["total"] = partial(strategy.reduce, reduce_op="sum")
+                over_ranks["ranks"] = trainer.world_size
+            self._layers = LayerFigures(module, WINDOW, **over_ranks)
         # Asked here and not in every batch: it takes microseconds.
         self._has_sums = isinstance(module, SumsOverWindow) and isinstance(module.accumulated, dict)
-        self._asks = isinstance(module, ComputesBatchLoss) and has_replicas(strategy)
+        can_ask = has_replicas(strategy) or self._together
+        self._asks = isinstance(module, ComputesBatchLoss) and can_ask
         if not self._asks:
             why = "the module has no batch_loss"
             if isinstance(module, ComputesBatchLoss):
@@ -235,9 +245,8 @@ class SpikeEvidence:
             first = self._steps[0][0]
             missing.append(f"steps before {first}: where a run is resumed, evidence begins anew")
         histories: dict[str, Histories] = {}
-        if self._layers is not None and (
-            trainer.is_global_zero or not has_replicas(trainer.strategy)
-        ):
+        is_same = self._together or has_replicas(trainer.strategy)  # on every rank
+        if self._layers is not None and (trainer.is_global_zero or not is_same):
             histories = self._layers.histories()
         batches = [self._record(trainer, each) for each in self._window]
         try:
@@ -251,10 +260,10 @@ class SpikeEvidence:
             now = self._loss(trainer, module, self._healthy.batch, missing)
             own["reference"] = None if now is None else (float(self._healthy.loss), now)
         broken = [b for b in self._window if b.loss is not None and not b.loss.isfinite()]
-        if self._asks and broken:
+        if self._asks and (any(of_every_rank(trainer, bool(broken))) if self._together else broken):
             with _first_broken(module, self._layers) as found:
-                self._loss(trainer, module, broken[0].batch, missing)
-            own["broken_layer"] = next(iter(found), None)
+                self._loss(trainer, module, (broken or self._window)[0].batch, missing)
+            own["broken_layer"] = next(iter(found), None) if broken else None
         own |= {"batches": [asdict(each) for each in batches], "replica": replica(trainer)[1]}
         return own
 
@@ -333,6 +342,8 @@ class SpikeEvidence:
                 stack.enter_context(trainer.precision_plugin.forward_context())
                 return float(module.batch_loss(batch))
         except Exception as error:  # no memory left, or a method of anybody's; not worth a run
+            if self._together and isinstance(error, torch.OutOfMemoryError):
+                raise  # of this rank alone, for whose parts of weights the others would wait
             missing.append(f"loss of a batch: {type(error).__name__}: {error}")
             return None
 

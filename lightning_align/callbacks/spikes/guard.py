@@ -155,6 +155,7 @@ class SpikeGuard(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         checks.check_optimizers(trainer)
+        checks.check_parts(trainer, pl_module)
         self._planning = [each for each in callbacks_of(trainer) if isinstance(each, PlansChanges)]
         self._losses.begin(pl_module)
         if self.agc is not None:

@@ -1,6 +1,8 @@
 """What each layer does, step by step: a few figures in a ring on the device, read at an incident.
 
-Nothing here waits for the device, or writes to what training uses. Norms of gradients and weights
+Nothing here waits for the device, or writes to what training uses. Where each rank has a part of
+every parameter, the sums behind the figures of layers are added up over the ranks, some numbers for
+each layer, so that all of them have the same ring. Norms of gradients and weights
 are over all elements, one fused pass each: of gradients in every step, since which layer left its
 history first is told by the step; of weights in few, since nothing but a step should write to them.
 What needs the weights of two moments, or the second moment, is estimated from a fixed sample of
@@ -11,7 +13,7 @@ Shapes: P parameters, S sampled elements of all parameters, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from math import nan
 from typing import Any
 
@@ -23,6 +25,7 @@ from torch.optim import Optimizer
 from lightning_align.layers.find import find_language_models, find_layers, kept_layers
 from lightning_align.layers.map import ModelLayers
 from lightning_align.layers.parts import find_parts
+from lightning_align.layers.sharding import is_cut_for_all, own_part
 from lightning_align.spike_causes import Histories
 
 ABSENT = -1.0  # in the ring: there is none, as of a layer that is frozen
@@ -38,22 +41,35 @@ class LayerFigures:
         module: Whose parameters they are of; those on meta are other ranks'. What is complex or not
             initialized is not looked at, nor is a gradient that is sparse.
         window: Steps that are remembered.
-        sample: Elements of each parameter that stand for all.
+        sample: Elements of each parameter that stand for all; of its part on each rank.
+        total: Adds a tensor up over so many ranks, which have parts of parameters; what is whole on
+            each is then not looked at. Collective, as the methods are then, too.
+        ranks: How many.
 
     Attributes:
         layers: Names in the order of the forward, other ranks' layers included.
         parameters: Those that are looked at.
     """
 
-    def __init__(self, module: nn.Module, window: int = 128, sample: int = 256) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        window: int = 128,
+        sample: int = 256,
+        *,
+        total: Callable[[Tensor], Tensor] | None = None,
+        ranks: int = 1,
+    ) -> None:
         names = layer_of_parameters(module)
         self.layers = list(dict.fromkeys(names.values()))
         numbers = {layer: number for number, layer in enumerate(self.layers)}
         here = {n: p for n, p in module.named_parameters() if _is_looked_at(p)}
+        if total is not None:
+            here = {name: p for name, p in here.items() if is_cut_for_all(p, ranks)}
         device = next((p.device for p in here.values()), torch.device("cpu"))
         here = {name: p for name, p in here.items() if p.device == device}
         self.parameters: list[Tensor] = list(here.values())
-        self._sample, self._window, self._device = sample, window, device
+        self._sample, self._window, self._device, self._total = sample, window, device, total
         # In fp32 whatever is narrower; what is wider is not narrowed in the kernel.
         wide = any(parameter.dtype == torch.float64 for parameter in self.parameters)
         self._norm_dtype = None if wide else torch.float32
@@ -149,7 +165,7 @@ class LayerFigures:
         return self._roots(squares_S / second_S.clamp(min=1e-30), layer_S, mean=True)
 
     def _norms(self, tensors: Iterable[Any], layer_P: Tensor) -> Tensor:
-        norms: Any = torch._foreach_norm(list(tensors), 2, self._norm_dtype)
+        norms: Any = torch._foreach_norm([own_part(each) for each in tensors], 2, self._norm_dtype)
         if self._norm_dtype is None:
             norms = [norm.float() for norm in norms]
         return self._roots(torch.stack(norms).square(), layer_P)
@@ -166,13 +182,16 @@ class LayerFigures:
         zeros_L = squares.new_zeros(len(self.layers))
         count_L = zeros_L.index_add(0, layer, torch.ones_like(squares))
         total_L = zeros_L.index_add(0, layer, squares)
+        if self._total is not None:
+            count_L, total_L = self._total(torch.stack([count_L, total_L]))
         total_L = total_L / count_L if mean else total_L
         return torch.where(count_L > 0, total_L.sqrt(), ABSENT)
 
     def _view(self, tensor: Tensor) -> Tensor:
         """Elements of a tensor at a fixed stride, without a copy where it is contiguous."""
-        stride = -(-tensor.numel() // self._sample)
-        return tensor.detach().reshape(-1)[::stride]
+        own: Tensor = own_part(tensor.detach())
+        stride = max(1, -(-own.numel() // self._sample))  # a rank's part may be empty
+        return own.reshape(-1)[::stride]
 
     def _samples(self, tensors: Iterable[Any]) -> Tensor:
         return torch.cat([self._view(tensor).float() for tensor in tensors])

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from lightning_align._errors import argument_error
+from lightning_align.layers.sharding import own_part
 from lightning_align.run.protocols import SaysWhatStateTakes
 
 MEMORY = ""  # in the place of a folder
@@ -94,7 +95,8 @@ def _tensors(state: object) -> list[Tensor]:
 
 def _nbytes(tensors: Iterable[Tensor]) -> int:
     """What they take in memory, those that are tied once, those of other ranks nothing."""
-    storages = [x.untyped_storage() for x in tensors if _is_plain(x) and not x.is_meta]
+    own = [own_part(x) for x in tensors if _is_plain(x)]
+    storages = [x.untyped_storage() for x in own if not x.is_meta]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 

@@ -221,7 +221,8 @@ def follow_freezing(trainer: pl.Trainer, dropped: Collection[nn.Parameter]) -> N
 
 def restores_in_fit(strategy: Strategy) -> bool:
     """Whether each rank has all of a state, or a part to itself, and can put it back in mid-fit."""
-    return isinstance(strategy, SnapshotsOwnPart) or has_replicas(strategy)
+    own_part = isinstance(strategy, SnapshotsOwnPart) or leaves_sharding(strategy)
+    return own_part or has_replicas(strategy)
 
 
 def has_replicas(strategy: Strategy) -> bool:
