@@ -7,6 +7,7 @@ attributes and metric objects.
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lightning_align import (
     LISA,
@@ -64,7 +66,8 @@ def as_told(
     def run(told: Told, guarding: SpikeGuard) -> list[str]:
         pl.seed_everything(3, verbose=False)
         module, callbacks, data = build()
-        return fit(module, *callbacks, guarding, told, data=data, **options)
+        made = {name: each() if isinstance(each, type) else each for name, each in options.items()}
+        return fit(module, *callbacks, guarding, told, data=data, **made)
 
     notes = Told()
     ours = run(notes, guard(*alarms, back=back, skip=skip))
@@ -200,6 +203,18 @@ def test_on_two_ranks(build: Callable[[], Parts]) -> None:
     def on(rank: int) -> None:
         ranks = {"devices": 2, "strategy": "ddp", "plugins": [ForkedRanks(rank, 2)]}
         as_told(build, 3, max_epochs=3, **ranks)
+
+    run_ranks(on, timeout_s=120.0)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, Muon, StableAdamW, GaLoreAdamW])
+def test_on_two_ranks_that_each_have_a_part_of_every_parameter(optimizer: Any) -> None:
+    settings = {"rank": 2, "update_proj_gap": 2} if optimizer is GaLoreAdamW else {}
+    build = partial(ours, optimizer=partial(optimizer, lr=1e-2, **settings))
+
+    def on(rank: int) -> None:
+        ranks = {"devices": 2, "plugins": [ForkedRanks(rank, 2)]}
+        as_told(build, 3, strategy=ModelParallelStrategy, **ranks)
 
     run_ranks(on, timeout_s=120.0)
 

@@ -96,7 +96,8 @@ class LayerFigures:
         self._unweighed += 1
         if is_alarm or self._unweighed >= WEIGH_EVERY:
             row[WEIGHT_NORM] = self._norms(self.parameters, self._layer_P)
-            row[MOVED] = self._moved_L
+            is_elsewhere = row[WEIGHT_NORM] == ABSENT  # another rank says how far it has moved
+            row[MOVED] = torch.where(is_elsewhere, ABSENT, self._moved_L)
             self._moved_L.zero_()
             self._unweighed = 0
         learning = [i for i, p in enumerate(self.parameters) if _has_gradient(p)]

@@ -10,7 +10,6 @@ from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
     FSDPStrategy,
-    ModelParallelStrategy,
     SingleDeviceStrategy,
 )
 
@@ -27,7 +26,6 @@ from tests.helpers.spiky import Regression
     "strategy",
     [
         FSDPStrategy(),
-        ModelParallelStrategy(),
         DeepSpeedStrategy.__new__(DeepSpeedStrategy),
     ],
     ids=lambda each: type(each).__name__,

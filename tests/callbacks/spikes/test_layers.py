@@ -3,6 +3,9 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lightning_align.callbacks.spikes.layers import (
     WEIGH_EVERY,
@@ -10,6 +13,7 @@ from lightning_align.callbacks.spikes.layers import (
     layer_of_parameters,
 )
 from lightning_align.spike_causes import Evidence, name_cause
+from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_models import TINY_MODELS
 
 
@@ -76,6 +80,51 @@ def test_norms_and_updates_are_those_of_all_elements_where_the_sample_is_all():
     # An update is lr * g for SGD.
     assert found["updates"]["a"] == pytest.approx([0.1 * float(gradient.norm() / weights.norm())])
     assert found["gradient_ratios"] == {} == found["outside"]
+
+
+def test_figures_of_parts_are_those_of_the_whole_on_every_rank():
+    """The last rank has no part of the vectors with two elements, and all have the same ring."""
+
+    def figures_of(module, **options):
+        optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+        figures = LayerFigures(module, sample=1000, **options)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(3):
+            for parameter in module.parameters():
+                if not parameter.requires_grad:
+                    continue
+                whole = torch.randn(parameter.shape, generator=generator)
+                is_part = isinstance(parameter, DTensor)
+                parameter.grad = (
+                    distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+                    if is_part
+                    else whole
+                )
+            figures.before_step([optimizer], is_alarm=True)
+            optimizer.step()
+            figures.after_step()
+        return figures.histories()
+
+    def on_a_rank(rank):
+        module = two_layers()
+        module.elsewhere = nn.Linear(2, 2).requires_grad_(False)  # whole on each: not looked at
+        for part in (module.a, module.b):
+            fully_shard(part, mesh=init_device_mesh("cpu", (3,)))
+
+        def total(tensor):
+            torch.distributed.all_reduce(tensor)
+            return tensor
+
+        return figures_of(module, total=total, ranks=3)
+
+    ours = run_ranks(on_a_rank, world_size=3)
+    expected = figures_of(two_layers())
+    assert ours[0] == ours[1] == ours[2]
+    for figure, by_layer in expected.items():
+        assert by_layer.keys() == ours[0][figure].keys() == {"a", "b"}
+        for layer, history in by_layer.items():
+            # fp32 sums in another order
+            assert ours[0][figure][layer] == pytest.approx(history, rel=1e-5, nan_ok=True)
 
 
 def test_the_ratio_is_that_of_stable_adamw():
