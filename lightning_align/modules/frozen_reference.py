@@ -6,14 +6,16 @@ It has no keys in checkpoints. Two hashes in them tell whether a run goes on wit
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -22,7 +24,7 @@ from lightning_align._errors import argument_error
 from lightning_align.data.reference_cache import Values
 from lightning_align.data.token_cache import default_cache_dir
 from lightning_align.layers import ModelLayers
-from lightning_align.layers.sharding import is_sharded
+from lightning_align.layers.sharding import as_forward, is_sharded
 from lightning_align.layers.surgery import evaluating
 from lightning_align.losses import PreferenceOptions
 from lightning_align.losses.reference import reference_layers
@@ -35,6 +37,7 @@ from lightning_align.run.protocols import (
     HoldsGradients,
     NumbersCompletions,
     SpreadsModel,
+    all_ranks_run_model,
     datamodule_of,
     has_replicas,
 )
@@ -158,7 +161,7 @@ class FrozenReference:
             )
             raise argument_error(where, argument, True, rule, way_out)
         strategy = module.trainer.strategy
-        sharded = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, HoldsGradients)
+        sharded = (DeepSpeedStrategy, FSDPStrategy, HoldsGradients)
         if isinstance(strategy, sharded):
             rule = f"does not go with {type(strategy).__name__}, which spreads the models"
             raise argument_error(where, argument, True, rule, "Use DDP, or leave the argument out")
@@ -182,13 +185,16 @@ class FrozenReference:
             return
         about = {**self.fingerprint, "precision": str(module.trainer.precision)}
 
-        def score(rows: Sequence[Row]) -> list[Values]:
-            return self._asked(module, rows)
+        def score(rows: Sequence[Row], calls: int) -> list[Values]:
+            return self._asked(module, rows, calls)
 
-        values.fill(module.trainer, data, about, self.probe, score)
-        self.layers = None
+        together = all_ranks_run_model(module.trainer.strategy)
+        values.fill(module.trainer, data, about, self.probe, score, together=together)
+        if self.layers is not None:
+            self.layers = None
+            gc.collect()  # a sharded model is part of cycles
 
-    def _asked(self, module: DPOModule, rows: Sequence[Row]) -> list[Values]:
+    def _asked(self, module: DPOModule, rows: Sequence[Row], calls: int) -> list[Values]:
         assert self.cached is not None
         if isinstance(module.trainer.strategy, SpreadsModel):
             rule = (
@@ -213,15 +219,19 @@ class FrozenReference:
         precision = module.trainer.strategy.precision_plugin
         batch_size = 2 * getattr(datamodule_of(module.trainer), "batch_size", 4)
         off = self.asked(module.model)
-        with evaluating(layers.model), precision.forward_context(), off:
-            return score_rows(
-                layers,
-                rows,
-                batch_size=batch_size,
-                chunk_size=module.chunk_size,
-                device=module.device,
-                where=self.where,
-            )
+        scored = partial(
+            score_rows,
+            layers,
+            rows,
+            calls=calls,
+            batch_size=batch_size,
+            chunk_size=module.chunk_size,
+            device=module.device,
+            where=self.where,
+        )
+        with torch.no_grad(), evaluating(layers.model), precision.forward_context(), off:
+            values: list[Values] = as_forward(layers.model, scored)
+        return values
 
     def follow(self, policy: nn.Module, number: int) -> None:
         """After the optimizer step of this number: take on some of the policy, if it is time."""

@@ -1,6 +1,8 @@
 """What the reference says about each completion of a run's data, before training.
 
 Ranks share the work, and each then has all values; a kill costs one piece (``reference_cache``).
+Where they hold parts of the reference they go through their pieces side by side: each calls it as
+often as the one that has most to ask.
 
 Shapes: B rows of a batch, P samples in it, K rows of a sample, T tokens in the longest row.
 """
@@ -35,6 +37,7 @@ from lightning_align.run.replicas import of_every_rank
 
 Row = tuple[Ids, Ids]  # prompt, completion
 Piece = dict[bytes, Row]  # by completion_key
+Score = Callable[[Sequence[Row], int], list[Values]]
 
 BAR_DELAY_S = 1.0
 
@@ -99,7 +102,9 @@ class PrecomputedReference:
         data: NumbersCompletions,
         reference: Mapping[str, str],
         prepare: Callable[[], None],
-        score: Callable[[Sequence[Row]], list[Values]],
+        score: Score,
+        *,
+        together: bool = False,
     ) -> None:
         """Read the values of a run's data; compute and keep those that are lacking. Collective.
 
@@ -108,7 +113,9 @@ class PrecomputedReference:
             data: Its datamodule.
             reference: All that decides the values, see ``ReferenceCache``.
             prepare: Called before the first of all scores; never, if nothing is lacking.
-            score: Log-probabilities of the predicted tokens of each row.
+            score: Log-probabilities of the predicted tokens of each row; also given is for how many
+                rows it must call the reference.
+            together: Whether no rank can call it alone.
 
         Raises:
             ValueError: What ``prepare`` or ``score`` raises, on every rank.
@@ -125,7 +132,8 @@ class PrecomputedReference:
         values = kept | cache.read(lengths)
         if lacking := _lacking(trainer, rows, values):
             prepare()
-            values |= self._computed(trainer, cache, lacking, score)
+            shares = _shares(lacking, trainer.global_rank, trainer.world_size, together)
+            values |= self._computed(trainer, cache, shares, score, together=together)
         self._values = {key: values[key] for key in rows}
         self._keys_PK, self._data, self._about = keys_PK, ref(data), dict(reference)
 
@@ -133,21 +141,27 @@ class PrecomputedReference:
         self,
         trainer: pl.Trainer,
         cache: ReferenceCache,
-        lacking: Sequence[Piece],
-        score: Callable[[Sequence[Row]], list[Values]],
+        shares: Sequence[tuple[Piece, int]],
+        score: Score,
+        *,
+        together: bool,
     ) -> dict[bytes, Values]:
-        """The values of pieces, of which each rank computes and keeps every so-manieth."""
-        mine = lacking[trainer.global_rank :: trainer.world_size]
+        """The values of all ranks' shares, of which each computes and keeps its own."""
         computed: dict[bytes, Values] = {}
         problem: str | None = None
-        with _bar(trainer, sum(map(len, mine))) as bar:
-            for piece in mine:
+        with _bar(trainer, sum(len(piece) for piece, _ in shares)) as bar:
+            for piece, calls in shares:
+                found: dict[bytes, Values] = {}
                 try:
-                    found = dict(zip(piece, score([*piece.values()]), strict=True))
+                    found = dict(zip(piece, score([*piece.values()], calls), strict=True))
                 except ValueError as error:  # told to all: the others wait for this rank
                     problem = str(error)
+                if together:  # before anybody asks on, alone
+                    problem = next(filter(None, of_every_rank(trainer, problem)), None)
+                if problem is not None:
                     break
-                self._keep(cache, found)
+                if found:
+                    self._keep(cache, found)
                 computed |= found
                 bar.update(len(piece))
         everyone = of_every_rank(trainer, (computed, problem))
@@ -237,6 +251,20 @@ def _lacking(trainer: pl.Trainer, rows: Piece, values: Mapping[bytes, Values]) -
     return [piece for piece in found if piece]
 
 
+def _shares(
+    lacking: Sequence[Piece], rank: int, world_size: int, together: bool
+) -> list[tuple[Piece, int]]:
+    """A rank's pieces, every so-manieth, and for how many rows it must call the reference.
+
+    Together each rank has as many pieces, of which some may be empty.
+    """
+    rounds = [lacking[start : start + world_size] for start in range(0, len(lacking), world_size)]
+    shares = [(pieces[rank] if rank < len(pieces) else {}, pieces) for pieces in rounds]
+    if together:
+        return [(piece, max(map(len, pieces))) for piece, pieces in shares]
+    return [(piece, len(piece)) for piece, _ in shares if piece]
+
+
 def _bar(trainer: pl.Trainer, total: int) -> Any:
     return tqdm(
         desc="reference log-probabilities",
@@ -252,6 +280,7 @@ def score_rows(
     layers: ModelLayers,
     rows: Sequence[Row],
     *,
+    calls: int,
     batch_size: int,
     chunk_size: int | None,
     device: torch.device,
@@ -263,14 +292,17 @@ def score_rows(
         layers: The reference.
         rows: Prompts with their completions. Which of them run together follows from their
             lengths and order.
+        calls: For how many rows the reference is called. Behind the last batch of ``rows`` it is
+            called for one row of one token, as other ranks need this one to gather its layers.
         batch_size: Rows that run together.
         chunk_size: Rows whose logits exist at a time, see ``linear_logprobs``.
         device: Where the reference is.
         where: Class the user called.
 
     Raises:
-        ValueError: If one is not finite.
+        ValueError: If one is not finite, once all calls are done.
     """
+    lowest: float | None = None
     longest_first = sorted(range(len(rows)), key=lambda i: -sum(map(len, rows[i])))
     values: dict[int, Values] = {}
     for start in range(0, len(rows), batch_size):
@@ -282,12 +314,14 @@ def score_rows(
         )
         logps_N = scored.token_logps_BT[mask_BT[:, 1:].bool()].float().cpu().numpy()
         if not np.isfinite(logps_N).all():
-            rule = (
-                "must be finite; the reference gives some completion no probability, or is broken"
-            )
-            raise argument_error(where, "reference.logps_B", logps_N.min(), rule)
+            lowest = float(logps_N.min())
         ends = np.cumsum(scored.lengths_B.tolist())[:-1]
         values |= zip(places, np.split(logps_N, ends), strict=True)
+    for _ in range(-(-len(rows) // batch_size), -(-calls // batch_size)):
+        layers.hidden_states(torch.zeros(1, 1, dtype=torch.long, device=device))
+    if lowest is not None:
+        rule = "must be finite; the reference gives some completion no probability, or is broken"
+        raise argument_error(where, "reference.logps_B", lowest, rule)
     return [values[i] for i in range(len(rows))]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import xxhash
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_align.models.adapters import base_state
 
@@ -30,7 +31,8 @@ ADAPTER_STATE = ("active_adapters", "disable_adapters")
 def fingerprint(model: nn.Module, *, without_adapters: bool = False) -> dict[str, str]:
     """Hashes ``weights`` and ``configuration``; empty for a model whose weights are on meta.
 
-    Reads each weight once, as fast as memory gives it; not cryptographic.
+    Reads each weight once, as fast as memory gives it; not cryptographic. Collective, where ranks
+    hold parts of them.
 
     Args:
         model: The model.
@@ -58,6 +60,7 @@ def fingerprint(model: nn.Module, *, without_adapters: bool = False) -> dict[str
 
 
 def _bytes(tensor: Tensor) -> Any:
+    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     dense = tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()
     plain = dense.cpu().resolve_conj().resolve_neg()
     return plain.contiguous().reshape(-1).view(torch.uint8).numpy()

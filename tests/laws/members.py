@@ -192,7 +192,6 @@ CACHED = objective(
     ref_cache_dir="{data}/reference",
     refuses={
         "PreferenceDiagnostics": "its reference is released once it is precomputed",
-        "model_parallel, 2 ranks": "does not go with ModelParallelStrategy",
         "zero_infinity": "does not go with ZeROInfinityStrategy",
         "zero_infinity_cpu": "does not go with ZeROInfinityStrategy",
     },
