@@ -73,8 +73,8 @@ class LISA(Callback):
     Example:
         >>> callback = LISA(activated_layers=2, interval_steps=20)
 
-    Note: works in one process and under DDP. The optimizer must know all blocks; freeze none of
-    them yourself. Gradients are gone in your own ``on_train_batch_end``.
+    Note: works in one process, under DDP and ModelParallelStrategy. The optimizer must know all
+    blocks; freeze none of them yourself. Gradients are gone in your own ``on_train_batch_end``.
     """
 
     def __init__(
@@ -194,6 +194,10 @@ class LISA(Callback):
         if self.reactivation_warmup_steps:
             self._hook = optimizer.register_step_post_hook(lambda *_: self._ramp(trainer))
 
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._check_continuity()  # there are strategies that load a checkpoint after on_fit_start
+
     def _check_blocks(self, layers: ModelLayers) -> None:
         count = len(layers.blocks)
         if self.activated_layers > count:
@@ -279,6 +283,8 @@ class LISA(Callback):
     @torch.no_grad()
     def _ramp(self, trainer: Trainer) -> None:
         """After a step, whatever the optimizer: take back a part of it, its decay included."""
+        if not self._unramped:  # torch takes a step of zeros where it loads parts of a state
+            return
         warmth = self._warmth(trainer.global_step)
         with self._gathered([parameter for parameter, _ in self._unramped], modify=True):
             for parameter, before in self._unramped:
@@ -415,7 +421,7 @@ def _check_sampling(sampling: Any, activated_layers: int) -> None:
 def _check_strategy(strategy: Any) -> None:
     """Refuse strategies that keep parameters or gradients where we do not reach them."""
     name = type(strategy).__name__
-    way_out = "Train in one process or with strategy='ddp'"
+    way_out = "Train in one process, with strategy='ddp' or with ModelParallelStrategy()"
     if not may_freeze(strategy):
         rule = "it does not follow when other blocks are frozen and released"
         raise argument_error("LISA", "strategy", name, rule, way_out)

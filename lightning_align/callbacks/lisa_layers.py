@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_align._errors import argument_error
 from lightning_align.layers import ModelLayers, find_layers
@@ -48,10 +49,16 @@ def draw_blocks(
 def weight_norms(blocks: Iterable[nn.Module]) -> list[float]:
     """Norm of all weights of each block together, computed in fp32."""
     norms = [
-        torch.stack([p.detach().norm(dtype=torch.float32) for p in block.parameters()]).norm()
+        torch.stack([_norm(parameter) for parameter in block.parameters()]).norm()
         for block in blocks
     ]
     return [float(norm) for norm in torch.stack(norms).cpu()]
+
+
+def _norm(parameter: Tensor) -> Tensor:
+    """Norm of all of it, wherever its parts are."""
+    norm = parameter.detach().norm(dtype=torch.float32)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 @dataclass(frozen=True)
@@ -149,5 +156,6 @@ def _refuse_adapters(pl_module: nn.Module) -> None:
 
 
 def num_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of tensors, each counted once."""
-    return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())
+    """Bytes of tensors on this rank, each counted once."""
+    each = {id(tensor): tensor for tensor in tensors}.values()
+    return sum(t.to_local().nbytes if isinstance(t, DTensor) else t.nbytes for t in each)

@@ -136,6 +136,33 @@ def as_part_like(parameter: nn.Parameter, own: Tensor) -> Tensor:
     )
 
 
+def follow_freezing(model: nn.Module) -> None:
+    """Let the groups of a sharded model take up which parameters require a gradient now.
+
+    PyTorch looks when it gathers a group, so what is gathered already would train as before; and
+    the data type of a group's gradients is that of what trains in it. Gathers one group at a time.
+    Collective: every rank must call it.
+
+    Args:
+        model: What holds sharded modules.
+
+    Raises:
+        ValueError: If torch does not follow.
+    """
+    for module in model.modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        module.reshard()
+        asked = [parameter.requires_grad for parameter in module.parameters()]
+        module.unshard()
+        gathered = [parameter.requires_grad for parameter in module.parameters()]
+        module.reshard()
+        if gathered != asked:
+            rule = f"torch {torch.__version__} does not follow where parameters are frozen"
+            name = type(module).__name__
+            raise argument_error("fully_shard", "module", name, rule, "Use strategy='ddp'")
+
+
 def whole_state(module: nn.Module) -> dict[str, Any]:
     """The state of a module with sharded parts, gathered on rank 0 and empty elsewhere; collective.
 

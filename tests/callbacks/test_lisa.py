@@ -17,12 +17,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-)
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
@@ -523,9 +518,7 @@ def test_bad_input_is_refused_before_training(
     assert torch.equal(weights(ours), before)
 
 
-@pytest.mark.parametrize(
-    "strategy", [FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy, PipelineStrategy]
-)
+@pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy, PipelineStrategy])
 def test_strategies_that_cannot_follow_are_refused_at_setup(strategy: Any) -> None:
     trainer: Any = SimpleNamespace(strategy=object.__new__(strategy))
     message = rf"LISA\(strategy='{strategy.__name__}'\): it does not follow.*strategy='ddp'"

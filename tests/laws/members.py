@@ -377,7 +377,6 @@ CALLBACKS = [
         refuses={
             "hand-written": "cannot tell which list holds its blocks; candidates",
             "pipeline": "it does not follow when other blocks are frozen and released",
-            "model_parallel, 2 ranks": "it does not follow when other blocks are frozen",
         },
     ),
     Member(

@@ -138,8 +138,7 @@ def test_callbacks(callback: Member, tmp_path: Path, material: Path, reference: 
         return
     equals_one_process(run, tmp_path, material, reference)
     (tmp_path / "resumed").mkdir()
-    run = replace(run, accumulate=3, max_epochs=1, limit_batches=6)
-    resumes(run, tmp_path / "resumed", material, 4)
+    resumes_in_mid_window(run, tmp_path / "resumed", material)
     note("Callbacks and strategies", callback.name, COLUMN, "equal, resumes")
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -10,7 +11,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from lightning_align.layers import ModelLayers, checkpoint_blocks, find_layers
-from lightning_align.layers.sharding import as_forward, check_can_shard, is_sharded, shard
+from lightning_align.layers.sharding import (
+    as_forward,
+    check_can_shard,
+    follow_freezing,
+    is_sharded,
+    shard,
+)
 from lightning_align.losses import linear_cross_entropy
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_models import TINY_MODELS, VOCAB_SIZE, TiedDecoder
@@ -102,3 +109,25 @@ def test_a_block_in_several_data_types_is_refused_unless_they_are_frozen() -> No
         check_can_shard(find_layers(model), "x")
     norm.requires_grad_(False)
     check_can_shard(find_layers(model), "x")
+
+
+def test_what_is_frozen_is_followed_or_refused() -> None:
+    def on_a_rank(rank: int) -> None:
+        layers = find_layers(model_of("llama"))
+        shard(layers, init_device_mesh("cpu", (2,)), where="test")
+        layers.model.requires_grad_(False)
+        layers.blocks[1].requires_grad_(True)
+        follow_freezing(layers.model)
+        assert all(isinstance(p, DTensor) for p in layers.model.parameters())
+        as_forward(layers.model, lambda: loss_of(layers, IDS)).backward()
+        with_gradient = {n for n, p in layers.model.named_parameters() if p.grad is not None}
+        assert with_gradient == {n for n, p in layers.model.named_parameters() if p.requires_grad}
+        assert all(name.startswith(layers.block_names[1]) for name in with_gradient)
+        # As a torch that does not look would have it.
+        layers.model.requires_grad_(True)
+        look = "torch.distributed.fsdp._fully_shard._fsdp_param.set_requires_grad_if_needed"
+        rule = r"fully_shard\(module='.*'\): torch .* does not follow where parameters are frozen"
+        with mock.patch(look), pytest.raises(ValueError, match=rule):
+            follow_freezing(layers.model)
+
+    run_ranks(on_a_rank)

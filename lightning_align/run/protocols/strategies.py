@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import Protocol, runtime_checkable
 
 from lightning_align._compat.lightning_trainer import wrap_in_ddp_again
-from lightning_align.layers.sharding import whole_state
+from lightning_align.layers import sharding
 
 
 @runtime_checkable
@@ -154,7 +154,7 @@ def saves_whole_state(strategy: Strategy) -> bool:
 def whole_state_dict(strategy: Strategy) -> dict[str, Any] | None:
     """The module's state from a strategy that has to put it together; collective."""
     if isinstance(strategy, ModelParallelStrategy) and strategy.model is not None:
-        return whole_state(strategy.model)
+        return sharding.whole_state(strategy.model)
     return strategy.whole_state_dict() if isinstance(strategy, GathersState) else None
 
 
@@ -203,7 +203,7 @@ def gathered(
 
 def may_freeze(strategy: Strategy) -> bool:
     """Whether parameters may be frozen and released between steps."""
-    return isinstance(strategy, FollowsFreezing) or has_replicas(strategy)
+    return isinstance(strategy, (FollowsFreezing, ModelParallelStrategy)) or has_replicas(strategy)
 
 
 def follow_freezing(trainer: pl.Trainer, dropped: Collection[nn.Parameter]) -> None:
@@ -217,6 +217,8 @@ def follow_freezing(trainer: pl.Trainer, dropped: Collection[nn.Parameter]) -> N
             optimizer.state.pop(parameter, None)
     if isinstance(strategy, DDPStrategy):
         wrap_in_ddp_again(strategy, trainer.lightning_module)
+    elif leaves_sharding(strategy):
+        sharding.follow_freezing(trainer.lightning_module)
 
 
 def restores_in_fit(strategy: Strategy) -> bool:

@@ -36,7 +36,7 @@ DEFAULTS: list[tuple[Callable[[], Any], tuple[bool, bool, bool, bool]]] = [
     (DDPStrategy, (True, True, True, True)),
     (lambda: DeepSpeedStrategy.__new__(DeepSpeedStrategy), (False, False, False, False)),
     (FSDPStrategy, (False, False, False, False)),
-    (ModelParallelStrategy, (False, True, False, False)),
+    (ModelParallelStrategy, (False, True, True, False)),
     (la.PipelineStrategy, (False, True, False, True)),
     (Answers, (False, False, True, False)),
 ]
