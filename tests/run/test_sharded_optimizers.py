@@ -41,14 +41,16 @@ class OneIsLeftOut(pl.LightningModule):
         return self.optimizer(self.named_parameters())
 
 
-def fit(rank: int, optimizer: Any, *, whole: bool, steps: int, **options: Any) -> OneIsLeftOut:
+def fit(
+    rank: int, optimizer: Any, *, whole: bool, steps: int, ranks: int = 2, **options: Any
+) -> OneIsLeftOut:
     pl.seed_everything(3, verbose=False)
     module = OneIsLeftOut(optimizer)
     trainer = pl.Trainer(
         accelerator="cpu",
-        devices=2,
-        plugins=[ForkedRanks(rank, 2)],
-        strategy=ModelParallelStrategy(2, 1, save_distributed_checkpoint=not whole),
+        devices=ranks,
+        plugins=[ForkedRanks(rank, ranks)],
+        strategy=ModelParallelStrategy(ranks, 1, save_distributed_checkpoint=not whole),
         callbacks=[ExactResume()],
         max_steps=steps,
         logger=False,
@@ -84,6 +86,30 @@ def test_what_had_no_gradient_is_not_asked_for(tmp_path: Path, whole: bool, opti
         assert skipped == 1
         assert all(asked)
         assert all(map(torch.equal, resumed, straight))
+
+
+def test_a_state_goes_to_another_number_of_ranks(tmp_path: Path) -> None:
+    path = tmp_path / "saved.ckpt"
+    build = partial(GaLoreAdamW, lr=0.1, rank=2, proj_type="full")
+
+    def state_of(module: OneIsLeftOut) -> dict[str, Tensor]:
+        state = module.trainer.optimizers[0].state[module.layers[2].weight]
+        parts = {name: value for name, value in state.items() if name not in ("step", "offset")}
+        return {name: part.full_tensor() for name, part in parts.items()}
+
+    def save(rank: int) -> dict[str, Tensor]:
+        module = fit(rank, build, whole=False, steps=4)
+        module.trainer.save_checkpoint(path)
+        return state_of(module)
+
+    def load(rank: int) -> dict[str, Tensor]:
+        module = fit(rank, build, whole=False, steps=4, ranks=3, ckpt_path=path)
+        return state_of(module)
+
+    saved = run_ranks(save)[0]
+    assert len(saved) == 4
+    for loaded in run_ranks(load, world_size=3):
+        torch.testing.assert_close(loaded, saved, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("whole", [False, True])
