@@ -14,15 +14,19 @@ from unittest import mock
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.data import DataLoader
 
-from lightning_align import LISA, ExactResume, GaLoreAdamW
+from lightning_align import LISA, ExactResume, GaLoreAdamW, SpikeGuard
 from lightning_align.callbacks.lisa import held_bytes
+from lightning_align.stability import SpikeDetector
+from tests.callbacks.spikes.test_guard_sharded import BadBatch
+from tests.callbacks.spikes.test_guard_sharded import fit as fit_guarded
 from tests.helpers.lisa import ADAMW, BATCHES, BLOCKS, Layered, build, names_of_blocks
 from tests.helpers.ranks import ForkedRanks, run_ranks
+from tests.modules.test_pretrain import llama, rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -272,3 +276,44 @@ def test_another_schedule_is_refused_at_resume(tmp_path: Path) -> None:
             fit(rank, module, lisa, ckpt_path=saved)
 
     run_ranks(on_a_rank, timeout_s=120)
+
+
+class Eager(SpikeDetector):
+    """Judges four steps after a draw."""
+
+    def __init__(self) -> None:
+        super().__init__(window=16, warmup=4)
+
+
+@pytest.mark.slow
+def test_a_rewind_goes_back_past_a_draw_as_under_ddp(tmp_path: Path) -> None:
+    """Which blocks train, and whose moments there are, is as it was on each rank."""
+
+    def run(rank: int, strategy: Any) -> tuple[Any, list[Any], dict[str, Tensor]]:
+        pl.seed_everything(1, verbose=False)
+        module = BadBatch(llama(num_hidden_layers=BLOCKS), optimizer=GALORE)
+        back: dict[str, Any] = {"rewind_steps": 6, "snapshot_every_n_steps": 2}
+        folder = str(tmp_path / strategy.__name__)
+        guard = SpikeGuard("rewind", Eager(), report_dir=folder, skip_batches=1, **back)
+        lisa, watch = LISA(1, interval_steps=7, seed=4, filename=None), Weights()
+        halves = [rows(number) for number in range(rank, 32, 2)]  # the bad one is before step 12
+        fit_guarded(rank, module, halves, strategy=strategy(), callbacks=[guard, lisa, watch])
+        return guard.report.incidents, lisa.history, watch.weights
+
+    def on_a_rank(rank: int) -> Any:
+        return [run(rank, strategy) for strategy in (DDPStrategy, ModelParallelStrategy)]
+
+    for (_, drawn, theirs), ((incident,), also_drawn, ours) in run_ranks(on_a_rank, timeout_s=120):
+        assert (incident.step, incident.action) == (12, "rewind")
+        assert drawn == also_drawn
+        assert drawn[0][1] != drawn[1][1]
+        for name, weight in ours.items():
+            # fp32 sums in another order, over steps that Adam makes of one size
+            torch.testing.assert_close(weight, theirs[name], rtol=0, atol=1e-5)
+
+
+class Weights(pl.Callback):
+    """All of them, at the end."""
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.weights = gathered(pl_module)
