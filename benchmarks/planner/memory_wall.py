@@ -47,8 +47,8 @@ from lightning_align.planner import predict_generation
 from lightning_align.planner.measure import in_turns, timed
 from lightning_align.planner.module_scopes import OPTIMIZER
 from lightning_align.planner.op_flops import ATTENTION, PRODUCT, QUERY, VIEW, describe
+from lightning_align.planner.records import Record
 from lightning_align.planner.step_time import StepTime
-from lightning_align.planner.trace import Record
 
 CACHE = Path(__file__).parents[1] / "cache/memory_wall"
 PICTURE = Path(__file__).parents[2] / "docs/images/memory_wall.png"

@@ -1,6 +1,7 @@
 """Predicted against measured time of steps that nothing was fitted to, and what an analysis costs.
 
     python benchmarks/planner/step_time.py            # minutes on one core
+    python benchmarks/planner/step_time.py --analysis # a minute: what an analysis costs, alone
     python benchmarks/planner/step_time.py --smoke    # seconds; the figures then mean nothing
 
 The machine is measured first (``MachineBalance.measure``), from curves of single operations and a
@@ -8,6 +9,10 @@ small step. The models are those of ``drawn(19)``, none of which was predicted o
 form of the prediction was fixed; ``--seed 16``, 17 and 18 are the ones that it was made with.
 Times are CPU time of one thread, medians of interleaved repeats. Beside it 6 N D over the peak: N
 parameters, D tokens, and the best that products reach.
+
+An analysis is timed with the sums of its report, FLOPs and bytes. With ``--analysis`` it is beside
+a mode of torch that does nothing but see each operation, which is the least that any analysis of
+this kind takes, and beside all that a report has to tell: modules, phases, the least traffic.
 """
 
 import argparse
@@ -23,6 +28,7 @@ from typing import Any
 import torch
 from models import language_model  # the script beside this one
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_align import (
     DPOModule,
@@ -34,6 +40,7 @@ from lightning_align import (
     build_param_groups,
     predict_step_time,
 )
+from lightning_align.planner.report import StepReport
 from lightning_align.planner.step_time import StepTime
 
 WIDTHS, BLOCKS, HEADS = (64, 96, 128, 192, 256, 320, 384), (2, 3, 4, 6, 8), (2, 4, 8)
@@ -126,11 +133,73 @@ def row(case: Case, hardware: MachineBalance, repeats: int) -> Row:
     measured, analyses = [], []
     for _ in range(repeats):
         measured.append(cpu_seconds(step))
-        analyses.append(cpu_seconds(lambda: analyze_step(module, step)))
+        analyses.append(cpu_seconds(lambda: analysed(module, step)))
     parameters = sum(parameter.numel() for parameter in module.parameters())
     tokens = case.rows * case.tokens * (2 if case.kind == "dpo" else 1)
     six_n_d = 6 * parameters * tokens / hardware.peak_flops
     return Row(case, parameters, measured, predicted, six_n_d, median(analyses) / median(measured))
+
+
+class _Passing:
+    """What a mode does at least."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Passing(_Passing, TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A mode that sees each operation, and lets it pass."""
+
+
+def analysed(module: nn.Module, step: Callable[[], None]) -> StepReport:
+    """A report, whose sums were asked for."""
+    found = analyze_step(module, step)
+    found.total_flops, found.bytes  # noqa: B018
+    return found
+
+
+def analysis_table(cases: tuple[Case, ...], repeats: int) -> None:
+    """What seeing a step's operations costs, an analysis, and a whole report."""
+    print("| step | operations | ms | seen alone | analysed | us each | all of its report |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    found = []
+    for case in cases:
+        module, step = step_of(case)
+        step()
+        step()
+        passing = Passing()
+
+        def seen(passing: Passing = passing, step: Callable[[], None] = step) -> None:
+            passing.count = 0
+            with passing:
+                step()
+
+        sides: list[Callable[[], object]] = [
+            step,
+            seen,
+            lambda m=module, s=step: analysed(m, s),
+            lambda m=module, s=step: analysed(m, s).to_dict(),
+        ]
+        times = [[cpu_seconds(side) for side in sides] for _ in range(repeats)]
+        plain, *others = (median(each) for each in zip(*times, strict=True))
+        ratios = [each / plain for each in others]
+        each_us = 1e6 * (others[1] - plain) / passing.count
+        name = f"{case.kind}, {case.blocks} x {case.width}, {case.rows} x {case.tokens}"
+        print(
+            f"| {name} | {passing.count} | {1e3 * plain:.1f} | {ratios[0]:.2f} | {ratios[1]:.2f} "
+            f"| {each_us:.1f} | {ratios[2]:.2f} |"
+        )
+        found.append(ratios)
+    seen_alone, costs, _ = zip(*found, strict=True)
+    print(
+        f"\nanalysis over its step: median {median(costs):.2f}, worst {max(costs):.2f} (bar 2.5); "
+        f"seen alone: {median(seen_alone):.2f}, {max(seen_alone):.2f}"
+    )
 
 
 def report(rows: list[Row]) -> None:
@@ -172,11 +241,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seed", type=int, default=19, help="of the cases; 19 is the test set")
+    parser.add_argument("--analysis", action="store_true", help="what an analysis costs, alone")
     parser.add_argument("--smoke", action="store_true", help="two steps, few repeats")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     print(f"torch {torch.__version__}, {platform.machine()}, 1 thread")
+    cases = drawn(arguments.seed)[: 2 if arguments.smoke else None]
+    repeats = 2 if arguments.smoke else 9
+    if arguments.analysis:
+        analysis_table(cases, repeats)
+        return
     hardware = MachineBalance.measure()
     overheads = {phase: f"{1e6 * s:.2f} us" for phase, s in hardware.overheads.items() if phase}
     print(
@@ -184,8 +259,7 @@ def main() -> None:
         f"an operation {overheads}, a checkpoint {1e6 * hardware.checkpoint_s:.0f} us "
         f"and {1e6 * hardware.checkpoint_saved_s:.1f} us a tensor\n"
     )
-    cases = drawn(arguments.seed)[: 2 if arguments.smoke else None]
-    report([row(case, hardware, 2 if arguments.smoke else 9) for case in cases])
+    report([row(case, hardware, repeats) for case in cases])
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -14,17 +15,19 @@ from torch.fx.experimental import _config
 from torch.utils.checkpoint import CheckpointFunction, _recomputation_hook
 
 _AGAIN = _recomputation_hook
+_REENTRANT: Any = CheckpointFunction._backward_cls
+# Hook of a recomputation -> weak reference to its frame; it is asked for at each operation.
+_FRAMES: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 _OF_LEAVES = 2**64 - 1  # what torch gives to the nodes that accumulate a leaf's gradient
+
+
+# Number of the backward that runs on this thread; -1 outside.
+running_backward: Callable[[], int] = torch._C._current_graph_task_id
 
 
 def next_sequence_number() -> int:
     """What the next node of the graph will be numbered with on this thread; it only grows."""
     return int(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
-
-
-def running_backward() -> int:
-    """Number of the backward that runs on this thread; -1 outside."""
-    return int(torch._C._current_graph_task_id())
 
 
 def running_node() -> tuple[int | None, Tensor | None]:
@@ -49,7 +52,7 @@ def is_result(tensor: Tensor) -> bool:
 def is_recomputing() -> bool:
     """Whether a checkpoint calls forward again, on this thread and inside of a backward."""
     node: Any = torch._C._current_autograd_node()
-    if node is not None and node.name() == f"{CheckpointFunction.__name__}Backward":
+    if isinstance(node, _REENTRANT):
         return True  # use_reentrant=True; what it computes has other nodes
     hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None and _is_of_recomputation(hooks[0])
@@ -63,21 +66,27 @@ def running_checkpoint() -> tuple[object, int] | None:
     """
     hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
     if hooks is not None and _is_of_recomputation(hooks[0]):
-        pack: Any = inspect.unwrap(hooks[0])
-        cells = dict(zip(pack.__code__.co_freevars, pack.__closure__, strict=True))
-        frame = cells["target_frame_ref"].cell_contents
+        frame = _frame_of(hooks[0])
         return frame, len(frame().weak_holders)
     node: Any = torch._C._current_autograd_node()
-    if node is not None and node.name() == f"{CheckpointFunction.__name__}Backward":
+    if isinstance(node, _REENTRANT):
         return int(node._sequence_nr()), 0
     return None
 
 
+def _frame_of(hook: Any) -> Any:
+    found = _FRAMES.get(hook)
+    if found is None:
+        pack: Any = inspect.unwrap(hook)
+        cells = dict(zip(pack.__code__.co_freevars, pack.__closure__, strict=True))
+        found = _FRAMES[hook] = cells["target_frame_ref"].cell_contents
+    return found
+
+
 def _is_of_recomputation(pack: Any) -> bool:
-    name = getattr(pack, "__qualname__", "")
-    return getattr(pack, "__module__", None) == _AGAIN.__module__ and name.startswith(
-        f"{_AGAIN.__name__}."
-    )
+    if getattr(pack, "__module__", None) != _AGAIN.__module__:
+        return False
+    return str(getattr(pack, "__qualname__", "")).startswith(f"{_AGAIN.__name__}.")
 
 
 def takes_flash_attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> bool:

@@ -95,6 +95,11 @@ def storage_key(tensor: Tensor) -> int | None:
         return None
 
 
+def without_frame(func: Any) -> Any:
+    """What an operation of torch calls, without the frame of Python in which it does only that."""
+    return func._op if type(func) is torch._ops.OpOverload else func
+
+
 def default_store() -> Any:
     """The key-value store that the ranks of the default process group met in."""
     return torch.distributed.distributed_c10d._get_default_store()

@@ -27,9 +27,10 @@ from lightning_align.planner.advice import DATA, OTHER, Advice
 from lightning_align.planner.analyze import report_of, tensors_there
 from lightning_align.planner.balance import MachineBalance
 from lightning_align.planner.module_scopes import BACKWARD, FORWARD, OPTIMIZER
+from lightning_align.planner.records import Trace
 from lightning_align.planner.report import StepReport
 from lightning_align.planner.step_time import StepTime
-from lightning_align.planner.trace import Trace, tracing
+from lightning_align.planner.trace import tracing
 from lightning_align.reports.pictures import log_figure
 from lightning_align.reports.texts import log_rows
 from lightning_align.run.callbacks import callbacks_of

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 from lightning_align.planner.balance import MachineBalance
 from lightning_align.planner.module_scopes import BACKWARD, OPTIMIZER, RECOMPUTE
+from lightning_align.planner.records import Record, Region
 from lightning_align.planner.report import StepReport
 from lightning_align.planner.step_time import OVERHEAD, time_of
-from lightning_align.planner.trace import Record, Region
 
 DATA, WAITING, OTHER = "data", "waiting", "other"  # of what is measured; the rest are phases
 LEAST_GAIN = 0.01  # below which advice is noise

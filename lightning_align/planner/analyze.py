@@ -14,8 +14,9 @@ from lightning_align._errors import argument_error
 from lightning_align.layers.find import find_layers, kept_layers
 from lightning_align.planner.as_before import as_before
 from lightning_align.planner.module_scopes import BACKWARD
+from lightning_align.planner.records import Trace
 from lightning_align.planner.report import StepReport
-from lightning_align.planner.trace import IS_TRACING, Trace, tracing
+from lightning_align.planner.trace import IS_TRACING, tracing
 
 WHERE = "analyze_step"
 
@@ -48,12 +49,13 @@ def analyze_step(
     """
     _check(model, fn, optimizer)
     there = tensors_there(model, optimizer)
-    with as_before(model, optimizer) as change, tracing(model, there) as trace:
-        loss = _run(fn)
-        change.stays = loss is None
-        if loss is not None:
-            _finish(loss, optimizer)
-        elif torch.is_grad_enabled() and not _has_backward(trace):
+    with as_before(model, optimizer) as change:
+        with tracing(model, there) as trace:
+            loss = _run(fn)
+            change.stays = loss is None
+            if loss is not None:
+                _finish(loss, optimizer)
+        if loss is None and torch.is_grad_enabled() and not _has_backward(trace):
             rule = "returned None and ran no backward"
             way_out = "Return the loss, or call analyze_step under torch.no_grad()"
             raise argument_error(WHERE, "fn", fn, rule, way_out)

@@ -12,8 +12,8 @@ from lightning_align._compat.glibc_memory import NEVER_KEPT
 from lightning_align._errors import argument_error, check_choice, finite_number
 from lightning_align.planner.curves import Curve, class_of, interpolated, work_of
 from lightning_align.planner.measure import measured
+from lightning_align.planner.records import Checkpoint, Record
 from lightning_align.planner.spec_sheets import check_dense, spec_sheet
-from lightning_align.planner.trace import Checkpoint, Record
 
 WHERE = "MachineBalance"
 # What launches a kernel and waits for the driver, of eager PyTorch on a GPU. Published timelines of

@@ -13,8 +13,8 @@ from torch import Tensor
 from lightning_align.planner.analyze import analyze_step
 from lightning_align.planner.curves import Curve, class_of, interpolated, work_of
 from lightning_align.planner.module_scopes import BACKWARD, FORWARD, OPTIMIZER, RECOMPUTE
+from lightning_align.planner.records import Record
 from lightning_align.planner.report import StepReport
-from lightning_align.planner.trace import Record
 
 STEPS = 40  # of which the median counts
 MOST_S, FEWEST = 3.0, 3  # seconds of all of them, on a processor that is slow; then fewer count

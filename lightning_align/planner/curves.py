@@ -9,7 +9,7 @@ from functools import cache
 from typing import TypeAlias
 
 from lightning_align.planner.op_flops import ATTENTION, NORM, POINTWISE, PRODUCT, REDUCTION, words
-from lightning_align.planner.trace import Record
+from lightning_align.planner.records import Record
 
 # Work of a call (FLOPs of products, bytes of all else) and its seconds, by growing work.
 Curve: TypeAlias = Sequence[tuple[float, float]]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from lightning_align.planner.trace import Record, Region
+from lightning_align.planner.records import Record, Region
 
 Uses = Mapping[int, Sequence[int]]
 

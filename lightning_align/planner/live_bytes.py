@@ -10,7 +10,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +17,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_align._compat.torch_modules import storage_key
+
+
+class _Followed(weakref.ref[Any]):
+    """A storage until it is gone, and what is to be known of it then."""
+
+    __slots__ = ("key", "size")
+    key: int
+    size: int
 
 
 class Storages:
@@ -28,14 +35,16 @@ class Storages:
         peak: The most there ever were.
         sizes: Bytes of each, also of those that are gone.
         there: Numbers of those that nothing made since this began.
+        numbers: ``storage_key`` -> number, of those that are followed.
     """
 
     def __init__(self) -> None:
         self.now = self.peak = 0
         self.sizes: list[int] = []
         self.there: set[int] = set()
-        self._numbers: dict[int, int] = {}
-        self._followed: dict[int, weakref.ref[Any]] = {}
+        self.numbers: dict[int, int] = {}
+        self._followed: dict[int, _Followed] = {}
+        self._when_gone: Any = self._gone  # which would be made anew for each; until ``close``
 
     def number(self, tensor: Tensor, *, was_there: bool = False) -> int:
         """Number of the tensor's storage, which is followed from now on; -1 if it has none.
@@ -47,30 +56,38 @@ class Storages:
         key = storage_key(tensor)
         if key is None:
             return -1
-        known = self._numbers.get(key)
-        return self._follow(key, tensor, was_there) if known is None else known
+        known = self.numbers.get(key)
+        return self.follow(tensor.untyped_storage(), was_there) if known is None else known
 
-    def _follow(self, key: int, tensor: Tensor, was_there: bool) -> int:
-        storage = tensor.untyped_storage()
-        size, number = storage.nbytes(), len(self.sizes)
+    def follow(self, storage: Any, was_there: bool) -> int:
+        """Number of a storage that is new here.
+
+        Args:
+            storage: Of a tensor.
+            was_there: Whether it has lived from the beginning.
+        """
+        key, size, number = storage._cdata, storage.nbytes(), len(self.sizes)
         self.sizes.append(size)
-        self._numbers[key] = number
-        self._followed[key] = weakref.ref(storage, partial(self._gone, key, size))
+        self.numbers[key] = number
+        self._followed[key] = followed = _Followed(storage, self._when_gone)
+        followed.key, followed.size = key, size
         self.now += size
-        if was_there:
+        if was_there:  # what has always lived did so at the peak, too
             self.there.add(number)
-        # What has always lived did so at the peak, too.
-        self.peak = self.peak + size if was_there else max(self.peak, self.now)
+            self.peak += size
+        elif self.now > self.peak:
+            self.peak = self.now
         return number
 
-    def _gone(self, key: int, size: int, _: Any) -> None:
-        self.now -= size
-        del self._numbers[key], self._followed[key]
+    def _gone(self, followed: _Followed) -> None:
+        self.now -= followed.size
+        del self.numbers[followed.key], self._followed[followed.key]
 
     def close(self) -> None:
         """Follow nothing any longer."""
         self._followed.clear()
-        self._numbers.clear()
+        self.numbers.clear()
+        self._when_gone = None
 
 
 class Held:

@@ -39,8 +39,8 @@ from lightning_align.planner.curves import (
 from lightning_align.planner.few_rows import FewRows, call_without_autograd, few_rows
 from lightning_align.planner.module_scopes import FORWARD
 from lightning_align.planner.op_flops import ATTENTION, NORM, POINTWISE, PRODUCT, REDUCTION
+from lightning_align.planner.records import Record
 from lightning_align.planner.report import StepReport
-from lightning_align.planner.trace import Record
 
 WHERE = "MachineBalance.measure"
 SAMPLES, SAMPLE_S = 5, 0.012  # of which the median counts; seconds of each

@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import nn
+from torch import is_grad_enabled, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -51,6 +50,8 @@ class ModuleScopes:
         self._marks: list[int] = []  # numbers from which on nodes belong to ...
         self._scopes: list[Scope] = []  # ... these modules
         self._now: Scope = ()
+        self._here: tuple[str, Scope] = FORWARD, ()  # made once for all that runs there
+        self._update: tuple[str, Scope] = OPTIMIZER, ()
         self._recomputed: Scope = ()
         self._node: tuple[int | None, Scope] = (None, ())
         self._thread = threading.get_ident()
@@ -75,9 +76,9 @@ class ModuleScopes:
     def current(self) -> tuple[str, Scope]:
         """Phase and modules of the operation that is about to run."""
         if running_backward() < 0:
-            is_step = self._optimizer_steps and not self._is_before_backward
-            is_update = is_step and not self._calls and not torch.is_grad_enabled()
-            return (OPTIMIZER if is_update else FORWARD), self._now
+            if not self._optimizer_steps or self._is_before_backward or self._calls:
+                return self._here
+            return self._here if is_grad_enabled() else self._update
         self._is_before_backward = False
         if self._calls and self._calls[-1][1]:
             return RECOMPUTE, self._now
@@ -112,6 +113,7 @@ class ModuleScopes:
         recomputes = bool(self._calls) and self._calls[-1][1]
         named = [name for name, flag in self._calls if flag == recomputes and name is not None]
         self._now = tuple(dict.fromkeys(named))
+        self._here, self._update = (FORWARD, self._now), (OPTIMIZER, self._now)
         if threading.get_ident() != self._thread:  # which numbers its nodes by itself
             return
         self._marks.append(next_sequence_number())

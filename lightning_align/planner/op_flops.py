@@ -175,12 +175,6 @@ def _torchs() -> dict[Any, Formula]:
     return found
 
 
-# Whose FLOPs are a matter of their arguments' shapes alone.
-MATRIX_PRODUCTS = frozenset(
-    f"aten.{name}{sign}" for name in words("mm addmm bmm baddbmm") for sign in ("", "_")
-)
-
-
 def product_flops(op: Op, args: Any, kwargs: Any, out: Any) -> int:
     """FLOPs of products."""
     return 0 if op.formula is None else int(op.formula(*args, **kwargs, out_val=out))
@@ -296,4 +290,8 @@ OURS: dict[str, Formula] = _names(
         ("dot", lambda left, *_, **__: 2 * left.numel()),
         ("addr", lambda _, left, right, **__: 2 * left.numel() * right.numel()),
     ]
+)
+# Whose FLOPs are a matter of their tensors' shapes alone.
+BY_SHAPES = frozenset(OURS) | frozenset(
+    f"aten.{name}{sign}" for name in words("mm addmm bmm baddbmm") for sign in ("", "_")
 )

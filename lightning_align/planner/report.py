@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_align.planner.least_traffic import least_bytes, reads_of
 from lightning_align.planner.module_scopes import BACKWARD, FORWARD, OPTIMIZER, RECOMPUTE, Scope
-from lightning_align.planner.trace import Record, Trace
+from lightning_align.planner.records import Record, Trace
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -19,8 +19,8 @@ from lightning_align._errors import argument_error
 from lightning_align.planner.analyze import analyze_step
 from lightning_align.planner.balance import MachineBalance
 from lightning_align.planner.module_scopes import RECOMPUTE, Scope
+from lightning_align.planner.records import Checkpoint, Record
 from lightning_align.planner.report import StepReport, by_group, enclosing
-from lightning_align.planner.trace import Checkpoint, Record
 
 COMPUTE, MEMORY, OVERHEAD = "compute", "memory", "overhead"
 _FIGURES = {COMPUTE: "peak_flops", MEMORY: "mem_bandwidth"}

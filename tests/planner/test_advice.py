@@ -20,7 +20,7 @@ from lightning_align.planner.advice import (
     no_recomputation,
 )
 from lightning_align.planner.live_bytes import Storages
-from lightning_align.planner.trace import Checkpoint, Record, Region, Trace
+from lightning_align.planner.records import Checkpoint, Record, Region, Trace
 
 
 def op(name: str = "aten.mm", phase: str = "forward", **more: Any) -> Record:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_align.planner import MachineBalance
-from lightning_align.planner.trace import Record
+from lightning_align.planner.records import Record
 
 
 def record(name: str = "aten.mm", kind: str = "product", **more: Any) -> Record:

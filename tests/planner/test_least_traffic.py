@@ -5,7 +5,8 @@ from torch import nn
 
 from lightning_align.planner import analyze_step
 from lightning_align.planner.least_traffic import least_bytes, reads_of
-from lightning_align.planner.trace import Trace, tracing
+from lightning_align.planner.records import Trace
+from lightning_align.planner.trace import tracing
 
 A, B = torch.ones(32, 32), torch.ones(32, 32)
 N = A.nbytes

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_align.planner.trace import Trace, tracing
+from lightning_align.planner.records import Trace
+from lightning_align.planner.trace import tracing
 
 
 class Scaled(nn.Module):

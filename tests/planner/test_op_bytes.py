@@ -10,7 +10,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from lightning_align.planner import op_bytes, op_flops
 from lightning_align.planner.op_bytes import stored_bytes
-from lightning_align.planner.trace import Trace, tracing
+from lightning_align.planner.records import Trace
+from lightning_align.planner.trace import tracing
 
 
 def traced(fn: Callable[[], Any]) -> Trace:

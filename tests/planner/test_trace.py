@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_align.planner.trace import IS_TRACING, Region, tracing
+from lightning_align.planner.records import Region
+from lightning_align.planner.trace import IS_TRACING, tracing
 
 
 def test_operations_are_written_down_in_order() -> None:
