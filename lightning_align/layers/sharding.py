@@ -9,12 +9,16 @@ there is summed over the ranks, as every other.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
@@ -161,6 +165,24 @@ def follow_freezing(model: nn.Module) -> None:
             rule = f"torch {torch.__version__} does not follow where parameters are frozen"
             name = type(module).__name__
             raise argument_error("fully_shard", "module", name, rule, "Use strategy='ddp'")
+
+
+@torch.no_grad()
+def put_parts(model: nn.Module, parts: Mapping[str, Tensor]) -> None:
+    """Let a model have other values, in place.
+
+    Args:
+        model: Sharded.
+        parts: This rank's of each entry of its state, as ``own_part`` gives them.
+    """
+    for name, value in model.state_dict().items():
+        own_part(value).copy_(parts[name])
+
+
+def load_whole_state(model: nn.Module, state: dict[str, Any]) -> None:
+    """Let a sharded model have the values of a whole one; each rank takes its parts of them."""
+    whole = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(model, state, options=whole)
 
 
 def whole_state(module: nn.Module) -> dict[str, Any]:

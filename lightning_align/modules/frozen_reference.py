@@ -24,7 +24,14 @@ from lightning_align._errors import argument_error
 from lightning_align.data.reference_cache import Values
 from lightning_align.data.token_cache import default_cache_dir
 from lightning_align.layers import ModelLayers
-from lightning_align.layers.sharding import as_forward, is_sharded
+from lightning_align.layers.sharding import (
+    as_forward,
+    is_sharded,
+    load_whole_state,
+    own_part,
+    put_parts,
+    whole_state,
+)
 from lightning_align.layers.surgery import evaluating
 from lightning_align.losses import PreferenceOptions
 from lightning_align.losses.reference import reference_layers
@@ -33,6 +40,7 @@ from lightning_align.models.build import Loading, build_model
 from lightning_align.modules.precomputed import PrecomputedReference, Row, score_rows
 from lightning_align.modules.reference import fingerprint, fingerprint_until_0_1
 from lightning_align.modules.reference_sync import ReferenceSync, sync_of
+from lightning_align.run.own_parts import is_own_state
 from lightning_align.run.protocols import (
     HoldsGradients,
     NumbersCompletions,
@@ -40,6 +48,7 @@ from lightning_align.run.protocols import (
     all_ranks_run_model,
     datamodule_of,
     has_replicas,
+    leaves_sharding,
 )
 from lightning_align.run.replicas import is_spread, of_every_rank
 
@@ -138,10 +147,10 @@ class FrozenReference:
         Raises:
             ValueError: If it cannot.
         """
-        if self.sync is not None and not has_replicas(module.trainer.strategy):
-            name = type(module.trainer.strategy).__name__
-            rule = f"under {name} no rank has all weights of the model and its reference"
-            way_out = "Use one device or DDP, or leave sync_ref_model out"
+        strategy = module.trainer.strategy
+        if self.sync is not None and not (has_replicas(strategy) or leaves_sharding(strategy)):
+            rule = f"under {type(strategy).__name__} the weights of a reference do not change"
+            way_out = "Use one device, DDP or ModelParallelStrategy, or leave sync_ref_model out"
             raise argument_error(self.where, "sync_ref_model", True, rule, way_out)
         ranks = of_every_rank(module.trainer, self.fingerprint)
         if len({json.dumps(each) for each in ranks}) > 1:  # a strategy makes policies alike alone
@@ -160,7 +169,6 @@ class FrozenReference:
                 "Give trainer.fit a datamodule: PreferenceDataModule, or one with completions()"
             )
             raise argument_error(where, argument, True, rule, way_out)
-        strategy = module.trainer.strategy
         sharded = (DeepSpeedStrategy, FSDPStrategy, HoldsGradients)
         if isinstance(strategy, sharded):
             rule = f"does not go with {type(strategy).__name__}, which spreads the models"
@@ -241,10 +249,22 @@ class FrozenReference:
     # In checkpoints
 
     def save(self, checkpoint: dict[str, Any]) -> None:
-        """Put into a checkpoint which one it is, and its weights if they follow the policy."""
+        """Put into a checkpoint which one it is, and its weights if they follow the policy.
+
+        Collective, where ranks hold parts of them: a checkpoint has the whole, which rank 0 gathers
+        in host memory, and a state to go back to in mid-fit each rank's parts.
+        """
         checkpoint["reference"] = self.fingerprint
-        if self.sync is not None and self.layers is not None:
-            checkpoint["reference_state"] = self.layers.model.state_dict()
+        if self.sync is None or self.layers is None:
+            return
+        model = self.layers.model
+        if not is_sharded(model):
+            checkpoint["reference_state"] = model.state_dict()
+        elif is_own_state(checkpoint):
+            parts = {name: own_part(value) for name, value in model.state_dict().items()}
+            checkpoint["reference_parts"] = parts
+        else:
+            checkpoint["reference_state"] = whole_state(model)
 
     def load(self, checkpoint: dict[str, Any], policy: nn.Module) -> None:
         """Compare with the reference of a checkpoint.
@@ -273,14 +293,21 @@ class FrozenReference:
 
     def _load_state(self, checkpoint: dict[str, Any]) -> bool:
         """Whether a checkpoint holds the reference itself, which this one then is."""
-        state = checkpoint.get("reference_state")
+        parts: dict[str, Any] | None = checkpoint.get("reference_parts")  # of this rank
+        state: dict[str, Any] | None = checkpoint.get("reference_state", parts)
         if state is None:
             return False
         if self.sync is None or self.layers is None:
             rule = "the reference of the checkpoint has followed its model"
             way_out = "Set it to True, or train against a ref_model of its own from other weights"
             raise argument_error(self.where, "sync_ref_model", False, rule, way_out)
-        self.layers.model.load_state_dict(state)
+        model = self.layers.model
+        if parts is not None:
+            put_parts(model, parts)
+        elif is_sharded(model):
+            load_whole_state(model, state)
+        else:
+            model.load_state_dict(state)
         self.fingerprint = checkpoint["reference"]  # of what it began as
         return True
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_align._errors import argument_error, check_least, check_whole
 from lightning_align.layers import ModelLayers
+from lightning_align.layers.sharding import own_part
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,13 @@ class ReferenceSync:
 
 @torch.no_grad()
 def mix(reference: nn.Module, policy: nn.Module, alpha: float) -> None:
-    """Soft update of a reference, in place: ref <- (1 - alpha) ref + alpha policy (Eq. 5)."""
+    """Soft update of a reference, in place: ref <- (1 - alpha) ref + alpha policy (Eq. 5).
+
+    Of models that are sharded alike each rank mixes its parts.
+    """
     pairs = zip(reference.parameters(), policy.parameters(), strict=True)
     for frozen, learned in pairs:
-        frozen.mul_(1.0 - alpha).add_(learned, alpha=alpha)
+        own_part(frozen).mul_(1.0 - alpha).add_(own_part(learned), alpha=alpha)
 
 
 def sync_of(

@@ -60,6 +60,12 @@ def restore_state(strategy: Strategy, state: Mapping[str, Any]) -> None:
         _put_state(optimizer, own)
 
 
+def is_own_state(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether a state is what ``snapshot_state`` has taken, and is to be put back in mid-fit."""
+    optimizers = checkpoint.get("optimizer_states") or [{}]
+    return _PARTS in optimizers[0]
+
+
 def _outline(value: Tensor) -> Tensor:
     return torch.empty(value.shape, dtype=value.dtype, device="meta")
 
