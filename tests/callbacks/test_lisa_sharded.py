@@ -30,6 +30,7 @@ from tests.modules.test_pretrain import llama, rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
+SLOW = partial(pytest.param, marks=pytest.mark.slow)
 SGD = partial(torch.optim.SGD, lr=0.2, momentum=0.9)
 GALORE = partial(GaLoreAdamW, lr=1e-2, rank=2, update_proj_gap=2)
 HALF = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -110,7 +111,7 @@ def fit(rank: int | None, module: Any, lisa: LISA, *more: Any, **options: Any) -
     return watch
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", SLOW("llama")])
 def test_two_ranks_equal_one_process(name: str) -> None:
     arguments: dict[str, Any] = {"interval_steps": 2, "sampling": "weight_norm"}
     options = {"accumulate_grad_batches": 2}
@@ -158,7 +159,7 @@ def sent_bytes() -> Iterator[list[int]]:
         yield sent
 
 
-@pytest.mark.parametrize("state", ["drop", "keep"])
+@pytest.mark.parametrize("state", ["drop", SLOW("keep")])
 def test_what_is_frozen_is_bit_equal_holds_nothing_and_is_not_sent(state: str) -> None:
     def on_a_rank(rank: int) -> None:
         module, lisa = build("gpt2"), LISA(2, interval_steps=2, optimizer_state=state)
@@ -240,7 +241,7 @@ class SaveAt(pl.Callback):
     [
         pytest.param("drop", GALORE, False, id="drop-GaLore-folder"),
         pytest.param("drop", ADAMW, True, id="drop-AdamW-file"),
-        pytest.param("keep", ADAMW, False, id="keep-AdamW-folder"),
+        SLOW("keep", ADAMW, False, id="keep-AdamW-folder"),
     ],
 )
 def test_resumes_in_mid_interval_and_mid_accumulation(
