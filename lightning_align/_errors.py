@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterable
 from numbers import Integral
 
+_MOST_SHOWN = 500  # characters of a value: the records of a data set in memory hide the rule
+
 
 def argument_error(
     where: str, argument: str, value: object, rule: str, way_out: str = ""
@@ -45,9 +47,12 @@ def check_choice(where: str, argument: str, value: object, choices: Iterable[obj
 
 def _shown(value: object) -> str:
     try:
-        return repr(value)
+        shown = repr(value)
     except (ValueError, RecursionError) as error:  # an integer of 5000 digits, lists 1000 deep
         return f"<{type(value).__name__}: {error}>"
+    if len(shown) <= _MOST_SHOWN:
+        return shown
+    return f"{shown[:_MOST_SHOWN]}... ({len(shown):,} characters)"
 
 
 def finite_number(value: object) -> float | None:

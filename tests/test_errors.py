@@ -57,3 +57,11 @@ def test_what_is_no_finite_number(value: object) -> None:
 
 def test_a_finite_number_is_a_float() -> None:
     assert [finite_number(value) for value in (3, -0.5)] == [3.0, -0.5]
+
+
+def test_a_long_value_leaves_room_for_the_rule():
+    records = [{"text": "a word"}] * 10_000
+    message = str(argument_error("A", "b", records, "must be d"))
+    assert len(message) < 600
+    assert message.startswith("A(b=[{'text'")
+    assert message.endswith("characters)): must be d.")

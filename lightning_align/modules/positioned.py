@@ -5,6 +5,7 @@ refuses a checkpoint of a run whose batches were others.
 """
 
 from collections.abc import Iterable, Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any
 from weakref import ref
@@ -277,6 +278,21 @@ class PositionedDataModule(pl.LightningDataModule):
         )
 
 
-def plain_paths(paths: Paths) -> list[str]:
-    """``paths`` as a list of plain text: a checkpoint loads with ``weights_only=True``."""
-    return [str(path) for path in (paths if isinstance(paths, list) else [paths])]
+def plain_paths(where: str, argument: str, paths: Paths) -> list[str]:
+    """``paths`` as a list of plain text: a checkpoint loads with ``weights_only=True``.
+
+    Args:
+        where: Class the user called.
+        argument: Name of the argument that holds ``paths``.
+        paths: One or several of them.
+
+    Raises:
+        ValueError: If one is no path, such as a dataset or records in memory.
+    """
+    listed = paths if isinstance(paths, (list, tuple)) else [paths]
+    for path in listed:
+        if not isinstance(path, (str, PathLike)):
+            rule = "must be paths, since a run that resumes reads its data again"
+            way_out = "Name the folder that a dataset's save_to_disk has written, or a file"
+            raise argument_error(where, argument, f"<{type(path).__name__}>", rule, way_out)
+    return [str(path) for path in listed]

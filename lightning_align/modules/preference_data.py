@@ -100,7 +100,8 @@ class PreferenceDataModule(PositionedDataModule):
             label=label_column,
         )
         # Plain text and numbers only: a checkpoint loads with weights_only=True.
-        paths, val_paths = plain_paths(paths), plain_paths(val_paths or [])
+        paths = plain_paths(self._name, "paths", paths)
+        val_paths = plain_paths(self._name, "val_paths", val_paths or [])
         tokenizer = str(tokenizer) if isinstance(tokenizer, Path) else tokenizer
         chat_template = None if chat_template is None else str(chat_template)
         given = not isinstance(tokenizer, str)

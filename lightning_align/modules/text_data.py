@@ -101,8 +101,11 @@ class TextDataModule(PositionedDataModule):
             rule = "must be a local folder, because the tokens are memory-mapped"
             raise argument_error(self._name, "cache_dir", cache_dir, rule)
         # Plain text and numbers only: a checkpoint loads with weights_only=True.
-        paths = self._weights(paths) if isinstance(paths, dict) else plain_paths(paths)
-        val_paths = plain_paths(val_paths or [])
+        if isinstance(paths, dict):
+            paths = self._weights(paths)
+        else:
+            paths = plain_paths(self._name, "paths", paths)
+        val_paths = plain_paths(self._name, "val_paths", val_paths or [])
         if not paths:
             raise argument_error(self._name, "paths", paths, "must name at least one file")
         cache_dir = cache_dir and str(cache_dir)

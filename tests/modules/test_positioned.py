@@ -1,10 +1,12 @@
 import dataclasses
+from functools import partial
 
 import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 
+from lightning_align import ConversationDataModule, PreferenceDataModule, TextDataModule
 from lightning_align.data.packing import PackedDataset
 from lightning_align.data.sampler import PositionSampler
 from lightning_align.data.skipped import SkippedBatches
@@ -204,6 +206,21 @@ def test_loaders_pin_memory_only_for_cuda(tmp_path):
 def test_overfit_batches_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"Trainer\(overfit_batches=2\).*limit_train_batches"):
         fit(tmp_path, Numbers(), overfit_batches=2)
+
+
+@pytest.mark.parametrize("argument", ["paths", "val_paths"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        TextDataModule,
+        partial(PreferenceDataModule, tokenizer="none"),
+        partial(ConversationDataModule, tokenizer="none"),
+    ],
+    ids=["text", "pairs", "chats"],
+)
+def test_data_in_memory_are_refused_where_paths_are_named(make, argument):
+    with pytest.raises(ValueError, match=rf"{argument}='<Blocks>'\): must be paths.* save_to_disk"):
+        make(**{"paths": "some.jsonl", argument: Blocks()})
 
 
 def test_two_ranks_share_every_batch_and_lightning_leaves_the_sampler_alone(tmp_path):
