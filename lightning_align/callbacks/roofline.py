@@ -18,6 +18,7 @@ from lightning_align._compat.lightning_trainer import (
     run_steps_in,
     watch_fetches,
 )
+from lightning_align._compat.torch_messages import MessageClock
 from lightning_align._declared import declared
 from lightning_align._errors import argument_error, check_least, check_whole, finite_number
 from lightning_align.callbacks import roofline_run
@@ -75,7 +76,8 @@ class RooflineMonitor(Callback):
         >>> callback = RooflineMonitor(every_n_steps=500, hardware="h100-sxm")
 
     Note: manual optimization, and strategies other than those of one device, DDP,
-    ``PipelineStrategy`` and ``ZeROInfinityStrategy``, are refused at set-up. Of a compiled module
+    ``ModelParallelStrategy`` without tensor parallelism, ``PipelineStrategy`` and
+    ``ZeROInfinityStrategy``, are refused at set-up. Of a compiled module
     the steps that are analysed run as they are written, and round as such.
     """
 
@@ -107,6 +109,7 @@ class RooflineMonitor(Callback):
         self._trace: Trace | None = None  # of the window that is being analysed
         self._undo: list[Callable[[], None]] = []
         self._unwatch: Callable[[], None] | None = None
+        self._messages: MessageClock | None = None  # of a sharded model
         self._fetches_within: str | None = None  # what the clock is at again behind a fetch
         self._windows = 0  # of this process
         self._counted = 0  # of them since values were logged, less what was analysed
@@ -131,7 +134,8 @@ class RooflineMonitor(Callback):
         self.report, self.values, self.advice = None, {}, []
         self._works = []
         self.machine = roofline_run.machine_of(trainer, pl_module, self.hardware)
-        self._clock = StepClock(trainer.strategy)
+        self._messages = roofline_run.clock_of_messages(trainer, pl_module)
+        self._clock = StepClock(trainer.strategy, self._messages)
         self._learned = roofline_run.Learned(pl_module)
         self._windows = self._counted = self._micro_batches = 0
         self._analysed_at = self._told_at = None
@@ -258,6 +262,8 @@ class RooflineMonitor(Callback):
 
     def _stop_all(self) -> None:
         self._stop_analysis()
+        if self._messages is not None:
+            self._messages.stop()
         if self._unwatch is not None:
             self._unwatch()
             self._unwatch = None

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_align._compat.lightning_trainer import is_compiled_whole
+from lightning_align._compat.torch_messages import MessageClock
 from lightning_align._compat.torch_modules import is_compiled
 from lightning_align._errors import argument_error
 from lightning_align.planner.advice import Advice, Setting, advise
@@ -22,7 +23,14 @@ from lightning_align.planner.spec_sheets import SPEC_SHEETS, check_dense, spec_s
 from lightning_align.planner.step_time import StepTime
 from lightning_align.reports.texts import Row
 from lightning_align.run.callbacks import callbacks_of
-from lightning_align.run.protocols import CountsTokens, TellsWaits, has_replicas
+from lightning_align.run.protocols import (
+    CountsTokens,
+    TellsWaits,
+    data_mesh,
+    frozen_modules,
+    has_replicas,
+    leaves_sharding,
+)
 from lightning_align.run.replicas import of_every_rank, replica
 
 WHERE = "RooflineMonitor"
@@ -69,15 +77,35 @@ def check_run(trainer: Trainer, module: LightningModule, kind: type[Callback]) -
         way_out = "Set automatic_optimization = True, or call analyze_step"
         raise argument_error(WHERE, "model", type(module).__name__, rule, way_out)
     strategy: Any = trainer.strategy
-    if not has_replicas(strategy) and not isinstance(strategy, TellsWaits):
+    if leaves_sharding(strategy):
+        if data_mesh(strategy).size() < trainer.world_size:
+            rule = "it divides layers among ranks that share a batch, whose products are in parts"
+            way_out = "Use ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1)"
+            raise argument_error(WHERE, "strategy", type(strategy).__name__, rule, way_out)
+    elif not has_replicas(strategy) and not isinstance(strategy, TellsWaits):
         rule = "its ranks hold parts of a model, and it does not tell how long they wait"
-        way_out = "Train in one process, or with strategy 'ddp', 'zero_infinity' or 'pipeline_1f1b'"
+        way_out = "Train in one process, or with strategy 'ddp', ModelParallelStrategy,"
+        way_out += " 'zero_infinity' or 'pipeline_1f1b'"
         raise argument_error(WHERE, "strategy", type(strategy).__name__, rule, way_out)
     if is_compiled_whole(module) or any(map(is_compiled, module.modules())):
         rank_zero_warn(
             f"{WHERE}: the module is compiled. Steps that are analysed run as they are written:"
             " they take longer, and round otherwise than compiled ones."
         )
+
+
+def clock_of_messages(trainer: Trainer, module: LightningModule) -> MessageClock | None:
+    """Follows the messages of a sharded model, where steps wait for them: on a processor.
+
+    Args:
+        trainer: Of the run.
+        module: That is trained.
+    """
+    strategy = trainer.strategy
+    if not leaves_sharding(strategy) or strategy.root_device.type != "cpu":
+        return None
+    models = [module, *frozen_modules(module).values()]
+    return MessageClock(dict.fromkeys(part for model in models for part in model.modules()))
 
 
 @contextmanager
@@ -187,6 +215,7 @@ class Work(NamedTuple):
         all_flops: With those of what is no product.
         bytes: Likewise.
         peak_bytes: Likewise.
+        sent_bytes: Likewise.
         rows: Of the table of modules.
     """
 
@@ -195,6 +224,7 @@ class Work(NamedTuple):
     all_flops: int
     bytes: int
     peak_bytes: int
+    sent_bytes: int
     rows: list[Row]
 
 
@@ -214,7 +244,8 @@ def works_of(trainer: Trainer, step: StepTime, top_k: int) -> list[Work]:
     report = step.report
     all_flops = report.total_flops + report.pointwise_flops
     numbers = report.model_flops, report.total_flops, all_flops, report.bytes
-    own = Work(*numbers, report.peak_bytes, module_rows(step, top_k) if top_k else [])
+    memory = report.peak_bytes, report.sent_bytes
+    own = Work(*numbers, *memory, module_rows(step, top_k) if top_k else [])
     return of_every_rank(trainer, own) if shares_batch(trainer) else [own]
 
 
@@ -247,6 +278,7 @@ def values_of(works: list[Work], step_s: float, peak_flops: float) -> dict[str, 
         "intensity": sum(work.all_flops for work in works) / moved if moved else 0.0,
         "moved_gb": moved / 1e9,
         "peak_gb": max(work.peak_bytes for work in works) / 1e9,
+        "sent_gb": sum(work.sent_bytes for work in works) / 1e9,
     }
 
 

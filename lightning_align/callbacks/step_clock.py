@@ -7,7 +7,8 @@ import time
 import torch
 from lightning.pytorch.strategies import Strategy
 
-from lightning_align.planner.advice import DATA, OTHER, WAITING
+from lightning_align._compat.torch_messages import MessageClock
+from lightning_align.planner.advice import COMMUNICATION, DATA, OTHER, WAITING
 from lightning_align.planner.module_scopes import BACKWARD, FORWARD, OPTIMIZER
 from lightning_align.run.protocols import TellsBackward, TellsWaits
 
@@ -22,6 +23,7 @@ class StepClock:
 
     Args:
         strategy: Where steps run; if it tells how long it has waited, that is a part of its own.
+        messages: Of a sharded model; what they take is likewise.
 
     Attributes:
         seconds: Of all steps that counted.
@@ -30,20 +32,22 @@ class StepClock:
         part: What runs; None if it does not count.
     """
 
-    def __init__(self, strategy: Strategy) -> None:
+    def __init__(self, strategy: Strategy, messages: MessageClock | None = None) -> None:
+        self._messages = messages
+        self._parts = PARTS if messages is None else (*PARTS, COMMUNICATION)
         self._device = strategy.root_device
         self._waiting = strategy if isinstance(strategy, TellsWaits) else None
         self._backward = strategy if isinstance(strategy, TellsBackward) else None
         self.splits = self.always_splits = self._device.type == "cpu"
         self.part: str | None = None
-        self._since = self._waited_before = self._backward_before = 0.0
+        self._since = self._waited_before = self._backward_before = self._sent_before = 0.0
         self.leave_out()
         self.forget()
 
     def forget(self) -> None:
         """Begin to add up anew."""
         self.seconds = 0.0
-        self.split = dict.fromkeys(PARTS, 0.0)
+        self.split = dict.fromkeys(self._parts, 0.0)
 
     def count(self) -> None:
         """What has run since the last step is one that counts."""
@@ -54,7 +58,7 @@ class StepClock:
 
     def leave_out(self) -> None:
         """It is one that does not."""
-        self._open_s, self._open = 0.0, dict.fromkeys(PARTS, 0.0)
+        self._open_s, self._open = 0.0, dict.fromkeys(self._parts, 0.0)
 
     def enter(self, part: str | None) -> None:
         """What runs from now on; None does not count.
@@ -67,6 +71,7 @@ class StepClock:
         now = time.perf_counter()
         waited = 0.0 if self._waiting is None else self._waiting.waited_s
         backward = 0.0 if self._backward is None else self._backward.backward_s
+        sent = 0.0 if self._messages is None else self._messages.seconds
         if self.part is not None:
             spent = now - self._since
             self._open_s += spent
@@ -76,8 +81,13 @@ class StepClock:
                 self._open[WAITING] += idle
                 self._open[BACKWARD] += within
                 self._open[self.part] += spent - idle - within
+                if self._messages is not None:
+                    messages = min(sent - self._sent_before, spent - idle - within)
+                    self._open[COMMUNICATION] += messages
+                    self._open[self.part] -= messages
         self.part, self._since = part, now
         self._waited_before, self._backward_before = waited, backward
+        self._sent_before = sent
 
     def shares(self) -> dict[str, float]:
         """Shares of the time by part; empty if nothing was told apart."""

@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 
 from lightning_align.planner.balance import MachineBalance
 from lightning_align.planner.module_scopes import BACKWARD, OPTIMIZER, RECOMPUTE
+from lightning_align.planner.op_flops import MESSAGE
 from lightning_align.planner.records import Record, Region
 from lightning_align.planner.report import StepReport
 from lightning_align.planner.step_time import OVERHEAD, time_of
 
 DATA, WAITING, OTHER = "data", "waiting", "other"  # of what is measured; the rest are phases
+COMMUNICATION = "communication"  # and of a sharded model, on a processor
 LEAST_GAIN = 0.01  # below which advice is noise
 HALF = "bfloat16"
 _SOFTMAX = ("_log_softmax", "nll_loss")  # of which an unfused cross-entropy consists
@@ -112,9 +114,11 @@ def larger_micro_batch(
     if setting.micro_batches > 1:
         text = "Double the micro-batch and halve accumulate_grad_batches: the same step, in fewer"
         then = twice / 2 + update + calls / 2
-        return Advice("larger micro-batch", f"{text} calls", _gain(now + calls, then))
+        gain = _with_messages(_gain(now + calls, then), setting)
+        return Advice("larger micro-batch", f"{text} calls", gain)
     text = "Double the batch size; the optimizer then takes half as many steps, of other gradients"
-    return Advice("larger micro-batch", text, _gain(2 * (now + calls), twice + update + calls))
+    gain = _with_messages(_gain(2 * (now + calls), twice + update + calls), setting)
+    return Advice("larger micro-batch", text, gain)
 
 
 def no_recomputation(
@@ -254,6 +258,16 @@ def _gain(now: float, then: float) -> float:
     return now / then - 1 if then > 0 else 0.0
 
 
+def _with_messages(gain: float, setting: Setting) -> float:
+    """The gain of twice the rows where a model is gathered, and its gradients summed, once for all.
+
+    What these take is measured, and so are the seconds that the gain of all else is of.
+    """
+    total = sum(setting.measured.values())
+    messages = setting.measured.get(COMMUNICATION, 0.0)
+    return _gain(total, (total - messages) / (1 + gain) + messages / 2) if messages else gain
+
+
 def _seconds(records: Iterable[Record], hardware: MachineBalance) -> float:
     return sum(time_of(record, hardware).seconds for record in records)
 
@@ -278,7 +292,7 @@ def _of_loops(hardware: MachineBalance, setting: Setting, predicted: float) -> f
     """
     if not hardware.curves or hardware.is_asynchronous:
         return 0.0
-    outside = (DATA, WAITING, OTHER)
+    outside = (DATA, WAITING, COMMUNICATION, OTHER)
     computed = sum(s for part, s in setting.measured.items() if part not in outside)
     left = computed - predicted
     return left if 0 < left < predicted else 0.0
@@ -295,6 +309,8 @@ def _doubled(record: Record, there: set[int]) -> Record:
     def grows(region: Region) -> bool:
         return region.storage not in there
 
+    if record.kind == MESSAGE or record.name.startswith("fsdp."):
+        return record
     if record.phase == BACKWARD and record.writes and not any(map(grows, record.writes)):
         return record  # adds to gradients that were there
     regions = (*record.reads, *record.writes)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_align._errors import argument_error
 from lightning_align.layers.find import find_layers, kept_layers
+from lightning_align.layers.sharding import own_part
 from lightning_align.planner.as_before import as_before
 from lightning_align.planner.module_scopes import BACKWARD
 from lightning_align.planner.records import Trace
@@ -110,17 +111,21 @@ def _check(model: nn.Module, fn: object, optimizer: object) -> None:
         rule = "is a wrapper around a model, whose own work cannot be seen"
         raise argument_error(WHERE, "model", name, rule, "Pass model.module, and call that in fn")
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        rule = "has parameters that are sharded, whose products are counted for all ranks"
-        raise argument_error(WHERE, "model", name, rule, "Pass it before fully_shard, or on meta")
+        rule = "has parameters that are sharded, and is run here by itself"
+        way_out = "Pass it before fully_shard, or on meta; RooflineMonitor analyses sharded steps"
+        raise argument_error(WHERE, "model", name, rule, way_out)
 
 
 def tensors_there(model: nn.Module, optimizer: Optimizer | None) -> list[Tensor]:
-    """What lives before a step: parameters, buffers, gradients and the optimizer's state."""
+    """What lives before a step: parameters, buffers, gradients and the optimizer's state.
+
+    Of what is sharded this rank's part.
+    """
     states = [] if optimizer is None else list(optimizer.state.values())
     values = [value for state in states if isinstance(state, dict) for value in state.values()]
     gradients = [parameter.grad for parameter in model.parameters()]
     every = [*model.parameters(), *model.buffers(), *values, *gradients]
-    return [value for value in every if isinstance(value, Tensor)]
+    return [own_part(value) for value in every if isinstance(value, Tensor)]
 
 
 def _has_backward(trace: Trace) -> bool:

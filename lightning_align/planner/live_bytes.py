@@ -44,6 +44,7 @@ class Storages:
         self.there: set[int] = set()
         self.numbers: dict[int, int] = {}
         self._followed: dict[int, _Followed] = {}
+        self._changing: set[int] = set()  # keys of those whose memory comes and goes
         self._when_gone: Any = self._gone  # which would be made anew for each; until ``close``
 
     def number(self, tensor: Tensor, *, was_there: bool = False) -> int:
@@ -79,14 +80,40 @@ class Storages:
             self.peak = self.now
         return number
 
+    def follow_size(self, tensor: Tensor) -> None:
+        """Follow a storage whose memory is taken and given back while it lives.
+
+        So FSDP keeps the parameters of a block. They count among those that were there.
+        """
+        self.look()
+        key = storage_key(tensor)
+        if key is None or key in self._changing:
+            return
+        if key not in self.numbers:
+            self.follow(tensor.untyped_storage(), was_there=False)
+        self.there.add(self.numbers[key])
+        self._changing.add(key)
+
+    def look(self) -> None:
+        """See how large those are now whose memory comes and goes."""
+        for key in self._changing:
+            followed = self._followed[key]
+            if (storage := followed()) is not None:
+                size = storage.nbytes()
+                self.now += size - followed.size
+                followed.size = size
+        self.peak = max(self.peak, self.now)
+
     def _gone(self, followed: _Followed) -> None:
         self.now -= followed.size
+        self._changing.discard(followed.key)
         del self.numbers[followed.key], self._followed[followed.key]
 
     def close(self) -> None:
         """Follow nothing any longer."""
         self._followed.clear()
         self.numbers.clear()
+        self._changing.clear()
         self._when_gone = None
 
 

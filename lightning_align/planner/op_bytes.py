@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_align.planner.op_flops import VIEW, Op, tensors_of, words
+from lightning_align._compat.torch_messages import group_size
+from lightning_align.planner.op_flops import MESSAGE, VIEW, Op, tensors_of, words
 
 
 class Part(NamedTuple):
@@ -103,6 +104,11 @@ def traffic(op: Op, args: Any, kwargs: Any, out: Any) -> Traffic:
     if op.kind == VIEW:
         return Traffic([], [])
     given = {**dict(zip(op.arguments, args, strict=False)), **kwargs}
+    if op.kind == MESSAGE:
+        return _message(given, out)
+    if op.name == "fsdp.all_gather_copy_in":  # it gives its part of the output, and all of it
+        own, _ = out
+        return Traffic(list(map(_whole, tensors_of(given["all_gather_inputs"]))), [_whole(own)])
     if op.written and op.base in _SCATTERS:
         return _scatter(op, given)
     return Traffic(list(_reads(op, given, out)), list(_writes(op, given, out)))
@@ -142,12 +148,47 @@ def _writes(op: Op, given: dict[str, Any], out: Any) -> Iterator[Part]:
             yield Part(tensor, stored_bytes(tensor))
 
 
+def sent_bytes(op: Op, args: Any, kwargs: Any, out: Any) -> int:
+    """Bytes that a rank sends in a message, in a ring; those that it gets are as many.
+
+    A gather, or a sum of which each rank keeps a part, takes (n - 1) / n of the whole from each of
+    n ranks; a sum that all of them keep is both (Patarasuk and Yuan 2009).
+
+    Args:
+        op: What it is.
+        args: Its arguments.
+        kwargs: Likewise, by name.
+        out: What it gave.
+    """
+    if op.kind != MESSAGE or op.base in ("barrier", "recv"):
+        return 0
+    given = [*args, *kwargs.values()]
+    whole = max(sum(map(stored_bytes, tensors_of(each))) for each in [*given, out])
+    if op.base == "send":
+        return whole
+    ranks = group_size(given)
+    rounds = 2 if op.base.startswith(("allreduce", "all_reduce")) else 1
+    return rounds * whole * (ranks - 1) // ranks
+
+
+def _message(given: dict[str, Any], out: Any) -> Traffic:
+    """Operations of ``c10d`` do not say what they write: outputs, if they name any, or all."""
+    outputs = [value for name, value in given.items() if name.startswith("output")]
+    sources = [value for name, value in given.items() if not name.startswith("output")]
+    writes = tensors_of(outputs) if outputs else tensors_of(out)
+    return Traffic(list(map(_whole, tensors_of(sources))), list(map(_whole, writes)))
+
+
+def _whole(tensor: Tensor) -> Part:
+    return Part(tensor, stored_bytes(tensor))
+
+
 def _scatter(op: Op, given: dict[str, Any]) -> Traffic:
     target = given["self"]
     source = given.get(_SCATTERS[op.base])
     others = [*tensors_of(given.get("index", given.get("indices"))), *tensors_of(source)]
     elements = (source if isinstance(source, Tensor) else others[0]).numel()
     touched = Part(target, min(stored_bytes(target), elements * target.element_size()))
-    reads = [Part(tensor, stored_bytes(tensor)) for tensor in others]
+    reads = list(map(_whole, others))
     adds = op.base in _ADDS or bool(given.get("accumulate"))
     return Traffic([*reads, touched] if adds else reads, [touched])

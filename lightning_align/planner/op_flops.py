@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 PRODUCT, ATTENTION, POINTWISE, REDUCTION = "product", "attention", "pointwise", "reduction"
 NORM, MOVE, VIEW, QUERY, UNKNOWN = "norm", "move", "view", "query", "unknown"
+MESSAGE = "message"  # from rank to rank
 Formula = Callable[..., int]
 
 
@@ -80,6 +81,11 @@ _MOVES = words(
     """
 )
 _VIEWS = words("_unsafe_view lift_fresh lift _reshape_alias alias detach")
+_MESSAGES = ("c10d.", "_c10d_functional.")
+_NO_MESSAGES = words("wait_tensor _wrap_tensor_autograd")  # but where one is waited for
+_MOVES_OF_FSDP = frozenset(
+    f"fsdp.{name}" for name in words("all_gather_copy_in split_with_sizes_copy chunk_cat")
+)
 _QUERIES = words(
     """
     _record_function_enter_new _record_function_exit device sym_size size stride storage_offset
@@ -141,6 +147,10 @@ def _kind(func: Any, name: str, base: str, formula: Formula | None) -> str:
         return QUERY
     if getattr(func, "is_view", False) or base in _VIEWS or _has_tag(func, "inplace_view"):
         return VIEW
+    if name.startswith(_MESSAGES):
+        return VIEW if base in _NO_MESSAGES else MESSAGE
+    if name in _MOVES_OF_FSDP:
+        return MOVE
     if formula is not None:
         return ATTENTION if "attention" in name else PRODUCT
     if not name.startswith(("aten.", "prims.", "prim.")):

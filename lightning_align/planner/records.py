@@ -37,6 +37,7 @@ class Record(NamedTuple):
         dtype: Of what it computes with.
         tensors: How many it is given, for what is launched once for each.
         made: Bytes of each storage that is new with it.
+        sent: Bytes that this rank sends to others with it.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Record(NamedTuple):
     dtype: torch.dtype | None
     tensors: int
     made: tuple[int, ...] = ()
+    sent: int = 0
 
 
 @dataclass

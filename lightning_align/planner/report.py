@@ -115,6 +115,11 @@ class StepReport:
         return self._total.bytes
 
     @property
+    def sent_bytes(self) -> int:
+        """Bytes that this rank sends to others, in rings; it gets as many."""
+        return sum(record.sent for record in self.trace.records)
+
+    @property
     def least_bytes(self) -> int:
         """Bytes if forward, recomputation, backward and update were a perfect kernel each."""
         return self._least(range(len(self.trace.records)))
@@ -220,6 +225,7 @@ class StepReport:
             "least_bytes": self.least_bytes,
             "intensity": self.intensity,
             "peak_bytes": self.peak_bytes,
+            "sent_bytes": self.sent_bytes,
             "saved_bytes": self.saved_bytes,
             "uncounted": self.uncounted,
             "block_names": list(self.block_names),

@@ -15,14 +15,16 @@ from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_align._compat.torch_autograd import running_checkpoint
 from lightning_align._compat.torch_modules import without_frame
 from lightning_align.planner.module_scopes import RECOMPUTE, ModuleScopes, Scope
-from lightning_align.planner.op_bytes import Part, traffic
+from lightning_align.planner.op_bytes import Part, sent_bytes, traffic
 from lightning_align.planner.op_flops import (
     BY_SHAPES,
+    MESSAGE,
     QUERY,
     UNKNOWN,
     VIEW,
@@ -44,6 +46,7 @@ Seen: TypeAlias = list[Any]
 _NOT_DENSE = (NotImplementedError, RuntimeError, TypeError)
 
 
+_UNPACKS = "fsdp.split_with_sizes_copy"  # what was gathered, into the parameters of a block
 _MOST_KINDS = 2**14
 
 
@@ -71,6 +74,7 @@ class Work(NamedTuple):
     writes: tuple[Touched, ...]
     dtype: torch.dtype | None
     tensors: int
+    sent: int
     looked_at: int
 
 
@@ -114,6 +118,8 @@ class _Following:
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if types and any(issubclass(each, DTensor) for each in types):
+            return NotImplemented  # it takes the operation apart, into what this rank does
         known = self._ops.get(id(func))
         if known is None:
             op = describe(func)
@@ -191,6 +197,11 @@ class _Following:
     def _note_with_care(self, call: Call, place: Place, known: int) -> None:
         """Note whatever tensors there are; storages from ``known`` on are new here."""
         number, sizes, there = self._storages.number, self._storages.sizes, self._storages.there
+        if call.op.name == _UNPACKS:
+            for tensor in tensors_of(call.named["out"]):
+                self._storages.follow_size(tensor)
+        elif call.op.kind == MESSAGE:
+            self._storages.look()
         seen: Seen = []
         for tensor in tensors_of(call.given):
             seen += (number(tensor, was_there=True), _offset(tensor))
@@ -232,12 +243,25 @@ class _Following:
         notes, at = self._notes, 0
         while at < len(notes):
             work, (phase, scope), made = notes[at : at + 3]
-            name, kind, flops, repeated, pointwise, moved, reads, writes, dtype, tensors, n = work
+            (
+                name,
+                kind,
+                flops,
+                repeated,
+                pointwise,
+                moved,
+                reads,
+                writes,
+                dtype,
+                tensors,
+                sent,
+                n,
+            ) = work
             at += 3
             own = [_new(Region, (notes[at + i], notes[at + i + 1] * z, b)) for i, z, b in reads]
             new = [_new(Region, (notes[at + i], notes[at + i + 1] * z, b)) for i, z, b in writes]
             counts = name, kind, phase, scope, flops, repeated, pointwise, moved
-            yield _new(Record, (*counts, tuple(own), tuple(new), dtype, tensors, made))
+            yield _new(Record, (*counts, tuple(own), tuple(new), dtype, tensors, made, sent))
             at += n
 
 
@@ -284,8 +308,11 @@ def _work_of(call: Call, key: tuple[Any, ...] | None) -> Work:
         writes=touched(moved.writes),
         dtype=next((t.dtype for t in tensors if t.dtype.is_floating_point), None),
         tensors=len(args[0]) if is_list else 1,
+        sent=sent_bytes(op, args, named, out),
         looked_at=2 * len(tensors),
     )
+    if op.kind == MESSAGE:  # a group is no part of the key
+        return work
     if key is not None and (op.formula is None or op.name in BY_SHAPES):
         if len(_WORKS) >= _MOST_KINDS:
             _WORKS.clear()

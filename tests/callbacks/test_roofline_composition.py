@@ -8,14 +8,13 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader
 
 import lightning_align as la
 from lightning_align import LISA, Curriculum, DPOModule, PretrainModule
 from lightning_align.planner import analyze_step
 from lightning_align.planner.report import StepReport
-from tests.callbacks.test_roofline import FORWARD, Analyses, fit, monitor
+from tests.callbacks.test_roofline import FORWARD, Analyses, fit
 from tests.helpers.offloaded import small
 from tests.helpers.pipelines import Batches, Run
 from tests.helpers.ranks import ForkedRanks, run_ranks
@@ -171,13 +170,6 @@ def test_under_a_pipeline_time_goes_to_backward_and_waiting_too(tmp_path: Path) 
         assert values["backward_share"] > 0
         assert values["waiting_share"] > 0
         assert sum(v for k, v in values.items() if k.endswith("_share")) == pytest.approx(1)
-
-
-def test_fsdp2_is_refused_with_the_reason() -> None:
-    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    trainer._accelerator_connector.strategy = ModelParallelStrategy()
-    with pytest.raises(ValueError, match="its ranks hold parts of a model"):
-        monitor().setup(trainer, HandWritten(), "fit")
 
 
 @pytest.mark.slow

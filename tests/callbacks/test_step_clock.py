@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
+from lightning_align._compat.torch_messages import MessageClock
 from lightning_align.callbacks.step_clock import PARTS, StepClock
 
 NOTHING = dict.fromkeys(PARTS, 0.0)
@@ -95,3 +96,15 @@ def test_a_step_that_is_left_out_counts_for_nothing(now: list[float]) -> None:
     entered(clock, now, ("backward", 2))
     assert clock.seconds == 3
     assert clock.split == {**NOTHING, "forward": 1, "backward": 2}
+
+
+def test_messages_of_a_sharded_model_are_a_part_of_their_own(now: list[float]) -> None:
+    messages = MessageClock([])
+    clock = StepClock(SingleDeviceStrategy("cpu"), messages)
+    clock.enter("forward")
+    now[0], messages.seconds = 5, 2
+    clock.enter("backward")
+    now[0], messages.seconds = 8, 100  # never more than the time that has gone by
+    clock.enter(None)
+    clock.count()
+    assert clock.split == {**NOTHING, "forward": 3, "communication": 5}

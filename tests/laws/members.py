@@ -390,7 +390,6 @@ CALLBACKS = [
     Member(
         "RooflineMonitor",
         spec(OURS + "RooflineMonitor", every_n_steps=2, hardware="xeon-8480", plot=False),
-        refuses={"model_parallel, 2 ranks": "it does not tell how long they wait"},
     ),
     Member(
         "SpikeGuard",

@@ -207,11 +207,18 @@ def test_on_two_ranks(build: Callable[[], Parts]) -> None:
     run_ranks(on, timeout_s=120.0)
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, Muon, StableAdamW, GaLoreAdamW])
-def test_on_two_ranks_that_each_have_a_part_of_every_parameter(optimizer: Any) -> None:
-    settings = {"rank": 2, "update_proj_gap": 2} if optimizer is GaLoreAdamW else {}
-    build = partial(ours, optimizer=partial(optimizer, lr=1e-2, **settings))
-
+@pytest.mark.parametrize(
+    "build",
+    [
+        partial(ours, optimizer=partial(torch.optim.AdamW, lr=1e-2)),
+        partial(ours, optimizer=partial(Muon, lr=1e-2)),
+        partial(ours, optimizer=partial(StableAdamW, lr=1e-2)),
+        partial(ours, optimizer=partial(GaLoreAdamW, lr=1e-2, rank=2, update_proj_gap=2)),
+        partial(ours, partial(LISA, activated_layers=1, interval_steps=2, filename=None)),
+    ],
+    ids=["AdamW", "Muon", "StableAdamW", "GaLoreAdamW", "LISA"],
+)
+def test_on_two_ranks_that_each_have_a_part_of_every_parameter(build: Callable[[], Parts]) -> None:
     def on(rank: int) -> None:
         ranks = {"devices": 2, "plugins": [ForkedRanks(rank, 2)]}
         as_told(build, 3, strategy=ModelParallelStrategy, **ranks)

@@ -98,6 +98,26 @@ def test_stages_have_the_micro_batches_of_their_schedule() -> None:
     assert larger_micro_batch(step, machine(1), Setting(shares_batch=True)) is None
 
 
+def test_messages_are_as_large_for_twice_the_rows_and_what_they_take_is_measured() -> None:
+    """10 s that grow, and a gather, a sum and its copy of 10 s each that do not: 80 s for 50. Where
+    10 of 40 measured seconds are messages, the other 30 gain so much, and messages are halved."""
+    gathers = [
+        op("c10d._allgather_base_", kind="message", bytes=10, phase=phase)
+        for phase in ("forward", "backward")
+    ]
+    step = report(op(flops=10), *gathers, op("fsdp.chunk_cat", "backward", kind="move", bytes=10))
+    for micro_batches in (1, 2):
+        setting = Setting(micro_batches=micro_batches)
+        found = larger_micro_batch(step, machine(), setting)
+        assert found is not None
+        assert found.gain == pytest.approx(80 / 50 - 1)
+        measured = {"forward": 30.0, "communication": 10.0}
+        setting = Setting(micro_batches=micro_batches, measured=measured)
+        found = larger_micro_batch(step, machine(), setting)
+        assert found is not None
+        assert found.gain == pytest.approx(40 / (30 * 50 / 80 + 5) - 1)
+
+
 def test_what_is_not_computed_again_is_saved() -> None:
     """30 s, of which 10 are a repetition that leaves 7 bytes."""
     again = op(phase="recompute", flops=10, writes=(Region(1, 0, 7),))

@@ -40,6 +40,26 @@ def test_what_was_there_counts_at_every_moment() -> None:
     assert (storages.now, storages.peak) == (100, 500)
 
 
+def test_memory_that_is_given_back_and_taken_again_counts_while_it_is_there() -> None:
+    """As FSDP's parameters of two blocks, of which one is whole at a time."""
+    storages = Storages()
+    blocks = [torch.ones(100), torch.ones(100)]
+    blocks[1].untyped_storage().resize_(0)
+    storages.follow_size(blocks[0])
+    assert (storages.now, storages.peak) == (400, 400)
+    blocks[0].untyped_storage().resize_(0)
+    blocks[1].untyped_storage().resize_(400)
+    for _ in range(2):
+        storages.follow_size(blocks[1])
+        assert (storages.now, storages.peak) == (400, 400)
+    blocks[0].untyped_storage().resize_(400)
+    storages.look()
+    assert (storages.now, storages.peak, storages.sizes) == (800, 800, [400, 400])
+    assert storages.there == {0, 1}
+    del blocks
+    assert storages.now == 0
+
+
 def test_without_a_storage_nothing_is_counted() -> None:
     sparse = torch.ones(3, 3).to_sparse()
     assert Storages().number(sparse) == -1
