@@ -74,7 +74,10 @@ class MessageClock:
 
     def _follow(self, module: FSDPModule) -> None:
         state: Any = module._get_fsdp_state()
-        for group in state._fsdp_param_groups:
+        # One of them before torch could have several.
+        groups = getattr(state, "_fsdp_param_groups", None)
+        groups = [state._fsdp_param_group] if groups is None else groups
+        for group in filter(None, groups):
             for name in ("_all_gather_comm", "_reduce_scatter_comm"):
                 message = getattr(group, name)
                 setattr(group, name, _Timed(message, self))

@@ -28,6 +28,15 @@ def of_every_rank(trainer: pl.Trainer, own: Any) -> list[Any]:
     return gathered
 
 
+def added_up(own: Tensor) -> Tensor:
+    """The sum of what all ranks have, in place; collective, and no device is waited for.
+
+    Lightning's ``reduce`` has a barrier before each sum, which waits.
+    """
+    torch.distributed.all_reduce(own)
+    return own
+
+
 def total_grad_norm(trainer: pl.Trainer, module: nn.Module) -> Tensor:
     """Norm of a module's gradients, over all ranks that hold a part of it.
 

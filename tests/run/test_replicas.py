@@ -12,8 +12,15 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
-from lightning_align.run.replicas import is_spread, replica, scale_gradients, total_grad_norm
+from lightning_align.run.replicas import (
+    added_up,
+    is_spread,
+    replica,
+    scale_gradients,
+    total_grad_norm,
+)
 from lightning_align.strategies.pipeline.strategy import PipelineStrategy
+from tests.helpers.ranks import run_ranks
 
 
 def one_process() -> pl.Trainer:
@@ -75,6 +82,18 @@ def test_a_strategy_that_spreads_the_model_says_the_norm_itself() -> None:
 
     trainer: Any = SimpleNamespace(strategy=Spreads())
     assert total_grad_norm(trainer, nn.Linear(1, 1)) == 7
+
+
+def test_a_sum_over_ranks_waits_for_no_barrier(monkeypatch: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a barrier")
+
+    def on_a_rank(rank: int) -> list[float]:
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.distributed, "barrier", refuse)
+            return list(added_up(torch.tensor([1.0, float(rank)])).tolist())
+
+    assert run_ranks(on_a_rank, world_size=3) == [[3.0, 3.0]] * 3
 
 
 def test_a_model_is_spread_if_any_parameter_is_elsewhere() -> None:

@@ -37,7 +37,7 @@ from lightning_align.run.protocols import (
     leaves_sharding,
     tokenizer_of,
 )
-from lightning_align.run.replicas import of_every_rank, replica
+from lightning_align.run.replicas import added_up, of_every_rank, replica
 from lightning_align.run.skip_list import stream_of
 from lightning_align.spike_causes import (
     Cause,
@@ -126,8 +126,7 @@ class SpikeEvidence:
         else:
             over_ranks: dict[str, Any] = {}
             if self._together:
-                over_ranks["total"] = partial(strategy.reduce, reduce_op="sum")
-                over_ranks["ranks"] = trainer.world_size
+                over_ranks = {"total": added_up, "ranks": trainer.world_size}
             self._layers = LayerFigures(module, WINDOW, **over_ranks)
         # Asked here and not in every batch: it takes microseconds.
         self._has_sums = isinstance(module, SumsOverWindow) and isinstance(module.accumulated, dict)
