@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.debug import CommDebugMode
 
 from lightning_align import GaLoreAdamW, Muon, StableAdamW
 from tests.helpers.ranks import run_ranks
@@ -97,6 +98,24 @@ def test_dtensors_step_as_whole_parameters_do() -> None:
         for trained in results:
             for key, ours in trained[name].items():
                 torch.testing.assert_close(ours, theirs[key], rtol=0, atol=tolerance)
+
+
+def test_muon_gathers_a_matrix_once_in_a_step() -> None:
+    """And sends nothing else but what is summed to know whether the step can be taken."""
+
+    def on_a_rank(rank: int) -> dict[str, int]:
+        model = model_of(sharded=True)
+        optimizer = SHARDED["Muon-newton_schulz"](groups_of(model))
+        train(model, optimizer, range(1))
+        backward(model, 1)
+        with CommDebugMode() as messages:
+            optimizer.step()
+        return {str(name): count for name, count in messages.get_comm_counts().items()}
+
+    for counts in run_ranks(on_a_rank):
+        gathered = sum(count for name, count in counts.items() if "all_gather" in name)
+        assert gathered == 2, counts
+        assert sum(counts.values()) <= 2 + 2, counts
 
 
 @pytest.mark.parametrize(
