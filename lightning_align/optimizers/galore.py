@@ -32,16 +32,17 @@ from lightning_align.optimizers.galore_groups import (
     is_projected,
     rank_of,
 )
-from lightning_align.optimizers.galore_sharded import (
+from lightning_align.optimizers.loading import loading, refuse_other_shapes
+from lightning_align.optimizers.projection import Basis, refreshed, sides
+from lightning_align.optimizers.sharded_matrices import (
     add_projected_back_,
+    for_own_rows,
     has_whole_rows,
     lying_as,
     project,
     whole,
     zeros_lying_as,
 )
-from lightning_align.optimizers.loading import loading, refuse_other_shapes
-from lightning_align.optimizers.projection import Basis, refreshed, sides
 from lightning_align.seeds import derive_seed
 
 _FAILED = "failed_refreshes"
@@ -252,7 +253,7 @@ class GaLoreAdamW(safety._SafeOptimizer):
         if is_due and not self._refresh(group, weight, gradient, state):
             weight.mul_(kept)  # Only zeros so far: there is no subspace to be in.
             return
-        basis = _basis(state)
+        basis = for_own_rows(_basis(state))
         state["step"] += 1
         direction = adam_direction(project(gradient, basis), state, group["betas"], group["eps"])
         add_projected_back_(weight, direction, basis, beta=kept, alpha=lr * group["scale"] * kept)

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
@@ -23,7 +23,6 @@ from lightning_align._declared import declared
 from lightning_align._errors import argument_error, check_choice
 from lightning_align.optimizers import safety
 from lightning_align.optimizers.adamw import adamw_, init_adamw_state, moment_dtype
-from lightning_align.optimizers.galore_sharded import whole
 from lightning_align.optimizers.loading import loading, refuse_other_shapes
 from lightning_align.optimizers.orthogonalize import (
     JORDAN,
@@ -32,6 +31,7 @@ from lightning_align.optimizers.orthogonalize import (
     check_bounded,
     orthogonalize,
 )
+from lightning_align.optimizers.sharded_matrices import own_rows, whole
 
 AdjustLr = Literal["original", "match_rms_adamw", "identity"]
 
@@ -181,9 +181,9 @@ class Muon(safety._SafeOptimizer):
 
     def _step_matrices(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         for batch in _batches(parameters):
-            directions = [self._direction(group, parameter) for parameter in batch]
+            directions = [whole(self._direction(group, parameter)) for parameter in batch]
             updates = orthogonalize(
-                torch.stack(directions) if len(batch) > 1 else whole(directions[0]),
+                torch.stack(directions) if len(batch) > 1 else directions[0],
                 coefficients=group["ns_coefficients"],
                 steps=group["ns_steps"],
                 eps=group["eps"],
@@ -198,7 +198,7 @@ class Muon(safety._SafeOptimizer):
             each = updates if len(batch) > 1 else [updates]
             for parameter, update in zip(batch, each, strict=True):
                 # 16-bit parameters are rounded once: each by itself, decay would round to nothing.
-                update = _own_rows(parameter, update)
+                update = own_rows(parameter, update)
                 wide = parameter if parameter.dtype == update.dtype else parameter.to(update.dtype)
                 wide.mul_(kept).add_(update, alpha=-lr)
                 if wide is not parameter:
@@ -278,15 +278,6 @@ def _sorted(group: dict[str, Any]) -> list[dict[str, Any]]:
         for is_matrix, part in parts.items()
         if part
     ]
-
-
-def _own_rows(parameter: Tensor, update: Tensor) -> Tensor:
-    """Of an update that every rank has, what it holds of the parameter; nothing is sent."""
-    if not isinstance(parameter, DTensor):
-        return update
-    mesh = parameter.device_mesh
-    known = DTensor.from_local(update, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return known.redistribute(mesh, parameter.placements)
 
 
 def _batches(parameters: list[Tensor]) -> list[list[Tensor]]:

@@ -100,24 +100,6 @@ def test_dtensors_step_as_whole_parameters_do() -> None:
                 torch.testing.assert_close(ours, theirs[key], rtol=0, atol=tolerance)
 
 
-def test_muon_gathers_a_matrix_once_in_a_step() -> None:
-    """And sends nothing else but what is summed to know whether the step can be taken."""
-
-    def on_a_rank(rank: int) -> dict[str, int]:
-        model = model_of(sharded=True)
-        optimizer = SHARDED["Muon-newton_schulz"](groups_of(model))
-        train(model, optimizer, range(1))
-        backward(model, 1)
-        with CommDebugMode() as messages:
-            optimizer.step()
-        return {str(name): count for name, count in messages.get_comm_counts().items()}
-
-    for counts in run_ranks(on_a_rank):
-        gathered = sum(count for name, count in counts.items() if "all_gather" in name)
-        assert gathered == 2, counts
-        assert sum(counts.values()) <= 2 + 2, counts
-
-
 @pytest.mark.parametrize(
     ("bad_rank", "value", "fault"),
     [
@@ -193,6 +175,33 @@ def test_raise_is_on_all_ranks(bad_rank: int) -> None:
     messages = run_ranks(on_a_rank)
     assert f"parameter '1.weight' is not finite on rank {bad_rank}" in messages[bad_rank]
     assert "on another rank" in messages[1 - bad_rank]
+
+
+@pytest.mark.parametrize(
+    ("name", "gathered", "summed"),
+    [
+        ("Muon-newton_schulz", 1, 0),
+        ("Muon-eigh", 1, 0),
+        ("GaLoreAdamW-right", 1, 0),  # the basis
+        ("GaLoreAdamW-svd", 1, 1),  # of the left side: Adam's direction, and the projected gradient
+    ],
+)
+def test_each_matrix_is_gathered_once_in_a_step(name: str, gathered: int, summed: int) -> None:
+    def on_a_rank(rank: int) -> dict[str, int]:
+        model = model_of(sharded=True)
+        optimizer = SHARDED[name](groups_of(model))
+        train(model, optimizer, range(1))  # where a basis is found; the next one is at step 3
+        backward(model, 1)
+        with CommDebugMode() as sent:
+            optimizer.step()
+        return {str(op).rsplit(".", 1)[-1]: n for op, n in sent.get_comm_counts().items()}
+
+    for sent in run_ranks(on_a_rank):
+        kinds = {
+            kind: sum(n for op, n in sent.items() if kind in op) for kind in ("gather", "scatter")
+        }
+        assert kinds == {"gather": 2 * gathered, "scatter": 2 * summed}
+        assert sum(sent.values()) == 2 * (gathered + summed) + 1  # all agree whether to step
 
 
 def test_galore_holds_a_part_of_all_that_it_keeps() -> None:

@@ -1,7 +1,9 @@
-"""GaLore of a matrix of which each rank has some rows (FSDP2); others pass through as they are.
+"""Matrices of which each rank has some rows (FSDP2); others pass through as they are.
 
-All that is kept for such a matrix lies as it does: divided along the first dimension, so that N
-ranks hold 1 / N of basis and moments each. A rank gathers what its rows of the update need:
+What needs all of one gathers it once and goes on with a plain tensor, as Muon does: a product of
+DTensors sends something each time. All that GaLore keeps for such a matrix is divided as it is,
+along the first dimension, so that N ranks hold 1 / N of basis and moments each. A rank gathers what
+its rows of the update need:
 
 ========  =====================================  ==========================================
 basis     the projected gradient R               the update
@@ -46,6 +48,14 @@ def lying_as(weight: Tensor, value: Tensor) -> Tensor:
     return distribute_tensor(value.contiguous(), weight.device_mesh, weight.placements)
 
 
+def own_rows(weight: Tensor, value: Tensor) -> Tensor:
+    """A tensor that every rank has made alike, divided as a weight is; nothing is sent."""
+    if not isinstance(weight, DTensor):
+        return value
+    mesh, placements = weight.device_mesh, weight.placements
+    return distribute_tensor(value, mesh, placements, src_data_rank=None)
+
+
 def zeros_lying_as(weight: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Zeros of a shape, divided as a weight is."""
     if not isinstance(weight, DTensor):
@@ -54,12 +64,18 @@ def zeros_lying_as(weight: Tensor, shape: torch.Size, dtype: torch.dtype) -> Ten
     return torch.distributed.tensor.zeros(shape, dtype=dtype, **layout)
 
 
+def for_own_rows(basis: Basis) -> Basis:
+    """Of a basis in parts: its rows for the rows of this rank, and all of the other side."""
+    left: Any = basis.left
+    return Basis(left.to_local() if isinstance(left, DTensor) else left, whole(basis.right))
+
+
 def project(gradient: Tensor, basis: Basis) -> Tensor:
-    """The gradient in the coordinates of the basis, divided as it is."""
+    """The gradient in the coordinates of a basis ``for_own_rows``, divided as it is."""
     if not isinstance(gradient, DTensor):
         return projection.project(gradient, basis)
     mesh, placements = gradient.device_mesh, gradient.placements
-    own = projection.project(gradient.to_local(), _for_own_rows(basis))
+    own = projection.project(gradient.to_local(), basis)
     if basis.left is not None:
         sums = [Partial() if placement == Shard(0) else placement for placement in placements]
         # Contiguous: torch sends what is behind a view's strides.
@@ -72,14 +88,11 @@ def project(gradient: Tensor, basis: Basis) -> Tensor:
 def add_projected_back_(
     weight: Tensor, projected: Tensor, basis: Basis, *, beta: float, alpha: float
 ) -> None:
-    """``weight <- beta * weight + alpha * project_back(projected)``, each rank its rows."""
+    """``weight <- beta * weight + alpha * project_back(projected)``, each rank its rows.
+
+    The basis is one ``for_own_rows``.
+    """
     if isinstance(weight, DTensor) and isinstance(projected, DTensor):
         projected = projected.to_local() if basis.left is None else projected.full_tensor()
-        weight, basis = weight.to_local(), _for_own_rows(basis)
+        weight = weight.to_local()
     projection.add_projected_back_(weight, projected, basis, beta=beta, alpha=alpha)
-
-
-def _for_own_rows(basis: Basis) -> Basis:
-    """Of a basis in parts: its rows for the rows of this rank, and all of the other side."""
-    left: Any = basis.left
-    return Basis(None if left is None else left.to_local(), whole(basis.right))
