@@ -289,7 +289,7 @@ def plain_paths(where: str, argument: str, paths: Paths) -> list[str]:
     Raises:
         ValueError: If one is no path, such as a dataset or records in memory.
     """
-    listed = paths if isinstance(paths, (list, tuple)) else [paths]
+    listed: Any = paths if isinstance(paths, (list, tuple)) else [paths]
     for path in listed:
         if not isinstance(path, (str, PathLike)):
             rule = "must be paths, since a run that resumes reads its data again"
