@@ -14,6 +14,7 @@ from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loops.loop import _Loop
+from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompose
@@ -101,6 +102,16 @@ def has_own_hook(owner: Any, name: str) -> bool:
     """Whether a LightningModule or callback has more than Lightning's empty hook of a name."""
     base = pl.Callback if isinstance(owner, pl.Callback) else pl.LightningModule
     return is_overridden(name, owner, parent=base)
+
+
+def widen_before_restoring(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Convert a module for ``precision="64-true"`` before the weights of a checkpoint come.
+
+    Lightning converts it behind them, when they have been rounded to the float32 that it was built
+    in. Of narrower precisions nothing is lost by that.
+    """
+    if isinstance(trainer.precision_plugin, DoublePrecision):
+        trainer.precision_plugin.convert_module(module)
 
 
 def call_before_saving(trainer: pl.Trainer, function: Callable[[], None] | None) -> None:

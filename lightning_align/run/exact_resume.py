@@ -21,7 +21,7 @@ from lightning_align.run.position import Place, batches_consumed
 from lightning_align.run.protocols import batch_cutter, seed_of
 from lightning_align.run.replicas import replica
 from lightning_align.run.rng import reseed
-from lightning_align.run.settings import LeftOut
+from lightning_align.run.settings import LeftOut, refuse_short_schedule
 from lightning_align.run.sharded_optimizers import taking_up_what_was_saved
 from lightning_align.run.skipping import Skipping
 
@@ -72,6 +72,7 @@ class ExactResume(Callback):
             seed = ours if ours is not None else os.environ.get("PL_GLOBAL_SEED", 0)
             self._effective_seed = int(seed)
         self.skipping.follow(trainer)
+        lightning_resume.widen_before_restoring(trainer, pl_module)
         # Lightning looks for a stateful loader; whatever it finds, we make it follow the position.
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that")
         lightning_resume.wrap_train_loaders(trainer, partial(self._follow, trainer))
@@ -120,6 +121,7 @@ class ExactResume(Callback):
         back = partial(self.keeper.put_back, trainer, pl_module)
         lightning_resume.call_before_epochs(trainer, back)
         self.keeper.load(trainer)
+        refuse_short_schedule(trainer)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

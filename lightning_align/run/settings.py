@@ -4,8 +4,14 @@ How many batches an optimizer step takes, at which norm gradients are clipped, w
 frozen and which modules are in eval mode: saved as they were when the fit began and as they are.
 The latter is put back only where the fit begins today as it did then; where it does not, the user
 wants another setting, and has it from the first batch on.
+
+Schedulers of the learning rate are another matter: Lightning takes what they were built with out of
+the checkpoint, so whoever builds them otherwise is told, and a schedule too short for the run
+is refused.
 """
 
+import inspect
+import math
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,11 +19,13 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import OneCycleLR
 
 from lightning_align._compat import lightning_resume
 from lightning_align._errors import argument_error
 
 Settings = dict[str, Any]
+_PLAIN = (bool, int, float, str)
 _OF_TRAINER = ("accumulate_grad_batches", "gradient_clip_val")
 
 
@@ -29,6 +37,7 @@ def settings_in_force(trainer: pl.Trainer, module: pl.LightningModule) -> Settin
         "frozen": [name for name, p in module.named_parameters() if not p.requires_grad],
         "eval": [name for name, training in modes.items() if not training],
         "sync_of_buffers": lightning_resume.sync_of_buffers(trainer),
+        "schedules": [_built_with(config.scheduler) for config in trainer.lr_scheduler_configs],
     }
 
 
@@ -57,6 +66,7 @@ def restore_settings(
         if start[name] == before[name]:
             setattr(trainer, name, then[name])
     _check_window(trainer, then["accumulate_grad_batches"], window_is_open)
+    _warn_of_schedules(trainer, before.get("schedules", []), start["schedules"])
     changed = set()
     for name, parameter in module.named_parameters():
         if (name in start["frozen"]) == (name in before["frozen"]):
@@ -76,6 +86,53 @@ def restore_settings(
     for name, part in module.named_modules():
         if (name in start["eval"]) == (name in before["eval"]):
             part.training = name not in then["eval"]
+
+
+def refuse_short_schedule(trainer: pl.Trainer) -> None:
+    """A OneCycleLR raises behind its last step, so it must reach the end of the run.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    for config in trainer.lr_scheduler_configs:
+        schedule = config.scheduler
+        if not isinstance(schedule, OneCycleLR) or config.interval != "step":
+            continue
+        left = trainer.estimated_stepping_batches - trainer.global_step
+        last = schedule.last_epoch + left // config.frequency
+        if math.isfinite(last) and last > schedule.total_steps:
+            rule = f"the run takes {last:.0f} steps, and behind the last of these it has no rate"
+            way_out = f"Give {last:.0f}, or end the run there with max_steps"
+            if trainer.ckpt_path:
+                rule += ". It goes on as in the checkpoint"
+                way_out = "End the run there with max_steps, or begin a new one from its weights"
+            total = schedule.total_steps
+            raise argument_error("OneCycleLR", "total_steps", total, rule, way_out)
+
+
+def _built_with(scheduler: Any) -> Settings:
+    """Arguments that a scheduler keeps in its state, and the rates that it began with."""
+    names = [*inspect.signature(type(scheduler)).parameters, "base_lrs"]
+    state = {name: value for name, value in vars(scheduler).items() if name in names}
+    listed = {name: [*v] if isinstance(v, (list, tuple)) else [v] for name, v in state.items()}
+    plain = {name: v for name, v in listed.items() if all(type(each) in _PLAIN for each in v)}
+    return {name: value for name, value in plain.items() if name != "last_epoch"}
+
+
+def _warn_of_schedules(trainer: pl.Trainer, before: list[Settings], start: list[Settings]) -> None:
+    """Name what the checkpoint's schedulers were built with otherwise than those of this fit."""
+    for config, then, now in zip(trainer.lr_scheduler_configs, before, start, strict=False):
+        names = [name for name in now if name in then and then[name] != now[name]]
+        if names:
+            told = [f"{name}={_one(then[name])}, not {_one(now[name])}" for name in names]
+            rank_zero_warn(
+                f"{type(config.scheduler).__name__}: goes on as in the checkpoint, with"
+                f" {', '.join(told)}. For another schedule begin a new run from its weights."
+            )
+
+
+def _one(listed: list[Any]) -> Any:
+    return listed[0] if all(each == listed[0] for each in listed) else listed
 
 
 def _check_window(trainer: pl.Trainer, then: int, window_is_open: bool) -> None:

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import (
 )
 from torch import nn
 
+from lightning_align.run.exact_resume import ExactResume
 from tests.helpers.covers import cover
 from tests.helpers.ranks import ForkedRanks, run_ranks
 from tests.helpers.resumable import (
@@ -219,3 +220,50 @@ def test_the_epoch_of_batchnorm_is_not_resumed(tmp_path: Path, position: int) ->
         ValueError, match=r"StochasticWeightAveraging\(ckpt_path=.*epochs of training are over"
     ):
         fit.run("resumed", ckpt_path=fit.checkpoint(position))
+
+
+class Scheduled(Plain):
+    def __init__(self, schedule: Any) -> None:
+        super().__init__()
+        self.schedule = schedule
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        schedule = {"scheduler": self.schedule(optimizer), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+
+def scheduled(folder: Path, schedule: Any, steps: int, ckpt_path: Path | None = None) -> None:
+    options = {"enable_checkpointing": False, "logger": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(
+        max_steps=steps, callbacks=[ExactResume()], default_root_dir=folder, **options
+    )
+    trainer.fit(Scheduled(schedule), ckpt_path=ckpt_path)
+    trainer.save_checkpoint(folder / f"{steps}.ckpt")
+
+
+cosine = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=6)
+one_cycle = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=4)
+
+
+def test_a_schedule_that_is_built_otherwise_is_said_to_go_on_as_it_was(tmp_path: Path) -> None:
+    scheduled(tmp_path, cosine, 2)
+    with pytest.warns(UserWarning, match="CosineAnnealingLR: goes on .* T_max=6, not 9") as told:
+        scheduled(tmp_path, partial(cosine, T_max=9), 4, tmp_path / "2.ckpt")
+    assert sum("goes on as in the checkpoint" in str(each.message) for each in told) == 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*goes on as in the checkpoint")
+        scheduled(tmp_path, cosine, 4, tmp_path / "2.ckpt")
+
+
+def test_a_run_longer_than_its_cycle_is_refused_before_it_trains(tmp_path: Path) -> None:
+    scheduled(tmp_path, one_cycle, 4)
+    with pytest.raises(ValueError, match=r"OneCycleLR\(total_steps=4\): the run takes 5 .*Give 5"):
+        scheduled(tmp_path, one_cycle, 5)
+    with pytest.raises(ValueError, match=r"checkpoint\. End the run there"):
+        scheduled(tmp_path, partial(one_cycle, total_steps=9), 9, tmp_path / "4.ckpt")
+
+
+def test_weights_in_double_precision_are_not_rounded_on_their_way(tmp_path: Path) -> None:
+    double = {"precision": "64-true"}
+    resumes(Fit(tmp_path, Plain, every_batch, list, double), 3)
