@@ -12,11 +12,11 @@ import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
-from torch import nn
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from lightning_align._compat.peft_layers import switched_off
@@ -40,15 +40,18 @@ from lightning_align.models.build import Loading, build_model
 from lightning_align.modules.precomputed import PrecomputedReference, Row, score_rows
 from lightning_align.modules.reference import fingerprint, fingerprint_until_0_1
 from lightning_align.modules.reference_sync import ReferenceSync, sync_of
+from lightning_align.offload.away import Away
 from lightning_align.run.own_parts import is_own_state
 from lightning_align.run.protocols import (
-    HoldsGradients,
     NumbersCompletions,
     SpreadsModel,
     all_ranks_run_model,
     datamodule_of,
+    gathered,
     has_replicas,
     leaves_sharding,
+    let_go,
+    one_rank_runs_model,
 )
 from lightning_align.run.replicas import is_spread, of_every_rank
 
@@ -169,7 +172,7 @@ class FrozenReference:
                 "Give trainer.fit a datamodule: PreferenceDataModule, or one with completions()"
             )
             raise argument_error(where, argument, True, rule, way_out)
-        sharded = (DeepSpeedStrategy, FSDPStrategy, HoldsGradients)
+        sharded = (DeepSpeedStrategy, FSDPStrategy)
         if isinstance(strategy, sharded):
             rule = f"does not go with {type(strategy).__name__}, which spreads the models"
             raise argument_error(where, argument, True, rule, "Use DDP, or leave the argument out")
@@ -177,9 +180,10 @@ class FrozenReference:
             rule = "must know the reference by its weights, and it is built without them"
             raise argument_error(where, argument, True, rule, "Build the models without empty_init")
         if self.is_policy:  # also where weights were loaded since
-            self.is_policy = fingerprint(module.model) == self.fingerprint
+            reading = partial(_in_memory, strategy)
+            self.is_policy = fingerprint(module.model, reading=reading) == self.fingerprint
         self.cached.forget_data()
-        if isinstance(strategy, SpreadsModel):  # it need not run, if all values are there
+        if not _can_ask(strategy):  # it need not run, if all values are there
             self.precompute(module)
 
     def precompute(self, module: DPOModule) -> None:
@@ -199,12 +203,14 @@ class FrozenReference:
         together = all_ranks_run_model(module.trainer.strategy)
         values.fill(module.trainer, data, about, self.probe, score, together=together)
         if self.layers is not None:
+            if _can_ask(module.trainer.strategy):  # and has set it up
+                let_go(module.trainer.strategy, list(self.layers.model.parameters()))
             self.layers = None
             gc.collect()  # a sharded model is part of cycles
 
     def _asked(self, module: DPOModule, rows: Sequence[Row], calls: int) -> list[Values]:
         assert self.cached is not None
-        if isinstance(module.trainer.strategy, SpreadsModel):
+        if not _can_ask(module.trainer.strategy):
             rule = (
                 f"{self.cached.url} lacks values, and the reference cannot be asked for them under"
                 f" {type(module.trainer.strategy).__name__}, which spreads the models"
@@ -335,6 +341,18 @@ class FrozenReference:
         way_out = "Pass the model that training began with as ref_model"
         name = None if self.layers is None else type(self.layers.model).__name__
         return argument_error(self.where, "ref_model", name, rule, way_out)
+
+
+def _in_memory(strategy: Strategy, tensor: Tensor) -> AbstractContextManager[None]:
+    """Around code that reads a tensor, which may be a parameter that is away."""
+    is_away = isinstance(tensor, Away)
+    return gathered(strategy, [cast(nn.Parameter, tensor)]) if is_away else nullcontext()
+
+
+def _can_ask(strategy: Strategy) -> bool:
+    """Whether ranks can run a model that the strategy has set up, alone or all together."""
+    spreads = isinstance(strategy, SpreadsModel)
+    return not spreads or one_rank_runs_model(strategy) or all_ranks_run_model(strategy)
 
 
 def build_reference(

@@ -9,6 +9,8 @@ one processor to another, and follow from the configuration).
 import hashlib
 import json
 import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,7 +30,12 @@ NO_EFFECT = re.compile(
 ADAPTER_STATE = ("active_adapters", "disable_adapters")
 
 
-def fingerprint(model: nn.Module, *, without_adapters: bool = False) -> dict[str, str]:
+def fingerprint(
+    model: nn.Module,
+    *,
+    without_adapters: bool = False,
+    reading: Callable[[Tensor], AbstractContextManager[None]] = lambda _: nullcontext(),
+) -> dict[str, str]:
     """Hashes ``weights`` and ``configuration``; empty for a model whose weights are on meta.
 
     Reads each weight once, as fast as memory gives it; not cryptographic. Collective, where ranks
@@ -37,6 +44,7 @@ def fingerprint(model: nn.Module, *, without_adapters: bool = False) -> dict[str
     Args:
         model: The model.
         without_adapters: Whether it counts as the model that its adapters were added to.
+        reading: Around what reads one of its tensors.
     """
     state = model.state_dict(keep_vars=True)  # nothing is read yet: values may be on disk
     state = base_state(model, state) if without_adapters else state
@@ -47,7 +55,8 @@ def fingerprint(model: nn.Module, *, without_adapters: bool = False) -> dict[str
     digests: dict[Tensor, str] = {}  # a tied weight has two names, and is read once
     for name, tensor in sorted(tensors.items()):
         if tensor not in digests:
-            digests[tensor] = xxhash.xxh3_128_hexdigest(_bytes(tensor))
+            with reading(tensor):
+                digests[tensor] = xxhash.xxh3_128_hexdigest(_bytes(tensor))
         described = f"{name} {tuple(tensor.shape)} {tensor.dtype} {digests[tensor]}\n"
         weights.update(described.encode())
     adapters = [] if without_adapters else _adapters(model)

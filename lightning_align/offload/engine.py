@@ -9,7 +9,7 @@ where nobody calls its module.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -72,7 +72,7 @@ class OffloadEngine:
         self.gradients = GradientSums(folders, self._summed, self.pool, threads)
         self._collector = Collector(store, self.residents, self.gradients, self._summed)
         self._memory = memory
-        self._modules = modules
+        self._modules = dict(modules)
         self.whole = WholeValues(store, self.residents, self.pool)
         self._saved = SavedWeights(self.residents, self.blocks, activations)
         self._owner = {
@@ -270,6 +270,21 @@ class OffloadEngine:
             if parameter.grad is not None:
                 parameter.grad.clamp_(-limit, limit)
         self.gradients.edits.append(lambda gradient: gradient.clamp_(-limit, limit))
+
+    # The end
+
+    def let_go(self, parameters: Collection[nn.Parameter]) -> None:
+        """Give up the memory of blocks that nobody trains, if all of their parameters are named.
+
+        Their files on a drive stay, as a committed step has them.
+        """
+        named = set(parameters)
+        for block in self.blocks:
+            if block.read_only and named.issuperset(block.parameters.values()):
+                self._modules.pop(block.name, None)
+                self.residents.let_go(block)
+                self.store.let_go(block.name)
+        self.pool.trim()
 
     def close(self) -> None:
         """Close all files."""

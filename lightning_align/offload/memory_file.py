@@ -102,6 +102,10 @@ class MemoryFile:
         if self._behind is not None:
             self._behind.rename(name)
 
+    def let_go(self) -> None:
+        """Give up the values, for good."""
+        self._memory = self._memory[:0].clone()
+
     def close(self) -> None:
         """Close the file; who looks at the memory keeps it."""
         if self._behind is not None:

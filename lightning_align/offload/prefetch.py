@@ -183,6 +183,11 @@ class Residents:
         if not block.kept:
             block.hide()
 
+    def let_go(self, block: Block) -> None:
+        """Give up a block that nobody will fetch again, also if it was to stay."""
+        self.discard(block)
+        block.kept = block.travels = False
+
     def _compute_no_more(self, block: Block) -> None:
         if block.seen is not None:
             self.by_storage.pop(block.seen.untyped_storage().data_ptr(), None)

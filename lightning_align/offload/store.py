@@ -282,6 +282,13 @@ class ShardStore:
         self._fresh[block] = fresh
         return fresh
 
+    def let_go(self, block: str) -> None:
+        """Give up the memory of a block that nobody will read again; what is on a drive stays."""
+        self.settle(block)
+        file = self._files[block, self._current[block]]
+        if isinstance(file, MemoryFile):
+            file.let_go()
+
     # What stays as it is, while training goes on
 
     def values(self, block: str) -> Tensor:

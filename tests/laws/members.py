@@ -192,8 +192,6 @@ CACHED = objective(
     ref_cache_dir="{data}/reference",
     refuses={
         "PreferenceDiagnostics": "its reference is released once it is precomputed",
-        "zero_infinity": "does not go with ZeROInfinityStrategy",
-        "zero_infinity_cpu": "does not go with ZeROInfinityStrategy",
     },
 )
 ADAPTED = objective(

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import MixtralConfig
 
-from lightning_align import DPOModule, PreferenceDataModule, ZeROInfinityStrategy
+from lightning_align import DPOModule, PreferenceDataModule
 from lightning_align.data import reference_cache
 from lightning_align.layers import ModelLayers
 from lightning_align.modules import frozen_reference, precomputed
@@ -606,11 +606,6 @@ def test_data_of_unknown_length_is_refused(tmp_path: Path, pairs: Path) -> None:
     loader = DataLoader([batch], batch_size=None)
     with pytest.raises(ValueError, match="needs to know all data before training"):
         trainer_of().fit(module(tmp_path / "cache"), loader)
-
-
-def test_a_strategy_that_spreads_the_models_is_refused(tmp_path: Path, pairs: Path) -> None:
-    with pytest.raises(ValueError, match="does not go with ZeROInfinityStrategy"):
-        fit(module(tmp_path / "cache"), data(pairs), strategy=ZeROInfinityStrategy())
 
 
 def test_values_that_are_not_finite_are_refused_and_not_kept(

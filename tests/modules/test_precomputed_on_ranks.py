@@ -4,6 +4,8 @@ import os
 import signal
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from torch.distributed.tensor import DTensor
 
 from lightning_align.data import reference_cache
 from lightning_align.modules import precomputed
+from lightning_align.run.protocols import gathered
+from tests.helpers.offloaded import small
 from tests.helpers.ranks import ForkedRanks, end_of_ranks, run_ranks
 from tests.modules.test_precomputed import (
     counted,
@@ -31,8 +35,14 @@ from tests.modules.test_pretrain import llama, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
-STRATEGIES: dict[str, Callable[[], Any]] = {"model_parallel": ModelParallelStrategy}
-BY_STRATEGY = pytest.mark.parametrize("name", STRATEGIES)
+HOST = {"offload_params_device": "cpu", "offload_optimizer_device": "cpu"}
+STRATEGIES: dict[str, Callable[[], Any]] = {
+    "model_parallel": ModelParallelStrategy,
+    "zero_infinity": partial(small, overwrite=True),
+    "zero_infinity_cpu": partial(small, **HOST),
+}
+OFFLOADED = pytest.param("zero_infinity", marks=pytest.mark.slow)
+BY_STRATEGY = pytest.mark.parametrize("name", ["model_parallel", OFFLOADED, "zero_infinity_cpu"])
 LORA = {"class_path": "peft.LoraConfig", "init_args": {"r": 2}}
 
 
@@ -57,11 +67,15 @@ def fit_on(
     rank: int, ours: Any, name: str, pairs: Path, ckpt_path: Any = None, **options: Any
 ) -> tuple[Any, list[int]]:
     """Half of each batch; the values of the model then, whole, and what the reference was asked."""
-    on_ranks = {"devices": 2, "plugins": [ForkedRanks(rank, 2)], "strategy": STRATEGIES[name]()}
+    strategy = options.pop("strategy", None) or STRATEGIES[name]()
+    on_ranks = {"devices": 2, "plugins": [ForkedRanks(rank, 2)], "strategy": strategy}
     with counted() as asked:
+        options = {"default_root_dir": str(pairs.parent), **options}
         fit(ours, data(pairs, batch_size=1), ckpt_path, **{**options, **on_ranks})
-    values = [p.full_tensor() if isinstance(p, DTensor) else p for p in ours.parameters()]
-    return torch.cat([p.detach().flatten() for p in values]).numpy(), asked
+    with gathered(strategy, list(ours.parameters())):
+        values = [p.full_tensor() if isinstance(p, DTensor) else p for p in ours.parameters()]
+        found = torch.cat([p.detach().flatten() for p in values]).numpy()
+    return found, asked
 
 
 def values_of(cache: Path) -> dict[str, np.ndarray]:
@@ -155,17 +169,20 @@ def test_a_policy_is_asked_between_evaluations_as_long_as_it_has_not_learned(
 
     def on_a_rank(rank: int) -> Any:
         ours, found = module(tmp_path / "cache"), []
+        on_ranks = {"devices": 2, "plugins": [ForkedRanks(rank, 2)], "strategy": STRATEGIES[name]()}
+        trainer = trainer_of(default_root_dir=str(tmp_path), **on_ranks)
         for path in (pairs, more):
-            on_ranks = {"devices": 2, "plugins": [ForkedRanks(rank, 2)]}
-            trainer = trainer_of(strategy=STRATEGIES[name](), **on_ranks)
             with counted() as asked:
                 held_out = data(path, batch_size=1, val_fraction=0.3)
                 (metrics,) = trainer.validate(ours, held_out, verbose=False)
             found.append((sum(asked), metrics["val_loss"]))
-        _, asked = fit_on(rank, ours, name, pairs)
+        with counted() as asked:
+            trainer.fit(ours, data(pairs, batch_size=1))
         assert asked == []
+        path = write_pairs(tmp_path / f"other{rank}.jsonl", 10, 36)
+        other = data(path, batch_size=1, val_fraction=0.3)
         with pytest.raises(ValueError, match="has moved on"):
-            fit_on(rank, ours, name, write_pairs(tmp_path / f"other{rank}.jsonl", 10, 36))
+            trainer.validate(ours, other)
         return found
 
     ranks = run_ranks(on_a_rank, timeout_s=120)
@@ -173,3 +190,56 @@ def test_a_policy_is_asked_between_evaluations_as_long_as_it_has_not_learned(
     assert sum(found[1][0] for found in ranks) == 6
     for found in ranks:
         assert [loss for _, loss in found] == pytest.approx([0.6931471805599453] * 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["zero_infinity", "zero_infinity_cpu"])
+def test_blocks_of_a_reference_that_is_released_take_no_memory(
+    name: str, tmp_path: Path, pairs: Path
+) -> None:
+    """Its embedding and head among them, which stay in host memory as long as it is asked."""
+
+    def on_a_rank(rank: int) -> Any:
+        ours = module(tmp_path / "cache", **options_of("a model beside it"))
+        strategy = STRATEGIES[name]()
+        fit_on(rank, ours, name, pairs, strategy=strategy)
+        store = strategy._engine.store
+        frozen = [block for block in store.blocks.values() if block.read_only]
+        assert len(frozen) == 3
+        assert all(block.memory is None and not block.kept for block in frozen)
+        learned = [block for block in store.blocks.values() if not block.read_only]
+        in_memory = name == "zero_infinity_cpu"
+        assert store.host_nbytes == in_memory * sum(block.section_nbytes for block in learned)
+        strategy.close()
+
+    run_ranks(on_a_rank, timeout_s=60)
+
+
+@pytest.mark.parametrize("name", ["zero_infinity", "zero_infinity_cpu"])
+def test_one_rank_asks_its_blocks_alone(name: str, tmp_path: Path, pairs: Path) -> None:
+    found = []
+    for strategy in ("auto", STRATEGIES[name]()):
+        ours = module(tmp_path / str(len(found)), **options_of("a model beside it"))
+        fit(ours, data(pairs), strategy=strategy, default_root_dir=str(tmp_path))
+        whole = nullcontext() if strategy == "auto" else strategy.gathered()
+        with whole:
+            found.append((weights(ours).clone(), files(tmp_path / str(len(found)))))
+    strategy.close()
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+
+
+@pytest.mark.slow
+def test_a_committed_step_goes_on_without_the_memory_of_its_reference(
+    tmp_path: Path, pairs: Path
+) -> None:
+    found = []
+    for limits in ((-1,), (3, -1)):
+        for max_steps in limits:
+            ours = module(tmp_path / "cache", **options_of("a model beside it"))
+            strategy = small(nvme_path=str(tmp_path / f"nvme{len(found)}"))
+            fit(ours, data(pairs), "last", strategy=strategy, max_steps=max_steps)
+            with strategy.gathered():
+                values = weights(ours).clone()
+            strategy.close()
+        found.append(values)
+    assert torch.equal(found[0], found[1])

@@ -71,6 +71,7 @@ ANSWER: dict[str, Callable[[], Any]] = {
     "SaysWhoSaves": la.PipelineStrategy,
     "SaysWhoRuns": Answers,
     "RunsModelTogether": la.ZeROInfinityStrategy,
+    "LetsGo": la.ZeROInfinityStrategy,
     "SaysHowParametersLie": Answers,
     "FollowsFreezing": Answers,
     "TellsWaits": la.ZeROInfinityStrategy,

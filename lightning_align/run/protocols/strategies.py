@@ -141,6 +141,14 @@ class GathersParameters(Protocol):
         """Around code that reads parameters, or edits them: some, or all for None; collective."""
 
 
+@runtime_checkable
+class LetsGo(Protocol):
+    """It holds memory for the parameters of modules that it has set up."""
+
+    def let_go(self, parameters: Collection[nn.Parameter], /) -> None:
+        """Give that up for some of a frozen module, which nobody will run again."""
+
+
 # Questions
 
 
@@ -199,6 +207,12 @@ def gathered(
     if isinstance(strategy, GathersParameters):
         return strategy.gathered(parameters, modify=modify)
     return nullcontext()
+
+
+def let_go(strategy: Strategy, parameters: Collection[nn.Parameter]) -> None:
+    """Let a strategy give up what it holds for parameters that nobody will use again."""
+    if isinstance(strategy, LetsGo):
+        strategy.let_go(parameters)
 
 
 def may_freeze(strategy: Strategy) -> bool:

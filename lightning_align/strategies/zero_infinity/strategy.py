@@ -388,6 +388,11 @@ class ZeROInfinityStrategy(BlockCheckpoints):
         assert self._engine is not None
         self._engine.updates.forget_state(dropped)
 
+    def let_go(self, parameters: Collection[nn.Parameter]) -> None:
+        """Give up the memory of parameters of a frozen module that nobody will run again."""
+        assert self._engine is not None
+        self._engine.let_go(parameters)
+
     @property
     def waited_s(self) -> float:
         """Seconds that steps have waited for transfers so far."""
