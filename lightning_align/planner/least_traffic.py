@@ -8,7 +8,7 @@ what forward leaves for backward goes through memory.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from lightning_align.planner.records import Record, Region
 
@@ -35,35 +35,41 @@ def least_bytes(
         reads: As ``reads_of`` gives it.
         sizes: Bytes of each storage.
     """
-    members, made = set(inside), set()
-    taken: dict[int, set[Region]] = defaultdict(set)
-    given: dict[int, set[Region]] = defaultdict(set)
+    made: set[int] = set()
+    taken: set[Region] = set()
+    given: set[Region] = set()
     for number in inside:
-        for region in records[number].reads:
-            if region.storage not in made:
-                taken[region.storage].add(region)
-        for region in records[number].writes:
-            made.add(region.storage)
-            given[region.storage].add(region)
-    first = min(members, default=0)
-    leaves = {
-        storage: regions
-        for storage, regions in given.items()
-        if storage in taken or _is_left(members, first, reads.get(storage, ()))
+        record = records[number]
+        for region in record.reads:
+            if region[0] not in made:  # the storage
+                taken.add(region)
+        for region in record.writes:
+            made.add(region[0])
+            given.add(region)
+    members = set(inside)
+    outside = {region[0] for region in taken}
+    leaves = outside | {
+        storage for storage in made - outside if _is_left(members, inside, reads.get(storage, ()))
     }
-    return sum(
-        min(sum(region.bytes for region in regions), sizes[storage])
-        for uses in (taken, leaves)
-        for storage, regions in uses.items()
-    )
+    return _bytes(taken, sizes) + _bytes([each for each in given if each[0] in leaves], sizes)
 
 
-def _is_left(members: set[int], first: int, readers: Sequence[int]) -> bool:
+def _bytes(regions: Iterable[Region], sizes: Sequence[int]) -> int:
+    """Of all of them, and no more of a storage than it has."""
+    found: dict[int, int] = {}
+    for storage, _, nbytes in regions:
+        found[storage] = found.get(storage, 0) + nbytes
+    return sum([min(nbytes, sizes[storage]) for storage, nbytes in found.items()])
+
+
+def _is_left(members: set[int], inside: Sequence[int], readers: Sequence[int]) -> bool:
     """Whether a storage is read after the region began and outside of it, or not inside."""
+    if not readers or readers[-1] > inside[-1]:
+        return True
     is_read_inside = False
     for number in readers:
         if number in members:
             is_read_inside = True
-        elif number > first:
+        elif number > inside[0]:
             return True
     return not is_read_inside

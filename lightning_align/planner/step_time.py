@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -30,8 +30,7 @@ _FIGURES = {COMPUTE: "peak_flops", MEMORY: "mem_bandwidth"}
 VIEWS, CHECKPOINT = "views", "checkpoint"
 
 
-@dataclass(frozen=True)
-class OpTime:
+class OpTime(NamedTuple):
     """Seconds of an operation, and what bounds it: compute, memory or overhead.
 
     Attributes:
@@ -100,7 +99,7 @@ class StepTime:
     def op_times(self) -> list[OpTime]:
         """Of each operation, in order; then of views and checkpoints, by where they are."""
         trace, hardware = self.report.trace, self.hardware
-        found = [time_of(record, hardware) for record in trace.records]
+        found = self._of_records()
         if not hardware.is_asynchronous:  # which is busy while they are made
             for (phase, scope), count in trace.views.items():
                 seconds = count * hardware.overhead(phase)
@@ -108,6 +107,20 @@ class StepTime:
             for each in trace.checkpoints:
                 seconds, scope = hardware.checkpoint_seconds(each), self._scope_of(each)
                 found.append(OpTime(CHECKPOINT, RECOMPUTE, scope, seconds, OVERHEAD))
+        return found
+
+    def _of_records(self) -> list[OpTime]:
+        """As ``time_of`` has them, which is asked once for all that take as long."""
+        known: dict[tuple[object, ...], OpTime] = {}
+        found = []
+        for record in self.report.trace.records:
+            work = record.flops, record.pointwise_flops, record.bytes
+            key = record.name, record.kind, record.phase, work, record.dtype, record.made
+            alike = known.get(key)
+            if alike is None:
+                alike = known[key] = time_of(record, self.hardware)
+            op = OpTime(alike.name, alike.phase, record.scope, alike.seconds, alike.bound)
+            found.append(op)
         return found
 
     def _scope_of(self, checkpoint: Checkpoint) -> Scope:
