@@ -25,22 +25,27 @@ _OF_LEAVES = 2**64 - 1  # what torch gives to the nodes that accumulate a leaf's
 running_backward: Callable[[], int] = torch._C._current_graph_task_id
 
 
+_current_node: Any = torch._C._current_autograd_node
+_top_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks
+
+
 def next_sequence_number() -> int:
     """What the next node of the graph will be numbered with on this thread; it only grows."""
     return int(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
 
 
-def running_node() -> tuple[int | None, Tensor | None]:
+def running_node() -> tuple[int | None, Tensor | None, bool]:
     """Number of the node whose backward runs, or the leaf whose gradient is accumulated.
 
     Returns:
-        Both None where the engine itself is at work.
+        Both None where the engine itself is at work; and whether a checkpoint calls forward again.
     """
-    node: Any = torch._C._current_autograd_node()
+    node: Any = _current_node()
+    again = _recomputes(node)
     if node is None:
-        return None, None
-    number = int(node._sequence_nr())
-    return (None, node.variable) if number == _OF_LEAVES else (number, None)
+        return None, None, again
+    number = node._sequence_nr()
+    return (None, node.variable, again) if number == _OF_LEAVES else (number, None, again)
 
 
 def is_result(tensor: Tensor) -> bool:
@@ -51,10 +56,13 @@ def is_result(tensor: Tensor) -> bool:
 
 def is_recomputing() -> bool:
     """Whether a checkpoint calls forward again, on this thread and inside of a backward."""
-    node: Any = torch._C._current_autograd_node()
+    return _recomputes(_current_node())
+
+
+def _recomputes(node: Any) -> bool:
     if isinstance(node, _REENTRANT):
         return True  # use_reentrant=True; what it computes has other nodes
-    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    hooks: Any = _top_hooks(True)
     return hooks is not None and _is_of_recomputation(hooks[0])
 
 
@@ -64,11 +72,11 @@ def running_checkpoint() -> tuple[object, int] | None:
     Returns:
         What is equal for the same checkpoint alone, and holds nothing of it; None outside of one.
     """
-    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    hooks: Any = _top_hooks(True)
     if hooks is not None and _is_of_recomputation(hooks[0]):
         frame = _frame_of(hooks[0])
         return frame, len(frame().weak_holders)
-    node: Any = torch._C._current_autograd_node()
+    node: Any = _current_node()
     if isinstance(node, _REENTRANT):
         return int(node._sequence_nr()), 0
     return None

@@ -70,7 +70,8 @@ def report_of(trace: Trace, model: nn.Module) -> StepReport:
         trace: Of a step.
         model: Whose modules it names.
     """
-    return StepReport(trace, tuple(name for name, _ in model.named_modules()), _block_names(model))
+    named = dict(model.named_modules())
+    return StepReport(trace, tuple(named), _block_names(model, named))
 
 
 def _finish(loss: Tensor, optimizer: Optimizer | None) -> None:
@@ -132,11 +133,11 @@ def _has_backward(trace: Trace) -> bool:
     return any(record.phase == BACKWARD for record in trace.records)
 
 
-def _block_names(model: nn.Module) -> tuple[str, ...]:
+def _block_names(model: nn.Module, named: dict[str, nn.Module]) -> tuple[str, ...]:
     """Names of its blocks in the model; none where no blocks are found."""
     try:
         layers = kept_layers(model) or find_layers(model)
     except ValueError:
         return ()
     blocks = set(layers.blocks)
-    return tuple(name for name, module in model.named_modules() if module in blocks)
+    return tuple(name for name, module in named.items() if module in blocks)

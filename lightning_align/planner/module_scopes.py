@@ -22,7 +22,6 @@ from torch.optim.optimizer import (
 )
 
 from lightning_align._compat.torch_autograd import (
-    is_recomputing,
     next_sequence_number,
     running_backward,
     running_node,
@@ -40,10 +39,11 @@ class ModuleScopes:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._names = {module: name for name, module in model.named_modules()}
+        named = dict(model.named_modules())
+        self._names = {module: name for name, module in named.items()}
         self._owners: dict[Any, str] = {
             parameter: name
-            for name, module in model.named_modules()
+            for name, module in named.items()
             for parameter in module.parameters(recurse=False)
         }
         self._calls: list[tuple[str | None, bool]] = []  # name, and whether it is in a backward
@@ -82,8 +82,8 @@ class ModuleScopes:
         self._is_before_backward = False
         if self._calls and self._calls[-1][1]:
             return RECOMPUTE, self._now
-        number, leaf = running_node()
-        if is_recomputing():
+        number, leaf, recomputes = running_node()
+        if recomputes:
             return RECOMPUTE, self._recomputed or self._of_node(number)
         if leaf is not None:
             owner = self._owners.get(leaf)

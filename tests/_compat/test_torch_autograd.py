@@ -44,9 +44,9 @@ def test_the_node_that_runs_has_the_number_it_was_made_with() -> None:
     z = Noted.apply(y)
     assert next_sequence_number() == before + 1
     z.sum().backward()
-    assert Noted.seen == (True, (before, None))
+    assert Noted.seen == (True, (before, None, False))
     assert running_backward() == -1
-    assert running_node() == (None, None)
+    assert running_node() == (None, None, False)
 
 
 def test_where_a_gradient_is_accumulated_the_leaf_is_known() -> None:
@@ -54,9 +54,10 @@ def test_where_a_gradient_is_accumulated_the_leaf_is_known() -> None:
     seen: list[Any] = []
     x.register_post_accumulate_grad_hook(lambda _: seen.append(running_node()))
     (x * 2).sum().backward()
-    ((number, leaf),) = seen
+    ((number, leaf, again),) = seen
     assert number is None
     assert leaf is x
+    assert not again
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -65,6 +66,7 @@ def test_a_checkpoint_that_computes_again_is_seen(use_reentrant: bool) -> None:
 
     def block(x: Tensor) -> Tensor:
         seen.append(is_recomputing())
+        assert running_node()[2] == seen[-1]
         return x.exp().sin()
 
     class Looks(torch.autograd.Function):
