@@ -166,8 +166,15 @@ def measured(plan: Any, sizes: dict[str, int], folder: Path, name: str, steps: i
         pairs = list(pairwise(json.loads(each.read_text())))[2:]
         found.append([median(b[clock] - a[clock] for a, b in pairs) for clock in (0, 1)])
     value = [max(seconds) for seconds in zip(*found, strict=True)]
-    kept.write_text(json.dumps(value))
+    keep(kept, value)
     return value
+
+
+def keep(path: Path, value: Any) -> None:
+    """Whole or not at all: what is there is taken for measured."""
+    whole = path.with_suffix(".part")
+    whole.write_text(json.dumps(value))
+    whole.replace(path)
 
 
 def hardware_of(folder: Path, devices: int) -> Any:
@@ -178,7 +185,7 @@ def hardware_of(folder: Path, devices: int) -> Any:
 
     kept = folder / "hardware.json"
     if not kept.exists():
-        kept.write_text(json.dumps(asdict(HardwareSpec.measure(disk=folder))))
+        keep(kept, asdict(HardwareSpec.measure(disk=folder)))
     found = HardwareSpec(**json.loads(kept.read_text()))
     return replace(found, devices=devices, devices_per_node=devices)
 
