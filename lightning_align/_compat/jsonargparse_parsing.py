@@ -95,7 +95,7 @@ def whole_class_switches(notice: Callable[[str, str, list[str]], None]) -> Itera
         _typehints.discard_init_args_on_class_path_change = inherit
 
 
-# Whose classes a short name means, where another package has one of the same name; ours first.
+# Whose classes a short name means, in this order, where several packages have one of that name.
 AT_HOME = ("lightning_align", "lightning", "torch")
 
 
@@ -116,14 +116,15 @@ def short_names_at_home(notice: Callable[[str, list[str]], None] | None = None) 
         try:
             return resolve(cls, name)
         except ValueError:
-            paths = _typehints.get_all_subclass_paths(cls)
+            paths = dict.fromkeys(_typehints.get_all_subclass_paths(cls))
             named = [path for path in paths if path.rpartition(".")[2] == name]
-            home = [path for path in named if path.partition(".")[0] in AT_HOME]
-            ours = [path for path in home if path.partition(".")[0] == AT_HOME[0]]
-            if len(chosen := ours or home) != 1:
+            homes = [[p for p in named if p.partition(".")[0] == home] for home in AT_HOME]
+            chosen = next(filter(None, homes), [])
+            if len(chosen) != 1:
                 raise
-            if notice is not None and len(home) > 1:
-                notice(chosen[0], [path for path in home if path != chosen[0]])
+            others = [path for home in homes for path in home if path != chosen[0]]
+            if notice is not None and others:
+                notice(chosen[0], others)
             return chosen[0]
 
     _typehints.resolve_class_path_by_name = resolve_at_home

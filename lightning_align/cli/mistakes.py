@@ -184,7 +184,7 @@ def _class(
 
 def _named(name: str, bases: Sequence[type]) -> type | str:
     """The class of that name or path below one of ``bases``, or else what is wrong with it."""
-    below = [path for base in bases for path in parsing.class_paths(base)]
+    below = list(dict.fromkeys(path for base in bases for path in parsing.class_paths(base)))
     try:
         path = next((p for base in bases if "." in (p := parsing.class_path(base, name))), None)
     except ValueError:

@@ -125,6 +125,19 @@ def test_a_name_that_torch_has_too_is_ours_which_is_said_once(
 
 
 @PLACES
+def test_a_scheduler_that_torch_and_lightning_have_is_lightnings_which_has_a_monitor(
+    read: Read, tmp_path: Path, where: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "ReduceLROnPlateau"
+    options = as_layer("model.lr_scheduler", name, where, tmp_path)
+    model = read(*options, "--model.lr_scheduler.monitor", "train_loss").model.init_args
+    assert model.lr_scheduler.class_path == f"lightning.pytorch.cli.{name}"
+    assert model.lr_scheduler.init_args.monitor == "train_loss"
+    told = f"{name} is lightning.pytorch.cli.{name}; for torch.optim.lr_scheduler.{name} write"
+    assert capsys.readouterr().err.count(told) == 1
+
+
+@PLACES
 def test_another_scheduler_begins_from_its_own_defaults(
     read: Read, tmp_path: Path, where: str
 ) -> None:
@@ -420,10 +433,9 @@ def test_the_whole_message_is_one_variable_away(
 def test_a_name_of_two_classes_asks_for_the_path(
     read: Read, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of which none is ours, and not one alone is torch's or Lightning's."""
-    home, foreign = sys.modules["lightning.pytorch.callbacks"], sys.modules[__name__]
-    monkeypatch.setattr(home, "RMSprop", namesake(home.__name__), raising=False)
-    monkeypatch.setattr(foreign, "RMSprop", namesake(foreign.__name__), raising=False)
+    """Of which none is ours, and two are Lightning's."""
+    for name in ("lightning.pytorch.callbacks", "lightning.pytorch.loggers", __name__):
+        monkeypatch.setattr(sys.modules[name], "RMSprop", namesake(name), raising=False)
     message = error_of(read, capsys, "--model.optimizer", "RMSprop")
     assert "model.init_args.optimizer: RMSprop is the name of several classes: " in message
     assert "torch.optim.RMSprop" in message.splitlines()[0]
