@@ -43,6 +43,7 @@ def _no_run_of_wandb_outlives_its_test() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _no_test_leaves_its_environment() -> Iterator[None]:
     """Runs set MASTER_PORT and LOCAL_RANK: a script that a later test starts would wait there."""
+    os.environ.pop("PL_GLOBAL_SEED", None)  # that a fixture of the module has left, which trains
     before = dict(os.environ)
     yield
     for name in {*os.environ, *before} - {"PYTEST_CURRENT_TEST"}:

@@ -23,6 +23,17 @@ def test_the_next_test_finds_none_of_it() -> None:
     assert os.environ["OMP_NUM_THREADS"] == "1"
 
 
+@pytest.fixture(scope="module")
+def _trained() -> None:
+    """As fixtures do that train once for the tests of a file: it is set up before all others."""
+    pl.seed_everything(3)
+
+
+@pytest.mark.usefixtures("_trained")
+def test_a_fixture_of_the_module_leaves_no_seed() -> None:
+    assert "PL_GLOBAL_SEED" not in os.environ
+
+
 class Refusing(BoringModel):
     def train_dataloader(self) -> DataLoader[object]:
         raise ValueError("no data")

@@ -18,7 +18,13 @@ from typing_extensions import override
 import lightning_align
 from lightning_align._errors import argument_error
 from lightning_align.cli.commands import COMMANDS, DESCRIPTION, RUNS
-from lightning_align.cli.failures import DEBUG, debug_if_asked, refusals_told
+from lightning_align.cli.failures import (
+    DEBUG,
+    debug_if_asked,
+    refusals_raised,
+    refusals_told,
+    show_tracebacks,
+)
 from lightning_align.cli.help_text import PlainHelp
 from lightning_align.cli.layering import AlignParser, LayeredConfigFile
 from lightning_align.cli.mistakes import PROGRAM, did_you_mean
@@ -63,6 +69,8 @@ class AlignCLI(LightningCLI):
         ValueError: If what should be a class is none.
     """
 
+    _tells_mistakes = False  # whatever the arguments are; else where they are those of the program
+
     def __init__(
         self,
         model_class: type[pl.LightningModule] | Callable[..., pl.LightningModule] | None = None,
@@ -93,12 +101,11 @@ class AlignCLI(LightningCLI):
         if run:  # Lightning's own lines are cut off in the middle of a sentence
             for name in RUNS.keys() & self.subcommands().keys():
                 kwargs[name] = {"description": RUNS[name], **kwargs.get(name, {})}
-        words = sys.argv[1:] if args is None else args if isinstance(args, (list, tuple)) else []
         # Who calls it from Python with arguments wants the exception; a command line, a line.
-        is_command_line = args is None and run
+        self._tells_mistakes = self._tells_mistakes or args is None
         program = kwargs.get("prog") or Path(sys.argv[0]).name
-        told = refusals_told(program) if is_command_line else nullcontext()
-        with debug_if_asked(words), told:
+        told = refusals_told(program) if args is None and run else nullcontext()
+        with debug_if_asked([]), told:  # `parse_arguments` reads the words
             super().__init__(
                 model_class,
                 datamodule_class,
@@ -128,12 +135,20 @@ class AlignCLI(LightningCLI):
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, less ``--debug``, which is no setting of the run."""
+        """Parse, less ``--debug``, which is no setting of the run unless the user has made one."""
         words = sys.argv[1:] if args is None else args
-        if isinstance(words, (list, tuple)) and DEBUG in words:
+        asked = isinstance(words, (list, tuple)) and DEBUG in words
+        if asked and not self._has_option(parser, DEBUG):
+            show_tracebacks()
             self.config = parser.parse_args([word for word in words if word != DEBUG])
         else:
             super().parse_arguments(parser, args)
+
+    def _has_option(self, parser: LightningArgumentParser, option: str) -> bool:
+        of_commands = vars(self).get("_subcommand_parsers", {})  # with run=False there are none
+        return any(
+            option in each._option_string_actions for each in (parser, *of_commands.values())
+        )
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration as it was written.
@@ -168,8 +183,9 @@ class AlignCLI(LightningCLI):
         strategy = self._options.get("trainer.strategy")
         empty = isinstance(strategy, Namespace) and strategy.get("init_args.empty_init")
         program = self.parser.prog
+        told = refusals_told(program, everything=True)
         with (
-            refusals_told(program, everything=True),
+            told if self._tells_mistakes else refusals_raised(),
             parameters_on_meta() if empty else nullcontext(),
         ):
             super().instantiate_classes()
@@ -210,6 +226,8 @@ class Program(AlignCLI):
     Args:
         args: Words of its command line; left out, those of the program.
     """
+
+    _tells_mistakes = True
 
     def __init__(self, args: Sequence[str] | None = None) -> None:
         kwargs = {"prog": PROGRAM, "description": DESCRIPTION}

@@ -178,7 +178,8 @@ def _reference_metric(
         way_out = "Give the data the tokenizer of the model, or another model"
         raise argument_error("difficulty", "reference", reference, rule, way_out)
     key = json.dumps(fingerprint(trained.model))
-    place = torch.device(device or torch.accelerator.current_accelerator() or "cpu")
+    found = torch.accelerator.current_accelerator(check_available=True)
+    place = torch.device(device or found or "cpu")
     model: Any = trained.model.to(place)  # type: ignore[arg-type]
     return ReferenceLoss(model, key) if name == "reference_loss" else ReferenceMargin(model, key)
 

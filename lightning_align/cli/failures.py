@@ -32,7 +32,7 @@ def debug_if_asked(words: Sequence[str]) -> Iterator[list[str]]:
     rest = [word for word in words if word != DEBUG]
     before = os.environ.get(_SWITCH)
     if len(rest) < len(words):
-        os.environ[_SWITCH] = "true"  # for processes that are started, too
+        show_tracebacks()
     try:
         yield rest
     finally:
@@ -40,6 +40,29 @@ def debug_if_asked(words: Sequence[str]) -> Iterator[list[str]]:
             os.environ.pop(_SWITCH, None)
         else:
             os.environ[_SWITCH] = before
+
+
+def show_tracebacks() -> None:
+    """Ask for tracebacks, also of processes that are started."""
+    os.environ[_SWITCH] = "true"
+
+
+@contextmanager
+def refusals_raised() -> Iterator[None]:
+    """Raise what a constructor has raised, in place of the error that the parser makes of it.
+
+    Raises:
+        Exception: The constructor's own, or the parser's if there is none.
+    """
+    failed: list[tuple[type, Exception]] = []
+    try:
+        with failures_recorded(failed):
+            yield
+    except Exception as error:
+        for _, raised in reversed(failed):
+            if raised is not error and _is_behind(raised, error):
+                raise raised from None
+        raise
 
 
 @contextmanager
@@ -102,13 +125,18 @@ def _reason(
         return reason
     chain = _causes(error)
     for cls, raised in reversed(failed):
-        # A union of types names the first type's error as its cause, and quotes the others.
-        first = str(raised).partition("\n")[0].strip()
-        if raised in chain or (first and first in str(error)):
+        if _is_behind(raised, error):
             line = in_a_line(raised)
             return line if line.startswith(cls.__name__) else f"{cls.__name__}: {line}"
     is_lightnings = type(error).__name__ == "MisconfigurationException"  # of what a user has set
     return in_a_line(chain[-1]) if everything or is_lightnings else None
+
+
+def _is_behind(raised: Exception, error: Exception) -> bool:
+    """Whether the parser's error is about that of a constructor."""
+    # A union of types names the first type's error as its cause, and quotes the others.
+    first = str(raised).partition("\n")[0].strip()
+    return raised in _causes(error) or bool(first and first in str(error))
 
 
 def in_a_line(error: BaseException) -> str:

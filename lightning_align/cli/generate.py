@@ -192,7 +192,10 @@ def main(arguments: Sequence[str]) -> None:
     if trained.tokenizer is None:
         rule = "has no tokenizer"
         raise argument_error("generate", "ckpt", options["ckpt"], rule, "Give one with --tokenizer")
-    device = options["device"] or str(torch.accelerator.current_accelerator() or "cpu")
+    found = torch.accelerator.current_accelerator(
+        check_available=True
+    )  # a CUDA build has no GPU yet
+    device = options["device"] or str(found or "cpu")
     model: Any = trained.model.to(torch.device(device))  # type: ignore[arg-type]
     talk: Any = partial(stream, model, trained.tokenizer, **sampling, seed=options["seed"])
     if options["chat"]:

@@ -8,6 +8,7 @@ less than in training: nothing is written down for a backward.
 
 from __future__ import annotations
 
+import inspect
 import math
 from bisect import bisect_left
 from collections.abc import Callable
@@ -102,11 +103,13 @@ def call_without_autograd(clock: Callable[[], float], bandwidth: float) -> float
 
     model = small_llama()
     model.eval()
-    cache = DynamicCache(config=model.config)
+    # transformers 5.24 has another name for it, and warns of the one before
+    names = inspect.signature(model.forward).parameters
+    cache = {"cache" if "cache" in names else "past_key_values": DynamicCache(config=model.config)}
     token = torch.zeros(1, 1, dtype=torch.long)
 
     def decode() -> None:
-        model(token, past_key_values=cache, logits_to_keep=1)
+        model(token, logits_to_keep=1, **cache)
 
     samples = []
     with torch.inference_mode():

@@ -290,12 +290,22 @@ def test_what_a_class_refuses_is_told_in_two_lines(
 ) -> None:
     content = config(tmp_path, callbacks=[{"class_path": "SpikeGuard", "init_args": arguments}])
     path = write(tmp_path, content)
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as error:
-        run("fit", "-c", path, folder=tmp_path)
+        main(["fit", "-c", path])
     assert str(error.value).startswith(f"lightning-align: {rule}")
     assert len(str(error.value).splitlines()) == 2
     monkeypatch.setenv("JSONARGPARSE_DEBUG", "true")
     with pytest.raises(ValueError, match="Union subtypes"):
+        main(["fit", "-c", path])
+
+
+def test_from_python_a_refusal_of_a_class_is_its_own_exception(tmp_path: Path) -> None:
+    """Not the parser's, which quotes it among what each type of a union says."""
+    arguments = {"detector": {"class_path": "SpikeDetector", "init_args": {"window": 4}}}
+    guard = {"class_path": "SpikeGuard", "init_args": arguments}
+    path = write(tmp_path, config(tmp_path, callbacks=[guard]))
+    with pytest.raises(ValueError, match=r"^SpikeDetector\(window=4\): must be at least 8"):
         run("fit", "-c", path, folder=tmp_path)
 
 

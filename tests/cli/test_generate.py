@@ -268,6 +268,18 @@ def test_a_model_without_tokenizer_asks_for_one(tmp_path: Path, model: Any, fold
     main([*command, f"--tokenizer={folder}"])
 
 
+def test_a_cuda_build_without_a_gpu_generates_on_the_processor(
+    monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    """Of such a build torch names the accelerator that it was built for, unless asked further."""
+
+    def current(check_available: bool = False) -> torch.device | None:
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", current)
+    main(["generate", f"--ckpt={folder}", "--prompt=a", "--max_new_tokens=1"])
+
+
 @pytest.mark.slow  # `make test-laws` runs it
 def test_text_is_written_while_it_is_made(folder: str) -> None:
     """A reader of the pipe has the first words long before the program ends."""

@@ -1,6 +1,7 @@
 """AlignCLI under a user's own script: the arguments of LightningCLI, its hooks, our mistakes."""
 
 import inspect
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -141,3 +142,28 @@ def test_what_is_no_class_is_refused(arguments: dict[str, Any], rule: str) -> No
     with pytest.raises(ValueError, match="AlignCLI") as error:
         AlignCLI(**arguments)
     assert str(error.value).startswith(rule)
+
+
+def test_from_python_a_constructor_raises_its_own_error() -> None:
+    with pytest.raises(ValueError, match=r"^a line needs a point$"):
+        built("--model.width=0")
+
+
+class WithDebug(AlignCLI):
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        parser.add_argument("--debug", type=int, default=0)
+
+
+@pytest.mark.parametrize(
+    ("words", "run"), [(["--debug", "3"], False), (["fit", "--debug=3"], True)]
+)
+def test_a_debug_option_of_ones_own_is_ones_own(words: list[str], run: bool) -> None:
+    arguments: dict[str, Any] = {"trainer_defaults": {**QUIET, "max_steps": 1}, "run": run}
+    cli = WithDebug(Line, Points, args=words, save_config_callback=None, **arguments)
+    assert cli.config.get("debug", cli.config.get("fit.debug")) == 3
+
+
+def test_ours_is_no_setting_and_does_not_outlive_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LIGHTNING_ALIGN_DEBUG", raising=False)
+    assert "debug" not in built("--debug").config
+    assert "LIGHTNING_ALIGN_DEBUG" not in os.environ
