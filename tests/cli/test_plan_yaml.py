@@ -86,6 +86,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "pairs": {"objective": "dpo"},
     "pairs, precomputed": {"objective": "dpo", "reference": "precomputed"},
     "pairs, stage 3": {"objective": "dpo", "zero_stage": 3, "offload_param": "nvme"},
+    "pairs, precomputed, stage 3": {
+        "objective": "dpo",
+        "reference": "precomputed",
+        "zero_stage": 3,
+        "offload_param": "nvme",
+    },
     "pairs in a pipeline": {**PIPELINE, "objective": "dpo", "reference": "none"},
     "interleaved": {
         "devices": 2,
@@ -209,10 +215,6 @@ def test_nodes_have_equally_many_devices() -> None:
         ({**PIPELINE, "lisa_layers": 1}, "LISA draws among all blocks"),
         ({**PIPELINE, "objective": "dpo"}, "has a whole model to ask"),
         ({**PIPELINE, "objective": "dpo", "reference": "precomputed"}, "has a whole model to ask"),
-        (
-            {"zero_stage": 1, "objective": "dpo", "reference": "precomputed"},
-            "ask no reference before training",
-        ),
         ({"zero_stage": 1, "precision": "16-mixed"}, "takes no loss scaler"),
         ({"offload_activations": "cpu"}, "only ZeRO-Infinity's saved activations"),
     ],
