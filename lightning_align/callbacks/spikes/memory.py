@@ -22,7 +22,12 @@ _MOMENTS = 2  # tensors of AdamW's state for each parameter; no optimizer here h
 
 
 def check_room(
-    trainer: pl.Trainer, where: str, count: int, sizes: Mapping[str, int] | None = None
+    trainer: pl.Trainer,
+    where: str,
+    count: int,
+    sizes: Mapping[str, int] | None = None,
+    *,
+    says: bool = True,
 ) -> Mapping[str, int]:
     """Say what so many copies of the state take, and refuse them where there is no room.
 
@@ -31,6 +36,7 @@ def check_room(
         where: Who asks, as the message begins.
         count: How many are to be made; a restore takes one more.
         sizes: Bytes of one by folder, where they are known; otherwise they are foreseen.
+        says: Whether to say them; where there is no room, the error does.
 
     Returns:
         Bytes of one.
@@ -42,10 +48,11 @@ def check_room(
     sizes = state_nbytes(trainer) if sizes is None else sizes
     for place, nbytes in sizes.items():
         on = "host memory" if place == MEMORY else f"{place} once its weights have changed"
-        rank_zero_info(
-            f"{where}: {count} snapshot(s) are kept, each of about {nbytes:,} bytes of {on} on each"
-            " rank."
-        )
+        if says:
+            rank_zero_info(
+                f"{where}: {count} snapshot(s) are kept, each of about {nbytes:,} bytes of {on} on"
+                " each rank."
+            )
         left = available_memory() if place == MEMORY else shutil.disk_usage(place).free
         needed = (count + 1) * nbytes * ranks
         if left is not None and needed > left:

@@ -210,7 +210,9 @@ class SpikeRewind:
         self._fit = state.pop("fit")
         copied = self._engine.save(state, f"step-{step}", step).copied_bytes
         if copied > self._foreseen:  # an optimizer with more than AdamW, or large attributes
-            check_room(trainer, _WHERE, self.snapshots - len(self._positions), {MEMORY: copied})
+            left = self.snapshots - len(self._positions)
+            is_news = copied > 1.1 * self._foreseen  # and not a few counters more at each snapshot
+            check_room(trainer, _WHERE, left, {MEMORY: copied}, says=is_news)
             self._foreseen = copied
         self._positions[step] = stream_position(trainer)
         self._positions = {kept: self._positions[kept] for kept in self._engine.steps}

@@ -3,6 +3,7 @@
 That the run then is one that was told what to leave out is tests/laws/test_rewind.py.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -370,6 +371,21 @@ def test_a_snapshot_that_is_larger_than_foreseen_is_refused_while_there_is_one(
     monkeypatch.setattr(memory, "available_memory", lambda: 13_000)
     with pytest.raises(ValueError, match=r"\(snapshots=3\): 3 snap.* take 1[89],\d+ bytes of host"):
         fit(Averages(), guard(rewind_steps=3), loader(8))
+
+
+def test_the_bytes_of_snapshots_are_said_once_where_they_hardly_grow(caplog: Any) -> None:
+    class Counts(Regression):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("large", torch.zeros(10_000))
+            self.seen = ""
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            self.seen += "a few bytes more"
+
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        fit(Counts(), guard(rewind_steps=3), loader(8))
+    assert caplog.text.count("snapshot(s) are kept") == 1
 
 
 def test_without_the_action_nothing_is_kept_and_nothing_refused(monkeypatch: Any) -> None:
