@@ -101,7 +101,7 @@ def refuse_short_schedule(trainer: pl.Trainer) -> None:
         left = trainer.estimated_stepping_batches - trainer.global_step
         last = schedule.last_epoch + left // config.frequency
         if math.isfinite(last) and last > schedule.total_steps:
-            rule = f"the run takes {last:.0f} steps, and behind the last of these it has no rate"
+            rule = f"the run takes {last:.0f} steps, more than the schedule has"
             way_out = f"Give {last:.0f}, or end the run there with max_steps"
             if trainer.ckpt_path:
                 rule += ". It goes on as in the checkpoint"
