@@ -3,6 +3,7 @@
 import pytest
 
 from tests.helpers.stand_in_device import stand_in_device
+from tests.modules import test_precomputed_on_ranks as precomputed
 from tests.strategies.zero_infinity import test_checkpoints as checkpoints
 from tests.strategies.zero_infinity import test_devices as devices
 from tests.strategies.zero_infinity import test_going_back_on_ranks as back_on_ranks
@@ -21,6 +22,9 @@ def copies(monkeypatch):
         yield
 
 
+pairs = precomputed.pairs
+test_cached_references = precomputed.test_one_rank_asks_its_blocks_alone
+test_blocks_let_go = precomputed.test_blocks_of_a_reference_that_is_released_take_no_memory
 test_places = devices.test_wherever_it_lies_it_trains_as_in_memory
 test_bf16_true = devices.test_bf16_true_has_its_masters_wherever_state_lies
 test_validation_first_and_fit_twice = devices.test_validation_comes_first_and_fit_twice
