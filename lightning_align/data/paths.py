@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import posixpath
+import re
 import tarfile
 import zipfile
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from lightning_align.data.hub_datasets import HUB_NAME, is_saved
 
 # The fsspec protocol that reads each kind of archive.
 ARCHIVES = {".zip": "zip", ".tar": "tar", ".tar.gz": "tar", ".tgz": "tar"}
+# Words in the names of files that are not for training.
+_HELD_OUT = {"test", "val", "valid", "validation", "dev", "eval"}
 
 
 def find_files(
@@ -27,9 +30,10 @@ def find_files(
 ) -> list[InputFile]:
     """What ``paths`` names, in the order given: embedded corpora, files, globs, tables.
 
-    A table is a folder that ``datasets`` wrote with save_to_disk, or a dataset on the Hugging Face
-    hub: owner/name, owner/name:split or owner/name/configuration:split. What exists locally is not
-    looked up on the hub.
+    A folder of Parquet is all of its files, unless some are of another split than train: these
+    must be named. A table is a folder that ``datasets`` wrote with save_to_disk, or a dataset on
+    the Hugging Face hub: owner/name, owner/name:split or owner/name/configuration:split. What
+    exists locally is not looked up on the hub.
 
     Args:
         where: Class the user called.
@@ -60,7 +64,12 @@ def _expand(path: InputFile) -> list[InputFile]:
         return [path]
     if filesystem.isdir(stripped):
         if not is_saved(filesystem, stripped):
-            rule = "is a folder, and must be a file, or a folder that datasets' save_to_disk wrote"
+            if parquet := _one_split_of_parquet(filesystem, stripped):
+                return [replace(path, url=_url_of(name, filesystem, url)) for name in parquet]
+            rule = (
+                "is a folder, and must be a file, or a folder that datasets' save_to_disk wrote, or"
+                " one that holds Parquet of a single split"
+            )
             inside = f"{url.rstrip('/')}/{_pattern(filesystem, stripped)}"
             raise path.error(rule, f"Name its files, for instance {inside!r}")
         return [InputTable(path.where, path.argument, url, path.columns)]
@@ -117,6 +126,21 @@ def _refuse_archive(path: InputFile) -> None:
         raise path.error(f"must be a complete archive ({error})") from None
     way_out = f"Name files in it, for instance '{protocol}://{inside}::{path.url}'"
     raise path.error("is an archive", way_out)
+
+
+def _one_split_of_parquet(filesystem: Any, folder: str) -> list[str]:
+    """Its files in order, if all data are Parquet and no name is of data to be held out."""
+    root = filesystem._strip_protocol(folder).rstrip("/")
+    found: list[str] = []
+    for name in sorted(filesystem.find(folder)):
+        inside = name.removeprefix(root).lstrip("/")
+        if any(part.startswith((".", "_")) for part in inside.split("/")):
+            continue  # _SUCCESS, .part-0.parquet.crc: of those who write such folders
+        if InputFile("", "", name).suffix in (".txt", *RECORD_SUFFIXES):
+            if _HELD_OUT & set(re.split(r"[^a-z]+", inside.lower())):
+                return []
+            found.append(name)
+    return found if all(name.endswith(".parquet") for name in found) else []
 
 
 def _pattern(filesystem: Any, folder: str) -> str:

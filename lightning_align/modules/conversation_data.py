@@ -35,8 +35,8 @@ class ConversationDataModule(PositionedDataModule):
 
     Args:
         paths: File (.jsonl, .json, .csv, also compressed as .gz, .xz or .bz2, or .parquet; local or
-            at any fsspec URL), glob, folder that datasets wrote with save_to_disk, dataset on the
-            hub (owner/name:split), or a list of these.
+            at any fsspec URL), glob, folder of Parquet or that datasets wrote with save_to_disk,
+            dataset on the hub (owner/name:split), or a list of these.
         tokenizer: Folder or hub name of a tokenizer, or a transformers tokenizer.
         batch_size: Conversations per batch and rank, or with ``packing`` rows of several.
         max_length: Tokens that a conversation may have; the end of longer ones is cut.

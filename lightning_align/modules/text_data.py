@@ -41,8 +41,9 @@ class TextDataModule(PositionedDataModule):
     Args:
         paths: Embedded corpus ("pride_and_prejudice"), file (.txt, .jsonl, .json, .csv, also
             compressed as .gz, .xz or .bz2, or .parquet; local or at any fsspec URL), glob, folder
-            that datasets wrote with save_to_disk, dataset on the hub (owner/name:split), a list of
-            these, or a mapping from these to the weights of a mixture.
+            of Parquet or that datasets wrote with save_to_disk, dataset on the hub
+            (owner/name:split), a list of these, or a mapping from these to the weights of a
+            mixture.
         tokenizer: Folder or hub name of a tokenizer, or a transformers tokenizer; None trains a
             byte-level BPE on the training documents.
         vocab_size: Largest number of tokens of a trained tokenizer; unused if one is given.

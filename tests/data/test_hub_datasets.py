@@ -102,7 +102,7 @@ def test_a_folder_that_is_two_things_at_once(tmp_path):
 
 def test_a_folder_that_only_looks_like_a_dataset(tmp_path):
     (tmp_path / "owner" / "name").mkdir(parents=True)
-    (tmp_path / "owner" / "name" / "a.parquet").write_text("")
+    (tmp_path / "owner" / "name" / "a.arrow").write_text("")
     message = r"is a folder, and must be a file, or a folder that datasets' save_to_disk wrote"
     with pytest.raises(ValueError, match=message):
         find(tmp_path / "owner" / "name")

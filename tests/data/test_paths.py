@@ -115,7 +115,7 @@ def test_archives_that_are_none(tmp_path):
 @pytest.mark.parametrize(
     ("names", "pattern"),
     [
-        (["part-0.parquet", "part-1.parquet", "_SUCCESS"], r"/folder/\*\.parquet'"),
+        (["part-0.parquet", "part-1.parquet", "c.txt"], r"/folder/\*\.parquet'"),
         (["train-0-of-1.parquet", "test-0-of-1.parquet"], r"/folder/train\*\.parquet'"),
         (["data/train-0.parquet", "data/test.parquet"], r"/folder/\*\*/train\*\.parquet'"),
         (["a.jsonl.gz", "b.jsonl.gz", "c.txt"], r"/folder/\*\.jsonl\.gz'"),
@@ -132,6 +132,21 @@ def test_a_folder_is_answered_with_a_pattern_of_what_is_in_it(tmp_path, names, p
         find(str(folder))
     if names:
         assert find(str(told.value).rpartition(" '")[2].removesuffix("'."))
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_folder_of_parquet_is_read_in_the_order_of_its_names(tmp_path, scheme):
+    """As Spark and the hub write it: also in folders, with files that only their writers read."""
+    from datasets import Dataset
+
+    folder = tmp_path / "latest"  # whose own name says nothing of a split
+    (folder / "year=2024").mkdir(parents=True)
+    for number, name in enumerate(["part-0.parquet", "part-1.parquet", "year=2024/train.parquet"]):
+        Dataset.from_list([ROWS[number]]).to_parquet(folder / name)
+    for name in ("_SUCCESS", ".part-0.parquet.crc", "_metadata.parquet"):
+        (folder / name).write_text("x")
+    files = find(f"{scheme}{folder}")
+    assert [text for file in files for text in texts(file)] == [row["text"] for row in ROWS]
 
 
 def test_a_dict_of_splits_is_answered_with_the_one_to_train_on(tmp_path):

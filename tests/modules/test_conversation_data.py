@@ -99,8 +99,10 @@ def test_tables_of_all_kinds_give_the_same_conversations(tmp_path, chats):
     assert table[1]["messages"][0]["name"] is None
     table.to_parquet(str(tmp_path / "chats.parquet"))
     table.save_to_disk(str(tmp_path / "folder"))
+    (tmp_path / "shards").mkdir()
+    table.to_parquet(str(tmp_path / "shards/part-0.parquet"))
     prints = set()
-    for name in ("chats.jsonl", "chats.parquet", "folder"):
+    for name in ("chats.jsonl", "chats.parquet", "folder", "shards"):
         data = chat(tmp_path / name)
         data.setup()
         prints.add(data.fingerprint)
