@@ -49,11 +49,7 @@ def show_tracebacks() -> None:
 
 @contextmanager
 def refusals_raised() -> Iterator[None]:
-    """Raise what a constructor has raised, in place of the error that the parser makes of it.
-
-    Raises:
-        Exception: The constructor's own, or the parser's if there is none.
-    """
+    """Raise what a constructor has raised, in place of the error that the parser makes of it."""
     failed: list[tuple[type, Exception]] = []
     try:
         with failures_recorded(failed):
