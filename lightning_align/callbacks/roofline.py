@@ -50,8 +50,8 @@ class RooflineMonitor(Callback):
     to the same bits. Of all others a few times are taken. To the loggers go, every
     ``trainer.log_every_n_steps`` steps, FLOPs utilisation without (``mfu``) and with recomputation
     (``hfu``), tokens a second of all ranks, seconds of a step and the shares of loading data,
-    forward, backward, optimizer, waiting and all else; and every ``every_n_steps`` a table of
-    modules and a picture of the roofline. Advice with its predicted gain comes at the end.
+    forward, backward, optimizer, waiting, commits and all else; and every ``every_n_steps`` a table
+    of modules and a picture of the roofline. Advice with its predicted gain comes at the end.
 
     Args:
         every_n_steps: Optimizer steps between two analyses; the first one is of the second step.

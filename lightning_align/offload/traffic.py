@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 READ, WRITE, SYNC, STALL = "read", "write", "sync", "stall"
@@ -30,12 +31,13 @@ class Traffic:
         read: Bytes.
         written: Bytes.
         stalled_s: Seconds that the thread which computes has waited for transfers.
+        committing_s: Seconds that it has spent within ``commits``, but for waits.
         moving_s: Seconds in which anything was being moved.
     """
 
     def __init__(self) -> None:
         self.read = self.written = 0
-        self.stalled_s = self.moving_s = 0.0
+        self.stalled_s = self.moving_s = self.committing_s = 0.0
         self._lock, self._active, self._since = threading.Lock(), 0, 0.0
         self._computes = threading.get_ident()  # that computes
         self._events: list[Event] | None = None
@@ -62,6 +64,15 @@ class Traffic:
             (before, start), now = self._phase, time.perf_counter()
             self._events.append(Event(before, start, now))
             self._phase = (phase, now)
+
+    @contextmanager
+    def commits(self) -> Iterator[None]:
+        """Around what keeps a step, on the thread that computes."""
+        start, stalled_s = time.perf_counter(), self.stalled_s
+        try:
+            yield
+        finally:
+            self.committing_s += time.perf_counter() - start - (self.stalled_s - stalled_s)
 
     def moves(self, what: str, call: Callable[..., None]) -> Callable[..., None]:
         """What a thread is to do: the time that it takes is counted, and recorded."""

@@ -17,7 +17,8 @@ from lightning_align.planner.records import Record, Region
 from lightning_align.planner.report import StepReport
 from lightning_align.planner.step_time import OVERHEAD, time_of
 
-DATA, WAITING, OTHER = "data", "waiting", "other"  # of what is measured; the rest are phases
+# Of what is measured; the rest are phases.
+DATA, WAITING, COMMIT, OTHER = "data", "waiting", "commit", "other"
 COMMUNICATION = "communication"  # and of a sharded model, on a processor
 LEAST_GAIN = 0.01  # below which advice is noise
 HALF = "bfloat16"
@@ -239,7 +240,9 @@ def more_workers(report: StepReport, hardware: MachineBalance, setting: Setting)
 
 
 def nearer_tier(report: StepReport, hardware: MachineBalance, setting: Setting) -> Advice | None:
-    """Values that are waited for, kept where they need not be.
+    """Values that are waited for, kept where they need not be, and steps with them.
+
+    Without a drive there is nothing to commit, and what commits compute goes with the waits.
 
     Args:
         report: Unused.
@@ -250,8 +253,9 @@ def nearer_tier(report: StepReport, hardware: MachineBalance, setting: Setting) 
     total, waiting = sum(setting.measured.values()), setting.measured.get(WAITING, 0.0)
     if not setting.is_offloaded or not waiting:
         return None
+    away = waiting + setting.measured.get(COMMIT, 0.0)
     text = "Keep more in host memory (offload_fraction), or give a step more tokens: it waits"
-    return Advice("another tier", f"{text} for the drive", _gain(total, total - waiting))
+    return Advice("another tier", f"{text} for the drive", _gain(total, total - away))
 
 
 def _gain(now: float, then: float) -> float:
@@ -292,7 +296,7 @@ def _of_loops(hardware: MachineBalance, setting: Setting, predicted: float) -> f
     """
     if not hardware.curves or hardware.is_asynchronous:
         return 0.0
-    outside = (DATA, WAITING, COMMUNICATION, OTHER)
+    outside = (DATA, WAITING, COMMIT, COMMUNICATION, OTHER)
     computed = sum(s for part, s in setting.measured.items() if part not in outside)
     left = computed - predicted
     return left if 0 < left < predicted else 0.0

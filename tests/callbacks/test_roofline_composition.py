@@ -188,6 +188,7 @@ def test_values_that_come_from_a_drive_are_waited_for(tmp_path: Path) -> None:
     assert all(torch.equal(state[name], value) for name, value in theirs.state_dict().items())
     assert seen.found[0][1] == alone(pretrain(), BATCHES[1]).total_flops
     assert seen.values["waiting_share"] >= 0
+    assert seen.values["commit_share"] > 0
 
 
 # Objectives and optimizers

@@ -57,6 +57,24 @@ def test_what_a_strategy_has_waited_is_a_part_of_its_own(now: list[float]) -> No
     assert clock.split == {**NOTHING, "forward": 2, "backward": 1, "waiting": 3}
 
 
+class Commits(Waits):
+    """One that keeps steps, too."""
+
+    committing_s = 0.0
+
+
+def test_commits_are_a_part_of_their_own_and_waits_in_them_are_not(now: list[float]) -> None:
+    strategy = Commits("cpu")
+    clock = StepClock(strategy)
+    clock.enter("other")
+    now[0], strategy.waited_s, strategy.committing_s = 10, 3, 4
+    clock.enter("forward")
+    now[0] = 11
+    clock.enter(None)
+    clock.count()
+    assert clock.split == {**NOTHING, "other": 3, "forward": 1, "waiting": 3, "commit": 4}
+
+
 class Both(SingleDeviceStrategy):
     """Whose training step runs backward, too, and waits."""
 

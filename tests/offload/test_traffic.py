@@ -51,6 +51,17 @@ def test_time_in_which_several_things_move_counts_once(monkeypatch):
     assert traffic.moving_s == 4 + 2
 
 
+def test_a_commit_takes_what_it_does_not_wait(monkeypatch):
+    """10 s, of which 3 are a stall; those before it are none of its."""
+    now = [0.0]
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    traffic = Traffic()
+    traffic.stalled_s = 5.0
+    with traffic.commits():
+        now[0], traffic.stalled_s = 10.0, 8.0
+    assert traffic.committing_s == 7
+
+
 @pytest.mark.parametrize("early", [True, False])
 def test_events_of_a_step_are_its_phases_and_what_was_moved(tmp_path, early):
     ours = network()

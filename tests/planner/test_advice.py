@@ -235,6 +235,14 @@ def test_what_is_measured_of_waiting() -> None:
     assert nearer_tier(step, machine(), Setting(measured)) is None
 
 
+def test_without_a_drive_commits_go_too() -> None:
+    """8 s, of which 2 are waits and 2 commits: 4 are left, twice as many steps."""
+    measured = {"forward": 4.0, "waiting": 2.0, "commit": 2.0}
+    tier = nearer_tier(report(op()), machine(), Setting(measured, is_offloaded=True))
+    assert tier is not None
+    assert tier.gain == pytest.approx(1)
+
+
 def test_what_helps_most_comes_first_and_what_does_not_is_left_out() -> None:
     measured = {"data": 0.001, "forward": 1.0}
     again = op(phase="recompute", flops=10)

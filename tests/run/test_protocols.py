@@ -74,6 +74,7 @@ ANSWER: dict[str, Callable[[], Any]] = {
     "LetsGo": la.ZeROInfinityStrategy,
     "SaysHowParametersLie": Answers,
     "FollowsFreezing": Answers,
+    "TellsCommits": la.ZeROInfinityStrategy,
     "TellsWaits": la.ZeROInfinityStrategy,
     "TellsBackward": la.PipelineStrategy,
     "HasStorageOptions": la.AsyncCheckpoint,

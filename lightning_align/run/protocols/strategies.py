@@ -71,6 +71,15 @@ class TellsWaits(Protocol):
 
 
 @runtime_checkable
+class TellsCommits(Protocol):
+    """It keeps each step on a drive, which takes time beside what waits for transfers."""
+
+    @property
+    def committing_s(self) -> float:
+        """Seconds that this rank has spent so, so far, without waits."""
+
+
+@runtime_checkable
 class TellsBackward(Protocol):
     """Its training step runs backward, too."""
 

@@ -360,16 +360,21 @@ class BlockCheckpoints(ParallelStrategy):
     def commit(self, trainer: pl.Trainer, dump: Callable[[], dict[str, Any]]) -> None:
         """Make the present step the one that a kill leaves, when all of its updates are done."""
         assert self._engine is not None
-        self._is_committing = True
-        try:
-            payload = Payload(dump())
-        finally:
-            self._is_committing = False
-        self._engine.whole.store_edits()
-        store, step, optimizer = self._engine.store, trainer.global_step, self.optimizers[0]
-        self._engine.updates.late.then(
-            lambda: store.commit(step, payload.with_state(optimizer.state_dict()["state"]))
-        )
+        engine, store = self._engine, self._engine.store
+        with engine.threads.traffic.commits():
+            self._is_committing = True
+            try:
+                payload = Payload(dump())
+            finally:
+                self._is_committing = False
+            engine.whole.store_edits()
+        step, optimizer = trainer.global_step, self.optimizers[0]
+
+        def commit() -> None:
+            with engine.threads.traffic.commits():
+                store.commit(step, payload.with_state(optimizer.state_dict()["state"]))
+
+        engine.updates.late.then(commit)
 
 
 def _check_place(place: Path) -> None:

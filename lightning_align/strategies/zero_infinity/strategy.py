@@ -399,6 +399,11 @@ class ZeROInfinityStrategy(BlockCheckpoints):
         return 0.0 if self._engine is None else self._engine.threads.traffic.stalled_s
 
     @property
+    def committing_s(self) -> float:
+        """Seconds that commits have taken so far, but for waits."""
+        return 0.0 if self._engine is None else self._engine.threads.traffic.committing_s
+
+    @property
     def one_rank_runs_model(self) -> bool:
         """Whether rank 0 can call the model while others wait: not if they hold parts of it."""
         return self.world_size == 1
