@@ -64,3 +64,19 @@ def finite_number(value: object) -> float | None:
     except OverflowError:  # 10**400 is less than infinity all the same
         return None
     return number if math.isfinite(number) else None
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """Say more of an error, under it; before Python 3.11, which has notes, in its message.
+
+    Args:
+        error: Of anybody.
+        note: A sentence.
+    """
+    if hasattr(error, "add_note"):
+        error.add_note(note)
+    elif isinstance(error, OSError) and error.strerror:
+        of = "" if error.filename is None else f": {error.filename!r}"  # it would come last
+        error.strerror, error.filename = f"{error.strerror}{of}\n{note}", None
+    else:
+        error.args = (f"{error.args[0] if error.args else ''}\n{note}", *error.args[1:])

@@ -1,9 +1,11 @@
 import math
+import traceback
 
 import numpy
 import pytest
 
 from lightning_align._errors import (
+    add_note,
     argument_error,
     check_choice,
     check_least,
@@ -65,3 +67,22 @@ def test_a_long_value_leaves_room_for_the_rule():
     assert len(message) < 600
     assert message.startswith("A(b=[{'text'")
     assert message.endswith("characters)): must be d.")
+
+
+@pytest.mark.parametrize("error", [ValueError("rule"), OSError(28, "no space", "a"), KeyError()])
+@pytest.mark.parametrize("has_notes", [True, False])
+def test_a_note_is_in_the_traceback(error: Exception, has_notes: bool) -> None:
+    """Also in Python 3.10, which has none."""
+    kind = type(error)
+
+    class Without(kind):
+        @property
+        def add_note(self) -> None:
+            raise AttributeError
+
+    error = kind(*error.args) if has_notes else Without(*error.args)
+    said = str(error)
+    add_note(error, "rank 1 was first")
+    told = "".join(traceback.format_exception(error))
+    assert "rank 1 was first" in told
+    assert said.split("'")[0] in told

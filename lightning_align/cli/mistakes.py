@@ -228,7 +228,10 @@ def _classes(hint: Any, passed: int = 0) -> Iterator[tuple[type, int]]:
 def _rule(hint: Any) -> str:
     """A type in words."""
     parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    names = [part.__name__ if isinstance(part, type) else str(part) for part in parts]
+    names = [
+        part.__name__ if isinstance(part, type) and not get_args(part) else str(part)
+        for part in parts  # tuple[float, float] is a type in Python 3.10
+    ]
     return " or ".join(name for name in names if name != "NoneType").replace("typing.", "")
 
 

@@ -21,6 +21,7 @@ from typing_extensions import override
 
 from lightning_align._compat import lightning_quiet, lightning_trainer
 from lightning_align._declared import declared
+from lightning_align._errors import add_note
 from lightning_align.models.weights import parameters_on_meta
 from lightning_align.pipelining import Event, read_schedule_csv
 from lightning_align.run.protocols import arranged
@@ -347,8 +348,8 @@ class PipelineStrategy(StageCheckpoints):
     def on_exception(self, exception: BaseException) -> None:
         if not isinstance(exception, failure.PipelineError):
             error = failure.pipeline_error(f"rank {self.global_rank}, between steps", exception)
-            if hasattr(exception, "add_note"):  # Python 3.11; it may only have lost its peer
-                exception.add_note(f"{type(error).__name__}: {error}")
+            # it may only have lost its peer
+            add_note(exception, f"{type(error).__name__}: {error}")
         failure.leave()
 
     @override

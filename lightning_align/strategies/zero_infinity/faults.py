@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lightning_align._errors import argument_error
+from lightning_align._errors import add_note, argument_error
 from lightning_align.offload.record import read_record
 from lightning_align.strategies.zero_infinity.blocks import WHERE
 
@@ -55,7 +54,4 @@ def tell_what_is_left(
         else:
             left = f"step {record.step} is whole there: go on with fit(ckpt_path='last')"
     note = f"{WHERE}, rank {rank}, after step {step}, in {folder}: {left}."
-    if hasattr(error, "add_note"):
-        error.add_note(note)
-    else:  # Python 3.10
-        warnings.warn(note, stacklevel=2)
+    add_note(error, note)

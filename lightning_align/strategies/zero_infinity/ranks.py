@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import distributed, nn
 
+from lightning_align._errors import add_note
 from lightning_align.durable import sync_path
 from lightning_align.offload.ranks import Ranks
 from lightning_align.offload.record import BEFORE, FILE, read_record
@@ -122,7 +123,7 @@ def end_together(strategy: ZeROInfinityStrategy, error: BaseException) -> None:
     step = 0 if module is None or module._trainer is None else module.trainer.global_step
     place = f"rank {strategy.global_rank}, after step {step}"
     first = failure.first_failure(place, error)
-    if first is not None and hasattr(error, "add_note"):  # Python 3.11
-        error.add_note(f"{WHERE}: {place} has lost its peer. The failure was at {first}")
+    if first is not None:
+        add_note(error, f"{WHERE}: {place} has lost its peer. The failure was at {first}")
     strategy.ranks.leave(error, _FAREWELL_S)
     strategy.ranks = Ranks()
