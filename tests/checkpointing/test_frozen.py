@@ -268,7 +268,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         "cannot be copied or saved .*uint4",
     ),
     "freed": (freed, "its storage holds 0 bytes, and it shows more"),
-    "too deep": (lambda: deep(3000), "nested too deeply"),
+    "too deep": (lambda: deep(30_000), "nested too deeply"),
     "a lock": (lambda: __import__("threading").Lock(), "a lock cannot be copied or saved"),
 }
 
