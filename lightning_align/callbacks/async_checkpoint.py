@@ -253,6 +253,10 @@ class AsyncCheckpoint(ModelCheckpoint):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.strategy.restore_checkpoint_after_setup:
+            self._open_if_closed(trainer)
+
+    def _open_if_closed(self, trainer: Trainer) -> None:
         if not trainer.strategy.broadcast(self._folder is not None) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._open(trainer)
 
@@ -260,6 +264,7 @@ class AsyncCheckpoint(ModelCheckpoint):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._open_if_closed(trainer)  # a strategy that restores late tells only now what run it is
         self._triggers.start()
         self._interrupt.start(trainer, defer=self.save_on_exception)
 

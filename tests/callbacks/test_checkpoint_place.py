@@ -4,8 +4,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_align import AsyncCheckpoint
 from lightning_align.callbacks.checkpoint_place import BestOfEarlier, Place, place_of
@@ -229,3 +232,30 @@ def test_the_best_of_the_newest_run_that_is_whole(tmp_path: Path) -> None:
         assert best() == "step=4.ckpt"
     SnapshotEngine(second).withdraw(lambda step, _: step == 4)
     assert best() == "step=2.ckpt"
+
+
+class RestoresLate(SingleDeviceStrategy):
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True
+
+
+@pytest.mark.filterwarnings("error:.*holds checkpoints of another run")
+def test_a_strategy_that_restores_late_goes_on_in_the_folder(tmp_path: Path) -> None:
+    for steps in (2, 4):
+        late = RestoresLate(torch.device("cpu"))
+        callback = AsyncCheckpoint(
+            tmp_path / "here", "{step}", every_n_train_steps=2, save_top_k=-1
+        )
+        trainer = pl.Trainer(
+            max_steps=steps,
+            strategy=late,
+            callbacks=[callback],
+            logger=False,
+            enable_progress_bar=False,
+            limit_val_batches=0,
+            default_root_dir=tmp_path,
+        )
+        trainer.fit(BoringModel(), ckpt_path="last")
+    assert not (tmp_path / "here" / "version_1").exists()
+    assert {path.stem for path in (tmp_path / "here").glob("*.ckpt")} == {"step=2", "step=4"}
