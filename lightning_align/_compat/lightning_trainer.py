@@ -31,6 +31,11 @@ def restart_train_iteration(trainer: pl.Trainer) -> None:
         iter(fetcher)
 
 
+def writes_one_file(strategy: ModelParallelStrategy) -> bool:
+    """Whether rank 0 writes a checkpoint, of a state that all have gathered in its host memory."""
+    return not strategy._save_distributed_checkpoint
+
+
 def all_ranks_for_data(strategy: ModelParallelStrategy) -> None:
     """Let sizes of its mesh that are "auto" mean no tensor parallelism; before its set-up.
 

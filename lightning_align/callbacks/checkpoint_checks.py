@@ -140,7 +140,7 @@ def check_strategy(strategy: Strategy) -> None:
     )
     way_out = (
         "Use Lightning's ModelCheckpoint, or save on rank 0: with ddp, or with"
-        " PipelineStrategy(save_distributed_checkpoint=False)"
+        " ModelParallelStrategy or PipelineStrategy(save_distributed_checkpoint=False)"
     )
     check("strategy", type(strategy).__name__, saves_whole_state(strategy), rule, way_out)
     writer = type(strategy.checkpoint_io)

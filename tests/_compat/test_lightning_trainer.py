@@ -11,7 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.compile import from_compiled
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
@@ -320,3 +320,9 @@ def test_fetches_are_watched_until_it_is_undone() -> None:
 def test_a_finder_knows_the_attribute_that_it_was_told() -> None:
     assert lightning_trainer.rate_attribute(LearningRateFinder(attr_name="mine")) == "mine"
     assert lightning_trainer.rate_attribute(LearningRateFinder()) == ""
+
+
+def test_who_writes_one_file() -> None:
+    for parts in (True, False):
+        strategy = ModelParallelStrategy(save_distributed_checkpoint=parts)
+        assert lightning_trainer.writes_one_file(strategy) is not parts

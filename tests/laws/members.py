@@ -325,7 +325,6 @@ CALLBACKS = [
     Member(
         "AsyncCheckpoint",
         spec(OURS + "AsyncCheckpoint", dirpath="{run}/checkpoints", every_n_train_steps=2),
-        refuses={"model_parallel, 2 ranks": "its ranks save parts of the state themselves"},
     ),
     Member("MetricPlot", spec(OURS + "MetricPlot", metrics=["train_loss"])),
     Member(

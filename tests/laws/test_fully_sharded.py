@@ -45,7 +45,10 @@ class OnARank(Run):
     rank: int = 0
 
     def trainer_options(self, folder: Path) -> dict[str, Any]:
-        two = {"devices": 2, "strategy": ModelParallelStrategy()}
+        # AsyncCheckpoint copies a state that rank 0 has whole.
+        parts = all(callback.name != "AsyncCheckpoint" for callback in self.callbacks)
+        strategy = ModelParallelStrategy(save_distributed_checkpoint=parts)
+        two = {"devices": 2, "strategy": strategy}
         return {**super().trainer_options(folder), **two, "plugins": [ForkedRanks(self.rank, 2)]}
 
 

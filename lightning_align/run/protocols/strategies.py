@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import Protocol, runtime_checkable
 
-from lightning_align._compat.lightning_trainer import wrap_in_ddp_again
+from lightning_align._compat.lightning_trainer import wrap_in_ddp_again, writes_one_file
 from lightning_align.layers import sharding
 
 
@@ -165,6 +165,8 @@ def saves_whole_state(strategy: Strategy) -> bool:
     """Whether rank 0 alone writes a checkpoint, of the whole state."""
     if isinstance(strategy, SaysWhoSaves):
         return strategy.saves_whole_state
+    if isinstance(strategy, ModelParallelStrategy):
+        return writes_one_file(strategy)
     return type(strategy).save_checkpoint is Strategy.save_checkpoint
 
 
