@@ -15,8 +15,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from transformers import AutoModelForCausalLM
 
 from lightning_align import AsyncCheckpoint, GenerateSamples, PretrainModule, SavePretrained
-from tests.helpers.pipelines import PositionedBatches, Run
+from tests.helpers.pipelines import ADAMW, PositionedBatches, Run
 from tests.helpers.ranks import end_of_ranks, run_ranks
+from tests.helpers.tiny_models import TINY_MODELS
 from tests.strategies.pipeline.test_checkpoints import DROPOUT, equal, state_of
 
 pytestmark = pytest.mark.slow  # `make test-laws` runs them
@@ -68,6 +69,31 @@ def test_a_run_goes_on_exactly_from_an_async_checkpoint(accumulate: int, tmp_pat
     )
     assert rest[0] == whole[0][2 * accumulate :]
     assert rest[0] == rest[1]
+
+
+def test_a_model_without_memory_goes_on_in_the_folder_of_its_run(tmp_path: Path) -> None:
+    """It is loaded late: what run it continues is known only when training starts."""
+    TINY_MODELS["gpt2"]().save_pretrained(tmp_path / "model")
+    folder, run = tmp_path / "run", Run("gpt2", ONE_F_ONE_B, steps=8)
+
+    def fit(rank: int, **options: Any) -> list[float]:
+        with run.setting(rank) as (trainer, seen):
+            checkpoint = AsyncCheckpoint(folder, every_n_train_steps=2, save_top_k=-1)
+            trainer.callbacks.append(checkpoint)
+            with trainer.init_module(empty_init=True):
+                module = PretrainModule(str(tmp_path / "model"), optimizer=ADAMW)
+            trainer.fit(module, datamodule=PositionedBatches(run.steps), **options)
+        losses: list[float] = seen.losses
+        return losses
+
+    whole = run_ranks(fit)[0]
+    for path in folder.iterdir():
+        if not path.name.startswith("epoch=0-step=4."):
+            path.unlink()
+    assert run_ranks(lambda rank: fit(rank, ckpt_path="last"))[0] == whole[4:]
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {f"epoch=0-step={step}.ckpt" for step in (4, 6, 8)}
+    assert "version_1" not in names
 
 
 def test_async_checkpoint_is_refused_where_each_rank_saves_its_part(tmp_path: Path) -> None:
