@@ -8,10 +8,13 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning.pytorch as pl
+from lightning.fabric.strategies import model_parallel
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.plugins.precision import DoublePrecision
@@ -25,7 +28,9 @@ from lightning.pytorch.utilities.combined_loader import (
 )
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
+from torch.distributed.checkpoint import state_dict
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
@@ -163,7 +168,8 @@ def read_checkpoints(
         read: Given a path and ``weights_only``; None from it leaves the path to Lightning.
     """
     strategy: Any = trainer.strategy
-    vars(strategy).pop("load_checkpoint", None)
+    for name in ("load_checkpoint", "optimizer_state"):
+        vars(strategy).pop(name, None)
     if read is None or type(strategy).load_checkpoint is not Strategy.load_checkpoint:
         return
     load = strategy.load_checkpoint
@@ -175,30 +181,74 @@ def read_checkpoints(
     strategy.load_checkpoint = read_or_load
 
 
-def around_loading(
-    trainer: pl.Trainer, around: Callable[..., AbstractContextManager[None]]
+def around_sharded_optimizers(
+    trainer: pl.Trainer,
+    loading: Callable[..., AbstractContextManager[None]],
+    asking: Callable[[Optimizer], AbstractContextManager[None]],
+    by_name: Callable[[nn.Module, Optimizer, dict[str, Any]], dict[str, Any]],
 ) -> None:
-    """Let a strategy that loads parts of a sharded model do so in a context.
+    """Let a strategy that loads and asks parts of a sharded model do so in contexts.
 
     ``read_checkpoints`` with None undoes it.
 
     Args:
         trainer: The trainer.
-        around: Given the model, its optimizers, the path and ``weights_only``.
+        loading: Given the model, its optimizers, the path and ``weights_only``.
+        asking: Around a question for the state of an optimizer, which it is given.
+        by_name: What a file has of an optimizer, with names of parameters for its numbers.
     """
     strategy: Any = trainer.strategy
     if not isinstance(strategy, ModelParallelStrategy):
         return
-    load = strategy.load_checkpoint
+    load, ask = strategy.load_checkpoint, strategy.optimizer_state
 
     def load_in_it(checkpoint_path: Any, weights_only: bool | None = None) -> Any:
         path = Path(strategy.broadcast(checkpoint_path))
         if not path.exists():
             return load(path, weights_only)  # Lightning says so
-        with around(strategy.model, strategy.optimizers, path, weights_only):
+        with (
+            loading(strategy.model, strategy.optimizers, path, weights_only),
+            _of_files(by_name),
+        ):
             return load(path, weights_only)
 
+    def ask_in_it(optimizer: Any) -> Any:
+        plain = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        with asking(plain):
+            return ask(plain)
+
     vars(strategy)["load_checkpoint"] = load_in_it
+    vars(strategy)["optimizer_state"] = ask_in_it
+
+
+@contextmanager
+def _of_files(
+    by_name: Callable[[nn.Module, Optimizer, dict[str, Any]], dict[str, Any]],
+) -> Iterator[None]:
+    """Give optimizers what a file has of them, of which Lightning expects a state in any order.
+
+    Its ``_rekey_optimizer_state_if_needed`` looks at the first state, and counts the model's
+    parameters; torch's ``set_optimizer_state_dict`` has no device to send none to.
+    """
+    theirs = state_dict.set_optimizer_state_dict
+
+    def give(model: Any, optimizer: Any, *, optim_state_dict: Any, options: Any = None) -> None:
+        if options is not None and options.full_state_dict:
+            optim_state_dict = by_name(model, optimizer, optim_state_dict)
+            if not optim_state_dict["state"]:
+                groups = optim_state_dict["param_groups"]
+                for group, saved in zip(optimizer.param_groups, groups, strict=True):
+                    group.update({key: saved[key] for key in saved if key != "params"})
+                return
+        theirs(model, optimizer, optim_state_dict=optim_state_dict, options=options)
+
+    with (
+        mock.patch.object(
+            model_parallel, "_rekey_optimizer_state_if_needed", lambda saved, _: saved
+        ),
+        mock.patch.object(state_dict, "set_optimizer_state_dict", give),
+    ):
+        yield
 
 
 class _BlankMetric(Metric):

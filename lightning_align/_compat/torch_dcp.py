@@ -24,7 +24,6 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import _get_fqns, _init_optim_state
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.fsdp import FullyShardedDataParallel, OptimStateKeyType
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -137,15 +136,31 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         yield plain, parameter
 
 
-def by_name(model: nn.Module, states: Mapping[Any, Any]) -> dict[str, Any]:
-    """The states of an optimizer that rank 0 has put together, by the names of parameters."""
-    if not states or isinstance(next(iter(states)), str):
-        return dict(states)
-    keyed = {"state": dict(states), "param_groups": []}
-    named = FullyShardedDataParallel.rekey_optim_state_dict(
-        keyed, OptimStateKeyType.PARAM_NAME, model
-    )
-    return dict(named["state"])
+def by_name(model: nn.Module, optimizer: Optimizer, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimizer's state of one file, with the names of parameters for its numbers.
+
+    Numbers that go through the groups one after another are places in them, as any optimizer
+    numbers what it has; others are places in the model, as torch puts a sharded one together.
+
+    Args:
+        model: Whose parameters they are.
+        optimizer: As it was built for the run that goes on.
+        saved: ``state`` and ``param_groups``.
+    """
+    groups = saved["param_groups"]
+    numbers = [number for group in groups for number in group["params"]]
+    if any(isinstance(number, str) for number in numbers):
+        return dict(saved)
+    named: dict[Any, str] = {parameter: name for name, parameter in named_parameters(model)}
+    own = [named[p] for group in optimizer.param_groups for p in group["params"] if p in named]
+    in_groups = numbers == list(range(len(own)))
+    names = own if in_groups else list(named.values())
+    return {
+        "state": {names[number]: state for number, state in saved["state"].items()},
+        "param_groups": [
+            {**g, "params": [names[number] for number in g["params"]]} for g in groups
+        ],
+    }
 
 
 def make_state(optimizer: Optimizer) -> None:

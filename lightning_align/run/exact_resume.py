@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
-from lightning_align._compat import lightning_quiet, lightning_resume
+from lightning_align._compat import lightning_quiet, lightning_resume, torch_dcp
 from lightning_align._declared import declared
 from lightning_align._errors import argument_error
 from lightning_align.offload import linked
@@ -22,7 +22,7 @@ from lightning_align.run.protocols import batch_cutter, seed_of
 from lightning_align.run.replicas import replica
 from lightning_align.run.rng import reseed
 from lightning_align.run.settings import LeftOut, refuse_short_schedule
-from lightning_align.run.sharded_optimizers import taking_up_what_was_saved
+from lightning_align.run.sharded_optimizers import making_no_state, taking_up_what_was_saved
 from lightning_align.run.skipping import Skipping
 
 
@@ -80,7 +80,9 @@ class ExactResume(Callback):
         put_first(trainer, self)
         lightning_resume.call_before_saving(trainer, lambda: self.keeper.module_hook())
         lightning_resume.read_checkpoints(trainer, _read_linked)
-        lightning_resume.around_loading(trainer, taking_up_what_was_saved)
+        lightning_resume.around_sharded_optimizers(
+            trainer, taking_up_what_was_saved, making_no_state, torch_dcp.by_name
+        )
 
     def _follow(self, trainer: Trainer, loaders: Any) -> PositionedLoader:
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current

@@ -2,12 +2,13 @@
 
 torch puts parts of tensors into a state that is there: it takes a step of zeros, which makes one
 for every parameter that requires a gradient, and asks the checkpoint for each. Some have none
-there: a block that LISA had frozen, a parameter that no gradient has reached. And of groups it asks
-for no key that came in training, such as a count of skipped steps.
+there: a block that LISA had frozen, a parameter that no gradient has reached. Others have one, and
+are frozen until the run's own attributes are put back. And of groups it asks for no key that came
+in training, such as a count of skipped steps.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -39,30 +40,51 @@ def taking_up_what_was_saved(
     named: dict[Tensor, str] = {
         parameter: name for name, parameter in torch_dcp.named_parameters(model)
     }
-    frozen: list[Tensor] = []
-    try:
+    with ExitStack() as stack:
         for number, optimizer in enumerate(optimizers):
-            saved, groups = _saved(model, number, path, weights_only)
-            every = [p for group in optimizer.param_groups for p in group["params"]]
-            without = [p for p in every if p.requires_grad and named.get(p) not in saved]
-            for parameter in without:
-                parameter.requires_grad_(False)
-            frozen += without
+            saved, groups = _saved(model, optimizer, number, path, weights_only)
+            asks = {p: named.get(p) in saved for p in _parameters(optimizer)}
+            stack.enter_context(_requiring_gradients(asks))
             torch_dcp.make_state(optimizer)
             _refuse_other_shapes(optimizer, named, saved)
             for group, keys in zip(optimizer.param_groups, groups, strict=False):
                 group.update({key: None for key in keys if key not in group})
         yield
+
+
+@contextmanager
+def making_no_state(optimizer: Optimizer) -> Iterator[None]:
+    """Around a question for the state of an optimizer, which torch would otherwise make.
+
+    Where there is none its step of zeros would be the first one of the run.
+    """
+    asks = {} if optimizer.state else dict.fromkeys(_parameters(optimizer), False)
+    with _requiring_gradients(asks):
+        yield
+
+
+@contextmanager
+def _requiring_gradients(asks: Mapping[Tensor, bool]) -> Iterator[None]:
+    """Let torch take these parameters for what trains, or for what does not."""
+    before = {parameter: parameter.requires_grad for parameter in asks}
+    try:
+        for parameter, trains in asks.items():
+            parameter.requires_grad_(trains)
+        yield
     finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
+        for parameter, trained in before.items():
+            parameter.requires_grad_(trained)
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 Shapes = Mapping[str, Mapping[str, torch.Size]]  # of a parameter's state, by its name
 
 
 def _saved(
-    model: nn.Module, number: int, path: Path, weights_only: bool | None
+    model: nn.Module, optimizer: Optimizer, number: int, path: Path, weights_only: bool | None
 ) -> tuple[Shapes, list[set[str]]]:
     """Shapes of all tensors of an optimizer's state, and keys of its groups."""
     if path.is_dir():
@@ -70,10 +92,12 @@ def _saved(
     # Parts of a mapped file are read when they are looked at, and nobody does here.
     checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
     every = checkpoint.get("optimizer_states", [])
-    states = every[number]["state"] if number < len(every) else {}
+    if number >= len(every):
+        return {}, []
+    states = torch_dcp.by_name(model, optimizer, every[number])["state"]
     shapes = {
         name: {each: value.shape for each, value in state.items() if isinstance(value, Tensor)}
-        for name, state in torch_dcp.by_name(model, states).items()
+        for name, state in states.items()
     }
     return shapes, []  # torch takes all keys of groups that a file has
 

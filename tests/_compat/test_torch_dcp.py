@@ -85,11 +85,25 @@ def test_states_of_an_optimizer_by_the_names_of_parameters() -> None:
     model[1] = torch.compile(model[1])
     named = dict(torch_dcp.named_parameters(model))
     assert list(named) == ["0.weight", "0.bias", "1.weight", "1.bias"]
-    assert torch_dcp.by_name(model, {}) == {}
-    assert torch_dcp.by_name(model, {"0.bias": 1}) == {"0.bias": 1}
-    states = {0: {"step": 1}, 3: {"step": 2}}
-    plain = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
-    assert torch_dcp.by_name(plain, states) == {"0.weight": {"step": 1}, "1.bias": {"step": 2}}
+
+
+def test_numbers_of_parameters_are_places_in_groups_or_in_the_model() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    last_first: Any = [{"params": list(layer.parameters())} for layer in reversed(model)]
+    optimizer = torch.optim.AdamW(last_first)
+
+    def read(groups: list[list[Any]], states: dict[Any, int]) -> tuple[Any, list[Any]]:
+        saved = {"state": states, "param_groups": [{"lr": 1, "params": own} for own in groups]}
+        found = torch_dcp.by_name(model, optimizer, saved)
+        return found["state"], [group["params"] for group in found["param_groups"]]
+
+    first, second = ["0.weight", "0.bias"], ["1.weight", "1.bias"]
+    # Saved by one process: AdamW counts what it has.
+    assert read([[0, 1], [2, 3]], {0: 7, 3: 8}) == ({"1.weight": 7, "0.bias": 8}, [second, first])
+    # Put together by torch, of a sharded model: the model's parameters are counted.
+    assert read([[2, 3], [0, 1]], {0: 7, 3: 8}) == ({"0.weight": 7, "1.bias": 8}, [second, first])
+    assert read([[0, 1], [2, 3]], {}) == ({}, [second, first])
+    assert read([second, first], {"0.bias": 1}) == ({"0.bias": 1}, [second, first])
 
 
 def test_a_step_of_zeros_makes_states_of_what_trains() -> None:

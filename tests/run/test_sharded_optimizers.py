@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader
 
 from lightning_align import GaLoreAdamW, StableAdamW
@@ -41,18 +41,60 @@ class OneIsLeftOut(pl.LightningModule):
         return self.optimizer(self.named_parameters())
 
 
+class OneThaws(OneIsLeftOut):
+    """Of the same layers the first is frozen for an epoch of four batches."""
+
+    def __init__(self, optimizer: Any) -> None:
+        super().__init__(optimizer)
+        self.layers[0].requires_grad_(False)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.layers[2](self.layers[0](batch)).square().mean()
+
+    def on_train_epoch_start(self) -> None:
+        first: Any = self.layers[0]
+        first.reshard()  # of what is gathered only the gathered parameters would be thawed
+        first.requires_grad_(self.current_epoch > 0)
+
+
+class SaveAt(pl.Callback):
+    """Saves once, behind so many batches; behind 0, as training starts."""
+
+    def __init__(self, batches: int, path: Path) -> None:
+        self.batches = batches
+        self.path = path
+
+    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if self.batches == 0:
+            trainer.save_checkpoint(self.path)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.batches -= 1
+        if self.batches == 0:
+            trainer.save_checkpoint(self.path)
+
+
 def fit(
-    rank: int, optimizer: Any, *, whole: bool, steps: int, ranks: int = 2, **options: Any
+    rank: int,
+    optimizer: Any,
+    *extra: pl.Callback,
+    whole: bool,
+    steps: int,
+    ranks: int = 2,
+    kind: type[OneIsLeftOut] = OneIsLeftOut,
+    accumulate: int = 1,
+    **options: Any,
 ) -> OneIsLeftOut:
     pl.seed_everything(3, verbose=False)
-    module = OneIsLeftOut(optimizer)
+    module = kind(optimizer)
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=ranks,
         plugins=[ForkedRanks(rank, ranks)],
         strategy=ModelParallelStrategy(ranks, 1, save_distributed_checkpoint=not whole),
-        callbacks=[ExactResume()],
+        callbacks=[ExactResume(), *extra],
         max_steps=steps,
+        accumulate_grad_batches=accumulate,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -85,6 +127,70 @@ def test_what_had_no_gradient_is_not_asked_for(tmp_path: Path, whole: bool, opti
     for resumed, straight, skipped, asked in run_ranks(on_a_rank):
         assert skipped == 1
         assert all(asked)
+        assert all(map(torch.equal, resumed, straight))
+
+
+def weights(module: pl.LightningModule) -> list[Tensor]:
+    for each in module.modules():
+        if isinstance(each, FSDPModule):
+            each.reshard()  # what no backward has reached
+    return [p.full_tensor() for p in module.parameters()]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_is_frozen_when_it_is_loaded_keeps_its_state(tmp_path: Path, whole: bool) -> None:
+    """Its attributes, and with them what trains, are put back behind its parts."""
+    path, build = tmp_path / "saved.ckpt", partial(torch.optim.AdamW, lr=0.1)
+
+    def on_a_rank(rank: int) -> tuple[list[Tensor], list[Tensor]]:
+        options: dict[str, Any] = {"whole": whole, "steps": 14, "kind": OneThaws}
+        straight = fit(rank, build, SaveAt(11, path), **options)
+        resumed = fit(rank, build, ckpt_path=path, **options)
+        assert len(resumed.trainer.optimizers[0].state) == 4
+        return weights(resumed), weights(straight)
+
+    for resumed, straight in run_ranks(on_a_rank):
+        assert all(map(torch.equal, resumed, straight))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "optimizer", "batches"),
+    [
+        (OneThaws, torch.optim.AdamW, 0),
+        (OneThaws, torch.optim.AdamW, 2),  # the window is open
+        (OneIsLeftOut, StableAdamW, 4),  # the first step has been skipped
+    ],
+)
+def test_a_save_before_the_first_update_counts_none(
+    tmp_path: Path, whole: bool, kind: Any, optimizer: Any, batches: int
+) -> None:
+    path, build = tmp_path / "saved.ckpt", partial(optimizer, lr=0.1)
+    options: dict[str, Any] = {"whole": whole, "steps": 4, "accumulate": 4, "kind": kind}
+
+    def on_a_rank(rank: int) -> list[list[Tensor]]:
+        saved = fit(rank, build, SaveAt(batches, path), **options)
+        return [weights(each) for each in (saved, fit(rank, build, ckpt_path=path, **options))]
+
+    def plain(rank: int) -> list[Tensor]:
+        return weights(fit(rank, build, **options))
+
+    for runs, expected in zip(run_ranks(on_a_rank), run_ranks(plain), strict=True):
+        for ours in runs:
+            assert all(map(torch.equal, ours, expected))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_an_optimizer_without_a_state_is_resumed(tmp_path: Path, whole: bool) -> None:
+    path, build = tmp_path / "saved.ckpt", partial(torch.optim.SGD, lr=0.1)
+
+    def on_a_rank(rank: int) -> tuple[list[Tensor], list[Tensor]]:
+        options: dict[str, Any] = {"whole": whole, "steps": 14, "kind": OneThaws}
+        straight = fit(rank, build, SaveAt(11, path), **options)
+        resumed = fit(rank, build, ckpt_path=path, **options)
+        return weights(resumed), weights(straight)
+
+    for resumed, straight in run_ranks(on_a_rank):
         assert all(map(torch.equal, resumed, straight))
 
 
