@@ -105,6 +105,19 @@ def as_forward(model: nn.Module, function: Callable[[], Any]) -> Any:
     return result
 
 
+def give_back_gathered(module: nn.Module) -> None:
+    """Leave nothing whole behind a forward that no backward follows.
+
+    PyTorch keeps what is outside of the blocks, which the next forward would take as it was.
+
+    Args:
+        module: What holds sharded modules, or none.
+    """
+    for each in module.modules():
+        if isinstance(each, FSDPModule):
+            each.reshard()
+
+
 def _called(function: Callable[[], Any]) -> Any:
     return function()
 

@@ -25,6 +25,7 @@ from lightning_align._errors import check_least
 from lightning_align.callbacks.spikes.layers import LayerFigures
 from lightning_align.data.sampler import PositionSampler
 from lightning_align.data.skipped import SkippedBatches
+from lightning_align.layers.sharding import give_back_gathered
 from lightning_align.layers.surgery import evaluating
 from lightning_align.run.protocols import (
     ComputesBatchLoss,
@@ -341,10 +342,13 @@ class SpikeEvidence:
                 stack.enter_context(trainer.precision_plugin.forward_context())
                 return float(module.batch_loss(batch))
         except Exception as error:  # no memory left, or a method of anybody's; not worth a run
-            if self._together and isinstance(error, torch.OutOfMemoryError):
-                raise  # of this rank alone, for whose parts of weights the others would wait
+            # No memory, under one of its names: of this rank alone, for whom the others would wait.
+            if self._together and isinstance(error, RuntimeError):
+                raise
             missing.append(f"loss of a batch: {type(error).__name__}: {error}")
             return None
+        finally:
+            give_back_gathered(module)  # a module of one's own may have gathered itself
 
 
 def _of_all_replicas(ranks: list[dict[str, Any]]) -> list[BatchRecord]:

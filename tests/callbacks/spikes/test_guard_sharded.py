@@ -211,6 +211,10 @@ def test_memory_that_ends_on_one_rank_alone_ends_the_run(tmp_path: Path) -> None
         def batch_loss(self, batch: Any) -> torch.Tensor:
             raise torch.OutOfMemoryError("no memory")
 
+    class NoMemoryElsewhere(BadBatch):
+        def batch_loss(self, batch: Any) -> torch.Tensor:
+            raise RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")
+
     class Fails(BadBatch):
         def batch_loss(self, batch: Any) -> torch.Tensor:
             raise KeyError("a column")
@@ -227,5 +231,7 @@ def test_memory_that_ends_on_one_rank_alone_ends_the_run(tmp_path: Path) -> None
         assert any("KeyError" in text for text in incident.missing)
         with pytest.raises(torch.OutOfMemoryError):
             run(rank, NoMemory)
+        with pytest.raises(RuntimeError, match="ALLOC_FAILED"):
+            run(rank, NoMemoryElsewhere)
 
     run_ranks(on_a_rank)
