@@ -21,8 +21,11 @@ from lightning_align.data.hub_datasets import HUB_NAME, is_saved
 
 # The fsspec protocol that reads each kind of archive.
 ARCHIVES = {".zip": "zip", ".tar": "tar", ".tar.gz": "tar", ".tgz": "tar"}
-# Words in the names of files that are not for training.
-_HELD_OUT = {"test", "val", "valid", "validation", "dev", "eval"}
+# Words in the names of files that are not for training: those of ``datasets``, and more.
+_HELD_OUT = re.compile(
+    "tests?|testing|testset|val|valid|validation|dev|development|evals?|evaluation|held|heldout"
+    "|holdout"
+)
 
 
 def find_files(
@@ -132,15 +135,17 @@ def _one_split_of_parquet(filesystem: Any, folder: str) -> list[str]:
     """Its files in order, if all data are Parquet and no name is of data to be held out."""
     root = filesystem._strip_protocol(folder).rstrip("/")
     found: list[str] = []
+    for_training: list[bool] = []
     for name in sorted(filesystem.find(folder)):
         inside = name.removeprefix(root).lstrip("/")
-        if any(part.startswith((".", "_")) for part in inside.split("/")):
+        if any(part.startswith((".", "_")) for part in inside.split("/")) or name.endswith(".md"):
             continue  # _SUCCESS, .part-0.parquet.crc: of those who write such folders
-        if InputFile("", "", name).suffix in (".txt", *RECORD_SUFFIXES):
-            if _HELD_OUT & set(re.split(r"[^a-z]+", inside.lower())):
-                return []
-            found.append(name)
-    return found if all(name.endswith(".parquet") for name in found) else []
+        words = re.split(r"[^a-z]+", inside.lower())
+        if not name.endswith(".parquet") or any(map(_HELD_OUT.fullmatch, words)):
+            return []
+        found.append(name)
+        for_training.append(not {"train", "training"}.isdisjoint(words))
+    return found if all(for_training) or not any(for_training) else []
 
 
 def _pattern(filesystem: Any, folder: str) -> str:

@@ -15,7 +15,12 @@ import math
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    StochasticWeightAveraging,
+    Timer,
+)
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -23,6 +28,8 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from lightning_align._compat import lightning_resume
 from lightning_align._errors import argument_error
+from lightning_align.run.callbacks import callbacks_of
+from lightning_align.run.protocols.callbacks import CutsBatches
 
 Settings = dict[str, Any]
 _PLAIN = (bool, int, float, str)
@@ -66,7 +73,7 @@ def restore_settings(
         if start[name] == before[name]:
             setattr(trainer, name, then[name])
     _check_window(trainer, then["accumulate_grad_batches"], window_is_open)
-    _warn_of_schedules(trainer, before.get("schedules", []), start["schedules"])
+    _warn_of_schedules(trainer, then.get("schedules", []), start["schedules"])
     changed = set()
     for name, parameter in module.named_parameters():
         if (name in start["frozen"]) == (name in before["frozen"]):
@@ -91,21 +98,32 @@ def restore_settings(
 def refuse_short_schedule(trainer: pl.Trainer) -> None:
     """A OneCycleLR raises behind its last step, so it must reach the end of the run.
 
+    Looked at are those that are stepped with the optimizer, or with each epoch, where nothing may
+    end the run before or change how many batches are a step.
+
     Raises:
         ValueError: If it does not.
     """
+    may_differ = (EarlyStopping, Timer, GradientAccumulationScheduler)
+    callbacks = callbacks_of(trainer)
+    if any(isinstance(each, (*may_differ, CutsBatches)) for each in callbacks):
+        return
     for config in trainer.lr_scheduler_configs:
         schedule = config.scheduler
-        if not isinstance(schedule, OneCycleLR) or config.interval != "step":
+        if not isinstance(schedule, OneCycleLR) or config.frequency != 1:
             continue
         left = trainer.estimated_stepping_batches - trainer.global_step
-        last = schedule.last_epoch + left // config.frequency
+        if config.interval == "epoch":
+            ends_by_steps = trainer.max_steps != -1 or not trainer.max_epochs
+            left = math.inf if ends_by_steps else trainer.max_epochs - trainer.current_epoch  # type: ignore[operator]
+        last = schedule.last_epoch + left
         if math.isfinite(last) and last > schedule.total_steps:
-            rule = f"the run takes {last:.0f} steps, more than the schedule has"
-            way_out = f"Give {last:.0f}, or end the run there with max_steps"
+            unit = "epochs" if config.interval == "epoch" else "steps"
+            rule = f"the run takes {last:.0f} {unit}, more than the schedule has"
+            way_out = f"Give {last:.0f}, or end the run there with max_{unit}"
             if trainer.ckpt_path:
                 rule += ". It goes on as in the checkpoint"
-                way_out = "End the run there with max_steps, or begin a new one from its weights"
+                way_out = f"End the run there with max_{unit}, or begin a new one from its weights"
             total = schedule.total_steps
             raise argument_error("OneCycleLR", "total_steps", total, rule, way_out)
 

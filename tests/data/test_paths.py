@@ -118,6 +118,9 @@ def test_archives_that_are_none(tmp_path):
         (["part-0.parquet", "part-1.parquet", "c.txt"], r"/folder/\*\.parquet'"),
         (["train-0-of-1.parquet", "test-0-of-1.parquet"], r"/folder/train\*\.parquet'"),
         (["data/train-0.parquet", "data/test.parquet"], r"/folder/\*\*/train\*\.parquet'"),
+        (["train-0.parquet", "evaluation-0.parquet"], r"/folder/train\*\.parquet'"),
+        (["train-0.parquet", "chapter.parquet"], r"/folder/train\*\.parquet'"),
+        (["part-0.parquet", "part-1.arrow"], r"/folder/\*\.parquet'"),
         (["a.jsonl.gz", "b.jsonl.gz", "c.txt"], r"/folder/\*\.jsonl\.gz'"),
         ([], r"/folder/\*\.txt'"),
     ],
@@ -141,9 +144,9 @@ def test_a_folder_of_parquet_is_read_in_the_order_of_its_names(tmp_path, scheme)
 
     folder = tmp_path / "latest"  # whose own name says nothing of a split
     (folder / "year=2024").mkdir(parents=True)
-    for number, name in enumerate(["part-0.parquet", "part-1.parquet", "year=2024/train.parquet"]):
+    for number, name in enumerate(["part-0.parquet", "part-1.parquet", "year=2024/part-2.parquet"]):
         Dataset.from_list([ROWS[number]]).to_parquet(folder / name)
-    for name in ("_SUCCESS", ".part-0.parquet.crc", "_metadata.parquet"):
+    for name in ("_SUCCESS", ".part-0.parquet.crc", "_metadata.parquet", "README.md"):
         (folder / name).write_text("x")
     files = find(f"{scheme}{folder}")
     assert [text for file in files for text in texts(file)] == [row["text"] for row in ROWS]

@@ -223,13 +223,14 @@ def test_the_epoch_of_batchnorm_is_not_resumed(tmp_path: Path, position: int) ->
 
 
 class Scheduled(Plain):
-    def __init__(self, schedule: Any) -> None:
+    def __init__(self, schedule: Any, interval: str = "step") -> None:
         super().__init__()
         self.schedule = schedule
+        self.interval = interval
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
-        schedule = {"scheduler": self.schedule(optimizer), "interval": "step"}
+        schedule = {"scheduler": self.schedule(optimizer), "interval": self.interval}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
 
@@ -254,6 +255,14 @@ def test_a_schedule_that_is_built_otherwise_is_said_to_go_on_as_it_was(tmp_path:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*goes on as in the checkpoint")
         scheduled(tmp_path, cosine, 4, tmp_path / "2.ckpt")
+    # What goes on is what a second resume is held against, and not what the first was built with.
+    with pytest.warns(UserWarning, match="T_max=6, not 9"):
+        scheduled(tmp_path, partial(cosine, T_max=9), 4, tmp_path / "2.ckpt")
+    with pytest.warns(UserWarning, match="T_max=6, not 9"):
+        scheduled(tmp_path, partial(cosine, T_max=9), 6, tmp_path / "4.ckpt")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*goes on as in the checkpoint")
+        scheduled(tmp_path, cosine, 6, tmp_path / "4.ckpt")
 
 
 def test_a_run_longer_than_its_cycle_is_refused_before_it_trains(tmp_path: Path) -> None:
@@ -262,6 +271,26 @@ def test_a_run_longer_than_its_cycle_is_refused_before_it_trains(tmp_path: Path)
         scheduled(tmp_path, one_cycle, 5)
     with pytest.raises(ValueError, match=r"checkpoint\. End the run there"):
         scheduled(tmp_path, partial(one_cycle, total_steps=9), 9, tmp_path / "4.ckpt")
+
+
+def fit_for(folder: Path, interval: str, *callbacks: Any, **options: Any) -> None:
+    quiet = {"enable_checkpointing": False, "logger": False, "enable_progress_bar": False}
+    own: Any = {"callbacks": [ExactResume(), *callbacks], "default_root_dir": folder}
+    pl.Trainer(**own, **quiet, **options).fit(Scheduled(one_cycle, interval))
+
+
+def test_a_cycle_of_epochs_is_held_against_epochs(tmp_path: Path) -> None:
+    fit_for(tmp_path, "epoch", max_epochs=4)
+    with pytest.raises(ValueError, match=r"the run takes 5 epochs, .* with max_epochs"):
+        fit_for(tmp_path, "epoch", max_epochs=5)
+
+
+def test_a_run_of_which_nobody_knows_how_many_steps_it_takes_is_not_refused(tmp_path: Path) -> None:
+    """Batches of a step by a schedule, of which Lightning has one when it counts the steps."""
+    many = GradientAccumulationScheduler({0: 1000})
+    fit_for(tmp_path, "step", many, max_epochs=4)  # a step for each epoch's last batch
+    with pytest.raises(ValueError, match="the run takes"):
+        fit_for(tmp_path, "step", max_epochs=4)
 
 
 def test_weights_in_double_precision_are_not_rounded_on_their_way(tmp_path: Path) -> None:
