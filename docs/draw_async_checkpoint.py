@@ -46,7 +46,7 @@ def main() -> None:
         color = "C0" if place == 0 else "0.7"
         spread = [[median - low], [high - median]]
         axes.barh(place, median, color=color, xerr=spread, ecolor="0.3", capsize=3)
-        axes.text(high + 12, place, f"{median:.0f} ms", va="center")
+        axes.text(high + 12, place, f"{median:.3g} ms", va="center")
         print(f"{SIDES[side]:24} {median} [{low}, {high}]")  # noqa: T201
     axes.set_yticks(range(len(SIDES)), SIDES.values())
     axes.invert_yaxis()

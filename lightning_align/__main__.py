@@ -10,7 +10,8 @@ from lightning_align.cli.mistakes import PROGRAM
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; ``args`` defaults to ``sys.argv[1:]``, and nothing shows the help."""
-    with debug_if_asked(sys.argv[1:] if args is None else args) as arguments:
+    words = sys.argv[1:] if args is None else args
+    with readers_may_leave(), debug_if_asked(words) as arguments:
         name, rest = (arguments or ["--help"])[0], arguments[1:]
         if name in ("-h", "--help"):
             print(overview(), end="")  # noqa: T201
@@ -27,7 +28,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def run_command(name: str, arguments: Sequence[str]) -> None:
     """Run one of ``COMMANDS``; a mistake of the user's ends in its message, without a traceback."""
-    with readers_may_leave(), refusals_told(PROGRAM):
+    with refusals_told(PROGRAM):
         COMMANDS[name].load().main(arguments)
 
 

@@ -78,5 +78,7 @@ def add_note(error: BaseException, note: str) -> None:
     elif isinstance(error, OSError) and error.strerror:
         of = "" if error.filename is None else f": {error.filename!r}"  # it would come last
         error.strerror, error.filename = f"{error.strerror}{of}\n{note}", None
+    elif isinstance(getattr(error, "msg", None), str):  # ImportError and SyntaxError show that
+        error.msg = f"{error.msg}\n{note}"  # type: ignore[attr-defined]
     else:
         error.args = (f"{error.args[0] if error.args else ''}\n{note}", *error.args[1:])

@@ -69,7 +69,16 @@ def test_a_long_value_leaves_room_for_the_rule():
     assert message.endswith("characters)): must be d.")
 
 
-@pytest.mark.parametrize("error", [ValueError("rule"), OSError(28, "no space", "a"), KeyError()])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("rule"),
+        OSError(28, "no space", "a"),
+        KeyError(),
+        ImportError("no name"),
+        SyntaxError("bad"),
+    ],
+)
 @pytest.mark.parametrize("has_notes", [True, False])
 def test_a_note_is_in_the_traceback(error: Exception, has_notes: bool) -> None:
     """Also in Python 3.10, which has none."""

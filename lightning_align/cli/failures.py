@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -92,15 +93,25 @@ def readers_may_leave() -> Iterator[None]:
         BrokenPipeError: If it is of another pipe than the standard output.
     """
     try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
         try:
-            print(flush=True)  # noqa: T201
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again
-            sys.exit(1)
-        raise
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError as error:
+        if not _nobody_reads():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again
+        ended = error.__context__
+        sys.exit(ended.code if isinstance(ended, SystemExit) else 1)
+
+
+def _nobody_reads() -> bool:
+    """Whether the standard output is a pipe that has no other end."""
+    if not hasattr(select, "poll"):  # Windows
+        return False
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # errors are told unasked
+    return bool(poll.poll(0))
 
 
 def refusal(error: BaseException) -> str | None:

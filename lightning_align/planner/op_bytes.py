@@ -160,7 +160,7 @@ def sent_bytes(op: Op, args: Any, kwargs: Any, out: Any) -> int:
         kwargs: Likewise, by name.
         out: What it gave.
     """
-    if op.kind != MESSAGE or op.base in ("barrier", "recv"):
+    if op.kind != MESSAGE or op.base.startswith(("barrier", "monitored_barrier", "recv")):
         return 0
     given = [*args, *kwargs.values()]
     whole = max(sum(map(stored_bytes, tensors_of(each))) for each in [*given, out])

@@ -101,14 +101,17 @@ def test_a_long_message_is_cut() -> None:
     assert len(line) < 420
 
 
-def test_a_reader_that_has_read_enough_ends_a_command_without_a_traceback() -> None:
-    command = [sys.executable, "-m", "lightning_align", "recipes"]
+@pytest.mark.parametrize("words", [["recipes"], ["--help"], ["export", "--help"]])
+def test_a_reader_that_has_read_enough_ends_a_command_without_a_traceback(
+    words: list[str],
+) -> None:
+    command = [sys.executable, "-m", "lightning_align", *words]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.close()
         assert process.stderr.read() == b""
-    assert process.returncode == 1
+    assert process.returncode in (0, 1)  # and not 120, Python's own at its end
 
 
 def test_another_pipe_that_breaks_is_an_error() -> None:
