@@ -138,15 +138,18 @@ def weights(module: pl.LightningModule) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_what_is_frozen_when_it_is_loaded_keeps_its_state(tmp_path: Path, whole: bool) -> None:
-    """Its attributes, and with them what trains, are put back behind its parts."""
-    path, build = tmp_path / "saved.ckpt", partial(torch.optim.AdamW, lr=0.1)
+@pytest.mark.parametrize(("optimizer", "states"), [(torch.optim.AdamW, 4), (torch.optim.SGD, 0)])
+def test_what_is_frozen_when_it_is_loaded_keeps_its_state(
+    tmp_path: Path, whole: bool, optimizer: Any, states: int
+) -> None:
+    """Attributes, and with them what trains, are put back behind its parts; SGD keeps none."""
+    path, build = tmp_path / "saved.ckpt", partial(optimizer, lr=0.1)
 
     def on_a_rank(rank: int) -> tuple[list[Tensor], list[Tensor]]:
         options: dict[str, Any] = {"whole": whole, "steps": 14, "kind": OneThaws}
         straight = fit(rank, build, SaveAt(11, path), **options)
         resumed = fit(rank, build, ckpt_path=path, **options)
-        assert len(resumed.trainer.optimizers[0].state) == 4
+        assert len(resumed.trainer.optimizers[0].state) == states
         return weights(resumed), weights(straight)
 
     for resumed, straight in run_ranks(on_a_rank):
@@ -178,20 +181,6 @@ def test_a_save_before_the_first_update_counts_none(
     for runs, expected in zip(run_ranks(on_a_rank), run_ranks(plain), strict=True):
         for ours in runs:
             assert all(map(torch.equal, ours, expected))
-
-
-@pytest.mark.parametrize("whole", [False, True])
-def test_an_optimizer_without_a_state_is_resumed(tmp_path: Path, whole: bool) -> None:
-    path, build = tmp_path / "saved.ckpt", partial(torch.optim.SGD, lr=0.1)
-
-    def on_a_rank(rank: int) -> tuple[list[Tensor], list[Tensor]]:
-        options: dict[str, Any] = {"whole": whole, "steps": 14, "kind": OneThaws}
-        straight = fit(rank, build, SaveAt(11, path), **options)
-        resumed = fit(rank, build, ckpt_path=path, **options)
-        return weights(resumed), weights(straight)
-
-    for resumed, straight in run_ranks(on_a_rank):
-        assert all(map(torch.equal, resumed, straight))
 
 
 def test_a_state_goes_to_another_number_of_ranks(tmp_path: Path) -> None:
